@@ -1,0 +1,36 @@
+# routecast_room(name SOURCES a.cc b.cc LINK targets...): one static library a room.
+function(routecast_room name)
+  cmake_parse_arguments(ROOM "" "" "SOURCES;LINK" ${ARGN})
+  add_library(rc_${name} STATIC ${ROOM_SOURCES})
+  target_include_directories(rc_${name} PUBLIC ${CMAKE_SOURCE_DIR})
+  target_link_libraries(rc_${name} PUBLIC ${ROOM_LINK})
+endfunction()
+
+# routecast_test(name LABEL unit|ranks|golden|gpu|pipeline [RANKS n] [TIMEOUT s]
+#                SOURCES ... LINK ...): one GoogleTest program, one CTest entry.
+# Tests find data by ROUTECAST_SOURCE_DIR and programs by ROUTECAST_BIN_DIR (environment).
+function(routecast_test name)
+  cmake_parse_arguments(T "" "LABEL;RANKS;TIMEOUT" "SOURCES;LINK" ${ARGN})
+  if(NOT T_TIMEOUT)
+    set(T_TIMEOUT 300)
+  endif()
+  add_executable(${name} ${T_SOURCES})
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR})
+  if(T_RANKS)
+    target_link_libraries(${name} PRIVATE ${T_LINK} GTest::gtest)
+    add_test(NAME ${name} COMMAND mpirun --allow-run-as-root --bind-to none --oversubscribe
+      -n ${T_RANKS} $<TARGET_FILE:${name}>)
+    set_tests_properties(${name} PROPERTIES PROCESSORS 2)
+  else()
+    target_link_libraries(${name} PRIVATE ${T_LINK} GTest::gtest GTest::gmock GTest::gtest_main)
+    add_test(NAME ${name} COMMAND ${name})
+  endif()
+  routecast_test_properties(${name} ${T_LABEL} ${T_TIMEOUT})
+endfunction()
+
+function(routecast_test_properties name label timeout)
+  set_tests_properties(${name} PROPERTIES LABELS "${label}" TIMEOUT ${timeout}
+    SKIP_RETURN_CODE 77
+    ENVIRONMENT "ROUTECAST_SOURCE_DIR=${CMAKE_SOURCE_DIR};ROUTECAST_BIN_DIR=${CMAKE_BINARY_DIR}/bin;ROUTECAST_BUILD_DIR=${CMAKE_BINARY_DIR};OMP_NUM_THREADS=1;MKL_NUM_THREADS=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_btl_vader_single_copy_mechanism=none")
+endfunction()

@@ -1,0 +1,72 @@
+#include "common/errors.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <numeric>
+
+namespace routecast {
+
+std::string ErrorText(const std::string& what, const std::string& values,
+                      const std::string& advice) {
+  std::string text = what;
+  if (!values.empty()) text += "\n  " + values;
+  if (!advice.empty()) text += "\n  " + advice;
+  return text;
+}
+
+void ThrowErrno(int error, const std::string& operation, const std::string& path) {
+  const std::string what = operation + " failed: " + path;
+  const std::string reason = std::strerror(error);
+  switch (error) {
+    case ENOENT:
+    case ENOTDIR:
+    case EISDIR:
+      throw UsageError(ErrorText(what, reason, "check the path"));
+    case EACCES:
+    case EPERM:
+    case EROFS:
+      throw UsageError(ErrorText(what, reason, "check the permissions or choose another path"));
+    case ENOSPC:
+    case EDQUOT:
+      throw EnvironmentError(
+          ErrorText(what, reason, "free some space and start the same command again"));
+    default:
+      throw EnvironmentError(ErrorText(what, reason, "see the system log for this device"));
+  }
+}
+
+std::string NearestName(const std::string& name, const std::vector<std::string>& valid) {
+  std::string best;
+  size_t best_distance = SIZE_MAX;
+  for (const std::string& candidate : valid) {
+    std::vector<size_t> row(candidate.size() + 1);
+    std::iota(row.begin(), row.end(), 0);
+    for (size_t i = 1; i <= name.size(); ++i) {
+      size_t diagonal = row[0];
+      row[0] = i;
+      for (size_t j = 1; j <= candidate.size(); ++j) {
+        const size_t substitute = diagonal + (name[i - 1] != candidate[j - 1]);
+        diagonal = row[j];
+        row[j] = std::min({row[j] + 1, row[j - 1] + 1, substitute});
+      }
+    }
+    if (row.back() < best_distance) {
+      best_distance = row.back();
+      best = candidate;
+    }
+  }
+  return best;
+}
+
+int ParseChoice(const std::string& flag, const std::string& value,
+                const std::vector<std::string>& valid) {
+  const auto it = std::find(valid.begin(), valid.end(), value);
+  if (it != valid.end()) return static_cast<int>(it - valid.begin());
+  std::string all;
+  for (const std::string& name : valid) all += (all.empty() ? "" : ", ") + name;
+  throw UsageError(ErrorText(flag + "=" + value + " is not known", "valid: " + all,
+                             "did you mean " + NearestName(value, valid) + "?"));
+}
+
+}  // namespace routecast

@@ -1,0 +1,175 @@
+#include "common/files.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+
+#include "common/errors.h"
+#include "xxhash.h"
+
+namespace routecast {
+namespace {
+
+struct Descriptor {
+  int fd;
+  ~Descriptor() {
+    if (fd >= 0) ::close(fd);
+  }
+};
+
+}  // namespace
+
+std::string ReadFile(const fs::path& path, uint64_t max_bytes) {
+  Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.fd < 0) ThrowErrno(errno, "open", path);
+  struct stat info;
+  if (::fstat(file.fd, &info) != 0) ThrowErrno(errno, "stat", path);
+  if (!S_ISREG(info.st_mode)) {
+    throw UsageError(ErrorText(path.string() + " is not a regular file", "", "check the path"));
+  }
+  const auto size = static_cast<uint64_t>(info.st_size);
+  if (size > max_bytes) {
+    throw DataError(ErrorText(path.string() + " is larger than this file may be",
+                              std::to_string(size) + " bytes, limit " +
+                                  std::to_string(max_bytes),
+                              "is it the right file?"));
+  }
+  std::string bytes(size, '\0');
+  size_t done = 0;
+  while (done < bytes.size()) {
+    const ssize_t n = ::read(file.fd, bytes.data() + done, bytes.size() - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) ThrowErrno(errno, "read", path);
+    if (n == 0) break;
+    done += static_cast<size_t>(n);
+  }
+  bytes.resize(done);
+  return bytes;
+}
+
+void SyncPath(const fs::path& path) {
+  Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.fd < 0) ThrowErrno(errno, "open", path);
+  if (::fsync(file.fd) != 0 && errno != EINVAL) ThrowErrno(errno, "fsync", path);
+}
+
+void WriteFileAtomic(const fs::path& path, std::string_view bytes) {
+  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
+  const fs::path temporary = path.string() + "." + std::to_string(::getpid()) + ".tmp";
+  {
+    Descriptor file{
+        ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)};
+    if (file.fd < 0) ThrowErrno(errno, "create", temporary);
+    size_t done = 0;
+    while (done < bytes.size()) {
+      const ssize_t n = ::write(file.fd, bytes.data() + done, bytes.size() - done);
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0) {
+        const int error = errno;
+        ::unlink(temporary.c_str());
+        ThrowErrno(error, "write", temporary);
+      }
+      done += static_cast<size_t>(n);
+    }
+    if (::fsync(file.fd) != 0) ThrowErrno(errno, "fsync", temporary);
+  }
+  if (::rename(temporary.c_str(), path.c_str()) != 0) ThrowErrno(errno, "rename", path);
+  SyncPath(folder);
+}
+
+void MakeFolder(const fs::path& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  if (error || !fs::is_directory(path)) {
+    ThrowErrno(error ? error.value() : ENOTDIR, "create folder", path);
+  }
+}
+
+uint64_t FreeBytes(const fs::path& path) {
+  fs::path existing = fs::absolute(path);
+  while (!fs::exists(existing) && existing.has_relative_path()) {
+    existing = existing.parent_path();
+  }
+  struct statvfs info;
+  if (::statvfs(existing.c_str(), &info) != 0) ThrowErrno(errno, "statvfs", existing);
+  return static_cast<uint64_t>(info.f_bavail) * info.f_frsize;
+}
+
+SealedFolder::SealedFolder(fs::path final_path)
+    : final_(std::move(final_path)), temporary_(final_.string() + ".tmp") {
+  std::error_code error;
+  fs::remove_all(temporary_, error);
+  if (error) ThrowErrno(error.value(), "remove", temporary_);
+  MakeFolder(temporary_);
+}
+
+SealedFolder::~SealedFolder() {
+  std::error_code ignored;
+  if (!committed_) fs::remove_all(temporary_, ignored);
+}
+
+void SealedFolder::Commit() {
+  for (const auto& entry : fs::recursive_directory_iterator(temporary_)) SyncPath(entry.path());
+  SyncPath(temporary_);
+  const fs::path old = final_.string() + ".old.tmp";
+  std::error_code error;
+  fs::remove_all(old, error);
+  if (fs::exists(final_)) fs::rename(final_, old);
+  fs::rename(temporary_, final_);
+  committed_ = true;
+  SyncPath(fs::absolute(final_).parent_path());
+  fs::remove_all(old, error);
+}
+
+uint64_t Hash64(const void* data, size_t size, uint64_t seed) {
+  return XXH3_64bits_withSeed(data, size, seed);
+}
+
+std::string Hex64(uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+uint64_t ParseBytes(const std::string& flag, const std::string& text) {
+  size_t used = 0;
+  double number = -1;
+  try {
+    number = std::stod(text, &used);
+  } catch (const std::exception&) {
+  }
+  const std::string unit = text.substr(used);
+  double scale = 0;
+  if (unit.empty() || unit == "B") scale = 1;
+  if (unit == "KiB") scale = 1024;
+  if (unit == "MiB") scale = 1024.0 * 1024;
+  if (unit == "GiB") scale = 1024.0 * 1024 * 1024;
+  if (unit == "KB") scale = 1e3;
+  if (unit == "MB") scale = 1e6;
+  if (unit == "GB") scale = 1e9;
+  if (!(number >= 0) || scale == 0 || !std::isfinite(number) || number * scale > 1e18) {
+    throw UsageError(ErrorText(flag + "=" + text + " is not a size", "",
+                               "write a number with B, KiB, MiB, GiB, KB, MB or GB: 512MiB"));
+  }
+  return static_cast<uint64_t>(number * scale);
+}
+
+std::string FormatBytes(uint64_t bytes) {
+  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  double value = static_cast<double>(bytes);
+  int unit = 0;
+  while (value >= 1024 && unit < 4) {
+    value /= 1024;
+    ++unit;
+  }
+  char text[32];
+  std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.2f %s", value, units[unit]);
+  return text;
+}
+
+}  // namespace routecast

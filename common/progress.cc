@@ -1,0 +1,83 @@
+#include "common/progress.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+
+namespace routecast {
+namespace {
+constexpr auto kTerminalInterval = std::chrono::milliseconds(200);
+constexpr auto kPlainInterval = std::chrono::seconds(5);
+
+std::string Duration(double seconds) {
+  char text[32];
+  const int s = static_cast<int>(seconds + 0.5);
+  if (s >= 3600) {
+    std::snprintf(text, sizeof text, "%dh%02dm", s / 3600, s / 60 % 60);
+  } else if (s >= 60) {
+    std::snprintf(text, sizeof text, "%dm%02ds", s / 60, s % 60);
+  } else {
+    std::snprintf(text, sizeof text, "%ds", s);
+  }
+  return text;
+}
+}  // namespace
+
+Progress::Progress(std::string what, std::string unit, uint64_t total, bool quiet)
+    : what_(std::move(what)), unit_(std::move(unit)), total_(total), quiet_(quiet),
+      terminal_(::isatty(STDERR_FILENO) == 1), start_(std::chrono::steady_clock::now()),
+      printed_(start_) {}
+
+Progress::~Progress() {
+  if (!quiet_ && terminal_ && started_ && !finished_) std::fputc('\n', stderr);
+}
+
+double Progress::seconds() const {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+}
+
+void Progress::Update(uint64_t done, const std::string& note) {
+  if (quiet_) return;
+  if (!started_) {
+    started_ = true;
+    first_ = done;  // a resumed run's earlier work does not count towards the rate
+  }
+  const auto now = std::chrono::steady_clock::now();
+  const bool due = terminal_ ? now - printed_ >= kTerminalInterval
+                             : now - printed_ >= kPlainInterval;
+  if (!due) return;
+  printed_ = now;
+  Print(done, note, false);
+}
+
+void Progress::Finish(const std::string& note) {
+  if (quiet_ || finished_) return;
+  finished_ = true;
+  started_ = true;
+  Print(total_, note, true);
+}
+
+void Progress::Print(uint64_t done, const std::string& note, bool last) {
+  const double elapsed = std::max(seconds(), 1e-9);
+  const double rate = static_cast<double>(done - std::min(done, first_)) / elapsed;
+  std::string line = what_ + ": " + std::to_string(done);
+  if (total_ > 0) line += "/" + std::to_string(total_);
+  char text[64];
+  std::snprintf(text, sizeof text, " %s, %.1f/s, ", unit_.c_str(), rate);
+  line += text;
+  if (last || total_ == 0 || rate <= 0) {
+    line += Duration(elapsed);
+  } else {
+    line += "ETA " + Duration(static_cast<double>(total_ - std::min(done, total_)) / rate);
+  }
+  if (!note.empty()) line += ", " + note;
+  if (terminal_) {
+    std::fprintf(stderr, "\r\033[K%s%s", line.c_str(), last ? "\n" : "");
+  } else {
+    std::fprintf(stderr, "%s\n", line.c_str());
+  }
+  std::fflush(stderr);
+}
+
+}  // namespace routecast

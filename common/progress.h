@@ -1,0 +1,29 @@
+// Progress with rate and ETA: a rewritten line on a terminal, a plain line every few seconds
+// otherwise. Writes to stderr. Thread rule: one thread at a time.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+
+namespace routecast {
+
+class Progress {
+ public:
+  // `unit` is what is counted ("sequences", "steps"); silent when quiet.
+  Progress(std::string what, std::string unit, uint64_t total, bool quiet);
+  ~Progress();  // ends the line
+  // `done` in units since the start; `note` is free text (loss, hit rate).
+  void Update(uint64_t done, const std::string& note = "");
+  void Finish(const std::string& note = "");
+  double seconds() const;
+
+ private:
+  void Print(uint64_t done, const std::string& note, bool last);
+  std::string what_, unit_;
+  uint64_t total_, first_ = 0;
+  bool quiet_, terminal_, started_ = false, finished_ = false;
+  std::chrono::steady_clock::time_point start_, printed_;
+};
+
+}  // namespace routecast

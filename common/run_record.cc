@@ -1,0 +1,90 @@
+#include "common/run_record.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <ctime>
+
+#include "common/errors.h"
+#include "common/version.h"
+
+namespace routecast {
+namespace {
+
+std::string Now() {
+  const std::time_t t = std::time(nullptr);
+  std::tm utc;
+  gmtime_r(&t, &utc);
+  char text[32];
+  std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &utc);
+  return text;
+}
+
+constexpr int kMaxJsonDepth = 100;
+
+}  // namespace
+
+const char* Version() { return ROUTECAST_VERSION; }
+const char* GitCommit() { return ROUTECAST_GIT_COMMIT; }
+
+Json ParseJson(const std::string& text, const std::string& what) {
+  bool too_deep = false;
+  const auto guard = [&too_deep](int depth, Json::parse_event_t, Json&) {
+    if (depth > kMaxJsonDepth) too_deep = true;
+    return depth <= kMaxJsonDepth;
+  };
+  try {
+    Json value = Json::parse(text, guard);
+    if (!too_deep) return value;
+  } catch (const nlohmann::json::exception& e) {
+    throw DataError(ErrorText(what + " is not valid JSON", e.what(), "write the file again"));
+  }
+  throw DataError(ErrorText(what + " is not usable JSON", "nested deeper than 100", ""));
+}
+
+Json ReadJsonFile(const fs::path& path) {
+  return ParseJson(ReadFile(path, uint64_t{256} << 20), path.string());
+}
+
+RunRecord::RunRecord(fs::path folder, std::string program, Json configuration)
+    : folder_(std::move(folder)) {
+  char host[256] = "unknown";
+  ::gethostname(host, sizeof host - 1);
+  record_["program"] = std::move(program);
+  record_["version"] = Version();
+  record_["git_commit"] = GitCommit();
+  record_["host"] = host;
+  record_["configuration"] = std::move(configuration);
+  record_["start"] = Now();
+  record_["end"] = nullptr;
+  record_["exit_status"] = nullptr;
+}
+
+void RunRecord::Set(const std::string& key, Json value) { record_[key] = std::move(value); }
+
+void RunRecord::WriteStart() { Write(); }
+
+void RunRecord::Finish(int exit_status, Json headline) {
+  record_["end"] = Now();
+  record_["exit_status"] = exit_status;
+  record_["results"] = std::move(headline);
+  Write();
+}
+
+void RunRecord::Write() {
+  MakeFolder(folder_);
+  WriteFileAtomic(folder_ / "run.json", record_.dump(2) + "\n");
+}
+
+JsonLines::JsonLines(const fs::path& path, bool append)
+    : path_(path), out_(path, append ? std::ios::app : std::ios::trunc) {
+  if (!out_) ThrowErrno(errno, "open", path);
+}
+
+void JsonLines::Write(const Json& line) {
+  out_ << line.dump() << '\n';
+  out_.flush();
+  if (!out_) ThrowErrno(errno ? errno : EIO, "write", path_);
+}
+
+}  // namespace routecast

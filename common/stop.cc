@@ -1,0 +1,22 @@
+#include "common/stop.h"
+
+#include <csignal>
+
+namespace routecast {
+namespace {
+volatile std::sig_atomic_t stop_requested = 0;
+void OnSignal(int) { stop_requested = 1; }
+}  // namespace
+
+void InstallStopHandlers() {
+  struct sigaction action = {};
+  action.sa_handler = OnSignal;
+  sigemptyset(&action.sa_mask);
+  action.sa_flags = SA_RESTART;
+  for (int signal : {SIGTERM, SIGINT, SIGUSR1}) sigaction(signal, &action, nullptr);
+}
+
+bool StopRequested() { return stop_requested != 0; }
+void RequestStop() { stop_requested = 1; }
+
+}  // namespace routecast

@@ -1,0 +1,28 @@
+// Routing so far -> probabilities for experts ahead. Baselines and learned models behind one
+// door, for the trainer's tables and the runtime alike.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "models/routing_window.h"
+
+namespace routecast {
+
+// Thread rule: one thread at a time. No training mode; no gradient.
+class ExpertPredictor {
+ public:
+  virtual ~ExpertPredictor() = default;
+  virtual std::string name() const = 0;
+  // True where Predict needs window.hidden_BTD for source_layer >= 0.
+  virtual bool needs_hidden() const = 0;
+  // How many of the newest tokens of a decoder window matter (1 = the last token only); the
+  // runtime keeps that much history.
+  virtual int history_tokens() const = 0;
+  // probs [B,T,E] float32 for the target at `lead` (routing_window.h), or nullopt where this
+  // predictor has nothing to say for that (stack, source, lead). Rows of padding are arbitrary.
+  virtual std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) = 0;
+};
+
+}  // namespace routecast

@@ -1,0 +1,70 @@
+// Where the weights of experts come from. F expert width, D model width, N tokens.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <span>
+#include <utility>
+
+#include "common/routing.h"
+
+namespace routecast {
+
+struct ExpertWeights {
+  at::Tensor wi_FD;  // first projection, [d_ff, d_model]
+  at::Tensor wo_DF;  // second projection, [d_model, d_ff]
+};
+
+// The right to use one expert's weights until destroyed (pins its slot). Move-only.
+class ExpertLease {
+ public:
+  ExpertLease() = default;
+  ExpertLease(int expert, ExpertWeights weights, std::function<void()> release)
+      : expert_(expert), weights_(std::move(weights)), release_(std::move(release)) {}
+  ExpertLease(ExpertLease&& o) noexcept
+      : expert_(o.expert_), weights_(std::move(o.weights_)),
+        release_(std::exchange(o.release_, nullptr)) {}
+  ExpertLease& operator=(ExpertLease&& o) noexcept {
+    if (this != &o) {
+      if (release_) release_();
+      expert_ = o.expert_;
+      weights_ = std::move(o.weights_);
+      release_ = std::exchange(o.release_, nullptr);
+    }
+    return *this;
+  }
+  ~ExpertLease() {
+    if (release_) release_();
+  }
+  int expert() const { return expert_; }
+  const ExpertWeights& weights() const { return weights_; }
+
+ private:
+  int expert_ = -1;
+  ExpertWeights weights_;
+  std::function<void()> release_;
+};
+
+// Thread rule: the forward thread. One layer at a time: Begin, then Next once an expert.
+// Top-1 outputs are disjoint, so the order of leases changes no bit.
+class ExpertSource {
+ public:
+  virtual ~ExpertSource() = default;
+  // The distinct experts (ascending) that `layer` (global MoE layer) is about to run.
+  virtual void Begin(int layer, std::span<const int> experts) = 0;
+  // The next expert that is ready; waits for one where none is. Leases of one layer may be
+  // released in any order. Throws EnvironmentError when the weights cannot be brought.
+  virtual ExpertLease Next() = 0;
+};
+
+// Executes a layer's experts: tokens [N,D] with their expert ids -> outputs [N,D].
+// REQUIRES expert_ids_N int64 on the CPU; tokens on the model's device.
+class ExpertExecutor {
+ public:
+  virtual ~ExpertExecutor() = default;
+  virtual at::Tensor Run(int layer, const at::Tensor& tokens_ND,
+                         const at::Tensor& expert_ids_N) = 0;
+};
+
+}  // namespace routecast

@@ -1,0 +1,40 @@
+// The model offers its routing to whoever listens; it knows nobody who does.
+// Shape letters: B sequences, T tokens of this pass, E experts, D model width.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "common/routing.h"
+
+namespace routecast {
+
+// One pass of one stack: the encoder's, or one decoder call (teacher forcing: all tokens;
+// incremental decoding: one token a sequence).
+struct PassInfo {
+  Stack stack = Stack::kEncoder;
+  at::Tensor token_ids_BT;  // int64, on the CPU
+  at::Tensor valid_BT;      // bool, on the CPU; false = padding
+  int first_position = 0;   // of the pass' first token in its sequence
+};
+
+// One MoE layer's decision. Tensors live on the model's device and are valid during the call.
+struct LayerRouting {
+  int layer = 0;              // global MoE layer (MoeGeometry)
+  at::Tensor input_BTD;       // the router's input: normed hidden state, model dtype
+  at::Tensor logits_BTE;      // fp32, raw
+  at::Tensor expert_ids_BT;   // int64, the choice before capacity
+  at::Tensor gate_probs_BT;   // probability of the choice, model dtype
+  at::Tensor dropped_BT;      // bool: capacity dropped the token
+};
+
+// Called on the forward thread, in layer order. Absent (nullptr) costs nothing.
+class RoutingObserver {
+ public:
+  virtual ~RoutingObserver() = default;
+  virtual void OnPassBegin(const PassInfo& pass) = 0;
+  // After the router's choice and before the layer's experts run.
+  virtual void OnRouting(const LayerRouting& routing) = 0;
+  virtual void OnPassEnd(const PassInfo& pass) = 0;
+};
+
+}  // namespace routecast
