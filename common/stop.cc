@@ -1,6 +1,7 @@
 #include "common/stop.h"
 
 #include <csignal>
+#include <initializer_list>
 
 namespace routecast {
 namespace {
