@@ -1,0 +1,42 @@
+// The command line of every program. gflags defines and holds the flags; this file reads
+// the command line itself, because gflags ends the process with 1 and names no nearest
+// flag.
+//
+// Grammar: --name=value, --name value (not for bool), --name and --noname (bool), "--"
+// ends the flags, everything else is an argument. `--flagfile=PATH` reads the same
+// grammar, one flag a line, blank lines and lines that start with # skipped, nested files
+// relative to the file that names them. The command line wins over flag files, wherever
+// it names them; within each, the last value wins. Thread rule: main thread, before any
+// other is started.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/run_record.h"
+
+namespace routecast {
+
+struct CommandLine {
+  bool help = false;
+  bool version = false;
+  std::vector<std::string> arguments;  // what is not a flag, in order
+};
+
+// Sets the gflags of this process. Throws UsageError for an unknown flag (naming the
+// nearest), for a value of the wrong type, a missing value and a flag file that cannot be
+// read.
+CommandLine ParseCommandLine(const std::vector<std::string>& args);
+
+// Every value given for a repeatable flag, in order (those of the command line if it has
+// any, else those of the flag files); the default, where it is not empty, if none was
+// given.
+std::vector<std::string> FlagValues(const std::string& name);
+
+// The full effective configuration for run.json: this program's flags, typed.
+Json EffectiveFlags();
+
+// Usage and this program's flags with type, default and description.
+std::string HelpText(const std::string& program, const std::string& usage);
+
+}  // namespace routecast

@@ -1,0 +1,164 @@
+#include "launch/main.h"
+
+#include <gflags/gflags.h>
+#include <glog/logging.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#include "common/errors.h"
+#include "common/stop.h"
+
+DEFINE_bool(quiet, false, "no progress; only results and errors");
+DEFINE_bool(dry_run, false, "check flags and inputs, print the plan, change nothing");
+DEFINE_int32(threads, 0, "compute threads per rank; 0 = cores / ranks on this host");
+DEFINE_uint64(seed, 1, "seed of everything random");
+
+namespace routecast {
+namespace {
+
+constexpr int kMaxErrorLines = 3;
+
+std::string& ProgramName() {
+  static std::string name;
+  return name;
+}
+std::vector<std::string>& MutableArguments() {
+  static std::vector<std::string> arguments;
+  return arguments;
+}
+std::function<void(int)>& AbortHook() {
+  static std::function<void(int)> hook;
+  return hook;
+}
+
+// "" outside mpirun; known before MPI_Init, so that errors in flags carry it too.
+std::string RankText() {
+  const char* world = std::getenv("OMPI_COMM_WORLD_SIZE");
+  const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
+  if (world == nullptr || rank == nullptr || std::string(world) == "1") return "";
+  return std::string(" (rank ") + rank + ")";
+}
+
+std::string FirstLines(const std::string& text, int count) {
+  size_t end = 0;
+  while (count-- > 0 && end != std::string::npos) end = text.find('\n', end + (end > 0));
+  return text.substr(0, end);
+}
+
+int Report(int code, const std::string& text) {
+  const std::string lines = FirstLines(text, kMaxErrorLines);
+  std::fprintf(stderr, "%s%s: %s\n", ProgramName().c_str(), RankText().c_str(),
+               lines.c_str());
+  std::fflush(stderr);
+  return code;
+}
+
+// Missing paths and permissions are the caller's to mend; the rest is the machine's.
+int CodeOf(const std::system_error& error) {
+  const std::error_condition c = error.code().default_error_condition();
+  const bool usage = c == std::errc::no_such_file_or_directory ||
+                     c == std::errc::not_a_directory || c == std::errc::is_a_directory ||
+                     c == std::errc::permission_denied || c == std::errc::file_exists;
+  return usage ? kExitUsage : kExitEnvironment;
+}
+
+// Runs `body`; returns the exit code of what it throws.
+int ExitCodeOf(const std::function<void()>& body) {
+  try {
+    body();
+    return kExitDone;
+  } catch (const StoppedError& e) {
+    return Report(kExitStopped, e.what());
+  } catch (const UsageError& e) {
+    return Report(kExitUsage, e.what());
+  } catch (const DataError& e) {
+    return Report(kExitBadData, e.what());
+  } catch (const EnvironmentError& e) {
+    return Report(kExitEnvironment, e.what());
+  } catch (const Json::exception& e) {  // foreign JSON of an unexpected shape
+    return Report(kExitBadData,
+                  std::string("a JSON file has unexpected content\n  ") + e.what());
+  } catch (const std::system_error& e) {
+    return Report(CodeOf(e), e.what());
+  } catch (const std::bad_alloc&) {
+    return Report(kExitEnvironment,
+                  "out of memory\n  use a smaller batch or budget, or fewer ranks");
+  } catch (const std::exception& e) {
+    return Report(kExitDefect, std::string("internal error: ") + e.what());
+  }
+}
+
+void EndOtherRanks(int code) {
+  if (code != kExitDone && code != kExitStopped && AbortHook()) AbortHook()(code);
+}
+
+// A failed CHECK is a defect: exit 1, not the core dump of abort().
+[[noreturn]] void ExitDefect() {
+  EndOtherRanks(kExitDefect);
+  std::_Exit(kExitDefect);
+}
+
+void StartLogging(const char* argv0) {
+  FLAGS_logtostderr = true;
+  FLAGS_minloglevel = FLAGS_quiet ? google::GLOG_WARNING : google::GLOG_INFO;
+  if (google::IsGoogleLoggingInitialized()) return;
+  google::InitGoogleLogging(argv0);
+  google::InstallFailureFunction(&ExitDefect);
+}
+
+void RequireFewArguments(const CommandLine& line, const Program& program) {
+  if (static_cast<int>(line.arguments.size()) <= program.max_arguments) return;
+  const std::string& extra = line.arguments[static_cast<size_t>(program.max_arguments)];
+  throw UsageError(ErrorText("unexpected argument: " + extra, "flags start with --",
+                             "--help shows the usage"));
+}
+
+}  // namespace
+
+const std::vector<std::string>& Arguments() { return MutableArguments(); }
+
+void SetAbortHook(std::function<void(int)> hook) { AbortHook() = std::move(hook); }
+
+int ThreadsPerRank(int local_world) {
+  if (FLAGS_threads < 0) {
+    throw UsageError(
+        ErrorText("--threads=" + std::to_string(FLAGS_threads) + " is negative", "",
+                  "use 0 for cores / ranks"));
+  }
+  if (FLAGS_threads > 0) return FLAGS_threads;
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  return std::max(1, cores / std::max(1, local_world));
+}
+
+int Main(int argc, char** argv, Program program, const std::function<void()>& run) {
+  ProgramName() = fs::path(argc > 0 ? argv[0] : "routecast").filename().string();
+  CommandLine line;
+  const std::vector<std::string> args(argv + std::min(argc, 1), argv + argc);
+  int code = ExitCodeOf([&] {
+    line = ParseCommandLine(args);
+    if (!line.help && !line.version) RequireFewArguments(line, program);
+  });
+  if (code != kExitDone) return code;
+  if (line.help) {
+    std::printf("%s", HelpText(ProgramName(), program.usage).c_str());
+    return kExitDone;
+  }
+  if (line.version) {
+    std::printf("%s %s (%s)\n", ProgramName().c_str(), Version(), GitCommit());
+    return kExitDone;
+  }
+  MutableArguments() = line.arguments;
+  InstallStopHandlers();
+  StartLogging(argv[0]);
+  code = ExitCodeOf(run);
+  EndOtherRanks(code);
+  return code;
+}
+
+}  // namespace routecast

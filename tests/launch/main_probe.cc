@@ -1,0 +1,48 @@
+// Throws what --throw names, so that main_test.sh can look at exit codes and texts.
+#include <gflags/gflags.h>
+#include <glog/logging.h>
+
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <new>
+
+#include "common/errors.h"
+#include "common/stop.h"
+#include "launch/main.h"
+
+namespace routecast {
+namespace {
+
+void Throw(const std::string& what) {
+  const std::string text = ErrorText("first", "second", "third") + "\nfourth";
+  if (what == "usage") throw UsageError(text);
+  if (what == "data") throw DataError(text);
+  if (what == "environment") throw EnvironmentError(text);
+  if (what == "stopped") throw StoppedError(text);
+  if (what == "defect") throw std::logic_error(text);
+  if (what == "memory") throw std::bad_alloc();
+  if (what == "json") Json::parse("{}").at("absent");
+  if (what == "missing") fs::copy_file("/nonexistent/file", "/nonexistent/copy");
+  if (what == "check") CHECK_EQ(1, 2) << "a defect";
+  if (what == "signal") {
+    std::raise(SIGTERM);
+    std::raise(SIGUSR1);
+    if (StopRequested()) throw StoppedError("stopped, everything saved");
+  }
+}
+
+}  // namespace
+}  // namespace routecast
+
+int main(int argc, char** argv) {
+  return routecast::Main(
+      argc, argv, routecast::Program("Usage: main_probe [WHAT]", 1), [] {
+        routecast::SetAbortHook(
+            [](int code) { std::printf("abort %d\n", code), std::fflush(stdout); });
+        const auto& arguments = routecast::Arguments();
+        if (!arguments.empty()) routecast::Throw(arguments[0]);
+        std::printf("%s\nthreads %d\n", routecast::EffectiveFlags().dump().c_str(),
+                    routecast::ThreadsPerRank(1));
+      });
+}

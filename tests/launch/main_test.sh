@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Exit codes, texts and signals of Main(), seen from outside.
+set -uo pipefail
+probe=$1
+failed=0
+check() {  # check NAME EXPECTED ACTUAL
+  [ "$2" = "$3" ] || { echo "FAILED $1: expected '$2', got '$3'"; failed=1; }
+}
+code_of() { "$probe" "$@" >/dev/null 2>&1; echo $?; }
+
+check done 0 "$(code_of)"
+check defect 1 "$(code_of defect)"
+check failed-CHECK 1 "$(code_of check)"
+check usage 2 "$(code_of usage)"
+check missing-path 2 "$(code_of missing)"
+check data 3 "$(code_of data)"
+check foreign-json 3 "$(code_of json)"
+check environment 4 "$(code_of environment)"
+check memory 4 "$(code_of memory)"
+check stopped 75 "$(code_of stopped)"
+check two-signals 75 "$(code_of signal)"
+check unknown-flag 2 "$(code_of --thread=2)"
+check bad-value 2 "$(code_of --threads=two)"
+check missing-value 2 "$(code_of --threads)"
+check negative-threads 2 "$(code_of --threads=-1)"
+check extra-argument 2 "$(code_of one two)"
+check missing-flag-file 2 "$(code_of --flagfile=/nonexistent/file)"
+check help 0 "$(code_of --help)"
+check version 0 "$(code_of --version)"
+
+error=$("$probe" usage 2>&1 >/dev/null)
+check three-lines 3 "$(echo "$error" | wc -l)"
+check name-in-front "main_probe: first" "$(echo "$error" | head -1)"
+case $("$probe" --thread=2 2>&1) in *--threads\?*) ;; *) check nearest-flag named other ;; esac
+check abort-hook "abort 3" "$("$probe" data 2>/dev/null)"
+check no-abort-when-stopped "" "$("$probe" stopped 2>/dev/null)"
+rank=$(OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=1 "$probe" usage 2>&1 >/dev/null | head -1)
+check rank-in-front "main_probe (rank 1): first" "$rank"
+exit $failed
