@@ -26,13 +26,15 @@ void ThrowErrno(int error, const std::string& operation, const std::string& path
     case EACCES:
     case EPERM:
     case EROFS:
-      throw UsageError(ErrorText(what, reason, "check the permissions or choose another path"));
+      throw UsageError(
+          ErrorText(what, reason, "check the permissions or choose another path"));
     case ENOSPC:
     case EDQUOT:
       throw EnvironmentError(
           ErrorText(what, reason, "free some space and start the same command again"));
     default:
-      throw EnvironmentError(ErrorText(what, reason, "see the system log for this device"));
+      throw EnvironmentError(
+          ErrorText(what, reason, "see the system log for this device"));
   }
 }
 

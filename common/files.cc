@@ -30,14 +30,15 @@ std::string ReadFile(const fs::path& path, uint64_t max_bytes) {
   struct stat info;
   if (::fstat(file.fd, &info) != 0) ThrowErrno(errno, "stat", path);
   if (!S_ISREG(info.st_mode)) {
-    throw UsageError(ErrorText(path.string() + " is not a regular file", "", "check the path"));
+    throw UsageError(
+        ErrorText(path.string() + " is not a regular file", "", "check the path"));
   }
   const auto size = static_cast<uint64_t>(info.st_size);
   if (size > max_bytes) {
-    throw DataError(ErrorText(path.string() + " is larger than this file may be",
-                              std::to_string(size) + " bytes, limit " +
-                                  std::to_string(max_bytes),
-                              "is it the right file?"));
+    throw DataError(
+        ErrorText(path.string() + " is larger than this file may be",
+                  std::to_string(size) + " bytes, limit " + std::to_string(max_bytes),
+                  "is it the right file?"));
   }
   std::string bytes(size, '\0');
   size_t done = 0;
@@ -114,7 +115,8 @@ SealedFolder::~SealedFolder() {
 }
 
 void SealedFolder::Commit() {
-  for (const auto& entry : fs::recursive_directory_iterator(temporary_)) SyncPath(entry.path());
+  for (const auto& entry : fs::recursive_directory_iterator(temporary_))
+    SyncPath(entry.path());
   SyncPath(temporary_);
   const fs::path old = final_.string() + ".old.tmp";
   std::error_code error;
@@ -153,8 +155,9 @@ uint64_t ParseBytes(const std::string& flag, const std::string& text) {
   if (unit == "MB") scale = 1e6;
   if (unit == "GB") scale = 1e9;
   if (!(number >= 0) || scale == 0 || !std::isfinite(number) || number * scale > 1e18) {
-    throw UsageError(ErrorText(flag + "=" + text + " is not a size", "",
-                               "write a number with B, KiB, MiB, GiB, KB, MB or GB: 512MiB"));
+    throw UsageError(
+        ErrorText(flag + "=" + text + " is not a size", "",
+                  "write a number with B, KiB, MiB, GiB, KB, MB or GB: 512MiB"));
   }
   return static_cast<uint64_t>(number * scale);
 }

@@ -12,10 +12,11 @@ namespace routecast {
 
 namespace fs = std::filesystem;
 
-// Reads a whole regular file. Throws UsageError (missing, not a file), DataError (larger than
-// max_bytes), EnvironmentError (I/O).
+// Reads a whole regular file. Throws UsageError (missing, not a file), DataError (larger
+// than max_bytes), EnvironmentError (I/O).
 std::string ReadFile(const fs::path& path, uint64_t max_bytes = uint64_t{1} << 32);
-// Temporary file in the same folder, write, fsync, rename, fsync of the folder. Mode 0644.
+// Temporary file in the same folder, write, fsync, rename, fsync of the folder. Mode
+// 0644.
 void WriteFileAtomic(const fs::path& path, std::string_view bytes);
 // fsync of a file or folder.
 void SyncPath(const fs::path& path);
@@ -25,8 +26,8 @@ void MakeFolder(const fs::path& path);
 uint64_t FreeBytes(const fs::path& path);
 
 // A folder that appears under its final name only when Commit() ran: written beside it as
-// NAME.tmp, synced, renamed. An earlier unfinished NAME.tmp is removed. An existing final folder
-// is replaced. The destructor removes what was not committed.
+// NAME.tmp, synced, renamed. An earlier unfinished NAME.tmp is removed. An existing final
+// folder is replaced. The destructor removes what was not committed.
 class SealedFolder {
  public:
   explicit SealedFolder(fs::path final_path);

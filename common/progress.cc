@@ -25,8 +25,12 @@ std::string Duration(double seconds) {
 }  // namespace
 
 Progress::Progress(std::string what, std::string unit, uint64_t total, bool quiet)
-    : what_(std::move(what)), unit_(std::move(unit)), total_(total), quiet_(quiet),
-      terminal_(::isatty(STDERR_FILENO) == 1), start_(std::chrono::steady_clock::now()),
+    : what_(std::move(what)),
+      unit_(std::move(unit)),
+      total_(total),
+      quiet_(quiet),
+      terminal_(::isatty(STDERR_FILENO) == 1),
+      start_(std::chrono::steady_clock::now()),
       printed_(start_) {}
 
 Progress::~Progress() {
@@ -44,8 +48,8 @@ void Progress::Update(uint64_t done, const std::string& note) {
     first_ = done;  // a resumed run's earlier work does not count towards the rate
   }
   const auto now = std::chrono::steady_clock::now();
-  const bool due = terminal_ ? now - printed_ >= kTerminalInterval
-                             : now - printed_ >= kPlainInterval;
+  const bool due =
+      terminal_ ? now - printed_ >= kTerminalInterval : now - printed_ >= kPlainInterval;
   if (!due) return;
   printed_ = now;
   Print(done, note, false);
@@ -69,7 +73,8 @@ void Progress::Print(uint64_t done, const std::string& note, bool last) {
   if (last || total_ == 0 || rate <= 0) {
     line += Duration(elapsed);
   } else {
-    line += "ETA " + Duration(static_cast<double>(total_ - std::min(done, total_)) / rate);
+    line +=
+        "ETA " + Duration(static_cast<double>(total_ - std::min(done, total_)) / rate);
   }
   if (!note.empty()) line += ", " + note;
   if (terminal_) {

@@ -1,5 +1,5 @@
-// Progress with rate and ETA: a rewritten line on a terminal, a plain line every few seconds
-// otherwise. Writes to stderr. Thread rule: one thread at a time.
+// Progress with rate and ETA: a rewritten line on a terminal, a plain line every few
+// seconds otherwise. Writes to stderr. Thread rule: one thread at a time.
 #pragma once
 
 #include <chrono>

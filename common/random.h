@@ -1,5 +1,5 @@
-// Counter-based randomness: every value is a pure function of its coordinates (seed, epoch,
-// sample, layer, position ...), never of a generator's state, a rank or a thread.
+// Counter-based randomness: every value is a pure function of its coordinates (seed,
+// epoch, sample, layer, position ...), never of a generator's state, a rank or a thread.
 #pragma once
 
 #include <array>
@@ -17,13 +17,16 @@ inline uint64_t Mix(uint64_t x) {
 // Hash of any number of coordinates; order matters.
 template <typename... Rest>
 inline uint64_t Mix(uint64_t first, uint64_t second, Rest... rest) {
-  return Mix(Mix(first) ^ (second + 0x632be59bd9b4e019ULL), static_cast<uint64_t>(rest)...);
+  return Mix(Mix(first) ^ (second + 0x632be59bd9b4e019ULL),
+             static_cast<uint64_t>(rest)...);
 }
 inline uint64_t Mix(uint64_t first, uint64_t second) {
   return Mix(Mix(first) ^ (second + 0x632be59bd9b4e019ULL));
 }
 // 53 bits -> [0, 1).
-inline double ToUnit(uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1.0p-53; }
+inline double ToUnit(uint64_t bits) {
+  return static_cast<double>(bits >> 11) * 0x1.0p-53;
+}
 // Uniform integer in [0, n), n > 0 (multiply-shift; bias below 2^-32 for n < 2^32).
 inline uint64_t ToRange(uint64_t bits, uint64_t n) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(bits) * n) >> 64);

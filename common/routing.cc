@@ -14,22 +14,29 @@ constexpr uint64_t kHiddenSalt = 0x68696464656e7331ULL;  // "hiddens1"
 
 const char* TaskName(Task task) {
   switch (task) {
-    case Task::kEncode: return "encode";
-    case Task::kDenoise: return "denoise";
-    case Task::kGenerate: return "generate";
+    case Task::kEncode:
+      return "encode";
+    case Task::kDenoise:
+      return "denoise";
+    case Task::kGenerate:
+      return "generate";
   }
   return "?";
 }
 
 Task ParseTask(const std::string& name) {
-  return static_cast<Task>(ParseChoice("--task", name, {"encode", "denoise", "generate"}));
+  return static_cast<Task>(
+      ParseChoice("--task", name, {"encode", "denoise", "generate"}));
 }
 
 const char* SplitPartName(SplitPart part) {
   switch (part) {
-    case SplitPart::kTrain: return "train";
-    case SplitPart::kValidation: return "validation";
-    case SplitPart::kTest: return "test";
+    case SplitPart::kTrain:
+      return "train";
+    case SplitPart::kValidation:
+      return "validation";
+    case SplitPart::kTest:
+      return "test";
   }
   return "?";
 }

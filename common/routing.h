@@ -1,5 +1,6 @@
 // The words all rooms share about routing. Plain data, no LibTorch.
-// Shape letters: T tokens, L MoE layers of one stack, E experts, K stored top-k, D model width.
+// Shape letters: T tokens, L MoE layers of one stack, E experts, K stored top-k, D model
+// width.
 #pragma once
 
 #include <compare>
@@ -11,14 +12,16 @@
 namespace routecast {
 
 enum class Stack : uint8_t { kEncoder = 0, kDecoder = 1 };
-inline const char* StackName(Stack s) { return s == Stack::kEncoder ? "encoder" : "decoder"; }
+inline const char* StackName(Stack s) {
+  return s == Stack::kEncoder ? "encoder" : "decoder";
+}
 
 enum class Task : uint8_t { kEncode = 0, kDenoise = 1, kGenerate = 2 };
 const char* TaskName(Task task);
 Task ParseTask(const std::string& name);  // throws UsageError naming the nearest task
 
-// The MoE geometry of a model. `layer` of an ExpertKey counts MoE layers only: encoder layers
-// 0..encoder_layers-1 first, then decoder layers.
+// The MoE geometry of a model. `layer` of an ExpertKey counts MoE layers only: encoder
+// layers 0..encoder_layers-1 first, then decoder layers.
 struct MoeGeometry {
   int encoder_layers = 0;     // MoE layers in the encoder
   int decoder_layers = 0;     // MoE layers in the decoder
@@ -27,7 +30,9 @@ struct MoeGeometry {
   int d_model = 0;            // width of the router's input
 
   int num_layers() const { return encoder_layers + decoder_layers; }
-  int layers(Stack s) const { return s == Stack::kEncoder ? encoder_layers : decoder_layers; }
+  int layers(Stack s) const {
+    return s == Stack::kEncoder ? encoder_layers : decoder_layers;
+  }
   int GlobalLayer(Stack s, int layer_in_stack) const {
     return s == Stack::kEncoder ? layer_in_stack : encoder_layers + layer_in_stack;
   }
@@ -52,12 +57,14 @@ struct ExpertKey {
   }
 };
 
-// What happened to one sequence in one stack. Layer-major planes: element (l, t) at l*T + t.
-// Real tokens only; padding is never recorded. Empty planes = not recorded (or stack not run).
+// What happened to one sequence in one stack. Layer-major planes: element (l, t) at l*T +
+// t. Real tokens only; padding is never recorded. Empty planes = not recorded (or stack
+// not run).
 struct RoutingSpan {
-  int num_tokens = 0;                // T
-  int num_layers = 0;                // L
-  std::vector<uint32_t> token_ids;   // [T]; the decoder's are its inputs (start token first)
+  int num_tokens = 0;  // T
+  int num_layers = 0;  // L
+  std::vector<uint32_t>
+      token_ids;  // [T]; the decoder's are its inputs (start token first)
   std::vector<uint16_t> expert_ids;  // [L*T] router's choice, before capacity
   std::vector<float> gate_probs;     // [L*T] probability of that choice (stored as bf16)
   std::vector<uint8_t> dropped;      // [L*T] 1 = capacity dropped the token
@@ -73,7 +80,7 @@ struct RoutingSpan {
 struct RoutingTrace {
   uint64_t sequence_id = 0;  // position in the corpus' sequence order: unique in a store
   uint64_t document_id = 0;
-  uint64_t group_id = 0;     // near-duplicate group; decides the split part
+  uint64_t group_id = 0;  // near-duplicate group; decides the split part
   Task task = Task::kDenoise;
   RoutingSpan encoder;
   RoutingSpan decoder;
@@ -85,7 +92,8 @@ const char* SplitPartName(SplitPart part);
 // The one split of everything: u = hash(salt, group id) in [0,1); u < 0.30 test,
 // < 0.475 validation, else train.
 SplitPart SplitOf(uint64_t group_id);
-// True for the documents whose router inputs are recorded at this share (0..1), by group hash.
+// True for the documents whose router inputs are recorded at this share (0..1), by group
+// hash.
 bool HiddenShareOf(uint64_t group_id, double share);
 
 uint16_t FloatToBf16(float value);  // round to nearest even; NaN stays NaN
@@ -96,6 +104,7 @@ float Bf16ToFloat(uint16_t bits);
 template <>
 struct std::hash<routecast::ExpertKey> {
   size_t operator()(const routecast::ExpertKey& k) const {
-    return std::hash<uint64_t>()((static_cast<uint64_t>(k.layer) << 32) | uint32_t(k.expert));
+    return std::hash<uint64_t>()((static_cast<uint64_t>(k.layer) << 32) |
+                                 uint32_t(k.expert));
   }
 };

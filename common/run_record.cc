@@ -37,7 +37,8 @@ Json ParseJson(const std::string& text, const std::string& what) {
     Json value = Json::parse(text, guard);
     if (!too_deep) return value;
   } catch (const nlohmann::json::exception& e) {
-    throw DataError(ErrorText(what + " is not valid JSON", e.what(), "write the file again"));
+    throw DataError(
+        ErrorText(what + " is not valid JSON", e.what(), "write the file again"));
   }
   throw DataError(ErrorText(what + " is not usable JSON", "nested deeper than 100", ""));
 }
@@ -60,7 +61,9 @@ RunRecord::RunRecord(fs::path folder, std::string program, Json configuration)
   record_["exit_status"] = nullptr;
 }
 
-void RunRecord::Set(const std::string& key, Json value) { record_[key] = std::move(value); }
+void RunRecord::Set(const std::string& key, Json value) {
+  record_[key] = std::move(value);
+}
 
 void RunRecord::WriteStart() { Write(); }
 

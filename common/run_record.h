@@ -15,8 +15,8 @@ using Json = nlohmann::ordered_json;
 const char* Version();    // "0.1.0"
 const char* GitCommit();  // of the build; "unknown" outside a clone
 
-// Parses foreign JSON. Throws DataError with `what` (usually the path), offset and reason;
-// refuses nesting deeper than 100.
+// Parses foreign JSON. Throws DataError with `what` (usually the path), offset and
+// reason; refuses nesting deeper than 100.
 Json ParseJson(const std::string& text, const std::string& what);
 Json ReadJsonFile(const fs::path& path);
 
@@ -28,18 +28,20 @@ class RunRecord {
   RunRecord(fs::path folder, std::string program, Json configuration);
   void Set(const std::string& key, Json value);  // devices, hosts, ranks, seeds, ...
   void WriteStart();
-  void Finish(int exit_status, Json headline);   // headline results
+  void Finish(int exit_status, Json headline);  // headline results
  private:
   void Write();
   fs::path folder_;
   Json record_;
 };
 
-// Appends one JSON object a line; flushed per line. EnvironmentError when the disk is full.
+// Appends one JSON object a line; flushed per line. EnvironmentError when the disk is
+// full.
 class JsonLines {
  public:
   explicit JsonLines(const fs::path& path, bool append);
   void Write(const Json& line);
+
  private:
   fs::path path_;
   std::ofstream out_;

@@ -37,8 +37,8 @@ uint64_t CheckedBytes(const TensorEntry& t, const std::string& what) {
 
 uint64_t DtypeBytes(const std::string& dtype) {
   static const std::map<std::string, uint64_t> kBytes = {
-      {"F64", 8}, {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4}, {"F16", 2},
-      {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}};
+      {"F64", 8},  {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4}, {"F16", 2},
+      {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
   const auto it = kBytes.find(dtype);
   return it == kBytes.end() ? 0 : it->second;
 }
@@ -50,9 +50,10 @@ const TensorEntry* SafetensorsIndex::Find(const std::string& name) const {
   return nullptr;
 }
 
-SafetensorsIndex ParseSafetensorsHeader(const std::string& header_json, uint64_t file_size,
-                                        const std::string& what) {
-  if (header_json.empty() || header_json[0] != '{') Bad(what, "header does not start with {");
+SafetensorsIndex ParseSafetensorsHeader(const std::string& header_json,
+                                        uint64_t file_size, const std::string& what) {
+  if (header_json.empty() || header_json[0] != '{')
+    Bad(what, "header does not start with {");
   const Json header = ParseJson(header_json, what + " (header)");
   if (!header.is_object()) Bad(what, "header is not an object");
   const uint64_t data_start = 8 + header_json.size();
@@ -72,13 +73,15 @@ SafetensorsIndex ParseSafetensorsHeader(const std::string& header_json, uint64_t
     t.name = name;
     const bool complete = value.contains("dtype") && value["dtype"].is_string() &&
                           value.contains("shape") && value["shape"].is_array() &&
-                          value.contains("data_offsets") && value["data_offsets"].is_array() &&
+                          value.contains("data_offsets") &&
+                          value["data_offsets"].is_array() &&
                           value["data_offsets"].size() == 2;
     if (!complete) Bad(what, "entry " + name + " lacks dtype, shape or data_offsets");
     t.dtype = value["dtype"].get<std::string>();
     for (const auto& dim : value["shape"]) {
       if (!dim.is_number_unsigned()) Bad(what, "entry " + name + ": bad dimension");
-      if (dim.get<uint64_t>() > uint64_t{1} << 62) Bad(what, "entry " + name + ": dimension");
+      if (dim.get<uint64_t>() > uint64_t{1} << 62)
+        Bad(what, "entry " + name + ": dimension");
       t.shape.push_back(dim.get<int64_t>());
     }
     for (const auto& o : value["data_offsets"]) {
@@ -86,7 +89,8 @@ SafetensorsIndex ParseSafetensorsHeader(const std::string& header_json, uint64_t
     }
     const auto begin = value["data_offsets"][0].get<uint64_t>();
     const auto end = value["data_offsets"][1].get<uint64_t>();
-    if (begin > end || end > file_size) Bad(what, "entry " + name + ": offsets out of range");
+    if (begin > end || end > file_size)
+      Bad(what, "entry " + name + ": offsets out of range");
     t.size_bytes = end - begin;
     t.offset = data_start + begin;
     if (CheckedBytes(t, what) != t.size_bytes) {
@@ -126,7 +130,8 @@ SafetensorsIndex ReadSafetensorsIndex(const fs::path& path) {
                   std::to_string(file_size) + " bytes");
   }
   std::string header(length, '\0');
-  if (!in.read(header.data(), static_cast<std::streamsize>(length))) Bad(path, "cut header");
+  if (!in.read(header.data(), static_cast<std::streamsize>(length)))
+    Bad(path, "cut header");
   return ParseSafetensorsHeader(header, file_size, path.string());
 }
 
@@ -134,7 +139,8 @@ std::string ReadTensorBytes(const fs::path& path, const TensorEntry& entry) {
   std::ifstream in(path, std::ios::binary);
   std::string bytes(entry.size_bytes, '\0');
   in.seekg(static_cast<std::streamoff>(entry.offset));
-  if (!in.read(bytes.data(), static_cast<std::streamsize>(bytes.size())) && !bytes.empty()) {
+  if (!in.read(bytes.data(), static_cast<std::streamsize>(bytes.size())) &&
+      !bytes.empty()) {
     Bad(path, "cut inside tensor " + entry.name);
   }
   return bytes;
@@ -152,7 +158,8 @@ void WriteSafetensors(const fs::path& path, const std::vector<TensorToWrite>& te
   std::vector<uint64_t> sizes;
   for (const TensorToWrite& t : tensors) {
     const uint64_t bytes = CheckedBytes({t.name, t.dtype, t.shape, 0, 0}, path.string());
-    header[t.name] = {{"dtype", t.dtype}, {"shape", t.shape},
+    header[t.name] = {{"dtype", t.dtype},
+                      {"shape", t.shape},
                       {"data_offsets", {offset, offset + bytes}}};
     offset += bytes;
     sizes.push_back(bytes);

@@ -1,5 +1,5 @@
-// Routing so far -> probabilities for experts ahead. Baselines and learned models behind one
-// door, for the trainer's tables and the runtime alike.
+// Routing so far -> probabilities for experts ahead. Baselines and learned models behind
+// one door, for the trainer's tables and the runtime alike.
 #pragma once
 
 #include <memory>
@@ -17,11 +17,12 @@ class ExpertPredictor {
   virtual std::string name() const = 0;
   // True where Predict needs window.hidden_BTD for source_layer >= 0.
   virtual bool needs_hidden() const = 0;
-  // How many of the newest tokens of a decoder window matter (1 = the last token only); the
-  // runtime keeps that much history.
+  // How many of the newest tokens of a decoder window matter (1 = the last token only);
+  // the runtime keeps that much history.
   virtual int history_tokens() const = 0;
-  // probs [B,T,E] float32 for the target at `lead` (routing_window.h), or nullopt where this
-  // predictor has nothing to say for that (stack, source, lead). Rows of padding are arbitrary.
+  // probs [B,T,E] float32 for the target at `lead` (routing_window.h), or nullopt where
+  // this predictor has nothing to say for that (stack, source, lead). Rows of padding are
+  // arbitrary.
   virtual std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) = 0;
 };
 

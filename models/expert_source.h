@@ -23,7 +23,8 @@ class ExpertLease {
   ExpertLease(int expert, ExpertWeights weights, std::function<void()> release)
       : expert_(expert), weights_(std::move(weights)), release_(std::move(release)) {}
   ExpertLease(ExpertLease&& o) noexcept
-      : expert_(o.expert_), weights_(std::move(o.weights_)),
+      : expert_(o.expert_),
+        weights_(std::move(o.weights_)),
         release_(std::exchange(o.release_, nullptr)) {}
   ExpertLease& operator=(ExpertLease&& o) noexcept {
     if (this != &o) {
@@ -53,8 +54,8 @@ class ExpertSource {
   virtual ~ExpertSource() = default;
   // The distinct experts (ascending) that `layer` (global MoE layer) is about to run.
   virtual void Begin(int layer, std::span<const int> experts) = 0;
-  // The next expert that is ready; waits for one where none is. Leases of one layer may be
-  // released in any order. Throws EnvironmentError when the weights cannot be brought.
+  // The next expert that is ready; waits for one where none is. Leases of one layer may
+  // be released in any order. Throws EnvironmentError when the weights cannot be brought.
   virtual ExpertLease Next() = 0;
 };
 

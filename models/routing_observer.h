@@ -17,14 +17,15 @@ struct PassInfo {
   int first_position = 0;   // of the pass' first token in its sequence
 };
 
-// One MoE layer's decision. Tensors live on the model's device and are valid during the call.
+// One MoE layer's decision. Tensors live on the model's device and are valid during the
+// call.
 struct LayerRouting {
-  int layer = 0;              // global MoE layer (MoeGeometry)
-  at::Tensor input_BTD;       // the router's input: normed hidden state, model dtype
-  at::Tensor logits_BTE;      // fp32, raw
-  at::Tensor expert_ids_BT;   // int64, the choice before capacity
-  at::Tensor gate_probs_BT;   // probability of the choice, model dtype
-  at::Tensor dropped_BT;      // bool: capacity dropped the token
+  int layer = 0;             // global MoE layer (MoeGeometry)
+  at::Tensor input_BTD;      // the router's input: normed hidden state, model dtype
+  at::Tensor logits_BTE;     // fp32, raw
+  at::Tensor expert_ids_BT;  // int64, the choice before capacity
+  at::Tensor gate_probs_BT;  // probability of the choice, model dtype
+  at::Tensor dropped_BT;     // bool: capacity dropped the token
 };
 
 // Called on the forward thread, in layer order. Absent (nullptr) costs nothing.

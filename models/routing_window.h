@@ -1,10 +1,10 @@
 // The only features of prediction, used in training and in serving alike.
 // B sequences, T tokens, L MoE layers of the stack, E experts, D router input width.
 //
-// A window is seen from a *source layer* s of one stack (in-stack index, -1 = before the first
-// MoE layer): at the newest token, layers 0..s are routed and known. A *lead* d >= 1 asks for
-// in-stack layer s + d. In the decoder a target s + d >= L is layer s + d - L of the next token
-// (whose id is not known); the encoder has no such leads.
+// A window is seen from a *source layer* s of one stack (in-stack index, -1 = before the
+// first MoE layer): at the newest token, layers 0..s are routed and known. A *lead* d >=
+// 1 asks for in-stack layer s + d. In the decoder a target s + d >= L is layer s + d - L
+// of the next token (whose id is not known); the encoder has no such leads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,23 +18,27 @@ namespace routecast {
 struct RoutingWindow {
   Stack stack = Stack::kEncoder;
   int source_layer = -1;
-  int num_layers = 0;          // L
-  int num_experts = 0;         // E; id E means "unknown" or padding
-  at::Tensor token_ids_BT;     // int64, padding 0
-  at::Tensor valid_BT;         // bool, true = real token
-  // int64. Encoder: columns <= source_layer known for all tokens, others E. Decoder, causal:
-  // entry (t, l) is the token's own expert for every l; a consumer at token t may use row t only
-  // up to source_layer and rows < t wholly (models mask; see models/featuriser in this room).
+  int num_layers = 0;       // L
+  int num_experts = 0;      // E; id E means "unknown" or padding
+  at::Tensor token_ids_BT;  // int64, padding 0
+  at::Tensor valid_BT;      // bool, true = real token
+  // int64. Encoder: columns <= source_layer known for all tokens, others E. Decoder,
+  // causal: entry (t, l) is the token's own expert for every l; a consumer at token t may
+  // use row t only up to source_layer and rows < t wholly (models mask; see
+  // models/featuriser in this room).
   at::Tensor experts_BTL;
-  at::Tensor hidden_BTD;       // float32 router input at source_layer; undefined = not available
+  at::Tensor
+      hidden_BTD;  // float32 router input at source_layer; undefined = not available
 };
 
-// Labels for (window, lead): the true expert per token, -100 where there is none (padding,
-// dropped by capacity, beyond the sequence).
-at::Tensor WindowLabels(const RoutingTrace& trace, Stack stack, int source_layer, int lead);
+// Labels for (window, lead): the true expert per token, -100 where there is none
+// (padding, dropped by capacity, beyond the sequence).
+at::Tensor WindowLabels(const RoutingTrace& trace, Stack stack, int source_layer,
+                        int lead);
 
 // Window of one recorded sequence (B = 1). hidden undefined where the trace has none.
-RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer, int num_experts);
+RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
+                       int num_experts);
 
 // Pads windows of the same stack and source layer to one batch (right padding of tokens).
 RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows);

@@ -1,0 +1,50 @@
+// Running a layer's experts where the model runs, and weights that are simply there.
+#pragma once
+
+#include <map>
+#include <vector>
+
+#include "models/expert_source.h"
+#include "models/parameters.h"
+#include "models/switch_config.h"
+
+namespace routecast {
+
+// Every expert resident: leases cost nothing and come in ascending order.
+class ResidentExpertSource final : public ExpertSource {
+ public:
+  // weights[ExpertKey::Index]; tensors are shared, not copied.
+  ResidentExpertSource(MoeGeometry geometry, std::vector<ExpertWeights> weights);
+  void Begin(int layer, std::span<const int> experts) override;
+  ExpertLease Next() override;
+
+ private:
+  MoeGeometry geometry_;
+  std::vector<ExpertWeights> weights_;
+  int layer_ = 0;
+  std::vector<int> pending_;
+  size_t next_ = 0;
+};
+
+// Groups tokens by expert, then wi -> relu -> wo for each lease as it becomes ready.
+// Differentiable where the weights and tokens are. Does not own the source.
+class LocalExpertExecutor final : public ExpertExecutor {
+ public:
+  explicit LocalExpertExecutor(ExpertSource* source) : source_(source) {}
+  at::Tensor Run(int layer, const at::Tensor& tokens_ND,
+                 const at::Tensor& expert_ids_N) override;
+
+ private:
+  ExpertSource* source_;
+};
+
+// The name of an expert's tensor in a checkpoint; `tensor` is "wi" or "wo".
+std::string ExpertTensorName(const SwitchConfig& config, ExpertKey key,
+                             const std::string& tensor);
+// True for the name of any expert's tensor.
+bool IsExpertTensor(const std::string& name);
+// Collects the experts' weights from parameters. Throws DataError where one is missing.
+std::vector<ExpertWeights> ExpertWeightsOf(const SwitchConfig& config,
+                                           const Parameters& parameters);
+
+}  // namespace routecast

@@ -1,0 +1,154 @@
+#include "models/switch_config.h"
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+constexpr int kMaxSize = 1 << 20;
+
+class Reader {
+ public:
+  Reader(const Json& json, std::string what) : json_(json), what_(std::move(what)) {}
+
+  void Int(const char* key, int* value, int low, int high = kMaxSize) const {
+    if (!json_.contains(key) || json_[key].is_null()) {
+      Check(key, *value, low, high);
+      return;
+    }
+    if (!json_[key].is_number_integer()) Bad(key, json_[key].dump(), "an integer");
+    const auto number = json_[key].get<int64_t>();
+    Check(key, number, low, high);
+    *value = static_cast<int>(number);
+  }
+  void Number(const char* key, double* value) const {
+    if (!json_.contains(key)) return;
+    if (!json_[key].is_number()) Bad(key, json_[key].dump(), "a number");
+    *value = json_[key].get<double>();
+  }
+  void Bool(const char* key, bool* value) const {
+    if (!json_.contains(key)) return;
+    if (!json_[key].is_boolean()) Bad(key, json_[key].dump(), "true or false");
+    *value = json_[key].get<bool>();
+  }
+  void MustBe(const char* key, const Json& expected) const {
+    if (json_.contains(key) && json_[key] != expected) {
+      Bad(key, json_[key].dump(), expected.dump());
+    }
+  }
+  [[noreturn]] void Bad(const std::string& key, const std::string& value,
+                        const std::string& expected) const {
+    throw DataError(ErrorText(what_ + ": " + key + " is not usable",
+                              key + "=" + value + ", expected " + expected,
+                              "use the config.json of a Switch Transformer"));
+  }
+
+ private:
+  void Check(const char* key, int64_t number, int low, int high) const {
+    if (number < low || number > high) {
+      Bad(key, std::to_string(number), std::to_string(low) + ".." + std::to_string(high));
+    }
+  }
+  const Json& json_;
+  std::string what_;
+};
+
+int SparseStep(int blocks, int sparse) { return sparse > 0 ? blocks / sparse : blocks; }
+
+}  // namespace
+
+bool SwitchConfig::IsSparse(Stack stack, int block) const {
+  const int step = stack == Stack::kEncoder
+                       ? SparseStep(num_layers, num_sparse_encoder_layers)
+                       : SparseStep(num_decoder_layers, num_sparse_decoder_layers);
+  return step > 0 && (step == 1 || block % step == 1);
+}
+
+MoeGeometry SwitchConfig::geometry() const {
+  MoeGeometry g;
+  for (int i = 0; i < num_layers; ++i) g.encoder_layers += IsSparse(Stack::kEncoder, i);
+  for (int i = 0; i < num_decoder_layers; ++i)
+    g.decoder_layers += IsSparse(Stack::kDecoder, i);
+  g.num_experts = num_experts;
+  g.experts_per_token = 1;
+  g.d_model = d_model;
+  return g;
+}
+
+SwitchConfig SwitchConfig::FromJson(const Json& json, const std::string& what) {
+  const Reader read(json, what);
+  if (!json.is_object()) read.Bad("config", "not an object", "a JSON object");
+  if (!json.contains("model_type") || json["model_type"] != "switch_transformers") {
+    read.Bad("model_type",
+             json.contains("model_type") ? json["model_type"].dump() : "absent",
+             "\"switch_transformers\"");
+  }
+  read.MustBe("dense_act_fn", "relu");
+  read.MustBe("is_gated_act", false);
+  read.MustBe("router_dtype", "float32");
+  SwitchConfig c;
+  read.Int("vocab_size", &c.vocab_size, 2, 1 << 24);
+  read.Int("d_model", &c.d_model, 1);
+  read.Int("d_kv", &c.d_kv, 1);
+  read.Int("d_ff", &c.d_ff, 1);
+  read.Int("num_heads", &c.num_heads, 1, 4096);
+  read.Int("num_layers", &c.num_layers, 1, 4096);
+  c.num_decoder_layers = c.num_layers;
+  read.Int("num_decoder_layers", &c.num_decoder_layers, 1, 4096);
+  read.Int("num_sparse_encoder_layers", &c.num_sparse_encoder_layers, 0, c.num_layers);
+  read.Int("num_sparse_decoder_layers", &c.num_sparse_decoder_layers, 0,
+           c.num_decoder_layers);
+  read.Int("num_experts", &c.num_experts, 1, 65535);
+  read.Int("expert_capacity", &c.expert_capacity, 1);
+  read.Bool("router_bias", &c.router_bias);
+  read.Number("router_jitter_noise", &c.router_jitter_noise);
+  read.Number("router_z_loss_coef", &c.router_z_loss_coef);
+  read.Number("router_aux_loss_coef", &c.router_aux_loss_coef);
+  read.Int("relative_attention_num_buckets", &c.relative_attention_num_buckets, 4, 4096);
+  read.Int("relative_attention_max_distance", &c.relative_attention_max_distance, 2);
+  read.Number("layer_norm_epsilon", &c.layer_norm_epsilon);
+  read.Bool("tie_word_embeddings", &c.tie_word_embeddings);
+  read.Int("pad_token_id", &c.pad_token_id, 0, c.vocab_size - 1);
+  read.Int("eos_token_id", &c.eos_token_id, 0, c.vocab_size - 1);
+  read.Int("decoder_start_token_id", &c.decoder_start_token_id, 0, c.vocab_size - 1);
+  return c;
+}
+
+Json SwitchConfig::ToJson() const {
+  return Json{
+      {"architectures", {"SwitchTransformersForConditionalGeneration"}},
+      {"model_type", "switch_transformers"},
+      {"vocab_size", vocab_size},
+      {"d_model", d_model},
+      {"d_kv", d_kv},
+      {"d_ff", d_ff},
+      {"num_heads", num_heads},
+      {"num_layers", num_layers},
+      {"num_decoder_layers", num_decoder_layers},
+      {"num_sparse_encoder_layers", num_sparse_encoder_layers},
+      {"num_sparse_decoder_layers", num_sparse_decoder_layers},
+      {"num_experts", num_experts},
+      {"expert_capacity", expert_capacity},
+      {"router_bias", router_bias},
+      {"router_dtype", "float32"},
+      {"router_ignore_padding_tokens", false},
+      {"router_jitter_noise", router_jitter_noise},
+      {"router_z_loss_coef", router_z_loss_coef},
+      {"router_aux_loss_coef", router_aux_loss_coef},
+      {"relative_attention_num_buckets", relative_attention_num_buckets},
+      {"relative_attention_max_distance", relative_attention_max_distance},
+      {"dense_act_fn", "relu"},
+      {"is_gated_act", false},
+      {"dropout_rate", 0.0},
+      {"layer_norm_epsilon", layer_norm_epsilon},
+      {"initializer_factor", 1.0},
+      {"is_encoder_decoder", true},
+      {"tie_word_embeddings", tie_word_embeddings},
+      {"pad_token_id", pad_token_id},
+      {"eos_token_id", eos_token_id},
+      {"decoder_start_token_id", decoder_start_token_id},
+      {"use_cache", true},
+  };
+}
+
+}  // namespace routecast

@@ -1,0 +1,188 @@
+// The Switch Transformer's own properties, without a reference implementation.
+#include <gtest/gtest.h>
+
+#include "common/errors.h"
+#include "models/generation.h"
+#include "tests/models/switch_test_support.h"
+#include "tests/support/reference.h"
+
+namespace routecast {
+namespace {
+
+// Each token through its expert alone: slow and obvious.
+class PerTokenExecutor : public ExpertExecutor {
+ public:
+  PerTokenExecutor(MoeGeometry g, std::vector<ExpertWeights> w)
+      : g_(g), w_(std::move(w)) {}
+  at::Tensor Run(int layer, const at::Tensor& tokens, const at::Tensor& ids) override {
+    std::vector<at::Tensor> rows;
+    for (int64_t i = 0; i < tokens.size(0); ++i) {
+      const ExpertKey key{layer, static_cast<int>(ids[i].item<int64_t>())};
+      const ExpertWeights& w = w_[static_cast<size_t>(key.Index(g_))];
+      rows.push_back(at::mv(w.wo_DF, at::relu(at::mv(w.wi_FD, tokens[i]))));
+    }
+    return at::stack(rows);
+  }
+
+ private:
+  MoeGeometry g_;
+  std::vector<ExpertWeights> w_;
+};
+
+// Hands leases out in descending order: another order of readiness.
+class ReversedSource : public ExpertSource {
+ public:
+  ReversedSource(MoeGeometry g, std::vector<ExpertWeights> w) : g_(g), w_(std::move(w)) {}
+  void Begin(int layer, std::span<const int> experts) override {
+    layer_ = layer;
+    pending_.assign(experts.begin(), experts.end());
+  }
+  ExpertLease Next() override {
+    const int e = pending_.back();
+    pending_.pop_back();
+    return {e, w_[static_cast<size_t>(ExpertKey{layer_, e}.Index(g_))], nullptr};
+  }
+
+ private:
+  MoeGeometry g_;
+  std::vector<ExpertWeights> w_;
+  int layer_ = 0;
+  std::vector<int> pending_;
+};
+
+struct Inputs {
+  at::Tensor ids = at::randint(2, 96, {3, 14}, at::kLong);
+  at::Tensor valid = at::ones({3, 14}, at::kBool);
+  at::Tensor decoder = at::randint(2, 96, {3, 10}, at::kLong);
+  at::Tensor decoder_valid = at::ones({3, 10}, at::kBool);
+};
+
+at::Tensor Forward(SwitchModel* model, const Inputs& in) {
+  return model->Logits(model->Decode(in.decoder, in.decoder_valid,
+                                     model->Encode(in.ids, in.valid), in.valid, nullptr));
+}
+
+TEST(SwitchModel, GroupedExpertsEqualAPerTokenLoop) {
+  const Checkpoint c = RandomCheckpoint(SmallConfig(), 1);
+  ResidentModel fast(c);
+  PerTokenExecutor slow_executor(c.config.geometry(),
+                                 ExpertWeightsOf(c.config, c.parameters));
+  SwitchModel slow(c.config, c.parameters, &slow_executor);
+  const Inputs in;
+  EXPECT_TRUE(at::allclose(Forward(&fast.model(), in), Forward(&slow, in), 1e-4, 1e-4));
+}
+
+TEST(SwitchModel, OrderOfReadinessChangesNoBit) {
+  const Checkpoint c = RandomCheckpoint(SmallConfig(), 2);
+  ResidentModel plain(c);
+  ReversedSource source(c.config.geometry(), ExpertWeightsOf(c.config, c.parameters));
+  LocalExpertExecutor executor(&source);
+  SwitchModel reversed(c.config, c.parameters, &executor);
+  const Inputs in;
+  EXPECT_TRUE(at::equal(Forward(&plain.model(), in), Forward(&reversed, in)));
+}
+
+TEST(SwitchModel, LaterDecoderTokensDoNotChangeEarlierLogits) {
+  ResidentModel model(RandomCheckpoint(SmallConfig(), 3));
+  Inputs in;
+  const at::Tensor before = Forward(&model.model(), in);
+  in.decoder = in.decoder.clone();
+  in.decoder.select(1, 7).fill_(5);
+  const at::Tensor after = Forward(&model.model(), in);
+  EXPECT_TRUE(at::allclose(before.narrow(1, 0, 7), after.narrow(1, 0, 7), 1e-5, 1e-5));
+  EXPECT_FALSE(at::allclose(before.select(1, 7), after.select(1, 7), 1e-3, 1e-3));
+}
+
+TEST(SwitchModel, RightPaddingDoesNotChangeRealTokens) {
+  ResidentModel model(RandomCheckpoint(SmallConfig(), 4));
+  const Inputs in;
+  const at::Tensor ids = at::constant_pad_nd(in.ids, {0, 6}, 0);
+  const at::Tensor valid = at::constant_pad_nd(in.valid, {0, 6}, 0);
+  EXPECT_TRUE(at::allclose(model.model().Encode(in.ids, in.valid),
+                           model.model().Encode(ids, valid).narrow(1, 0, 14), 1e-4,
+                           1e-4));
+}
+
+TEST(SwitchModel, OverrideForcesRouting) {
+  class AllToThree : public RoutingOverride {
+    void Replace(int, at::Tensor* ids, at::Tensor*) override { ids->fill_(3); }
+  } to_three;
+  ResidentModel model(RandomCheckpoint(SmallConfig(), 5));
+  RoutingLog log;
+  ForwardOptions options;
+  options.observer = &log;
+  options.routing_override = &to_three;
+  const Inputs in;
+  model.model().Encode(in.ids, in.valid, options);
+  for (const LayerRouting& r : log.routings) {
+    EXPECT_TRUE((r.expert_ids_BT == 3).all().item<bool>());
+  }
+}
+
+TEST(SwitchModel, JitterIsAFunctionOfItsKey) {
+  ResidentModel model(RandomCheckpoint(SmallConfig(), 6));
+  const Inputs in;
+  const auto logits = [&](uint64_t key) {
+    RoutingLog log;
+    ForwardOptions options;
+    options.observer = &log;
+    options.jitter = 0.1;
+    options.jitter_key = key;
+    model.model().Encode(in.ids, in.valid, options);
+    return log.routings[0].logits_BTE;
+  };
+  EXPECT_TRUE(at::equal(logits(1), logits(1)));
+  EXPECT_FALSE(at::equal(logits(1), logits(2)));
+}
+
+TEST(SwitchModel, WrongShapeNamesTheTensorAndBothShapes) {
+  const Checkpoint c = RandomCheckpoint(SmallConfig(), 7);
+  SwitchConfig wider = c.config;
+  wider.d_ff = 64;
+  LocalExpertExecutor executor(nullptr);
+  try {
+    SwitchModel model(wider, c.parameters, &executor);
+    FAIL() << "a wrong shape was accepted";
+  } catch (const DataError& e) {
+    EXPECT_NE(std::string(e.what()).find("mlp.wi.weight"), std::string::npos);
+    EXPECT_NE(std::string(e.what()).find("64"), std::string::npos);
+  }
+}
+
+TEST(SwitchConfig, RefusesWhatItCannotRun) {
+  const Json good = SmallConfig().ToJson();
+  EXPECT_EQ(SwitchConfig::FromJson(good, "x").geometry(), SmallConfig().geometry());
+  const std::pair<const char*, Json> bad[] = {
+      {"model_type", "t5"}, {"dense_act_fn", "gelu"}, {"num_experts", -1},
+      {"d_model", 1e300},   {"num_layers", "four"},   {"num_heads", 0},
+      {"vocab_size", 1},    {"expert_capacity", 0},   {"num_sparse_encoder_layers", 9}};
+  for (const auto& [key, value] : bad) {
+    Json config = good;
+    config[key] = value;
+    EXPECT_THROW(SwitchConfig::FromJson(config, "x"), DataError) << key;
+  }
+}
+
+TEST(Checkpoint, RoundTripsAndLoadsOneExpertAlone) {
+  const Checkpoint c = RandomCheckpoint(SmallConfig(), 8);
+  const fs::path folder = TestFolder("checkpoint-roundtrip");
+  SaveCheckpoint(folder, c.config, c.parameters, at::kFloat);
+  const Checkpoint read = LoadCheckpoint(folder, at::kFloat, at::kCPU);
+  for (const auto& [name, tensor] : c.parameters.items()) {
+    EXPECT_TRUE(at::equal(tensor, read.parameters.Get(name))) << name;
+  }
+  const ExpertKey key{2, 5};
+  const ExpertWeights expert = LoadExpert(folder, c.config, key, at::kFloat);
+  EXPECT_TRUE(
+      at::equal(expert.wi_FD, c.parameters.Get(ExpertTensorName(c.config, key, "wi"))));
+  const Checkpoint rest =
+      LoadCheckpoint(folder, at::kFloat, at::kCPU, ExpertLoading::kLeaveOut);
+  EXPECT_FALSE(rest.parameters.Has(ExpertTensorName(c.config, key, "wi")));
+}
+
+TEST(Checkpoint, MissingFolderIsAUsageError) {
+  EXPECT_THROW(LoadCheckpoint("/nonexistent/model", at::kFloat, at::kCPU), UsageError);
+}
+
+}  // namespace
+}  // namespace routecast
