@@ -1,0 +1,43 @@
+// Does speculation pay on this machine, for this model and predictor? Steps with and without it
+// are interleaved in short blocks; speculation is switched off when its steps are not faster.
+// A trial comes first, then again after ever longer spells, so that a change is noticed.
+// Thread rule: one thread at a time. No clock: the caller measures.
+#pragma once
+
+#include <vector>
+
+namespace routecast {
+
+struct BenefitGaugeOptions {
+  int block_steps = 4;       // consecutive steps of one mode; the first of a block is not counted
+  int trial_pairs = 4;       // blocks of each mode in a trial
+  int first_spell = 128;     // steps until the second trial, then doubled each time
+  int longest_spell = 4096;
+};
+
+class BenefitGauge {
+ public:
+  explicit BenefitGauge(BenefitGaugeOptions options = {});
+
+  // Whether the step that comes may speculate.
+  bool Speculate() const;
+  // The step is over: `seconds` of wall time.
+  void Record(double seconds);
+  // The verdict of the last trial: false = speculation is off. True before the first one ends.
+  bool helps() const { return helps_; }
+  bool in_trial() const { return in_trial_; }
+  // Median seconds a step in the last whole trial; 0 before.
+  double with_seconds() const { return with_; }
+  double without_seconds() const { return without_; }
+
+ private:
+  void Decide();
+  BenefitGaugeOptions options_;
+  bool helps_ = true, in_trial_ = true;
+  int position_ = 0;  // step within the trial or the spell
+  int spell_;
+  double with_ = 0, without_ = 0;
+  std::vector<double> on_, off_;
+};
+
+}  // namespace routecast

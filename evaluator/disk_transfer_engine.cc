@@ -1,0 +1,243 @@
+#include "evaluator/disk_transfer_engine.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+constexpr double kPaceSlackSeconds = 200e-6;  // a late wake-up is caught up, an idle link is not
+}
+
+DiskTransferEngine::DiskTransferEngine(std::shared_ptr<const ExpertFile> file, int num_slots,
+                                       DiskEngineOptions options)
+    : file_(std::move(file)), options_(options),
+      arena_(num_slots, file_->spec().stride_bytes()) {
+  fd_ = ::open(file_->path().c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
+  // Some file systems refuse at open, others at the first read.
+  if (fd_ >= 0 && ::pread(fd_, arena_.base(), 4096, 0) < 0 && errno == EINVAL) {
+    ::close(fd_);
+    fd_ = -1;
+    errno = EINVAL;
+  }
+  if (fd_ < 0 && errno == EINVAL) {
+    direct_ = false;
+    std::fprintf(stderr, "direct reads are refused for %s: reading through the page cache\n",
+                 file_->path().c_str());
+    fd_ = ::open(file_->path().c_str(), O_RDONLY | O_CLOEXEC);
+  }
+  if (fd_ < 0) ThrowErrno(errno, "open", file_->path());
+  for (int i = 0; i < options_.num_threads; ++i) threads_.emplace_back([this] { Work(); });
+}
+
+DiskTransferEngine::~DiskTransferEngine() {
+  {
+    std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+  ::close(fd_);
+}
+
+void DiskTransferEngine::Start(const TransferOrder& order) {
+  auto job = std::make_unique<Job>();
+  job->order = order;
+  job->offset = file_->Offset(order.key);
+  {
+    std::lock_guard lock(mutex_);
+    jobs_.push_back(std::move(job));
+  }
+  wake_.notify_all();
+}
+
+void DiskTransferEngine::Promote(uint64_t id) {
+  std::lock_guard lock(mutex_);
+  for (auto& job : jobs_) {
+    if (job->order.id == id) job->order.demand = true;
+  }
+}
+
+void DiskTransferEngine::Cancel(uint64_t id) {
+  {
+    std::lock_guard lock(mutex_);
+    for (auto& job : jobs_) {
+      if (job->order.id == id) job->cancelled = true;
+    }
+  }
+  wake_.notify_all();
+}
+
+void DiskTransferEngine::SetPace(double bytes_per_second) {
+  std::lock_guard lock(mutex_);
+  options_.pace_bytes_per_second = bytes_per_second;
+}
+
+std::string DiskTransferEngine::description() const {
+  std::lock_guard lock(mutex_);
+  std::string text = std::string(direct_ ? "direct" : "buffered (direct refused)") +
+                     " reads by " + std::to_string(options_.num_threads) + " threads, " +
+                     (arena_.locked() ? "locked" : "unlocked") + " memory";
+  if (options_.pace_bytes_per_second > 0) {
+    text += ", paced to " +
+            FormatBytes(static_cast<uint64_t>(options_.pace_bytes_per_second)) + "/s";
+  }
+  return text;
+}
+
+std::string DiskTransferEngine::last_error() const {
+  std::lock_guard lock(mutex_);
+  return error_;
+}
+
+DiskTransferEngine::Job* DiskTransferEngine::NextJob() {
+  Job* best = nullptr;
+  for (auto& job : jobs_) {
+    if (job->cancelled && job->readers == 0) return job.get();  // only to be reported
+    if (job->cancelled || job->failed) continue;
+    if (job->handed == file_->spec().stride_bytes()) continue;
+    if (!best || (job->order.demand && !best->order.demand)) best = job.get();
+  }
+  return best;
+}
+
+void DiskTransferEngine::Work() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    Job* job = NextJob();
+    if (!job) {
+      if (stopping_) return;
+      wake_.wait(lock);
+      continue;
+    }
+    if (job->cancelled) {
+      FinishIfDone(job, &lock);
+      continue;
+    }
+    const double now = clock_.Now();
+    const double pace = options_.pace_bytes_per_second;
+    if (pace > 0 && link_free_ > now) {
+      wake_.wait_for(lock, std::chrono::duration<double>(link_free_ - now));
+      continue;  // a demand may have come meanwhile
+    }
+    const uint64_t from = job->handed;
+    const uint64_t size =
+        std::min(options_.chunk_bytes, file_->spec().stride_bytes() - from);
+    job->handed += size;
+    ++job->readers;
+    double carried = now;
+    if (pace > 0) {
+      link_free_ = std::max(link_free_, now - kPaceSlackSeconds) +
+                   static_cast<double>(size) / pace;
+      carried = link_free_;
+    }
+    std::byte* to = arena_.slot(job->order.slot) + from;
+    lock.unlock();
+    std::string error;
+    try {
+      ReadChunk(job->offset + from, size, to);
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+    lock.lock();
+    // The chunk has crossed the emulated link only when its time is over.
+    while (pace > 0 && clock_.Now() < carried && !stopping_) {
+      wake_.wait_for(lock, std::chrono::duration<double>(carried - clock_.Now()));
+    }
+    --job->readers;
+    job->finished += size;
+    if (!error.empty()) {
+      job->failed = true;
+      error_ = error;
+    }
+    FinishIfDone(job, &lock);
+  }
+}
+
+void DiskTransferEngine::ReadChunk(uint64_t offset, uint64_t size, std::byte* to) {
+  uint64_t done = 0;
+  while (done < size) {
+    const ssize_t n = ::pread(fd_, to + done, size - done, static_cast<off_t>(offset + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) ThrowErrno(errno, "read", file_->path());
+    if (n == 0) {
+      throw DataError(ErrorText("cut expert file: " + file_->path().string(),
+                                "no byte at " + std::to_string(offset + done), ""));
+    }
+    done += static_cast<uint64_t>(n);
+  }
+}
+
+void DiskTransferEngine::FinishIfDone(Job* job, std::unique_lock<std::mutex>* lock) {
+  if (job->readers > 0) return;
+  const bool whole = job->finished == file_->spec().stride_bytes();
+  if (!whole && !job->cancelled && !job->failed) return;
+  TransferOutcome outcome = whole ? TransferOutcome::kArrived : TransferOutcome::kCancelled;
+  if (job->failed) outcome = TransferOutcome::kFailed;
+  const auto it = std::find_if(jobs_.begin(), jobs_.end(),
+                               [&](const auto& other) { return other.get() == job; });
+  const std::unique_ptr<Job> finished = std::move(*it);
+  jobs_.erase(it);
+  lock->unlock();
+  if (outcome == TransferOutcome::kArrived && options_.check_hashes) {
+    try {
+      file_->Check(finished->order.key, arena_.slot(finished->order.slot));
+    } catch (const std::exception& e) {
+      outcome = TransferOutcome::kFailed;
+      std::lock_guard error_lock(mutex_);
+      error_ = e.what();
+    }
+  }
+  {
+    std::lock_guard one(done_mutex_);
+    done_(finished->order.id, outcome, std::min(finished->finished, file_->spec().blob_bytes()));
+  }
+  lock->lock();
+}
+
+double DiskTransferEngine::MeasurePeak(double seconds) {
+  std::mutex mutex;
+  std::condition_variable arrived;
+  int under_way = 0;
+  uint64_t bytes = 0;
+  const double pace = options_.pace_bytes_per_second;
+  SetPace(0);
+  std::unique_lock swap(done_mutex_);
+  const Done before = done_;
+  done_ = [&](uint64_t, TransferOutcome, uint64_t moved) {
+    std::lock_guard lock(mutex);
+    --under_way;
+    bytes += moved;
+    arrived.notify_all();
+  };
+  swap.unlock();
+  std::vector<ExpertKey> keys;
+  for (int i = 0; i < file_->spec().geometry.num_keys(); ++i) {
+    const ExpertKey key = ExpertKey::FromIndex(i, file_->spec().geometry);
+    if (file_->Contains(key)) keys.push_back(key);
+  }
+  const int num_slots = static_cast<int>(arena_.size_bytes() / arena_.stride_bytes());
+  const double start = clock_.Now();
+  std::unique_lock lock(mutex);
+  for (uint64_t i = 0; clock_.Now() - start < seconds; ++i) {
+    arrived.wait(lock, [&] { return under_way < 2; });
+    ++under_way;
+    lock.unlock();
+    Start({i, keys[i % keys.size()], static_cast<int>(i % num_slots), true});
+    lock.lock();
+  }
+  arrived.wait(lock, [&] { return under_way == 0; });
+  const double peak = static_cast<double>(bytes) / (clock_.Now() - start);
+  lock.unlock();
+  swap.lock();  // the last call has returned
+  done_ = before;
+  SetPace(pace);
+  return peak;
+}
+
+}  // namespace routecast

@@ -1,0 +1,85 @@
+// Disk -> host memory: a few threads read one expert in direct, aligned chunks into its slot of
+// one locked arena. Between chunks a demand overtakes a speculation, and a speculation can be
+// cancelled.
+//
+// The emulated link: with a pace (bytes a second) chunks are handed out no faster than a serial
+// link of that rate would carry them. Reports label such runs `emulated`.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "evaluator/clock.h"
+#include "evaluator/expert_file.h"
+#include "evaluator/slot_arena.h"
+#include "evaluator/transfer_engine.h"
+
+namespace routecast {
+
+struct DiskEngineOptions {
+  int num_threads = 3;                 // readers; 2-4 saturate one disk
+  uint64_t chunk_bytes = 1 << 20;      // multiple of 4096
+  double pace_bytes_per_second = 0;    // 0 = as fast as the disk
+  bool check_hashes = false;           // compares each blob with the file's index (slow)
+};
+
+class DiskTransferEngine : public TransferEngine {
+ public:
+  // Opens the file for direct reads; falls back to buffered ones where the file system refuses
+  // (direct() tells, description() says so). Slots hold one blob each.
+  DiskTransferEngine(std::shared_ptr<const ExpertFile> file, int num_slots,
+                     DiskEngineOptions options);
+  ~DiskTransferEngine() override;
+
+  void SetDone(Done done) override { done_ = std::move(done); }
+  void Start(const TransferOrder& order) override;
+  void Promote(uint64_t id) override;
+  void Cancel(uint64_t id) override;
+  bool can_cancel() const override { return true; }
+  std::byte* slot(int slot) const override { return arena_.slot(slot); }
+  std::string description() const override;
+  std::string last_error() const override;
+
+  bool direct() const { return direct_; }
+  const SlotArena& arena() const { return arena_; }
+  void SetPace(double bytes_per_second);  // 0 = none
+  // What the link carries alone: reads experts one after another into the slots for about
+  // `seconds`, unpaced. REQUIRES nothing under way. Overwrites slots.
+  double MeasurePeak(double seconds);
+
+ private:
+  struct Job {
+    TransferOrder order;
+    uint64_t offset = 0;    // of the blob in the file
+    uint64_t handed = 0;    // bytes given to readers
+    uint64_t finished = 0;  // bytes in place
+    int readers = 0;
+    bool cancelled = false, failed = false;
+  };
+  void Work();
+  Job* NextJob();  // lock held
+  void ReadChunk(uint64_t offset, uint64_t size, std::byte* to);
+  void FinishIfDone(Job* job, std::unique_lock<std::mutex>* lock);
+
+  std::shared_ptr<const ExpertFile> file_;
+  DiskEngineOptions options_;
+  SlotArena arena_;
+  int fd_ = -1;
+  bool direct_ = true;
+  Done done_;
+  SteadyClock clock_;
+  mutable std::mutex mutex_;
+  std::mutex done_mutex_;  // one `done` at a time
+  std::condition_variable wake_;
+  std::deque<std::unique_ptr<Job>> jobs_;
+  double link_free_ = 0;   // when the paced link may take the next chunk
+  bool stopping_ = false;
+  std::string error_;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace routecast

@@ -1,0 +1,181 @@
+#include "evaluator/expert_cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kRateDecay = 1.0 - 1.0 / 64;
+const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
+                                         "least_stale", "phase_aware", "belady"};
+
+void Require(bool ok, const char* rule) {
+  if (!ok) throw std::logic_error(std::string("ExpertCache: ") + rule);
+}
+
+}  // namespace
+
+Eviction ParseEviction(const std::string& name) {
+  return static_cast<Eviction>(ParseChoice("--eviction", name, kNames));
+}
+
+const char* EvictionName(Eviction eviction) {
+  return kNames[static_cast<size_t>(eviction)].c_str();
+}
+
+ExpertCache::ExpertCache(const MoeGeometry& geometry, int num_slots, Eviction eviction)
+    : geometry_(geometry), eviction_(eviction), entries_(geometry.num_keys()),
+      in_slot_(std::max(num_slots, 0), -1), layer_visits_(geometry.num_layers(), 0) {
+  Require(num_slots >= 1, "at least one slot");
+  for (int slot = num_slots - 1; slot >= 0; --slot) free_.push_back(slot);
+}
+
+void ExpertCache::BeginLayer(int layer) {
+  layer_ = layer;
+  ++visits_;
+  ++layer_visits_[layer];
+}
+
+void ExpertCache::Use(ExpertKey key) {
+  Entry& entry = Of(key);
+  const uint64_t visit = layer_visits_[key.layer];
+  entry.rate *= std::pow(kRateDecay, static_cast<double>(visit - entry.rate_at));
+  entry.rate += 1 - kRateDecay;
+  entry.rate_at = visit;
+  entry.last_use = ++num_uses_;
+  entry.last_visit = visits_;
+  entry.layer_visit = visit;
+  ++entry.uses;
+  if (!future_.empty()) {
+    const int index = key.Index(geometry_);
+    const auto& uses = future_[index];
+    size_t& head = future_head_[index];
+    Require(head < uses.size() && uses[head] == future_position_, "a use off the known future");
+    ++head;
+    ++future_position_;
+  }
+}
+
+int ExpertCache::Load(ExpertKey key) {
+  Entry& entry = Of(key);
+  Require(entry.state == State::kAbsent && !free_.empty(), "Load of a present key or no slot");
+  entry.state = State::kLoading;
+  entry.slot = free_.back();
+  free_.pop_back();
+  in_slot_[entry.slot] = key.Index(geometry_);
+  return entry.slot;
+}
+
+void ExpertCache::Arrive(ExpertKey key) {
+  Require(Of(key).state == State::kLoading, "Arrive of a key that was not loading");
+  Of(key).state = State::kReady;
+}
+
+void ExpertCache::Drop(ExpertKey key) {
+  Entry& entry = Of(key);
+  Require(entry.state != State::kAbsent && entry.pins == 0, "Drop of a pinned or absent key");
+  in_slot_[entry.slot] = -1;
+  free_.push_back(entry.slot);
+  entry.slot = -1;
+  entry.state = State::kAbsent;
+}
+
+void ExpertCache::Pin(ExpertKey key) {
+  Require(Of(key).state != State::kAbsent, "Pin of an absent key");
+  ++Of(key).pins;
+}
+
+void ExpertCache::Unpin(ExpertKey key) {
+  Require(Of(key).pins > 0, "Unpin without a pin");
+  --Of(key).pins;
+}
+
+std::optional<ExpertKey> ExpertCache::Victim() const {
+  std::optional<ExpertKey> victim;
+  for (int index : in_slot_) {
+    if (index < 0) continue;
+    const ExpertKey key = ExpertKey::FromIndex(index, geometry_);
+    if (Evictable(key) && (!victim || LeavesBefore(key, *victim))) victim = key;
+  }
+  return victim;
+}
+
+bool ExpertCache::LeavesBefore(ExpertKey a, ExpertKey b) const {
+  const Entry& x = Of(a);
+  const Entry& y = Of(b);
+  // Larger score leaves first.
+  double score_a = 0, score_b = 0;
+  switch (eviction_) {
+    case Eviction::kNone:
+    case Eviction::kLru:
+      break;
+    case Eviction::kLfu:
+      score_a = -static_cast<double>(x.uses);
+      score_b = -static_cast<double>(y.uses);
+      break;
+    case Eviction::kLfru:
+      score_a = -static_cast<double>(x.uses) / static_cast<double>(visits_ - x.last_visit + 1);
+      score_b = -static_cast<double>(y.uses) / static_cast<double>(visits_ - y.last_visit + 1);
+      break;
+    case Eviction::kLeastStale: {
+      const bool stale_a = x.layer_visit != layer_visits_[a.layer];
+      const bool stale_b = y.layer_visit != layer_visits_[b.layer];
+      if (stale_a != stale_b) return stale_a;
+      score_a = LayerDistance(a.layer);
+      score_b = LayerDistance(b.layer);
+      break;
+    }
+    case Eviction::kPhaseAware: {
+      const Stack running = geometry_.StackOf(std::max(layer_, 0));
+      score_a = geometry_.StackOf(a.layer) != running;
+      score_b = geometry_.StackOf(b.layer) != running;
+      break;
+    }
+    case Eviction::kBelady: {
+      const uint64_t next_a = NextUse(a.Index(geometry_)), next_b = NextUse(b.Index(geometry_));
+      if (next_a != next_b) return next_a > next_b;
+      break;
+    }
+  }
+  if (score_a != score_b) return score_a > score_b;
+  if (x.last_use != y.last_use) return x.last_use < y.last_use;
+  return a < b;
+}
+
+double ExpertCache::UseRate(ExpertKey key) const {
+  const Entry& entry = Of(key);
+  const auto visits = static_cast<double>(layer_visits_[key.layer]);
+  if (visits == 0) return 0;
+  const double age = visits - static_cast<double>(entry.rate_at);
+  // Divided by the weight that the visits so far can reach: unbiased from the first visit on.
+  return entry.rate * std::pow(kRateDecay, age) / (1 - std::pow(kRateDecay, visits));
+}
+
+void ExpertCache::SetFuture(const std::vector<ExpertKey>& uses) {
+  future_.assign(entries_.size(), {});
+  future_head_.assign(entries_.size(), 0);
+  future_position_ = 0;
+  for (uint64_t i = 0; i < uses.size(); ++i) future_[uses[i].Index(geometry_)].push_back(i);
+}
+
+uint64_t ExpertCache::NextUse(int key_index) const {
+  if (future_.empty()) return 0;
+  const auto& uses = future_[key_index];
+  const size_t head = future_head_[key_index];
+  return head < uses.size() ? uses[head] : std::numeric_limits<uint64_t>::max();
+}
+
+int ExpertCache::LayerDistance(int layer) const {
+  // Layers of a stack run in order, round and round; the layer that runs now comes last.
+  const Stack stack = geometry_.StackOf(layer);
+  if (layer_ < 0 || stack != geometry_.StackOf(layer_)) return geometry_.num_layers() + 1;
+  const int distance = layer - layer_;
+  return distance > 0 ? distance : distance + geometry_.layers(stack);
+}
+
+}  // namespace routecast

@@ -1,0 +1,100 @@
+// Which experts sit in which slot of the budget, and which one goes first when room is needed.
+// Bookkeeping only: no memory, no threads, no clock but the order of calls.
+// Thread rule: one thread at a time (its owner's lock).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/routing.h"
+
+namespace routecast {
+
+// Who leaves first among ready, unpinned experts; ties by least recent use, then lower key.
+enum class Eviction {
+  kNone,        // nothing stays after its use: slots are mere buffers
+  kLru,         // least recently used
+  kLfu,         // fewest uses
+  kLfru,        // fewest uses per layer visit since the last use (vLLM issue 37190)
+  kLeastStale,  // unused at its layer's latest visit, then farthest layer (SpecMD, 2602.03921)
+  kPhaseAware,  // the stack that is not running, then least recently used
+  kBelady,      // farthest next use in a known future (offline only)
+};
+Eviction ParseEviction(const std::string& name);  // UsageError naming the nearest
+const char* EvictionName(Eviction eviction);
+
+class ExpertCache {
+ public:
+  enum class State : uint8_t { kAbsent, kLoading, kReady };
+
+  // REQUIRES num_slots >= 1.
+  ExpertCache(const MoeGeometry& geometry, int num_slots, Eviction eviction);
+
+  State state(ExpertKey key) const { return Of(key).state; }
+  int slot(ExpertKey key) const { return Of(key).slot; }  // -1 where absent
+  int pins(ExpertKey key) const { return Of(key).pins; }
+  int num_slots() const { return static_cast<int>(in_slot_.size()); }
+  int free_slots() const { return static_cast<int>(free_.size()); }
+  Eviction eviction() const { return eviction_; }
+  const MoeGeometry& geometry() const { return geometry_; }
+  // The key in a slot, -1 (as an index) where free.
+  int KeyIndexIn(int slot) const { return in_slot_[slot]; }
+
+  // The model starts `layer`; then Use for every expert that it asks for.
+  void BeginLayer(int layer);
+  void Use(ExpertKey key);
+  // Absent -> loading, into a free slot, which is returned. REQUIRES absent, free_slots() > 0.
+  int Load(ExpertKey key);
+  void Arrive(ExpertKey key);  // loading -> ready
+  // Loading or ready -> absent. REQUIRES no pins.
+  void Drop(ExpertKey key);
+  void Pin(ExpertKey key);  // REQUIRES not absent
+  void Unpin(ExpertKey key);
+  // Ready and without pins.
+  bool Evictable(ExpertKey key) const {
+    return Of(key).state == State::kReady && Of(key).pins == 0;
+  }
+  // The evictable key that the policy gives up first; nullopt where none is evictable.
+  std::optional<ExpertKey> Victim() const;
+  // True where the policy gives up `a` before `b`.
+  bool LeavesBefore(ExpertKey a, ExpertKey b) const;
+  // Share of its layer's recent visits that used the key (decays over about 64 visits).
+  double UseRate(ExpertKey key) const;
+
+  // kBelady: the demand uses to come, in order. Each Use must follow it.
+  void SetFuture(const std::vector<ExpertKey>& uses);
+
+ private:
+  struct Entry {
+    State state = State::kAbsent;
+    int slot = -1;
+    int pins = 0;
+    uint64_t last_use = 0;    // count of uses at that time, 0 = never
+    uint64_t last_visit = 0;  // visit of all layers at the last use
+    uint64_t uses = 0;
+    double rate = 0;          // decayed use rate at layer visit `rate_at`
+    uint64_t rate_at = 0;
+    uint64_t layer_visit = 0;  // visit of its own layer at the last use
+  };
+  const Entry& Of(ExpertKey key) const { return entries_[key.Index(geometry_)]; }
+  Entry& Of(ExpertKey key) { return entries_[key.Index(geometry_)]; }
+  uint64_t NextUse(int key_index) const;
+  int LayerDistance(int layer) const;
+
+  MoeGeometry geometry_;
+  Eviction eviction_;
+  std::vector<Entry> entries_;  // by key index
+  std::vector<int> in_slot_;    // slot -> key index, -1 free
+  std::vector<int> free_;
+  int layer_ = -1;              // running now
+  uint64_t visits_ = 0;         // of any layer
+  std::vector<uint64_t> layer_visits_;
+  uint64_t num_uses_ = 0;
+  uint64_t future_position_ = 0;
+  std::vector<std::vector<uint64_t>> future_;      // by key: positions of its uses
+  std::vector<size_t> future_head_;                // by key: first position not yet passed
+};
+
+}  // namespace routecast

@@ -1,0 +1,312 @@
+#include "evaluator/prefetch_planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kLinkSmoothing = 0.2;   // share of the newest transfer in the link's estimate
+constexpr double kRateFloor = 0.125;     // of the uniform use rate, for experts never used
+constexpr double kLeadDiscount = 0.8;    // a visit farther ahead can still be started later
+
+template <typename T>
+bool Contains(const std::vector<T>& values, const T& value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+}  // namespace
+
+SpeculationPolicy ParsePolicy(const std::string& name) {
+  // The settings of multi_look, top_k and intelligent follow docs/runtime.md.
+  static const std::vector<SpeculationPolicy> kPolicies = {
+      {"on_demand", false, 0, 0, 1.0, false, false},
+      {"multi_look", true, 3, 5, 0.7, false, false},
+      {"top_k", true, 3, 10, 0.5, false, false},
+      {"intelligent", true, 3, 10, 0.3, true, false},
+      {"auto", true, 4, 4, 0.15, false, true}};
+  std::vector<std::string> names;
+  for (const auto& policy : kPolicies) names.push_back(policy.name);
+  return kPolicies[ParseChoice("--policy", name, names)];
+}
+
+PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache, const Clock* clock)
+    : options_(std::move(options)), cache_(cache), clock_(clock),
+      timeline_(cache->geometry().num_layers()), unused_(cache->geometry().num_keys(), 0),
+      discount_(1 - 1.0 / (1 + cache->num_slots())), top_k_(options_.policy.top_k) {
+  if (cache->num_slots() < 2 || options_.max_in_flight < 2 || options_.expert_bytes == 0) {
+    throw std::logic_error("PrefetchPlanner: two slots, two in flight, experts of some bytes");
+  }
+  transfer_seconds_ =
+      static_cast<double>(options_.expert_bytes) / options_.link_bytes_per_second;
+}
+
+bool PrefetchPlanner::Needed(ExpertKey key) const { return Contains(unserved_, key); }
+
+void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
+  if (!unserved_.empty()) throw std::logic_error("PrefetchPlanner: last layer not served");
+  timeline_.Begin(layer, clock_->Now(), stall_);
+  stall_ = 0;
+  cache_->BeginLayer(layer);
+  forecasts_.erase(forecasts_.begin(), forecasts_.upper_bound(timeline_.visit()));
+  for (int expert : experts) {
+    const ExpertKey key{layer, expert};
+    cache_->Use(key);
+    ++ledger_.uses;
+    unserved_.push_back(key);
+    const bool ready = cache_->state(key) == ExpertCache::State::kReady;
+    if (options_.policy.adapt_k) AdaptTopK(ready);
+    if (ready) {
+      ++ledger_.hits;
+      if (unused_[key.Index(cache_->geometry())]) {
+        unused_[key.Index(cache_->geometry())] = 0;
+        ++ledger_.speculations_used;
+        ledger_.bytes_useful += options_.expert_bytes;
+      }
+      continue;
+    }
+    const auto flight = std::find_if(flights_.begin(), flights_.end(),
+                                     [&](const Flight& f) { return f.order.key == key; });
+    if (flight == flights_.end()) {
+      demands_.push_back(key);
+    } else if (!flight->cancelling) {
+      flight->joined = true;
+      promotions_.push_back(flight->order.id);
+    }  // a cancelled one becomes a demand when its cancellation is confirmed
+  }
+}
+
+std::optional<ExpertKey> PrefetchPlanner::TakeReady() {
+  for (auto it = unserved_.begin(); it != unserved_.end(); ++it) {
+    if (cache_->state(*it) != ExpertCache::State::kReady) continue;
+    const ExpertKey key = *it;
+    unserved_.erase(it);
+    cache_->Pin(key);
+    return key;
+  }
+  return std::nullopt;
+}
+
+void PrefetchPlanner::Release(ExpertKey key) {
+  cache_->Unpin(key);
+  if (cache_->eviction() == Eviction::kNone && cache_->Evictable(key)) Evict(key);
+}
+
+void PrefetchPlanner::Predict(int layer, int distance, std::span<const float> probabilities) {
+  if (distance > options_.policy.max_lead || !options_.policy.speculate) return;
+  Forecast& forecast = forecasts_[timeline_.visit() + distance];
+  forecast.layer = layer;
+  forecast.probabilities.assign(probabilities.begin(), probabilities.end());
+  // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
+  for (float& p : forecast.probabilities) p = std::isfinite(p) ? std::clamp(p, 0.f, 1.f) : 0.f;
+  forecast.ranked.clear();
+  for (int e = 0; e < static_cast<int>(probabilities.size()); ++e) {
+    if (forecast.probabilities[e] >= options_.policy.min_probability) {
+      forecast.ranked.push_back(e);
+    }
+  }
+  std::stable_sort(forecast.ranked.begin(), forecast.ranked.end(), [&](int a, int b) {
+    return forecast.probabilities[a] > forecast.probabilities[b];
+  });
+  const auto k = static_cast<size_t>(std::lround(top_k_));
+  if (forecast.ranked.size() > k) forecast.ranked.resize(k);
+}
+
+double PrefetchPlanner::Worth(ExpertKey key) const {
+  const std::optional<int> distance = timeline_.DistanceTo(key.layer);
+  double missed = 1, worth = 0;  // probability of no use so far; worth of the foreseen uses
+  double last = 0;
+  bool foreseen = false;
+  for (const auto& [visit, forecast] : forecasts_) {
+    if (forecast.layer != key.layer) continue;
+    const double p = forecast.probabilities[key.expert];
+    last = static_cast<double>(visit - timeline_.visit());
+    worth += missed * p * std::pow(discount_, last);
+    missed *= 1 - p;
+    foreseen = true;
+  }
+  if (!distance) return worth;
+  // Beyond what is foreseen: the layer comes round again, and uses the key at its usual rate.
+  const double cycle = cache_->geometry().layers(cache_->geometry().StackOf(key.layer));
+  const double next = foreseen ? last + cycle : *distance;
+  const double rate =
+      std::max(cache_->UseRate(key), kRateFloor / cache_->geometry().num_experts);
+  const double tail = rate / (1 - (1 - rate) * std::pow(discount_, cycle));
+  return worth + missed * tail * std::pow(discount_, next);
+}
+
+std::optional<ExpertKey> PrefetchPlanner::PickVictim() const {
+  const bool foresees = !forecasts_.empty() && cache_->eviction() != Eviction::kBelady;
+  std::optional<ExpertKey> victim;
+  double victim_worth = 0;
+  for (int slot = 0; slot < cache_->num_slots(); ++slot) {
+    if (cache_->KeyIndexIn(slot) < 0) continue;
+    const ExpertKey key = ExpertKey::FromIndex(cache_->KeyIndexIn(slot), cache_->geometry());
+    if (!cache_->Evictable(key) || Needed(key)) continue;
+    const double worth = foresees ? Worth(key) : 0;
+    if (!victim || worth < victim_worth ||
+        (worth == victim_worth && cache_->LeavesBefore(key, *victim))) {
+      victim = key;
+      victim_worth = worth;
+    }
+  }
+  return victim;
+}
+
+void PrefetchPlanner::Evict(ExpertKey key) {
+  uint8_t& unused = unused_[key.Index(cache_->geometry())];
+  if (unused) ledger_.bytes_wasted += options_.expert_bytes;
+  unused = 0;
+  cache_->Drop(key);
+}
+
+TransferOrder PrefetchPlanner::Launch(ExpertKey key, bool demand, long visit) {
+  const TransferOrder order{next_id_++, key, cache_->Load(key), demand};
+  flights_.push_back({order, clock_->Now(), visit, demand, false});
+  if (!demand) ++ledger_.speculations;
+  return order;
+}
+
+PlannerActions PrefetchPlanner::Poll() {
+  PlannerActions actions;
+  actions.promote.swap(promotions_);
+  CancelWrong(&actions);
+  StartDemands(&actions);
+  if (demands_.empty()) StartSpeculations(&actions);
+  return actions;
+}
+
+void PrefetchPlanner::StartDemands(PlannerActions* actions) {
+  while (!demands_.empty() && in_flight() < options_.max_in_flight) {
+    if (cache_->free_slots() == 0) {
+      const std::optional<ExpertKey> victim = PickVictim();
+      if (!victim) return;  // every slot is leased or needed: a release or an arrival frees one
+      Evict(*victim);
+    }
+    actions->start.push_back(Launch(demands_.front(), true, timeline_.visit()));
+    demands_.erase(demands_.begin());
+  }
+}
+
+void PrefetchPlanner::CancelWrong(PlannerActions* actions) {
+  if (!options_.engine_can_cancel) return;
+  for (Flight& flight : flights_) {
+    if (flight.joined || flight.cancelling) continue;
+    // Its layer has shown its routing, and this expert is not among it.
+    if (flight.visit > timeline_.visit()) continue;
+    flight.cancelling = true;
+    actions->cancel.push_back(flight.order.id);
+  }
+}
+
+std::vector<PrefetchPlanner::Candidate> PrefetchPlanner::Candidates() const {
+  std::vector<Candidate> candidates;
+  for (const auto& [visit, forecast] : forecasts_) {
+    const double distance = static_cast<double>(visit - timeline_.visit());
+    for (int expert : forecast.ranked) {
+      const ExpertKey key{forecast.layer, expert};
+      if (cache_->state(key) != ExpertCache::State::kAbsent) continue;
+      const double p = forecast.probabilities[expert];
+      candidates.push_back({key, visit, p, p * std::pow(kLeadDiscount, distance - 1)});
+    }
+  }
+  std::stable_sort(candidates.begin(), candidates.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+  return candidates;
+}
+
+bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate) const {
+  const double now = clock_->Now();
+  double link_free = now;
+  for (const Flight& flight : flights_) {
+    const double began = std::max(flight.started, last_done_);
+    const bool first = &flight == &flights_.front();  // the others have not had the link yet
+    link_free += std::max(0.0, transfer_seconds_ - (first ? now - began : 0.0));
+  }
+  const int distance = static_cast<int>(candidate.visit - timeline_.visit());
+  const double need =
+      std::max(now, timeline_.visit_start() + stall_ + timeline_.SecondsTo(distance));
+  return link_free + transfer_seconds_ <=
+         need + options_.late_allowance * transfer_seconds_;
+}
+
+bool PrefetchPlanner::MakeRoomFor(const Candidate& candidate) {
+  if (cache_->free_slots() > 0) return true;
+  const std::optional<ExpertKey> victim = PickVictim();
+  if (!victim || Worth(*victim) >= Worth(candidate.key)) return false;
+  Evict(*victim);
+  return true;
+}
+
+void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
+  if (forecasts_.empty()) return;
+  int speculating = 0;
+  for (const Flight& flight : flights_) speculating += !flight.joined;
+  // The last place is the demands'.
+  if (speculating >= options_.max_in_flight - 1 || in_flight() >= options_.max_in_flight) return;
+  for (const Candidate& candidate : Candidates()) {
+    if (cache_->state(candidate.key) != ExpertCache::State::kAbsent) continue;
+    if (!ArrivesInTime(candidate) || !MakeRoomFor(candidate)) continue;
+    actions->start.push_back(Launch(candidate.key, false, candidate.visit));
+    if (++speculating >= options_.max_in_flight - 1) return;
+    if (in_flight() >= options_.max_in_flight) return;
+  }
+}
+
+void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes) {
+  const auto it = std::find_if(flights_.begin(), flights_.end(),
+                               [&](const Flight& f) { return f.order.id == id; });
+  if (it == flights_.end()) throw std::logic_error("PrefetchPlanner: unknown transfer");
+  const Flight flight = *it;
+  flights_.erase(it);
+  const ExpertKey key = flight.order.key;
+  const double now = clock_->Now();
+  if (outcome == TransferOutcome::kArrived) {
+    // The link is serial: a transfer had it from its start or the end of the one before.
+    const double seconds = now - std::max(flight.started, last_done_);
+    if (seconds > 0) transfer_seconds_ += kLinkSmoothing * (seconds - transfer_seconds_);
+    cache_->Arrive(key);
+    if (flight.order.demand) {
+      ledger_.bytes_useful += bytes;
+    } else if (flight.joined || Needed(key)) {
+      ++ledger_.speculations_used;
+      ledger_.bytes_late += bytes;
+    } else {
+      unused_[key.Index(cache_->geometry())] = 1;
+    }
+  } else {
+    cache_->Drop(key);
+    ledger_.bytes_wasted += bytes;
+    const bool wanted = Needed(key);
+    if (outcome == TransferOutcome::kFailed && wanted) failed_ = key;
+    if (outcome == TransferOutcome::kFailed) {  // not tried again until it is demanded
+      for (auto& [visit, forecast] : forecasts_) {
+        if (forecast.layer == key.layer) std::erase(forecast.ranked, key.expert);
+      }
+    }
+    if (outcome == TransferOutcome::kCancelled && wanted) demands_.push_back(key);
+  }
+  last_done_ = now;
+}
+
+TransferLedger PrefetchPlanner::ledger() const {
+  TransferLedger total = ledger_;
+  for (uint8_t unused : unused_) total.bytes_wasted += unused ? options_.expert_bytes : 0;
+  return total;
+}
+
+void PrefetchPlanner::ResetLedger() {
+  ledger_ = {};
+  std::fill(unused_.begin(), unused_.end(), 0);  // charged to the time before
+}
+
+void PrefetchPlanner::AdaptTopK(bool in_time) {
+  // Steady at 95 % in time: +4 a miss and -4/19 a hit, within 1..E/2.
+  top_k_ += in_time ? -4.0 / 19 : 4.0;
+  top_k_ = std::clamp(top_k_, 1.0, std::max(1.0, cache_->geometry().num_experts / 2.0));
+}
+
+}  // namespace routecast

@@ -1,0 +1,167 @@
+// Which expert is moved next? Predictions, cache and clock in; ordered transfers out.
+// A plain state machine: the runtime drives it with a steady clock and a real engine, tests and
+// the simulated link with a manual clock. It never blocks and starts nothing itself.
+// Thread rule: one thread at a time (the owner's lock).
+//
+// Rules it keeps:
+// - demand (the model waits) goes before speculation; one of the two places in flight is closed
+//   to speculation, so a demand never stands behind a speculation that has not started;
+// - at most max_in_flight transfers are under way, and each expert at most once: a demand for an
+//   expert that is under way joins its transfer;
+// - a speculation that cannot arrive before its deadline is not started;
+// - speculation takes the slot of an expert only when that expert is worth less, by probability
+//   and by when it is next expected, than the one it brings; what the running layer needs is
+//   never evicted.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "evaluator/clock.h"
+#include "evaluator/expert_cache.h"
+#include "evaluator/layer_timeline.h"
+
+namespace routecast {
+
+// What to speculate on. `name` as in --policy.
+struct SpeculationPolicy {
+  std::string name = "auto";
+  bool speculate = true;
+  int max_lead = 3;              // layer visits ahead
+  int top_k = 4;                 // candidates a layer ahead
+  double min_probability = 0.2;  // below: not worth the link
+  bool adapt_k = false;          // top_k follows the share of uses that were in time
+  bool auto_off = false;         // evaluator/benefit_gauge.h may switch it off
+};
+// on_demand, multi_look, top_k, intelligent, auto; UsageError naming the nearest.
+SpeculationPolicy ParsePolicy(const std::string& name);
+
+struct PlannerOptions {
+  uint64_t expert_bytes = 0;
+  double link_bytes_per_second = 1e9;  // first estimate; then measured
+  int max_in_flight = 2;
+  // How much later than its need a speculation may arrive, as a share of one transfer. Above 0
+  // only where the engine can cancel: a late head start still shortens the wait, and a wrong one
+  // gives the link back.
+  double late_allowance = 0;
+  bool engine_can_cancel = false;
+  SpeculationPolicy policy;
+};
+
+struct TransferOrder {
+  uint64_t id = 0;
+  ExpertKey key;
+  int slot = -1;
+  bool demand = false;
+};
+
+struct PlannerActions {
+  std::vector<TransferOrder> start;  // in this order
+  std::vector<uint64_t> promote;     // speculations that a demand joined
+  std::vector<uint64_t> cancel;      // speculations that turned out wrong; best effort
+};
+
+enum class TransferOutcome { kArrived, kCancelled, kFailed };
+
+// Bytes by what became of them; useful + late + wasted = moved.
+struct TransferLedger {
+  uint64_t uses = 0, hits = 0;  // demand requests, and those that found the expert ready
+  uint64_t bytes_useful = 0;    // demanded, or prefetched in time and used
+  uint64_t bytes_late = 0;      // prefetched, but the model waited for the rest of it
+  uint64_t bytes_wasted = 0;    // prefetched and never used, or cancelled on the way
+  uint64_t speculations = 0, speculations_used = 0;
+  uint64_t bytes_moved() const { return bytes_useful + bytes_late + bytes_wasted; }
+};
+
+class PrefetchPlanner {
+ public:
+  // `cache` and `clock` outlive the planner. REQUIRES >= 2 slots: one expert runs while the next
+  // one arrives.
+  PrefetchPlanner(PlannerOptions options, ExpertCache* cache, const Clock* clock);
+
+  // The model starts `layer` and needs `experts` (distinct). REQUIRES the last layer's to be
+  // served and released.
+  void BeginLayer(int layer, std::span<const int> experts);
+  // A needed expert that is ready and not yet served: pinned until Release. nullopt: wait.
+  std::optional<ExpertKey> TakeReady();
+  bool AllServed() const { return unserved_.empty(); }
+  void Release(ExpertKey key);
+  // Seconds that the model waited in this visit (for the timeline).
+  void AddStall(double seconds) { stall_ += seconds; }
+
+  // Probability that each expert [E] of `layer` is needed `distance` >= 1 visits ahead; replaces
+  // what was said of that visit before.
+  void Predict(int layer, int distance, std::span<const float> probabilities);
+  void ForgetPredictions() { forecasts_.clear(); }
+
+  // What to do now. Call after every event.
+  PlannerActions Poll();
+  // The engine's report on a transfer; `bytes` really moved.
+  void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
+  // A demand that failed: the expert that cannot be brought.
+  std::optional<ExpertKey> failed() const { return failed_; }
+
+  int in_flight() const { return static_cast<int>(flights_.size()); }
+  bool idle() const { return flights_.empty() && demands_.empty(); }
+  // What a slot is worth that holds `key`: the expectation of g^(visits until its next use), with
+  // g = 1 - 1 / (1 + slots), about the time that an expert stays. Predictions as far as they
+  // reach, beyond them the layer's turn and the key's use rate. In [0, 1].
+  double Worth(ExpertKey key) const;
+  double TransferSeconds() const { return transfer_seconds_; }
+  const LayerTimeline& timeline() const { return timeline_; }
+  // Up to now; prefetched experts that were not used yet count as wasted.
+  TransferLedger ledger() const;
+  void ResetLedger();
+
+ private:
+  struct Flight {
+    TransferOrder order;
+    double started = 0;
+    long visit = 0;       // that it is for
+    bool joined = false;  // a demand waits for it
+    bool cancelling = false;
+  };
+  struct Forecast {
+    int layer = 0;
+    std::vector<float> probabilities;
+    std::vector<int> ranked;  // candidates, best first
+  };
+  struct Candidate {
+    ExpertKey key;
+    long visit = 0;
+    double probability = 0, score = 0;
+  };
+  void StartDemands(PlannerActions* actions);
+  void CancelWrong(PlannerActions* actions);
+  void StartSpeculations(PlannerActions* actions);
+  std::vector<Candidate> Candidates() const;
+  bool ArrivesInTime(const Candidate& candidate) const;
+  bool MakeRoomFor(const Candidate& candidate);
+  std::optional<ExpertKey> PickVictim() const;
+  bool Needed(ExpertKey key) const;
+  TransferOrder Launch(ExpertKey key, bool demand, long visit);
+  void Evict(ExpertKey key);
+  void AdaptTopK(bool in_time);
+
+  PlannerOptions options_;
+  ExpertCache* cache_;
+  const Clock* clock_;
+  LayerTimeline timeline_;
+  std::map<long, Forecast> forecasts_;   // by target visit
+  std::vector<ExpertKey> unserved_;      // needed by this layer, not yet handed out
+  std::vector<ExpertKey> demands_;       // of those: absent, transfer not yet started
+  std::vector<Flight> flights_;          // in starting order
+  std::vector<uint8_t> unused_;          // by key: prefetched and not used yet
+  std::vector<uint64_t> promotions_;
+  std::optional<ExpertKey> failed_;
+  uint64_t next_id_ = 1;
+  double stall_ = 0, transfer_seconds_ = 0, last_done_ = -1;
+  double discount_, top_k_;
+  TransferLedger ledger_;
+};
+
+}  // namespace routecast

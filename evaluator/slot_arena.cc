@@ -1,0 +1,32 @@
+#include "evaluator/slot_arena.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "common/errors.h"
+#include "common/files.h"
+
+namespace routecast {
+
+SlotArena::SlotArena(int num_slots, uint64_t slot_bytes)
+    : stride_((slot_bytes + 4095) / 4096 * 4096),
+      size_(stride_ * static_cast<uint64_t>(num_slots)) {
+  void* memory = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw EnvironmentError(ErrorText("no memory for the experts' slots",
+                                     FormatBytes(size_) + ": " + std::strerror(errno),
+                                     "choose a smaller --expert_budget"));
+  }
+  base_ = static_cast<std::byte*>(memory);
+  // Large pages spare the address translation of long weight rows; refusal costs nothing.
+  ::madvise(memory, size_, MADV_HUGEPAGE);
+  locked_ = ::mlock(memory, size_) == 0;
+  if (!locked_) std::memset(memory, 0, size_);  // at least no page faults inside a step
+}
+
+SlotArena::~SlotArena() { ::munmap(base_, size_); }
+
+}  // namespace routecast

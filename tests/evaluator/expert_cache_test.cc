@@ -1,0 +1,192 @@
+#include "evaluator/expert_cache.h"
+
+#include <algorithm>
+#include <list>
+
+#include "common/errors.h"
+#include "common/random.h"
+#include "gtest/gtest.h"
+
+namespace routecast {
+namespace {
+
+MoeGeometry Geometry(int encoder, int decoder, int experts) {
+  return {encoder, decoder, experts, 1, 8};
+}
+
+// One use of `key` on demand: hit or load, evicting where full. True = hit.
+bool Access(ExpertCache* cache, ExpertKey key) {
+  const bool hit = cache->state(key) == ExpertCache::State::kReady;
+  if (!hit) {
+    if (cache->free_slots() == 0) cache->Drop(*cache->Victim());
+    cache->Load(key);
+    cache->Arrive(key);
+  }
+  cache->Use(key);
+  return hit;
+}
+
+std::vector<ExpertKey> RandomUses(const MoeGeometry& g, uint64_t seed, int count) {
+  std::vector<ExpertKey> uses;
+  for (int i = 0; i < count; ++i) {
+    // Squared: some experts are hot.
+    const double u = ToUnit(Mix(seed, i, 1));
+    uses.push_back({i % g.num_layers(), static_cast<int>(u * u * g.num_experts)});
+  }
+  return uses;
+}
+
+TEST(ExpertCacheTest, LruAgreesWithANaiveList) {
+  const MoeGeometry g = Geometry(1, 2, 9);
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    ExpertCache cache(g, 7, Eviction::kLru);
+    std::list<ExpertKey> naive;  // most recent first
+    for (ExpertKey key : RandomUses(g, seed, 2000)) {
+      cache.BeginLayer(key.layer);
+      const auto it = std::find(naive.begin(), naive.end(), key);
+      const bool expected = it != naive.end();
+      if (expected) naive.erase(it);
+      naive.push_front(key);
+      if (naive.size() > 7) naive.pop_back();
+      ASSERT_EQ(Access(&cache, key), expected);
+    }
+  }
+}
+
+int Misses(const MoeGeometry& g, const std::vector<ExpertKey>& uses, Eviction eviction,
+           int slots) {
+  ExpertCache cache(g, slots, eviction);
+  if (eviction == Eviction::kBelady) cache.SetFuture(uses);
+  int misses = 0;
+  for (ExpertKey key : uses) {
+    cache.BeginLayer(key.layer);
+    misses += !Access(&cache, key);
+  }
+  return misses;
+}
+
+// The fewest misses by trying every choice of victim (no bypass).
+int FewestMisses(const std::vector<int>& uses, size_t at, std::vector<int> held, size_t slots) {
+  for (; at < uses.size(); ++at) {
+    if (std::find(held.begin(), held.end(), uses[at]) != held.end()) continue;
+    if (held.size() < slots) {
+      held.push_back(uses[at]);
+      return 1 + FewestMisses(uses, at + 1, held, slots);
+    }
+    int best = 1 << 30;
+    for (size_t victim = 0; victim < slots; ++victim) {
+      std::vector<int> next = held;
+      next[victim] = uses[at];
+      best = std::min(best, 1 + FewestMisses(uses, at + 1, next, slots));
+    }
+    return best;
+  }
+  return 0;
+}
+
+TEST(ExpertCacheTest, BeladyAgreesWithExhaustiveSearch) {
+  const MoeGeometry g = Geometry(0, 1, 5);
+  for (uint64_t seed = 0; seed < 30; ++seed) {
+    const std::vector<ExpertKey> uses = RandomUses(g, seed, 14);
+    std::vector<int> ids;
+    for (ExpertKey key : uses) ids.push_back(key.expert);
+    EXPECT_EQ(Misses(g, uses, Eviction::kBelady, 3), FewestMisses(ids, 0, {}, 3));
+  }
+}
+
+TEST(ExpertCacheTest, NoPolicyBeatsBelady) {
+  const MoeGeometry g = Geometry(2, 2, 8);
+  const std::vector<ExpertKey> uses = RandomUses(g, 3, 3000);
+  const int least = Misses(g, uses, Eviction::kBelady, 8);
+  for (Eviction e : {Eviction::kLru, Eviction::kLfu, Eviction::kLfru, Eviction::kLeastStale,
+                     Eviction::kPhaseAware}) {
+    EXPECT_GE(Misses(g, uses, e, 8), least) << EvictionName(e);
+  }
+}
+
+TEST(ExpertCacheTest, LfuKeepsTheHotExpert) {
+  ExpertCache cache(Geometry(0, 1, 4), 2, Eviction::kLfu);
+  for (int expert : {0, 0, 0, 1}) {
+    cache.BeginLayer(0);
+    Access(&cache, {0, expert});
+  }
+  EXPECT_EQ(cache.Victim(), (ExpertKey{0, 1}));
+}
+
+TEST(ExpertCacheTest, LfruForgivesNoLongAbsence) {
+  ExpertCache cache(Geometry(0, 1, 4), 2, Eviction::kLfru);
+  for (int expert : {0, 0, 1, 1, 1, 1}) {
+    cache.BeginLayer(0);
+    Access(&cache, {0, expert});
+  }
+  EXPECT_EQ(cache.Victim(), (ExpertKey{0, 0}));
+}
+
+TEST(ExpertCacheTest, LeastStaleGivesUpWhatItsLayerDidNotUse) {
+  ExpertCache cache(Geometry(0, 2, 4), 3, Eviction::kLeastStale);
+  for (ExpertKey key : {ExpertKey{0, 0}, {1, 0}, {0, 1}}) {
+    cache.BeginLayer(key.layer);
+    Access(&cache, key);
+  }
+  EXPECT_EQ(cache.Victim(), (ExpertKey{0, 0}));  // layer 0 ran again without it
+}
+
+TEST(ExpertCacheTest, PhaseAwareGivesUpTheOtherStackFirst) {
+  ExpertCache cache(Geometry(1, 1, 4), 3, Eviction::kPhaseAware);
+  for (ExpertKey key : {ExpertKey{1, 0}, {0, 0}, {1, 1}}) {
+    cache.BeginLayer(key.layer);
+    Access(&cache, key);
+  }
+  EXPECT_EQ(cache.Victim(), (ExpertKey{0, 0}));
+}
+
+TEST(ExpertCacheTest, PinnedAndLoadingAreNoVictims) {
+  ExpertCache cache(Geometry(0, 1, 4), 2, Eviction::kLru);
+  cache.BeginLayer(0);
+  Access(&cache, {0, 0});
+  cache.Load({0, 1});
+  cache.Pin({0, 0});
+  EXPECT_EQ(cache.Victim(), std::nullopt);
+  cache.Unpin({0, 0});
+  EXPECT_EQ(cache.Victim(), (ExpertKey{0, 0}));
+}
+
+TEST(ExpertCacheTest, EverySlotHasAtMostOneKey) {
+  const MoeGeometry g = Geometry(1, 1, 6);
+  ExpertCache cache(g, 5, Eviction::kLfru);
+  for (ExpertKey key : RandomUses(g, 9, 500)) {
+    cache.BeginLayer(key.layer);
+    Access(&cache, key);
+    int present = 0;
+    for (int i = 0; i < g.num_keys(); ++i) {
+      const ExpertKey k = ExpertKey::FromIndex(i, g);
+      if (cache.slot(k) < 0) continue;
+      ++present;
+      ASSERT_EQ(cache.KeyIndexIn(cache.slot(k)), i);
+    }
+    ASSERT_EQ(present + cache.free_slots(), 5);
+  }
+}
+
+TEST(ExpertCacheTest, UseRateApproachesTheShareOfVisits) {
+  ExpertCache cache(Geometry(0, 1, 4), 4, Eviction::kLru);
+  for (int i = 0; i < 400; ++i) {
+    cache.BeginLayer(0);
+    Access(&cache, {0, i % 4 == 0 ? 1 : 0});
+  }
+  EXPECT_NEAR(cache.UseRate({0, 0}), 0.75, 0.02);
+  EXPECT_NEAR(cache.UseRate({0, 1}), 0.25, 0.02);
+  EXPECT_EQ(cache.UseRate({0, 3}), 0);
+}
+
+TEST(ExpertCacheTest, UnknownEvictionNamesTheNearest) {
+  try {
+    ParseEviction("lrru");
+    FAIL();
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("lfru"), std::string::npos) << e.what();
+  }
+}
+
+}  // namespace
+}  // namespace routecast

@@ -1,0 +1,339 @@
+#include "evaluator/prefetch_planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "common/errors.h"
+#include "common/random.h"
+#include "evaluator/benefit_gauge.h"
+#include "evaluator/simulated_link.h"
+#include "gtest/gtest.h"
+
+namespace routecast {
+namespace {
+
+SpeculationPolicy Eager() { return {"eager", true, 4, 8, 0.01, false, false}; }
+
+// A planner, its cache and a simulated link of 1 s an expert, chunks of a quarter.
+struct Rig {
+  explicit Rig(int slots, SpeculationPolicy policy = Eager(), bool can_cancel = true,
+               double late_allowance = 1, MoeGeometry geometry = {0, 2, 4, 1, 8},
+               Eviction eviction = Eviction::kLru)
+      : cache(geometry, slots, eviction),
+        planner({1000, 1000, 2, late_allowance, can_cancel, std::move(policy)}, &cache, &clock),
+        link({1000, 250, 1000, 0, can_cancel}, &clock) {
+    link.SetDone([this](uint64_t id, TransferOutcome outcome, uint64_t bytes) {
+      planner.OnDone(id, outcome, bytes);
+      Drive();
+    });
+  }
+  void Drive() {
+    const PlannerActions actions = planner.Poll();
+    for (uint64_t id : actions.promote) link.Promote(id);
+    for (uint64_t id : actions.cancel) link.Cancel(id);
+    for (const TransferOrder& order : actions.start) link.Start(order);
+    started.insert(started.end(), actions.start.begin(), actions.start.end());
+    cancelled += static_cast<int>(actions.cancel.size());
+  }
+  // Runs one layer to its end, waiting where it must, then computes. Returns the wait.
+  double Layer(int layer, std::vector<int> experts, double compute = 0) {
+    planner.BeginLayer(layer, experts);
+    Drive();
+    const double from = clock.Now();
+    while (!planner.AllServed()) {
+      if (const auto key = planner.TakeReady()) {
+        planner.Release(*key);
+        Drive();
+      } else {
+        if (link.NextEvent() < 0) throw std::runtime_error("deadlock");
+        link.AdvanceTo(link.NextEvent());
+      }
+    }
+    const double wait = clock.Now() - from;
+    planner.AddStall(wait);
+    link.AdvanceTo(clock.Now() + compute);
+    return wait;
+  }
+  void Predict(int layer, int distance, std::vector<float> probabilities) {
+    planner.Predict(layer, distance, probabilities);
+    Drive();
+  }
+  ManualClock clock;
+  ExpertCache cache;
+  PrefetchPlanner planner;
+  SimulatedLink link;
+  std::vector<TransferOrder> started;
+  int cancelled = 0;
+};
+
+// Both layers once, so that the timeline knows the order and 2 s of work a layer.
+void Teach(Rig* rig) {
+  for (int i = 0; i < 2; ++i) {
+    rig->Layer(0, {0}, 2);
+    rig->Layer(1, {0}, 2);
+  }
+  rig->Layer(0, {0}, 0);
+}
+
+TEST(PrefetchPlannerTest, DemandWaitsForItsTransferOnce) {
+  Rig rig(3);
+  EXPECT_DOUBLE_EQ(rig.Layer(0, {1}), 1);
+  EXPECT_DOUBLE_EQ(rig.Layer(0, {1}), 0);
+  EXPECT_EQ(rig.planner.ledger().hits, 1u);
+  EXPECT_EQ(rig.planner.ledger().bytes_useful, 1000u);
+}
+
+TEST(PrefetchPlannerTest, PrefetchInTimeHidesTheTransfer) {
+  Rig rig(4);
+  Teach(&rig);
+  rig.Predict(1, 1, {0, 0, .9f, 0});
+  rig.link.AdvanceTo(rig.clock.Now() + 2);
+  EXPECT_DOUBLE_EQ(rig.Layer(1, {2}), 0);
+  EXPECT_EQ(rig.planner.ledger().speculations_used, 1u);
+  EXPECT_EQ(rig.planner.ledger().bytes_wasted, 0u);
+}
+
+TEST(PrefetchPlannerTest, DemandJoinsTheTransferUnderWay) {
+  Rig rig(4);
+  Teach(&rig);
+  const size_t before = rig.started.size();
+  rig.Predict(1, 1, {0, 0, .9f, 0});
+  rig.link.AdvanceTo(rig.clock.Now() + 0.5);
+  EXPECT_DOUBLE_EQ(rig.Layer(1, {2}), 0.5);
+  EXPECT_EQ(rig.started.size(), before + 1);
+  EXPECT_EQ(rig.planner.ledger().bytes_late, 1000u);
+}
+
+TEST(PrefetchPlannerTest, DemandOvertakesASpeculationUnderWay) {
+  Rig rig(4, Eager(), /*can_cancel=*/false);
+  Teach(&rig);
+  rig.Predict(1, 1, {0, 0, .9f, 0});
+  rig.link.AdvanceTo(rig.clock.Now() + 0.3);
+  // The chunk under way ends at 0.5, then the demand has the link for itself.
+  EXPECT_NEAR(rig.Layer(1, {3}), 0.2 + 1, 1e-9);
+}
+
+TEST(PrefetchPlannerTest, WrongSpeculationIsCancelledWhenItsLayerIsKnown) {
+  Rig rig(4);
+  Teach(&rig);
+  rig.Predict(1, 1, {0, 0, .9f, 0});
+  rig.link.AdvanceTo(rig.clock.Now() + 0.3);
+  rig.Layer(1, {0}, 2);
+  EXPECT_EQ(rig.cancelled, 1);
+  EXPECT_EQ(rig.cache.state({1, 2}), ExpertCache::State::kAbsent);
+  EXPECT_EQ(rig.planner.ledger().bytes_wasted, 500u);
+}
+
+TEST(PrefetchPlannerTest, StartsNothingThatCannotArriveInTime) {
+  Rig rig(4, Eager(), false, /*late_allowance=*/0);
+  for (int i = 0; i < 3; ++i) {  // 0.5 s a layer, 1 s a transfer
+    rig.Layer(0, {0}, 0.5);
+    rig.Layer(1, {0}, 0.5);
+  }
+  const size_t before = rig.started.size();
+  rig.Predict(0, 1, {0, .9f, 0, 0});
+  EXPECT_EQ(rig.started.size(), before);
+  rig.Predict(0, 3, {0, .9f, 0, 0});
+  EXPECT_EQ(rig.started.size(), before + 1);
+}
+
+TEST(PrefetchPlannerTest, SpeculationEvictsNothingNeededSooner) {
+  Rig rig(2);
+  Teach(&rig);  // holds (0,0) and (1,0), both used at every visit
+  rig.planner.Predict(1, 1, std::vector<float>{.9f, .3f, 0, 0});
+  rig.planner.Predict(0, 2, std::vector<float>{.9f, .3f, 0, 0});
+  const size_t before = rig.started.size();
+  rig.Drive();
+  EXPECT_EQ(rig.started.size(), before);
+}
+
+TEST(PrefetchPlannerTest, SpeculationTakesTheSlotOfWhatIsNeededLater) {
+  Rig rig(2);
+  Teach(&rig);
+  rig.planner.Predict(1, 1, std::vector<float>{0, .9f, 0, 0});
+  rig.planner.Predict(0, 2, std::vector<float>{1, 0, 0, 0});
+  rig.Drive();
+  EXPECT_EQ(rig.cache.state({1, 1}), ExpertCache::State::kLoading);
+  EXPECT_EQ(rig.cache.state({0, 0}), ExpertCache::State::kReady);
+}
+
+TEST(PrefetchPlannerTest, OnDemandPolicyIgnoresPredictions) {
+  Rig rig(4, ParsePolicy("on_demand"));
+  Teach(&rig);
+  const size_t before = rig.started.size();
+  rig.Predict(1, 1, {0, 0, 1, 0});
+  EXPECT_EQ(rig.started.size(), before);
+}
+
+TEST(PrefetchPlannerTest, MoreExpertsThanSlotsRunOneAfterTheOther) {
+  Rig rig(2);
+  EXPECT_NEAR(rig.Layer(0, {0, 1, 2, 3}), 4, 1e-9);
+}
+
+TEST(PrefetchPlannerTest, WithoutCacheNothingStays) {
+  Rig rig(2, ParsePolicy("on_demand"), true, 0, {0, 2, 4, 1, 8}, Eviction::kNone);
+  rig.Layer(0, {1});
+  EXPECT_EQ(rig.cache.free_slots(), 2);
+  EXPECT_DOUBLE_EQ(rig.Layer(0, {1}), 1);
+}
+
+TEST(PrefetchPlannerTest, FailedDemandIsReported) {
+  Rig rig(2);
+  rig.planner.BeginLayer(0, std::vector<int>{3});
+  rig.link.FailOn(1);
+  rig.Drive();
+  rig.link.AdvanceTo(1);
+  EXPECT_EQ(rig.planner.failed(), (ExpertKey{0, 3}));
+}
+
+TEST(PrefetchPlannerTest, FailedSpeculationIsNotTriedAgain) {
+  Rig rig(4);
+  Teach(&rig);
+  rig.link.FailOn(rig.started.back().id + 1);
+  rig.Predict(1, 1, {0, 0, .9f, 0});
+  const size_t after = rig.started.size();
+  rig.link.AdvanceTo(rig.clock.Now() + 1.9);
+  EXPECT_EQ(rig.started.size(), after);
+  EXPECT_EQ(rig.planner.failed(), std::nullopt);
+}
+
+TEST(PrefetchPlannerTest, LinkEstimateFollowsTheMeasuredRate) {
+  Rig rig(2);
+  PlannerOptions options{1000, 1e9, 2, 0, true, ParsePolicy("on_demand")};
+  PrefetchPlanner planner(options, &rig.cache, &rig.clock);
+  EXPECT_LT(planner.TransferSeconds(), 1e-5);
+  rig.link.SetDone([&](uint64_t id, TransferOutcome o, uint64_t b) { planner.OnDone(id, o, b); });
+  for (int i = 0; i < 30; ++i) {
+    planner.BeginLayer(0, std::vector<int>{i % 4});
+    for (const TransferOrder& order : planner.Poll().start) rig.link.Start(order);
+    rig.link.AdvanceTo(rig.clock.Now() + 1);
+    if (const auto key = planner.TakeReady()) planner.Release(*key);
+  }
+  EXPECT_NEAR(planner.TransferSeconds(), 1, 0.05);
+}
+
+TEST(PrefetchPlannerTest, UnknownPolicyNamesTheNearest) {
+  EXPECT_THROW(ParsePolicy("topk"), UsageError);
+}
+
+// One random schedule: random sizes, needs, predictions (nonsense among them), holding times,
+// failing speculations. Everything that the rules forbid is checked on the way.
+void RunSchedule(uint64_t seed) {
+  uint64_t drawn = 0;
+  const auto draw = [&](uint64_t range) { return ToRange(Mix(seed, ++drawn), range); };
+  const MoeGeometry g{static_cast<int>(draw(2)), 1 + static_cast<int>(draw(2)),
+                      2 + static_cast<int>(draw(4)), 1, 8};
+  const bool can_cancel = draw(2);
+  const auto eviction = static_cast<Eviction>(draw(6));
+  const int slots = 2 + static_cast<int>(draw(3));
+  ManualClock clock;
+  ExpertCache cache(g, slots, eviction);
+  SpeculationPolicy policy = Eager();
+  policy.adapt_k = draw(2);
+  PrefetchPlanner planner({100, 50.0 + static_cast<double>(draw(100)), 2,
+                           static_cast<double>(draw(3)) / 2, can_cancel, policy},
+                          &cache, &clock);
+  SimulatedLink link({100, 20 + draw(100), 100, draw(2) * 0.1, can_cancel}, &clock);
+  std::set<uint64_t> demanded;
+  const auto drive = [&] {
+    const PlannerActions actions = planner.Poll();
+    bool speculated = false;
+    for (const TransferOrder& order : actions.start) {
+      ASSERT_FALSE(order.demand && speculated) << "demand after speculation";
+      speculated |= !order.demand;
+      if (order.demand) demanded.insert(order.id);
+      ASSERT_EQ(cache.slot(order.key), order.slot);
+      if (!order.demand && draw(20) == 0) link.FailOn(order.id);
+    }
+    ASSERT_LE(planner.in_flight(), 2);
+    for (uint64_t id : actions.promote) link.Promote(id);
+    for (uint64_t id : actions.cancel) {
+      ASSERT_FALSE(demanded.count(id)) << "a demand was cancelled";
+      link.Cancel(id);
+    }
+    for (const TransferOrder& order : actions.start) link.Start(order);
+  };
+  link.SetDone([&](uint64_t id, TransferOutcome outcome, uint64_t bytes) {
+    planner.OnDone(id, outcome, bytes);
+    drive();
+  });
+  std::vector<ExpertKey> leases;
+  uint64_t served = 0, asked = 0;
+  const int visits = 3 + static_cast<int>(draw(5));
+  for (int v = 0; v < visits; ++v) {
+    const int layer = v % g.num_layers();
+    std::vector<int> experts;
+    for (int e = 0; e < g.num_experts; ++e) {
+      if (draw(3) == 0) experts.push_back(e);
+    }
+    asked += experts.size();
+    planner.BeginLayer(layer, experts);
+    drive();
+    for (int lead = 1; lead <= static_cast<int>(draw(4)); ++lead) {
+      std::vector<float> p(g.num_experts);
+      for (float& x : p) x = static_cast<float>(draw(12)) / 10 - 0.1f;
+      if (draw(10) == 0) p[0] = std::numeric_limits<float>::quiet_NaN();
+      planner.Predict((layer + lead) % g.num_layers(), lead, p);
+      drive();
+    }
+    while (!planner.AllServed()) {
+      if (planner.failed()) return;  // the runtime gives up here, with an error
+      if (const auto key = planner.TakeReady()) {
+        leases.push_back(*key);
+        ++served;
+        if (draw(2)) continue;  // keeps it for a while
+      } else if (link.NextEvent() >= 0) {
+        link.AdvanceTo(link.NextEvent());
+        continue;
+      } else {
+        ASSERT_FALSE(leases.empty()) << "deadlock: nothing ready, nothing moving, no lease";
+      }
+      planner.Release(leases.back());
+      leases.pop_back();
+      drive();
+    }
+    for (; !leases.empty(); leases.pop_back()) planner.Release(leases.back());
+    drive();
+    link.AdvanceTo(clock.Now() + static_cast<double>(draw(30)) / 10);
+  }
+  ASSERT_EQ(served, asked);
+  const TransferLedger ledger = planner.ledger();
+  ASSERT_LE(ledger.hits, ledger.uses);
+  ASSERT_LE(ledger.speculations_used, ledger.speculations);
+}
+
+TEST(PrefetchPlannerTest, RandomSchedulesKeepTheRules) {
+  for (uint64_t seed = 0; seed < 100000; ++seed) {
+    RunSchedule(seed);
+    if (HasFatalFailure()) FAIL() << "seed " << seed;
+  }
+}
+
+TEST(BenefitGaugeTest, SwitchesOffWhatDoesNotHelp) {
+  BenefitGauge gauge;
+  while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 1.1 : 1.0);
+  EXPECT_FALSE(gauge.helps());
+  EXPECT_FALSE(gauge.Speculate());
+}
+
+TEST(BenefitGaugeTest, KeepsWhatHelpsThroughADriftingMachine) {
+  BenefitGauge gauge;
+  for (double drift = 1; gauge.in_trial(); drift *= 1.01) {
+    gauge.Record(drift * (gauge.Speculate() ? 0.9 : 1.0));
+  }
+  EXPECT_TRUE(gauge.Speculate());
+}
+
+TEST(BenefitGaugeTest, TriesAgainAfterASpell) {
+  BenefitGauge gauge({4, 4, 10, 40});
+  while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 2 : 1);
+  for (int i = 0; i < 10; ++i) gauge.Record(1);
+  ASSERT_TRUE(gauge.in_trial());
+  while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 1 : 2);
+  EXPECT_TRUE(gauge.helps());
+}
+
+}  // namespace
+}  // namespace routecast
