@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Set-up, then every test. The last line is "N passed, N failed, N skipped"; exit 1 where a test
+# failed, or one that is not labelled gpu skipped.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+case ${1:-} in
+  --help)
+    echo "Usage: launch/test.sh [CTEST ARGUMENTS], e.g. -L unit, -R planner, -LE pipeline"
+    exit 0 ;;
+esac
+
+"$root/launch/setup.sh" --tests
+export ROUTECAST_PYTHON=$build/python/bin/python
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Before CTest, so that a crash of CTest itself cannot leave an older result to be read.
+rm -f "$build/tests.xml"
+ctest --test-dir "$build" --parallel "$(nproc)" --output-on-failure \
+  --output-junit "$build/tests.xml" --test-output-size-passed 1000000 \
+  --test-output-size-failed 1000000 "$@" || true
+ctest --test-dir "$build" --show-only=json-v1 "$@" >"$build/tests.json"
+exec "$(python_for_wheels)" "$root/tests/support/summarise.py" "$build/tests.xml" \
+  "$build/tests.json"
