@@ -3,6 +3,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${ROUTECAST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/routecast}
 build=${ROUTECAST_BUILD:-$root/build}
+locks=$root/launch/locks
 
 say() { printf '[%s] %s\n' "$(basename "$0")" "$*"; }
 die() {  # die EXIT_CODE WHAT [WHAT TO DO]
@@ -28,14 +29,14 @@ find_nvcc() {
 # The folder of a lock file's packages: its name carries the hash of the lock file.
 site_of() {  # site_of KIND LOCK_FILE
   local hash
-  hash=$(sha256sum "$root/launch/locks/$2" | cut -c1-12)
+  hash=$(sha256sum "$locks/$2" | cut -c1-12)
   echo "$cache/$1-$hash"
 }
 
 # Installs LOCK_FILE into FOLDER unless it is there. Written under a temporary name and renamed,
 # so a folder under its final name is always whole; a second caller waits for the first.
 install_site() {  # install_site FOLDER LOCK_FILE
-  local folder=$1 lock=$root/launch/locks/$2 python
+  local folder=$1 lock=$locks/$2 python
   [ -e "$folder/.sealed" ] && return
   mkdir -p "$cache"
   (
