@@ -1,6 +1,7 @@
 #include "models/parameters.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <cstring>
 
@@ -110,6 +111,11 @@ void WriteParameters(const fs::path& file, const Parameters& parameters,
 at::ScalarType ParseDtype(const std::string& flag, const std::string& name) {
   constexpr at::ScalarType kTypes[] = {at::kFloat, at::kBFloat16, at::kHalf};
   return kTypes[ParseChoice(flag, name, {"fp32", "bf16", "fp16"})];
+}
+
+void SetComputeThreads(int threads) {
+  at::set_num_threads(threads);
+  at::set_num_interop_threads(1);
 }
 
 at::Device ParseDevice(const std::string& name, int local_rank) {

@@ -43,6 +43,8 @@ void WriteParameters(const fs::path& file, const Parameters& parameters,
 at::ScalarType ParseDtype(const std::string& flag,
                           const std::string& name);  // fp32 bf16 fp16
 // The device of --device: auto, cpu, cuda, cuda:N. EnvironmentError where there is none.
+// Threads of every operation of this process; once, at the start.
+void SetComputeThreads(int threads);
 at::Device ParseDevice(const std::string& name, int local_rank);
 
 }  // namespace routecast

@@ -1,0 +1,135 @@
+#include "comm/communicator.h"
+
+#include <ATen/ATen.h>
+#include <mpi.h>
+
+#include <chrono>
+#include <thread>
+
+#include "comm/mpi_session.h"
+#include "comm/nccl_communicator.h"
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Polls a request until it is done: MPI has no deadline of its own, and a rank that waits
+// for a dead peer would wait for ever.
+void WaitFor(MPI_Request* request, const char* call, const RankInfo& rank,
+             double deadline) {
+  const auto start = Clock::now();
+  int done = 0;
+  for (int polls = 0;; ++polls) {
+    MPI_Test(request, &done, MPI_STATUS_IGNORE);
+    if (done) return;
+    if (polls < 2000) continue;
+    std::this_thread::yield();
+    const double waited = std::chrono::duration<double>(Clock::now() - start).count();
+    if (waited > deadline) {
+      throw EnvironmentError(ErrorText(
+          "rank " + std::to_string(rank.rank) + " of " + std::to_string(rank.world) +
+              ": " + call + " did not end",
+          "waited " + std::to_string(static_cast<int>(waited)) + " s for a peer",
+          "a rank hangs or died; start the same command again, it goes on"));
+    }
+  }
+}
+
+class MpiReduce final : public PendingReduce {
+ public:
+  MpiReduce(const at::Tensor& tensor, const RankInfo& rank, double deadline)
+      : tensor_(tensor), rank_(rank), deadline_(deadline) {
+    MPI_Iallreduce(MPI_IN_PLACE, tensor_.data_ptr(), static_cast<int>(tensor_.numel()),
+                   MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD, &request_);
+  }
+  void Wait() override { WaitFor(&request_, "all-reduce", rank_, deadline_); }
+
+ private:
+  at::Tensor tensor_;
+  RankInfo rank_;
+  double deadline_;
+  MPI_Request request_ = MPI_REQUEST_NULL;
+};
+
+class MpiCommunicator final : public Communicator {
+ public:
+  MpiCommunicator(RankInfo rank, double deadline) : rank_(rank), deadline_(deadline) {}
+  RankInfo rank_info() const override { return rank_; }
+
+  std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor& tensor) override {
+    if (!tensor.is_contiguous() || tensor.scalar_type() != at::kFloat ||
+        !tensor.is_cpu()) {
+      throw std::logic_error("all-reduce needs a contiguous float32 tensor on the CPU");
+    }
+    return std::make_unique<MpiReduce>(tensor, rank_, deadline_);
+  }
+  void AllReduceSum(std::span<double> values) override {
+    MPI_Request request;
+    MPI_Iallreduce(MPI_IN_PLACE, values.data(), static_cast<int>(values.size()),
+                   MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &request);
+    WaitFor(&request, "all-reduce of doubles", rank_, deadline_);
+  }
+  void Broadcast(const at::Tensor& tensor, int root) override {
+    MPI_Request request;
+    MPI_Ibcast(tensor.data_ptr(), static_cast<int>(tensor.nbytes()), MPI_BYTE, root,
+               MPI_COMM_WORLD, &request);
+    WaitFor(&request, "broadcast", rank_, deadline_);
+  }
+  std::vector<std::string> AllGather(const std::string& bytes) override {
+    std::vector<int> sizes(static_cast<size_t>(rank_.world));
+    const int size = static_cast<int>(bytes.size());
+    MPI_Request request;
+    MPI_Iallgather(&size, 1, MPI_INT, sizes.data(), 1, MPI_INT, MPI_COMM_WORLD, &request);
+    WaitFor(&request, "all-gather", rank_, deadline_);
+    std::vector<int> offsets(sizes.size());
+    int total = 0;
+    for (size_t r = 0; r < sizes.size(); ++r) {
+      offsets[r] = total;
+      total += sizes[r];
+    }
+    std::string all(static_cast<size_t>(total), '\0');
+    MPI_Iallgatherv(bytes.data(), size, MPI_BYTE, all.data(), sizes.data(),
+                    offsets.data(), MPI_BYTE, MPI_COMM_WORLD, &request);
+    WaitFor(&request, "all-gather", rank_, deadline_);
+    std::vector<std::string> parts;
+    for (size_t r = 0; r < sizes.size(); ++r) {
+      parts.push_back(
+          all.substr(static_cast<size_t>(offsets[r]), static_cast<size_t>(sizes[r])));
+    }
+    return parts;
+  }
+  void Barrier() override {
+    MPI_Request request;
+    MPI_Ibarrier(MPI_COMM_WORLD, &request);
+    WaitFor(&request, "barrier", rank_, deadline_);
+  }
+
+ private:
+  RankInfo rank_;
+  double deadline_;
+};
+
+class DoneReduce final : public PendingReduce {
+ public:
+  void Wait() override {}
+};
+
+}  // namespace
+
+std::unique_ptr<PendingReduce> LocalCommunicator::StartAllReduceSum(const at::Tensor&) {
+  return std::make_unique<DoneReduce>();
+}
+
+std::unique_ptr<Communicator> MakeCommunicator(const MpiSession& session,
+                                               at::Device device,
+                                               double deadline_seconds) {
+  const RankInfo rank = session.rank_info();
+  if (rank.world == 1) return std::make_unique<LocalCommunicator>();
+  auto mpi = std::make_unique<MpiCommunicator>(rank, deadline_seconds);
+  if (device.is_cpu()) return mpi;
+  return MakeNcclCommunicator(std::move(mpi), device, deadline_seconds);
+}
+
+}  // namespace routecast

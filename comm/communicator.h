@@ -1,0 +1,71 @@
+// One rank's handle on collective operations over tensors.
+// Thread rule: one thread at a time. Every rank makes the same calls in the same order.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/rank.h"
+
+namespace routecast {
+
+// A reduction under way. Wait() returns when the tensor holds the result.
+class PendingReduce {
+ public:
+  virtual ~PendingReduce() = default;
+  // CPU: waits; throws EnvironmentError past the deadline (rank, call, seconds).
+  // CUDA: orders the current stream behind it; the host does not wait.
+  virtual void Wait() = 0;
+};
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  virtual RankInfo rank_info() const = 0;
+
+  // Starts replacing `tensor` by its sum over ranks, in place.
+  // REQUIRES: contiguous float32 on this communicator's device, same size on every rank,
+  // kept alive and untouched until Wait(). The order of summation is fixed: at equal
+  // world the same bits come out of every run.
+  virtual std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor& tensor) = 0;
+  // Sums of host doubles, in place; for losses and counts. Host-synchronous.
+  virtual void AllReduceSum(std::span<double> values) = 0;
+  // Everybody's `tensor` becomes root's. REQUIRES contiguous, same dtype and size.
+  virtual void Broadcast(const at::Tensor& tensor, int root) = 0;
+  // Each rank's bytes, by rank.
+  virtual std::vector<std::string> AllGather(const std::string& bytes) = 0;
+  virtual void Barrier() = 0;
+
+  bool Any(bool value) {  // true on all ranks where it is on one
+    double sum = value ? 1 : 0;
+    AllReduceSum({&sum, 1});
+    return sum > 0;
+  }
+};
+
+// A world of one: the identity.
+class LocalCommunicator final : public Communicator {
+ public:
+  RankInfo rank_info() const override { return {}; }
+  std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor&) override;
+  void AllReduceSum(std::span<double>) override {}
+  void Broadcast(const at::Tensor&, int) override {}
+  std::vector<std::string> AllGather(const std::string& bytes) override {
+    return {bytes};
+  }
+  void Barrier() override {}
+};
+
+class MpiSession;
+// CPU: MPI. CUDA: NCCL, bootstrapped over MPI (EnvironmentError in a build without CUDA).
+// A world of one gets a LocalCommunicator. `deadline_seconds` bounds every wait for
+// peers.
+std::unique_ptr<Communicator> MakeCommunicator(const MpiSession& session,
+                                               at::Device device,
+                                               double deadline_seconds = 45);
+
+}  // namespace routecast

@@ -1,0 +1,155 @@
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <nccl.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "comm/nccl_communicator.h"
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+[[noreturn]] void Fail(const RankInfo& rank, const std::string& call,
+                       const std::string& reason) {
+  throw EnvironmentError(
+      ErrorText("rank " + std::to_string(rank.rank) + " of " +
+                    std::to_string(rank.world) + ": NCCL " + call + " failed",
+                reason, "set NCCL_DEBUG=INFO and start the same command again"));
+}
+
+class NcclCommunicator;
+
+class NcclReduce final : public PendingReduce {
+ public:
+  NcclReduce(NcclCommunicator* owner, at::Tensor tensor)
+      : owner_(owner), tensor_(std::move(tensor)) {}
+  void Wait() override;
+  at::cuda::CUDAEvent done;
+
+ private:
+  NcclCommunicator* owner_;
+  at::Tensor tensor_;
+};
+
+// Own stream: reductions overlap backward. One communicator a controlling thread.
+class NcclCommunicator final : public Communicator {
+ public:
+  NcclCommunicator(std::unique_ptr<Communicator> host, at::Device device, double deadline)
+      : host_(std::move(host)),
+        rank_(host_->rank_info()),
+        device_(device),
+        deadline_(deadline),
+        guard_(device),
+        stream_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true)) {
+    ncclUniqueId id = {};
+    if (rank_.is_root()) {
+      const ncclResult_t made = ncclGetUniqueId(&id);
+      if (made != ncclSuccess) Fail(rank_, "ncclGetUniqueId", ncclGetErrorString(made));
+    }
+    at::Tensor bytes = at::empty({static_cast<int64_t>(sizeof id)}, at::kByte);
+    std::memcpy(bytes.data_ptr(), &id, sizeof id);
+    host_->Broadcast(bytes, 0);
+    std::memcpy(&id, bytes.data_ptr(), sizeof id);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    Check(ncclCommInitRankConfig(&comm_, rank_.world, id, rank_.rank, &config), "init");
+  }
+  ~NcclCommunicator() override {
+    if (comm_) ncclCommAbort(comm_);  // everything waited for is done; nothing to flush
+  }
+  RankInfo rank_info() const override { return rank_; }
+
+  std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor& tensor) override {
+    auto pending = std::make_unique<NcclReduce>(this, tensor);
+    at::cuda::CUDAEvent ready;
+    ready.record(c10::cuda::getCurrentCUDAStream());
+    ready.block(stream_);
+    Check(ncclAllReduce(tensor.data_ptr(), tensor.data_ptr(),
+                        static_cast<size_t>(tensor.numel()), ncclFloat, ncclSum, comm_,
+                        stream_),
+          "all-reduce");
+    pending->done.record(stream_);
+    return pending;
+  }
+  void AllReduceSum(std::span<double> values) override { host_->AllReduceSum(values); }
+  void Broadcast(const at::Tensor& tensor, int root) override {
+    at::cuda::CUDAEvent ready, done;
+    ready.record(c10::cuda::getCurrentCUDAStream());
+    ready.block(stream_);
+    Check(ncclBroadcast(tensor.data_ptr(), tensor.data_ptr(), tensor.nbytes(), ncclChar,
+                        root, comm_, stream_),
+          "broadcast");
+    done.record(stream_);
+    Await(done, "broadcast");
+  }
+  std::vector<std::string> AllGather(const std::string& bytes) override {
+    return host_->AllGather(bytes);
+  }
+  void Barrier() override { host_->Barrier(); }
+
+  // Polls the event and NCCL's asynchronous error up to the deadline.
+  void Await(at::cuda::CUDAEvent& event, const char* call) {
+    const auto start = Clock::now();
+    while (!event.query()) {
+      ncclResult_t state = ncclSuccess;
+      ncclCommGetAsyncError(comm_, &state);
+      const double waited = std::chrono::duration<double>(Clock::now() - start).count();
+      if ((state != ncclSuccess && state != ncclInProgress) || waited > deadline_) {
+        Abort(call, state != ncclSuccess
+                        ? ncclGetErrorString(state)
+                        : "waited " + std::to_string(int(waited)) + " s for a peer");
+      }
+      std::this_thread::yield();
+    }
+  }
+
+ private:
+  void Abort(const std::string& call, const std::string& reason) {
+    ncclCommAbort(comm_);
+    comm_ = nullptr;
+    Fail(rank_, call, reason);
+  }
+  // Non-blocking calls answer ncclInProgress: wait until they are through, up to the
+  // deadline.
+  void Check(ncclResult_t result, const char* call) {
+    const auto start = Clock::now();
+    while (result == ncclInProgress) {
+      if (ncclCommGetAsyncError(comm_, &result) != ncclSuccess) break;
+      const double waited = std::chrono::duration<double>(Clock::now() - start).count();
+      if (waited > deadline_)
+        Abort(call, "waited " + std::to_string(int(waited)) + " s for a peer");
+      std::this_thread::yield();
+    }
+    if (result != ncclSuccess) Fail(rank_, call, ncclGetErrorString(result));
+  }
+
+  std::unique_ptr<Communicator> host_;
+  RankInfo rank_;
+  at::Device device_;
+  double deadline_;
+  c10::cuda::CUDAGuard guard_;
+  c10::cuda::CUDAStream stream_;
+  ncclComm_t comm_ = nullptr;
+};
+
+void NcclReduce::Wait() {
+  owner_->Await(done, "all-reduce");
+  done.block(c10::cuda::getCurrentCUDAStream());
+}
+
+}  // namespace
+
+std::unique_ptr<Communicator> MakeNcclCommunicator(
+    std::unique_ptr<Communicator> bootstrap, at::Device device, double deadline_seconds) {
+  return std::make_unique<NcclCommunicator>(std::move(bootstrap), device,
+                                            deadline_seconds);
+}
+
+}  // namespace routecast

@@ -1,0 +1,12 @@
+#include "comm/nccl_communicator.h"
+#include "common/errors.h"
+
+namespace routecast {
+
+std::unique_ptr<Communicator> MakeNcclCommunicator(std::unique_ptr<Communicator>,
+                                                   at::Device, double) {
+  throw EnvironmentError(ErrorText("this build has no CUDA, so no NCCL", "",
+                                   "use --device=cpu, or build where nvcc is found"));
+}
+
+}  // namespace routecast

@@ -1,0 +1,147 @@
+// AdamW, the reducer and checkpoints of training against slow, obvious references.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "common/errors.h"
+#include "tests/support/reference.h"
+#include "trainer/adamw.h"
+#include "trainer/gradient_reducer.h"
+#include "trainer/train_state.h"
+
+namespace routecast {
+namespace {
+
+Parameters TwoParameters() {
+  at::manual_seed(3);
+  Parameters p;
+  p.Add("matrix", at::randn({4, 3}).requires_grad_());
+  p.Add("gain", at::randn({3}).requires_grad_());
+  return p;
+}
+
+TEST(AdamW, EqualsTheFormulaElementByElement) {
+  const Parameters p = TwoParameters();
+  AdamWOptions options;
+  options.beta1 = 0.9;
+  options.beta2 = 0.95;
+  options.weight_decay = 0.1;
+  for (const auto& [name, tensor] : p.items()) {
+    const double decay = name == "matrix" ? 0.1 : 0.0;
+    const at::Tensor flat = tensor.detach().reshape({-1}).to(at::kDouble).clone();
+    std::vector<double> x(flat.data_ptr<double>(),
+                          flat.data_ptr<double>() + flat.numel());
+    std::vector<double> m(x.size()), v(x.size());
+    const double lr = 0.01;
+    for (int step = 1; step <= 3; ++step) {
+      for (size_t i = 0; i < x.size(); ++i) {
+        const double g = std::sin(double(i) + step);
+        x[i] -= lr * decay * x[i];
+        m[i] = 0.9 * m[i] + 0.1 * g;
+        v[i] = 0.95 * v[i] + 0.05 * g * g;
+        x[i] -= lr * (m[i] / (1 - std::pow(0.9, step))) /
+                (std::sqrt(v[i] / (1 - std::pow(0.95, step))) + 1e-8);
+      }
+    }
+    // The same gradients through the optimizer, on a copy of the parameters.
+    Parameters copy;
+    copy.Add(name, tensor.detach().clone().requires_grad_());
+    AdamW under_test(copy, options);
+    const at::Tensor& c = copy.Get(name);
+    for (int step = 1; step <= 3; ++step) {
+      c.mutable_grad() =
+          at::sin(at::arange(c.numel(), at::kFloat) + double(step)).view_as(c);
+      under_test.Step(lr);
+    }
+    for (size_t i = 0; i < x.size(); ++i) {
+      EXPECT_NEAR(c.detach().reshape({-1})[int64_t(i)].item<double>(), x[i], 1e-5)
+          << name;
+    }
+  }
+}
+
+TEST(GradientReducer, AccumulatesMicroBatchesLikePlainAutograd) {
+  const Parameters p = TwoParameters();
+  const at::Tensor x = at::randn({5, 4}), y = at::randn({2, 4});
+  const auto loss = [&](const Parameters& q, const at::Tensor& in) {
+    return (at::matmul(in, q.Get("matrix")) * q.Get("gain")).pow(2).sum();
+  };
+  Parameters plain;
+  for (const auto& [name, t] : p.items())
+    plain.Add(name, t.detach().clone().requires_grad_());
+  loss(plain, x).backward();
+  loss(plain, y).backward();
+
+  LocalCommunicator comm;
+  GradientReducer reducer(p.tensors(), &comm, /*bucket_bytes=*/16);
+  for (int repeat = 0; repeat < 2; ++repeat) {  // the second step must not see the first
+    reducer.BeginStep();
+    loss(p, x).backward();
+    reducer.LastBackward();
+    loss(p, y).backward();
+    reducer.Finalize(0.5);
+    for (const auto& [name, t] : p.items()) {
+      EXPECT_TRUE(at::allclose(t.grad(), plain.Get(name).grad() * 0.5)) << name;
+    }
+  }
+  double sum = 0;
+  for (const auto& [name, t] : plain.items())
+    sum += t.grad().pow(2).sum().item<double>() / 4;
+  EXPECT_NEAR(reducer.GradientNorm(), std::sqrt(sum), 1e-4 * std::sqrt(sum));
+}
+
+TEST(GradientReducer, AParameterWithoutGradientCountsAsZero) {
+  const Parameters p = TwoParameters();
+  LocalCommunicator comm;
+  GradientReducer reducer(p.tensors(), &comm);
+  reducer.BeginStep();
+  reducer.LastBackward();
+  p.Get("matrix").sum().backward();
+  reducer.Finalize(1);
+  EXPECT_EQ(p.Get("gain").grad().abs().sum().item<float>(), 0);
+}
+
+TEST(TrainState, SavesLoadsAndKeepsTheNewestTwo) {
+  const fs::path folder = TestFolder("train-state");
+  const Parameters p = TwoParameters();
+  AdamW optimizer(p, {});
+  const Json configuration = {{"steps", 10}};
+  for (int64_t step : {1, 2, 3}) {
+    for (const auto& [name, t] : p.items()) t.mutable_grad() = at::ones_like(t);
+    optimizer.Step(0.1);
+    SaveTrainState(folder, {step, configuration, Json::object()}, p, optimizer);
+  }
+  EXPECT_FALSE(fs::exists(folder / "step-00000001"));
+  Parameters other = TwoParameters();
+  AdamW other_optimizer(other, {});
+  const auto state = FindTrainState(folder);
+  ASSERT_TRUE(state.has_value());
+  EXPECT_EQ(state->step, 3);
+  LoadTrainState(folder, 3, other, &other_optimizer);
+  for (const auto& [name, t] : p.items()) EXPECT_TRUE(at::equal(t, other.Get(name)));
+  for (const auto& [name, t] : optimizer.State().items()) {
+    EXPECT_TRUE(at::equal(t, other_optimizer.State().Get(name))) << name;
+  }
+}
+
+TEST(TrainState, AnUnsealedCheckpointIsNotSeen) {
+  const fs::path folder = TestFolder("train-state-cut");
+  const Parameters p = TwoParameters();
+  SaveTrainState(folder, {5, Json::object(), Json::object()}, p, AdamW(p, {}));
+  MakeFolder(folder / "step-00000009.tmp");
+  EXPECT_EQ(FindTrainState(folder)->step, 5);
+}
+
+TEST(TrainState, AnotherConfigurationIsRefusedByName) {
+  try {
+    CheckSameConfiguration({{"steps", 10}, {"seed", 1}}, {{"steps", 10}, {"seed", 2}},
+                           "out");
+    FAIL();
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("seed"), std::string::npos);
+  }
+}
+
+}  // namespace
+}  // namespace routecast

@@ -1,0 +1,107 @@
+#include "trainer/gradient_reducer.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <cmath>
+
+namespace routecast {
+namespace {
+
+class ArrivalHook final : public torch::autograd::PostAccumulateGradHook {
+ public:
+  explicit ArrivalHook(std::function<void()> arrived) : arrived_(std::move(arrived)) {}
+  void operator()(const at::Tensor&) override { arrived_(); }
+
+ private:
+  std::function<void()> arrived_;
+};
+
+}  // namespace
+
+GradientReducer::GradientReducer(std::vector<at::Tensor> parameters, Communicator* comm,
+                                 int64_t bucket_bytes)
+    : comm_(comm), parameters_(std::move(parameters)) {
+  const int64_t capacity = bucket_bytes / static_cast<int64_t>(sizeof(float));
+  size_t end = parameters_.size();
+  while (end > 0) {
+    size_t begin = end;
+    int64_t size = 0;
+    while (begin > 0 &&
+           (size == 0 || size + parameters_[begin - 1].numel() <= capacity)) {
+      size += parameters_[--begin].numel();
+    }
+    Bucket bucket;
+    bucket.flat = at::zeros({size}, parameters_[begin].options().requires_grad(false));
+    const size_t index = buckets_.size();
+    int64_t offset = 0;
+    for (size_t i = begin; i < end; ++i) {
+      at::Tensor& p = parameters_[i];
+      p.mutable_grad() = bucket.flat.narrow(0, offset, p.numel()).view_as(p);
+      offset += p.numel();
+      ++bucket.parameters;
+      torch::autograd::impl::set_post_acc_grad_hooks(
+          p, std::make_unique<ArrivalHook>([this, index] { Arrived(index); }));
+    }
+    buckets_.push_back(std::move(bucket));
+    end = begin;
+  }
+}
+
+GradientReducer::~GradientReducer() {
+  for (at::Tensor& p : parameters_) {
+    torch::autograd::impl::set_post_acc_grad_hooks(p, nullptr);
+    p.mutable_grad().reset();
+  }
+}
+
+void GradientReducer::BeginStep() {
+  for (Bucket& b : buckets_) {
+    b.flat.zero_();
+    b.arrived = 0;
+  }
+  next_ = 0;
+  last_backward_ = false;
+}
+
+void GradientReducer::LastBackward() { last_backward_ = true; }
+
+void GradientReducer::Arrived(size_t bucket) {
+  if (!last_backward_) return;
+  ++buckets_[bucket].arrived;
+  LaunchReady(/*all=*/false);
+}
+
+void GradientReducer::LaunchReady(bool all) {
+  while (next_ < buckets_.size() &&
+         (all || buckets_[next_].arrived == buckets_[next_].parameters)) {
+    buckets_[next_].pending = comm_->StartAllReduceSum(buckets_[next_].flat);
+    ++next_;
+  }
+}
+
+void GradientReducer::Finalize(double scale) {
+  LaunchReady(/*all=*/true);
+  for (Bucket& b : buckets_) {
+    b.pending->Wait();
+    b.pending.reset();
+    if (scale != 1.0) b.flat.mul_(scale);
+  }
+}
+
+double GradientReducer::GradientNorm() const {
+  double sum = 0;
+  for (const Bucket& b : buckets_) {
+    const double norm = b.flat.norm().item<double>();
+    sum += norm * norm;
+  }
+  return std::sqrt(sum);
+}
+
+void GradientReducer::Scale(double factor) {
+  for (Bucket& b : buckets_) b.flat.mul_(factor);
+}
+
+}  // namespace routecast
