@@ -1,0 +1,115 @@
+#include "report/html_report.h"
+
+#include <stdexcept>
+
+#include "common/run_record.h"
+#include "report/svg_chart.h"
+
+namespace routecast {
+namespace {
+
+// Series colours after Okabe and Ito (2008), lighter in the dark; one class a series.
+constexpr const char* kStyle = R"css(
+:root{--bg:#fff;--ink:#1c2126;--soft:#5b6670;--line:#d9dee3;--card:#f5f7f9;
+--s0:#0060a0;--s1:#d55e00;--s2:#00855f;--s3:#b5578f;--s4:#8a6d00;--s5:#3a9fd4;--s6:#555;--s7:#a00;}
+@media(prefers-color-scheme:dark){:root{--bg:#14181c;--ink:#e6eaee;--soft:#9aa6b1;
+--line:#343c44;--card:#1d2329;
+--s0:#56b4e9;--s1:#ff8c42;--s2:#2fc79a;--s3:#e08bbd;--s4:#e3c04a;--s5:#9ad0f5;--s6:#b9c0c7;
+--s7:#ff7b7b;}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}
+h1{font-size:26px;margin:0}h2{font-size:19px;margin:38px 0 8px;padding-top:14px;
+border-top:1px solid var(--line)}
+p{margin:6px 0 12px;max-width:90ch}.sub{color:var(--soft);margin:2px 0 18px}
+.key{display:flex;flex-wrap:wrap;gap:12px;margin:14px 0}
+.key div{background:var(--card);border:1px solid var(--line);border-radius:8px;
+padding:10px 16px;min-width:150px}
+.key b{display:block;font-size:21px;font-variant-numeric:tabular-nums}
+.key span{color:var(--soft);font-size:13px}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:18px;
+margin:12px 0}
+@media(max-width:520px){.charts{grid-template-columns:1fr}}
+.chart{width:100%;height:auto;display:block;max-width:640px}
+.wide{grid-column:1/-1;max-width:none}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums;margin:6px 0}
+th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{color:var(--soft);font-weight:600}.left{text-align:left}
+figure{margin:14px 0}figcaption,summary{color:var(--soft);font-size:14px}
+summary{cursor:pointer;margin:8px 0}
+svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
+svg .th{font-size:13.5px;font-weight:600;fill:var(--ink)}
+.grid{stroke:var(--line)}.axis{stroke:var(--soft)}.err{stroke:var(--ink);stroke-width:1.2}
+.l{fill:none;stroke-width:2}
+)css";
+
+std::string SeriesStyle() {
+  std::string css;
+  for (int i = 0; i < kSeriesColours; ++i) {
+    const std::string n = std::to_string(i);
+    css += ".f.s" + n + "{fill:var(--s" + n + ")}.l.s" + n + "{stroke:var(--s" + n + ")}";
+  }
+  return css;
+}
+
+}  // namespace
+
+HtmlReport::HtmlReport(std::string title, std::string subtitle)
+    : title_(std::move(title)), subtitle_(std::move(subtitle)) {}
+
+void HtmlReport::Section(const std::string& heading) {
+  body_ += "<h2>" + EscapeHtml(heading) + "</h2>\n";
+}
+
+void HtmlReport::Paragraph(const std::string& text) {
+  body_ += "<p>" + EscapeHtml(text) + "</p>\n";
+}
+
+void HtmlReport::KeyFigures(
+    const std::vector<std::pair<std::string, std::string>>& label_value) {
+  body_ += "<div class=\"key\">";
+  for (const auto& [label, value] : label_value) {
+    body_ += "<div><b>" + EscapeHtml(value) + "</b><span>" + EscapeHtml(label) +
+             "</span></div>";
+  }
+  body_ += "</div>\n";
+}
+
+void HtmlReport::Charts(const std::vector<std::string>& svg) {
+  body_ += "<div class=\"charts\">";
+  for (const std::string& chart : svg) body_ += chart + "\n";
+  body_ += "</div>\n";
+}
+
+void HtmlReport::AddTable(const Table& table, const std::string& caption) {
+  body_ += "<figure><figcaption>" + EscapeHtml(caption) + "</figcaption>" +
+           table.ToHtml() + "</figure>\n";
+}
+
+void HtmlReport::Details(const std::string& summary, const Table& table) {
+  body_ += "<details><summary>" + EscapeHtml(summary) + "</summary>" + table.ToHtml() +
+           "</details>\n";
+}
+
+std::string HtmlReport::Finish() const {
+  std::string page =
+      "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
+      "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">"
+      "<meta name=\"color-scheme\" content=\"light dark\"><title>" +
+      EscapeHtml(title_) + "</title><style>" + kStyle + SeriesStyle() +
+      "</style></head>\n<body><main><h1>" + EscapeHtml(title_) +
+      "</h1><p class=\"sub\">" + EscapeHtml(subtitle_) + "</p>\n" + body_ +
+      "<p class=\"sub\">routecast " + Version() + " (" + EscapeHtml(GitCommit()) +
+      ")</p></main></body></html>\n";
+  if (page.size() > kMaxBytes) {
+    throw std::length_error("the report has " + std::to_string(page.size()) +
+                            " bytes, at most " + std::to_string(kMaxBytes) +
+                            " are allowed");
+  }
+  return page;
+}
+
+void HtmlReport::Write(const fs::path& path) const { WriteFileAtomic(path, Finish()); }
+
+}  // namespace routecast

@@ -1,0 +1,36 @@
+// One self-contained page: no script, nothing from outside, light and dark, at most 1 MB.
+// Thread rule: one thread at a time.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/files.h"
+#include "report/table.h"
+
+namespace routecast {
+
+class HtmlReport {
+ public:
+  static constexpr size_t kMaxBytes = 1'000'000;
+
+  HtmlReport(std::string title, std::string subtitle);
+  // Texts are escaped; `svg` is the text of report/svg_chart.h and goes in as it is.
+  void Section(const std::string& heading);
+  void Paragraph(const std::string& text);
+  void KeyFigures(const std::vector<std::pair<std::string, std::string>>& label_value);
+  void Charts(const std::vector<std::string>& svg);  // side by side where there is room
+  void AddTable(const Table& table, const std::string& caption);
+  // Folded away until it is opened.
+  void Details(const std::string& summary, const Table& table);
+
+  // Throws std::length_error where the page is larger than kMaxBytes.
+  std::string Finish() const;
+  void Write(const fs::path& path) const;  // atomic
+
+ private:
+  std::string title_, subtitle_, body_;
+};
+
+}  // namespace routecast

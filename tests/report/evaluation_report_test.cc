@@ -1,0 +1,166 @@
+#include "report/evaluation_report.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "common/errors.h"
+#include "report/html_report.h"
+#include "report/result_values.h"
+
+namespace routecast {
+namespace {
+
+Json Entry(const std::string& phase, int layer, int lead, double top1) {
+  return {{"phase", phase},      {"layer", layer},     {"lead", lead}, {"top1", top1},
+          {"top2", top1 + 0.05}, {"top4", top1 + 0.1}, {"ci95", 0.01}, {"samples", 1000}};
+}
+
+Json Row(const std::string& policy, const std::string& predictor,
+         const std::string& eviction, double speed) {
+  return {{"policy", policy},
+          {"predictor", predictor},
+          {"eviction", eviction},
+          {"phase", "decode"},
+          {"batch", 1},
+          {"tokens_per_second", speed},
+          {"hit_rate", 0.5},
+          {"bound", 1.8},
+          {"output_sha256", "0123456789abcdef"},
+          {"budget_bytes", 1 << 20}};
+}
+
+RunFolder Training(const std::string& kind, double accuracy) {
+  RunFolder f{"run", {}, {}, {}};
+  f.results = {{"kind", kind}, {"scores", Json::array()}, {"baselines", Json::object()}};
+  for (const char* phase : {"encoder", "decoder"}) {
+    for (int lead : {1, 2}) {
+      for (int layer : {0, 1, 2}) {
+        f.results["scores"].push_back(Entry(phase, layer, lead, accuracy - 0.1 * lead));
+        f.results["baselines"]["markov"].push_back(Entry(phase, layer, lead, 0.2));
+        f.results["baselines"]["token_table"].push_back(Entry(phase, layer, lead, 0.4));
+      }
+    }
+  }
+  for (int step = 0; step < 50; ++step) {
+    f.metrics.push_back({{"step", step}, {"train_loss", 3.0 / (1 + step * 0.1)}});
+    if (step % 10 == 0)
+      f.metrics.push_back({{"step", step}, {"valid_loss", 2.5 - step * 0.02}});
+  }
+  return f;
+}
+
+RunFolder Evaluation() {
+  RunFolder f{"evaluate", {}, {}, {}};
+  f.results["rows"] = {
+      Row("on_demand", "none", "none", 50), Row("on_demand", "none", "lru", 100),
+      Row("top_k", "runs/hidden", "lru", 165), Row("top_k", "oracle", "lru", 178),
+      Row("resident", "none", "none", 240)};
+  f.results["device"] = "cpu";
+  return f;
+}
+
+RunFolder Statistics() {
+  RunFolder f{"store", {}, {}, {}};
+  for (int layer = 0; layer < 4; ++layer) {
+    Json load = Json::array();
+    for (int e = 0; e < 16; ++e) load.push_back(100 + 17 * ((e * 7 + layer * 5) % 16));
+    f.stats["layers"].push_back({{"phase", layer < 2 ? "encoder" : "decoder"},
+                                 {"layer", layer},
+                                 {"entropy_bits", 3.9},
+                                 {"conditional_entropy_bits", 2.8},
+                                 {"dropped", 0.01},
+                                 {"load", load}});
+  }
+  return f;
+}
+
+bool Has(const std::string& page, const std::string& text) {
+  return page.find(text) != std::string::npos;
+}
+
+TEST(EvaluationReport, HasEverySectionAndNothingFromOutside) {
+  const std::string page = EvaluationReportHtml(
+      {Training("interlayer", 0.6), Training("hidden", 0.8), Statistics(), Evaluation()});
+  // For a look in a browser.
+  std::ofstream(fs::path(::testing::TempDir()) / "report_test.html") << page;
+  for (const char* text :
+       {"Generation under a budget", "Prediction accuracy", "Expert load", "Loss curves",
+        "1.65x", "equal, bit for bit", "token_table"}) {
+    EXPECT_TRUE(Has(page, text)) << text;
+  }
+  for (const char* text : {"<script", "http", "src=", "@import", "url("}) {
+    EXPECT_FALSE(Has(page, text)) << text;
+  }
+  EXPECT_LT(page.size(), 200'000u);
+}
+
+TEST(EvaluationReport, NamesRowsAndSpeedUpOfTheBestLearnedRowOnly) {
+  const std::string page = EvaluationReportHtml({Evaluation()});
+  EXPECT_TRUE(Has(page, "on_demand lru"));
+  EXPECT_TRUE(Has(page, "hidden over on-demand LRU (bound 1.80)"));
+  EXPECT_FALSE(Has(page, "oracle over"));
+}
+
+TEST(EvaluationReport, SaysWhereOutputsDiffer) {
+  RunFolder f = Evaluation();
+  f.results["rows"][2]["output_sha256"] = "fedcba9876543210";
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), "equal, bit for bit"));
+}
+
+TEST(EvaluationReport, LabelsReplayAndEmulatedRows) {
+  RunFolder f = Evaluation();
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), "Emulated"));
+  for (Json& row : f.results["rows"])
+    row["synthetic_weights"] = true, row["emulated"] = true;
+  const std::string page = EvaluationReportHtml({f});
+  EXPECT_TRUE(Has(page, "Replay at full-size geometry"));
+  EXPECT_TRUE(Has(page, "Emulated"));
+}
+
+TEST(EvaluationReport, EscapesNamesOfFilesAndKinds) {
+  EXPECT_FALSE(Has(EvaluationReportHtml({Training("<img>", 0.5)}), "<img>"));
+}
+
+TEST(EvaluationReport, ForeignAndMissingValuesAreNoErrors) {
+  RunFolder f{"x", {}, {}, {}};
+  f.results = {{"rows", {{{"policy", 3}, {"tokens_per_second", "fast"}}}},
+               {"scores", {{{"top1", nullptr}}}},
+               {"baselines", 7}};
+  f.stats = {{"layers", {{{"load", "none"}}}}};
+  f.metrics = {Json::array(), {{"step", "x"}}};
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "</html>"));
+  EXPECT_TRUE(Has(EvaluationReportHtml({}), "</html>"));
+}
+
+TEST(EvaluationReport, LoadsAFolderAndSkipsALineBeingWritten) {
+  const fs::path folder = fs::path(::testing::TempDir()) / "report_folder";
+  fs::remove_all(folder);
+  fs::create_directories(folder);
+  WriteFileAtomic(folder / "results.json", Evaluation().results.dump());
+  WriteFileAtomic(folder / "metrics.jsonl",
+                  "{\"step\":1,\"train_loss\":2}\n{\"step\":2,\"tr");
+  const RunFolder loaded = LoadRunFolder(folder);
+  EXPECT_EQ(loaded.name, "report_folder");
+  EXPECT_EQ(loaded.metrics.size(), 1u);
+  WriteEvaluationReport(folder / "report.html", {folder, folder / "absent"});
+  EXPECT_TRUE(Has(ReadFile(folder / "report.html"), "on_demand lru"));
+  EXPECT_THROW(LoadRunFolder(folder / "absent"), UsageError);
+  WriteFileAtomic(folder / "results.json", "{\"rows\": [");
+  EXPECT_THROW(LoadRunFolder(folder), DataError);
+}
+
+TEST(HtmlReport, RefusesAPageThatIsTooLarge) {
+  HtmlReport page("t", "s");
+  page.Paragraph(std::string(HtmlReport::kMaxBytes, 'x'));
+  EXPECT_THROW(page.Finish(), std::length_error);
+}
+
+TEST(ResultValues, IntervalsInBothForms) {
+  EXPECT_DOUBLE_EQ(HalfWidthOf({{"ci95", 0.02}}, "ci95"), 0.02);
+  const Json ends = {{"ci95", {0.4, 0.5}}};
+  EXPECT_NEAR(HalfWidthOf(ends, "ci95"), 0.05, 1e-12);
+}
+
+}  // namespace
+}  // namespace routecast
