@@ -18,14 +18,15 @@ DiskTransferEngine::DiskTransferEngine(std::shared_ptr<const ExpertFile> file, i
                                        DiskEngineOptions options)
     : file_(std::move(file)), options_(options),
       arena_(num_slots, file_->spec().stride_bytes()) {
-  fd_ = ::open(file_->path().c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
+  direct_ = options_.direct;
+  fd_ = ::open(file_->path().c_str(), O_RDONLY | O_CLOEXEC | (direct_ ? O_DIRECT : 0));
   // Some file systems refuse at open, others at the first read.
-  if (fd_ >= 0 && ::pread(fd_, arena_.base(), 4096, 0) < 0 && errno == EINVAL) {
+  if (direct_ && fd_ >= 0 && ::pread(fd_, arena_.base(), 4096, 0) < 0 && errno == EINVAL) {
     ::close(fd_);
     fd_ = -1;
     errno = EINVAL;
   }
-  if (fd_ < 0 && errno == EINVAL) {
+  if (direct_ && fd_ < 0 && errno == EINVAL) {
     direct_ = false;
     std::fprintf(stderr, "direct reads are refused for %s: reading through the page cache\n",
                  file_->path().c_str());
@@ -43,6 +44,11 @@ DiskTransferEngine::~DiskTransferEngine() {
   wake_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   ::close(fd_);
+}
+
+void DiskTransferEngine::SetDone(Done done) {
+  std::lock_guard one(done_mutex_);  // the last call may not have returned yet
+  done_ = std::move(done);
 }
 
 void DiskTransferEngine::Start(const TransferOrder& order) {
@@ -80,7 +86,9 @@ void DiskTransferEngine::SetPace(double bytes_per_second) {
 
 std::string DiskTransferEngine::description() const {
   std::lock_guard lock(mutex_);
-  std::string text = std::string(direct_ ? "direct" : "buffered (direct refused)") +
+  std::string text = std::string(direct_           ? "direct"
+                                 : options_.direct ? "buffered (direct refused)"
+                                                   : "buffered") +
                      " reads by " + std::to_string(options_.num_threads) + " threads, " +
                      (arena_.locked() ? "locked" : "unlocked") + " memory";
   if (options_.pace_bytes_per_second > 0) {

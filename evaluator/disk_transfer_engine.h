@@ -25,6 +25,7 @@ struct DiskEngineOptions {
   uint64_t chunk_bytes = 1 << 20;      // multiple of 4096
   double pace_bytes_per_second = 0;    // 0 = as fast as the disk
   bool check_hashes = false;           // compares each blob with the file's index (slow)
+  bool direct = true;                  // false: through the page cache
 };
 
 class DiskTransferEngine : public TransferEngine {
@@ -35,7 +36,7 @@ class DiskTransferEngine : public TransferEngine {
                      DiskEngineOptions options);
   ~DiskTransferEngine() override;
 
-  void SetDone(Done done) override { done_ = std::move(done); }
+  void SetDone(Done done) override;  // while nothing is under way
   void Start(const TransferOrder& order) override;
   void Promote(uint64_t id) override;
   void Cancel(uint64_t id) override;

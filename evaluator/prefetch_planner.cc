@@ -12,6 +12,7 @@ namespace {
 constexpr double kLinkSmoothing = 0.2;   // share of the newest transfer in the link's estimate
 constexpr double kRateFloor = 0.125;     // of the uniform use rate, for experts never used
 constexpr double kLeadDiscount = 0.8;    // a visit farther ahead can still be started later
+constexpr double kSwitchGain = 1.5;      // how much better a speculation must be to replace one
 
 template <typename T>
 bool Contains(const std::vector<T>& values, const T& value) {
@@ -27,7 +28,7 @@ SpeculationPolicy ParsePolicy(const std::string& name) {
       {"multi_look", true, 3, 5, 0.7, false, false},
       {"top_k", true, 3, 10, 0.5, false, false},
       {"intelligent", true, 3, 10, 0.3, true, false},
-      {"auto", true, 4, 4, 0.15, false, true}};
+      {"auto", true, 4, 2, 0.25, false, true}};
   std::vector<std::string> names;
   for (const auto& policy : kPolicies) names.push_back(policy.name);
   return kPolicies[ParseChoice("--policy", name, names)];
@@ -195,22 +196,42 @@ void PrefetchPlanner::CancelWrong(PlannerActions* actions) {
   if (!options_.engine_can_cancel) return;
   for (Flight& flight : flights_) {
     if (flight.joined || flight.cancelling) continue;
-    // Its layer has shown its routing, and this expert is not among it.
-    if (flight.visit > timeline_.visit()) continue;
+    // Past: its layer has shown its routing, and this expert is not among it.
+    if (flight.visit > timeline_.visit() && !Outdone(flight)) continue;
     flight.cancelling = true;
     actions->cancel.push_back(flight.order.id);
   }
 }
 
+bool PrefetchPlanner::Outdone(const Flight& flight) const {
+  const auto forecast = forecasts_.find(flight.visit);
+  if (forecast == forecasts_.end() || forecast->second.layer != flight.order.key.layer) {
+    return false;
+  }
+  const double left = std::clamp(
+      1 - (clock_->Now() - std::max(flight.started, last_done_)) / transfer_seconds_, 0.05, 1.0);
+  const double own =
+      Score(forecast->second.probabilities[flight.order.key.expert], flight.visit) / left;
+  for (const Candidate& candidate : Candidates()) {
+    if (candidate.score <= kSwitchGain * own) return false;  // best first
+    if (ArrivesInTime(candidate)) return true;
+  }
+  return false;
+}
+
+double PrefetchPlanner::Score(double probability, long visit) const {
+  const double distance = static_cast<double>(visit - timeline_.visit());
+  return probability * std::pow(kLeadDiscount, distance - 1);
+}
+
 std::vector<PrefetchPlanner::Candidate> PrefetchPlanner::Candidates() const {
   std::vector<Candidate> candidates;
   for (const auto& [visit, forecast] : forecasts_) {
-    const double distance = static_cast<double>(visit - timeline_.visit());
     for (int expert : forecast.ranked) {
       const ExpertKey key{forecast.layer, expert};
       if (cache_->state(key) != ExpertCache::State::kAbsent) continue;
       const double p = forecast.probabilities[expert];
-      candidates.push_back({key, visit, p, p * std::pow(kLeadDiscount, distance - 1)});
+      candidates.push_back({key, visit, p, Score(p, visit)});
     }
   }
   std::stable_sort(candidates.begin(), candidates.end(),

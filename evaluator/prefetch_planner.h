@@ -138,6 +138,9 @@ class PrefetchPlanner {
   void StartDemands(PlannerActions* actions);
   void CancelWrong(PlannerActions* actions);
   void StartSpeculations(PlannerActions* actions);
+  // True where news made another speculation better than finishing this one.
+  bool Outdone(const Flight& flight) const;
+  double Score(double probability, long visit) const;
   std::vector<Candidate> Candidates() const;
   bool ArrivesInTime(const Candidate& candidate) const;
   bool MakeRoomFor(const Candidate& candidate);

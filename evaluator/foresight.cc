@@ -1,0 +1,128 @@
+#include "evaluator/foresight.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+namespace routecast {
+
+PredictorForesight::PredictorForesight(ExpertPredictor* predictor, const MoeGeometry& geometry,
+                                       int max_lead)
+    : predictor_(predictor), geometry_(geometry), max_lead_(max_lead),
+      history_(std::max(1, predictor->history_tokens())) {}
+
+std::string PredictorForesight::name() const { return predictor_->name(); }
+
+std::vector<LayerForecast> PredictorForesight::AtPassBegin(const PassInfo& pass) {
+  const int64_t batch = pass.token_ids_BT.size(0), tokens = pass.token_ids_BT.size(1);
+  const int64_t layers = geometry_.layers(pass.stack);
+  const bool goes_on = pass.stack == Stack::kDecoder && pass.first_position > 0 &&
+                       stack_ == Stack::kDecoder && tokens_BT_.defined() &&
+                       tokens_BT_.size(0) == batch;
+  const at::Tensor unknown =
+      at::full({batch, tokens, layers}, geometry_.num_experts, at::kLong);
+  if (goes_on) {
+    // A decoder window keeps the newest tokens that the predictor looks at.
+    const int64_t keep = std::min<int64_t>(tokens_BT_.size(1), history_ - tokens);
+    const auto extend = [&](const at::Tensor& old, const at::Tensor& fresh) {
+      return keep > 0 ? at::cat({old.slice(1, old.size(1) - keep), fresh}, 1) : fresh;
+    };
+    tokens_BT_ = extend(tokens_BT_, pass.token_ids_BT);
+    valid_BT_ = extend(valid_BT_, pass.valid_BT);
+    experts_BTL_ = extend(experts_BTL_, unknown);
+  } else {
+    tokens_BT_ = pass.token_ids_BT;
+    valid_BT_ = pass.valid_BT;
+    experts_BTL_ = unknown;
+    hidden_BTD_.assign(static_cast<size_t>(layers), at::Tensor());
+  }
+  stack_ = pass.stack;
+  pass_tokens_ = static_cast<int>(tokens);
+  return Ask(-1);
+}
+
+void PredictorForesight::Remember(const LayerRouting& routing) {
+  const int layer = geometry_.LayerInStack(routing.layer);
+  const int64_t from = tokens_BT_.size(1) - pass_tokens_;
+  // A copy: the window handed out before must not change under its reader.
+  experts_BTL_ = experts_BTL_.clone();
+  experts_BTL_.slice(1, from).select(2, layer).copy_(routing.expert_ids_BT);
+  if (!predictor_->needs_hidden() || !routing.input_BTD.defined()) return;
+  at::Tensor& kept = hidden_BTD_[static_cast<size_t>(layer)];
+  const at::Tensor fresh = routing.input_BTD.to(at::kCPU, at::kFloat);
+  const int64_t keep = kept.defined() ? std::min<int64_t>(kept.size(1), from) : 0;
+  kept = keep > 0 ? at::cat({kept.slice(1, kept.size(1) - keep), fresh}, 1) : fresh;
+}
+
+std::vector<LayerForecast> PredictorForesight::AtLayer(const LayerRouting& routing) {
+  Remember(routing);
+  return Ask(geometry_.LayerInStack(routing.layer));
+}
+
+void PredictorForesight::Skip(const LayerRouting& routing) { Remember(routing); }
+
+std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
+  RoutingWindow window;
+  window.stack = stack_;
+  window.source_layer = source_layer;
+  window.num_layers = geometry_.layers(stack_);
+  window.num_experts = geometry_.num_experts;
+  window.token_ids_BT = tokens_BT_;
+  window.valid_BT = valid_BT_;
+  window.experts_BTL = experts_BTL_;
+  if (source_layer >= 0 && predictor_->needs_hidden()) {
+    const at::Tensor& hidden = hidden_BTD_[static_cast<size_t>(source_layer)];
+    // Where the history began without this layer, only a window of equal length serves.
+    if (!hidden.defined() || hidden.size(1) != tokens_BT_.size(1)) return {};
+    window.hidden_BTD = hidden;
+  }
+  std::vector<LayerForecast> forecasts;
+  const at::Tensor counts = stack_ == Stack::kEncoder
+                                ? valid_BT_
+                                : valid_BT_.slice(1, valid_BT_.size(1) - 1);
+  for (int lead = 1; lead <= max_lead_; ++lead) {
+    const int target = source_layer + lead;
+    if (target >= window.num_layers && stack_ == Stack::kEncoder) break;
+    if (target - window.num_layers > source_layer) break;  // beyond the next token's turn
+    const std::optional<at::Tensor> probs = predictor_->Predict(window, lead);
+    if (!probs) continue;
+    at::Tensor p_BTE = stack_ == Stack::kEncoder ? *probs
+                                                 : probs->slice(1, probs->size(1) - 1);
+    p_BTE = p_BTE.to(at::kCPU, at::kFloat).clamp(0, 1).nan_to_num(0);
+    p_BTE = p_BTE * counts.unsqueeze(-1).to(at::kFloat);
+    const at::Tensor needed =
+        (1 - (1 - p_BTE).reshape({-1, p_BTE.size(-1)}).prod(0)).contiguous();
+    const float* data = needed.data_ptr<float>();
+    forecasts.push_back({geometry_.GlobalLayer(stack_, target % window.num_layers), lead,
+                         std::vector<float>(data, data + needed.numel())});
+  }
+  return forecasts;
+}
+
+OracleForesight::OracleForesight(MoeGeometry geometry, int horizon)
+    : geometry_(geometry), horizon_(horizon) {}
+
+void OracleForesight::SetFuture(std::vector<Visit> visits) {
+  visits_ = std::move(visits);
+  next_ = 0;
+}
+
+std::vector<LayerForecast> OracleForesight::Tell() const {
+  std::vector<LayerForecast> forecasts;
+  for (size_t i = next_; i < visits_.size() && i < next_ + static_cast<size_t>(horizon_); ++i) {
+    LayerForecast forecast{visits_[i].layer, static_cast<int>(i - next_) + 1,
+                           std::vector<float>(static_cast<size_t>(geometry_.num_experts), 0.f)};
+    for (int expert : visits_[i].experts) forecast.probabilities[expert] = 1;
+    forecasts.push_back(std::move(forecast));
+  }
+  return forecasts;
+}
+
+std::vector<LayerForecast> OracleForesight::AtPassBegin(const PassInfo&) { return Tell(); }
+
+std::vector<LayerForecast> OracleForesight::AtLayer(const LayerRouting&) {
+  ++next_;
+  return Tell();
+}
+
+}  // namespace routecast

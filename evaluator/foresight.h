@@ -1,0 +1,82 @@
+// What is expected of the layers ahead, as the planner wants it: one probability an expert that
+// any live token needs it. B sequences, T tokens, L MoE layers of a stack, E experts, D width.
+// Thread rule: the forward thread.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "models/expert_predictor.h"
+#include "models/routing_observer.h"
+
+namespace routecast {
+
+struct LayerForecast {
+  int layer = 0;                     // global MoE layer
+  int distance = 0;                  // layer visits ahead, >= 1
+  std::vector<float> probabilities;  // [E]
+};
+
+class Foresight {
+ public:
+  virtual ~Foresight() = default;
+  virtual std::string name() const = 0;
+  // A pass starts; its tokens are known, its routing is not.
+  virtual std::vector<LayerForecast> AtPassBegin(const PassInfo& pass) = 0;
+  // A layer has chosen and its experts are about to run.
+  virtual std::vector<LayerForecast> AtLayer(const LayerRouting& routing) = 0;
+  // The same news without the question (speculation is off): keeps histories whole.
+  virtual void Skip(const LayerRouting& routing) = 0;
+};
+
+// An ExpertPredictor served with windows built from the routing so far. The probabilities of the
+// tokens that count (encoder: all valid ones; decoder: the newest of each sequence) are joined
+// as 1 - prod(1 - p).
+class PredictorForesight : public Foresight {
+ public:
+  // `predictor` outlives this. max_lead in layer visits.
+  PredictorForesight(ExpertPredictor* predictor, const MoeGeometry& geometry, int max_lead);
+  std::string name() const override;
+  std::vector<LayerForecast> AtPassBegin(const PassInfo& pass) override;
+  std::vector<LayerForecast> AtLayer(const LayerRouting& routing) override;
+  void Skip(const LayerRouting& routing) override;
+
+ private:
+  void Remember(const LayerRouting& routing);
+  std::vector<LayerForecast> Ask(int source_layer);
+
+  ExpertPredictor* predictor_;
+  MoeGeometry geometry_;
+  int max_lead_, history_;
+  Stack stack_ = Stack::kEncoder;
+  int pass_tokens_ = 0;                 // of the pass under way: the newest columns
+  at::Tensor tokens_BT_, valid_BT_;     // window so far
+  at::Tensor experts_BTL_;
+  std::vector<at::Tensor> hidden_BTD_;  // by layer of the stack; kept where needed
+};
+
+// The true future, recorded in an earlier pass over the same inputs.
+class OracleForesight : public Foresight {
+ public:
+  struct Visit {
+    int layer = 0;
+    std::vector<int> experts;
+  };
+  // `horizon`: how many visits ahead it tells.
+  OracleForesight(MoeGeometry geometry, int horizon);
+  // Visits of the run that comes, in order.
+  void SetFuture(std::vector<Visit> visits);
+  std::string name() const override { return "oracle"; }
+  std::vector<LayerForecast> AtPassBegin(const PassInfo& pass) override;
+  std::vector<LayerForecast> AtLayer(const LayerRouting& routing) override;
+  void Skip(const LayerRouting&) override { ++next_; }
+
+ private:
+  std::vector<LayerForecast> Tell() const;
+  MoeGeometry geometry_;
+  int horizon_;
+  std::vector<Visit> visits_;
+  size_t next_ = 0;  // the first visit that has not begun
+};
+
+}  // namespace routecast

@@ -1,0 +1,28 @@
+// The hash that shows that two runs put out the same bits: SHA-256 (OpenSSL) over the fp32 logits
+// of every step and the chosen ids, in order.
+// Thread rule: one thread.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+
+namespace routecast {
+
+class OutputHash {
+ public:
+  OutputHash();
+  ~OutputHash();
+  OutputHash(OutputHash&&) noexcept;
+  OutputHash& operator=(OutputHash&&) noexcept;
+  // Any dtype; moved to the CPU and hashed contiguously, after its shape.
+  void Add(const at::Tensor& tensor);
+  std::string Hex() const;  // of what was added so far; 64 digits
+
+ private:
+  struct Context;
+  std::unique_ptr<Context> context_;
+};
+
+}  // namespace routecast

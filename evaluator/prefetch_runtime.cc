@@ -1,0 +1,243 @@
+#include "evaluator/prefetch_runtime.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+PlannerOptions Filled(PlannerOptions options, const ExpertFileSpec& spec,
+                      const TransferEngine& engine) {
+  options.expert_bytes = spec.blob_bytes();
+  options.engine_can_cancel = engine.can_cancel();
+  // Where a wrong transfer can be cancelled, a late one is still worth its head start.
+  options.late_allowance = engine.can_cancel() ? 0.9 : 0;
+  return options;
+}
+
+}  // namespace
+
+PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* engine,
+                                 std::unique_ptr<Foresight> foresight, RuntimeOptions options)
+    : spec_(spec), engine_(engine), foresight_(std::move(foresight)),
+      options_(std::move(options)),
+      cache_(spec.geometry, options_.num_slots, options_.eviction),
+      planner_(Filled(options_.planner, spec, *engine), &cache_, &clock_) {
+  const int64_t d = spec.geometry.d_model, f = spec.d_ff;
+  const auto view = at::TensorOptions().dtype(options_.dtype).device(options_.device);
+  for (int slot = 0; slot < options_.num_slots; ++slot) {
+    std::byte* memory = engine->slot(slot);
+    slots_.push_back({at::from_blob(memory, {f, d}, view),
+                      at::from_blob(memory + spec.blob_bytes() / 2, {d, f}, view)});
+  }
+  Resume();
+}
+
+PrefetchRuntime::~PrefetchRuntime() {
+  if (active_) Suspend();
+}
+
+void PrefetchRuntime::Act() {
+  const PlannerActions actions = planner_.Poll();
+  for (uint64_t id : actions.promote) engine_->Promote(id);
+  for (uint64_t id : actions.cancel) engine_->Cancel(id);
+  for (const TransferOrder& order : actions.start) engine_->Start(order);
+  held_peak_ = std::max(held_peak_, cache_.num_slots() - cache_.free_slots());
+}
+
+void PrefetchRuntime::OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  const auto restored = std::find(restoring_.begin(), restoring_.end(), id);
+  if (restored != restoring_.end()) {
+    // A held expert that cannot be read again is an error of the disk; Resume reports it.
+    if (outcome == TransferOutcome::kArrived) restoring_.erase(restored);
+    else restoring_.assign(1, 0);
+  } else {
+    planner_.OnDone(id, outcome, bytes);
+    if (active_) Act();
+  }
+  arrived_.notify_all();
+}
+
+bool PrefetchRuntime::Speculating() const {
+  if (!foresight_ || !options_.planner.policy.speculate) return false;
+  return !options_.planner.policy.auto_off ||
+         gauges_[static_cast<int>(stack_)].Speculate();
+}
+
+void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
+  stack_ = pass.stack;
+  pass_begin_ = clock_.Now();
+  stall_ = predict_ = 0;
+  if (!foresight_) return;
+  const bool speculating = Speculating();
+  if (!speculating) {
+    std::lock_guard lock(mutex_);
+    planner_.ForgetPredictions();
+  }
+  const double from = clock_.Now();
+  // Also where its answer is not wanted: the window starts here.
+  const std::vector<LayerForecast> forecasts = foresight_->AtPassBegin(pass);
+  predict_ += clock_.Now() - from;
+  if (speculating) Foresee(forecasts);
+}
+
+void PrefetchRuntime::Foresee(const std::vector<LayerForecast>& forecasts) {
+  std::lock_guard lock(mutex_);
+  for (const LayerForecast& forecast : forecasts) {
+    planner_.Predict(forecast.layer, forecast.distance, forecast.probabilities);
+  }
+  Act();
+}
+
+void PrefetchRuntime::OnRouting(const LayerRouting& routing) {
+  // Kept until Begin: the demand goes first, the predictor runs while it is under way.
+  pending_ = routing;
+  has_pending_ = true;
+}
+
+void PrefetchRuntime::Begin(int layer, std::span<const int> experts) {
+  {
+    std::lock_guard lock(mutex_);
+    planner_.BeginLayer(layer, experts);
+    Act();
+  }
+  visits_.push_back({layer, {experts.begin(), experts.end()}});
+  if (!foresight_ || !has_pending_) return;
+  has_pending_ = false;
+  const double from = clock_.Now();
+  std::vector<LayerForecast> forecasts;
+  if (Speculating()) {
+    forecasts = foresight_->AtLayer(pending_);
+  } else {
+    foresight_->Skip(pending_);
+  }
+  predict_ += clock_.Now() - from;
+  if (!forecasts.empty()) Foresee(forecasts);
+}
+
+ExpertLease PrefetchRuntime::Next() {
+  std::unique_lock lock(mutex_);
+  std::optional<ExpertKey> key = planner_.TakeReady();
+  if (!key) {
+    const double from = clock_.Now();
+    while (!(key = planner_.TakeReady())) {
+      if (const auto failed = planner_.failed()) {
+        throw EnvironmentError(ErrorText(
+            "expert " + std::to_string(failed->expert) + " of MoE layer " +
+                std::to_string(failed->layer) + " cannot be brought",
+            engine_->last_error(), "check the disk; remove the expert file to write it anew"));
+      }
+      arrived_.wait(lock);
+    }
+    const double waited = clock_.Now() - from;
+    stall_ += waited;
+    planner_.AddStall(waited);
+  }
+  const int slot = cache_.slot(*key);
+  return {key->expert, slots_[static_cast<size_t>(slot)], [this, key] { Release(*key); }};
+}
+
+void PrefetchRuntime::Release(ExpertKey key) {
+  std::lock_guard lock(mutex_);
+  planner_.Release(key);
+  Act();
+}
+
+void PrefetchRuntime::OnPassEnd(const PassInfo&) {
+  const double seconds = clock_.Now() - pass_begin_;
+  if (foresight_ && options_.planner.policy.auto_off) {
+    gauges_[static_cast<int>(stack_)].Record(seconds);
+  }
+  PhaseStats& stats = stats_[static_cast<int>(stack_)];
+  ++stats.passes;
+  stats.pass_seconds += seconds;
+  stats.stall_seconds += stall_;
+  stats.predictor_seconds += predict_;
+  std::lock_guard lock(mutex_);
+  const TransferLedger now = planner_.ledger();
+  const auto add = [](int64_t* to, uint64_t after, uint64_t before) {
+    *to += static_cast<int64_t>(after) - static_cast<int64_t>(before);
+  };
+  add(&stats.uses, now.uses, last_ledger_.uses);
+  add(&stats.hits, now.hits, last_ledger_.hits);
+  add(&stats.bytes_useful, now.bytes_useful, last_ledger_.bytes_useful);
+  add(&stats.bytes_late, now.bytes_late, last_ledger_.bytes_late);
+  add(&stats.bytes_wasted, now.bytes_wasted, last_ledger_.bytes_wasted);
+  add(&stats.speculations, now.speculations, last_ledger_.speculations);
+  add(&stats.speculations_used, now.speculations_used, last_ledger_.speculations_used);
+  last_ledger_ = now;
+}
+
+void PrefetchRuntime::ResetStats() {
+  std::lock_guard lock(mutex_);
+  planner_.ResetLedger();
+  last_ledger_ = planner_.ledger();
+  stats_[0] = stats_[1] = {};
+}
+
+void PrefetchRuntime::WaitIdle(std::unique_lock<std::mutex>* lock) {
+  arrived_.wait(*lock, [this] { return planner_.idle() || planner_.failed(); });
+}
+
+void PrefetchRuntime::Suspend() {
+  std::unique_lock lock(mutex_);
+  active_ = false;
+  planner_.ForgetPredictions();
+  WaitIdle(&lock);
+  has_pending_ = false;
+}
+
+void PrefetchRuntime::Resume() {
+  engine_->SetDone([this](uint64_t id, TransferOutcome outcome, uint64_t bytes) {
+    OnDone(id, outcome, bytes);
+  });
+  std::unique_lock lock(mutex_);
+  for (int slot = 0; slot < cache_.num_slots(); ++slot) {
+    if (cache_.KeyIndexIn(slot) < 0) continue;
+    restoring_.push_back(next_restore_);
+    engine_->Start({next_restore_++, ExpertKey::FromIndex(cache_.KeyIndexIn(slot),
+                                                          spec_.geometry), slot, true});
+  }
+  arrived_.wait(lock, [this] {
+    return restoring_.empty() || (restoring_.size() == 1 && restoring_[0] == 0);
+  });
+  if (!restoring_.empty()) {
+    throw EnvironmentError(ErrorText("held experts cannot be read again",
+                                     engine_->last_error(), "check the disk"));
+  }
+  active_ = true;
+}
+
+void PrefetchRuntime::Preload(const std::vector<ExpertKey>& keys) {
+  {
+    std::lock_guard lock(mutex_);
+    for (ExpertKey key : keys) {
+      if (cache_.state(key) != ExpertCache::State::kAbsent) continue;
+      cache_.Load(key);
+      cache_.Arrive(key);  // Resume below brings the bytes before anyone asks
+    }
+    held_peak_ = std::max(held_peak_, cache_.num_slots() - cache_.free_slots());
+  }
+  Resume();
+}
+
+double PrefetchRuntime::measured_link_bytes_per_second() const {
+  std::lock_guard lock(mutex_);
+  return static_cast<double>(spec_.blob_bytes()) / planner_.TransferSeconds();
+}
+
+std::vector<OracleForesight::Visit> PrefetchRuntime::TakeVisits() {
+  return std::exchange(visits_, {});
+}
+
+std::byte* PrefetchRuntime::MemoryOf(ExpertKey key) {
+  std::lock_guard lock(mutex_);
+  const int slot = cache_.slot(key);
+  return slot < 0 ? nullptr : engine_->slot(slot);
+}
+
+}  // namespace routecast

@@ -1,0 +1,109 @@
+// Experts under a budget: the planner decides, the engine carries, the model waits.
+// The model sees an ExpertSource (leases on slots) and a RoutingObserver (what to expect next);
+// whatever is predicted, the bytes under a lease are that expert's, so outputs never change.
+//
+// Thread rule: Begin, Next, observers, Suspend and Resume on the forward thread; leases may be
+// released from any thread; the engine reports from its own.
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "evaluator/benefit_gauge.h"
+#include "evaluator/expert_file.h"
+#include "evaluator/foresight.h"
+#include "evaluator/prefetch_planner.h"
+#include "evaluator/transfer_engine.h"
+#include "models/expert_source.h"
+#include "models/routing_observer.h"
+
+namespace routecast {
+
+struct RuntimeOptions {
+  int num_slots = 2;
+  Eviction eviction = Eviction::kLru;
+  PlannerOptions planner;  // expert_bytes, link and cancelling are filled in from the engine
+  at::ScalarType dtype = at::kFloat;
+  at::Device device = at::kCPU;
+};
+
+// What one stack's passes cost. Bytes and counts as in TransferLedger; signed, because an expert
+// that was prefetched in one pass may be used, or thrown away, in the next.
+struct PhaseStats {
+  int64_t passes = 0;
+  double pass_seconds = 0;  // wall, without the vocabulary head
+  double stall_seconds = 0, predictor_seconds = 0;
+  int64_t uses = 0, hits = 0;
+  int64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
+  int64_t speculations = 0, speculations_used = 0;
+};
+
+class PrefetchRuntime : public ExpertSource, public RoutingObserver {
+ public:
+  // `engine` outlives the runtime and has at least num_slots slots of `spec`'s blobs; several
+  // runtimes may share one, one at a time (Suspend, Resume). `foresight` may be null.
+  PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* engine,
+                  std::unique_ptr<Foresight> foresight, RuntimeOptions options);
+  ~PrefetchRuntime() override;
+
+  void Begin(int layer, std::span<const int> experts) override;
+  ExpertLease Next() override;
+  void OnPassBegin(const PassInfo& pass) override;
+  void OnRouting(const LayerRouting& routing) override;
+  void OnPassEnd(const PassInfo& pass) override;
+
+  // Hands the engine back: waits for what is under way and remembers which experts are held.
+  void Suspend();
+  // Takes the engine and brings the remembered experts back; not counted anywhere. The first
+  // call is the constructor's.
+  void Resume();
+  // Brings in every expert of `keys` now (all-resident). REQUIRES enough slots.
+  void Preload(const std::vector<ExpertKey>& keys);
+
+  const PhaseStats& stats(Stack stack) const { return stats_[static_cast<int>(stack)]; }
+  void ResetStats();
+  int held_peak_slots() const { return held_peak_; }
+  bool speculation_helps(Stack stack) const { return gauges_[static_cast<int>(stack)].helps(); }
+  const BenefitGauge& gauge(Stack stack) const { return gauges_[static_cast<int>(stack)]; }
+  double measured_link_bytes_per_second() const;
+  // The visits since the last TakeVisits, in order (what an oracle is told).
+  std::vector<OracleForesight::Visit> TakeVisits();
+  Foresight* foresight() { return foresight_.get(); }
+  // For tests that damage it: the memory of the slot that holds `key`, null where absent.
+  std::byte* MemoryOf(ExpertKey key);
+
+ private:
+  void Act();  // lock held: polls the planner and drives the engine
+  void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
+  void Release(ExpertKey key);
+  void Foresee(const std::vector<LayerForecast>& forecasts);
+  void WaitIdle(std::unique_lock<std::mutex>* lock);
+  bool Speculating() const;
+
+  ExpertFileSpec spec_;
+  TransferEngine* engine_;
+  std::unique_ptr<Foresight> foresight_;
+  RuntimeOptions options_;
+  SteadyClock clock_;
+  mutable std::mutex mutex_;
+  std::condition_variable arrived_;
+  ExpertCache cache_;
+  PrefetchPlanner planner_;
+  std::vector<ExpertWeights> slots_;  // views of slot memory
+  BenefitGauge gauges_[2];
+  PhaseStats stats_[2];
+  TransferLedger last_ledger_;
+  LayerRouting pending_;               // told by OnRouting, used in Begin after the demand
+  bool has_pending_ = false;
+  Stack stack_ = Stack::kEncoder;
+  double pass_begin_ = 0, stall_ = 0, predict_ = 0;
+  int held_peak_ = 0;
+  bool active_ = false;
+  std::vector<uint64_t> restoring_;    // transfers of Resume or Preload still under way
+  uint64_t next_restore_ = uint64_t{1} << 62;  // ids apart from the planner's
+  std::vector<OracleForesight::Visit> visits_;
+};
+
+}  // namespace routecast

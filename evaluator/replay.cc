@@ -1,0 +1,231 @@
+#include "evaluator/replay.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/errors.h"
+#include "common/random.h"
+#include "common/stop.h"
+#include "evaluator/clock.h"
+
+namespace routecast {
+namespace {
+
+// Uniform weights that keep activations near one; the seed and the name decide them.
+Parameters DenseParameters(const SwitchConfig& config, uint64_t seed) {
+  Parameters parameters;
+  for (const auto& [name, shape] : ParameterShapes(config)) {
+    if (IsExpertTensor(name)) continue;
+    if (shape.size() == 1) {
+      parameters.Add(name, at::ones(shape, at::kFloat));
+      continue;
+    }
+    at::Generator generator =
+        at::detail::createCPUGenerator(Mix(seed, Hash64(name)));
+    const double limit = std::sqrt(3.0 / static_cast<double>(shape[1]));
+    parameters.Add(name,
+                   at::empty(shape, at::kFloat).uniform_(-limit, limit, generator));
+  }
+  return parameters;
+}
+
+at::Tensor TokenIds(const std::vector<const RoutingSpan*>& spans, int64_t tokens,
+                    int64_t vocab_size, at::Tensor* valid_BT) {
+  const auto batch = static_cast<int64_t>(spans.size());
+  at::Tensor ids = at::zeros({batch, tokens}, at::kLong);
+  *valid_BT = at::zeros({batch, tokens}, at::kBool);
+  for (int64_t b = 0; b < batch; ++b) {
+    const RoutingSpan& span = *spans[static_cast<size_t>(b)];
+    for (int64_t t = 0; t < std::min<int64_t>(tokens, span.num_tokens); ++t) {
+      ids[b][t] = static_cast<int64_t>(span.token_ids[static_cast<size_t>(t)]) % vocab_size;
+      (*valid_BT)[b][t] = true;
+    }
+  }
+  return ids;
+}
+
+}  // namespace
+
+void ReplayTape::Load(Stack stack, const std::vector<const RoutingSpan*>& spans,
+                      int64_t tokens) {
+  const auto batch = static_cast<int64_t>(spans.size());
+  const int64_t layers = geometry_.layers(stack);
+  bool has_gates = true, has_hidden = true;
+  int64_t width = 0;
+  for (const RoutingSpan* span : spans) {
+    has_gates = has_gates && !span->gate_probs.empty();
+    has_hidden = has_hidden && span->hidden_width > 0 && !span->hidden.empty();
+    width = std::max<int64_t>(width, span->hidden_width);
+  }
+  Stream stream;
+  stream.experts_LBT = at::zeros({layers, batch, tokens}, at::kLong);
+  stream.gates_LBT = at::ones({layers, batch, tokens}, at::kFloat);
+  if (has_hidden) stream.hidden_LBTD = at::zeros({layers, batch, tokens, width}, at::kFloat);
+  for (int64_t b = 0; b < batch; ++b) {
+    const RoutingSpan& span = *spans[static_cast<size_t>(b)];
+    if (span.num_layers != layers || span.num_tokens < 1) {
+      throw DataError(ErrorText("a trace does not fit its store's geometry",
+                                std::to_string(span.num_layers) + " layers, not " +
+                                    std::to_string(layers),
+                                "run routecast-trace verify"));
+    }
+    for (int64_t l = 0; l < layers; ++l) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        const auto from = static_cast<size_t>(
+            l * span.num_tokens + std::min<int64_t>(t, span.num_tokens - 1));
+        stream.experts_LBT.data_ptr<int64_t>()[(l * batch + b) * tokens + t] =
+            span.expert_ids[from];
+        if (has_gates) {
+          stream.gates_LBT.data_ptr<float>()[(l * batch + b) * tokens + t] =
+              span.gate_probs[from];
+        }
+        if (!has_hidden) continue;
+        float* to = stream.hidden_LBTD.data_ptr<float>() +
+                    ((l * batch + b) * tokens + t) * width;
+        for (int64_t i = 0; i < width; ++i) {
+          to[i] = Bf16ToFloat(span.hidden[from * static_cast<size_t>(width) +
+                                          static_cast<size_t>(i)]);
+        }
+      }
+    }
+  }
+  streams_[static_cast<int>(stack)] = std::move(stream);
+}
+
+void ReplayTape::OnPassBegin(const PassInfo& pass) {
+  from_ = pass.stack == Stack::kDecoder ? pass.first_position : 0;
+  tokens_ = pass.token_ids_BT.size(1);
+  if (inner_) inner_->OnPassBegin(pass);
+}
+
+void ReplayTape::OnPassEnd(const PassInfo& pass) {
+  if (inner_) inner_->OnPassEnd(pass);
+}
+
+void ReplayTape::Replace(int layer, at::Tensor* expert_ids_BT, at::Tensor* gate_probs_BT) {
+  const Stream& stream = streams_[static_cast<int>(geometry_.StackOf(layer))];
+  const int64_t l = geometry_.LayerInStack(layer);
+  *expert_ids_BT = stream.experts_LBT[l].narrow(1, from_, tokens_).contiguous();
+  *gate_probs_BT =
+      stream.gates_LBT[l].narrow(1, from_, tokens_).to(gate_probs_BT->scalar_type());
+}
+
+void ReplayTape::OnRouting(const LayerRouting& routing) {
+  if (!inner_) return;
+  const Stream& stream = streams_[static_cast<int>(geometry_.StackOf(routing.layer))];
+  LayerRouting recorded = routing;
+  recorded.input_BTD = at::Tensor();
+  if (stream.hidden_LBTD.defined()) {
+    recorded.input_BTD = stream.hidden_LBTD[geometry_.LayerInStack(routing.layer)]
+                             .narrow(1, from_, tokens_)
+                             .contiguous();
+  }
+  inner_->OnRouting(recorded);
+}
+
+SwitchConfig ReplayConfig(const MoeGeometry& recorded, const ReplayOptions& options) {
+  SwitchConfig config;
+  config.d_model = options.d_model;
+  config.d_ff = options.d_ff;
+  config.d_kv = options.d_kv;
+  config.num_heads = options.num_heads;
+  config.vocab_size = options.vocab_size;
+  // Every second block is sparse, as in switch-base.
+  config.num_layers = 2 * recorded.encoder_layers;
+  config.num_decoder_layers = 2 * recorded.decoder_layers;
+  config.num_sparse_encoder_layers = recorded.encoder_layers;
+  config.num_sparse_decoder_layers = recorded.decoder_layers;
+  config.num_experts = recorded.num_experts;
+  config.expert_capacity = std::numeric_limits<int>::max();  // the choice is what is replayed
+  return config;
+}
+
+ReplayWorkload::ReplayWorkload(const MoeGeometry& recorded, std::vector<RoutingTrace> traces,
+                               const ReplayOptions& options)
+    : options_(options), traces_(std::move(traces)), config_(ReplayConfig(recorded, options)),
+      geometry_(config_.geometry()), executor_(&source_), tape_(geometry_) {
+  if (recorded.encoder_layers < 1 || recorded.decoder_layers < 1) {
+    throw UsageError(ErrorText("replay needs a store of an encoder-decoder model",
+                               std::to_string(recorded.encoder_layers) + " encoder and " +
+                                   std::to_string(recorded.decoder_layers) +
+                                   " decoder MoE layers",
+                               "collect with a Switch Transformer"));
+  }
+  model_ = std::make_unique<SwitchModel>(config_, DenseParameters(config_, options.seed),
+                                         &executor_);
+}
+
+int ReplayWorkload::num_segments() const {
+  return static_cast<int>(traces_.size()) / options_.batch;
+}
+
+at::Tensor ReplayWorkload::Source(const std::vector<const RoutingSpan*>& spans,
+                                  OutputHash* hash, SegmentTimes* times,
+                                  at::Tensor* valid_BS) {
+  int64_t length = 1;
+  for (const RoutingSpan* span : spans) length = std::max<int64_t>(length, span->num_tokens);
+  length = std::min<int64_t>(length, options_.max_source);
+  const at::Tensor ids = TokenIds(spans, length, config_.vocab_size, valid_BS);
+  if (!options_.encoder) {
+    at::Generator generator = at::detail::createCPUGenerator(Mix(options_.seed, 7));
+    return at::empty({ids.size(0), length, config_.d_model}, at::kFloat)
+        .normal_(0, 1, generator);
+  }
+  tape_.Load(Stack::kEncoder, spans, length);
+  const SteadyClock clock;
+  const double from = clock.Now();
+  const at::Tensor encoded = model_->Encode(ids, *valid_BS, {&tape_, &tape_});
+  times->step_seconds[0].push_back(clock.Now() - from);
+  times->tokens[0] += valid_BS->sum().item<int64_t>();
+  hash->Add(encoded);
+  return encoded;
+}
+
+void ReplayWorkload::Steps(const std::vector<const RoutingSpan*>& spans,
+                           const at::Tensor& encoded_BSD, const at::Tensor& valid_BS,
+                           OutputHash* hash, SegmentTimes* times) {
+  int64_t length = options_.tokens;
+  for (const RoutingSpan* span : spans) length = std::min<int64_t>(length, span->num_tokens);
+  at::Tensor valid_BT;
+  const at::Tensor ids = TokenIds(spans, length, config_.vocab_size, &valid_BT);
+  tape_.Load(Stack::kDecoder, spans, length);
+  DecoderCache cache;
+  const SteadyClock clock;
+  for (int64_t t = 0; t < length; ++t) {
+    const double from = clock.Now();
+    const at::Tensor hidden = model_->Decode(ids.narrow(1, t, 1), valid_BT.narrow(1, t, 1),
+                                             encoded_BSD, valid_BS, &cache, {&tape_, &tape_});
+    const at::Tensor logits = model_->Logits(hidden.select(1, 0));
+    const at::Tensor chosen = logits.argmax(-1);  // forced tokens go on; part of the output
+    times->step_seconds[1].push_back(clock.Now() - from);
+    times->tokens[1] += ids.size(0);
+    hash->Add(logits);
+    hash->Add(chosen);
+    if (StopRequested()) throw StoppedError("stopped while replaying");
+  }
+}
+
+SegmentTimes ReplayWorkload::Run(int segment, ExpertSource* source, RoutingObserver* observer,
+                                 OutputHash* hash) {
+  const c10::NoGradGuard no_grad;
+  source_.Set(source);
+  tape_.SetInner(observer);
+  std::vector<const RoutingSpan*> encoder, decoder;
+  for (int b = 0; b < options_.batch; ++b) {
+    const RoutingTrace& trace = traces_[static_cast<size_t>(segment * options_.batch + b)];
+    encoder.push_back(&trace.encoder);
+    decoder.push_back(&trace.decoder);
+  }
+  SegmentTimes times;
+  at::Tensor valid_BS;
+  const at::Tensor encoded = Source(encoder, hash, &times, &valid_BS);
+  if (options_.decoder) Steps(decoder, encoded, valid_BS, hash, &times);
+  return times;
+}
+
+}  // namespace routecast

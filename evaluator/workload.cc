@@ -1,0 +1,88 @@
+#include "evaluator/workload.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "common/errors.h"
+#include "common/stop.h"
+#include "evaluator/clock.h"
+
+namespace routecast {
+namespace {
+
+// Passes everything on, and notes when passes begin and end.
+class PassWatch : public RoutingObserver {
+ public:
+  PassWatch(RoutingObserver* inner, const Clock* clock) : inner_(inner), clock_(clock) {}
+  void OnPassBegin(const PassInfo& pass) override {
+    begin_ = clock_->Now();
+    if (inner_) inner_->OnPassBegin(pass);
+  }
+  void OnRouting(const LayerRouting& routing) override {
+    if (inner_) inner_->OnRouting(routing);
+  }
+  void OnPassEnd(const PassInfo& pass) override {
+    if (inner_) inner_->OnPassEnd(pass);
+    if (pass.stack == Stack::kEncoder) encoder_seconds_ = clock_->Now() - begin_;
+  }
+  double begin() const { return begin_; }
+  double encoder_seconds() const { return encoder_seconds_; }
+
+ private:
+  RoutingObserver* inner_;
+  const Clock* clock_;
+  double begin_ = 0, encoder_seconds_ = 0;
+};
+
+}  // namespace
+
+GenerateWorkload::GenerateWorkload(Checkpoint checkpoint,
+                                   const std::vector<std::vector<int64_t>>& prompts, int batch,
+                                   int max_new_tokens)
+    : checkpoint_(std::move(checkpoint)), geometry_(checkpoint_.config.geometry()),
+      max_new_tokens_(max_new_tokens), executor_(&source_),
+      model_(checkpoint_.config, checkpoint_.parameters, &executor_) {
+  const auto size = static_cast<size_t>(batch);
+  for (size_t first = 0; first + size <= prompts.size(); first += size) {
+    size_t length = 1;
+    for (size_t b = 0; b < size; ++b) length = std::max(length, prompts[first + b].size());
+    const auto rows = static_cast<int64_t>(size), columns = static_cast<int64_t>(length);
+    at::Tensor ids = at::full({rows, columns}, checkpoint_.config.pad_token_id, at::kLong);
+    at::Tensor valid = at::zeros({rows, columns}, at::kBool);
+    for (size_t b = 0; b < size; ++b) {
+      const std::vector<int64_t>& prompt = prompts[first + b];
+      const auto row = static_cast<int64_t>(b), end = static_cast<int64_t>(prompt.size());
+      ids[row].slice(0, 0, end).copy_(at::tensor(prompt, at::kLong));
+      valid[row].slice(0, 0, end).fill_(true);
+    }
+    ids_BS_.push_back(ids);
+    valid_BS_.push_back(valid);
+  }
+}
+
+SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source, RoutingObserver* observer,
+                                   OutputHash* hash) {
+  source_.Set(source);
+  const SteadyClock clock;
+  PassWatch watch(observer, &clock);
+  SegmentTimes times;
+  GenerationOptions options;
+  options.max_new_tokens = max_new_tokens_;
+  options.forward.observer = &watch;
+  options.on_step = [&](int, const at::Tensor& logits_BV, const at::Tensor& ids_B) {
+    times.step_seconds[1].push_back(clock.Now() - watch.begin());
+    hash->Add(logits_BV);
+    hash->Add(ids_B);
+    if (StopRequested()) throw StoppedError("stopped while generating");
+    return true;
+  };
+  const auto index = static_cast<size_t>(segment);
+  const auto generated = GreedyDecode(&model_, ids_BS_[index], valid_BS_[index], options);
+  times.step_seconds[0].push_back(watch.encoder_seconds());
+  times.tokens[0] = valid_BS_[index].sum().item<int64_t>();
+  for (const auto& row : generated) times.tokens[1] += static_cast<int64_t>(row.size());
+  return times;
+}
+
+}  // namespace routecast

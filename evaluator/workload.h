@@ -1,0 +1,71 @@
+// What every row of a comparison runs: the same segments with the same kernels, whatever brings
+// the experts. B sequences, S source tokens, T target tokens.
+// Thread rule: one thread.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "evaluator/output_hash.h"
+#include "models/checkpoint.h"
+#include "models/expert_source.h"
+#include "models/generation.h"
+#include "models/routing_observer.h"
+
+namespace routecast {
+
+// Hands each call to the source of the row that is on.
+class SourceSwitch : public ExpertSource {
+ public:
+  void Set(ExpertSource* source) { source_ = source; }
+  void Begin(int layer, std::span<const int> experts) override {
+    source_->Begin(layer, experts);
+  }
+  ExpertLease Next() override { return source_->Next(); }
+
+ private:
+  ExpertSource* source_ = nullptr;
+};
+
+struct SegmentTimes {
+  std::vector<double> step_seconds[2];  // by stack: encoder passes, decoder steps with head
+  int64_t tokens[2] = {0, 0};           // real source tokens; generated tokens
+};
+
+class Workload {
+ public:
+  virtual ~Workload() = default;
+  virtual int num_segments() const = 0;
+  virtual const MoeGeometry& geometry() const = 0;
+  virtual bool runs(Stack stack) const = 0;
+  // Runs one segment. `observer` may be null. Every step's fp32 logits (encoder: output) and
+  // ids go into `hash`, outside the measured time.
+  virtual SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
+                           OutputHash* hash) = 0;
+};
+
+// Greedy decoding of prompts by a checkpoint. A segment is one batch.
+class GenerateWorkload : public Workload {
+ public:
+  // `checkpoint` without experts. prompts: token ids, ended as the model was trained; batches of
+  // `batch` in the order given, right-padded with the pad id.
+  GenerateWorkload(Checkpoint checkpoint, const std::vector<std::vector<int64_t>>& prompts,
+                   int batch, int max_new_tokens);
+  int num_segments() const override { return static_cast<int>(ids_BS_.size()); }
+  const MoeGeometry& geometry() const override { return geometry_; }
+  bool runs(Stack) const override { return true; }
+  SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
+                   OutputHash* hash) override;
+
+ private:
+  Checkpoint checkpoint_;
+  MoeGeometry geometry_;
+  int max_new_tokens_;
+  SourceSwitch source_;
+  LocalExpertExecutor executor_;
+  SwitchModel model_;
+  std::vector<at::Tensor> ids_BS_, valid_BS_;
+};
+
+}  // namespace routecast

@@ -1,0 +1,218 @@
+// Whatever is predicted, and however small the budget: the same bits come out.
+#include "evaluator/prefetch_runtime.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "common/errors.h"
+#include "common/random.h"
+#include "evaluator/disk_transfer_engine.h"
+#include "evaluator/expert_store.h"
+#include "evaluator/output_hash.h"
+#include "gtest/gtest.h"
+#include "models/generation.h"
+#include "tests/models/switch_test_support.h"
+
+namespace routecast {
+namespace {
+
+// Says whatever `mode` wants, at every layer and lead.
+class StrangePredictor : public ExpertPredictor {
+ public:
+  enum Mode { kRandom, kMalicious, kNan, kSlow };
+  explicit StrangePredictor(Mode mode) : mode_(mode) {}
+  std::string name() const override { return "strange"; }
+  bool needs_hidden() const override { return mode_ == kRandom; }
+  int history_tokens() const override { return mode_ == kRandom ? 4 : 1; }
+  std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) override {
+    ++calls;
+    if (window.hidden_BTD.defined()) {
+      EXPECT_EQ(window.hidden_BTD.size(1), window.token_ids_BT.size(1));
+    }
+    EXPECT_LE(window.stack == Stack::kDecoder ? window.token_ids_BT.size(1) : 0, 4);
+    const int64_t b = window.token_ids_BT.size(0), t = window.token_ids_BT.size(1);
+    at::Tensor p = at::zeros({b, t, window.num_experts});
+    if (mode_ == kRandom) p.uniform_(0, 1);
+    if (mode_ == kNan) p.fill_(std::numeric_limits<float>::quiet_NaN());
+    if (mode_ == kMalicious) {  // certain of what was not chosen lately
+      p.fill_(1);
+      const at::Tensor last = window.experts_BTL.slice(1, t - 1).clamp_max(
+          window.num_experts - 1);
+      p.slice(1, t - 1).scatter_(2, last, 0);
+    }
+    if (mode_ == kSlow) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      p.fill_(0.5);
+    }
+    return p;
+  }
+  int calls = 0;
+
+ private:
+  Mode mode_;
+};
+
+class PrefetchRuntimeTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() / ("prefetch_runtime." + std::to_string(::getpid()));
+    fs::create_directories(folder_ / "model");
+    const Checkpoint made = RandomCheckpoint(SmallConfig(), 3);
+    SaveCheckpoint(folder_ / "model", made.config, made.parameters, at::kFloat);
+    checkpoint_ = LoadCheckpoint(folder_ / "model", at::kFloat, at::kCPU,
+                                 ExpertLoading::kLeaveOut);
+    file_ = ExpertsOfCheckpoint(folder_ / "cache", folder_ / "model", checkpoint_.config,
+                                checkpoint_.fingerprint, at::kFloat, true);
+    ids_ = at::randint(2, 96, {2, 11}, at::kLong);
+    valid_ = at::ones({2, 11}, at::kBool);
+    valid_[1].slice(0, 8) = false;
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  std::string Decode(ExpertSource* source, RoutingObserver* observer) {
+    LocalExpertExecutor executor(source);
+    SwitchModel model(checkpoint_.config, checkpoint_.parameters, &executor);
+    OutputHash hash;
+    GenerationOptions options;
+    options.max_new_tokens = 8;
+    options.forward.observer = observer;
+    options.on_step = [&](int, const at::Tensor& logits, const at::Tensor& ids) {
+      hash.Add(logits);
+      hash.Add(ids);
+      return true;
+    };
+    GreedyDecode(&model, ids_, valid_, options);
+    return hash.Hex();
+  }
+  std::string Resident() {
+    const Checkpoint whole = LoadCheckpoint(folder_ / "model", at::kFloat, at::kCPU);
+    ResidentExpertSource source(whole.config.geometry(),
+                                ExpertWeightsOf(whole.config, whole.parameters));
+    return Decode(&source, nullptr);
+  }
+  std::unique_ptr<PrefetchRuntime> Runtime(TransferEngine* engine, int slots, Eviction eviction,
+                                           const std::string& policy,
+                                           std::unique_ptr<Foresight> foresight) {
+    RuntimeOptions options;
+    options.num_slots = slots;
+    options.eviction = eviction;
+    options.planner.policy = ParsePolicy(policy);
+    return std::make_unique<PrefetchRuntime>(file_->spec(), engine, std::move(foresight),
+                                             options);
+  }
+  std::string Strange(StrangePredictor::Mode mode, const std::string& policy, int slots) {
+    DiskTransferEngine engine(file_, slots, {2, 4096, 0, true, true});
+    StrangePredictor predictor(mode);
+    auto runtime = Runtime(&engine, slots, Eviction::kLru, policy,
+                           std::make_unique<PredictorForesight>(
+                               &predictor, checkpoint_.config.geometry(), 3));
+    const std::string hash = Decode(runtime.get(), runtime.get());
+    EXPECT_GT(predictor.calls, 0);
+    return hash;
+  }
+
+  fs::path folder_;
+  Checkpoint checkpoint_;
+  std::shared_ptr<const ExpertFile> file_;
+  at::Tensor ids_, valid_;
+};
+
+TEST_F(PrefetchRuntimeTest, EveryEvictionGivesTheResidentBits) {
+  const std::string expected = Resident();
+  for (Eviction eviction : {Eviction::kNone, Eviction::kLru, Eviction::kLfu, Eviction::kLfru,
+                            Eviction::kLeastStale, Eviction::kPhaseAware}) {
+    for (int slots : {2, 5, 32}) {
+      DiskTransferEngine engine(file_, slots, {});
+      auto runtime = Runtime(&engine, slots, eviction, "on_demand", nullptr);
+      EXPECT_EQ(Decode(runtime.get(), runtime.get()), expected)
+          << EvictionName(eviction) << " " << slots;
+      EXPECT_LE(runtime->held_peak_slots(), slots);
+    }
+  }
+}
+
+TEST_F(PrefetchRuntimeTest, RandomPredictionsChangeNothing) {
+  EXPECT_EQ(Strange(StrangePredictor::kRandom, "top_k", 4), Resident());
+}
+TEST_F(PrefetchRuntimeTest, MaliciousPredictionsChangeNothing) {
+  EXPECT_EQ(Strange(StrangePredictor::kMalicious, "multi_look", 2), Resident());
+}
+TEST_F(PrefetchRuntimeTest, NotANumberChangesNothing) {
+  EXPECT_EQ(Strange(StrangePredictor::kNan, "intelligent", 3), Resident());
+}
+TEST_F(PrefetchRuntimeTest, ASlowPredictorChangesNothing) {
+  EXPECT_EQ(Strange(StrangePredictor::kSlow, "auto", 3), Resident());
+}
+
+TEST_F(PrefetchRuntimeTest, OracleHitsWhatItForesees) {
+  DiskTransferEngine engine(file_, 16, {});
+  auto first = Runtime(&engine, 16, Eviction::kLru, "on_demand", nullptr);
+  const std::string expected = Decode(first.get(), first.get());
+  auto oracle = std::make_unique<OracleForesight>(checkpoint_.config.geometry(), 8);
+  oracle->SetFuture(first->TakeVisits());
+  first.reset();
+  auto second = Runtime(&engine, 16, Eviction::kLru, "top_k", std::move(oracle));
+  EXPECT_EQ(Decode(second.get(), second.get()), expected);
+  const PhaseStats& stats = second->stats(Stack::kDecoder);
+  EXPECT_GT(stats.speculations_used, 0);
+  EXPECT_LE(stats.hits, stats.uses);
+}
+
+TEST_F(PrefetchRuntimeTest, OneDamagedSlotChangesTheHash) {
+  DiskTransferEngine engine(file_, 32, {});
+  auto runtime = Runtime(&engine, 32, Eviction::kLru, "on_demand", nullptr);
+  const std::string expected = Resident();
+  EXPECT_EQ(Decode(runtime.get(), runtime.get()), expected);
+  // Every expert that ran is resident now; damage one that the decoder used.
+  ExpertKey used{-1, -1};
+  for (const auto& visit : runtime->TakeVisits()) used = {visit.layer, visit.experts[0]};
+  std::byte* memory = runtime->MemoryOf(used);
+  ASSERT_NE(memory, nullptr);
+  float* weights = reinterpret_cast<float*>(memory);
+  for (int i = 0; i < 64; ++i) weights[i] += 0.5f;
+  EXPECT_NE(Decode(runtime.get(), runtime.get()), expected);
+}
+
+TEST_F(PrefetchRuntimeTest, SuspendedRowsShareAnEngine) {
+  DiskTransferEngine engine(file_, 4, {});
+  const std::string expected = Resident();
+  auto a = Runtime(&engine, 4, Eviction::kLru, "on_demand", nullptr);
+  EXPECT_EQ(Decode(a.get(), a.get()), expected);
+  a->Suspend();
+  auto b = Runtime(&engine, 4, Eviction::kLfu, "on_demand", nullptr);
+  EXPECT_EQ(Decode(b.get(), b.get()), expected);
+  b->Suspend();
+  a->Resume();
+  EXPECT_EQ(Decode(a.get(), a.get()), expected);
+}
+
+TEST_F(PrefetchRuntimeTest, PreloadedRowNeverWaits) {
+  DiskTransferEngine engine(file_, 32, {});
+  auto runtime = Runtime(&engine, 32, Eviction::kLru, "on_demand", nullptr);
+  runtime->Suspend();
+  std::vector<ExpertKey> all;
+  for (int i = 0; i < 32; ++i) {
+    all.push_back(ExpertKey::FromIndex(i, checkpoint_.config.geometry()));
+  }
+  runtime->Preload(all);
+  EXPECT_EQ(Decode(runtime.get(), runtime.get()), Resident());
+  const PhaseStats& stats = runtime->stats(Stack::kDecoder);
+  EXPECT_EQ(stats.hits, stats.uses);
+  EXPECT_EQ(stats.stall_seconds, 0);
+}
+
+TEST_F(PrefetchRuntimeTest, AnExpertThatCannotBeReadIsAnEnvironmentError) {
+  const auto damaged = std::make_shared<ExpertFile>(file_->path());
+  DiskTransferEngine engine(damaged, 4, {2, 4096, 0, true, true});
+  fs::resize_file(file_->path(), 8192);
+  auto runtime = Runtime(&engine, 4, Eviction::kLru, "on_demand", nullptr);
+  EXPECT_THROW(Decode(runtime.get(), runtime.get()), EnvironmentError);
+}
+
+}  // namespace
+}  // namespace routecast
