@@ -24,6 +24,14 @@ class ExpertPredictor {
   // this predictor has nothing to say for that (stack, source, lead). Rows of padding are
   // arbitrary.
   virtual std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) = 0;
+  // Leads 1..num_leads of one window, [lead - 1]; cheaper than Predict by lead where one
+  // computation serves all.
+  virtual std::vector<std::optional<at::Tensor>> PredictLeads(const RoutingWindow& window,
+                                                              int num_leads) {
+    std::vector<std::optional<at::Tensor>> all;
+    for (int lead = 1; lead <= num_leads; ++lead) all.push_back(Predict(window, lead));
+    return all;
+  }
 };
 
 }  // namespace routecast

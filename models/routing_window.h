@@ -25,7 +25,7 @@ struct RoutingWindow {
   // int64. Encoder: columns <= source_layer known for all tokens, others E. Decoder,
   // causal: entry (t, l) is the token's own expert for every l; a consumer at token t may
   // use row t only up to source_layer and rows < t wholly (models mask; see
-  // models/featuriser in this room).
+  // speculation_model.h).
   at::Tensor experts_BTL;
   at::Tensor
       hidden_BTD;  // float32 router input at source_layer; undefined = not available
@@ -41,6 +41,7 @@ RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
                        int num_experts);
 
 // Pads windows of the same stack and source layer to one batch (right padding of tokens).
+// hidden is undefined where one of the windows has none.
 RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows);
 
 }  // namespace routecast

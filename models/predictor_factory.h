@@ -1,0 +1,41 @@
+// A predictor by name or by the folder of a trained run.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "models/baseline_predictors.h"
+#include "models/expert_predictor.h"
+#include "models/speculation_model.h"
+
+namespace routecast {
+
+// A learned model with its calibration. One Forward serves all leads of PredictLeads.
+class LearnedPredictor final : public ExpertPredictor {
+ public:
+  LearnedPredictor(std::string name, SavedSpeculationModel saved);
+  std::string name() const override { return name_; }
+  bool needs_hidden() const override;
+  int history_tokens() const override;
+  std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) override;
+  std::vector<std::optional<at::Tensor>> PredictLeads(const RoutingWindow& window,
+                                                      int num_leads) override;
+  const SpeculationConfig& config() const { return saved_.model->config(); }
+
+ private:
+  std::string name_;
+  SavedSpeculationModel saved_;
+};
+
+// `name_or_folder`: one of BaselineNames(), or a folder that holds config.json and
+// model.safetensors (itself or in its subfolder "model"). `baselines_file` (what
+// BaselineTables::Save wrote) is read for counting predictors only; `routers` serve
+// stale_gate. Throws UsageError (unknown, or missing what it needs), DataError (corrupt,
+// or of another geometry than `geometry`).
+std::unique_ptr<ExpertPredictor> LoadPredictor(const std::string& name_or_folder,
+                                               const MoeGeometry& geometry,
+                                               const fs::path& baselines_file,
+                                               const std::vector<RouterWeights>& routers);
+
+}  // namespace routecast

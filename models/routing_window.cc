@@ -1,0 +1,122 @@
+#include "models/routing_window.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+const RoutingSpan& SpanOf(const RoutingTrace& trace, Stack stack) {
+  return stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+}
+
+void CheckSource(const RoutingSpan& span, Stack stack, int source_layer) {
+  if (source_layer < -1 || source_layer >= std::max(span.num_layers, 1)) {
+    throw std::logic_error("no source layer " + std::to_string(source_layer) + " in a " +
+                           StackName(stack) + " of " + std::to_string(span.num_layers));
+  }
+}
+
+// Router inputs of one layer, [1,T,D] float32.
+at::Tensor HiddenOf(const RoutingSpan& span, int layer) {
+  const size_t plane = static_cast<size_t>(span.num_tokens) * span.hidden_width;
+  auto bits = at::empty({1, span.num_tokens, span.hidden_width},
+                        at::TensorOptions(at::kBFloat16));
+  std::memcpy(bits.data_ptr(), span.hidden.data() + layer * plane,
+              plane * sizeof(uint16_t));
+  return bits.to(at::kFloat);
+}
+
+// Right-pads dimension 1 to `tokens` with `value`.
+at::Tensor PadTokens(const at::Tensor& x, int64_t tokens, double value) {
+  if (x.size(1) == tokens) return x;
+  auto sizes = x.sizes().vec();
+  sizes[1] = tokens - x.size(1);
+  return at::cat({x, at::full(sizes, value, x.options())}, 1);
+}
+
+}  // namespace
+
+at::Tensor WindowLabels(const RoutingTrace& trace, Stack stack, int source_layer,
+                        int lead) {
+  const RoutingSpan& span = SpanOf(trace, stack);
+  CheckSource(span, stack, source_layer);
+  if (lead < 1) throw std::logic_error("leads start at 1");
+  const int tokens = span.num_tokens, layers = span.num_layers;
+  auto labels = at::full({tokens}, -100, at::kLong);
+  int target = source_layer + lead, shift = 0;
+  if (stack == Stack::kDecoder && target >= layers) {
+    target -= layers;
+    shift = 1;
+  }
+  if (target >= layers || span.expert_ids.empty()) return labels;
+  int64_t* out = labels.data_ptr<int64_t>();
+  for (int t = 0; t + shift < tokens; ++t) {
+    const size_t at = static_cast<size_t>(target) * tokens + t + shift;
+    if (!span.dropped.empty() && span.dropped[at]) continue;
+    out[t] = span.expert_ids[at];
+  }
+  return labels;
+}
+
+RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
+                       int num_experts) {
+  const RoutingSpan& span = SpanOf(trace, stack);
+  CheckSource(span, stack, source_layer);
+  const int tokens = span.num_tokens, layers = span.num_layers;
+  RoutingWindow window;
+  window.stack = stack;
+  window.source_layer = source_layer;
+  window.num_layers = layers;
+  window.num_experts = num_experts;
+  window.token_ids_BT = at::zeros({1, tokens}, at::kLong);
+  window.valid_BT = at::ones({1, tokens}, at::kBool);
+  window.experts_BTL = at::full({1, tokens, layers}, num_experts, at::kLong);
+  int64_t* ids = window.token_ids_BT.data_ptr<int64_t>();
+  std::copy(span.token_ids.begin(), span.token_ids.end(), ids);
+  int64_t* experts = window.experts_BTL.data_ptr<int64_t>();
+  const int known = stack == Stack::kEncoder ? source_layer + 1 : layers;
+  for (int l = 0; l < known && !span.expert_ids.empty(); ++l) {
+    for (int t = 0; t < tokens; ++t) {
+      experts[static_cast<size_t>(t) * layers + l] =
+          span.expert_ids[static_cast<size_t>(l) * tokens + t];
+    }
+  }
+  if (source_layer >= 0 && span.hidden_width > 0 && !span.hidden.empty()) {
+    window.hidden_BTD = HiddenOf(span, source_layer);
+  }
+  return window;
+}
+
+RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows) {
+  if (windows.empty()) throw std::logic_error("a batch of no windows");
+  RoutingWindow batch = windows[0];
+  int64_t tokens = 0;
+  bool hidden = true;
+  for (const RoutingWindow& w : windows) {
+    if (w.stack != batch.stack || w.source_layer != batch.source_layer ||
+        w.num_layers != batch.num_layers || w.num_experts != batch.num_experts) {
+      throw std::logic_error("windows of different sources in one batch");
+    }
+    tokens = std::max(tokens, w.token_ids_BT.size(1));
+    hidden = hidden && w.hidden_BTD.defined();
+  }
+  std::vector<at::Tensor> ids, valid, experts, states;
+  for (const RoutingWindow& w : windows) {
+    ids.push_back(PadTokens(w.token_ids_BT, tokens, 0));
+    valid.push_back(PadTokens(w.valid_BT, tokens, 0));
+    experts.push_back(PadTokens(w.experts_BTL, tokens, w.num_experts));
+    if (hidden) states.push_back(PadTokens(w.hidden_BTD, tokens, 0));
+  }
+  batch.token_ids_BT = at::cat(ids);
+  batch.valid_BT = at::cat(valid);
+  batch.experts_BTL = at::cat(experts);
+  batch.hidden_BTD = hidden ? at::cat(states) : at::Tensor();
+  return batch;
+}
+
+}  // namespace routecast

@@ -1,0 +1,70 @@
+// Scores of predictions, one accumulator a (phase, source layer, lead). N rows, E
+// experts.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "common/routing.h"
+#include "common/run_record.h"
+
+namespace routecast {
+
+inline constexpr std::array<int, 6> kScoredTopK = {1, 2, 3, 4, 5, 10};
+
+struct LeadScores {
+  Stack phase = Stack::kEncoder;
+  int layer = 0;  // source layer in its stack, -1 = before the first MoE layer
+  int lead = 0;
+  int target = 0;               // target layer in its stack (of the next token where the
+                                // lead leaves the decoder)
+  std::array<double, 6> top{};  // by kScoredTopK; ties go to the lower id
+  double cross_entropy = 0;     // nats; probabilities below 1e-12 count as 1e-12
+  double ece = 0;               // 10 equal bins of the top-1 probability, the last closed
+  double ci95_low = 0, ci95_high = 0;  // of top-1: bootstrap over documents
+  int64_t samples = 0, documents = 0;
+
+  double top1() const { return top[0]; }
+  double top4() const { return top[3]; }
+  // phase layer lead target top1 .. top10 cross_entropy ece ci95 [low, high] samples
+  Json ToJson() const;
+};
+
+// Thread rule: one thread at a time. Sums are kept by document, so the result does not
+// depend on the order of rows beyond rounding, nor on which rank saw which document.
+class LeadAccumulator {
+ public:
+  LeadAccumulator() = default;
+  LeadAccumulator(Stack phase, int layer, int lead, int target)
+      : phase_(phase), layer_(layer), lead_(lead), target_(target) {}
+
+  // probs float32 [N,E]; labels int64 [N], -100 = does not count; documents int64 [N]
+  // (the bits of the unsigned id). Any device.
+  void Add(const at::Tensor& probs_NE, const at::Tensor& labels_N,
+           const at::Tensor& documents_N);
+  // Sums as bytes for another rank's Merge (same machine type). Merge throws DataError
+  // where the bytes are not such sums.
+  std::string Bytes() const;
+  void Merge(const std::string& bytes);
+  // 1,000 resamples of documents drawn by `seed`.
+  LeadScores Scores(uint64_t seed = 0, int resamples = 1000) const;
+  int64_t samples() const;
+
+ private:
+  struct Sums {
+    int64_t samples = 0;
+    std::array<int64_t, 6> hits{};
+    double cross_entropy = 0;
+    std::array<int64_t, 10> bin_count{}, bin_hits{};
+    std::array<double, 10> bin_confidence{};
+  };
+  Stack phase_ = Stack::kEncoder;
+  int layer_ = 0, lead_ = 0, target_ = 0;
+  std::map<uint64_t, Sums> documents_;
+};
+
+}  // namespace routecast
