@@ -88,11 +88,13 @@ Predictors PredictorsOf(const std::vector<RunFolder>& folders) {
   return found;
 }
 
-std::set<std::pair<std::string, int>> PhasesAndLeads(const Predictors& predictors) {
-  std::set<std::pair<std::string, int>> found;
+// Leads of each phase; the encoder first, as a text meets it first.
+std::map<std::string, std::set<int>, std::greater<>> LeadsOfPhases(
+    const Predictors& predictors) {
+  std::map<std::string, std::set<int>, std::greater<>> found;
   for (size_t p = 0; p < predictors.num_learned; ++p) {
     for (const auto& [place, score] : predictors.all[p].second) {
-      found.insert({place.phase, place.lead});
+      found[place.phase].insert(place.lead);
     }
   }
   return found;
@@ -127,6 +129,7 @@ std::string AccuracyByLead(const Predictors& predictors, const std::string& phas
                   "lead (MoE layers ahead)",
                   "top-1 accuracy, %",
                   {},
+                  true,
                   true};
   for (const auto& [name, scores] : predictors.all) {
     std::map<int, std::vector<double>> by_lead;
@@ -171,17 +174,16 @@ void AddAccuracy(const Predictors& predictors, HtmlReport* page) {
       "models come first, then baselines; bars carry 95 % intervals. A lead of n "
       "asks for the n-th MoE layer ahead; in the decoder, leads beyond the last "
       "layer ask for the next token.");
-  std::set<std::string> phases;
   std::vector<std::string> by_layer, by_lead;
-  constexpr size_t kMostCharts = 12;  // the table below has every lead
-  for (const auto& [phase, lead] : PhasesAndLeads(predictors)) {
-    phases.insert(phase);
-    if (by_layer.size() < kMostCharts) {
-      by_layer.push_back(AccuracyByLayer(predictors, phase, lead));
+  constexpr size_t kMostLeads = 4;  // a phase; the table below has every lead
+  for (const auto& [phase, leads] : LeadsOfPhases(predictors)) {
+    by_lead.push_back(AccuracyByLead(predictors, phase));
+    size_t shown = 0;
+    for (int lead : leads) {
+      if (shown++ < kMostLeads)
+        by_layer.push_back(AccuracyByLayer(predictors, phase, lead));
     }
   }
-  for (const std::string& phase : phases)
-    by_lead.push_back(AccuracyByLead(predictors, phase));
   page->Charts(by_lead);
   page->Charts(by_layer);
   page->Details("All scores", AccuracyTable(predictors));
@@ -195,7 +197,7 @@ void AddLoad(const std::vector<RunFolder>& folders, HtmlReport* page) {
     const std::vector<Json> layers = EntriesWith(f.stats, "load");
     if (layers.empty()) continue;
     HeatMap map{
-        "Tokens an expert gets", "expert", "share of tokens, 1 = even", {}, {}, 0, 2};
+        "Tokens an expert gets", "expert", "tokens, 1 = even share", {}, {}, 0, 2};
     Table table({"<phase", "layer", "entropy, bits", "given the layer before, bits",
                  "dropped %", "busiest expert"});
     for (const Json& layer : layers) {

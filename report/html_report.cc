@@ -18,7 +18,7 @@ constexpr const char* kStyle = R"css(
 --s7:#ff7b7b;}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}
+main{max-width:1240px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:26px;margin:0}h2{font-size:19px;margin:38px 0 8px;padding-top:14px;
 border-top:1px solid var(--line)}
 p{margin:6px 0 12px;max-width:90ch}.sub{color:var(--soft);margin:2px 0 18px}
@@ -33,8 +33,8 @@ margin:12px 0}
 .chart{width:100%;height:auto;display:block;max-width:640px}
 .wide{grid-column:1/-1;max-width:none}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums;margin:6px 0}
-th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;margin:6px 0}
+th,td{padding:4px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}.left{text-align:left}
 figure{margin:14px 0}figcaption,summary{color:var(--soft);font-size:14px}
 summary{cursor:pointer;margin:8px 0}

@@ -10,6 +10,7 @@ namespace {
 
 constexpr double kWidth = 560, kHeight = 300;
 constexpr double kLeft = 60, kRight = 14, kTitle = 24, kLegendRow = 18, kBottom = 48;
+constexpr size_t kLongestLabel = 18;
 constexpr double kCharacter = 6.4;  // mean width of a 12 px character
 
 std::string Number(double value) {
@@ -79,12 +80,13 @@ struct Range {
 // The frame of a chart with two axes: title, legend, y grid and ticks.
 class Plot {
  public:
-  Plot(const std::string& title, const std::vector<std::string>& legend, bool lines)
-      : lines_(lines) {
+  Plot(const std::string& title, const std::vector<std::string>& legend, bool lines,
+       double below)
+      : lines_(lines), below_(below) {
     double x = kLeft, y = kTitle + 12;
     std::string keys;
     for (size_t i = 0; i < legend.size() && legend.size() > 1; ++i) {
-      const double width = 30 + kCharacter * static_cast<double>(legend[i].size());
+      const double width = 42 + kCharacter * static_cast<double>(legend[i].size());
       if (x + width > kWidth - kRight && x > kLeft) x = kLeft, y += kLegendRow;
       keys += Key(x, y, i) + Text(x + 22, y, "start", "t", legend[i]);
       x += width;
@@ -96,7 +98,7 @@ class Plot {
   double left() const { return kLeft; }
   double right() const { return kWidth - kRight; }
   double top() const { return top_; }
-  double bottom() const { return height_ - kBottom; }
+  double bottom() const { return height_ - below_; }
 
   void YAxis(const std::string& label, const Range& range) {
     const std::vector<double> ticks = Ticks(range.low, range.high, 5);
@@ -132,7 +134,7 @@ class Plot {
            Colour(series) + "\"" + Dash(series) + "/>";
   }
   bool lines_;
-  double top_ = 0, height_ = 0, low_ = 0, high_ = 1;
+  double below_, top_ = 0, height_ = 0, low_ = 0, high_ = 1;
   std::string body_;
 };
 
@@ -268,10 +270,11 @@ std::string LineChartSvg(const LineChart& chart) {
   if (chart.y_from_zero) y.Add(0);
   x.MakeUsable();
   y.MakeUsable();
-  Plot plot(chart.title, names, true);
+  Plot plot(chart.title, names, true, kBottom);
   plot.YAxis(chart.y_label, y);
   plot.XLabel(chart.x_label);
   for (double tick : Ticks(x.low, x.high, 6)) {
+    if (chart.whole_x && tick != std::floor(tick)) continue;
     if (tick < x.low - 1e-9 || tick > x.high * (1 + 1e-9) + 1e-9) continue;
     const double px =
         plot.left() + (tick - x.low) / (x.high - x.low) * (plot.right() - plot.left());
@@ -298,24 +301,26 @@ std::string BarChartSvg(const BarChart& chart) {
   }
   if (chart.y_max > 0) y.high = chart.y_max;
   y.MakeUsable();
-  Plot plot(chart.title, names, false);
+  const double slot_width =
+      (kWidth - kLeft - kRight) /
+      static_cast<double>(std::max<size_t>(1, chart.categories.size()));
+  size_t longest = 0;
+  for (const std::string& c : chart.categories) longest = std::max(longest, c.size());
+  const bool slanted = kCharacter * static_cast<double>(longest) > slot_width;
+  Plot plot(chart.title, names, false, slanted ? 78 : 26);
   plot.YAxis(chart.y_label, y);
-  const double slot = (plot.right() - plot.left()) /
-                      static_cast<double>(std::max<size_t>(1, chart.categories.size()));
-  const bool slanted = kCharacter * 6 > slot;
   for (size_t c = 0; c < chart.categories.size(); ++c) {
-    const double x = plot.left() + slot * static_cast<double>(c);
-    plot.Add(Group(chart, c, x + slot * 0.1, slot * 0.8, plot));
-    const size_t fits = slanted ? 9 : static_cast<size_t>(slot / kCharacter);
+    const double x = plot.left() + slot_width * static_cast<double>(c);
+    plot.Add(Group(chart, c, x + slot_width * 0.1, slot_width * 0.8, plot));
     std::string label = chart.categories[c];
-    if (label.size() > fits && fits > 2) label = label.substr(0, fits - 1) + "…";
+    if (label.size() > kLongestLabel) label = label.substr(0, kLongestLabel - 1) + "…";
     if (slanted) {
-      plot.Add("<text transform=\"translate(" + Number(x + slot / 2) + " " +
+      plot.Add("<text transform=\"translate(" + Number(x + slot_width / 2) + " " +
                Number(plot.bottom() + 12) +
                ") rotate(-35)\" text-anchor=\"end\" class=\"t\">" + EscapeHtml(label) +
                "</text>");
     } else {
-      plot.Add(Text(x + slot / 2, plot.bottom() + 17, "middle", "t", label));
+      plot.Add(Text(x + slot_width / 2, plot.bottom() + 17, "middle", "t", label));
     }
   }
   return plot.Finish(chart.title);
@@ -355,7 +360,7 @@ std::string HeatMapSvg(const HeatMap& map) {
                  "fill=\"" + ScaleColour((i + 0.5) / kLegendSteps) + "\"");
   }
   body += Text(legend - 6, legend_y + 10, "end", "t",
-               map.legend + "  " + ShortNumber(map.low)) +
+               map.legend + ":  " + ShortNumber(map.low)) +
           Text(legend + kLegendSteps * 6 + 6, legend_y + 10, "start", "t",
                ShortNumber(map.high) + " or more");
   return "<svg class=\"chart wide\" role=\"img\" aria-label=\"" + EscapeHtml(map.title) +

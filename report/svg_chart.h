@@ -19,6 +19,7 @@ struct LineChart {
   std::string title, x_label, y_label;
   std::vector<LineSeries> series;
   bool y_from_zero = false;  // else the axis fits the values
+  bool whole_x = false;      // ticks at whole numbers only
 };
 
 struct BarSeries {

@@ -21,7 +21,7 @@ TEST(ShortNumber, KeepsFourDigitsAndUnits) {
   EXPECT_EQ(ShortNumber(0.12346), "0.1235");
   EXPECT_EQ(ShortNumber(9999), "9999");
   EXPECT_EQ(ShortNumber(-25000), "-25k");
-  EXPECT_EQ(ShortNumber(3.2e9), "3.2G");
+  EXPECT_EQ(ShortNumber(3.2e10), "32G");
   EXPECT_EQ(ShortNumber(NAN), "-");
 }
 
