@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Runs a program under mpirun on this machine, so that it can be stopped: TERM and INT reach the
+# ranks as USR1 (mpirun itself would kill them after a second), they save and end with 75.
+# Exit code: the program's; 4 where a rank died.
+#
+# Usage: launch/run_ranks.sh [-n RANKS] PROGRAM [FLAGS]     RANKS: default 1
+# Environment: ROUTECAST_MPIRUN_ARGS replaces the single-machine transport flags, for several
+# hosts: ROUTECAST_MPIRUN_ARGS="--hostfile hosts" launch/run_ranks.sh -n 8 ...
+set -uo pipefail
+. "$(dirname "$0")/lib.sh"
+
+ranks=1
+case ${1:-} in
+  -n) ranks=${2:-}; shift 2 || true ;;
+  --help | "") sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+esac
+case $ranks in '' | *[!0-9]* | 0) die 2 "-n $ranks is not a number of ranks" "write -n 2" ;; esac
+program=$1
+shift
+[ -x "$program" ] || program=$build/bin/$program
+[ -x "$program" ] || die 2 "$program is not there" "run launch/setup.sh"
+
+# Read by the OpenMP runtime and MKL before main; --threads of the program has the same default.
+threads=$(($(nproc) / ranks))
+[ "$threads" -ge 1 ] || threads=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} MKL_NUM_THREADS=${MKL_NUM_THREADS:-$threads}
+[ "$ranks" -gt 1 ] || exec "$program" "$@"
+
+transport=(--mca btl self,vader --mca btl_vader_single_copy_mechanism none
+           --mca oob_tcp_if_include lo --oversubscribe)
+[ -z "${ROUTECAST_MPIRUN_ARGS:-}" ] || read -r -a transport <<<"$ROUTECAST_MPIRUN_ARGS"
+[ "$(id -u)" -ne 0 ] || transport+=(--allow-run-as-root)
+mpirun --quiet --bind-to none "${transport[@]}" -x OMP_NUM_THREADS -x MKL_NUM_THREADS \
+  -n "$ranks" "$program" "$@" &
+mpirun_pid=$!
+trap 'kill -USR1 $mpirun_pid 2>/dev/null' TERM INT USR1
+while :; do  # a trapped signal ends wait before mpirun has ended
+  wait $mpirun_pid
+  code=$?
+  kill -0 $mpirun_pid 2>/dev/null || break
+done
+case $code in
+  134 | 137 | 139) die 4 "a rank died (mpirun returned $code)" "start the same command again" ;;
+esac
+exit $code
