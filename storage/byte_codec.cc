@@ -1,0 +1,141 @@
+#include "storage/byte_codec.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "common/errors.h"
+#include "common/routing.h"
+
+namespace routecast {
+static_assert(std::endian::native == std::endian::little,
+              "records are written as they lie");
+
+void ByteWriter::U64(uint64_t value) { Raw(&value, sizeof value); }
+
+void ByteWriter::Varint(uint64_t value) {
+  while (value >= 0x80) {
+    U8(static_cast<uint8_t>(value | 0x80));
+    value >>= 7;
+  }
+  U8(static_cast<uint8_t>(value));
+}
+
+void ByteWriter::Packed(const std::vector<uint16_t>& values, int bits) {
+  const size_t start = out_->size();
+  const uint64_t size = PackedBytes(values.size(), bits);
+  out_->resize(start + size + 8);  // whole-word stores below may run past the end
+  char* to = out_->data() + start;
+  uint64_t pending = 0;
+  int filled = 0;
+  for (const uint16_t value : values) {
+    pending |= static_cast<uint64_t>(value) << filled;
+    filled += bits;
+    if (filled >= 32) {
+      std::memcpy(to, &pending, 4);
+      to += 4;
+      pending >>= 32;
+      filled -= 32;
+    }
+  }
+  std::memcpy(to, &pending, 8);
+  out_->resize(start + size);
+}
+
+void ByteWriter::Bf16Planes(const std::vector<float>& values) {
+  const size_t start = out_->size(), n = values.size();
+  out_->resize(start + 2 * n);
+  auto* high = reinterpret_cast<uint8_t*>(out_->data() + start);
+  uint8_t* low = high + n;
+  for (size_t i = 0; i < n; ++i) {
+    const uint16_t bits = FloatToBf16(values[i]);
+    high[i] = static_cast<uint8_t>(bits >> 8);
+    low[i] = static_cast<uint8_t>(bits);
+  }
+}
+
+void ByteReader::Fail(const std::string& reason) const {
+  throw DataError(
+      ErrorText(where_ + ": damaged record", reason,
+                "run routecast-trace verify; collect into a new store if it fails"));
+}
+
+std::string_view ByteReader::Raw(uint64_t size) {
+  if (size > left()) {
+    Fail("needs " + std::to_string(size) + " more bytes, has " + std::to_string(left()));
+  }
+  const std::string_view part = bytes_.substr(at_, size);
+  at_ += size;
+  return part;
+}
+
+uint8_t ByteReader::U8() { return static_cast<uint8_t>(Raw(1)[0]); }
+
+uint64_t ByteReader::U64() {
+  uint64_t value;
+  std::memcpy(&value, Raw(8).data(), 8);
+  return value;
+}
+
+uint64_t ByteReader::Varint(const char* what, uint64_t limit) {
+  uint64_t value = 0;
+  for (int shift = 0; shift < 64; shift += 7) {
+    const uint8_t byte = U8();
+    if (shift == 63 && byte > 1) break;
+    value |= static_cast<uint64_t>(byte & 0x7f) << shift;
+    if (byte & 0x80) continue;
+    if (value > limit) {
+      Fail(std::string(what) + " is " + std::to_string(value) + ", at most " +
+           std::to_string(limit));
+    }
+    return value;
+  }
+  Fail(std::string(what) + " is not a varint");
+}
+
+void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values) {
+  const auto* from = reinterpret_cast<const uint8_t*>(bytes.data());
+  const size_t n = values->size();
+  if (bits == 8) {
+    for (size_t i = 0; i < n; ++i) (*values)[i] = from[i];
+    return;
+  }
+  const uint32_t mask = (1u << bits) - 1;
+  size_t i = 0;
+  uint16_t* to = values->data();
+  // Eight values take exactly `bits` bytes; the fast path reads two words and stays
+  // inside.
+  const size_t groups = n / 8;
+  for (size_t g = 0; g < groups && (g * bits + 16) <= bytes.size(); ++g, i += 8) {
+    uint64_t low, high;
+    std::memcpy(&low, from + g * bits, 8);
+    std::memcpy(&high, from + g * bits + bits / 2, 8);
+    const int skip =
+        (bits * 4) % 8;  // the fifth value may start at half a byte: 60 + 4 bits fit
+    for (int k = 0; k < 4; ++k)
+      to[i + k] = static_cast<uint16_t>((low >> (k * bits)) & mask);
+    high >>= skip;
+    for (int k = 0; k < 4; ++k) {
+      to[i + 4 + k] = static_cast<uint16_t>((high >> (k * bits)) & mask);
+    }
+  }
+  for (; i < n; ++i) {
+    const size_t at = i * static_cast<size_t>(bits);
+    uint32_t word = 0;
+    std::memcpy(&word, from + at / 8, std::min<size_t>(4, bytes.size() - at / 8));
+    to[i] = static_cast<uint16_t>((word >> (at % 8)) & mask);
+  }
+}
+
+void UnpackBf16Planes(std::string_view bytes, std::vector<float>* values) {
+  const size_t n = values->size();
+  const auto* high = reinterpret_cast<const uint8_t*>(bytes.data());
+  const uint8_t* low = high + n;
+  auto* to = reinterpret_cast<uint32_t*>(values->data());
+  for (size_t i = 0; i < n; ++i) {
+    to[i] =
+        (static_cast<uint32_t>(high[i]) << 24) | (static_cast<uint32_t>(low[i]) << 16);
+  }
+}
+
+}  // namespace routecast

@@ -1,0 +1,118 @@
+#include "storage/shard_db.h"
+
+#include <chrono>
+#include <cstdio>
+#include <thread>
+
+#include "common/errors.h"
+#include "rocksdb/cache.h"
+#include "rocksdb/file_checksum.h"
+#include "rocksdb/filter_policy.h"
+#include "rocksdb/table.h"
+
+namespace routecast {
+namespace {
+
+constexpr size_t kBlockBytes = 32 << 10;
+constexpr size_t kCacheBytes = 64 << 20;
+constexpr auto kLockPatience = std::chrono::seconds(15);  // mpirun reaps ranks within 2 s
+constexpr auto kLockRetry = std::chrono::milliseconds(100);
+
+std::shared_ptr<rocksdb::Cache> SharedCache() {
+  static const std::shared_ptr<rocksdb::Cache> cache = rocksdb::NewLRUCache(kCacheBytes);
+  return cache;
+}
+
+}  // namespace
+
+rocksdb::Options FamilyOptions(Family family, const std::string& compression) {
+  rocksdb::Options options;
+  rocksdb::BlockBasedTableOptions table;
+  table.block_size = kBlockBytes;
+  table.checksum = rocksdb::kXXH3;
+  table.format_version = 5;
+  table.filter_policy.reset(rocksdb::NewBloomFilterPolicy(10));
+  table.whole_key_filtering = true;
+  table.block_cache = SharedCache();
+  options.table_factory.reset(rocksdb::NewBlockBasedTableFactory(table));
+  options.compression = family == Family::kRouting && compression == "zstd"
+                            ? rocksdb::kZSTD
+                            : rocksdb::kNoCompression;
+  options.compression_opts.level = 1;
+  options.bottommost_compression = rocksdb::kDisableCompressionOption;
+  // Files arrive whole; they are merged once, when the collection is complete.
+  options.disable_auto_compactions = true;
+  options.level0_slowdown_writes_trigger = 1 << 30;
+  options.level0_stop_writes_trigger = 1 << 30;
+  options.file_checksum_gen_factory = rocksdb::GetFileChecksumGenCrc32cFactory();
+  options.max_open_files = -1;
+  options.info_log_level = rocksdb::WARN_LEVEL;
+  options.keep_log_file_num = 2;
+  options.write_buffer_size = 1 << 20;  // memtables stay empty
+  return options;
+}
+
+void CheckStatus(const rocksdb::Status& status, const std::string& operation,
+                 const fs::path& path) {
+  if (status.ok()) return;
+  const std::string what = operation + " " + path.string() + " failed";
+  if (status.IsCorruption() || status.IsNotFound()) {
+    throw DataError(
+        ErrorText(what, status.ToString(),
+                  "run routecast-trace verify; collect into a new store if it fails"));
+  }
+  if (status.IsNoSpace()) {
+    throw EnvironmentError(
+        ErrorText(what, status.ToString(), "free space and start again"));
+  }
+  throw EnvironmentError(
+      ErrorText(what, status.ToString(),
+                "check the disk and who else uses the store, start again"));
+}
+
+fs::path ShardPath(const fs::path& store, int shard) {
+  char name[16];
+  std::snprintf(name, sizeof name, "%05d", shard);
+  return store / "shards" / name;
+}
+
+ShardDb::ShardDb(const fs::path& store, int shard, const std::string& compression,
+                 Mode mode)
+    : path_(ShardPath(store, shard)) {
+  rocksdb::Options options = FamilyOptions(Family::kRouting, compression);
+  const std::vector<rocksdb::ColumnFamilyDescriptor> families = {
+      {rocksdb::kDefaultColumnFamilyName, options},
+      {kHiddenFamily, FamilyOptions(Family::kHidden, compression)}};
+  rocksdb::DB* db = nullptr;
+  if (mode == Mode::kRead) {
+    if (!fs::exists(path_ / "CURRENT")) {
+      throw DataError(ErrorText(path_.string() + " is missing from the store",
+                                "store.json names this shard",
+                                "restore it, or collect again"));
+    }
+    CheckStatus(rocksdb::DB::OpenForReadOnly(options, path_, families, &handles_, &db),
+                "open shard", path_);
+    db_.reset(db);
+    return;
+  }
+  MakeFolder(path_.parent_path());
+  options.create_if_missing = true;
+  options.create_missing_column_families = true;
+  const auto start = std::chrono::steady_clock::now();
+  rocksdb::Status status = rocksdb::DB::Open(options, path_, families, &handles_, &db);
+  // Ranks of a killed job may live a moment longer; their kernel locks end with them.
+  while (status.IsIOError() && status.ToString().find("lock") != std::string::npos &&
+         std::chrono::steady_clock::now() - start < kLockPatience) {
+    std::this_thread::sleep_for(kLockRetry);
+    status = rocksdb::DB::Open(options, path_, families, &handles_, &db);
+  }
+  CheckStatus(status, "open shard", path_);
+  db_.reset(db);
+}
+
+ShardDb::~ShardDb() {
+  for (auto* handle : handles_) db_->DestroyColumnFamilyHandle(handle);
+  if (db_) db_->Close().PermitUncheckedError();
+}
+
+}  // namespace routecast

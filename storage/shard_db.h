@@ -1,0 +1,53 @@
+// How this house opens RocksDB, and what its statuses mean to us. Internal to storage/.
+// Thread rule: ShardDb may be read from any thread; ingest and compaction from one.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/files.h"
+#include "rocksdb/db.h"
+#include "rocksdb/options.h"
+
+namespace routecast {
+
+inline constexpr const char* kHiddenFamily = "hidden";
+enum class Family { kRouting = 0, kHidden = 1 };
+
+// Options of a column family: files and blocks are the same whoever writes them.
+// compression: "none" or "zstd" for the routing family; router inputs are never
+// compressed.
+rocksdb::Options FamilyOptions(Family family, const std::string& compression);
+
+// Throws the error that `status` is: DataError (corruption), EnvironmentError (disk,
+// lock), UsageError (missing). Does nothing when ok.
+void CheckStatus(const rocksdb::Status& status, const std::string& operation,
+                 const fs::path& path);
+
+fs::path ShardPath(const fs::path& store, int shard);
+
+// One open shard database with both column families.
+class ShardDb {
+ public:
+  enum class Mode { kRead, kWrite };
+  // kWrite creates what is missing, and waits up to 15 s for the lock of a job that is
+  // dying.
+  ShardDb(const fs::path& store, int shard, const std::string& compression, Mode mode);
+  ~ShardDb();
+  ShardDb(const ShardDb&) = delete;
+  ShardDb& operator=(const ShardDb&) = delete;
+
+  rocksdb::DB* db() const { return db_.get(); }
+  rocksdb::ColumnFamilyHandle* family(Family f) const {
+    return handles_[static_cast<size_t>(f)];
+  }
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+  std::unique_ptr<rocksdb::DB> db_;
+  std::vector<rocksdb::ColumnFamilyHandle*> handles_;
+};
+
+}  // namespace routecast

@@ -1,0 +1,161 @@
+#include "storage/store_config.h"
+
+#include <algorithm>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+class Fields {
+ public:
+  Fields(const Json& json, const std::string& where) : json_(json), where_(where) {
+    if (!json.is_object()) Fail("is not an object");
+  }
+  [[noreturn]] void Fail(const std::string& reason) const {
+    throw DataError(ErrorText(where_ + " is not a trace store's configuration", reason,
+                              "is it the right folder?"));
+  }
+  const Json& At(const std::string& key) const {
+    if (!json_.contains(key)) Fail("key \"" + key + "\" is missing");
+    return json_[key];
+  }
+  std::string Text(const std::string& key) const {
+    if (!At(key).is_string()) Fail("key \"" + key + "\" is not a string");
+    return At(key).get<std::string>();
+  }
+  std::vector<std::string> Texts(const std::string& key) const {
+    if (!At(key).is_array()) Fail("key \"" + key + "\" is not a list");
+    std::vector<std::string> texts;
+    for (const Json& item : At(key)) {
+      if (!item.is_string())
+        Fail("key \"" + key + "\" holds something else than strings");
+      texts.push_back(item.get<std::string>());
+    }
+    return texts;
+  }
+  int64_t Number(const std::string& key, int64_t low, int64_t high) const {
+    const Json& value = At(key);
+    if (!value.is_number_integer()) Fail("key \"" + key + "\" is not an integer");
+    const bool fits = value.is_number_unsigned()
+                          ? value.get<uint64_t>() <= static_cast<uint64_t>(high)
+                          : value.get<int64_t>() <= high;
+    const auto number = fits ? value.get<int64_t>() : low - 1;
+    if (!fits || number < low) {
+      Fail("key \"" + key + "\" is " + value.dump() + ", not in [" + std::to_string(low) +
+           ", " + std::to_string(high) + "]");
+    }
+    return number;
+  }
+  int Int(const std::string& key, int low, int high) const {
+    return static_cast<int>(Number(key, low, high));
+  }
+
+ private:
+  const Json& json_;
+  const std::string& where_;
+};
+
+MoeGeometry ReadGeometry(const Json& json, const std::string& where) {
+  const Fields in(json, where);
+  MoeGeometry g;
+  g.encoder_layers = in.Int("encoder_layers", 0, 4096);
+  g.decoder_layers = in.Int("decoder_layers", 0, 4096);
+  g.num_experts = in.Int("num_experts", 1, 65536);
+  g.experts_per_token = in.Int("experts_per_token", 1, 64);
+  g.d_model = in.Int("d_model", 1, 65536);
+  return g;
+}
+
+}  // namespace
+
+bool StoreConfig::Records(const std::string& what) const {
+  return std::find(record.begin(), record.end(), what) != record.end();
+}
+
+Json StoreConfig::ToJson() const {
+  Json json;
+  json["schema"] = kStoreSchema;
+  json["model"] = model;
+  json["model_fingerprint"] = model_fingerprint;
+  json["tokenizer_fingerprint"] = tokenizer_fingerprint;
+  json["corpus_fingerprint"] = corpus_fingerprint;
+  json["geometry"] = {{"encoder_layers", geometry.encoder_layers},
+                      {"decoder_layers", geometry.decoder_layers},
+                      {"num_experts", geometry.num_experts},
+                      {"experts_per_token", geometry.experts_per_token},
+                      {"d_model", geometry.d_model}};
+  json["experts_per_token"] = geometry.experts_per_token;
+  json["record"] = record;
+  json["top_k"] = top_k;
+  json["data"] = data;
+  json["task"] = TaskName(task);
+  json["threads"] = threads;
+  json["dtype"] = dtype;
+  json["device_kind"] = device_kind;
+  json["expert_parallel"] = expert_parallel;
+  json["num_shards"] = num_shards;
+  json["num_chunks"] = num_chunks;
+  json["hidden_share"] = hidden_share;
+  json["max_length"] = max_length;
+  json["max_sequences"] = max_sequences;
+  json["batch_size"] = batch_size;
+  json["seed"] = seed;
+  json["compression"] = compression;
+  return json;
+}
+
+StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
+  const Fields in(json, where);
+  const int64_t schema = in.Number("schema", 0, int64_t{1} << 32);
+  if (schema != kStoreSchema) {
+    throw UsageError(ErrorText(where + ": store of another schema",
+                               "schema " + std::to_string(schema) +
+                                   ", this program reads " + std::to_string(kStoreSchema),
+                               "use the routecast that wrote it, or collect again"));
+  }
+  StoreConfig c;
+  c.model = in.Text("model");
+  c.model_fingerprint = in.Text("model_fingerprint");
+  c.tokenizer_fingerprint = in.Text("tokenizer_fingerprint");
+  c.corpus_fingerprint = in.Text("corpus_fingerprint");
+  c.geometry = ReadGeometry(in.At("geometry"), where + " (geometry)");
+  c.record = in.Texts("record");
+  c.top_k = in.Int("top_k", 0, 64);
+  c.data = in.Texts("data");
+  try {
+    c.task = ParseTask(in.Text("task"));
+  } catch (const UsageError&) {
+    in.Fail("unknown task " + in.Text("task"));
+  }
+  c.threads = in.Int("threads", 1, 65536);
+  c.dtype = in.Text("dtype");
+  c.device_kind = in.Text("device_kind");
+  c.expert_parallel = in.Int("expert_parallel", 1, 65536);
+  c.num_shards = in.Int("num_shards", 1, 4096);
+  c.num_chunks = in.Number("num_chunks", 0, 0xFFFFFFFFu);
+  if (!in.At("hidden_share").is_number()) in.Fail("hidden_share is not a number");
+  c.hidden_share = in.At("hidden_share").get<double>();
+  c.max_length = in.Int("max_length", 1, 1 << 24);
+  c.max_sequences = in.Number("max_sequences", 0, int64_t{1} << 62);
+  c.batch_size = in.Int("batch_size", 0, 1 << 24);
+  if (!in.At("seed").is_number_unsigned()) in.Fail("seed is not a natural number");
+  c.seed = in.At("seed").get<uint64_t>();
+  c.compression = in.Text("compression");
+  if (c.compression != "none" && c.compression != "zstd") in.Fail("unknown compression");
+  return c;
+}
+
+std::vector<std::string> Differences(const StoreConfig& stored,
+                                     const StoreConfig& wanted) {
+  const Json a = stored.ToJson(), b = wanted.ToJson();
+  std::vector<std::string> differences;
+  for (const auto& [key, value] : a.items()) {
+    if (key == "model" || key == "data" || b.at(key) == value) continue;
+    differences.push_back(key + ": " + value.dump() + " in the store, not " +
+                          b.at(key).dump());
+  }
+  return differences;
+}
+
+}  // namespace routecast

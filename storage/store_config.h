@@ -1,0 +1,51 @@
+// store.json: what a trace store is made of, fixed at creation.
+// Thread rule: plain data and pure functions.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/routing.h"
+#include "common/run_record.h"
+
+namespace routecast {
+
+inline constexpr int kStoreSchema = 1;
+
+struct StoreConfig {
+  std::string model;              // as named at collection; for people
+  std::string model_fingerprint;  // of configuration and weights
+  std::string tokenizer_fingerprint;
+  std::string corpus_fingerprint;  // of the documents and their order
+  MoeGeometry geometry;
+  std::vector<std::string> record = {"ids"};  // ids, probs, topk, hidden
+  int top_k = 0;                              // K stored a token; 0 without topk
+  std::vector<std::string> data;              // kind:path as given
+  Task task = Task::kDenoise;
+  int threads = 1;  // per rank; sums depend on it
+  std::string dtype = "fp32";
+  std::string device_kind = "cpu";  // cpu or cuda
+  int expert_parallel = 1;
+  int num_shards = 16;
+  int64_t num_chunks = 0;
+  double hidden_share = 0;    // share of the document groups with router inputs
+  int max_length = 512;       // tokens a sequence
+  int64_t max_sequences = 0;  // 0 = all
+  int batch_size = 0;
+  uint64_t seed = 0;
+  std::string compression = "none";  // of RocksDB's blocks: none or zstd
+
+  Json ToJson() const;
+  // Throws DataError naming the key that is missing, of the wrong type or out of range,
+  // and UsageError for another schema version (with both versions).
+  static StoreConfig FromJson(const Json& json, const std::string& where);
+  bool Records(const std::string& what) const;
+};
+
+// Keys in which two configurations differ, as "key: a, not b"; empty when records made
+// under both are the same. `model` and `data` are names, the fingerprints decide: they
+// may differ.
+std::vector<std::string> Differences(const StoreConfig& stored,
+                                     const StoreConfig& wanted);
+
+}  // namespace routecast

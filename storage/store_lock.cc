@@ -1,0 +1,122 @@
+#include "storage/store_lock.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <ctime>
+
+#include "common/errors.h"
+#include "common/run_record.h"
+
+namespace routecast {
+namespace {
+
+constexpr int kStaleSeconds = 120;
+constexpr auto kBeat = std::chrono::seconds(15);
+
+std::string HostName() {
+  char host[256] = "unknown";
+  ::gethostname(host, sizeof host - 1);
+  return host;
+}
+
+// Start time of a process in clock ticks since boot: tells a reused pid from the old one.
+// Empty when there is no such process.
+std::string ProcessStart(int64_t pid) {
+  const fs::path path = "/proc/" + std::to_string(pid) + "/stat";
+  std::ifstream in(path);
+  std::string text((std::istreambuf_iterator<char>(in)),
+                   std::istreambuf_iterator<char>());
+  size_t at = text.rfind(')');  // the name before it may hold spaces
+  if (at == std::string::npos) return "";
+  for (int field = 2; field < 22 && at != std::string::npos; ++field) {
+    at = text.find(' ', at + 1);
+  }
+  return at == std::string::npos ? ""
+                                 : text.substr(at + 1, text.find(' ', at + 1) - at - 1);
+}
+
+// Serialises the few lines that look at and replace a lock file.
+class Guard {
+ public:
+  explicit Guard(const fs::path& path)
+      : fd_(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
+    if (fd_ < 0) ThrowErrno(errno, "open", path);
+    while (::flock(fd_, LOCK_EX) != 0) {
+      if (errno != EINTR) ThrowErrno(errno, "lock", path);
+    }
+  }
+  ~Guard() { ::close(fd_); }
+
+ private:
+  int fd_;
+};
+
+// Who holds the lock, or "" when whoever took it is gone.
+std::string LivingHolder(const fs::path& path) {
+  struct stat info;
+  if (::stat(path.c_str(), &info) != 0) return "";
+  Json lock;
+  try {
+    lock = ReadJsonFile(path);
+  } catch (const std::runtime_error&) {
+    return "";  // its write is atomic: unreadable means a crash of the machine
+  }
+  const std::string host = lock.value("host", ""),
+                    start = lock.value("process_start", "");
+  const int64_t pid = lock.value("pid", int64_t{0});
+  const int64_t age = std::time(nullptr) - info.st_mtime;
+  const bool alive = host == HostName() ? !start.empty() && ProcessStart(pid) == start
+                                        : age < kStaleSeconds;
+  if (!alive) return "";
+  return "host " + host + ", process " + std::to_string(pid) + ", job \"" +
+         lock.value("job", "") + "\", heartbeat " + std::to_string(age) + " s ago";
+}
+
+}  // namespace
+
+StoreLock::StoreLock(const fs::path& store) : path_(store / "lock.json") {
+  const Guard guard(store / "lock.guard");
+  const std::string holder = LivingHolder(path_);
+  if (!holder.empty()) {
+    throw EnvironmentError(ErrorText(store.string() + " is in use by another job", holder,
+                                     "wait for it, or stop it and start again"));
+  }
+  const char* job = std::getenv("SLURM_JOB_ID");
+  const int64_t pid = ::getpid();
+  const auto now = std::chrono::system_clock::now().time_since_epoch().count();
+  token_ =
+      Hex64(Hash64(HostName() + ":" + std::to_string(pid) + ":" + std::to_string(now)));
+  const Json lock = {{"host", HostName()},
+                     {"pid", pid},
+                     {"process_start", ProcessStart(pid)},
+                     {"job", job ? job : ""},
+                     {"token", token_}};
+  WriteFileAtomic(path_, lock.dump(2) + "\n");
+  heartbeat_ = std::thread([this] { Beat(); });
+}
+
+StoreLock::~StoreLock() {
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+  }
+  wake_.notify_all();
+  heartbeat_.join();
+  std::error_code ignored;
+  fs::remove(path_, ignored);
+}
+
+void StoreLock::Beat() {
+  std::unique_lock lock(mutex_);
+  while (!wake_.wait_for(lock, kBeat, [this] { return ending_; })) {
+    ::utimensat(AT_FDCWD, path_.c_str(), nullptr, 0);
+  }
+}
+
+}  // namespace routecast

@@ -1,0 +1,37 @@
+// Exclusive use of a trace store by one job, on one host or on many (shared file system).
+// The file `lock.json` names host, process, job and a heartbeat that a thread renews.
+// Thread rule: one owner object; the heartbeat runs on a thread of its own.
+#pragma once
+
+#include <condition_variable>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "common/files.h"
+
+namespace routecast {
+
+class StoreLock {
+ public:
+  // Takes the lock, or takes over that of a holder that is gone: on this host its process
+  // no longer lives; on another host its heartbeat is older than two minutes. Throws
+  // EnvironmentError naming the holder otherwise.
+  explicit StoreLock(const fs::path& store);
+  ~StoreLock();  // releases
+  StoreLock(const StoreLock&) = delete;
+  StoreLock& operator=(const StoreLock&) = delete;
+  // Names this job's files in staging/: unique among jobs.
+  const std::string& token() const { return token_; }
+
+ private:
+  void Beat();
+  fs::path path_;
+  std::string token_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool ending_ = false;
+  std::thread heartbeat_;
+};
+
+}  // namespace routecast

@@ -1,0 +1,257 @@
+#include "storage/trace_reader.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+#include "common/errors.h"
+#include "storage/shard_db.h"
+#include "storage/trace_store.h"
+
+namespace routecast {
+namespace {
+
+constexpr std::array<Stack, 2> kStacks = {Stack::kEncoder, Stack::kDecoder};
+
+uint32_t TokensOf(const SequenceInfo& info, Stack stack) {
+  return stack == Stack::kEncoder ? info.encoder_tokens : info.decoder_tokens;
+}
+
+// Decodes a routing record into `trace` and holds it against the index and the geometry.
+void DecodeInto(std::string_view key, std::string_view value, const std::string& where,
+                Stack stack, const SequenceInfo& info, const MoeGeometry& geometry,
+                RoutingTrace* trace) {
+  DecodedSpan decoded = DecodeSpan(key, value, where);
+  const bool fits =
+      decoded.num_experts == geometry.num_experts &&
+      decoded.span.num_layers == geometry.layers(stack) &&
+      static_cast<uint32_t>(decoded.span.num_tokens) == TokensOf(info, stack);
+  if (!fits) {
+    throw DataError(ErrorText(where + ": record and store disagree",
+                              std::to_string(decoded.span.num_tokens) + " tokens, " +
+                                  std::to_string(decoded.span.num_layers) + " layers, " +
+                                  std::to_string(decoded.num_experts) +
+                                  " experts; the store says " +
+                                  std::to_string(TokensOf(info, stack)) + ", " +
+                                  std::to_string(geometry.layers(stack)) + ", " +
+                                  std::to_string(geometry.num_experts),
+                              "run routecast-trace verify"));
+  }
+  trace->task = decoded.task;
+  (stack == Stack::kEncoder ? trace->encoder : trace->decoder) = std::move(decoded.span);
+}
+
+}  // namespace
+
+TraceReader::TraceReader(fs::path store)
+    : path_(std::move(store)), config_(TraceStore::Open(path_)) {
+  for (int shard = 0; shard < config_.num_shards; ++shard) {
+    // A shard appears with its first chunk's owner; a store just created has none.
+    if (!fs::exists(ShardPath(path_, shard)) && !fs::exists(ShardPath(path_, 0))) {
+      shards_.push_back(nullptr);
+      continue;
+    }
+    shards_.push_back(std::make_unique<ShardDb>(path_, shard, config_.compression,
+                                                ShardDb::Mode::kRead));
+    ReadMarks(shard);
+  }
+  std::vector<size_t> order(sequences_.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [this](size_t a, size_t b) {
+    return sequences_[a].sequence_id < sequences_[b].sequence_id;
+  });
+  std::vector<SequenceInfo> sequences;
+  std::vector<Place> places;
+  sequences.reserve(order.size());
+  places.reserve(order.size());
+  for (const size_t i : order) {
+    if (!sequences.empty() && sequences.back().sequence_id == sequences_[i].sequence_id) {
+      throw DataError(ErrorText(path_.string() + ": sequence " +
+                                    std::to_string(sequences_[i].sequence_id) +
+                                    " is in the store twice",
+                                "chunks " + std::to_string(places.back().chunk) +
+                                    " and " + std::to_string(places_[i].chunk),
+                                "collect into a new store"));
+    }
+    sequences.push_back(sequences_[i]);
+    places.push_back(places_[i]);
+  }
+  sequences_.swap(sequences);
+  places_.swap(places);
+}
+
+TraceReader::~TraceReader() = default;
+
+void TraceReader::ReadMarks(int shard) {
+  const ShardDb& db = *shards_[shard];
+  const std::unique_ptr<rocksdb::Iterator> it(
+      db.db()->NewIterator(rocksdb::ReadOptions(), db.family(Family::kRouting)));
+  for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
+    const std::string where = db.path().string() + ": chunk mark";
+    const ChunkMark mark =
+        DecodeMark(it->key().ToStringView(), it->value().ToStringView(), where);
+    if (mark.chunk % config_.num_shards != static_cast<uint32_t>(shard) ||
+        mark.chunk >= config_.num_chunks) {
+      throw DataError(ErrorText(where + " of chunk " + std::to_string(mark.chunk),
+                                "does not belong here: shard " + std::to_string(shard) +
+                                    " of " + std::to_string(config_.num_shards) + ", " +
+                                    std::to_string(config_.num_chunks) + " chunks",
+                                "were folders of two stores mixed?"));
+    }
+    sequences_.insert(sequences_.end(), mark.sequences.begin(), mark.sequences.end());
+    places_.insert(places_.end(), mark.sequences.size(), {mark.chunk, shard});
+    ++completed_chunks_;
+  }
+  CheckStatus(it->status(), "read", db.path());
+}
+
+std::vector<uint64_t> TraceReader::sequence_ids() const {
+  std::vector<uint64_t> ids;
+  ids.reserve(sequences_.size());
+  for (const SequenceInfo& s : sequences_) ids.push_back(s.sequence_id);
+  return ids;
+}
+
+const SequenceInfo* TraceReader::Find(uint64_t sequence_id) const {
+  const auto it = std::lower_bound(
+      sequences_.begin(), sequences_.end(), sequence_id,
+      [](const SequenceInfo& s, uint64_t id) { return s.sequence_id < id; });
+  return it != sequences_.end() && it->sequence_id == sequence_id ? &*it : nullptr;
+}
+
+size_t TraceReader::IndexOf(uint64_t sequence_id) const {
+  const SequenceInfo* info = Find(sequence_id);
+  if (info == nullptr) {
+    throw UsageError(ErrorText(
+        path_.string() + " does not hold sequence " + std::to_string(sequence_id),
+        std::to_string(sequences_.size()) + " sequences are in it",
+        "use ids that sequences() lists"));
+  }
+  return static_cast<size_t>(info - sequences_.data());
+}
+
+RoutingTrace TraceReader::Header(size_t index) const {
+  RoutingTrace trace;
+  trace.sequence_id = sequences_[index].sequence_id;
+  trace.document_id = sequences_[index].document_id;
+  trace.group_id = sequences_[index].group_id;
+  trace.task = config_.task;
+  return trace;
+}
+
+std::string TraceReader::Where(size_t index, Stack stack) const {
+  return shards_[places_[index].shard]->path().string() + ": sequence " +
+         std::to_string(sequences_[index].sequence_id) + " (" + StackName(stack) + ")";
+}
+
+RoutingTrace TraceReader::Read(uint64_t sequence_id, WithHidden with_hidden) const {
+  return std::move(ReadMany({&sequence_id, 1}, with_hidden)[0]);
+}
+
+std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequence_ids,
+                                                WithHidden with_hidden) const {
+  struct Wanted {
+    size_t index, slot;
+    Stack stack;
+  };
+  std::vector<RoutingTrace> traces;
+  traces.reserve(sequence_ids.size());
+  std::vector<std::vector<Wanted>> by_shard(shards_.size());
+  for (size_t slot = 0; slot < sequence_ids.size(); ++slot) {
+    const size_t index = IndexOf(sequence_ids[slot]);
+    traces.push_back(Header(index));
+    for (const Stack stack : kStacks) {
+      if (TokensOf(sequences_[index], stack) == 0) continue;
+      by_shard[places_[index].shard].push_back({index, slot, stack});
+    }
+  }
+  // Routing first: router inputs are held against its dims.
+  for (const Family family : {Family::kRouting, Family::kHidden}) {
+    if (family == Family::kHidden && with_hidden == WithHidden::kNo) break;
+    for (size_t shard = 0; shard < by_shard.size(); ++shard) {
+      std::vector<Wanted> wanted;
+      for (const Wanted& w : by_shard[shard]) {
+        if (family == Family::kRouting || sequences_[w.index].has_hidden)
+          wanted.push_back(w);
+      }
+      if (wanted.empty()) continue;
+      std::vector<std::string> keys;
+      for (const Wanted& w : wanted) {
+        keys.push_back(EncodeKey(KindOf(w.stack), sequences_[w.index].sequence_id));
+      }
+      const std::vector<rocksdb::Slice> slices(keys.begin(), keys.end());
+      std::vector<rocksdb::PinnableSlice> values(keys.size());
+      std::vector<rocksdb::Status> statuses(keys.size());
+      const ShardDb& db = *shards_[shard];
+      db.db()->MultiGet(rocksdb::ReadOptions(), db.family(family), keys.size(),
+                        slices.data(), values.data(), statuses.data());
+      for (size_t i = 0; i < keys.size(); ++i) {
+        const Wanted& w = wanted[i];
+        const std::string where = Where(w.index, w.stack);
+        CheckStatus(statuses[i], "read", where);
+        RoutingTrace& trace = traces[w.slot];
+        if (family == Family::kRouting) {
+          DecodeInto(keys[i], values[i].ToStringView(), where, w.stack,
+                     sequences_[w.index], config_.geometry, &trace);
+        } else {
+          DecodeHidden(keys[i], values[i].ToStringView(), where,
+                       w.stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
+        }
+      }
+    }
+  }
+  return traces;
+}
+
+void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
+                       WithHidden with_hidden) const {
+  rocksdb::ReadOptions options;
+  options.readahead_size = 2 << 20;
+  options.fill_cache = false;
+  // One forward iterator a shard, stack and family: ids ascend in each, so none ever
+  // seeks back.
+  struct Cursor {
+    std::unique_ptr<rocksdb::Iterator> it;
+    void To(const std::string& key) {
+      if (it->Valid() && it->key() == rocksdb::Slice(key)) return;
+      it->Seek(key);
+    }
+  };
+  std::vector<std::array<std::array<Cursor, 2>, 2>> cursors(shards_.size());
+  const auto value_at = [&](size_t index, Stack stack, Family family,
+                            const std::string& key, const std::string& where) {
+    const int shard = places_[index].shard;
+    Cursor& cursor =
+        cursors[shard][static_cast<size_t>(stack)][static_cast<size_t>(family)];
+    if (!cursor.it) {
+      const ShardDb& db = *shards_[shard];
+      cursor.it.reset(db.db()->NewIterator(options, db.family(family)));
+    }
+    cursor.To(key);
+    CheckStatus(cursor.it->status(), "read", where);
+    if (!cursor.it->Valid() || cursor.it->key() != rocksdb::Slice(key)) {
+      CheckStatus(rocksdb::Status::NotFound("record is missing"), "read", where);
+    }
+    return &cursor;
+  };
+  for (size_t index = 0; index < sequences_.size(); ++index) {
+    RoutingTrace trace = Header(index);
+    for (const Stack stack : kStacks) {
+      if (TokensOf(sequences_[index], stack) == 0) continue;
+      const std::string key = EncodeKey(KindOf(stack), sequences_[index].sequence_id);
+      const std::string where = Where(index, stack);
+      Cursor* routing = value_at(index, stack, Family::kRouting, key, where);
+      DecodeInto(key, routing->it->value().ToStringView(), where, stack,
+                 sequences_[index], config_.geometry, &trace);
+      routing->it->Next();
+      if (with_hidden == WithHidden::kNo || !sequences_[index].has_hidden) continue;
+      Cursor* hidden = value_at(index, stack, Family::kHidden, key, where);
+      DecodeHidden(key, hidden->it->value().ToStringView(), where,
+                   stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
+      hidden->it->Next();
+    }
+    callback(std::move(trace));
+  }
+}
+
+}  // namespace routecast

@@ -1,0 +1,72 @@
+// Read-only access to a trace store, over all shards.
+// Thread rule: construction by one thread; Read and ReadMany from any thread at once;
+// Scan by one thread at a time. Memory: about 60 bytes a sequence, and block caches.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/routing.h"
+#include "storage/store_config.h"
+#include "storage/trace_format.h"
+
+namespace routecast {
+
+class ShardDb;
+enum class WithHidden { kNo, kYes };
+
+class TraceReader {
+ public:
+  // Throws UsageError (no store, another schema), DataError (damage).
+  explicit TraceReader(fs::path store);
+  ~TraceReader();
+  TraceReader(const TraceReader&) = delete;
+  TraceReader& operator=(const TraceReader&) = delete;
+
+  const StoreConfig& config() const { return config_; }
+  const fs::path& path() const { return path_; }
+  // Router weights of the model that was traced: `layer.{l}.weight` [E,D], optional
+  // `layer.{l}.bias` [E], `layer.{l}.norm_gain` [D], fp32, l = global MoE layer.
+  fs::path routers_path() const { return path_ / "routers.safetensors"; }
+  // All sequences ascending by id: enough to split by group and to choose those with
+  // router inputs, without reading records.
+  const std::vector<SequenceInfo>& sequences() const { return sequences_; }
+  std::vector<uint64_t> sequence_ids() const;
+  // nullptr where the store does not hold it.
+  const SequenceInfo* Find(uint64_t sequence_id) const;
+  // Chunks in the store; it is complete when they are config().num_chunks.
+  int64_t completed_chunks() const { return completed_chunks_; }
+  bool complete() const { return completed_chunks_ == config_.num_chunks; }
+
+  // Throws UsageError where the sequence is not in the store, DataError on damage. Router
+  // inputs come where asked for and recorded; empty otherwise.
+  RoutingTrace Read(uint64_t sequence_id, WithHidden with_hidden) const;
+  // The same for many, in the order asked; one MultiGet a shard and column family.
+  std::vector<RoutingTrace> ReadMany(std::span<const uint64_t> sequence_ids,
+                                     WithHidden with_hidden) const;
+  // Every sequence, ascending by id, with sequential reads.
+  void Scan(const std::function<void(RoutingTrace&&)>& callback,
+            WithHidden with_hidden) const;
+
+ private:
+  struct Place {  // parallel to sequences_
+    uint32_t chunk;
+    int shard;
+  };
+  void ReadMarks(int shard);
+  size_t IndexOf(uint64_t sequence_id) const;
+  RoutingTrace Header(size_t index) const;
+  std::string Where(size_t index, Stack stack) const;
+
+  fs::path path_;
+  StoreConfig config_;
+  std::vector<std::unique_ptr<ShardDb>> shards_;
+  std::vector<SequenceInfo> sequences_;
+  std::vector<Place> places_;
+  int64_t completed_chunks_ = 0;
+};
+
+}  // namespace routecast

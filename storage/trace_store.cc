@@ -1,0 +1,235 @@
+#include "storage/trace_store.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "common/errors.h"
+#include "rocksdb/sst_file_writer.h"
+#include "storage/shard_db.h"
+
+namespace routecast {
+namespace {
+
+constexpr const char* kRoutingFile = "routing.sst";
+constexpr const char* kHiddenFile = "hidden.sst";
+
+void WriteSst(const fs::path& path, const rocksdb::Options& options,
+              const std::map<std::string, std::string>& records) {
+  rocksdb::SstFileWriter writer(rocksdb::EnvOptions(), options);
+  CheckStatus(writer.Open(path), "create", path);
+  for (const auto& [key, value] : records)
+    CheckStatus(writer.Put(key, value), "write", path);
+  CheckStatus(writer.Finish(), "write", path);  // syncs
+}
+
+std::string Join(const std::vector<std::string>& parts) {
+  std::string text;
+  for (const std::string& part : parts) text += (text.empty() ? "" : "; ") + part;
+  return text;
+}
+
+}  // namespace
+
+StoreConfig TraceStore::Open(const fs::path& path) {
+  const fs::path file = path / "store.json";
+  if (!fs::exists(file)) {
+    throw UsageError(ErrorText(path.string() + " is not a trace store",
+                               "no store.json in it",
+                               "check --store, or make one with routecast-collect"));
+  }
+  return StoreConfig::FromJson(ReadJsonFile(file), file.string());
+}
+
+StoreConfig TraceStore::CreateOrOpen(const fs::path& path, const StoreConfig& wanted) {
+  if (fs::exists(path / "store.json")) {
+    const StoreConfig stored = Open(path);
+    const std::vector<std::string> differences = Differences(stored, wanted);
+    if (differences.empty()) return stored;
+    throw UsageError(ErrorText(path.string() + " was made with another configuration",
+                               Join(differences),
+                               "go on with the store's values, or name another --store"));
+  }
+  if (fs::exists(path) && fs::is_directory(path)) {
+    // A job killed while creating leaves only its lock, its run.json and temporary files.
+    for (const auto& entry : fs::directory_iterator(path)) {
+      const std::string name = entry.path().filename();
+      if (name.starts_with("lock.") || name.starts_with("run.json") || name == "corpus" ||
+          name == "routers.safetensors" || name == "staging" || name.ends_with(".tmp")) {
+        continue;
+      }
+      throw UsageError(
+          ErrorText(path.string() + " holds something else than a trace store",
+                    "found " + name, "name an empty or new folder"));
+    }
+  }
+  MakeFolder(path / "shards");
+  MakeFolder(path / "staging");
+  WriteFileAtomic(path / "store.json", wanted.ToJson().dump(2) + "\n");
+  return wanted;
+}
+
+void TraceStore::CleanStaging(const fs::path& path) {
+  if (!fs::exists(path / "staging")) return;
+  for (const auto& entry : fs::directory_iterator(path / "staging")) {
+    std::error_code error;
+    fs::remove_all(entry.path(), error);
+    if (error) ThrowErrno(error.value(), "remove", entry.path());
+  }
+}
+
+fs::path TraceStore::StagingFolder(const fs::path& path, uint32_t chunk,
+                                   const std::string& token) {
+  return path / "staging" / ("chunk-" + std::to_string(chunk) + "-" + token);
+}
+
+ChunkWriter::ChunkWriter(fs::path store, const StoreConfig& config, uint32_t chunk,
+                         std::string token, StepObserver on_step)
+    : store_(std::move(store)),
+      config_(config),
+      token_(std::move(token)),
+      on_step_(std::move(on_step)) {
+  mark_.chunk = chunk;
+}
+
+void ChunkWriter::Step(const char* name) const {
+  if (on_step_) on_step_(name);
+}
+
+void ChunkWriter::AddSpan(const RoutingTrace& trace, Stack stack) {
+  const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+  if (span.num_tokens == 0) return;
+  if (span.num_layers != config_.geometry.layers(stack)) {
+    throw std::logic_error(
+        "ChunkWriter: layers of the span differ from the store's geometry");
+  }
+  std::string key = EncodeKey(KindOf(stack), trace.sequence_id);
+  if (span.hidden_width > 0) {
+    std::string value = EncodeHidden(key, span);
+    record_bytes_ += value.size();
+    hidden_.emplace(key, std::move(value));
+  }
+  std::string value = EncodeSpan(key, span, trace.task, config_.geometry.num_experts);
+  record_bytes_ += value.size();
+  if (!routing_.emplace(std::move(key), std::move(value)).second) {
+    throw std::logic_error("ChunkWriter: sequence added twice");
+  }
+}
+
+void ChunkWriter::Add(const RoutingTrace& trace) {
+  const bool both = trace.encoder.num_tokens > 0 && trace.decoder.num_tokens > 0;
+  if (both && (trace.encoder.hidden_width > 0) != (trace.decoder.hidden_width > 0)) {
+    throw std::logic_error("ChunkWriter: router inputs in one stack only");
+  }
+  AddSpan(trace, Stack::kEncoder);
+  AddSpan(trace, Stack::kDecoder);
+  mark_.sequences.push_back(
+      {trace.sequence_id, trace.document_id, trace.group_id,
+       static_cast<uint32_t>(trace.encoder.num_tokens),
+       static_cast<uint32_t>(trace.decoder.num_tokens),
+       trace.encoder.hidden_width > 0 || trace.decoder.hidden_width > 0});
+}
+
+void ChunkWriter::Finish() {
+  std::sort(mark_.sequences.begin(), mark_.sequences.end(),
+            [](const auto& a, const auto& b) { return a.sequence_id < b.sequence_id; });
+  const std::string key = EncodeKey(RecordKind::kChunkMark, mark_.chunk);
+  routing_.emplace(key, EncodeMark(key, mark_));
+
+  const fs::path folder = TraceStore::StagingFolder(store_, mark_.chunk, token_);
+  Step("stage: make folder");
+  SealedFolder staging(folder);
+  Step("stage: write routing");
+  WriteSst(staging.path() / kRoutingFile,
+           FamilyOptions(Family::kRouting, config_.compression), routing_);
+  if (!hidden_.empty()) {
+    Step("stage: write hidden");
+    WriteSst(staging.path() / kHiddenFile,
+             FamilyOptions(Family::kHidden, config_.compression), hidden_);
+  }
+  Step("stage: rename");
+  staging.Commit();
+  Step("stage: done");
+}
+
+ShardOwner::ShardOwner(fs::path store, const StoreConfig& config, int first, int step,
+                       StepObserver on_step)
+    : store_(std::move(store)), config_(config), on_step_(std::move(on_step)) {
+  for (int shard = first; shard < config_.num_shards; shard += step) {
+    shards_[shard] = std::make_unique<ShardDb>(store_, shard, config_.compression,
+                                               ShardDb::Mode::kWrite);
+  }
+}
+
+ShardOwner::~ShardOwner() = default;
+
+void ShardOwner::Step(const char* name) const {
+  if (on_step_) on_step_(name);
+}
+
+bool ShardOwner::Owns(uint32_t chunk) const {
+  return shards_.contains(TraceStore::ShardOf(config_, chunk));
+}
+
+std::vector<uint32_t> ShardOwner::CompletedChunks() const {
+  std::vector<uint32_t> chunks;
+  for (const auto& [shard, db] : shards_) {
+    const std::unique_ptr<rocksdb::Iterator> it(
+        db->db()->NewIterator(rocksdb::ReadOptions(), db->family(Family::kRouting)));
+    for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
+      RecordKind kind;
+      uint64_t chunk = 0;
+      if (DecodeKey(it->key().ToStringView(), &kind, &chunk)) {
+        chunks.push_back(static_cast<uint32_t>(chunk));
+      }
+    }
+    CheckStatus(it->status(), "read", db->path());
+  }
+  std::sort(chunks.begin(), chunks.end());
+  return chunks;
+}
+
+bool ShardOwner::Ingest(uint32_t chunk, const std::string& token) {
+  const ShardDb& shard = *shards_.at(TraceStore::ShardOf(config_, chunk));
+  const fs::path folder = TraceStore::StagingFolder(store_, chunk, token);
+  std::string mark;
+  const rocksdb::Status found =
+      shard.db()->Get(rocksdb::ReadOptions(), shard.family(Family::kRouting),
+                      EncodeKey(RecordKind::kChunkMark, chunk), &mark);
+  if (!found.IsNotFound()) CheckStatus(found, "read", shard.path());
+  if (found.IsNotFound()) {
+    rocksdb::IngestExternalFileOptions options;
+    options.move_files = true;
+    // Rewriting a number inside the file would break its checksum.
+    options.write_global_seqno = false;
+    options.verify_checksums_before_ingest = true;
+    std::vector<rocksdb::IngestExternalFileArg> args(1);
+    args[0].column_family = shard.family(Family::kRouting);
+    args[0].external_files = {folder / kRoutingFile};
+    args[0].options = options;
+    if (fs::exists(folder / kHiddenFile)) {
+      args.emplace_back();
+      args[1].column_family = shard.family(Family::kHidden);
+      args[1].external_files = {folder / kHiddenFile};
+      args[1].options = options;
+    }
+    Step("ingest: ingest");
+    CheckStatus(shard.db()->IngestExternalFiles(args), "ingest into", shard.path());
+  }
+  Step("ingest: remove staging");
+  std::error_code error;
+  fs::remove_all(folder, error);
+  Step("ingest: done");
+  return found.IsNotFound();
+}
+
+void ShardOwner::Compact() {
+  for (const auto& [shard, db] : shards_) {
+    rocksdb::CompactRangeOptions options;
+    Step("compact");
+    CheckStatus(
+        db->db()->CompactRange(options, db->family(Family::kRouting), nullptr, nullptr),
+        "compact", db->path());
+  }
+}
+
+}  // namespace routecast

@@ -1,0 +1,144 @@
+#include "storage/trace_store.h"
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <fstream>
+
+#include "common/errors.h"
+#include "storage/store_lock.h"
+#include "storage/trace_reader.h"
+#include "tests/storage/store_fixture.h"
+
+namespace routecast {
+namespace {
+
+TEST_F(TraceStoreTest, GivesBackWhatAMapHolds) {
+  Fill();
+  ExpectEverything();
+  const auto all = All();
+  const TraceReader reader(store());
+  std::vector<uint64_t> ids = reader.sequence_ids();
+  std::reverse(ids.begin(), ids.end());
+  const auto many = reader.ReadMany(ids, WithHidden::kNo);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    EXPECT_EQ(reader.Read(ids[i], WithHidden::kYes), all.at(ids[i]));
+    RoutingTrace without = all.at(ids[i]);
+    for (RoutingSpan* span : {&without.encoder, &without.decoder}) {
+      span->hidden.clear();
+      span->hidden_width = 0;
+    }
+    EXPECT_EQ(many[i], without);
+    EXPECT_EQ(reader.Find(ids[i])->group_id, without.group_id);
+  }
+  EXPECT_THROW(reader.Read(12345, WithHidden::kNo), UsageError);
+}
+
+TEST_F(TraceStoreTest, CompactionKeepsEverything) {
+  Fill();
+  ShardOwner(store(), config_, 0, 1).Compact();
+  ExpectEverything();
+}
+
+TEST_F(TraceStoreTest, IngestingTwiceChangesNothing) {
+  Fill();
+  ShardOwner owner(store(), config_, 0, 1);
+  StageChunk(store(), config_, 2, kPerChunk, shape_, "again");
+  EXPECT_FALSE(owner.Ingest(2, "again"));
+  EXPECT_FALSE(fs::exists(TraceStore::StagingFolder(store(), 2, "again")));
+  ExpectEverything();
+}
+
+TEST_F(TraceStoreTest, OwnersShareTheShards) {
+  Create();
+  {
+    ShardOwner even(store(), config_, 0, 2), odd(store(), config_, 1, 2);
+    for (uint32_t c = 0; c < kChunks; ++c) {
+      StageChunk(store(), config_, c, kPerChunk, shape_, "t");
+      EXPECT_EQ(even.Owns(c), c % 2 == 0);
+      (even.Owns(c) ? even : odd).Ingest(c, "t");
+    }
+    EXPECT_EQ(odd.CompletedChunks(), (std::vector<uint32_t>{1, 3, 5}));
+  }
+  ExpectEverything();
+}
+
+TEST_F(TraceStoreTest, RefusesAnotherConfigurationWithBothValues) {
+  Create();
+  StoreConfig other = config_;
+  other.threads = 7;
+  other.model_fingerprint = "bb";
+  try {
+    TraceStore::CreateOrOpen(store(), other);
+    FAIL();
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("threads: 1 in the store, not 7"),
+              std::string::npos);
+    EXPECT_NE(std::string(e.what()).find("bb"), std::string::npos);
+  }
+}
+
+TEST_F(TraceStoreTest, RefusesAnotherSchemaWithBothValues) {
+  Create();
+  Json json = config_.ToJson();
+  json["schema"] = 9;
+  WriteFileAtomic(store() / "store.json", json.dump());
+  EXPECT_THROW(TraceStore::Open(store()), UsageError);
+}
+
+TEST_F(TraceStoreTest, DamagedConfigurationIsBadData) {
+  Create();
+  const std::string good = config_.ToJson().dump();
+  for (const std::string& bad : {good.substr(0, good.size() / 2), std::string("[]"),
+                                 std::string("{\"schema\": 1}"), std::string()}) {
+    WriteFileAtomic(store() / "store.json", bad);
+    EXPECT_THROW(TraceStore::Open(store()), DataError) << bad;
+  }
+}
+
+TEST_F(TraceStoreTest, RefusesAFolderOfSomethingElse) {
+  MakeFolder(store());
+  WriteFileAtomic(store() / "thesis.tex", "x");
+  EXPECT_THROW(Create(), UsageError);
+  EXPECT_THROW(TraceReader{store()}, UsageError);
+}
+
+TEST_F(TraceStoreTest, ADamagedStagedFileIsNotIngested) {
+  Create();
+  StageChunk(store(), config_, 0, kPerChunk, shape_, "t");
+  const fs::path file = TraceStore::StagingFolder(store(), 0, "t") / "routing.sst";
+  std::string bytes = ReadFile(file);
+  bytes[bytes.size() / 3] = static_cast<char>(bytes[bytes.size() / 3] ^ 1);
+  std::ofstream(file, std::ios::binary) << bytes;
+  ShardOwner owner(store(), config_, 0, 1);
+  EXPECT_THROW(owner.Ingest(0, "t"), DataError);
+  EXPECT_TRUE(owner.CompletedChunks().empty());
+}
+
+TEST_F(TraceStoreTest, OneJobAtATime) {
+  Create();
+  const StoreLock lock(store());
+  try {
+    StoreLock second(store());
+    FAIL();
+  } catch (const EnvironmentError& e) {
+    EXPECT_NE(std::string(e.what()).find(std::to_string(::getpid())), std::string::npos);
+  }
+}
+
+TEST_F(TraceStoreTest, TheLockOfADeadProcessIsTakenOver) {
+  Create();
+  const pid_t child = ::fork();
+  if (child == 0) {
+    new StoreLock(store());
+    ::_exit(0);
+  }
+  ::waitpid(child, nullptr, 0);
+  EXPECT_TRUE(fs::exists(store() / "lock.json"));
+  { StoreLock lock(store()); }
+  EXPECT_FALSE(fs::exists(store() / "lock.json"));
+}
+
+}  // namespace
+}  // namespace routecast
