@@ -1,18 +1,16 @@
 #include "evaluator/benefit_gauge.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace routecast {
 namespace {
 
-// Mean of the middle half: single outliers of a shared machine do not decide.
-double Centre(std::vector<double> values) {
-  if (values.empty()) return 0;
-  std::sort(values.begin(), values.end());
-  const size_t cut = values.size() / 4;
-  double sum = 0;
-  for (size_t i = cut; i < values.size() - cut; ++i) sum += values[i];
-  return sum / static_cast<double>(values.size() - 2 * cut);
+constexpr double kFresh = 0.6;  // share of the newest trial in the evidence
+
+double Mean(const std::vector<double>& values) {
+  const double sum = std::accumulate(values.begin(), values.end(), 0.0);
+  return values.empty() ? 0 : sum / static_cast<double>(values.size());
 }
 
 }  // namespace
@@ -42,8 +40,9 @@ void BenefitGauge::Record(double seconds) {
 }
 
 void BenefitGauge::Decide() {
-  with_ = Centre(on_);
-  without_ = Centre(off_);
+  const double fresh = with_ == 0 && without_ == 0 ? 1 : kFresh;
+  with_ += fresh * (Mean(on_) - with_);
+  without_ += fresh * (Mean(off_) - without_);
   helps_ = with_ < without_;
   on_.clear();
   off_.clear();

@@ -17,7 +17,6 @@ namespace {
 
 constexpr int kOracleHorizon = 12;      // visits that the oracle tells ahead
 constexpr double kLeastBound = 1.5;     // below it the demo's link is paced (--link=auto)
-constexpr double kPeakSeconds = 0.5;
 
 double Quantile(std::vector<double> values, double q) {
   if (values.empty()) return 0;
@@ -141,7 +140,7 @@ void Comparison::Record() {
   engine_options.num_threads = options_.io_threads;
   engine_ = std::make_unique<DiskTransferEngine>(file_, slots_, engine_options);
   engine_->SetDone([](uint64_t, TransferOutcome, uint64_t) {});
-  peak_ = engine_->MeasurePeak(kPeakSeconds);
+  peak_ = engine_->MeasurePeak(options_.peak_seconds);
   if (resident_fits_) {
     resident_engine_ =
         std::make_unique<DiskTransferEngine>(file_, file_->count(), engine_options);
@@ -158,7 +157,8 @@ void Comparison::Record() {
   const int rounds = std::min(workload_->num_segments(),
                               options_.rounds + options_.warmup_rounds);
   Progress progress("recording", "segments", static_cast<uint64_t>(rounds), options_.quiet);
-  std::vector<double> compute[2];
+  std::vector<double> compute[2];  // of a step
+  size_t steps[2] = {0, 0};
   for (int segment = 0; segment < rounds; ++segment) {
     if (StopRequested()) throw StoppedError("stopped while recording");
     OutputHash ignored;
@@ -166,14 +166,20 @@ void Comparison::Record() {
     const SegmentTimes times = workload_->Run(segment, &runtime, &runtime, &ignored);
     visits_.push_back(runtime.TakeVisits());
     for (int s = 0; s < 2; ++s) {
-      if (times.step_seconds[s].empty()) continue;
-      compute[s].push_back(Sum(times.step_seconds[s]) -
-                           runtime.stats(static_cast<Stack>(s)).stall_seconds);
+      const auto count = static_cast<double>(times.step_seconds[s].size());
+      const double waited = runtime.stats(static_cast<Stack>(s)).stall_seconds;
+      steps[s] += times.step_seconds[s].size();
+      for (double seconds : times.step_seconds[s]) {
+        compute[s].push_back(seconds - waited / count);
+      }
     }
     progress.Update(static_cast<uint64_t>(segment) + 1);
   }
   progress.Finish();
-  for (int s = 0; s < 2; ++s) compute_[s] = Quantile(compute[s], 0.5);
+  // The lower quartile: first touches and a machine's other work only add time.
+  for (int s = 0; s < 2; ++s) {
+    compute_[s] = Quantile(compute[s], 0.25) * static_cast<double>(steps[s]) / rounds;
+  }
 }
 
 std::vector<OracleForesight::Visit> Comparison::AllVisits(size_t* counted_from) const {
@@ -220,7 +226,7 @@ void Comparison::ChooseLink() {
     engine_ = std::make_unique<DiskTransferEngine>(file_, slots_, engine_options);
     engine_->SetDone([](uint64_t, TransferOutcome, uint64_t) {});
     engine_->MeasurePeak(2 * static_cast<double>(file_->size_bytes()) / peak_);  // fills it
-    peak_ = engine_->MeasurePeak(kPeakSeconds);
+    peak_ = engine_->MeasurePeak(options_.peak_seconds);
     pace_ = std::min(pace_, 0.9 * peak_);
     notes_.push_back("the emulated link reads through the page cache");
   }

@@ -22,11 +22,12 @@ struct ComparisonOptions {
   std::string policy = "auto";     // of the rows that speculate
   Eviction eviction = Eviction::kLru;
   int rounds = 20;                 // measured, a segment each; segments repeat when fewer
-  int warmup_rounds = 2;           // not measured: caches fill, gauges decide
+  int warmup_rounds = 3;           // not measured: caches fill, gauges decide
   int batch = 1;
   std::string link = "auto";       // auto, native, emulated
   double emulated_bound = 1.8;     // what a paced link aims at, in (1, 2)
   int io_threads = 3;
+  double peak_seconds = 0.5;       // spent on measuring the link alone
   bool oracle = true, resident = true, uncached = true;
   bool synthetic_weights = false;  // label only
   bool quiet = false;
@@ -105,7 +106,7 @@ class Comparison {
   bool resident_fits_ = false;
   std::unique_ptr<DiskTransferEngine> engine_, resident_engine_;
   double peak_ = 0, pace_ = 0;
-  double compute_[2] = {0, 0};  // seconds a round, median, by stack
+  double compute_[2] = {0, 0};  // Tc of a round, by stack
   std::vector<std::vector<OracleForesight::Visit>> visits_;  // by segment
   std::vector<std::unique_ptr<Row>> rows_;
   std::vector<std::string> notes_;

@@ -150,7 +150,8 @@ void PrefetchRuntime::Release(ExpertKey key) {
 void PrefetchRuntime::OnPassEnd(const PassInfo&) {
   const double seconds = clock_.Now() - pass_begin_;
   if (foresight_ && options_.planner.policy.auto_off) {
-    gauges_[static_cast<int>(stack_)].Record(seconds);
+    // What speculation changes, without the noise of computing: waiting, and asking.
+    gauges_[static_cast<int>(stack_)].Record(stall_ + predict_);
   }
   PhaseStats& stats = stats_[static_cast<int>(stack_)];
   ++stats.passes;

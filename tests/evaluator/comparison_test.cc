@@ -1,0 +1,155 @@
+#include "evaluator/comparison.h"
+
+#include <ATen/ATen.h>
+#include <unistd.h>
+
+#include <set>
+
+#include "common/errors.h"
+#include "evaluator/expert_store.h"
+#include "evaluator/replay.h"
+#include "gtest/gtest.h"
+#include "tests/evaluator/synthetic_traces.h"
+
+namespace routecast {
+namespace {
+
+class ComparisonTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = fs::temp_directory_path() / ("comparison_test." + std::to_string(::getpid()));
+    traces_.geometry = {2, 2, 6, 1, 0};
+    traces_.tokens = 6;
+    replay_.d_model = 32;
+    replay_.d_ff = 64;
+    replay_.d_kv = 8;
+    replay_.num_heads = 4;
+    replay_.vocab_size = 512;
+    replay_.encoder = true;
+    options_.rounds = 3;
+    options_.warmup_rounds = 1;
+    options_.quiet = true;
+    options_.peak_seconds = 0.02;
+    options_.synthetic_weights = true;
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  ComparisonResult Compare(std::vector<ExpertPredictor*> predictors) {
+    replay_.batch = options_.batch;
+    ReplayWorkload workload(traces_.geometry, SyntheticTraces(traces_, 4, 1), replay_);
+    const auto file = SyntheticExperts(folder_, workload.geometry(), replay_.d_ff, 1,
+                                       replay_.encoder, replay_.decoder, true);
+    if (options_.budget_bytes == 0) options_.budget_bytes = 6 * file->spec().stride_bytes();
+    Comparison comparison(&workload, file, std::move(predictors), options_);
+    return comparison.Run();
+  }
+
+  fs::path folder_;
+  SyntheticTraceOptions traces_;
+  ReplayOptions replay_;
+  ComparisonOptions options_;
+};
+
+TEST_F(ComparisonTest, AllRowsPutOutTheSameBits) {
+  SignalPredictor predictor(traces_);
+  const ComparisonResult result = Compare({&predictor});
+  // on-demand without cache, LRU, predictor, oracle, resident; encoder and decoder.
+  ASSERT_EQ(result.rows.size(), 10u);
+  std::set<std::string> hashes;
+  for (const RowResult& row : result.rows) hashes.insert(row.output_sha256);
+  EXPECT_EQ(hashes.size(), 1u);
+  EXPECT_TRUE(result.lossless);
+  EXPECT_EQ(hashes.begin()->size(), 64u);
+}
+
+TEST_F(ComparisonTest, RowsKeepTheirBudget) {
+  const ComparisonResult result = Compare({});
+  for (const RowResult& row : result.rows) {
+    EXPECT_LE(row.held_bytes_peak, row.budget_bytes) << row.policy;
+    EXPECT_EQ(row.pairs, 3);
+    EXPECT_GT(row.tokens_per_second, 0);
+  }
+}
+
+TEST_F(ComparisonTest, ResidentNeverWaitsAndUncachedNeverHits) {
+  const ComparisonResult result = Compare({});
+  for (const RowResult& row : result.rows) {
+    if (row.policy == "resident") {
+      EXPECT_EQ(row.hit_rate, 1);
+      EXPECT_EQ(row.bytes_useful, 0);
+    }
+    if (row.eviction == "none") {
+      EXPECT_EQ(row.hit_rate, 0);
+    }
+  }
+}
+
+TEST_F(ComparisonTest, LruMovesWhatTheSimulationSays) {
+  replay_.encoder = false;
+  options_.warmup_rounds = 0;
+  options_.rounds = 4;
+  const ComparisonResult result = Compare({});
+  const std::vector<RoutingTrace> traces = SyntheticTraces(traces_, 4, 1);
+  std::vector<OracleForesight::Visit> visits;
+  for (const RoutingTrace& trace : traces) {
+    for (int t = 0; t < 6; ++t) {
+      for (int l = 0; l < 2; ++l) {
+        visits.push_back({2 + l, {trace.decoder.expert_ids[static_cast<size_t>(l * 6 + t)]}});
+      }
+    }
+  }
+  const MissCount expected = CountMisses(traces_.geometry, 6, Eviction::kLru, visits, 0);
+  const MissCount least = CountMisses(traces_.geometry, 6, Eviction::kBelady, visits, 0);
+  const int64_t blob = 2 * 32 * 64 * 4;
+  for (const RowResult& row : result.rows) {
+    if (row.policy != "on_demand" || row.eviction != "lru") continue;
+    EXPECT_EQ(row.bytes_useful, expected.misses[1] * blob);
+    EXPECT_EQ(row.bytes_belady, least.misses[1] * blob);
+    EXPECT_EQ(row.bytes_late + row.bytes_wasted, 0);
+  }
+}
+
+TEST_F(ComparisonTest, BatchesShareOneLoadOfAnExpert) {
+  options_.batch = 2;
+  SignalPredictor predictor(traces_);
+  EXPECT_TRUE(Compare({&predictor}).lossless);
+}
+
+TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
+  const Json json = Compare({}).ToJson();
+  const std::vector<std::string> expected = {
+      "policy", "predictor", "eviction", "tier", "budget_bytes", "held_bytes_peak",
+      "budget_phase_share", "phase", "batch", "pairs", "tokens_per_second", "spread", "p50_ms",
+      "p95_ms", "p99_ms", "hit_rate", "bytes_useful", "bytes_late", "bytes_wasted",
+      "bytes_belady", "stall_seconds", "compute_seconds", "transfer_seconds",
+      "predictor_seconds", "bound", "lossless", "output_sha256", "synthetic_weights",
+      "emulated"};
+  std::vector<std::string> keys;
+  for (const auto& [key, value] : json["rows"][0].items()) keys.push_back(key);
+  EXPECT_EQ(keys, expected);
+  keys.clear();
+  for (const auto& [key, value] : json.items()) keys.push_back(key);
+  EXPECT_EQ(keys, (std::vector<std::string>{"rows", "device", "link_peak_bytes_per_second"}));
+}
+
+TEST_F(ComparisonTest, TooSmallABudgetNamesTheLeastThatWorks) {
+  options_.budget_bytes = 100;
+  try {
+    Compare({});
+    FAIL();
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("--expert_budget=32768"), std::string::npos)
+        << e.what();
+  }
+}
+
+TEST(BudgetTest, ReadsSharesAndSizes) {
+  EXPECT_EQ(ParseBudget("25%", 1000), 250u);
+  EXPECT_EQ(ParseBudget("2KiB", 1000), 2048u);
+  EXPECT_THROW(ParseBudget("0%", 1000), UsageError);
+  EXPECT_THROW(ParseBudget("101%", 1000), UsageError);
+  EXPECT_THROW(ParseBudget("many", 1000), UsageError);
+}
+
+}  // namespace
+}  // namespace routecast
