@@ -6,6 +6,7 @@ find_package(gflags REQUIRED)             # gflags_ROOT
 find_package(glog REQUIRED)               # glog_ROOT
 find_package(nlohmann_json REQUIRED)      # nlohmann_json_ROOT
 find_package(RocksDB REQUIRED)            # RocksDB_ROOT
+find_package(ZLIB REQUIRED)               # ZLIB_ROOT; texts packed with gzip
 find_path(ROUTECAST_SENTENCEPIECE_INCLUDE sentencepiece_processor.h REQUIRED)
 find_library(ROUTECAST_SENTENCEPIECE_LIB sentencepiece REQUIRED)
 find_library(ROUTECAST_SENTENCEPIECE_TRAIN_LIB sentencepiece_train REQUIRED)

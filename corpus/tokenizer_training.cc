@@ -77,6 +77,8 @@ std::unordered_map<std::string, std::string> TrainerArguments(
           {"pad_piece", "<pad>"},
           {"byte_fallback", "false"},
           {"normalization_rule_name", "nmt_nfkc"},
+          // A tenth of the default: the pieces kept are few, and every seed costs time.
+          {"seed_sentencepiece_size", std::to_string(std::max(100000, 10 * options.pieces))},
           {"max_sentence_length", std::to_string(2 * kMaxSentenceBytes)},
           {"shuffle_input_sentence", "false"},
           {"num_threads", std::to_string(options.threads)},

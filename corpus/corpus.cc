@@ -1,0 +1,237 @@
+#include "corpus/corpus.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <fstream>
+#include <optional>
+#include <unordered_set>
+
+#include "common/errors.h"
+#include "common/random.h"
+#include "corpus/index_pass.h"
+
+namespace routecast {
+
+// The texts of all documents: in memory, or a mapped text.bin.
+class Corpus::TextStore {
+ public:
+  explicit TextStore(std::string owned) : owned_(std::move(owned)), bytes_(owned_) {}
+  explicit TextStore(const fs::path& file)
+      : file_(std::make_unique<SourceFile>(file)), bytes_(file_->bytes()) {}
+  std::string_view bytes() const { return bytes_; }
+
+ private:
+  std::string owned_;
+  std::unique_ptr<SourceFile> file_;
+  std::string_view bytes_;
+};
+
+namespace {
+
+constexpr const char* kIndexName = "index.bin";
+constexpr const char* kTextName = "text.bin";
+constexpr uint64_t kMaxIndexBytes = uint64_t{64} << 30;
+
+// Held while the index is made: the other processes of a job wait instead of doing it again.
+class FileLock {
+ public:
+  explicit FileLock(const fs::path& path)
+      : fd_(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
+    if (fd_ < 0) ThrowErrno(errno, "create", path);
+    while (::flock(fd_, LOCK_EX) != 0) {
+      if (errno != EINTR) ThrowErrno(errno, "lock", path);
+    }
+  }
+  ~FileLock() { ::close(fd_); }
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+ private:
+  int fd_;
+};
+
+std::vector<SourceFiles> ListSources(const std::vector<std::string>& specs) {
+  if (specs.empty()) throw UsageError("no corpus: give at least one --data=kind:path");
+  std::vector<SourceFiles> sources;
+  for (const std::string& text : specs) {
+    SourceSpec spec = ParseSourceSpec(text);
+    std::vector<fs::path> files = ListFiles(spec);
+    sources.push_back({std::move(spec), std::move(files)});
+  }
+  return sources;
+}
+
+// Changes when a source changes, or the format or the rules of the index do.
+std::string CacheKey(const std::vector<SourceFiles>& sources) {
+  uint64_t key = Mix(kIndexVersion, uint64_t{kHashes}, uint64_t{kRows}, uint64_t{kShingleWords});
+  for (const auto& source : sources) {
+    key = Mix(key, static_cast<uint64_t>(source.spec.kind), Hash64(source.spec.field));
+    for (const auto& file : source.files) {
+      struct stat info;
+      if (::stat(file.c_str(), &info) != 0) ThrowErrno(errno, "stat", file);
+      key = Mix(key, Hash64(fs::absolute(file).string()), static_cast<uint64_t>(info.st_size),
+                static_cast<uint64_t>(info.st_mtim.tv_sec),
+                static_cast<uint64_t>(info.st_mtim.tv_nsec));
+    }
+  }
+  return Hex64(key);
+}
+
+}  // namespace
+
+// Makes a corpus from a cache folder or from its sources.
+class CorpusBuilder {
+ public:
+  static Corpus InMemory(const std::vector<SourceFiles>& sources, int threads, bool quiet) {
+    Corpus corpus;
+    std::string texts;
+    auto pass = ReadSources(sources, threads, quiet,
+                            [&texts](std::string_view text) { texts += text; });
+    corpus.contents_ = std::move(pass.contents);
+    corpus.texts_ = std::make_unique<Corpus::TextStore>(std::move(texts));
+    Group(pass.signatures, threads, &corpus);
+    return corpus;
+  }
+
+  static void Write(const std::vector<SourceFiles>& sources, const fs::path& folder,
+                    int threads, bool quiet) {
+    SealedFolder sealed(folder);
+    const fs::path text_path = sealed.path() / kTextName;
+    std::ofstream out(text_path, std::ios::binary);
+    auto pass = ReadSources(sources, threads, quiet, [&](std::string_view text) {
+      out.write(text.data(), static_cast<std::streamsize>(text.size()));
+      if (!out) ThrowErrno(errno ? errno : EIO, "write", text_path);
+    });
+    out.close();
+    if (!out) ThrowErrno(errno ? errno : EIO, "write", text_path);
+    Corpus corpus;
+    corpus.contents_ = std::move(pass.contents);
+    corpus.texts_ = std::make_unique<Corpus::TextStore>(text_path);
+    Group(pass.signatures, threads, &corpus);
+    if (corpus.size() == 0) return;  // nothing to seal: Open reports it
+    WriteFileAtomic(sealed.path() / kIndexName, SerializeIndex(corpus.contents_));
+    sealed.Commit();
+  }
+
+  // Nothing where the cache is absent or damaged.
+  static std::optional<Corpus> Load(const fs::path& folder) {
+    if (!fs::exists(folder / kIndexName) || !fs::exists(folder / kTextName)) return {};
+    try {
+      Corpus corpus;
+      const fs::path index = folder / kIndexName;
+      corpus.contents_ = ParseIndex(ReadFile(index, kMaxIndexBytes), index.string());
+      corpus.texts_ = std::make_unique<Corpus::TextStore>(folder / kTextName);
+      const std::string_view texts = corpus.texts_->bytes();
+      if (texts.size() != corpus.contents_.text_bytes ||
+          Hash64(texts) != corpus.contents_.text_hash) {
+        return {};
+      }
+      return corpus;
+    } catch (const DataError&) {
+      return {};
+    }
+  }
+
+ private:
+  static void Group(const std::vector<Signature>& signatures, int threads, Corpus* corpus) {
+    corpus->contents_.text_hash = Hash64(corpus->texts_->bytes());
+    AssignGroups(
+        signatures, [corpus](uint64_t i) { return corpus->Text(i); }, threads,
+        &corpus->contents_);
+  }
+};
+
+Corpus::Corpus() = default;
+Corpus::Corpus(Corpus&&) noexcept = default;
+Corpus& Corpus::operator=(Corpus&&) noexcept = default;
+Corpus::~Corpus() = default;
+
+Corpus Corpus::Open(const std::vector<std::string>& specs, const fs::path& cache_folder,
+                    int threads, bool quiet) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::vector<SourceFiles> sources = ListSources(specs);
+  std::optional<Corpus> corpus;
+  bool from_cache = false;
+  if (cache_folder.empty()) {
+    corpus = CorpusBuilder::InMemory(sources, threads, quiet);
+  } else {
+    MakeFolder(cache_folder);
+    const fs::path folder = cache_folder / ("corpus-" + CacheKey(sources));
+    corpus = CorpusBuilder::Load(folder);
+    from_cache = corpus.has_value();
+    if (!corpus) {
+      const FileLock lock(folder.string() + ".lock");
+      corpus = CorpusBuilder::Load(folder);  // another process may have made it meanwhile
+      from_cache = corpus.has_value();
+      if (!corpus) {
+        CorpusBuilder::Write(sources, folder, threads, quiet);
+        corpus = CorpusBuilder::Load(folder);
+      }
+    }
+  }
+  if (!corpus || corpus->size() == 0) {
+    throw UsageError(ErrorText("the corpus is empty", specs.front() + " holds no document",
+                               "give a file with text, or another kind"));
+  }
+  corpus->Finish();
+  corpus->stats_.from_cache = from_cache;
+  corpus->stats_.seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return std::move(*corpus);
+}
+
+Document Corpus::document(uint64_t i) const {
+  const IndexEntry& entry = contents_.entries[i];
+  return {.id = i,
+          .group = entry.group,
+          .part = SplitOf(entry.group),
+          .content_hash = entry.content_hash,
+          .length_bytes = entry.length_bytes,
+          .source = contents_.files[entry.file],
+          .source_offset = entry.source_offset};
+}
+
+std::string_view Corpus::Text(uint64_t i) const {
+  const IndexEntry& entry = contents_.entries[i];
+  return texts_->bytes().substr(entry.text_offset, entry.length_bytes);
+}
+
+std::vector<uint64_t> Corpus::DocumentsOf(SplitPart part) const {
+  std::vector<uint64_t> ids;
+  for (uint64_t i = 0; i < size(); ++i) {
+    if (this->part(i) == part) ids.push_back(i);
+  }
+  return ids;
+}
+
+void Corpus::Finish() {
+  uint64_t hash = size();
+  std::unordered_set<uint64_t> groups;
+  for (const IndexEntry& entry : contents_.entries) {
+    hash = Mix(hash, entry.content_hash, entry.group);
+    groups.insert(entry.group);
+    const auto part = static_cast<size_t>(SplitOf(entry.group));
+    ++stats_.part_documents[part];
+    stats_.part_bytes[part] += entry.length_bytes;
+  }
+  stats_.documents = size();
+  stats_.groups = groups.size();
+  stats_.text_bytes = contents_.text_bytes;
+  stats_.exact_duplicates = contents_.exact_duplicates;
+  fingerprint_ = Hex64(hash);
+}
+
+std::string Corpus::Summary() const {
+  const auto parts = stats_.part_documents;
+  return std::to_string(stats_.documents) + " documents (" + FormatBytes(stats_.text_bytes) +
+         ") in " + std::to_string(stats_.groups) + " groups: " + std::to_string(parts[0]) +
+         " train, " + std::to_string(parts[1]) + " validation, " + std::to_string(parts[2]) +
+         " test; " + std::to_string(stats_.exact_duplicates) + " exact duplicates dropped";
+}
+
+}  // namespace routecast

@@ -1,0 +1,141 @@
+#include "corpus/index_pass.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <unordered_set>
+
+#include "common/errors.h"
+#include "common/progress.h"
+#include "common/stop.h"
+#include "corpus/parallel.h"
+#include "corpus/readers.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kBatchBytes = uint64_t{16} << 20;
+
+// What one record becomes; filled by worker threads.
+struct Prepared {
+  std::string raw;  // own copy where the reader's bytes do not outlive the call
+  RawRecord record;
+  std::string text;
+  uint64_t hash = 0;
+  bool has_signature = false;
+  MinHash signature{};
+};
+
+class Pass {
+ public:
+  Pass(int threads, bool quiet, const std::function<void(std::string_view)>& append,
+       uint64_t total_bytes)
+      : threads_(threads), append_(append), progress_("index", "bytes", total_bytes, quiet) {}
+
+  void ReadFile(const SourceSpec& spec, const fs::path& path) {
+    const SourceFile file(path);
+    path_ = path.string();
+    spec_ = &spec;
+    result_.contents.files.push_back(path_);
+    // Readers of structured files hand out temporaries.
+    const bool copies = spec.kind == SourceKind::kSquad || spec.kind == SourceKind::kGlue;
+    ReadRecords(spec, file.bytes(), path_, [&](const RawRecord& record) {
+      Prepared prepared;
+      prepared.record = record;
+      if (copies) prepared.raw = record.raw;
+      batch_.push_back(std::move(prepared));
+      batch_bytes_ += record.raw.size();
+      if (batch_bytes_ >= kBatchBytes) Flush(copies);
+    });
+    Flush(copies);
+    std::error_code ignored;
+    done_bytes_ += fs::file_size(path, ignored);
+    progress_.Update(done_bytes_);
+  }
+
+  IndexPassResult Take() {
+    progress_.Finish(std::to_string(result_.contents.entries.size()) + " documents");
+    return std::move(result_);
+  }
+
+ private:
+  void Flush(bool copies) {
+    ParallelFor(batch_.size(), threads_, [&](size_t i) {
+      Prepared& one = batch_[i];
+      if (copies) one.record.raw = one.raw;
+      one.text = RecordText(*spec_, one.record, path_);
+      one.hash = Hash64(one.text);
+      const auto shingles = Shingles(one.text);
+      one.has_signature = !shingles.empty();
+      if (one.has_signature) one.signature = ComputeMinHash(shingles);
+    });
+    for (const Prepared& one : batch_) Keep(one);
+    batch_.clear();
+    batch_bytes_ = 0;
+    if (StopRequested()) throw StoppedError("stopped during the index pass; start it again");
+  }
+
+  void Keep(const Prepared& one) {
+    if (one.text.empty()) return;
+    if (!seen_.insert(one.hash).second) {
+      ++result_.contents.exact_duplicates;
+      return;
+    }
+    if (one.text.size() > std::numeric_limits<uint32_t>::max()) {
+      throw DataError(ErrorText(path_ + ": a document larger than 4 GiB",
+                                "at byte " + std::to_string(one.record.offset),
+                                "cut it, or read it as text:PATH#blocks"));
+    }
+    IndexContents& contents = result_.contents;
+    const uint64_t id = contents.entries.size();
+    contents.entries.push_back({.content_hash = one.hash,
+                                .group = one.hash,
+                                .text_offset = contents.text_bytes,
+                                .source_offset = one.record.offset,
+                                .length_bytes = static_cast<uint32_t>(one.text.size()),
+                                .file = static_cast<uint32_t>(contents.files.size() - 1)});
+    contents.text_bytes += one.text.size();
+    append_(one.text);
+    if (one.has_signature) result_.signatures.push_back({id, one.signature});
+  }
+
+  int threads_;
+  const std::function<void(std::string_view)>& append_;
+  Progress progress_;
+  IndexPassResult result_;
+  std::unordered_set<uint64_t> seen_;
+  std::vector<Prepared> batch_;
+  uint64_t batch_bytes_ = 0, done_bytes_ = 0;
+  std::string path_;
+  const SourceSpec* spec_ = nullptr;
+};
+
+}  // namespace
+
+IndexPassResult ReadSources(const std::vector<SourceFiles>& sources, int threads, bool quiet,
+                            const std::function<void(std::string_view)>& append) {
+  uint64_t total = 0;
+  std::error_code ignored;
+  for (const auto& source : sources) {
+    for (const auto& file : source.files) total += fs::file_size(file, ignored);
+  }
+  Pass pass(threads, quiet, append, total);
+  for (const auto& source : sources) {
+    for (const auto& file : source.files) pass.ReadFile(source.spec, file);
+  }
+  return pass.Take();
+}
+
+void AssignGroups(const std::vector<Signature>& signatures,
+                  const std::function<std::string_view(uint64_t)>& text, int threads,
+                  IndexContents* contents) {
+  auto& entries = contents->entries;
+  const auto roots = NearDuplicateGroups(entries.size(), signatures, text, threads);
+  std::vector<uint64_t> smallest(entries.size(), std::numeric_limits<uint64_t>::max());
+  for (size_t i = 0; i < entries.size(); ++i) {
+    smallest[roots[i]] = std::min(smallest[roots[i]], entries[i].content_hash);
+  }
+  for (size_t i = 0; i < entries.size(); ++i) entries[i].group = smallest[roots[i]];
+}
+
+}  // namespace routecast

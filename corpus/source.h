@@ -1,0 +1,49 @@
+// Where text comes from: `kind:path[#option]` and the files behind it.
+// Thread rule: free functions; File is immutable.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common/files.h"
+
+namespace routecast {
+
+enum class SourceKind : uint8_t { kText, kTextBlocks, kJsonl, kWikitext, kSquad, kGlue };
+
+struct SourceSpec {
+  SourceKind kind = SourceKind::kText;
+  std::string path;   // a file, a folder or a glob pattern
+  std::string field;  // jsonl: the field that holds the text
+};
+
+// Parses "text:PATH", "text:PATH#blocks", "jsonl:PATH#field" (default field: text),
+// "wikitext:PATH", "squad:PATH", "glue:PATH". UsageError naming the nearest kind.
+SourceSpec ParseSourceSpec(const std::string& text);
+
+// The regular files of a source, sorted by path: a file itself, a folder's files (recursively,
+// hidden ones left out) or a glob's matches. UsageError where there is none.
+std::vector<fs::path> ListFiles(const SourceSpec& spec);
+
+// A whole file in memory: mapped when plain, unpacked when it ends in .zst or .gz (at most
+// 8 GiB, and 256 times the packed size and 16 MiB, so that a small file cannot fill the memory).
+class SourceFile {
+ public:
+  // Throws UsageError (missing, no permission), DataError (damaged archive, too large).
+  explicit SourceFile(const fs::path& path);
+  ~SourceFile();
+  SourceFile(const SourceFile&) = delete;
+  SourceFile& operator=(const SourceFile&) = delete;
+  std::string_view bytes() const { return bytes_; }
+
+ private:
+  std::string owned_;
+  void* map_ = nullptr;
+  size_t map_size_ = 0;
+  std::string_view bytes_;
+};
+
+}  // namespace routecast
