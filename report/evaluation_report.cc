@@ -48,6 +48,7 @@ struct Place {  // where a prediction was made for
 };
 struct Score {
   double top1 = kNone, top2 = kNone, top4 = kNone, half_width = kNone;
+  double target = kNone;  // the layer that is predicted; Place::layer is where from
 };
 using Scores = std::map<Place, Score>;
 
@@ -58,7 +59,7 @@ Scores ScoresOf(const Json& entries) {
     if (!std::isfinite(lead) || !std::isfinite(layer)) continue;
     scores[{TextOf(e, "phase"), static_cast<int>(lead), static_cast<int>(layer)}] = {
         NumberOf(e, "top1"), NumberOf(e, "top2"), NumberOf(e, "top4"),
-        HalfWidthOf(e, "ci95")};
+        HalfWidthOf(e, "ci95"), NumberOf(e, "target")};
   }
   return scores;
 }
@@ -102,18 +103,21 @@ std::map<std::string, std::set<int>, std::greater<>> LeadsOfPhases(
 
 std::string AccuracyByLayer(const Predictors& predictors, const std::string& phase,
                             int lead) {
-  std::set<int> layers;
+  std::map<int, double> layers;  // where from -> target
   for (const auto& [name, scores] : predictors.all) {
     for (const auto& [place, score] : scores) {
-      if (place.phase == phase && place.lead == lead) layers.insert(place.layer);
+      if (place.phase == phase && place.lead == lead) layers[place.layer] = score.target;
     }
   }
   BarChart chart{
       phase + ", lead " + std::to_string(lead), "top-1 accuracy, %", {}, {}, 100};
-  for (int layer : layers) chart.categories.push_back("layer " + std::to_string(layer));
+  for (const auto& [layer, target] : layers) {
+    chart.categories.push_back(
+        "layer " + (std::isfinite(target) ? ShortNumber(target) : std::to_string(layer)));
+  }
   for (const auto& [name, scores] : predictors.all) {
     BarSeries series{name, {}, {}};
-    for (int layer : layers) {
+    for (const auto& [layer, target] : layers) {
       const auto it = scores.find({phase, lead, layer});
       const Score score = it == scores.end() ? Score{} : it->second;
       series.values.push_back(score.top1 * 100);
@@ -147,8 +151,8 @@ std::string AccuracyByLead(const Predictors& predictors, const std::string& phas
 }
 
 Table AccuracyTable(const Predictors& predictors) {
-  Table table(
-      {"<phase", "lead", "layer", "<predictor", "top-1 %", "+-", "top-2 %", "top-4 %"});
+  Table table({"<phase", "lead", "routed up to", "layer", "<predictor", "top-1 %", "+-",
+               "top-2 %", "top-4 %"});
   std::set<Place> places;
   for (const auto& [name, scores] : predictors.all) {
     for (const auto& [place, score] : scores) places.insert(place);
@@ -158,9 +162,11 @@ Table AccuracyTable(const Predictors& predictors) {
       const auto it = scores.find(place);
       if (it == scores.end()) continue;
       const Score& s = it->second;
-      table.AddRow({place.phase, std::to_string(place.lead), std::to_string(place.layer),
-                    name, Fixed(s.top1 * 100, 1), Fixed(s.half_width * 100, 1),
-                    Fixed(s.top2 * 100, 1), Fixed(s.top4 * 100, 1)});
+      table.AddRow({place.phase, std::to_string(place.lead),
+                    place.layer < 0 ? "none" : std::to_string(place.layer),
+                    ShortNumber(s.target), name, Fixed(s.top1 * 100, 1),
+                    Fixed(s.half_width * 100, 1), Fixed(s.top2 * 100, 1),
+                    Fixed(s.top4 * 100, 1)});
     }
   }
   return table;
@@ -172,7 +178,8 @@ void AddAccuracy(const Predictors& predictors, HtmlReport* page) {
   page->Paragraph(
       "How often the first guess is the expert that the router then chose. Learned "
       "models come first, then baselines; bars carry 95 % intervals. A lead of n "
-      "asks for the n-th MoE layer ahead; in the decoder, leads beyond the last "
+      "asks for the n-th MoE layer beyond those already routed; in the decoder, leads "
+      "beyond the last "
       "layer ask for the next token.");
   std::vector<std::string> by_layer, by_lead;
   constexpr size_t kMostLeads = 4;  // a phase; the table below has every lead

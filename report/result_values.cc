@@ -66,7 +66,11 @@ std::string RowName(const Json& row) {
     const std::string last = fs::path(predictor).filename().string();
     return last.empty() ? fs::path(predictor).parent_path().filename().string() : last;
   }
-  return eviction.empty() || eviction == "none" ? policy : policy + " " + eviction;
+  // Eviction tells apart rows that load on demand; where everything stays it means
+  // nothing.
+  return policy != "on_demand" || eviction.empty() || eviction == "none"
+             ? policy
+             : policy + " " + eviction;
 }
 
 }  // namespace routecast

@@ -12,8 +12,9 @@ namespace routecast {
 namespace {
 
 Json Entry(const std::string& phase, int layer, int lead, double top1) {
-  return {{"phase", phase},      {"layer", layer},     {"lead", lead}, {"top1", top1},
-          {"top2", top1 + 0.05}, {"top4", top1 + 0.1}, {"ci95", 0.01}, {"samples", 1000}};
+  return {{"phase", phase},         {"layer", layer}, {"lead", lead},
+          {"target", layer + lead}, {"top1", top1},   {"top2", top1 + 0.05},
+          {"top4", top1 + 0.1},     {"ci95", 0.01},   {"samples", 1000}};
 }
 
 Json Row(const std::string& policy, const std::string& predictor,
@@ -55,7 +56,7 @@ RunFolder Evaluation() {
   f.results["rows"] = {
       Row("on_demand", "none", "none", 50), Row("on_demand", "none", "lru", 100),
       Row("top_k", "runs/hidden", "lru", 165), Row("top_k", "oracle", "lru", 178),
-      Row("resident", "none", "none", 240)};
+      Row("resident", "none", "lru", 240)};
   f.results["device"] = "cpu";
   return f;
 }
@@ -98,6 +99,7 @@ TEST(EvaluationReport, HasEverySectionAndNothingFromOutside) {
 TEST(EvaluationReport, NamesRowsAndSpeedUpOfTheBestLearnedRowOnly) {
   const std::string page = EvaluationReportHtml({Evaluation()});
   EXPECT_TRUE(Has(page, "on_demand lru"));
+  EXPECT_FALSE(Has(page, "resident lru"));
   EXPECT_TRUE(Has(page, "hidden over on-demand LRU (bound 1.80)"));
   EXPECT_FALSE(Has(page, "oracle over"));
 }
