@@ -1,0 +1,223 @@
+// Counting and the files of counts; the predictors are in baseline_predictors.cc.
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "common/errors.h"
+#include "models/baseline_predictors.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kAdd = 0.1, kBackoff = 2;
+
+constexpr const char* kRowNames[] = {"token", "markov1", "markov2", "previous"};
+
+[[noreturn]] void Bad(const std::string& what, const std::string& values) {
+  throw DataError(ErrorText(what, values, "are the store and the model of one make?"));
+}
+
+}  // namespace
+
+BaselineTables::BaselineTables(const MoeGeometry& geometry, int vocab_size)
+    : geometry_(geometry),
+      vocab_size_(vocab_size),
+      frequency_(static_cast<size_t>(geometry.num_keys()), 0.f) {}
+
+std::vector<float>& BaselineTables::Row(Rows* rows, uint64_t key) const {
+  auto& row = (*rows)[key];
+  if (row.empty()) row.assign(geometry_.num_experts, 0.f);
+  return row;
+}
+
+// Layers of the source, leads and experts in one key; experts come last.
+uint64_t BaselineTables::MarkovKey(int source, int lead, int expert) const {
+  const uint64_t leads = std::max(geometry_.encoder_layers, geometry_.decoder_layers) + 1;
+  return (static_cast<uint64_t>(source) * leads + lead) * geometry_.num_experts + expert;
+}
+
+void BaselineTables::Fit(const RoutingTrace& trace) {
+  FitSpan(trace.encoder, Stack::kEncoder);
+  FitSpan(trace.decoder, Stack::kDecoder);
+}
+
+void BaselineTables::FitSpan(const RoutingSpan& span, Stack stack) {
+  if (span.num_tokens == 0 || span.expert_ids.empty()) return;
+  const int L = geometry_.layers(stack), T = span.num_tokens, E = geometry_.num_experts;
+  if (span.num_layers != L) {
+    Bad("a trace has another number of layers than the store",
+        std::to_string(span.num_layers) + " and " + std::to_string(L));
+  }
+  for (uint16_t e : span.expert_ids) {
+    if (e >= E) Bad("a trace names an expert that is not there", std::to_string(e));
+  }
+  for (uint32_t id : span.token_ids) {
+    if (id >= static_cast<uint32_t>(vocab_size_)) {
+      Bad("a trace has a token outside the vocabulary", std::to_string(id));
+    }
+  }
+  const auto expert = [&](int t, int l) { return span.expert_ids[size_t(l) * T + t]; };
+  const int base = geometry_.GlobalLayer(stack, 0);
+  const bool chain = stack == Stack::kDecoder;  // layers go on in the next token
+  for (int t = 0; t < T; ++t) {
+    for (int l = 0; l < L; ++l) {
+      const int now = expert(t, l), layer = base + l;
+      ++frequency_[size_t(layer) * E + now];
+      ++Row(&token_, uint64_t(layer) * vocab_size_ + span.token_ids[t])[now];
+      if (t > 0) ++Row(&previous_, uint64_t(layer) * E + expert(t - 1, l))[now];
+      for (int lead = 1; lead <= L; ++lead) {
+        const bool wraps = l + lead >= L;
+        if (wraps && (!chain || t + 1 >= T)) break;
+        const int next = wraps ? expert(t + 1, l + lead - L) : expert(t, l + lead);
+        ++Row(&markov1_, MarkovKey(layer, lead, now))[next];
+        if (lead > 1 || (l == 0 && (!chain || t == 0))) continue;
+        const int before = l > 0 ? expert(t, l - 1) : expert(t - 1, L - 1);
+        ++Row(&markov2_, (uint64_t(layer) * E + before) * E + now)[next];
+      }
+    }
+  }
+}
+
+void BaselineTables::Merge(const BaselineTables& other) {
+  if (!(geometry_ == other.geometry_) || vocab_size_ != other.vocab_size_) {
+    throw std::logic_error("baselines of different models cannot be added");
+  }
+  const auto add = [](const std::vector<float>& from, std::vector<float>* to) {
+    for (size_t i = 0; i < from.size(); ++i) (*to)[i] += from[i];
+  };
+  add(other.frequency_, &frequency_);
+  const Rows* from[] = {&other.token_, &other.markov1_, &other.markov2_,
+                        &other.previous_};
+  Rows* to[] = {&token_, &markov1_, &markov2_, &previous_};
+  for (int i = 0; i < 4; ++i) {
+    for (const auto& [key, row] : *from[i]) add(row, &Row(to[i], key));
+  }
+}
+
+void BaselineTables::Frequency(int layer, float* probs) const {
+  const int E = geometry_.num_experts;
+  const float* counts = frequency_.data() + size_t(layer) * E;
+  double n = 0;
+  for (int e = 0; e < E; ++e) n += counts[e];
+  for (int e = 0; e < E; ++e) {
+    probs[e] = static_cast<float>((counts[e] + kAdd) / (n + kAdd * E));
+  }
+}
+
+// probs = (counts + weight * probs) / (n + weight); a row never seen leaves probs.
+void BaselineTables::Mix(const Rows& rows, uint64_t key, double weight,
+                         float* probs) const {
+  const auto it = rows.find(key);
+  if (it == rows.end()) return;
+  double n = 0;
+  for (float count : it->second) n += count;
+  for (size_t e = 0; e < it->second.size(); ++e) {
+    probs[e] = static_cast<float>((it->second[e] + weight * probs[e]) / (n + weight));
+  }
+}
+
+void BaselineTables::Token(int layer, int64_t token, float* probs) const {
+  Frequency(layer, probs);
+  if (token < 0 || token >= vocab_size_) return;
+  Mix(token_, uint64_t(layer) * vocab_size_ + token, kAdd * geometry_.num_experts, probs);
+}
+
+void BaselineTables::Markov1(int source, int lead, int target, int expert,
+                             float* probs) const {
+  Frequency(target, probs);
+  Mix(markov1_, MarkovKey(source, lead, expert), kBackoff, probs);
+}
+
+void BaselineTables::Markov2(int source, int target, int before, int expert,
+                             float* probs) const {
+  const int E = geometry_.num_experts;
+  Markov1(source, 1, target, expert, probs);
+  Mix(markov2_, (uint64_t(source) * E + before) * E + expert, kBackoff, probs);
+}
+
+void BaselineTables::PreviousToken(int layer, int expert, float* probs) const {
+  Frequency(layer, probs);
+  Mix(previous_, uint64_t(layer) * geometry_.num_experts + expert, kBackoff, probs);
+}
+
+double BaselineTables::Markov1Count(int source, int lead, int expert) const {
+  const auto it = markov1_.find(MarkovKey(source, lead, expert));
+  double n = 0;
+  if (it != markov1_.end()) {
+    for (float count : it->second) n += count;
+  }
+  return n;
+}
+
+void BaselineTables::Save(const fs::path& file) const {
+  const int64_t E = geometry_.num_experts;
+  Parameters tensors;
+  tensors.Add("geometry", at::tensor({int64_t{geometry_.encoder_layers},
+                                      int64_t{geometry_.decoder_layers}, E,
+                                      int64_t{geometry_.experts_per_token},
+                                      int64_t{geometry_.d_model}, int64_t{vocab_size_}}));
+  auto frequency = at::empty({geometry_.num_layers(), E});
+  std::copy(frequency_.begin(), frequency_.end(), frequency.data_ptr<float>());
+  tensors.Add("frequency", frequency);
+  const Rows* all[] = {&token_, &markov1_, &markov2_, &previous_};
+  for (int i = 0; i < 4; ++i) {
+    std::vector<uint64_t> keys;  // sorted: equal counts make equal files
+    for (const auto& [key, row] : *all[i]) keys.push_back(key);
+    std::sort(keys.begin(), keys.end());
+    const int64_t rows = static_cast<int64_t>(keys.size());
+    auto key_tensor = at::empty({rows}, at::kLong), counts = at::empty({rows, E});
+    for (int64_t r = 0; r < rows; ++r) {
+      key_tensor.data_ptr<int64_t>()[r] = static_cast<int64_t>(keys[r]);
+      const auto& row = all[i]->at(keys[r]);
+      std::copy(row.begin(), row.end(), counts.data_ptr<float>() + r * E);
+    }
+    tensors.Add(std::string(kRowNames[i]) + ".keys", key_tensor);
+    tensors.Add(std::string(kRowNames[i]) + ".counts", counts);
+  }
+  WriteParameters(file, tensors, at::ScalarType::Undefined,
+                  {{"format", "routecast-baselines"}, {"version", "1"}});
+}
+
+BaselineTables BaselineTables::Load(const fs::path& file) {
+  const Parameters tensors = ReadParameters(file, at::ScalarType::Undefined);
+  const std::string what = file.string() + " does not hold baselines";
+  const auto counts_of = [&](const std::string& name, int64_t rows, int64_t experts) {
+    const at::Tensor& counts = tensors.Get(name);
+    if (counts.scalar_type() != at::kFloat || counts.dim() != 2 ||
+        counts.size(0) != rows || counts.size(1) != experts ||
+        !at::isfinite(counts).all().item<bool>() || counts.lt(0).any().item<bool>()) {
+      Bad(what, "tensor " + name);
+    }
+    return counts.contiguous();
+  };
+  const at::Tensor& sizes = tensors.Get("geometry");
+  if (sizes.scalar_type() != at::kLong || sizes.numel() != 6) Bad(what, "geometry");
+  const int64_t* size = sizes.data_ptr<int64_t>();
+  const int64_t most[] = {1024, 1024, 65535, 64, 1 << 20, 1 << 24};
+  for (int i = 0; i < 6; ++i) {
+    if (size[i] < 0 || size[i] > most[i]) {
+      Bad(what, "geometry[" + std::to_string(i) + "]=" + std::to_string(size[i]));
+    }
+  }
+  const MoeGeometry g{int(size[0]), int(size[1]), int(size[2]), int(size[3]),
+                      int(size[4])};
+  if (g.num_experts == 0) Bad(what, "no experts");
+  const auto frequency = counts_of("frequency", g.num_layers(), g.num_experts);
+  BaselineTables tables(g, static_cast<int>(size[5]));
+  std::copy_n(frequency.data_ptr<float>(), frequency.numel(), tables.frequency_.begin());
+  Rows* all[] = {&tables.token_, &tables.markov1_, &tables.markov2_, &tables.previous_};
+  for (int i = 0; i < 4; ++i) {
+    const at::Tensor& keys = tensors.Get(std::string(kRowNames[i]) + ".keys");
+    if (keys.scalar_type() != at::kLong || keys.dim() != 1) Bad(what, "its keys");
+    const auto counts =
+        counts_of(std::string(kRowNames[i]) + ".counts", keys.size(0), g.num_experts);
+    for (int64_t r = 0; r < keys.size(0); ++r) {
+      const float* row = counts.data_ptr<float>() + r * g.num_experts;
+      (*all[i])[static_cast<uint64_t>(keys.data_ptr<int64_t>()[r])].assign(
+          row, row + g.num_experts);
+    }
+  }
+  return tables;
+}
+
+}  // namespace routecast

@@ -1,0 +1,98 @@
+#include "models/predictor_factory.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include "common/errors.h"
+
+namespace routecast {
+
+LearnedPredictor::LearnedPredictor(std::string name, SavedSpeculationModel saved)
+    : name_(std::move(name)), saved_(std::move(saved)) {}
+
+bool LearnedPredictor::needs_hidden() const { return config().hidden_width > 0; }
+
+int LearnedPredictor::history_tokens() const { return saved_.model->history_tokens(); }
+
+std::optional<at::Tensor> LearnedPredictor::Predict(const RoutingWindow& window,
+                                                    int lead) {
+  if (lead < 1 || lead > saved_.model->NumLeads(window.stack, window.source_layer)) {
+    return std::nullopt;
+  }
+  return PredictLeads(window, lead).back();
+}
+
+std::vector<std::optional<at::Tensor>> LearnedPredictor::PredictLeads(
+    const RoutingWindow& window, int num_leads) {
+  const MoeGeometry& g = config().geometry;
+  if (window.num_experts != g.num_experts ||
+      window.num_layers != g.layers(window.stack)) {
+    throw std::logic_error("a window of another model than the predictor's");
+  }
+  const c10::NoGradGuard no_grad;
+  const auto logits = saved_.model->Forward(window, 0).logits_BTHE;
+  std::vector<std::optional<at::Tensor>> all;
+  for (int lead = 1; lead <= num_leads; ++lead) {
+    if (lead > logits.size(2)) {
+      all.push_back(std::nullopt);
+      continue;
+    }
+    const double temperature =
+        saved_.calibration.Temperature(window.stack, window.source_layer, lead);
+    all.push_back(at::softmax(logits.select(2, lead - 1) / temperature, -1));
+  }
+  return all;
+}
+
+namespace {
+
+[[noreturn]] void OtherGeometry(const std::string& what, const MoeGeometry& found,
+                                const MoeGeometry& wanted) {
+  const auto text = [](const MoeGeometry& g) {
+    return std::to_string(g.encoder_layers) + "+" + std::to_string(g.decoder_layers) +
+           " MoE layers of " + std::to_string(g.num_experts) + " experts";
+  };
+  throw DataError(ErrorText(what + " belongs to another model",
+                            text(found) + ", expected " + text(wanted),
+                            "train it on this model's traces"));
+}
+
+bool SameRouting(const MoeGeometry& a, const MoeGeometry& b) {
+  return a.encoder_layers == b.encoder_layers && a.decoder_layers == b.decoder_layers &&
+         a.num_experts == b.num_experts;
+}
+
+std::unique_ptr<ExpertPredictor> LoadLearned(const fs::path& folder,
+                                             const MoeGeometry& geometry) {
+  const bool inside = !fs::exists(folder / "config.json") && fs::exists(folder / "model");
+  auto saved = LoadSpeculationModel(inside ? folder / "model" : folder);
+  const SpeculationConfig& config = saved.model->config();
+  if (!SameRouting(config.geometry, geometry)) {
+    OtherGeometry(folder.string(), config.geometry, geometry);
+  }
+  const std::string name = config.kind;
+  return std::make_unique<LearnedPredictor>(name, std::move(saved));
+}
+
+}  // namespace
+
+std::unique_ptr<ExpertPredictor> LoadPredictor(
+    const std::string& name_or_folder, const MoeGeometry& geometry,
+    const fs::path& baselines_file, const std::vector<RouterWeights>& routers) {
+  if (fs::is_directory(name_or_folder)) return LoadLearned(name_or_folder, geometry);
+  if (name_or_folder.find('/') != std::string::npos) {
+    throw UsageError(ErrorText("no such predictor folder: " + name_or_folder, "",
+                               "name the folder of a finished run"));
+  }
+  ParseChoice("--predictor", name_or_folder, BaselineNames());
+  std::shared_ptr<const BaselineTables> tables;
+  if (name_or_folder != "stale_gate" && !baselines_file.empty()) {
+    tables = std::make_shared<BaselineTables>(BaselineTables::Load(baselines_file));
+    if (!SameRouting(tables->geometry(), geometry)) {
+      OtherGeometry(baselines_file.string(), tables->geometry(), geometry);
+    }
+  }
+  return MakeBaseline(name_or_folder, tables, geometry, routers);
+}
+
+}  // namespace routecast

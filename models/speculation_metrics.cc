@@ -1,0 +1,167 @@
+#include "models/speculation_metrics.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "common/errors.h"
+#include "common/random.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kSmallest = 1e-12;
+constexpr int64_t kIgnore = -100;
+
+// Experts that come before `label` in the ranking; ties go to the lower id.
+int RankOf(const float* probs, int64_t experts, int64_t label) {
+  int rank = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    rank += probs[e] > probs[label] || (probs[e] == probs[label] && e < label);
+  }
+  return rank;
+}
+
+template <typename T>
+void Append(std::string* bytes, const T& value) {
+  bytes->append(reinterpret_cast<const char*>(&value), sizeof(T));
+}
+
+template <typename T>
+T Take(const std::string& bytes, size_t* at) {
+  T value;
+  std::memcpy(&value, bytes.data() + *at, sizeof(T));
+  *at += sizeof(T);
+  return value;
+}
+
+}  // namespace
+
+Json LeadScores::ToJson() const {
+  Json json{
+      {"phase", StackName(phase)}, {"layer", layer}, {"lead", lead}, {"target", target}};
+  for (size_t i = 0; i < kScoredTopK.size(); ++i) {
+    json["top" + std::to_string(kScoredTopK[i])] = top[i];
+  }
+  json["cross_entropy"] = cross_entropy;
+  json["ece"] = ece;
+  json["ci95"] = {ci95_low, ci95_high};
+  json["samples"] = samples;
+  json["documents"] = documents;
+  return json;
+}
+
+void LeadAccumulator::Add(const at::Tensor& probs_NE, const at::Tensor& labels_N,
+                          const at::Tensor& documents_N) {
+  const auto probs = probs_NE.detach().to(at::kCPU, at::kFloat).contiguous();
+  const auto labels = labels_N.to(at::kCPU, at::kLong).contiguous();
+  const auto documents = documents_N.to(at::kCPU, at::kLong).contiguous();
+  const int64_t rows = probs.size(0), experts = probs.size(1);
+  if (labels.numel() != rows || documents.numel() != rows) {
+    throw std::logic_error("scores need a label and a document for each row");
+  }
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t label = labels.data_ptr<int64_t>()[n];
+    if (label == kIgnore) continue;
+    if (label < 0 || label >= experts) throw std::logic_error("a label out of range");
+    const float* p = probs.data_ptr<float>() + n * experts;
+    Sums& sums = documents_[static_cast<uint64_t>(documents.data_ptr<int64_t>()[n])];
+    const int rank = RankOf(p, experts, label);
+    for (size_t i = 0; i < kScoredTopK.size(); ++i) sums.hits[i] += rank < kScoredTopK[i];
+    sums.cross_entropy -= std::log(std::max<double>(p[label], kSmallest));
+    const double confidence = *std::max_element(p, p + experts);
+    const int bin = std::clamp(static_cast<int>(confidence * 10), 0, 9);
+    ++sums.bin_count[bin];
+    sums.bin_hits[bin] += rank == 0;
+    sums.bin_confidence[bin] += confidence;
+    ++sums.samples;
+  }
+}
+
+std::string LeadAccumulator::Bytes() const {
+  std::string bytes;
+  for (const auto& [document, sums] : documents_) {
+    Append(&bytes, document);
+    Append(&bytes, sums);
+  }
+  return bytes;
+}
+
+void LeadAccumulator::Merge(const std::string& bytes) {
+  constexpr size_t kEntry = sizeof(uint64_t) + sizeof(Sums);
+  static_assert(std::is_trivially_copyable_v<Sums>);
+  if (bytes.size() % kEntry != 0) {
+    throw DataError(ErrorText(
+        "the scores of another rank are damaged",
+        std::to_string(bytes.size()) + " bytes, entries of " + std::to_string(kEntry),
+        "run the same build on all ranks"));
+  }
+  for (size_t at = 0; at < bytes.size();) {
+    Sums& sums = documents_[Take<uint64_t>(bytes, &at)];
+    const Sums other = Take<Sums>(bytes, &at);
+    sums.samples += other.samples;
+    sums.cross_entropy += other.cross_entropy;
+    for (size_t i = 0; i < sums.hits.size(); ++i) sums.hits[i] += other.hits[i];
+    for (size_t i = 0; i < sums.bin_count.size(); ++i) {
+      sums.bin_count[i] += other.bin_count[i];
+      sums.bin_hits[i] += other.bin_hits[i];
+      sums.bin_confidence[i] += other.bin_confidence[i];
+    }
+  }
+}
+
+int64_t LeadAccumulator::samples() const {
+  int64_t n = 0;
+  for (const auto& [document, sums] : documents_) n += sums.samples;
+  return n;
+}
+
+LeadScores LeadAccumulator::Scores(uint64_t seed, int resamples) const {
+  LeadScores scores;
+  scores.phase = phase_;
+  scores.layer = layer_;
+  scores.lead = lead_;
+  scores.target = target_;
+  scores.samples = samples();
+  scores.documents = static_cast<int64_t>(documents_.size());
+  if (scores.samples == 0) return scores;
+  const double n = static_cast<double>(scores.samples);
+  std::array<double, 10> hits{}, confidence{};
+  std::vector<std::pair<int64_t, int64_t>> top1;  // of documents: hits, samples
+  for (const auto& [document, sums] : documents_) {
+    for (size_t i = 0; i < sums.hits.size(); ++i) scores.top[i] += sums.hits[i] / n;
+    scores.cross_entropy += sums.cross_entropy / n;
+    for (size_t i = 0; i < hits.size(); ++i) {
+      hits[i] += sums.bin_hits[i];
+      confidence[i] += sums.bin_confidence[i];
+    }
+    top1.emplace_back(sums.hits[0], sums.samples);
+  }
+  for (size_t i = 0; i < hits.size(); ++i) {
+    scores.ece += std::abs(hits[i] - confidence[i]) / n;
+  }
+  std::vector<double> means;
+  for (int r = 0; r < resamples; ++r) {
+    double drawn_hits = 0, drawn = 0;
+    for (size_t i = 0; i < top1.size(); ++i) {
+      const auto& [h, s] = top1[ToRange(Mix(seed, r, i), top1.size())];
+      drawn_hits += static_cast<double>(h);
+      drawn += static_cast<double>(s);
+    }
+    means.push_back(drawn_hits / drawn);
+  }
+  std::sort(means.begin(), means.end());
+  const auto quantile = [&](double q) {
+    return means[std::min(means.size() - 1, static_cast<size_t>(q * means.size()))];
+  };
+  if (resamples > 0) {
+    scores.ci95_low = quantile(0.025);
+    scores.ci95_high = quantile(0.975);
+  }
+  return scores;
+}
+
+}  // namespace routecast
