@@ -148,6 +148,7 @@ void Comparison::Record() {
   RuntimeOptions runtime_options;
   runtime_options.num_slots = resident_fits_ ? file_->count() : slots_;
   runtime_options.planner.policy = ParsePolicy("on_demand");
+  runtime_options.dtype = options_.dtype;
   PrefetchRuntime runtime(file_->spec(), resident_fits_ ? resident_engine_.get() : engine_.get(),
                           nullptr, runtime_options);
   if (resident_fits_) {
@@ -250,6 +251,7 @@ void Comparison::MakeRows() {
     RuntimeOptions options;
     options.num_slots = row->slots;
     options.eviction = eviction;
+    options.dtype = options_.dtype;
     options.planner.policy = ParsePolicy(is_resident ? "on_demand" : policy);
     options.planner.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
     if (predictor == "oracle") {

@@ -30,6 +30,7 @@ struct ComparisonOptions {
   double peak_seconds = 0.5;       // spent on measuring the link alone
   bool oracle = true, resident = true, uncached = true;
   bool synthetic_weights = false;  // label only
+  at::ScalarType dtype = at::kFloat;  // of the experts on disk
   bool quiet = false;
 };
 

@@ -80,11 +80,15 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   const at::Tensor counts = stack_ == Stack::kEncoder
                                 ? valid_BT_
                                 : valid_BT_.slice(1, valid_BT_.size(1) - 1);
-  for (int lead = 1; lead <= max_lead_; ++lead) {
+  // Encoder: layers ahead. Decoder: up to this layer's next turn.
+  const int reach = stack_ == Stack::kEncoder ? window.num_layers - 1 - source_layer
+                                              : window.num_layers;
+  const int leads = std::min(max_lead_, reach);
+  if (leads < 1) return {};
+  const auto answers = predictor_->PredictLeads(window, leads);
+  for (int lead = 1; lead <= leads; ++lead) {
     const int target = source_layer + lead;
-    if (target >= window.num_layers && stack_ == Stack::kEncoder) break;
-    if (target - window.num_layers > source_layer) break;  // beyond the next token's turn
-    const std::optional<at::Tensor> probs = predictor_->Predict(window, lead);
+    const std::optional<at::Tensor>& probs = answers[static_cast<size_t>(lead - 1)];
     if (!probs) continue;
     at::Tensor p_BTE = stack_ == Stack::kEncoder ? *probs
                                                  : probs->slice(1, probs->size(1) - 1);

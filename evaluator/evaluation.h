@@ -1,0 +1,40 @@
+// routecast-evaluate as a function: Options -> Validate -> Evaluate.
+// Thread rule: one thread.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "evaluator/comparison.h"
+
+namespace routecast {
+
+struct EvaluationOptions {  // one field a flag of the same name
+  fs::path model;                       // checkpoint folder; empty = replay of `store`
+  fs::path store;                       // trace store: sequences, train part for baselines
+  fs::path prompts;                     // text file, one prompt a line (generate)
+  std::vector<std::string> predictor;   // names and folders of trained runs
+  std::string policy = "auto";
+  std::string eviction = "lru";
+  std::string expert_budget = "25%";    // of the experts of the stacks that run, or bytes
+  std::string phase = "decoder";        // replay: decoder, encoder or both
+  std::string link = "auto";
+  int batch = 1;
+  int max_new_tokens = 16;              // decoder steps a segment
+  int rounds = 20;                      // interleaved, measured
+  int warmup_rounds = 3;
+  bool compare = false;                 // the rows of docs/metrics.md; else LRU and predictors
+  fs::path out;                         // results.json, run.json, report.html; empty: none
+  fs::path cache;                       // expert files; empty: the user's cache folder
+  std::string device = "auto", dtype = "fp32";
+  uint64_t seed = 1;
+  bool quiet = false, dry_run = false;
+};
+
+// Throws UsageError for what is wrong, or does not fit together, without reading weights.
+void ValidateEvaluation(const EvaluationOptions& options);
+// Runs and writes; prints the table, or the plan where dry_run. Headline figures for run.json.
+// Throws std::logic_error when two rows put out different bits.
+Json Evaluate(const EvaluationOptions& options, const Json& configuration);
+
+}  // namespace routecast
