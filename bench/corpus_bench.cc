@@ -1,5 +1,5 @@
-// Speed of the corpus room on real text: index pass, cached open, tokenising (through Tokenizer
-// and through bare libsentencepiece), span corruption, training a tokenizer.
+// Speed of the corpus room on real text: index pass, cached open, tokenising (through
+// Tokenizer and through bare libsentencepiece), span corruption, training a tokenizer.
 // Usage: corpus_bench THREADS TOKENIZER_FOLDER KIND:PATH...
 #include <sentencepiece_processor.h>
 #include <unistd.h>
@@ -25,11 +25,13 @@ double Seconds(std::chrono::steady_clock::time_point start) {
 }
 
 void Print(const char* what, double seconds, uint64_t bytes) {
-  std::printf("%-34s %8.3f s %9.2f MB/s\n", what, seconds, static_cast<double>(bytes) / 1e6 / seconds);
+  std::printf("%-34s %8.3f s %9.2f MB/s\n", what, seconds,
+              static_cast<double>(bytes) / 1e6 / seconds);
 }
 
 // The first documents that make up about `bytes`.
-std::vector<std::string_view> Sample(const Corpus& corpus, uint64_t bytes, uint64_t* taken) {
+std::vector<std::string_view> Sample(const Corpus& corpus, uint64_t bytes,
+                                     uint64_t* taken) {
   std::vector<std::string_view> texts;
   for (uint64_t i = 0; i < corpus.size() && *taken < bytes; ++i) {
     texts.push_back(corpus.Text(i));
@@ -48,7 +50,8 @@ void BenchTokenizer(const Corpus& corpus, const fs::path& folder, int threads) {
   auto start = std::chrono::steady_clock::now();
   for (const auto text : texts) {
     std::vector<int> ids;
-    if (!bare.Encode(absl::string_view(text.data(), text.size()), &ids).ok()) std::abort();
+    if (!bare.Encode(absl::string_view(text.data(), text.size()), &ids).ok())
+      std::abort();
     tokens += ids.size();
   }
   Print("tokenise, bare sentencepiece", Seconds(start), bytes);
@@ -57,9 +60,11 @@ void BenchTokenizer(const Corpus& corpus, const fs::path& folder, int threads) {
   Print("tokenise, EncodePlain", Seconds(start), bytes);
   start = std::chrono::steady_clock::now();
   std::vector<std::vector<int32_t>> all(texts.size());
-  ParallelFor(texts.size(), threads, [&](size_t i) { all[i] = tokenizer.EncodePlain(texts[i]); });
+  ParallelFor(texts.size(), threads,
+              [&](size_t i) { all[i] = tokenizer.EncodePlain(texts[i]); });
   Print("tokenise, EncodePlain, threads", Seconds(start), bytes);
-  std::printf("%-34s %8.3f bytes\n", "a token", static_cast<double>(bytes) / tokens.load());
+  std::printf("%-34s %8.3f bytes\n", "a token",
+              static_cast<double>(bytes) / tokens.load());
   start = std::chrono::steady_clock::now();
   const Sentinels sentinels{tokenizer.Sentinel(0), tokenizer.num_sentinels()};
   uint64_t masked = 0;
@@ -92,7 +97,8 @@ int Run(int argc, char** argv) {
   const Corpus corpus = Corpus::Open(specs, scratch, threads, true);
   std::printf("%s\n", corpus.Summary().c_str());
   Print("index", corpus.stats().seconds, corpus.stats().text_bytes);
-  Print("open from the cache", Corpus::Open(specs, scratch, threads, true).stats().seconds,
+  Print("open from the cache",
+        Corpus::Open(specs, scratch, threads, true).stats().seconds,
         corpus.stats().text_bytes);
   BenchTokenizer(corpus, argv[2], threads);
   BenchTraining(corpus, threads, scratch / "tokenizer");

@@ -37,7 +37,8 @@ constexpr const char* kIndexName = "index.bin";
 constexpr const char* kTextName = "text.bin";
 constexpr uint64_t kMaxIndexBytes = uint64_t{64} << 30;
 
-// Held while the index is made: the other processes of a job wait instead of doing it again.
+// Held while the index is made: the other processes of a job wait instead of doing it
+// again.
 class FileLock {
  public:
   explicit FileLock(const fs::path& path)
@@ -68,13 +69,15 @@ std::vector<SourceFiles> ListSources(const std::vector<std::string>& specs) {
 
 // Changes when a source changes, or the format or the rules of the index do.
 std::string CacheKey(const std::vector<SourceFiles>& sources) {
-  uint64_t key = Mix(kIndexVersion, uint64_t{kHashes}, uint64_t{kRows}, uint64_t{kShingleWords});
+  uint64_t key =
+      Mix(kIndexVersion, uint64_t{kHashes}, uint64_t{kRows}, uint64_t{kShingleWords});
   for (const auto& source : sources) {
     key = Mix(key, static_cast<uint64_t>(source.spec.kind), Hash64(source.spec.field));
     for (const auto& file : source.files) {
       struct stat info;
       if (::stat(file.c_str(), &info) != 0) ThrowErrno(errno, "stat", file);
-      key = Mix(key, Hash64(fs::absolute(file).string()), static_cast<uint64_t>(info.st_size),
+      key = Mix(key, Hash64(fs::absolute(file).string()),
+                static_cast<uint64_t>(info.st_size),
                 static_cast<uint64_t>(info.st_mtim.tv_sec),
                 static_cast<uint64_t>(info.st_mtim.tv_nsec));
     }
@@ -87,7 +90,8 @@ std::string CacheKey(const std::vector<SourceFiles>& sources) {
 // Makes a corpus from a cache folder or from its sources.
 class CorpusBuilder {
  public:
-  static Corpus InMemory(const std::vector<SourceFiles>& sources, int threads, bool quiet) {
+  static Corpus InMemory(const std::vector<SourceFiles>& sources, int threads,
+                         bool quiet) {
     Corpus corpus;
     std::string texts;
     auto pass = ReadSources(sources, threads, quiet,
@@ -138,7 +142,8 @@ class CorpusBuilder {
   }
 
  private:
-  static void Group(const std::vector<Signature>& signatures, int threads, Corpus* corpus) {
+  static void Group(const std::vector<Signature>& signatures, int threads,
+                    Corpus* corpus) {
     corpus->contents_.text_hash = Hash64(corpus->texts_->bytes());
     AssignGroups(
         signatures, [corpus](uint64_t i) { return corpus->Text(i); }, threads,
@@ -175,7 +180,8 @@ Corpus Corpus::Open(const std::vector<std::string>& specs, const fs::path& cache
     }
   }
   if (!corpus || corpus->size() == 0) {
-    throw UsageError(ErrorText("the corpus is empty", specs.front() + " holds no document",
+    throw UsageError(ErrorText("the corpus is empty",
+                               specs.front() + " holds no document",
                                "give a file with text, or another kind"));
   }
   corpus->Finish();
@@ -228,10 +234,11 @@ void Corpus::Finish() {
 
 std::string Corpus::Summary() const {
   const auto parts = stats_.part_documents;
-  return std::to_string(stats_.documents) + " documents (" + FormatBytes(stats_.text_bytes) +
-         ") in " + std::to_string(stats_.groups) + " groups: " + std::to_string(parts[0]) +
-         " train, " + std::to_string(parts[1]) + " validation, " + std::to_string(parts[2]) +
-         " test; " + std::to_string(stats_.exact_duplicates) + " exact duplicates dropped";
+  return std::to_string(stats_.documents) + " documents (" +
+         FormatBytes(stats_.text_bytes) + ") in " + std::to_string(stats_.groups) +
+         " groups: " + std::to_string(parts[0]) + " train, " + std::to_string(parts[1]) +
+         " validation, " + std::to_string(parts[2]) + " test; " +
+         std::to_string(stats_.exact_duplicates) + " exact duplicates dropped";
 }
 
 }  // namespace routecast

@@ -1,8 +1,8 @@
 // The corpus: documents from files, de-duplicated, grouped and split once for everything.
 // What a document is depends on the source kind (docs/corpus.md). An index pass reads all
-// sources, drops exact duplicates, groups near-duplicates (near_duplicates.h) and caches the
-// cleaned texts, so that texts are read from one mapped file afterwards.
-// Thread rule: immutable after Open; all const methods from any thread.
+// sources, drops exact duplicates, groups near-duplicates (near_duplicates.h) and caches
+// the cleaned texts, so that texts are read from one mapped file afterwards. Thread rule:
+// immutable after Open; all const methods from any thread.
 #pragma once
 
 #include <array>
@@ -22,28 +22,28 @@ struct Document {
   uint64_t group = 0;  // near-duplicate group: the smallest content hash in it
   SplitPart part = SplitPart::kTrain;  // SplitOf(group)
   uint64_t content_hash = 0;
-  uint64_t length_bytes = 0;     // of Text(id)
-  std::string_view source;       // path of the file it came from
-  uint64_t source_offset = 0;    // where in that file, unpacked (0 for squad)
+  uint64_t length_bytes = 0;   // of Text(id)
+  std::string_view source;     // path of the file it came from
+  uint64_t source_offset = 0;  // where in that file, unpacked (0 for squad)
 };
 
 struct CorpusStats {
   uint64_t documents = 0, groups = 0, text_bytes = 0;
-  uint64_t exact_duplicates = 0;          // dropped
+  uint64_t exact_duplicates = 0;             // dropped
   std::array<uint64_t, 3> part_documents{};  // by SplitPart
   std::array<uint64_t, 3> part_bytes{};
-  double seconds = 0;                     // of Open
+  double seconds = 0;  // of Open
   bool from_cache = false;
 };
 
 class Corpus {
  public:
-  // `specs`: kind:path, see source.h. The index is cached below `cache_folder` in a folder named
-  // by specs, file sizes and times; an empty `cache_folder` keeps it in memory. Several
-  // processes may open the same corpus at once: one indexes, the others wait and share it.
-  // A damaged cache is made again.
-  // Throws UsageError (unknown kind, missing path, no document), DataError (damaged source,
-  // with path and offset), EnvironmentError (disk full), StoppedError.
+  // `specs`: kind:path, see source.h. The index is cached below `cache_folder` in a
+  // folder named by specs, file sizes and times; an empty `cache_folder` keeps it in
+  // memory. Several processes may open the same corpus at once: one indexes, the others
+  // wait and share it. A damaged cache is made again. Throws UsageError (unknown kind,
+  // missing path, no document), DataError (damaged source, with path and offset),
+  // EnvironmentError (disk full), StoppedError.
   static Corpus Open(const std::vector<std::string>& specs, const fs::path& cache_folder,
                      int threads, bool quiet);
   Corpus(Corpus&&) noexcept;
@@ -51,7 +51,7 @@ class Corpus {
   ~Corpus();
 
   uint64_t size() const { return contents_.entries.size(); }
-  Document document(uint64_t i) const;     // REQUIRES i < size()
+  Document document(uint64_t i) const;      // REQUIRES i < size()
   std::string_view Text(uint64_t i) const;  // valid UTF-8, as long as the corpus lives
   SplitPart part(uint64_t i) const { return SplitOf(contents_.entries[i].group); }
   // Ids of the documents of a part, ascending.

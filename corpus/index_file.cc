@@ -23,14 +23,15 @@ class Cursor {
     return value;
   }
   std::string_view Take(uint64_t size) {
-    if (size > bytes_.size() - at_) Fail("it ends at byte " + std::to_string(bytes_.size()));
+    if (size > bytes_.size() - at_)
+      Fail("it ends at byte " + std::to_string(bytes_.size()));
     at_ += size;
     return bytes_.substr(at_ - size, size);
   }
   uint64_t left() const { return bytes_.size() - at_; }
   [[noreturn]] void Fail(const std::string& why) const {
-    throw DataError(
-        ErrorText(what_ + " is not a sound corpus index", why, "remove it; it is made again"));
+    throw DataError(ErrorText(what_ + " is not a sound corpus index", why,
+                              "remove it; it is made again"));
   }
 
  private:

@@ -1,6 +1,6 @@
-// The cached result of the index pass: a sealed folder with `index.bin` (documents, counts) and
-// `text.bin` (the cleaned texts, one after the other). Grammar in docs/corpus.md.
-// Thread rule: free functions on different folders.
+// The cached result of the index pass: a sealed folder with `index.bin` (documents,
+// counts) and `text.bin` (the cleaned texts, one after the other). Grammar in
+// docs/corpus.md. Thread rule: free functions on different folders.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct IndexContents {
   std::vector<IndexEntry> entries;  // in the order of the sources
   uint64_t exact_duplicates = 0;    // dropped
   uint64_t text_bytes = 0;
-  uint64_t text_hash = 0;           // XXH3 of text.bin
+  uint64_t text_hash = 0;  // XXH3 of text.bin
 };
 
 std::string SerializeIndex(const IndexContents& contents);

@@ -30,7 +30,9 @@ class Pass {
  public:
   Pass(int threads, bool quiet, const std::function<void(std::string_view)>& append,
        uint64_t total_bytes)
-      : threads_(threads), append_(append), progress_("index", "bytes", total_bytes, quiet) {}
+      : threads_(threads),
+        append_(append),
+        progress_("index", "bytes", total_bytes, quiet) {}
 
   void ReadFile(const SourceSpec& spec, const fs::path& path) {
     const SourceFile file(path);
@@ -72,7 +74,8 @@ class Pass {
     for (const Prepared& one : batch_) Keep(one);
     batch_.clear();
     batch_bytes_ = 0;
-    if (StopRequested()) throw StoppedError("stopped during the index pass; start it again");
+    if (StopRequested())
+      throw StoppedError("stopped during the index pass; start it again");
   }
 
   void Keep(const Prepared& one) {
@@ -88,12 +91,13 @@ class Pass {
     }
     IndexContents& contents = result_.contents;
     const uint64_t id = contents.entries.size();
-    contents.entries.push_back({.content_hash = one.hash,
-                                .group = one.hash,
-                                .text_offset = contents.text_bytes,
-                                .source_offset = one.record.offset,
-                                .length_bytes = static_cast<uint32_t>(one.text.size()),
-                                .file = static_cast<uint32_t>(contents.files.size() - 1)});
+    contents.entries.push_back(
+        {.content_hash = one.hash,
+         .group = one.hash,
+         .text_offset = contents.text_bytes,
+         .source_offset = one.record.offset,
+         .length_bytes = static_cast<uint32_t>(one.text.size()),
+         .file = static_cast<uint32_t>(contents.files.size() - 1)});
     contents.text_bytes += one.text.size();
     append_(one.text);
     if (one.has_signature) result_.signatures.push_back({id, one.signature});
@@ -112,7 +116,8 @@ class Pass {
 
 }  // namespace
 
-IndexPassResult ReadSources(const std::vector<SourceFiles>& sources, int threads, bool quiet,
+IndexPassResult ReadSources(const std::vector<SourceFiles>& sources, int threads,
+                            bool quiet,
                             const std::function<void(std::string_view)>& append) {
   uint64_t total = 0;
   std::error_code ignored;

@@ -16,13 +16,15 @@ struct SourceFiles {
   std::vector<fs::path> files;
 };
 
-// Reads all sources batch by batch: texts go to `append` in order, documents and signatures stay.
-// Thread rule: one thread calls; it runs `threads` of its own. `append` is called on the caller.
+// Reads all sources batch by batch: texts go to `append` in order, documents and
+// signatures stay. Thread rule: one thread calls; it runs `threads` of its own. `append`
+// is called on the caller.
 struct IndexPassResult {
   IndexContents contents;  // text_hash and groups not yet set
   std::vector<Signature> signatures;
 };
-IndexPassResult ReadSources(const std::vector<SourceFiles>& sources, int threads, bool quiet,
+IndexPassResult ReadSources(const std::vector<SourceFiles>& sources, int threads,
+                            bool quiet,
                             const std::function<void(std::string_view)>& append);
 
 // Sets `group` of every entry. `text` gives the text of document i.

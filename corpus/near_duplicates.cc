@@ -17,7 +17,8 @@ namespace {
 constexpr double kMinEstimate = 0.6;
 
 bool IsWordByte(unsigned char c) {
-  return c >= 0x80 || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+  return c >= 0x80 || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+         (c >= 'A' && c <= 'Z');
 }
 
 std::vector<uint64_t> WordHashes(std::string_view text) {
@@ -42,7 +43,9 @@ std::vector<uint64_t> WordHashes(std::string_view text) {
 
 class UnionFind {
  public:
-  explicit UnionFind(uint64_t n) : parent_(n) { std::iota(parent_.begin(), parent_.end(), 0); }
+  explicit UnionFind(uint64_t n) : parent_(n) {
+    std::iota(parent_.begin(), parent_.end(), 0);
+  }
   uint64_t Find(uint64_t i) const {
     while (parent_[i] != i) i = parent_[i];
     return i;
@@ -132,7 +135,8 @@ std::vector<Entry> SortedBand(const std::vector<Signature>& signatures, int band
 std::vector<std::pair<size_t, size_t>> Buckets(const std::vector<Entry>& entries) {
   std::vector<std::pair<size_t, size_t>> buckets;
   for (size_t start = 0, end = 0; start < entries.size(); start = end) {
-    while (end < entries.size() && entries[end].band_hash == entries[start].band_hash) ++end;
+    while (end < entries.size() && entries[end].band_hash == entries[start].band_hash)
+      ++end;
     if (end - start > 1) buckets.emplace_back(start, end);
   }
   return buckets;
@@ -147,7 +151,8 @@ std::vector<uint64_t> Shingles(std::string_view text) {
   shingles.reserve(words.size() - kShingleWords + 1);
   for (size_t i = 0; i + kShingleWords <= words.size(); ++i) {
     uint64_t hash = words[i];
-    for (int k = 1; k < kShingleWords; ++k) hash = (hash << 7 | hash >> 57) ^ words[i + k];
+    for (int k = 1; k < kShingleWords; ++k)
+      hash = (hash << 7 | hash >> 57) ^ words[i + k];
     shingles.push_back(Mix(hash));
   }
   std::sort(shingles.begin(), shingles.end());
@@ -167,7 +172,8 @@ MinHash ComputeMinHash(const std::vector<uint64_t>& shingles) {
   MinHash minima;
   minima.fill(std::numeric_limits<uint32_t>::max());
   for (const uint64_t shingle : shingles) {
-    const auto low = static_cast<uint32_t>(shingle), high = static_cast<uint32_t>(shingle >> 32);
+    const auto low = static_cast<uint32_t>(shingle),
+               high = static_cast<uint32_t>(shingle >> 32);
     for (int i = 0; i < kHashes; ++i) {
       // A multiply and xor-shift round a hash: the shingle is mixed well already.
       uint32_t h = (low ^ kFactors[i].second) * kFactors[i].first;
@@ -200,8 +206,8 @@ std::vector<uint64_t> NearDuplicateGroups(
   for (int band = 0; band < kBands; ++band) {
     const std::vector<Entry> entries = SortedBand(signatures, band);
     const auto buckets = Buckets(entries);
-    // Workers read the groups of the bands before; their pairs are joined afterwards in the
-    // order of the buckets, so that the result does not depend on the threads.
+    // Workers read the groups of the bands before; their pairs are joined afterwards in
+    // the order of the buckets, so that the result does not depend on the threads.
     std::vector<Pairs> pairs(buckets.size());
     const BucketJoiner joiner(signatures, groups, text);
     ParallelFor(buckets.size(), threads, [&](size_t i) {

@@ -12,8 +12,8 @@
 namespace routecast {
 
 // Runs f(i) for i in [0, n) on at most `threads` threads, this one included. Rethrows the
-// exception of the smallest failing item that ran, so that errors repeat; items after a failure
-// may be left out.
+// exception of the smallest failing item that ran, so that errors repeat; items after a
+// failure may be left out.
 template <typename F>
 void ParallelFor(size_t n, int threads, const F& f) {
   const size_t workers_wanted = static_cast<size_t>(std::max(threads, 1));

@@ -12,9 +12,10 @@ namespace {
 constexpr uint64_t kMaxJsonBytes = uint64_t{1} << 30;
 constexpr uint64_t kMaxLineBytes = uint64_t{256} << 20;
 
-[[noreturn]] void ThrowRecord(const std::string& what, uint64_t offset, const std::string& why) {
-  throw DataError(ErrorText(what + ": damaged record", "at byte " + std::to_string(offset) +
-                                                           ": " + why,
+[[noreturn]] void ThrowRecord(const std::string& what, uint64_t offset,
+                              const std::string& why) {
+  throw DataError(ErrorText(what + ": damaged record",
+                            "at byte " + std::to_string(offset) + ": " + why,
                             "repair or leave out the file"));
 }
 
@@ -50,7 +51,8 @@ void ReadBlocks(std::string_view bytes, const RecordSink& sink) {
 
 // " = Title = ": one equals sign on either side.
 bool IsArticleTitle(std::string_view line) {
-  while (!line.empty() && (line.back() == ' ' || line.back() == '\r')) line.remove_suffix(1);
+  while (!line.empty() && (line.back() == ' ' || line.back() == '\r'))
+    line.remove_suffix(1);
   if (!line.empty() && line.front() == ' ') line.remove_prefix(1);
   return line.size() > 4 && line.starts_with("= ") && line.ends_with(" =") &&
          !line.starts_with("= =") && !line.ends_with("= =");
@@ -128,9 +130,9 @@ std::vector<std::string_view> SplitTabs(std::string_view line) {
 
 // The columns of a GLUE task's header that are text.
 std::vector<size_t> TextColumns(const std::vector<std::string_view>& header) {
-  constexpr std::string_view kText[] = {"sentence",  "sentence1", "sentence2",  "question",
-                                        "question1", "question2", "#1 String",  "#2 String",
-                                        "premise",   "hypothesis"};
+  constexpr std::string_view kText[] = {
+      "sentence",  "sentence1", "sentence2", "question", "question1",
+      "question2", "#1 String", "#2 String", "premise",  "hypothesis"};
   std::vector<size_t> columns;
   for (size_t i = 0; i < header.size(); ++i) {
     if (std::find(std::begin(kText), std::end(kText), header[i]) != std::end(kText)) {
@@ -158,8 +160,9 @@ void ReadGlue(std::string_view bytes, const std::string& what, const RecordSink&
       text_columns = {3};
     }
     if (columns.size() != num_columns) {
-      ThrowRecord(what, at, std::to_string(columns.size()) + " columns, the first line has " +
-                                std::to_string(num_columns));
+      ThrowRecord(what, at,
+                  std::to_string(columns.size()) + " columns, the first line has " +
+                      std::to_string(num_columns));
     }
     std::string text;
     for (const size_t c : text_columns) {
@@ -172,14 +175,15 @@ void ReadGlue(std::string_view bytes, const std::string& what, const RecordSink&
 
 std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
                       const std::string& what) {
-  const Json json =
-      ParseJson(CleanText(record.raw), what + " at byte " + std::to_string(record.offset));
+  const Json json = ParseJson(CleanText(record.raw),
+                              what + " at byte " + std::to_string(record.offset));
   if (!json.is_object()) ThrowRecord(what, record.offset, "not a JSON object");
   if (!json.contains(spec.field)) {
     std::vector<std::string> names;
     for (const auto& [key, value] : json.items()) names.push_back(key);
-    ThrowRecord(what, record.offset, "no field \"" + spec.field + "\"; did you mean \"" +
-                                         NearestName(spec.field, names) + "\"?");
+    ThrowRecord(what, record.offset,
+                "no field \"" + spec.field + "\"; did you mean \"" +
+                    NearestName(spec.field, names) + "\"?");
   }
   const Json& value = json[spec.field];
   if (!value.is_string()) {
@@ -188,7 +192,8 @@ std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
   return value.get<std::string>();
 }
 
-// Length of the valid UTF-8 sequence at `at`, 0 where there is none (Unicode 15, table 3-7).
+// Length of the valid UTF-8 sequence at `at`, 0 where there is none (Unicode 15, table
+// 3-7).
 size_t Utf8Length(std::string_view s, size_t at) {
   const auto byte = [&](size_t i) {
     return at + i < s.size() ? static_cast<unsigned char>(s[at + i]) : 0u;
@@ -216,11 +221,16 @@ void ReadRecords(const SourceSpec& spec, std::string_view bytes, const std::stri
     case SourceKind::kText:
       if (!bytes.empty()) sink({bytes, 0});
       return;
-    case SourceKind::kTextBlocks: return ReadBlocks(bytes, sink);
-    case SourceKind::kJsonl: return ReadJsonl(bytes, what, sink);
-    case SourceKind::kWikitext: return ReadWikitext(bytes, sink);
-    case SourceKind::kSquad: return ReadSquad(bytes, what, sink);
-    case SourceKind::kGlue: return ReadGlue(bytes, what, sink);
+    case SourceKind::kTextBlocks:
+      return ReadBlocks(bytes, sink);
+    case SourceKind::kJsonl:
+      return ReadJsonl(bytes, what, sink);
+    case SourceKind::kWikitext:
+      return ReadWikitext(bytes, sink);
+    case SourceKind::kSquad:
+      return ReadSquad(bytes, what, sink);
+    case SourceKind::kGlue:
+      return ReadGlue(bytes, what, sink);
   }
 }
 

@@ -1,6 +1,6 @@
-// Bounded readers: bytes of a file -> records, one a document. What each kind calls a document
-// is in docs/corpus.md. Foreign bytes: a damaged file is a DataError with its name and offset,
-// never a crash or an allocation that the file's size does not explain.
+// Bounded readers: bytes of a file -> records, one a document. What each kind calls a
+// document is in docs/corpus.md. Foreign bytes: a damaged file is a DataError with its
+// name and offset, never a crash or an allocation that the file's size does not explain.
 // Thread rule: pure functions.
 #pragma once
 
@@ -24,13 +24,13 @@ using RecordSink = std::function<void(const RawRecord&)>;
 void ReadRecords(const SourceSpec& spec, std::string_view bytes, const std::string& what,
                  const RecordSink& sink);
 
-// The text of a record: for jsonl its field is parsed here (the costly part, so that threads
-// can share it), for others it is the record. Then CleanText.
+// The text of a record: for jsonl its field is parsed here (the costly part, so that
+// threads can share it), for others it is the record. Then CleanText.
 std::string RecordText(const SourceSpec& spec, const RawRecord& record,
                        const std::string& what);
 
-// Valid UTF-8 (each invalid byte becomes U+FFFD), LF line ends, no byte order mark, no NUL, no
-// blank around.
+// Valid UTF-8 (each invalid byte becomes U+FFFD), LF line ends, no byte order mark, no
+// NUL, no blank around.
 std::string CleanText(std::string_view text);
 
 }  // namespace routecast

@@ -42,7 +42,8 @@ Mapping MapFile(const fs::path& path) {
   return mapping;
 }
 
-[[noreturn]] void ThrowArchive(const fs::path& path, uint64_t offset, const std::string& why) {
+[[noreturn]] void ThrowArchive(const fs::path& path, uint64_t offset,
+                               const std::string& why) {
   throw DataError(ErrorText(path.string() + " cannot be unpacked",
                             "at byte " + std::to_string(offset) + ": " + why,
                             "copy or make the file again"));
@@ -61,7 +62,8 @@ void Grow(const fs::path& path, uint64_t packed, std::string* out) {
 std::string UnpackZstd(const fs::path& path, std::string_view packed) {
   std::unique_ptr<ZSTD_DStream, decltype(&ZSTD_freeDStream)> stream(ZSTD_createDStream(),
                                                                     &ZSTD_freeDStream);
-  ZSTD_DCtx_setParameter(stream.get(), ZSTD_d_windowLogMax, 27);  // zstd's own default limit
+  ZSTD_DCtx_setParameter(stream.get(), ZSTD_d_windowLogMax,
+                         27);  // zstd's own default limit
   ZSTD_inBuffer in{packed.data(), packed.size(), 0};
   std::string out;
   size_t used = 0, hint = 1;
@@ -81,7 +83,8 @@ std::string UnpackZstd(const fs::path& path, std::string_view packed) {
 
 std::string UnpackGzip(const fs::path& path, std::string_view packed) {
   z_stream stream{};
-  if (inflateInit2(&stream, 15 + 16) != Z_OK) throw EnvironmentError("zlib does not start");
+  if (inflateInit2(&stream, 15 + 16) != Z_OK)
+    throw EnvironmentError("zlib does not start");
   std::unique_ptr<z_stream, decltype(&inflateEnd)> guard(&stream, &inflateEnd);
   std::string out;
   size_t used = 0, at = 0;
@@ -97,7 +100,8 @@ std::string UnpackGzip(const fs::path& path, std::string_view packed) {
     status = inflate(&stream, Z_NO_FLUSH);
     at += given - stream.avail_in;
     used += room - stream.avail_out;
-    if (status == Z_BUF_ERROR || (status == Z_OK && given == 0 && room == stream.avail_out)) {
+    if (status == Z_BUF_ERROR ||
+        (status == Z_OK && given == 0 && room == stream.avail_out)) {
       ThrowArchive(path, at, "the file ends early");
     }
     if (status != Z_OK && status != Z_STREAM_END) {
@@ -136,11 +140,13 @@ std::vector<fs::path> FolderFiles(const fs::path& folder) {
 }  // namespace
 
 SourceSpec ParseSourceSpec(const std::string& text) {
-  static const std::vector<std::string> kKinds = {"text", "jsonl", "wikitext", "squad", "glue"};
+  static const std::vector<std::string> kKinds = {"text", "jsonl", "wikitext", "squad",
+                                                  "glue"};
   const size_t colon = text.find(':');
   if (colon == text.npos || colon + 1 == text.size()) {
-    throw UsageError(ErrorText("--data=" + text + " is not kind:path", "",
-                               "kinds are text, jsonl, wikitext, squad, glue: text:book.txt"));
+    throw UsageError(
+        ErrorText("--data=" + text + " is not kind:path", "",
+                  "kinds are text, jsonl, wikitext, squad, glue: text:book.txt"));
   }
   const int kind = ParseChoice("--data", text.substr(0, colon), kKinds);
   constexpr SourceKind kByName[] = {SourceKind::kText, SourceKind::kJsonl,
@@ -148,7 +154,8 @@ SourceSpec ParseSourceSpec(const std::string& text) {
                                     SourceKind::kGlue};
   SourceSpec spec{.kind = kByName[kind], .path = text.substr(colon + 1), .field = ""};
   const size_t hash = spec.path.rfind('#');
-  const bool takes_option = spec.kind == SourceKind::kText || spec.kind == SourceKind::kJsonl;
+  const bool takes_option =
+      spec.kind == SourceKind::kText || spec.kind == SourceKind::kJsonl;
   std::string option;
   // A '#' that belongs to a file's name stays: the longest existing path wins.
   if (hash != std::string::npos && takes_option && !fs::exists(spec.path)) {
@@ -176,7 +183,8 @@ std::vector<fs::path> ListFiles(const SourceSpec& spec) {
     files = GlobFiles(spec.path);
   }
   if (files.empty()) {
-    throw UsageError(ErrorText("no text at " + spec.path, "no such file, or an empty folder",
+    throw UsageError(ErrorText("no text at " + spec.path,
+                               "no such file, or an empty folder",
                                "check the path given with --data"));
   }
   std::sort(files.begin(), files.end());

@@ -24,12 +24,14 @@ struct SourceSpec {
 // "wikitext:PATH", "squad:PATH", "glue:PATH". UsageError naming the nearest kind.
 SourceSpec ParseSourceSpec(const std::string& text);
 
-// The regular files of a source, sorted by path: a file itself, a folder's files (recursively,
-// hidden ones left out) or a glob's matches. UsageError where there is none.
+// The regular files of a source, sorted by path: a file itself, a folder's files
+// (recursively, hidden ones left out) or a glob's matches. UsageError where there is
+// none.
 std::vector<fs::path> ListFiles(const SourceSpec& spec);
 
-// A whole file in memory: mapped when plain, unpacked when it ends in .zst or .gz (at most
-// 8 GiB, and 256 times the packed size and 16 MiB, so that a small file cannot fill the memory).
+// A whole file in memory: mapped when plain, unpacked when it ends in .zst or .gz (at
+// most 8 GiB, and 256 times the packed size and 16 MiB, so that a small file cannot fill
+// the memory).
 class SourceFile {
  public:
   // Throws UsageError (missing, no permission), DataError (damaged archive, too large).

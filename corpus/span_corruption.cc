@@ -34,10 +34,10 @@ std::vector<int> RandomSegments(int items, int segments, uint64_t seed) {
 void Validate(const SpanCorruptionOptions& options, const Sentinels& sentinels) {
   if (!(options.noise_density > 0 && options.noise_density < 1) ||
       !(options.mean_span >= 1)) {
-    throw UsageError(ErrorText("span corruption: noise density or mean span out of range",
-                               std::to_string(options.noise_density) + ", " +
-                                   std::to_string(options.mean_span),
-                               "density between 0 and 1, mean span at least 1"));
+    throw UsageError(ErrorText(
+        "span corruption: noise density or mean span out of range",
+        std::to_string(options.noise_density) + ", " + std::to_string(options.mean_span),
+        "density between 0 and 1, mean span at least 1"));
   }
   if (sentinels.count < 1) {
     throw UsageError("span corruption needs a tokenizer with sentinels (extra_ids >= 1)");
@@ -47,7 +47,8 @@ void Validate(const SpanCorruptionOptions& options, const Sentinels& sentinels) 
 }  // namespace
 
 CorruptedSpans CorruptSpans(std::span<const int32_t> ids, uint64_t seed,
-                            const SpanCorruptionOptions& options, const Sentinels& sentinels) {
+                            const SpanCorruptionOptions& options,
+                            const Sentinels& sentinels) {
   Validate(options, sentinels);
   CorruptedSpans out;
   const int n = static_cast<int>(ids.size());
@@ -55,8 +56,8 @@ CorruptedSpans CorruptSpans(std::span<const int32_t> ids, uint64_t seed,
     const int noise =
         std::clamp(static_cast<int>(std::lround(n * options.noise_density)), 1, n - 1);
     const int kept = n - noise;
-    const int spans = std::clamp(static_cast<int>(std::lround(noise / options.mean_span)), 1,
-                                 std::min({noise, kept, sentinels.count}));
+    const int spans = std::clamp(static_cast<int>(std::lround(noise / options.mean_span)),
+                                 1, std::min({noise, kept, sentinels.count}));
     const auto noise_lengths = RandomSegments(noise, spans, Mix(seed, uint64_t{1}));
     const auto kept_lengths = RandomSegments(kept, spans, Mix(seed, uint64_t{2}));
     out.num_spans = spans;

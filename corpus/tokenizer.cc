@@ -29,8 +29,8 @@ int ReadExtraIds(const fs::path& config) {
   if (!json.contains("extra_ids")) return kDefaultExtraIds;
   const Json& value = json["extra_ids"];
   if (!value.is_number_integer() || value < 0 || value > kMaxExtraIds) {
-    throw DataError(ErrorText(config.string() + ": extra_ids is out of range", value.dump(),
-                              "write a whole number from 0 to 10000"));
+    throw DataError(ErrorText(config.string() + ": extra_ids is out of range",
+                              value.dump(), "write a whole number from 0 to 10000"));
   }
   return value.get<int>();
 }
@@ -42,9 +42,8 @@ struct Special {
 
 // The special token that starts at text[0], if one does.
 std::optional<Special> SpecialAt(std::string_view text, int extra_ids, int vocab_size) {
-  constexpr std::pair<std::string_view, int32_t> kFixed[] = {{"<pad>", Tokenizer::kPad},
-                                                             {"</s>", Tokenizer::kEos},
-                                                             {"<unk>", Tokenizer::kUnk}};
+  constexpr std::pair<std::string_view, int32_t> kFixed[] = {
+      {"<pad>", Tokenizer::kPad}, {"</s>", Tokenizer::kEos}, {"<unk>", Tokenizer::kUnk}};
   for (const auto& [name, id] : kFixed) {
     if (text.starts_with(name)) return Special{id, name.size()};
   }
@@ -53,7 +52,8 @@ std::optional<Special> SpecialAt(std::string_view text, int extra_ids, int vocab
   const char* last = text.data() + text.size();
   int k = -1;
   const auto [end, error] = std::from_chars(first, last, k);
-  const bool canonical = error == std::errc() && k >= 0 && (*first != '0' || end == first + 1);
+  const bool canonical =
+      error == std::errc() && k >= 0 && (*first != '0' || end == first + 1);
   if (!canonical || k >= extra_ids || end == last || *end != '>') return std::nullopt;
   return Special{vocab_size - 1 - k, static_cast<size_t>(end + 1 - text.data())};
 }
@@ -79,7 +79,8 @@ Tokenizer Tokenizer::FromModel(const std::string& model_bytes, int extra_ids,
   const auto status = tokenizer.processor_->LoadFromSerializedProto(model_bytes);
   if (!status.ok()) ThrowCorrupt(what, status.ToString());
   const auto& processor = *tokenizer.processor_;
-  if (processor.pad_id() != kPad || processor.eos_id() != kEos || processor.unk_id() != kUnk) {
+  if (processor.pad_id() != kPad || processor.eos_id() != kEos ||
+      processor.unk_id() != kUnk) {
     ThrowCorrupt(what, "pad, eos, unk are " + std::to_string(processor.pad_id()) + ", " +
                            std::to_string(processor.eos_id()) + ", " +
                            std::to_string(processor.unk_id()) + ", not 0, 1, 2 as in T5");
@@ -93,7 +94,8 @@ Tokenizer Tokenizer::FromModel(const std::string& model_bytes, int extra_ids,
 
 void Tokenizer::AppendPlain(std::string_view text, std::vector<int32_t>* ids) const {
   std::vector<int> pieces;
-  const auto status = processor_->Encode(absl::string_view(text.data(), text.size()), &pieces);
+  const auto status =
+      processor_->Encode(absl::string_view(text.data(), text.size()), &pieces);
   if (!status.ok()) {
     throw DataError(ErrorText("the text could not be tokenised", status.ToString(), ""));
   }

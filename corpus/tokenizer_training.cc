@@ -1,4 +1,5 @@
-// Training and saving: kept apart so that readers of tokenizer.cc see only what serving needs.
+// Training and saving: kept apart so that readers of tokenizer.cc see only what serving
+// needs.
 #include <sentencepiece_processor.h>
 #include <sentencepiece_trainer.h>
 
@@ -68,43 +69,46 @@ std::vector<std::string> SampleLines(uint64_t num_texts,
 
 std::unordered_map<std::string, std::string> TrainerArguments(
     const TokenizerTrainingOptions& options) {
-  return {{"model_type", "unigram"},
-          {"vocab_size", std::to_string(options.pieces)},
-          {"pad_id", "0"},
-          {"eos_id", "1"},
-          {"unk_id", "2"},
-          {"bos_id", "-1"},
-          {"pad_piece", "<pad>"},
-          {"byte_fallback", "false"},
-          {"normalization_rule_name", "nmt_nfkc"},
-          // A tenth of the default: the pieces kept are few, and every seed costs time.
-          {"seed_sentencepiece_size", std::to_string(std::max(100000, 10 * options.pieces))},
-          {"max_sentence_length", std::to_string(2 * kMaxSentenceBytes)},
-          {"shuffle_input_sentence", "false"},
-          {"num_threads", std::to_string(options.threads)},
-          {"minloglevel", "2"}};
+  return {
+      {"model_type", "unigram"},
+      {"vocab_size", std::to_string(options.pieces)},
+      {"pad_id", "0"},
+      {"eos_id", "1"},
+      {"unk_id", "2"},
+      {"bos_id", "-1"},
+      {"pad_piece", "<pad>"},
+      {"byte_fallback", "false"},
+      {"normalization_rule_name", "nmt_nfkc"},
+      // Far below the default of a million: the pieces kept are few, every seed costs
+      // time.
+      {"seed_sentencepiece_size", std::to_string(std::max(20000, 10 * options.pieces))},
+      {"max_sentence_length", std::to_string(2 * kMaxSentenceBytes)},
+      {"shuffle_input_sentence", "false"},
+      {"num_threads", std::to_string(options.threads)},
+      {"minloglevel", "2"}};
 }
 
 }  // namespace
 
-void Tokenizer::Train(uint64_t num_texts, const std::function<std::string(uint64_t)>& text,
+void Tokenizer::Train(uint64_t num_texts,
+                      const std::function<std::string(uint64_t)>& text,
                       const TokenizerTrainingOptions& options, const fs::path& folder) {
   if (options.pieces < 8 || options.pieces > 1'000'000 || options.extra_ids < 0 ||
       options.extra_ids > 10'000 || options.threads < 1) {
-    throw UsageError(ErrorText("tokenizer: pieces, extra_ids or threads out of range",
-                               std::to_string(options.pieces) + ", " +
-                                   std::to_string(options.extra_ids) + ", " +
-                                   std::to_string(options.threads),
-                               "pieces 8 to 1000000, extra_ids 0 to 10000, threads 1 or more"));
+    throw UsageError(ErrorText(
+        "tokenizer: pieces, extra_ids or threads out of range",
+        std::to_string(options.pieces) + ", " + std::to_string(options.extra_ids) + ", " +
+            std::to_string(options.threads),
+        "pieces 8 to 1000000, extra_ids 0 to 10000, threads 1 or more"));
   }
   const std::vector<std::string> lines = SampleLines(num_texts, text, options);
   VectorIterator iterator(lines);
   std::string model;
   const auto status =
-      lines.empty() ? sentencepiece::util::Status(sentencepiece::util::StatusCode::kInternal,
-                                                  "no text at all")
-                    : sentencepiece::SentencePieceTrainer::Train(TrainerArguments(options),
-                                                                 &iterator, &model);
+      lines.empty() ? sentencepiece::util::Status(
+                          sentencepiece::util::StatusCode::kInternal, "no text at all")
+                    : sentencepiece::SentencePieceTrainer::Train(
+                          TrainerArguments(options), &iterator, &model);
   if (!status.ok()) {
     throw UsageError(ErrorText("no tokenizer of " + std::to_string(options.pieces) +
                                    " pieces could be trained on this text",
@@ -115,7 +119,8 @@ void Tokenizer::Train(uint64_t num_texts, const std::function<std::string(uint64
 
 void Tokenizer::Train(const std::vector<std::string>& texts,
                       const TokenizerTrainingOptions& options, const fs::path& folder) {
-  Train(texts.size(), [&texts](uint64_t i) { return texts[i]; }, options, folder);
+  Train(
+      texts.size(), [&texts](uint64_t i) { return texts[i]; }, options, folder);
 }
 
 void Tokenizer::TrainOnFile(const fs::path& file, const TokenizerTrainingOptions& options,

@@ -33,7 +33,8 @@ Corpus OpenInMemory(const std::string& spec) { return Corpus::Open({spec}, "", 2
 std::string Prose(uint64_t seed, int words) {
   std::string text;
   for (int w = 0; w < words; ++w) {
-    text += "w" + std::to_string(ToRange(Mix(seed, static_cast<uint64_t>(w)), 100000)) + " ";
+    text +=
+        "w" + std::to_string(ToRange(Mix(seed, static_cast<uint64_t>(w)), 100000)) + " ";
   }
   return text;
 }
@@ -48,8 +49,9 @@ std::string Message(const std::string& spec) {
 }
 
 TEST_F(CorpusTest, TextFileIsOneDocument) {
-  EXPECT_THAT(Texts(OpenInMemory("text:" + Write("a.txt", "\xEF\xBB\xBF one\r\n\r\ntwo \n"))),
-              ElementsAre("one\n\ntwo"));
+  EXPECT_THAT(
+      Texts(OpenInMemory("text:" + Write("a.txt", "\xEF\xBB\xBF one\r\n\r\ntwo \n"))),
+      ElementsAre("one\n\ntwo"));
 }
 
 TEST_F(CorpusTest, BlocksAreDocuments) {
@@ -75,7 +77,8 @@ TEST_F(CorpusTest, PackedFilesAreUnpacked) {
   const std::string text = Prose(1, 2000) + "end";
   std::string packed(ZSTD_compressBound(text.size()), '\0');
   packed.resize(ZSTD_compress(packed.data(), packed.size(), text.data(), text.size(), 3));
-  EXPECT_THAT(Texts(OpenInMemory("text:" + Write("a.txt.zst", packed))), ElementsAre(text));
+  EXPECT_THAT(Texts(OpenInMemory("text:" + Write("a.txt.zst", packed))),
+              ElementsAre(text));
   const auto path = folder_ / "a.txt.gz";
   gzFile out = gzopen(path.c_str(), "wb");
   gzwrite(out, text.data(), static_cast<unsigned>(text.size()));
@@ -90,8 +93,9 @@ TEST_F(CorpusTest, CutArchivesAreDataErrors) {
   const std::string text = Prose(1, 2000);
   std::string packed(ZSTD_compressBound(text.size()), '\0');
   packed.resize(ZSTD_compress(packed.data(), packed.size(), text.data(), text.size(), 3));
-  EXPECT_THROW(OpenInMemory("text:" + Write("a.zst", packed.substr(0, packed.size() - 9))),
-               DataError);
+  EXPECT_THROW(
+      OpenInMemory("text:" + Write("a.zst", packed.substr(0, packed.size() - 9))),
+      DataError);
   EXPECT_THROW(OpenInMemory("text:" + Write("b.zst", "")), DataError);
   EXPECT_THROW(OpenInMemory("text:" + Write("c.gz", "plain text")), DataError);
 }
@@ -99,33 +103,40 @@ TEST_F(CorpusTest, CutArchivesAreDataErrors) {
 TEST_F(CorpusTest, ArchiveBombIsDataError) {
   const std::string zeros(size_t{64} << 20, ' ');
   std::string packed(ZSTD_compressBound(zeros.size()), '\0');
-  packed.resize(ZSTD_compress(packed.data(), packed.size(), zeros.data(), zeros.size(), 3));
+  packed.resize(
+      ZSTD_compress(packed.data(), packed.size(), zeros.data(), zeros.size(), 3));
   ASSERT_LT(packed.size(), 100'000u);
-  EXPECT_THAT(Message("text:" + Write("a.zst", packed)), HasSubstr("unpacks to more than"));
+  EXPECT_THAT(Message("text:" + Write("a.zst", packed)),
+              HasSubstr("unpacks to more than"));
 }
 
 TEST_F(CorpusTest, JsonlTakesTheField) {
   const auto path =
-      Write("a.jsonl", "{\"text\": \"one\", \"body\": \"eins\"}\n\n{\"text\": \"t\\u00e9\", "
-                       "\"body\": \"zwei\"}");
+      Write("a.jsonl",
+            "{\"text\": \"one\", \"body\": \"eins\"}\n\n{\"text\": \"t\\u00e9\", "
+            "\"body\": \"zwei\"}");
   EXPECT_THAT(Texts(OpenInMemory("jsonl:" + path)), ElementsAre("one", "t\xC3\xA9"));
-  EXPECT_THAT(Texts(OpenInMemory("jsonl:" + path + "#body")), ElementsAre("eins", "zwei"));
+  EXPECT_THAT(Texts(OpenInMemory("jsonl:" + path + "#body")),
+              ElementsAre("eins", "zwei"));
   EXPECT_THAT(Message("jsonl:" + path + "#bodi"), HasSubstr("did you mean \"body\""));
 }
 
 TEST_F(CorpusTest, JsonlErrorsNameTheByte) {
   const auto path = Write("a.jsonl", "{\"text\": \"one\"}\n{\"text\": \n");
   EXPECT_THROW(OpenInMemory("jsonl:" + path), DataError);
-  EXPECT_THAT(Message("jsonl:" + path), testing::AllOf(HasSubstr(path), HasSubstr("byte 16")));
+  EXPECT_THAT(Message("jsonl:" + path),
+              testing::AllOf(HasSubstr(path), HasSubstr("byte 16")));
 }
 
 TEST_F(CorpusTest, WikitextArticlesStartAtTitles) {
-  const auto path = Write("w.txt",
-                          " \n = First = \n \n Text of it . \n \n = = Section = = \n \n a = b "
-                          "= c \n \n = Second = \n \n More . \n");
-  EXPECT_THAT(Texts(OpenInMemory("wikitext:" + path)),
-              ElementsAre("= First = \n \n Text of it . \n \n = = Section = = \n \n a = b = c",
-                          "= Second = \n \n More ."));
+  const auto path =
+      Write("w.txt",
+            " \n = First = \n \n Text of it . \n \n = = Section = = \n \n a = b "
+            "= c \n \n = Second = \n \n More . \n");
+  EXPECT_THAT(
+      Texts(OpenInMemory("wikitext:" + path)),
+      ElementsAre("= First = \n \n Text of it . \n \n = = Section = = \n \n a = b = c",
+                  "= Second = \n \n More ."));
 }
 
 TEST_F(CorpusTest, SquadParagraphsCarryTheirQuestions) {
@@ -139,19 +150,21 @@ TEST_F(CorpusTest, SquadParagraphsCarryTheirQuestions) {
 }
 
 TEST_F(CorpusTest, GlueRowsAreTheirTextColumns) {
-  const auto qnli = Write("q.tsv",
-                          "index\tquestion\tsentence\tlabel\n0\tWhy?\tBecause.\tentailment\n");
+  const auto qnli =
+      Write("q.tsv", "index\tquestion\tsentence\tlabel\n0\tWhy?\tBecause.\tentailment\n");
   EXPECT_THAT(Texts(OpenInMemory("glue:" + qnli)), ElementsAre("Why?\nBecause."));
   const auto cola = Write("c.tsv", "gj04\t1\t\tOur friends.\ngj04\t0\t*\tOne more.\n");
-  EXPECT_THAT(Texts(OpenInMemory("glue:" + cola)), ElementsAre("Our friends.", "One more."));
-  EXPECT_THROW(OpenInMemory("glue:" + Write("b.tsv", "sentence\tlabel\nonly one column\n")),
-               DataError);
+  EXPECT_THAT(Texts(OpenInMemory("glue:" + cola)),
+              ElementsAre("Our friends.", "One more."));
+  EXPECT_THROW(
+      OpenInMemory("glue:" + Write("b.tsv", "sentence\tlabel\nonly one column\n")),
+      DataError);
   EXPECT_THROW(OpenInMemory("glue:" + Write("d.tsv", "a\tb\nc\td\n")), DataError);
 }
 
 TEST_F(CorpusTest, InvalidUtf8IsReplaced) {
-  const auto path = Write("a.txt", std::string("a\xFFz \xC0\x80 \xED\xA0\x80 \xE2\x82") + '\0' +
-                                       "\xE2\x82\xAC");
+  const auto path = Write("a.txt", std::string("a\xFFz \xC0\x80 \xED\xA0\x80 \xE2\x82") +
+                                       '\0' + "\xE2\x82\xAC");
   const std::string r = "\xEF\xBF\xBD";
   EXPECT_THAT(Texts(OpenInMemory("text:" + path)),
               ElementsAre("a" + r + "z " + r + r + " " + r + r + r + " " + r + r +
@@ -159,8 +172,8 @@ TEST_F(CorpusTest, InvalidUtf8IsReplaced) {
 }
 
 TEST_F(CorpusTest, ExactDuplicatesAreDroppedAndCounted) {
-  const Corpus corpus =
-      OpenInMemory("text:" + Write("a.txt", "same\n\nother\n\nsame \n\nsame") + "#blocks");
+  const Corpus corpus = OpenInMemory(
+      "text:" + Write("a.txt", "same\n\nother\n\nsame \n\nsame") + "#blocks");
   EXPECT_THAT(Texts(corpus), ElementsAre("same", "other"));
   EXPECT_EQ(corpus.stats().exact_duplicates, 2u);
 }
@@ -186,9 +199,8 @@ TEST_F(CorpusTest, NearDuplicatesShareGroupAndPart) {
 }
 
 TEST_F(CorpusTest, ShortTextsAreGroupsOfTheirOwn) {
-  const Corpus corpus =
-      OpenInMemory("text:" + Write("a.txt", "one two three four\n\none two three five") +
-                   "#blocks");
+  const Corpus corpus = OpenInMemory(
+      "text:" + Write("a.txt", "one two three four\n\none two three five") + "#blocks");
   EXPECT_EQ(corpus.stats().groups, 2u);
 }
 
@@ -204,10 +216,10 @@ TEST_F(CorpusTest, ThreadsChangeNothing) {
 
 TEST_F(CorpusTest, GroupsDoNotDependOnTheOrder) {
   const std::string a = Prose(1, 90), b = a + "tail of it", c = Prose(2, 50);
-  const Corpus forth = OpenInMemory(
-      "text:" + Write("a.txt", a + "\n\n" + b + "\n\n" + c) + "#blocks");
-  const Corpus back = OpenInMemory(
-      "text:" + Write("b.txt", c + "\n\n" + b + "\n\n" + a) + "#blocks");
+  const Corpus forth =
+      OpenInMemory("text:" + Write("a.txt", a + "\n\n" + b + "\n\n" + c) + "#blocks");
+  const Corpus back =
+      OpenInMemory("text:" + Write("b.txt", c + "\n\n" + b + "\n\n" + a) + "#blocks");
   EXPECT_EQ(forth.document(0).group, back.document(2).group);
   EXPECT_EQ(forth.document(1).group, back.document(1).group);
   EXPECT_EQ(forth.document(2).group, back.document(0).group);
@@ -224,7 +236,8 @@ TEST_F(CorpusTest, PartsCoverTheCorpus) {
     all.insert(ids.begin(), ids.end());
   }
   EXPECT_EQ(all.size(), corpus.size());
-  EXPECT_NEAR(corpus.stats().part_documents[2], 600, 5 * 20.5);  // five standard deviations
+  EXPECT_NEAR(corpus.stats().part_documents[2], 600,
+              5 * 20.5);  // five standard deviations
 }
 
 TEST_F(CorpusTest, CacheGivesTheSameCorpus) {

@@ -68,10 +68,10 @@ TEST_P(SpanCorruption, SentinelsComeInOrderAndSpansAreNotEmpty) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, SpanCorruption,
-                         testing::Values(Case{2, 0.15, 3}, Case{3, 0.9, 1}, Case{8, 0.5, 1},
-                                         Case{128, 0.15, 3}, Case{128, 0.3, 3},
-                                         Case{512, 0.15, 3}, Case{700, 0.5, 3},
-                                         Case{100, 0.01, 3}));
+                         testing::Values(Case{2, 0.15, 3}, Case{3, 0.9, 1},
+                                         Case{8, 0.5, 1}, Case{128, 0.15, 3},
+                                         Case{128, 0.3, 3}, Case{512, 0.15, 3},
+                                         Case{700, 0.5, 3}, Case{100, 0.01, 3}));
 
 TEST(SpanCorruptionTest, SameSeedSameSpans) {
   const auto a = CorruptSpans(Ids(128), 5, {}, kSentinels);
@@ -88,7 +88,8 @@ TEST(SpanCorruptionTest, FewerThanTwoIdsStay) {
   EXPECT_EQ(one.targets, std::vector<int32_t>{1});
 }
 
-// A brute-force count: 6 noise tokens in 3 spans have C(5,2) = 10 compositions, all as likely.
+// A brute-force count: 6 noise tokens in 3 spans have C(5,2) = 10 compositions, all as
+// likely.
 TEST(SpanCorruptionTest, PartitionsAreUniform) {
   std::map<std::vector<int>, int> seen;
   constexpr int kDraws = 20000;
@@ -97,8 +98,10 @@ TEST(SpanCorruptionTest, PartitionsAreUniform) {
     ASSERT_EQ(spans.num_spans, 3);
     std::vector<int> lengths;
     for (const int32_t id : spans.targets) {
-      if (id >= kSentinels.first - 2) lengths.push_back(0);
-      else if (id != 1) ++lengths.back();
+      if (id >= kSentinels.first - 2)
+        lengths.push_back(0);
+      else if (id != 1)
+        ++lengths.back();
     }
     ++seen[lengths];
   }

@@ -1,12 +1,11 @@
 // Ids of another system (Debian's python3-sentencepiece on T5's model) for 2139 texts.
-#include "corpus/tokenizer.h"
-
 #include <gtest/gtest.h>
 
 #include <cstdlib>
 #include <sstream>
 
 #include "common/run_record.h"
+#include "corpus/tokenizer.h"
 
 namespace routecast {
 namespace {

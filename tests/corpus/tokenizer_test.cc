@@ -17,7 +17,8 @@ constexpr int kPieces = 120, kExtraIds = 16;
 
 // Sentences of made-up words over a small set of syllables.
 std::vector<std::string> Texts() {
-  const char* syllables[] = {"ba", "ko", "li", "mu", "ter", "sin", "dor", "va", "gre", "pha"};
+  const char* syllables[] = {"ba",  "ko",  "li", "mu",  "ter",
+                             "sin", "dor", "va", "gre", "pha"};
   std::vector<std::string> texts;
   for (uint64_t i = 0; i < 400; ++i) {
     std::string text;
@@ -35,7 +36,8 @@ std::vector<std::string> Texts() {
 class TokenizerTest : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    folder_ = fs::temp_directory_path() / ("tokenizer_test." + std::to_string(::getpid()));
+    folder_ =
+        fs::temp_directory_path() / ("tokenizer_test." + std::to_string(::getpid()));
     Tokenizer::Train(Texts(), {.pieces = kPieces, .extra_ids = kExtraIds, .threads = 2},
                      folder_);
   }
@@ -64,10 +66,10 @@ TEST_F(TokenizerTest, SentinelsCountDownFromTheEnd) {
   const Tokenizer tokenizer = Tokenizer::Load(folder_);
   for (int k = 0; k < kExtraIds; ++k) {
     const std::string name = "<extra_id_" + std::to_string(k) + ">";
-    EXPECT_EQ(tokenizer.Encode(name),
-              std::vector<int32_t>{kPieces + kExtraIds - 1 - k});
+    EXPECT_EQ(tokenizer.Encode(name), std::vector<int32_t>{kPieces + kExtraIds - 1 - k});
     EXPECT_EQ(tokenizer.Sentinel(k), kPieces + kExtraIds - 1 - k);
-    EXPECT_EQ(tokenizer.Decode(tokenizer.Encode("ba " + name + " ko")), "ba " + name + " ko");
+    EXPECT_EQ(tokenizer.Decode(tokenizer.Encode("ba " + name + " ko")),
+              "ba " + name + " ko");
   }
   EXPECT_THROW(tokenizer.Sentinel(kExtraIds), UsageError);
   EXPECT_THROW(tokenizer.Sentinel(-1), UsageError);
@@ -75,8 +77,9 @@ TEST_F(TokenizerTest, SentinelsCountDownFromTheEnd) {
 
 TEST_F(TokenizerTest, WhatIsNoSentinelStaysText) {
   const Tokenizer tokenizer = Tokenizer::Load(folder_);
-  for (const char* text : {"<extra_id_16>", "<extra_id_01>", "<extra_id_-1>", "<extra_id_",
-                           "<extra_id_1", "<extra_id_99999999999999999999>", "<", "<<"}) {
+  for (const char* text :
+       {"<extra_id_16>", "<extra_id_01>", "<extra_id_-1>", "<extra_id_", "<extra_id_1",
+        "<extra_id_99999999999999999999>", "<", "<<"}) {
     EXPECT_EQ(tokenizer.Encode(text), tokenizer.EncodePlain(text)) << text;
   }
 }
@@ -98,7 +101,8 @@ TEST_F(TokenizerTest, BlankTextHasNoIds) {
 
 TEST_F(TokenizerTest, TrainingRepeats) {
   const fs::path again = folder_.string() + ".again";
-  Tokenizer::Train(Texts(), {.pieces = kPieces, .extra_ids = kExtraIds, .threads = 2}, again);
+  Tokenizer::Train(Texts(), {.pieces = kPieces, .extra_ids = kExtraIds, .threads = 2},
+                   again);
   EXPECT_EQ(Tokenizer::Load(again).fingerprint(), Tokenizer::Load(folder_).fingerprint());
   fs::remove_all(again);
 }
@@ -122,7 +126,8 @@ TEST_F(TokenizerTest, DamagedModelsAreDataErrors) {
   const std::string model = ReadFile(folder_ / "spiece.model");
   EXPECT_THROW(Tokenizer::FromModel("", 1, "m"), DataError);
   EXPECT_THROW(Tokenizer::FromModel("not a model at all", 1, "m"), DataError);
-  EXPECT_THROW(Tokenizer::FromModel(model.substr(0, model.size() / 2), 1, "m"), DataError);
+  EXPECT_THROW(Tokenizer::FromModel(model.substr(0, model.size() / 2), 1, "m"),
+               DataError);
 }
 
 TEST_F(TokenizerTest, MissingModelIsUsageError) {
