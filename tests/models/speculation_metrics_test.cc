@@ -1,0 +1,130 @@
+// Scores and windows against slow references.
+#include "models/speculation_metrics.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+
+#include "common/errors.h"
+#include "speculation_test_support.h"
+
+namespace routecast {
+namespace {
+
+struct Sample {
+  at::Tensor probs, labels, documents;
+};
+
+// Probabilities on a coarse grid, so that ties happen.
+Sample RandomSample(int rows, int experts, uint64_t seed) {
+  Sample s{at::empty({rows, experts}), at::empty({rows}, at::kLong),
+           at::empty({rows}, at::kLong)};
+  for (int n = 0; n < rows; ++n) {
+    for (int e = 0; e < experts; ++e) {
+      s.probs.data_ptr<float>()[n * experts + e] =
+          1.f + static_cast<float>(ToRange(Mix(seed, n, e), 4));
+    }
+    const uint64_t label = ToRange(Mix(seed, 1000, n), experts + 1);
+    s.labels.data_ptr<int64_t>()[n] = label == 0 ? -100 : static_cast<int64_t>(label) - 1;
+    s.documents.data_ptr<int64_t>()[n] =
+        static_cast<int64_t>(ToRange(Mix(seed, 2, n), 9));
+  }
+  s.probs /= s.probs.sum(1, true);
+  return s;
+}
+
+TEST(LeadScoresTest, EqualASlowReference) {
+  const int rows = 400, experts = 13;
+  const Sample s = RandomSample(rows, experts, 4);
+  LeadAccumulator accumulator(Stack::kDecoder, 1, 2, 0);
+  accumulator.Add(s.probs, s.labels, s.documents);
+  const LeadScores scores = accumulator.Scores();
+  double n = 0, loss = 0;
+  std::array<double, 6> top{};
+  std::array<double, 10> accuracy{}, confidence{};
+  for (int i = 0; i < rows; ++i) {
+    const int64_t y = s.labels[i].item<int64_t>();
+    if (y < 0) continue;
+    std::vector<float> p(s.probs.data_ptr<float>() + i * experts,
+                         s.probs.data_ptr<float>() + (i + 1) * experts);
+    std::vector<int> order(experts);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return p[a] > p[b]; });
+    for (int k = 0; k < 6; ++k) {
+      const auto end = order.begin() + kScoredTopK[k];
+      top[k] += std::find(order.begin(), end, y) != end;
+    }
+    ++n;
+    loss -= std::log(p[y]);
+    const int bin = std::min(9, static_cast<int>(double{p[order[0]]} * 10));
+    accuracy[bin] += order[0] == y;
+    confidence[bin] += p[order[0]];
+  }
+  double ece = 0;
+  for (int b = 0; b < 10; ++b) ece += std::abs(accuracy[b] - confidence[b]) / n;
+  EXPECT_EQ(scores.samples, n);
+  EXPECT_EQ(scores.documents, 9);
+  for (int k = 0; k < 6; ++k) EXPECT_NEAR(scores.top[k], top[k] / n, 1e-12);
+  EXPECT_NEAR(scores.cross_entropy, loss / n, 1e-6);
+  EXPECT_NEAR(scores.ece, ece, 1e-9);
+  EXPECT_LT(scores.ci95_low, scores.top1());
+  EXPECT_GT(scores.ci95_high, scores.top1());
+}
+
+TEST(LeadScoresTest, RanksMergeToOne) {
+  const Sample s = RandomSample(200, 7, 5);
+  LeadAccumulator whole(Stack::kEncoder, 0, 1, 1), a(Stack::kEncoder, 0, 1, 1), b = a;
+  whole.Add(s.probs, s.labels, s.documents);
+  a.Add(s.probs.narrow(0, 0, 90), s.labels.narrow(0, 0, 90),
+        s.documents.narrow(0, 0, 90));
+  b.Add(s.probs.narrow(0, 90, 110), s.labels.narrow(0, 90, 110),
+        s.documents.narrow(0, 90, 110));
+  a.Merge(b.Bytes());
+  EXPECT_EQ(a.Scores().ci95_low, whole.Scores().ci95_low);
+  EXPECT_EQ(a.Scores().top, whole.Scores().top);
+  EXPECT_NEAR(a.Scores().ece, whole.Scores().ece, 1e-9);
+  EXPECT_THROW(a.Merge("damaged"), DataError);
+}
+
+TEST(LeadScoresTest, CertainPredictionsFallIntoTheLastBin) {
+  LeadAccumulator accumulator(Stack::kEncoder, 0, 1, 1);
+  accumulator.Add(at::eye(3), at::arange(3), at::zeros({3}, at::kLong));
+  EXPECT_EQ(accumulator.Scores().ece, 0);
+  EXPECT_EQ(accumulator.Scores().top1(), 1);
+}
+
+TEST(WindowLabelsTest, EqualTheTraceAtEveryLead) {
+  const MoeGeometry g = SmallGeometry();
+  const auto trace = RandomTrace(g, 6, 5, 2);
+  for (Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+    const int L = span.num_layers, T = span.num_tokens;
+    for (int s = -1; s < L; ++s) {
+      for (int lead = 1; lead <= L; ++lead) {
+        const auto labels = WindowLabels(trace, stack, s, lead);
+        for (int t = 0; t < T; ++t) {
+          int layer = s + lead, token = t;
+          if (stack == Stack::kDecoder && layer >= L) layer -= L, ++token;
+          const bool there = layer < L && token < T && !span.dropped[layer * T + token];
+          EXPECT_EQ(labels[t].item<int64_t>(),
+                    there ? span.expert_ids[layer * T + token] : -100);
+        }
+      }
+    }
+  }
+}
+
+TEST(WindowTest, EncoderHidesLayersPastTheSource) {
+  const auto trace = RandomTrace(SmallGeometry(), 6, 5, 2);
+  const auto window = WindowOf(trace, Stack::kEncoder, 1, 5);
+  EXPECT_TRUE(window.experts_BTL.narrow(2, 2, 2).eq(5).all().item<bool>());
+  EXPECT_EQ(window.experts_BTL[0][3][1].item<int64_t>(), trace.encoder.expert_ids[6 + 3]);
+  EXPECT_EQ(window.hidden_BTD[0][3][2].item<float>(),
+            Bf16ToFloat(trace.encoder.hidden[(6 + 3) * 6 + 2]));
+  EXPECT_FALSE(WindowOf(trace, Stack::kEncoder, -1, 5).hidden_BTD.defined());
+}
+
+}  // namespace
+}  // namespace routecast

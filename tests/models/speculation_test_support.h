@@ -1,0 +1,58 @@
+// Small seeded traces and windows for the tests of speculation.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "common/random.h"
+#include "models/speculation_model.h"
+
+namespace routecast {
+
+inline MoeGeometry SmallGeometry() {
+  MoeGeometry g;
+  g.encoder_layers = 4;
+  g.decoder_layers = 3;
+  g.num_experts = 5;
+  g.d_model = 6;
+  return g;
+}
+
+inline RoutingSpan RandomSpan(const MoeGeometry& g, Stack stack, int tokens,
+                              uint64_t seed) {
+  RoutingSpan span;
+  span.num_tokens = tokens;
+  span.num_layers = g.layers(stack);
+  span.hidden_width = g.d_model;
+  for (int t = 0; t < tokens; ++t) {
+    span.token_ids.push_back(static_cast<uint32_t>(ToRange(Mix(seed, 1, t), 11)));
+  }
+  for (int i = 0; i < tokens * span.num_layers; ++i) {
+    span.expert_ids.push_back(
+        static_cast<uint16_t>(ToRange(Mix(seed, 2, i), g.num_experts)));
+    span.dropped.push_back(ToRange(Mix(seed, 3, i), 7) == 0);
+    for (int d = 0; d < g.d_model; ++d) {
+      span.hidden.push_back(
+          FloatToBf16(static_cast<float>(ToNormal(Mix(seed, 4, i, d)))));
+    }
+  }
+  return span;
+}
+
+inline RoutingTrace RandomTrace(const MoeGeometry& g, int source_tokens,
+                                int target_tokens, uint64_t seed) {
+  RoutingTrace trace;
+  trace.sequence_id = trace.document_id = trace.group_id = seed;
+  trace.encoder = RandomSpan(g, Stack::kEncoder, source_tokens, Mix(seed, 10));
+  trace.decoder = RandomSpan(g, Stack::kDecoder, target_tokens, Mix(seed, 20));
+  return trace;
+}
+
+inline SpeculationConfig SmallSpeculation(const std::string& kind) {
+  SpeculationConfig c = DefaultSpeculationConfig(kind, SmallGeometry(), 11, 6);
+  c.width = 16;
+  c.heads = kind == "hidden" ? 1 : 2;
+  c.ff = 24;
+  return c;
+}
+
+}  // namespace routecast
