@@ -100,6 +100,7 @@ Json StoreConfig::ToJson() const {
   json["max_length"] = max_length;
   json["max_sequences"] = max_sequences;
   json["batch_size"] = batch_size;
+  json["noise_density"] = noise_density;
   json["seed"] = seed;
   json["compression"] = compression;
   return json;
@@ -135,7 +136,9 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   c.num_shards = in.Int("num_shards", 1, 4096);
   c.num_chunks = in.Number("num_chunks", 0, 0xFFFFFFFFu);
   if (!in.At("hidden_share").is_number()) in.Fail("hidden_share is not a number");
+  if (!in.At("noise_density").is_number()) in.Fail("noise_density is not a number");
   c.hidden_share = in.At("hidden_share").get<double>();
+  c.noise_density = in.At("noise_density").get<double>();
   c.max_length = in.Int("max_length", 1, 1 << 24);
   c.max_sequences = in.Number("max_sequences", 0, int64_t{1} << 62);
   c.batch_size = in.Int("batch_size", 0, 1 << 24);

@@ -32,6 +32,7 @@ struct StoreConfig {
   int max_length = 512;       // tokens a sequence
   int64_t max_sequences = 0;  // 0 = all
   int batch_size = 0;
+  double noise_density = 0;  // share of masked tokens (denoise, generate)
   uint64_t seed = 0;
   std::string compression = "none";  // of RocksDB's blocks: none or zstd
 

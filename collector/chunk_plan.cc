@@ -1,0 +1,107 @@
+#include "collector/chunk_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <thread>
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kMaxChunkBytes = 128 << 10;  // of text: bounds a rank's memory
+constexpr uint64_t kMinChunkBytes = 4 << 10;    // below, staging and ingestion would show
+constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is left
+constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
+constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
+
+}  // namespace
+
+std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
+                                                std::string_view text, int max_tokens) {
+  const std::vector<int32_t> ids = tokenizer.EncodePlain(text);
+  std::vector<std::vector<int32_t>> segments;
+  for (size_t at = 0; at < ids.size() && segments.size() < kMaxSegments;
+       at += static_cast<size_t>(max_tokens)) {
+    const size_t end = std::min(ids.size(), at + static_cast<size_t>(max_tokens));
+    if (end - at < kMinSequenceTokens) break;
+    segments.emplace_back(ids.begin() + static_cast<std::ptrdiff_t>(at),
+                          ids.begin() + static_cast<std::ptrdiff_t>(end));
+  }
+  return segments;
+}
+
+SequenceLimit FindSequenceLimit(const Corpus& corpus, const Tokenizer& tokenizer,
+                                int max_tokens, uint64_t max_sequences, int threads) {
+  if (max_sequences == 0) return {corpus.size(), 0};
+  const DocumentOrder order(corpus.size());
+  uint64_t sequences = 0;
+  for (uint64_t first = 0; first < corpus.size(); first += kLimitBatch) {
+    const uint64_t count = std::min(kLimitBatch, corpus.size() - first);
+    std::vector<uint64_t> segments(count);
+    std::vector<std::thread> workers;
+    for (int w = 0; w < threads; ++w) {
+      workers.emplace_back([&, w] {
+        for (uint64_t i = static_cast<uint64_t>(w); i < count;
+             i += static_cast<uint64_t>(threads)) {
+          segments[i] =
+              SegmentTokens(tokenizer, corpus.Text(order(first + i)), max_tokens).size();
+        }
+      });
+    }
+    for (std::thread& worker : workers) worker.join();
+    for (uint64_t i = 0; i < count; ++i) {
+      if (sequences + segments[i] >= max_sequences) {
+        return {first + i + 1, max_sequences - sequences};
+      }
+      sequences += segments[i];
+    }
+  }
+  return {corpus.size(), 0};
+}
+
+ChunkPlan MakeChunkPlan(const Corpus& corpus, const SequenceLimit& limit) {
+  const DocumentOrder order(corpus.size());
+  ChunkPlan plan;
+  plan.num_documents = limit.num_documents;
+  plan.last_segments = limit.last_segments;
+  for (uint64_t p = 0; p < plan.num_documents; ++p) {
+    plan.text_bytes += corpus.document(order(p)).length_bytes;
+  }
+  uint64_t left = plan.text_bytes;
+  for (uint64_t p = 0; p < plan.num_documents;) {
+    const uint64_t target = std::clamp(left / kTaper, kMinChunkBytes, kMaxChunkBytes);
+    Chunk chunk{p, p};
+    uint64_t bytes = 0;
+    while (chunk.end < plan.num_documents && bytes < target) {
+      bytes += corpus.document(order(chunk.end++)).length_bytes;
+    }
+    left -= bytes;
+    p = chunk.end;
+    plan.chunks.push_back(chunk);
+  }
+  return plan;
+}
+
+std::set<uint64_t> ForcedHiddenGroups(const Corpus& corpus, const ChunkPlan& plan,
+                                      double share) {
+  std::set<uint64_t> forced;
+  if (share <= 0) return forced;
+  const DocumentOrder order(corpus.size());
+  struct Part {
+    bool present = false, chosen = false;
+    uint64_t first_group = 0;
+  };
+  std::array<Part, 3> parts;
+  for (uint64_t p = 0; p < plan.num_documents; ++p) {
+    const Document document = corpus.document(order(p));
+    Part& part = parts[static_cast<size_t>(document.part)];
+    if (!part.present) part.first_group = document.group;
+    part.present = true;
+    part.chosen = part.chosen || HiddenShareOf(document.group, share);
+  }
+  for (const Part& part : parts) {
+    if (part.present && !part.chosen) forced.insert(part.first_group);
+  }
+  return forced;
+}
+
+}  // namespace routecast

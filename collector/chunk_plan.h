@@ -1,0 +1,64 @@
+// Which part of a corpus is one unit of work. Everything here is a function of the
+// corpus, the tokenizer and --max_sequences alone, never of ranks or time.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <set>
+#include <vector>
+
+#include "common/random.h"
+#include "common/routing.h"
+#include "corpus/corpus.h"
+#include "corpus/tokenizer.h"
+
+namespace routecast {
+
+// A document longer than a sequence is cut; segment s of document d is sequence d << 16 |
+// s.
+inline constexpr int kSegmentBits = 16;
+inline constexpr int kMinSequenceTokens = 2;  // less holds nothing to mask or predict
+
+// Tokens of each segment of a document, at most `max_tokens` each; a rest below
+// kMinSequenceTokens is left out.
+std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
+                                                std::string_view text, int max_tokens);
+
+struct Chunk {
+  uint64_t begin = 0, end = 0;  // positions in the permuted document order
+};
+
+struct ChunkPlan {
+  uint64_t num_documents = 0;  // the first of the permuted order that are collected
+  uint64_t last_segments =
+      0;  // of the last document, where --max_sequences ends in it; 0 = all
+  uint64_t text_bytes = 0;    // of these documents
+  std::vector<Chunk> chunks;  // smaller towards the end, so that ranks end together
+};
+
+// Position in the plan's order -> document. A prefix is a fair sample of all sources.
+class DocumentOrder {
+ public:
+  explicit DocumentOrder(uint64_t num_documents)
+      : order_(num_documents, 0x636f6c6c656374ULL) {}
+  uint64_t operator()(uint64_t position) const { return order_(position); }
+
+ private:
+  Permutation order_;
+};
+
+// How many documents hold the first `max_sequences` sequences (0 = all of them).
+// Tokenizes documents until then, on `threads` threads; with 0 it reads nothing.
+struct SequenceLimit {
+  uint64_t num_documents = 0, last_segments = 0;
+};
+SequenceLimit FindSequenceLimit(const Corpus& corpus, const Tokenizer& tokenizer,
+                                int max_tokens, uint64_t max_sequences, int threads);
+ChunkPlan MakeChunkPlan(const Corpus& corpus, const SequenceLimit& limit);
+
+// Document groups whose router inputs are recorded: a share by hash, and where that
+// leaves a split part of the plan without any, the part's first group.
+std::set<uint64_t> ForcedHiddenGroups(const Corpus& corpus, const ChunkPlan& plan,
+                                      double share);
+
+}  // namespace routecast

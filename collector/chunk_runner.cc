@@ -1,0 +1,171 @@
+#include "collector/chunk_runner.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+
+#include "corpus/span_corruption.h"
+#include "models/generation.h"
+
+namespace routecast {
+namespace {
+
+constexpr size_t kLengthStep = 16;  // padded lengths are multiples: few distinct shapes
+constexpr double kMeanSpan = 3.0;   // T5's
+constexpr int kExtraNewTokens = 8;  // beyond the reference targets, for Task::kGenerate
+constexpr uint64_t kCorruptionKey = 0x7370616e73ULL;
+
+struct Padded {
+  at::Tensor ids_BT, valid_BT;
+};
+
+Padded Pad(const std::vector<const std::vector<int32_t>*>& rows, int32_t pad) {
+  size_t longest = 1;
+  for (const auto* row : rows) longest = std::max(longest, row->size());
+  longest = (longest + kLengthStep - 1) / kLengthStep * kLengthStep;
+  const std::vector<int64_t> shape = {static_cast<int64_t>(rows.size()),
+                                      static_cast<int64_t>(longest)};
+  Padded padded{at::full(shape, pad, at::kLong), at::zeros(shape, at::kBool)};
+  auto ids = padded.ids_BT.accessor<int64_t, 2>();
+  auto valid = padded.valid_BT.accessor<bool, 2>();
+  for (size_t b = 0; b < rows.size(); ++b) {
+    for (size_t t = 0; t < rows[b]->size(); ++t) {
+      ids[static_cast<int64_t>(b)][static_cast<int64_t>(t)] = (*rows[b])[t];
+      valid[static_cast<int64_t>(b)][static_cast<int64_t>(t)] = true;
+    }
+  }
+  return padded;
+}
+
+// Teacher forcing: the start token, then the targets without their last.
+std::vector<int32_t> ShiftedRight(const std::vector<int32_t>& targets, int32_t start) {
+  std::vector<int32_t> inputs = {start};
+  inputs.insert(inputs.end(), targets.begin(), targets.end() - 1);
+  return inputs;
+}
+
+}  // namespace
+
+ChunkRunner::ChunkRunner(SwitchModel* model, const Corpus* corpus,
+                         const Tokenizer* tokenizer, const ChunkPlan* plan,
+                         const StoreConfig& config)
+    : model_(model),
+      corpus_(corpus),
+      tokenizer_(tokenizer),
+      plan_(plan),
+      config_(config),
+      order_(corpus->size()),
+      forced_groups_(config.Records("hidden")
+                         ? ForcedHiddenGroups(*corpus, *plan, config.hidden_share)
+                         : std::set<uint64_t>()) {}
+
+bool ChunkRunner::RecordsHidden(uint64_t group) const {
+  return config_.Records("hidden") &&
+         (HiddenShareOf(group, config_.hidden_share) || forced_groups_.contains(group));
+}
+
+ChunkRunner::Sequence ChunkRunner::MakeSequence(uint64_t id,
+                                                std::vector<int32_t> ids) const {
+  Sequence sequence;
+  sequence.id = id;
+  if (config_.task == Task::kEncode) {
+    sequence.inputs = std::move(ids);
+    sequence.inputs.push_back(Tokenizer::kEos);
+    return sequence;
+  }
+  const Sentinels sentinels{tokenizer_->Sentinel(0), tokenizer_->num_sentinels()};
+  CorruptedSpans spans = CorruptSpans(ids, Mix(config_.seed, kCorruptionKey, id),
+                                      {config_.noise_density, kMeanSpan}, sentinels);
+  sequence.inputs = std::move(spans.inputs);
+  sequence.targets = std::move(spans.targets);
+  return sequence;
+}
+
+std::vector<ChunkRunner::Sequence> ChunkRunner::SequencesOf(const Chunk& chunk) const {
+  std::vector<Sequence> sequences;
+  for (uint64_t position = chunk.begin; position < chunk.end; ++position) {
+    const uint64_t d = order_(position);
+    const Document document = corpus_->document(d);
+    // One place is left for the end-of-sequence token.
+    auto segments = SegmentTokens(*tokenizer_, corpus_->Text(d), config_.max_length - 1);
+    const bool last = position + 1 == plan_->num_documents && plan_->last_segments > 0;
+    if (last) segments.resize(std::min<size_t>(segments.size(), plan_->last_segments));
+    for (size_t s = 0; s < segments.size(); ++s) {
+      Sequence sequence = MakeSequence(d << kSegmentBits | s, std::move(segments[s]));
+      sequence.document = d;
+      sequence.group = document.group;
+      sequences.push_back(std::move(sequence));
+    }
+  }
+  std::sort(sequences.begin(), sequences.end(), [](const Sequence& a, const Sequence& b) {
+    return a.inputs.size() != b.inputs.size() ? a.inputs.size() > b.inputs.size()
+                                              : a.id < b.id;
+  });
+  return sequences;
+}
+
+bool ChunkRunner::Run(uint32_t chunk, const std::function<bool()>& between_batches,
+                      const std::function<void(const RoutingTrace&)>& sink) {
+  const std::vector<Sequence> sequences = SequencesOf(plan_->chunks.at(chunk));
+  const auto rows = static_cast<size_t>(config_.batch_size);
+  for (size_t first = 0; first < sequences.size(); first += rows) {
+    if (!between_batches()) return false;
+    std::vector<const Sequence*> batch;
+    for (size_t i = first; i < std::min(sequences.size(), first + rows); ++i) {
+      batch.push_back(&sequences[i]);
+    }
+    RunBatch(batch, sink);
+  }
+  return between_batches();
+}
+
+void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
+                           const std::function<void(const RoutingTrace&)>& sink) {
+  const c10::NoGradGuard no_grad;
+  const SwitchConfig& model_config = model_->config();
+  std::vector<bool> hidden_rows;
+  std::vector<const std::vector<int32_t>*> inputs;
+  for (const Sequence* s : batch) {
+    hidden_rows.push_back(RecordsHidden(s->group));
+    inputs.push_back(&s->inputs);
+  }
+  RoutingRecorder recorder(model_->geometry(), {config_.Records("probs"), config_.top_k},
+                           hidden_rows);
+  ForwardOptions forward;
+  forward.observer = &recorder;
+  const Padded source = Pad(inputs, model_config.pad_token_id);
+  if (config_.task == Task::kGenerate) {
+    GenerationOptions options;
+    options.forward = forward;
+    size_t longest = 0;
+    for (const Sequence* s : batch) longest = std::max(longest, s->targets.size());
+    options.max_new_tokens = static_cast<int>(longest) + kExtraNewTokens;
+    GreedyDecode(model_, source.ids_BT, source.valid_BT, options);
+  } else {
+    const at::Tensor encoded = model_->Encode(source.ids_BT, source.valid_BT, forward);
+    if (config_.task == Task::kDenoise) {
+      std::vector<std::vector<int32_t>> shifted;
+      for (const Sequence* s : batch) {
+        shifted.push_back(ShiftedRight(s->targets, model_config.decoder_start_token_id));
+      }
+      std::vector<const std::vector<int32_t>*> rows;
+      for (const auto& row : shifted) rows.push_back(&row);
+      const Padded target = Pad(rows, model_config.pad_token_id);
+      model_->Decode(target.ids_BT, target.valid_BT, encoded, source.valid_BT, nullptr,
+                     forward);
+    }
+  }
+  for (size_t b = 0; b < batch.size(); ++b) {
+    RoutingTrace trace;
+    trace.sequence_id = batch[b]->id;
+    trace.document_id = batch[b]->document;
+    trace.group_id = batch[b]->group;
+    trace.task = config_.task;
+    trace.encoder = recorder.Take(Stack::kEncoder, static_cast<int>(b));
+    trace.decoder = recorder.Take(Stack::kDecoder, static_cast<int>(b));
+    sink(trace);
+  }
+}
+
+}  // namespace routecast

@@ -1,0 +1,45 @@
+// Computes one chunk: documents -> tokens -> batches -> the model -> traces.
+#pragma once
+
+#include <functional>
+#include <set>
+
+#include "collector/chunk_plan.h"
+#include "collector/routing_recorder.h"
+#include "models/switch_model.h"
+#include "storage/store_config.h"
+
+namespace routecast {
+
+// Borrows everything. Thread rule: the forward thread.
+class ChunkRunner {
+ public:
+  ChunkRunner(SwitchModel* model, const Corpus* corpus, const Tokenizer* tokenizer,
+              const ChunkPlan* plan, const StoreConfig& config);
+  // Hands each sequence of the chunk to `sink`. `between_batches` is called before every
+  // batch; false abandons the chunk: Run then returns false. Batches are rows of like
+  // length, a function of the chunk alone.
+  bool Run(uint32_t chunk, const std::function<bool()>& between_batches,
+           const std::function<void(const RoutingTrace&)>& sink);
+
+ private:
+  struct Sequence {
+    uint64_t id = 0, document = 0, group = 0;
+    std::vector<int32_t> inputs, targets;  // targets empty for Task::kEncode
+  };
+  std::vector<Sequence> SequencesOf(const Chunk& chunk) const;
+  Sequence MakeSequence(uint64_t id, std::vector<int32_t> ids) const;
+  void RunBatch(const std::vector<const Sequence*>& batch,
+                const std::function<void(const RoutingTrace&)>& sink);
+  bool RecordsHidden(uint64_t group) const;
+
+  SwitchModel* model_;
+  const Corpus* corpus_;
+  const Tokenizer* tokenizer_;
+  const ChunkPlan* plan_;
+  StoreConfig config_;
+  DocumentOrder order_;
+  std::set<uint64_t> forced_groups_;
+};
+
+}  // namespace routecast

@@ -1,0 +1,345 @@
+#include "collector/collector.h"
+
+#include <ATen/Version.h>
+#include <mpi.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <thread>
+
+#include "collector/chunk_plan.h"
+#include "collector/chunk_runner.h"
+#include "collector/work_exchange.h"
+#include "common/errors.h"
+#include "common/progress.h"
+#include "common/safetensors.h"
+#include "common/stop.h"
+#include "models/checkpoint.h"
+#include "storage/store_lock.h"
+#include "storage/trace_store.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kBytesPerId =
+    5.2;  // id, probability, margin, drop bit; for the estimate
+
+// `values` of rank 0 on every rank.
+void Share(std::vector<int64_t>* values) {
+  int64_t count = static_cast<int64_t>(values->size());
+  MPI_Bcast(&count, 1, MPI_INT64_T, 0, MPI_COMM_WORLD);
+  values->resize(static_cast<size_t>(count));
+  MPI_Bcast(values->data(), static_cast<int>(count), MPI_INT64_T, 0, MPI_COMM_WORLD);
+}
+
+std::string ShareText(const std::string& text) {
+  std::vector<int64_t> codes(text.begin(), text.end());
+  Share(&codes);
+  return std::string(codes.begin(), codes.end());
+}
+
+// Everybody's numbers on rank 0 (and everywhere), in any order.
+std::vector<uint32_t> Gather(const std::vector<uint32_t>& mine, int world) {
+  int count = static_cast<int>(mine.size());
+  std::vector<int> counts(static_cast<size_t>(world)), starts(static_cast<size_t>(world));
+  MPI_Allgather(&count, 1, MPI_INT, counts.data(), 1, MPI_INT, MPI_COMM_WORLD);
+  int total = 0;
+  for (size_t r = 0; r < counts.size(); ++r) {
+    starts[r] = total;
+    total += counts[r];
+  }
+  std::vector<uint32_t> all(static_cast<size_t>(total));
+  MPI_Allgatherv(mine.data(), count, MPI_UINT32_T, all.data(), counts.data(),
+                 starts.data(), MPI_UINT32_T, MPI_COMM_WORLD);
+  return all;
+}
+
+int ThreadsOf(const CollectOptions& options, const RankInfo& rank) {
+  if (options.threads > 0) return options.threads;
+  // An unfinished store goes on with its own count, whatever the number of ranks is now.
+  if (fs::exists(fs::path(options.store) / "store.json")) {
+    return TraceStore::Open(options.store).threads;
+  }
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  return std::max(1, cores / rank.local_world);
+}
+
+StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint,
+                     const Tokenizer& tokenizer, const Corpus& corpus, at::Device device,
+                     int threads) {
+  StoreConfig c;
+  c.model = options.model;
+  c.model_fingerprint = checkpoint.fingerprint;
+  c.tokenizer_fingerprint = tokenizer.fingerprint();
+  c.corpus_fingerprint = corpus.fingerprint();
+  c.geometry = checkpoint.config.geometry();
+  c.record = options.record;
+  std::sort(c.record.begin(), c.record.end());
+  c.top_k = c.Records("topk") ? std::min(options.top_k, c.geometry.num_experts) : 0;
+  c.data = options.data;
+  c.task = options.task;
+  c.threads = threads;
+  c.dtype = options.dtype;
+  c.device_kind = device.is_cuda() ? "cuda" : "cpu";
+  c.num_shards = options.num_shards;
+  c.hidden_share = c.Records("hidden") ? options.hidden_share : 0;
+  c.max_length = options.max_length;
+  c.max_sequences = options.max_sequences;
+  c.batch_size = options.batch_size;
+  c.noise_density = options.task == Task::kEncode ? 0 : options.noise_density;
+  c.seed = options.seed;
+  return c;
+}
+
+void WriteRouters(const fs::path& store, const Checkpoint& checkpoint) {
+  const std::vector<RouterWeights> routers =
+      RoutersOf(checkpoint.config, checkpoint.parameters);
+  std::vector<at::Tensor> alive;
+  std::vector<TensorToWrite> tensors;
+  const auto add = [&](size_t layer, const char* what, const at::Tensor& tensor) {
+    if (!tensor.defined()) return;
+    alive.push_back(tensor.to(at::kCPU, at::kFloat).contiguous());
+    tensors.push_back({"layer." + std::to_string(layer) + "." + what, "F32",
+                       alive.back().sizes().vec(), alive.back().const_data_ptr()});
+  };
+  for (size_t l = 0; l < routers.size(); ++l) {
+    add(l, "weight", routers[l].weight_ED);
+    add(l, "bias", routers[l].bias_E);
+    add(l, "norm_gain", routers[l].norm_gain_D);
+  }
+  WriteSafetensors(store / "routers.safetensors", tensors);
+}
+
+void PrintPlan(const CollectOptions& options, const StoreConfig& config,
+               const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
+  // About three bytes of text make a token; decoders add their targets.
+  const double tokens = static_cast<double>(plan.text_bytes) / 3;
+  const double ids = tokens * config.geometry.num_layers();
+  const double bytes =
+      ids * kBytesPerId + ids * config.hidden_share * config.geometry.d_model * 2;
+  std::printf("corpus     %s\n", corpus.Summary().c_str());
+  std::printf(
+      "plan       %llu documents (%s of text) in %zu chunks, %d shards, %d ranks\n",
+      static_cast<unsigned long long>(plan.num_documents),
+      FormatBytes(plan.text_bytes).c_str(), plan.chunks.size(), config.num_shards,
+      rank.world);
+  std::printf("model      %s: %d+%d MoE layers, %d experts\n", options.model.c_str(),
+              config.geometry.encoder_layers, config.geometry.decoder_layers,
+              config.geometry.num_experts);
+  std::printf("store      %s: about %s; %s free\n", options.store.c_str(),
+              FormatBytes(static_cast<uint64_t>(bytes)).c_str(),
+              FormatBytes(FreeBytes(options.store)).c_str());
+}
+
+// The rank's part of the job once everything is open.
+class Job {
+ public:
+  Job(const CollectOptions& options, const RankInfo& rank, const StoreConfig& config,
+      const std::string& token, ChunkRunner* runner, ShardOwner* owner,
+      std::deque<uint32_t> todo)
+      : options_(options),
+        config_(config),
+        token_(token),
+        runner_(runner),
+        total_(static_cast<uint64_t>(config.num_chunks)),
+        num_done_(total_ - todo.size()),
+        progress_("collect", "chunks", total_, options.quiet || !rank.is_root()),
+        exchange_(rank, config.num_shards, std::move(todo),
+                  {[this, owner](uint32_t c) { owner->Ingest(c, token_); },
+                   [this](const ChunkResult& r) { Done(r); }}) {}
+
+  void Run() {
+    while (KeepGoing()) {
+      const std::optional<uint32_t> chunk = exchange_.Next();
+      if (!chunk) break;
+      Compute(*chunk);
+    }
+    if (Stopping()) exchange_.Close();
+    exchange_.Drain();
+  }
+  bool complete() const { return num_done_ == total_; }  // on rank 0
+  void FinishProgress() { progress_.Finish(Note()); }
+  Json Results() const {
+    const double seconds = std::max(progress_.seconds(), 1e-9);
+    return {{"chunks", num_done_},
+            {"num_chunks", total_},
+            {"sequences", sum_.sequences},
+            {"tokens", sum_.tokens},
+            {"record_bytes", sum_.record_bytes},
+            {"seconds", seconds},
+            {"tokens_per_second", static_cast<double>(sum_.tokens) / seconds}};
+  }
+
+ private:
+  bool Stopping() const {
+    return StopRequested() ||
+           (options_.max_hours > 0 && progress_.seconds() > options_.max_hours * 3600);
+  }
+  bool KeepGoing() {
+    exchange_.Serve();
+    return !Stopping();
+  }
+  void Compute(uint32_t chunk) {
+    ChunkWriter writer(options_.store, config_, chunk, token_);
+    ChunkResult result;
+    result.chunk = chunk;
+    const bool whole = runner_->Run(
+        chunk, [this] { return KeepGoing(); },
+        [&](const RoutingTrace& trace) {
+          ++result.sequences;
+          result.tokens += trace.encoder.num_tokens + trace.decoder.num_tokens;
+          writer.Add(trace);
+        });
+    if (!whole) {
+      exchange_.Abandoned(chunk);
+      return;
+    }
+    result.record_bytes = static_cast<int64_t>(writer.record_bytes());
+    writer.Finish();
+    exchange_.Staged(result);
+  }
+  void Done(const ChunkResult& r) {
+    ++num_done_;
+    sum_.sequences += r.sequences;
+    sum_.tokens += r.tokens;
+    sum_.record_bytes += r.record_bytes;
+    progress_.Update(num_done_, Note());
+  }
+  std::string Note() const {
+    const auto rate =
+        static_cast<double>(sum_.tokens) / std::max(progress_.seconds(), 1e-9);
+    return std::to_string(sum_.sequences) + " sequences, " +
+           std::to_string(static_cast<int64_t>(rate)) + " tokens/s";
+  }
+
+  const CollectOptions& options_;
+  const StoreConfig& config_;
+  std::string token_;
+  ChunkRunner* runner_;
+  uint64_t total_, num_done_;
+  ChunkResult sum_;
+  Progress progress_;
+  WorkExchange exchange_;
+};
+
+Json LibraryVersions() {
+  char mpi[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  MPI_Get_library_version(mpi, &length);
+  return {{"torch", TORCH_VERSION},
+          {"mpi", std::string(mpi, static_cast<size_t>(length))}};
+}
+
+}  // namespace
+
+void CollectOptions::Validate() const {
+  const auto require = [](bool ok, const char* what, const char* advice) {
+    if (!ok) throw UsageError(ErrorText(what, "", advice));
+  };
+  require(!model.empty(), "--model is missing", "give a checkpoint's folder");
+  require(!data.empty(), "--data is missing", "give text, e.g. --data=text:book.txt");
+  require(!store.empty(), "--store is missing", "give the trace store's folder");
+  for (const std::string& what : record) {
+    ParseChoice("--record", what, {"ids", "probs", "topk", "hidden"});
+  }
+  require(std::find(record.begin(), record.end(), "ids") != record.end(),
+          "--record lacks ids", "traces are made of expert ids: add ids to the list");
+  require(top_k >= 1 && top_k <= 64, "--top_k is out of range", "use 1 to 64");
+  require(hidden_share >= 0 && hidden_share <= 1, "--hidden_share is out of range",
+          "use a share from 0 to 1");
+  require(num_shards >= 1 && num_shards <= 4096, "--num_shards is out of range",
+          "use 1 to 4096");
+  require(max_sequences >= 0, "--max_sequences is negative", "use 0 for all");
+  require(max_length >= 8 && max_length <= 1 << 20, "--max_length is out of range",
+          "use 8 to 1048576 tokens");
+  require(batch_size >= 1 && batch_size <= 65536, "--batch_size is out of range",
+          "use 1 to 65536");
+  require(noise_density > 0 && noise_density < 1, "--noise_density is out of range",
+          "use a share between 0 and 1");
+  require(max_hours >= 0, "--max_hours is negative", "use 0 for no limit");
+}
+
+CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
+                   const Json& configuration) {
+  const fs::path store = options.store;
+  const at::Device device = ParseDevice(options.device, rank.local_rank);
+  const int threads = ThreadsOf(options, rank);
+  SetComputeThreads(threads);
+  const Tokenizer tokenizer = Tokenizer::Load(options.model);
+  ResidentModel resident(
+      LoadCheckpoint(options.model, ParseDtype("--dtype", options.dtype), device));
+  const Checkpoint& checkpoint = resident.checkpoint();
+  if (tokenizer.vocab_size() > checkpoint.config.vocab_size) {
+    throw DataError(ErrorText(options.model + ": tokenizer and model do not fit",
+                              "tokenizer has " + std::to_string(tokenizer.vocab_size()) +
+                                  " ids, the model " +
+                                  std::to_string(checkpoint.config.vocab_size),
+                              "use the tokenizer that the model was trained with"));
+  }
+  const fs::path cache =
+      options.cache.empty() ? fs::path(options.store + ".corpus") : options.cache;
+  const Corpus corpus = Corpus::Open(options.data, options.dry_run ? fs::path() : cache,
+                                     threads, options.quiet || !rank.is_root());
+
+  SequenceLimit limit;
+  if (rank.is_root()) {
+    limit = FindSequenceLimit(corpus, tokenizer, options.max_length - 1,
+                              static_cast<uint64_t>(options.max_sequences), threads);
+  }
+  std::vector<int64_t> shared = {static_cast<int64_t>(limit.num_documents),
+                                 static_cast<int64_t>(limit.last_segments)};
+  Share(&shared);
+  limit = {static_cast<uint64_t>(shared[0]), static_cast<uint64_t>(shared[1])};
+  const ChunkPlan plan = MakeChunkPlan(corpus, limit);
+  StoreConfig config = ConfigOf(options, checkpoint, tokenizer, corpus, device, threads);
+  config.num_chunks = static_cast<int64_t>(plan.chunks.size());
+  if (options.dry_run) {
+    if (fs::exists(store / "store.json")) TraceStore::CreateOrOpen(store, config);
+    if (rank.is_root()) PrintPlan(options, config, corpus, plan, rank);
+    return CollectEnd::kComplete;
+  }
+
+  std::unique_ptr<StoreLock> lock;
+  std::optional<RunRecord> run;
+  if (rank.is_root()) {
+    MakeFolder(store);
+    lock = std::make_unique<StoreLock>(store);
+    TraceStore::CreateOrOpen(store, config);
+    TraceStore::CleanStaging(store);
+    if (!fs::exists(store / "routers.safetensors")) WriteRouters(store, checkpoint);
+    run.emplace(store, "routecast-collect", configuration);
+    run->Set("ranks", rank.world);
+    run->Set("device", device.str());
+    run->Set("threads", threads);
+    run->Set("seed", options.seed);
+    run->Set("libraries", LibraryVersions());
+    run->WriteStart();
+  }
+  const std::string token = ShareText(lock ? lock->token() : "");
+  ShardOwner owner(store, config, rank.rank, rank.world);
+  std::vector<uint32_t> done = Gather(owner.CompletedChunks(), rank.world);
+  std::sort(done.begin(), done.end());
+  std::deque<uint32_t> todo;
+  for (uint32_t c = 0; c < plan.chunks.size(); ++c) {
+    if (!std::binary_search(done.begin(), done.end(), c)) todo.push_back(c);
+  }
+  const bool any_work = !todo.empty();
+
+  ChunkRunner runner(&resident.model(), &corpus, &tokenizer, &plan, config);
+  Job job(options, rank, config, token, &runner, &owner, std::move(todo));
+  job.Run();
+  shared = {job.complete() ? 1 : 0};
+  Share(&shared);
+  const bool complete = shared[0] == 1;
+  if (complete && any_work) owner.Compact();
+  MPI_Barrier(MPI_COMM_WORLD);
+  if (run) {
+    job.FinishProgress();
+    run->Finish(complete ? kExitDone : kExitStopped, job.Results());
+  }
+  return complete ? CollectEnd::kComplete : CollectEnd::kStopped;
+}
+
+}  // namespace routecast

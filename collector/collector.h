@@ -1,0 +1,48 @@
+// routecast-collect: checkpoint + corpus -> trace store, on all ranks.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/files.h"
+#include "common/rank.h"
+#include "common/routing.h"
+#include "common/run_record.h"
+
+namespace routecast {
+
+struct CollectOptions {
+  std::string model;              // folder of a checkpoint with its tokenizer
+  std::vector<std::string> data;  // kind:path
+  std::string store;              // folder of the trace store
+  fs::path cache;                 // of the corpus index; empty: STORE.corpus
+  Task task = Task::kDenoise;
+  std::vector<std::string> record = {"ids", "probs", "hidden"};
+  int top_k = 4;                // stored a token where record has topk
+  double hidden_share = 0.1;    // share of document groups with router inputs
+  int num_shards = 16;          // fixed at creation
+  int64_t max_sequences = 0;    // 0 = the whole corpus
+  int max_length = 512;         // tokens a sequence; longer documents are cut
+  int batch_size = 32;          // sequences a forward pass
+  double noise_density = 0.15;  // share of masked tokens in denoise and generate
+  double max_hours = 0;         // stop and save after this time; 0 = no limit
+  std::string device = "auto";
+  std::string dtype = "fp32";
+  int threads = 0;  // per rank; 0 = the store's, or cores / ranks if new
+  uint64_t seed = 1;
+  bool quiet = false;
+  bool dry_run = false;
+
+  // Throws UsageError naming the flag.
+  void Validate() const;
+};
+
+enum class CollectEnd { kComplete, kStopped };
+
+// Every rank calls it with the same options; MPI is initialised. `configuration`: the
+// flags for run.json. The records do not depend on the number of ranks. Throws on this
+// rank alone: the caller ends the others.
+CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
+                   const Json& configuration);
+
+}  // namespace routecast

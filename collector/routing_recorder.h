@@ -1,0 +1,51 @@
+// Listens to the model and keeps what it routed, row by row: a batch becomes traces.
+// B sequences, T tokens of a pass, E experts, D model width, K top-k.
+#pragma once
+
+#include <vector>
+
+#include "common/routing.h"
+#include "models/routing_observer.h"
+
+namespace routecast {
+
+struct RecordOptions {
+  bool probs = true;
+  int top_k = 0;  // 0 = not recorded
+};
+
+// Thread rule: the forward thread. One batch at a time; several passes of a stack
+// (incremental decoding) are joined along tokens. Padding is never recorded.
+class RoutingRecorder final : public RoutingObserver {
+ public:
+  // hidden_rows[b]: record the router inputs of row b.
+  RoutingRecorder(const MoeGeometry& geometry, const RecordOptions& options,
+                  std::vector<bool> hidden_rows);
+  void OnPassBegin(const PassInfo& pass) override;
+  void OnRouting(const LayerRouting& routing) override;
+  void OnPassEnd(const PassInfo& pass) override;
+
+  // The row's span in that stack, planes layer-major. Call once a row and stack, at the
+  // end.
+  RoutingSpan Take(Stack stack, int row);
+
+ private:
+  struct LayerRecord {  // of one row and layer, in token order
+    std::vector<uint16_t> ids, topk_ids, hidden;
+    std::vector<uint8_t> dropped;
+    std::vector<float> probs, margins, topk_probs;
+  };
+  struct RowRecord {
+    std::vector<uint32_t> token_ids;
+    std::vector<LayerRecord> layers;
+  };
+  void RecordHidden(const LayerRouting& routing, int layer);
+
+  MoeGeometry geometry_;
+  RecordOptions options_;
+  std::vector<bool> hidden_rows_;
+  std::vector<RowRecord> rows_[2];
+  const PassInfo* pass_ = nullptr;
+};
+
+}  // namespace routecast
