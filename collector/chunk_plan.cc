@@ -8,7 +8,7 @@ namespace routecast {
 namespace {
 
 constexpr uint64_t kMaxChunkBytes = 128 << 10;  // of text: bounds a rank's memory
-constexpr uint64_t kMinChunkBytes = 4 << 10;    // below, staging and ingestion would show
+constexpr uint64_t kMinChunkBytes = 16 << 10;   // below, staging and ingestion would show
 constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is left
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
@@ -69,10 +69,21 @@ ChunkPlan MakeChunkPlan(const Corpus& corpus, const SequenceLimit& limit) {
   uint64_t left = plan.text_bytes;
   for (uint64_t p = 0; p < plan.num_documents;) {
     const uint64_t target = std::clamp(left / kTaper, kMinChunkBytes, kMaxChunkBytes);
-    Chunk chunk{p, p};
+    const uint64_t first_bytes = corpus.document(order(p)).length_bytes;
+    if (first_bytes > 2 * target) {
+      const auto slices = static_cast<uint32_t>((first_bytes + target - 1) / target);
+      for (uint32_t i = 0; i < slices; ++i) plan.chunks.push_back({p, p + 1, i, slices});
+      left -= first_bytes;
+      ++p;
+      continue;
+    }
+    Chunk chunk{p, p, 0, 1};
     uint64_t bytes = 0;
     while (chunk.end < plan.num_documents && bytes < target) {
-      bytes += corpus.document(order(chunk.end++)).length_bytes;
+      const uint64_t more = corpus.document(order(chunk.end)).length_bytes;
+      if (more > 2 * target) break;  // it is sliced on its own
+      bytes += more;
+      ++chunk.end;
     }
     left -= bytes;
     p = chunk.end;

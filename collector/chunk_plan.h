@@ -26,6 +26,9 @@ std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
 
 struct Chunk {
   uint64_t begin = 0, end = 0;  // positions in the permuted document order
+  // A document too long for one chunk is a chunk of its own `num_slices` times: slice i
+  // holds the segments s of the n collected with s * num_slices / n == i.
+  uint32_t slice = 0, num_slices = 1;
 };
 
 struct ChunkPlan {

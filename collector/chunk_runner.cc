@@ -82,17 +82,28 @@ ChunkRunner::Sequence ChunkRunner::MakeSequence(uint64_t id,
   return sequence;
 }
 
-std::vector<ChunkRunner::Sequence> ChunkRunner::SequencesOf(const Chunk& chunk) const {
+const std::vector<std::vector<int32_t>>& ChunkRunner::SegmentsOf(uint64_t document) {
+  if (document != segmented_document_) {
+    // One place is left for the end-of-sequence token.
+    segments_ =
+        SegmentTokens(*tokenizer_, corpus_->Text(document), config_.max_length - 1);
+    segmented_document_ = document;
+  }
+  return segments_;
+}
+
+std::vector<ChunkRunner::Sequence> ChunkRunner::SequencesOf(const Chunk& chunk) {
   std::vector<Sequence> sequences;
   for (uint64_t position = chunk.begin; position < chunk.end; ++position) {
     const uint64_t d = order_(position);
     const Document document = corpus_->document(d);
-    // One place is left for the end-of-sequence token.
-    auto segments = SegmentTokens(*tokenizer_, corpus_->Text(d), config_.max_length - 1);
+    const auto& segments = SegmentsOf(d);
     const bool last = position + 1 == plan_->num_documents && plan_->last_segments > 0;
-    if (last) segments.resize(std::min<size_t>(segments.size(), plan_->last_segments));
-    for (size_t s = 0; s < segments.size(); ++s) {
-      Sequence sequence = MakeSequence(d << kSegmentBits | s, std::move(segments[s]));
+    const size_t count =
+        last ? std::min<size_t>(segments.size(), plan_->last_segments) : segments.size();
+    for (size_t s = 0; s < count; ++s) {
+      if (s * chunk.num_slices / count != chunk.slice) continue;
+      Sequence sequence = MakeSequence(d << kSegmentBits | s, segments[s]);
       sequence.document = d;
       sequence.group = document.group;
       sequences.push_back(std::move(sequence));

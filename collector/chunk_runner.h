@@ -27,7 +27,8 @@ class ChunkRunner {
     uint64_t id = 0, document = 0, group = 0;
     std::vector<int32_t> inputs, targets;  // targets empty for Task::kEncode
   };
-  std::vector<Sequence> SequencesOf(const Chunk& chunk) const;
+  std::vector<Sequence> SequencesOf(const Chunk& chunk);
+  const std::vector<std::vector<int32_t>>& SegmentsOf(uint64_t document);
   Sequence MakeSequence(uint64_t id, std::vector<int32_t> ids) const;
   void RunBatch(const std::vector<const Sequence*>& batch,
                 const std::function<void(const RoutingTrace&)>& sink);
@@ -40,6 +41,9 @@ class ChunkRunner {
   StoreConfig config_;
   DocumentOrder order_;
   std::set<uint64_t> forced_groups_;
+  // The document looked at last: slices of a long one follow each other.
+  uint64_t segmented_document_ = ~uint64_t{0};
+  std::vector<std::vector<int32_t>> segments_;
 };
 
 }  // namespace routecast

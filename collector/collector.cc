@@ -1,7 +1,7 @@
 #include "collector/collector.h"
 
-#include <ATen/Version.h>
 #include <mpi.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <chrono>
@@ -228,8 +228,7 @@ Json LibraryVersions() {
   char mpi[MPI_MAX_LIBRARY_VERSION_STRING];
   int length = 0;
   MPI_Get_library_version(mpi, &length);
-  return {{"torch", TORCH_VERSION},
-          {"mpi", std::string(mpi, static_cast<size_t>(length))}};
+  return {{"torch", TORCH_VERSION}, {"mpi", std::string(mpi)}};
 }
 
 }  // namespace

@@ -1,0 +1,308 @@
+#include "storage/export.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <map>
+
+#include "common/errors.h"
+#include "common/safetensors.h"
+#include "storage/npy.h"
+
+namespace routecast {
+namespace {
+
+// One stack's arrays of a part. Planes are kept per layer, so that [L,T] is their
+// concatenation. N sequences, T tokens, Th tokens with router inputs, L layers, K top-k,
+// D width.
+struct StackArrays {
+  std::vector<int64_t> offsets = {0}, hidden_index;
+  std::vector<uint32_t> token_ids;
+  std::vector<std::vector<uint16_t>> expert_ids, topk_ids;
+  std::vector<std::vector<float>> gate_probs, margins, topk_probs, hidden;
+  std::vector<std::vector<uint8_t>> dropped;
+
+  explicit StackArrays(int layers)
+      : expert_ids(layers),
+        topk_ids(layers),
+        gate_probs(layers),
+        margins(layers),
+        topk_probs(layers),
+        hidden(layers),
+        dropped(layers) {}
+  void Add(const RoutingSpan& span);
+};
+
+template <typename T>
+void AddLayer(const std::vector<T>& plane, int layer, size_t per_layer,
+              std::vector<T>* to) {
+  if (plane.empty()) return;
+  const auto from = plane.begin() + static_cast<std::ptrdiff_t>(layer * per_layer);
+  to->insert(to->end(), from, from + static_cast<std::ptrdiff_t>(per_layer));
+}
+
+void StackArrays::Add(const RoutingSpan& span) {
+  const auto tokens = static_cast<size_t>(span.num_tokens);
+  const int64_t start = offsets.back();
+  offsets.push_back(start + span.num_tokens);
+  token_ids.insert(token_ids.end(), span.token_ids.begin(), span.token_ids.end());
+  for (int l = 0; l < span.num_layers; ++l) {
+    AddLayer(span.expert_ids, l, tokens, &expert_ids[l]);
+    AddLayer(span.gate_probs, l, tokens, &gate_probs[l]);
+    AddLayer(span.dropped, l, tokens, &dropped[l]);
+    AddLayer(span.margins, l, tokens, &margins[l]);
+    AddLayer(span.topk_ids, l, tokens * span.top_k, &topk_ids[l]);
+    AddLayer(span.topk_probs, l, tokens * span.top_k, &topk_probs[l]);
+    const size_t width = tokens * span.hidden_width;
+    for (size_t i = 0; i < width; ++i)
+      hidden[l].push_back(Bf16ToFloat(span.hidden[l * width + i]));
+  }
+  if (span.hidden_width > 0) {
+    for (int64_t t = 0; t < span.num_tokens; ++t) hidden_index.push_back(start + t);
+  }
+}
+
+template <typename T>
+struct TypeName;
+template <>
+struct TypeName<int64_t> {
+  static constexpr const char *kNpy = "<i8", *kTensor = "I64";
+};
+template <>
+struct TypeName<uint64_t> {
+  static constexpr const char *kNpy = "<u8", *kTensor = "U64";
+};
+template <>
+struct TypeName<uint32_t> {
+  static constexpr const char *kNpy = "<u4", *kTensor = "U32";
+};
+template <>
+struct TypeName<uint16_t> {
+  static constexpr const char *kNpy = "<u2", *kTensor = "U16";
+};
+template <>
+struct TypeName<uint8_t> {
+  static constexpr const char *kNpy = "|u1", *kTensor = "U8";
+};
+template <>
+struct TypeName<float> {
+  static constexpr const char *kNpy = "<f4", *kTensor = "F32";
+};
+
+// A part of the store in memory, and its arrays under their names.
+class Part {
+ public:
+  explicit Part(const StoreConfig& config)
+      : config_(config),
+        encoder_(config.geometry.encoder_layers),
+        decoder_(config.geometry.decoder_layers) {}
+  void Add(const RoutingTrace& trace) {
+    sequence_ids_.push_back(trace.sequence_id);
+    document_ids_.push_back(trace.document_id);
+    encoder_.Add(trace.encoder);
+    decoder_.Add(trace.decoder);
+  }
+  void WriteTo(const fs::path& path, const std::string& format) {
+    List(Stack::kEncoder, encoder_);
+    List(Stack::kDecoder, decoder_);
+    const auto n = static_cast<int64_t>(sequence_ids_.size());
+    Name("sequence_ids", sequence_ids_, {n});
+    Name("document_ids", document_ids_, {n});
+    if (format == "npz") {
+      WriteNpz(path, arrays_);
+    } else {
+      WriteSafetensors(path, tensors_);
+    }
+  }
+
+ private:
+  template <typename T>
+  void Name(const std::string& name, const std::vector<T>& values,
+            std::vector<int64_t> shape) {
+    arrays_.push_back(
+        {name, TypeName<T>::kNpy, shape, values.data(), values.size() * sizeof(T)});
+    tensors_.push_back({name, TypeName<T>::kTensor, std::move(shape), values.data()});
+  }
+  // Joins the layers of a plane; absent planes get no name.
+  template <typename T>
+  void NamePlane(const std::string& name, std::vector<std::vector<T>>& layers,
+                 std::vector<int64_t> shape, bool recorded) {
+    if (!recorded) return;
+    std::vector<T>& joined = Joined<T>()[name];
+    for (std::vector<T>& layer : layers) {
+      joined.insert(joined.end(), layer.begin(), layer.end());
+      std::vector<T>().swap(layer);
+    }
+    Name(name, joined, std::move(shape));
+  }
+  template <typename T>
+  std::map<std::string, std::vector<T>>& Joined() {
+    if constexpr (std::is_same_v<T, uint16_t>)
+      return shorts_;
+    else if constexpr (std::is_same_v<T, uint8_t>)
+      return bytes_;
+    else
+      return floats_;
+  }
+  void List(Stack stack, StackArrays& s) {
+    const std::string prefix = std::string(StackName(stack)) + "_";
+    const int64_t layers = config_.geometry.layers(stack);
+    const auto tokens = static_cast<int64_t>(s.token_ids.size());
+    const auto filled = [&](const auto& plane) {
+      return tokens == 0 || layers == 0 || !plane[0].empty();
+    };
+    Name(prefix + "offsets", s.offsets, {static_cast<int64_t>(s.offsets.size())});
+    Name(prefix + "token_ids", s.token_ids, {tokens});
+    NamePlane(prefix + "expert_ids", s.expert_ids, {layers, tokens}, true);
+    NamePlane(prefix + "gate_probs", s.gate_probs, {layers, tokens},
+              config_.Records("probs") && filled(s.gate_probs));
+    NamePlane(prefix + "dropped", s.dropped, {layers, tokens}, filled(s.dropped));
+    NamePlane(prefix + "margins", s.margins, {layers, tokens}, filled(s.margins));
+    const bool topk = config_.top_k > 0 && filled(s.topk_ids);
+    NamePlane(prefix + "topk_ids", s.topk_ids, {layers, tokens, config_.top_k}, topk);
+    NamePlane(prefix + "topk_probs", s.topk_probs, {layers, tokens, config_.top_k}, topk);
+    if (!config_.Records("hidden")) return;
+    const auto hidden_tokens = static_cast<int64_t>(s.hidden_index.size());
+    NamePlane(prefix + "hidden", s.hidden,
+              {layers, hidden_tokens, config_.geometry.d_model}, true);
+    Name(prefix + "hidden_index", s.hidden_index, {hidden_tokens});
+  }
+
+  const StoreConfig& config_;
+  StackArrays encoder_, decoder_;
+  std::vector<uint64_t> sequence_ids_, document_ids_;
+  std::map<std::string, std::vector<uint16_t>> shorts_;
+  std::map<std::string, std::vector<uint8_t>> bytes_;
+  std::map<std::string, std::vector<float>> floats_;
+  std::vector<NamedArray> arrays_;
+  std::vector<TensorToWrite> tensors_;
+};
+
+uint64_t PartBytes(const SequenceInfo& info, const StoreConfig& c) {
+  uint64_t bytes = 0;
+  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    const uint64_t tokens =
+        stack == Stack::kEncoder ? info.encoder_tokens : info.decoder_tokens;
+    const uint64_t width =
+        info.has_hidden ? 4u * static_cast<unsigned>(c.geometry.d_model) : 0;
+    bytes += tokens * (4 + static_cast<uint64_t>(c.geometry.layers(stack)) *
+                               (11 + 6u * static_cast<unsigned>(c.top_k) + width));
+  }
+  return bytes * 2;  // planes are joined from their layers
+}
+
+std::vector<fs::path> ExportArrays(const TraceReader& reader, const fs::path& folder,
+                                   const ExportOptions& options) {
+  uint64_t total = 0;
+  for (const SequenceInfo& s : reader.sequences()) total += PartBytes(s, reader.config());
+  const bool split = total > options.max_part_bytes;
+  std::vector<fs::path> files;
+  auto part = std::make_unique<Part>(reader.config());
+  uint64_t bytes = 0;
+  const auto flush = [&] {
+    char name[32] = "traces";
+    if (split) std::snprintf(name, sizeof name, "traces-%05zu", files.size());
+    files.push_back(folder / (std::string(name) + "." + options.format));
+    part->WriteTo(files.back(), options.format);
+    part = std::make_unique<Part>(reader.config());
+    bytes = 0;
+  };
+  reader.Scan(
+      [&](RoutingTrace&& trace) {
+        const uint64_t more = PartBytes(*reader.Find(trace.sequence_id), reader.config());
+        if (bytes > 0 && bytes + more > options.max_part_bytes) flush();
+        bytes += more;
+        part->Add(trace);
+      },
+      WithHidden::kYes);
+  flush();
+  return files;
+}
+
+template <typename T>
+Json Layers(const std::vector<T>& plane, const RoutingSpan& span) {
+  Json rows = Json::array();
+  for (int l = 0; l < span.num_layers; ++l) {
+    Json row = Json::array();
+    for (int t = 0; t < span.num_tokens; ++t)
+      row.push_back(plane[l * span.num_tokens + t]);
+    rows.push_back(std::move(row));
+  }
+  return rows;
+}
+
+Json SpanJson(const RoutingSpan& span) {
+  Json json = {{"token_ids", span.token_ids},
+               {"expert_ids", Layers(span.expert_ids, span)}};
+  if (!span.gate_probs.empty()) json["gate_probs"] = Layers(span.gate_probs, span);
+  if (!span.dropped.empty()) json["dropped"] = Layers(span.dropped, span);
+  if (!span.margins.empty()) json["margins"] = Layers(span.margins, span);
+  return json;
+}
+
+void WriteJsonLine(const RoutingTrace& trace, std::ofstream* out) {
+  Json json = {
+      {"sequence_id", trace.sequence_id},   {"document_id", trace.document_id},
+      {"group_id", trace.group_id},         {"task", TaskName(trace.task)},
+      {"encoder", SpanJson(trace.encoder)}, {"decoder", SpanJson(trace.decoder)}};
+  *out << json.dump() << '\n';
+}
+
+void WriteCsvRows(const RoutingTrace& trace, std::ofstream* out) {
+  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    const RoutingSpan& s = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+    for (int l = 0; l < s.num_layers; ++l) {
+      for (int t = 0; t < s.num_tokens; ++t) {
+        const size_t i = static_cast<size_t>(l) * s.num_tokens + t;
+        *out << trace.sequence_id << ',' << trace.document_id << ',' << StackName(stack)
+             << ',' << l << ',' << t << ',' << s.token_ids[t] << ',' << s.expert_ids[i]
+             << ',';
+        if (!s.gate_probs.empty()) *out << s.gate_probs[i];
+        *out << ',';
+        if (!s.dropped.empty()) *out << int{s.dropped[i]};
+        *out << ',';
+        if (!s.margins.empty()) *out << s.margins[i];
+        *out << '\n';
+      }
+    }
+  }
+}
+
+std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& folder,
+                                 const std::string& format) {
+  const fs::path path = folder / ("traces." + format), temporary = path.string() + ".tmp";
+  std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
+  if (!out) ThrowErrno(errno, "create", temporary);
+  out.precision(9);
+  if (format == "csv") {
+    out << "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,"
+           "dropped,"
+           "margin\n";
+  }
+  reader.Scan(
+      [&](RoutingTrace&& trace) {
+        format == "csv" ? WriteCsvRows(trace, &out) : WriteJsonLine(trace, &out);
+        if (!out) ThrowErrno(errno, "write", temporary);
+      },
+      WithHidden::kNo);
+  out.close();
+  if (!out) ThrowErrno(errno, "write", temporary);
+  SyncPath(temporary);
+  fs::rename(temporary, path);
+  SyncPath(fs::absolute(folder));
+  return {path};
+}
+
+}  // namespace
+
+std::vector<fs::path> ExportTraces(const TraceReader& reader, const fs::path& folder,
+                                   const ExportOptions& options) {
+  ParseChoice("--format", options.format, {"npz", "jsonl", "csv", "safetensors"});
+  MakeFolder(folder);
+  if (options.format == "jsonl" || options.format == "csv") {
+    return ExportText(reader, folder, options.format);
+  }
+  return ExportArrays(reader, folder, options);
+}
+
+}  // namespace routecast

@@ -1,0 +1,188 @@
+#include "storage/statistics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <unordered_map>
+
+namespace routecast {
+namespace {
+
+// Stored floats are bf16: counting their 65536 values gives exact percentiles.
+class Bf16Histogram {
+ public:
+  void Add(float value) {
+    if (counts_.empty()) counts_.resize(65536);
+    ++counts_[FloatToBf16(value)];
+    ++total_;
+  }
+  std::vector<double> Percentiles() const {
+    std::vector<double> values;
+    if (total_ == 0) return values;
+    // Negative numbers first, from the largest bits down; then the others upwards.
+    std::vector<uint16_t> order(65536);
+    for (int i = 0; i < 32768; ++i) {
+      order[i] = static_cast<uint16_t>(65535 - i);
+      order[32768 + i] = static_cast<uint16_t>(i);
+    }
+    size_t at = 0;
+    uint64_t seen = counts_[order[0]];
+    for (const int p : kPercentiles) {
+      const auto rank =
+          static_cast<uint64_t>(p / 100.0 * static_cast<double>(total_ - 1));
+      while (seen <= rank) seen += counts_[order[++at]];
+      values.push_back(Bf16ToFloat(order[at]));
+    }
+    return values;
+  }
+
+ private:
+  std::vector<uint64_t> counts_;
+  uint64_t total_ = 0;
+};
+
+struct LayerCounters {
+  std::vector<uint64_t> counts;
+  std::unordered_map<uint32_t, uint64_t> pairs;  // previous expert << 16 | expert
+  uint64_t dropped = 0, tokens = 0;
+  Bf16Histogram probs, margins;
+};
+
+double Entropy(const std::vector<uint64_t>& counts) {
+  const double total =
+      static_cast<double>(std::accumulate(counts.begin(), counts.end(), uint64_t{0}));
+  double bits = 0;
+  for (const uint64_t c : counts) {
+    if (c > 0)
+      bits -= static_cast<double>(c) / total * std::log2(static_cast<double>(c) / total);
+  }
+  return bits;
+}
+
+void Count(const RoutingSpan& s, std::vector<LayerCounters>::iterator first) {
+  for (int l = 0; l < s.num_layers; ++l, ++first) {
+    LayerCounters& c = *first;
+    const size_t at = static_cast<size_t>(l) * s.num_tokens;
+    c.tokens += static_cast<uint64_t>(s.num_tokens);
+    for (size_t i = at; i < at + s.num_tokens; ++i) {
+      ++c.counts[s.expert_ids[i]];
+      if (l > 0) {
+        ++c.pairs[static_cast<uint32_t>(s.expert_ids[i - s.num_tokens]) << 16 |
+                  s.expert_ids[i]];
+      }
+      if (!s.dropped.empty()) c.dropped += s.dropped[i];
+      if (!s.gate_probs.empty()) c.probs.Add(s.gate_probs[i]);
+      if (!s.margins.empty()) c.margins.Add(s.margins[i]);
+    }
+  }
+}
+
+LayerStatistics Finish(const LayerCounters& c, const LayerCounters* previous) {
+  LayerStatistics s;
+  s.tokens = c.tokens;
+  s.counts = c.counts;
+  s.entropy_bits = Entropy(c.counts);
+  s.dropped =
+      c.tokens ? static_cast<double>(c.dropped) / static_cast<double>(c.tokens) : 0;
+  s.gate_probs = c.probs.Percentiles();
+  s.margins = c.margins.Percentiles();
+  if (previous != nullptr) {
+    std::vector<uint64_t> joint;
+    for (const auto& [pair, count] : c.pairs) joint.push_back(count);
+    // H(X | Y) = H(X, Y) - H(Y); sorted, so that equal stores give equal digits.
+    std::sort(joint.begin(), joint.end());
+    s.conditional_entropy_bits =
+        std::max(0.0, Entropy(joint) - Entropy(previous->counts));
+  }
+  return s;
+}
+
+Json Percentiles(const std::vector<double>& values) {
+  Json json = Json::object();
+  for (size_t i = 0; i < values.size(); ++i) {
+    json["p" + std::to_string(kPercentiles[i])] = values[i];
+  }
+  return json;
+}
+
+}  // namespace
+
+StoreStatistics ComputeStatistics(const TraceReader& reader) {
+  const MoeGeometry& g = reader.config().geometry;
+  std::vector<LayerCounters> counters(static_cast<size_t>(g.num_layers()));
+  for (LayerCounters& c : counters) c.counts.resize(static_cast<size_t>(g.num_experts));
+  StoreStatistics stats;
+  std::vector<uint32_t> lengths;
+  for (const SequenceInfo& info : reader.sequences()) {
+    ++stats.sequences;
+    stats.encoder_tokens += info.encoder_tokens;
+    stats.decoder_tokens += info.decoder_tokens;
+    stats.hidden_sequences += info.has_hidden;
+    lengths.push_back(info.encoder_tokens + info.decoder_tokens);
+  }
+  std::sort(lengths.begin(), lengths.end());
+  for (const int p : kPercentiles) {
+    if (!lengths.empty())
+      stats.sequence_tokens.push_back(lengths[p * (lengths.size() - 1) / 100]);
+  }
+  reader.Scan(
+      [&](RoutingTrace&& trace) {
+        Count(trace.encoder, counters.begin());
+        Count(trace.decoder, counters.begin() + g.encoder_layers);
+      },
+      WithHidden::kNo);
+  for (int l = 0; l < g.num_layers(); ++l) {
+    const bool first = g.LayerInStack(l) == 0;
+    LayerStatistics s = Finish(counters[l], first ? nullptr : &counters[l - 1]);
+    s.stack = g.StackOf(l);
+    s.layer = g.LayerInStack(l);
+    s.global_layer = l;
+    stats.layers.push_back(std::move(s));
+  }
+  return stats;
+}
+
+Json StoreStatistics::ToJson() const {
+  Json json = {{"sequences", sequences},
+               {"encoder_tokens", encoder_tokens},
+               {"decoder_tokens", decoder_tokens},
+               {"hidden_sequences", hidden_sequences}};
+  json["sequence_tokens"] =
+      Percentiles(std::vector<double>(sequence_tokens.begin(), sequence_tokens.end()));
+  json["layers"] = Json::array();
+  for (const LayerStatistics& s : layers) {
+    Json layer = {{"phase", StackName(s.stack)},
+                  {"layer", s.layer},
+                  {"layer_id", s.global_layer},
+                  {"tokens", s.tokens},
+                  {"entropy_bits", s.entropy_bits}};
+    layer["conditional_entropy_bits"] =
+        s.conditional_entropy_bits < 0 ? Json(nullptr) : Json(s.conditional_entropy_bits);
+    Json load = Json::array();
+    for (const uint64_t c : s.counts) {
+      load.push_back(s.tokens ? static_cast<double>(c) / static_cast<double>(s.tokens)
+                              : 0.0);
+    }
+    layer["load"] = load;
+    layer["dropped"] = s.dropped;
+    layer["percentiles"] = {{"gate_probs", Percentiles(s.gate_probs)},
+                            {"margins", Percentiles(s.margins)}};
+    json["layers"].push_back(layer);
+  }
+  return json;
+}
+
+void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder) {
+  MakeFolder(folder);
+  std::string csv = "layer_id,expert_id,count\n";
+  for (const LayerStatistics& s : statistics.layers) {
+    for (size_t e = 0; e < s.counts.size(); ++e) {
+      csv += std::to_string(s.global_layer) + "," + std::to_string(e) + "," +
+             std::to_string(s.counts[e]) + "\n";
+    }
+  }
+  WriteFileAtomic(folder / "load.csv", csv);
+  WriteFileAtomic(folder / "stats.json", statistics.ToJson().dump(2) + "\n");
+}
+
+}  // namespace routecast

@@ -1,0 +1,41 @@
+// What a store's routing looks like: entropies, loads, drops, percentiles.
+// Thread rule: one thread. Memory: E*E counters a MoE layer.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "storage/trace_reader.h"
+
+namespace routecast {
+
+inline constexpr std::array<int, 7> kPercentiles = {1, 5, 25, 50, 75, 95, 99};
+
+struct LayerStatistics {
+  Stack stack = Stack::kEncoder;
+  int layer = 0;         // in its stack
+  int global_layer = 0;  // MoeGeometry
+  uint64_t tokens = 0;
+  std::vector<uint64_t> counts;  // [E] tokens that chose each expert
+  double entropy_bits = 0;       // of the experts' shares (plug-in estimate)
+  // Of the expert given the same token's expert in the layer before; negative for the
+  // first layer of a stack, which has none. A plug-in estimate: low where tokens < E*E.
+  double conditional_entropy_bits = -1;
+  double dropped = 0;  // share that capacity dropped
+  // At kPercentiles; empty where not recorded.
+  std::vector<double> gate_probs, margins;
+};
+
+struct StoreStatistics {
+  uint64_t sequences = 0, encoder_tokens = 0, decoder_tokens = 0, hidden_sequences = 0;
+  std::vector<uint32_t> sequence_tokens;  // of both stacks, at kPercentiles
+  std::vector<LayerStatistics> layers;    // by global layer
+  Json ToJson() const;
+};
+
+// Reads the whole store once.
+StoreStatistics ComputeStatistics(const TraceReader& reader);
+// stats.json and load.csv (`layer_id,expert_id,count`).
+void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder);
+
+}  // namespace routecast

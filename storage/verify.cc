@@ -1,0 +1,124 @@
+#include "storage/verify.h"
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+#include "common/errors.h"
+#include "common/safetensors.h"
+#include "storage/shard_db.h"
+#include "storage/trace_reader.h"
+#include "storage/trace_store.h"
+
+namespace routecast {
+namespace {
+
+constexpr size_t kMaxListed = 100;
+
+class Verifier {
+ public:
+  explicit Verifier(const fs::path& store)
+      : store_(store), config_(TraceStore::Open(store)) {
+    report_.num_chunks = config_.num_chunks;
+  }
+
+  VerifyReport Run() {
+    // Each look may throw; the next one still runs.
+    Try([&] { CheckRouters(); });
+    for (int shard = 0; shard < config_.num_shards; ++shard) {
+      Try([&] { CheckShard(shard); });
+    }
+    Try([&] { CheckRecords(); });
+    if (records_ != expected_records_ && report_.num_problems == 0) {
+      Problem("the shards hold " + std::to_string(records_) +
+              " records, the chunk marks name " + std::to_string(expected_records_));
+    }
+    return std::move(report_);
+  }
+
+ private:
+  void Problem(const std::string& text) {
+    ++report_.num_problems;
+    if (report_.problems.size() < kMaxListed) report_.problems.push_back(text);
+  }
+  template <typename Look>
+  void Try(const Look& look) {
+    try {
+      look();
+    } catch (const std::runtime_error& e) {
+      Problem(e.what());
+    } catch (const UsageError& e) {
+      Problem(e.what());
+    }
+  }
+
+  void CheckShard(int shard) {
+    const ShardDb db(store_, shard, config_.compression, ShardDb::Mode::kRead);
+    Try([&] { CheckStatus(db.db()->VerifyChecksum(), "verify blocks of", db.path()); });
+    Try([&] {
+      CheckStatus(db.db()->VerifyFileChecksums(rocksdb::ReadOptions()), "verify files of",
+                  db.path());
+    });
+    for (const Family family : {Family::kRouting, Family::kHidden}) {
+      Try([&] { CountRecords(db, family); });
+    }
+  }
+
+  // Keys of this format only; how many there are is held against the marks later.
+  void CountRecords(const ShardDb& db, Family family) {
+    const std::unique_ptr<rocksdb::Iterator> it(
+        db.db()->NewIterator(rocksdb::ReadOptions(), db.family(family)));
+    for (it->SeekToFirst(); it->Valid(); it->Next()) {
+      RecordKind kind;
+      uint64_t id = 0;
+      if (!DecodeKey(it->key().ToStringView(), &kind, &id)) {
+        Problem(db.path().string() + ": foreign key of " +
+                std::to_string(it->key().size()) + " bytes");
+      } else if (kind != RecordKind::kChunkMark) {
+        ++records_;
+      }
+    }
+    CheckStatus(it->status(), "read", db.path());
+  }
+
+  void CheckRecords() {
+    const TraceReader reader(store_);
+    report_.chunks = reader.completed_chunks();
+    for (const SequenceInfo& info : reader.sequences()) {
+      const int stacks = (info.encoder_tokens > 0) + (info.decoder_tokens > 0);
+      expected_records_ += static_cast<uint64_t>(stacks) * (info.has_hidden ? 2 : 1);
+      Try([&] {
+        reader.Read(info.sequence_id, WithHidden::kYes);
+        ++report_.sequences;
+      });
+    }
+    report_.records = records_;
+  }
+
+  void CheckRouters() {
+    const MoeGeometry& g = config_.geometry;
+    const fs::path path = store_ / "routers.safetensors";
+    if (!fs::exists(path)) return;  // traces of models without known routers
+    const SafetensorsIndex index = ReadSafetensorsIndex(path);
+    for (int l = 0; l < g.num_layers(); ++l) {
+      const std::string name = "layer." + std::to_string(l) + ".weight";
+      const TensorEntry* weight = index.Find(name);
+      if (weight == nullptr || weight->dtype != "F32" ||
+          weight->shape != std::vector<int64_t>{g.num_experts, g.d_model}) {
+        Problem(path.string() + ": " + name + " is not fp32 [" +
+                std::to_string(g.num_experts) + ", " + std::to_string(g.d_model) + "]");
+      }
+    }
+  }
+
+  fs::path store_;
+  StoreConfig config_;
+  VerifyReport report_;
+  uint64_t records_ = 0, expected_records_ = 0;
+};
+
+}  // namespace
+
+VerifyReport VerifyStore(const fs::path& store) { return Verifier(store).Run(); }
+
+}  // namespace routecast
