@@ -53,8 +53,8 @@ void PrefetchRuntime::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
   const auto restored = std::find(restoring_.begin(), restoring_.end(), id);
   if (restored != restoring_.end()) {
     // A held expert that cannot be read again is an error of the disk; Resume reports it.
-    if (outcome == TransferOutcome::kArrived) restoring_.erase(restored);
-    else restoring_.assign(1, 0);
+    restoring_.erase(restored);
+    restore_failed_ = restore_failed_ || outcome != TransferOutcome::kArrived;
   } else {
     planner_.OnDone(id, outcome, bytes);
     if (active_) Act();
@@ -181,7 +181,8 @@ void PrefetchRuntime::ResetStats() {
 }
 
 void PrefetchRuntime::WaitIdle(std::unique_lock<std::mutex>* lock) {
-  arrived_.wait(*lock, [this] { return planner_.idle() || planner_.failed(); });
+  // Also after a failure: the engine must not report to a runtime that is gone.
+  arrived_.wait(*lock, [this] { return planner_.in_flight() == 0; });
 }
 
 void PrefetchRuntime::Suspend() {
@@ -203,10 +204,8 @@ void PrefetchRuntime::Resume() {
     engine_->Start({next_restore_++, ExpertKey::FromIndex(cache_.KeyIndexIn(slot),
                                                           spec_.geometry), slot, true});
   }
-  arrived_.wait(lock, [this] {
-    return restoring_.empty() || (restoring_.size() == 1 && restoring_[0] == 0);
-  });
-  if (!restoring_.empty()) {
+  arrived_.wait(lock, [this] { return restoring_.empty(); });
+  if (restore_failed_) {
     throw EnvironmentError(ErrorText("held experts cannot be read again",
                                      engine_->last_error(), "check the disk"));
   }

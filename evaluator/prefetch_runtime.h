@@ -102,6 +102,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   int held_peak_ = 0;
   bool active_ = false;
   std::vector<uint64_t> restoring_;    // transfers of Resume or Preload still under way
+  bool restore_failed_ = false;
   uint64_t next_restore_ = uint64_t{1} << 62;  // ids apart from the planner's
   std::vector<OracleForesight::Visit> visits_;
 };
