@@ -116,6 +116,9 @@ void LoadPredictors(const EvaluationOptions& options, const MoeGeometry& geometr
   std::shared_ptr<const BaselineTables> tables;
   const std::vector<std::string> baselines = BaselineNames();
   for (const std::string& name : PredictorsOf(options)) {
+    const bool asked = std::find(options.predictor.begin(), options.predictor.end(), name) !=
+                       options.predictor.end();
+    if (name == "stale_gate" && routers.empty() && !asked) continue;
     if (std::find(baselines.begin(), baselines.end(), name) == baselines.end()) {
       setting->predictors.push_back(LoadPredictor(name, geometry, "", routers));
       continue;
@@ -146,7 +149,7 @@ void PrepareReplay(const EvaluationOptions& options, Setting* setting) {
   LoadPredictors(options, geometry, StoredRouters(*setting->reader), setting);
   const std::vector<uint64_t> ids = TestSequences(*setting->reader, options,
                                                   NeedHidden(*setting), WantedSequences(options));
-  ReplayOptions replay;
+  ReplayOptions replay = options.replay;
   replay.batch = options.batch;
   replay.tokens = options.max_new_tokens;
   replay.encoder = RunsEncoder(options);
@@ -259,6 +262,7 @@ ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFil
   comparison.synthetic_weights = IsReplay(options);
   comparison.dtype = ParseDtype("--dtype", options.dtype);
   comparison.quiet = options.quiet;
+  comparison.peak_seconds = options.peak_seconds;
   return comparison;
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "evaluator/comparison.h"
+#include "evaluator/replay.h"
 
 namespace routecast {
 
@@ -29,6 +30,10 @@ struct EvaluationOptions {  // one field a flag of the same name
   std::string device = "auto", dtype = "fp32";
   uint64_t seed = 1;
   bool quiet = false, dry_run = false;
+  // Not flags: the geometry of a replay (its batch, tokens and stacks follow from the above),
+  // and the time spent on measuring the link.
+  ReplayOptions replay;
+  double peak_seconds = 0.5;
 };
 
 // Throws UsageError for what is wrong, or does not fit together, without reading weights.

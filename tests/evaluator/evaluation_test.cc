@@ -1,0 +1,149 @@
+// The program's work from a store and a checkpoint on disk to results.json and report.html.
+#include "evaluator/evaluation.h"
+
+#include <ATen/ATen.h>
+#include <unistd.h>
+
+#include "common/errors.h"
+#include "gtest/gtest.h"
+#include "storage/trace_reader.h"
+#include "storage/trace_store.h"
+#include "tests/evaluator/synthetic_traces.h"
+#include "tests/models/switch_test_support.h"
+
+namespace routecast {
+namespace {
+
+class EvaluationTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = fs::temp_directory_path() / ("evaluation_test." + std::to_string(::getpid()));
+    fs::create_directories(folder_ / "model");
+    const Checkpoint made = RandomCheckpoint(SmallConfig(), 3);
+    SaveCheckpoint(folder_ / "model", made.config, made.parameters, at::kFloat);
+    WriteStore(made.config);
+  }
+  static void TearDownTestSuite() { fs::remove_all(folder_); }
+
+  // 60 sequences of the small model's geometry, router inputs as wide as the model.
+  static void WriteStore(const SwitchConfig& model) {
+    SyntheticTraceOptions traces;
+    traces.geometry = model.geometry();
+    traces.leads = model.d_model / model.num_experts;
+    traces.tokens = 6;
+    traces.source_tokens = 9;
+    StoreConfig config;
+    config.geometry = model.geometry();
+    config.record = {"ids", "probs", "hidden"};
+    config.hidden_share = 1;
+    config.num_shards = 1;
+    config.num_chunks = 1;
+    config.max_sequences = 60;
+    config.batch_size = 4;
+    config.model_fingerprint = config.tokenizer_fingerprint = config.corpus_fingerprint = "1";
+    TraceStore::CreateOrOpen(folder_ / "store", config);
+    ChunkWriter writer(folder_ / "store", config, 0, "t");
+    for (RoutingTrace& trace : SyntheticTraces(traces, 60, 5)) {
+      trace.document_id = trace.group_id = trace.sequence_id;
+      for (RoutingSpan* span : {&trace.encoder, &trace.decoder}) {
+        span->dropped.assign(span->expert_ids.size(), 0);
+        span->margins.assign(span->expert_ids.size(), 1.f);
+        for (uint32_t& id : span->token_ids) id %= 90;
+      }
+      writer.Add(trace);
+    }
+    writer.Finish();
+    ShardOwner(folder_ / "store", config, 0, 1).Ingest(0, "t");
+  }
+
+  EvaluationOptions Options() const {
+    EvaluationOptions options;
+    options.store = folder_ / "store";
+    options.cache = folder_ / "cache";
+    options.compare = true;
+    options.rounds = 2;
+    options.warmup_rounds = 1;
+    options.max_new_tokens = 4;
+    options.quiet = true;
+    options.peak_seconds = 0.02;
+    options.replay.d_model = 32;
+    options.replay.d_ff = 64;
+    options.replay.d_kv = 8;
+    options.replay.num_heads = 4;
+    options.replay.vocab_size = 128;
+    return options;
+  }
+  static fs::path folder_;
+};
+fs::path EvaluationTest::folder_;
+
+TEST_F(EvaluationTest, ReplayWritesResultsAndReport) {
+  EvaluationOptions options = Options();
+  options.out = folder_ / "replay";
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  const Json results = ReadJsonFile(options.out / "results.json");
+  ASSERT_GE(results["rows"].size(), 6u);  // uncached, LRU, counting predictors, oracle, resident
+  for (const Json& row : results["rows"]) {
+    EXPECT_TRUE(row["lossless"].get<bool>());
+    EXPECT_TRUE(row["synthetic_weights"].get<bool>());
+    EXPECT_EQ(row["phase"], "decoder");
+  }
+  EXPECT_EQ(ReadJsonFile(options.out / "run.json")["exit_status"], 0);
+  EXPECT_GT(fs::file_size(options.out / "report.html"), 1000u);
+}
+
+TEST_F(EvaluationTest, GenerateComparesBothStacks) {
+  EvaluationOptions options = Options();
+  options.model = folder_ / "model";
+  options.batch = 2;
+  options.out = folder_ / "generate";
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  const Json results = ReadJsonFile(options.out / "results.json");
+  int encoder = 0, decoder = 0;
+  std::string hash;
+  for (const Json& row : results["rows"]) {
+    (row["phase"] == "encoder" ? encoder : decoder) += 1;
+    EXPECT_FALSE(row["synthetic_weights"].get<bool>());
+    if (hash.empty()) hash = row["output_sha256"];
+    EXPECT_EQ(row["output_sha256"], hash);
+  }
+  EXPECT_EQ(encoder, decoder);
+  EXPECT_GE(encoder, 6);
+}
+
+TEST_F(EvaluationTest, DryRunWritesNothing) {
+  EvaluationOptions options = Options();
+  options.dry_run = true;
+  options.out = folder_ / "dry";
+  options.cache = folder_ / "dry_cache";
+  Evaluate(options, Json::object());
+  EXPECT_FALSE(fs::exists(options.out));
+  EXPECT_FALSE(fs::exists(options.cache));
+}
+
+TEST_F(EvaluationTest, TooSmallABudgetIsRefused) {
+  EvaluationOptions options = Options();
+  options.expert_budget = "3%";
+  EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
+}
+
+TEST_F(EvaluationTest, NothingToDoIsUsage) {
+  EvaluationOptions options;
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options.model = folder_ / "model";
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);  // no prompts
+  options = Options();
+  options.eviction = "belady";
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+}
+
+TEST_F(EvaluationTest, AnUnknownPredictorIsUsage) {
+  EvaluationOptions options = Options();
+  options.predictor = {"frequencies"};
+  EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
+}
+
+}  // namespace
+}  // namespace routecast
