@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# Set-up, then the whole loop on this machine: text, a Switch Transformer, its routing in a trace
+# store, speculation models, a prefetching runtime, a report. Safe to interrupt: started again,
+# it goes on where it was.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+usage() {
+  cat <<'TEXT'
+Usage: launch/demo.sh [--quick] [--pretrain] [--out DIR]
+  --quick     a tenth of the size
+  --pretrain  train the `demo` preset anew and go on with that, instead of the checkpoint that
+              the repository ships
+  --out DIR   results (default: out/demo, with -quick and -pretrain added)
+  --help      this text
+TEXT
+}
+
+quick=no pretrain=no out=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick) quick=yes ;;
+    --pretrain) pretrain=yes ;;
+    --out) [ $# -ge 2 ] || die 2 "--out needs a folder"; out=$2; shift ;;
+    --out=*) out=${1#--out=} ;;
+    --help) usage; exit 0 ;;
+    *) die 2 "unknown argument $1" "launch/demo.sh --help" ;;
+  esac
+  shift
+done
+if [ -z "$out" ]; then
+  out=$root/out/demo
+  [ "$quick" = no ] || out+=-quick
+  [ "$pretrain" = no ] || out+=-pretrain
+fi
+mkdir -p "$out/log" "$out/done"
+
+ranks=2
+corpus=$cache/corpus
+data=(--data="text:$corpus/gcide.txt#blocks" --data="text:$corpus/anarchism.txt#blocks"
+      --data="text:$corpus/wordnet.txt#blocks" --cache="$cache/corpus-index")
+if [ "$quick" = yes ]; then
+  pretrain_steps=10 sequences=400 generated=60 epochs=3 rounds=5
+else
+  pretrain_steps=60 sequences=4000 generated=400 epochs=8 rounds=20
+fi
+# The `demo` preset whole where its model is used, else a look at how it goes.
+size=(--steps="$pretrain_steps")
+checkpoint=$(dirname "$(find "$root/configs/checkpoints" -name config.json 2>/dev/null |
+  sort | head -1)" 2>/dev/null || true)
+if [ "$pretrain" = yes ]; then
+  size=()
+  checkpoint=$out/pretrain
+fi
+
+# The running step. TERM and INT reach it, and it saves before it ends.
+child=
+stop() { [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
+trap stop TERM INT
+
+step_number=0
+chain=
+times=()
+# step NAME WHAT COMMAND...: runs COMMAND unless it was done with these arguments before.
+step() {
+  local name=$1 what=$2 begin=$SECONDS code=0 key
+  shift 2
+  step_number=$((step_number + 1))
+  # The keys of earlier steps go in: what follows a step that ran anew runs anew too.
+  chain=$(printf '%s\n' "$chain" "$@" | sha256sum | cut -c1-16)
+  key=$chain
+  if [ "$(head -1 "$out/done/$name" 2>/dev/null)" = "$key" ]; then
+    times+=("$(printf '%-44s %5s s (done before)' "$what" "$(sed -n 2p "$out/done/$name")")")
+    printf '[%d/%d] %s: done before\n' "$step_number" "$num_steps" "$what"
+    return
+  fi
+  printf '\n[%d/%d] %s\n' "$step_number" "$num_steps" "$what"
+  # tee -i: an interrupt ends the step, not its log.
+  local log_pid
+  exec 3> >(exec tee -i "$out/log/$name.log")
+  log_pid=$!
+  "$@" >&3 2>&1 3>&- &
+  child=$!
+  exec 3>&-
+  while :; do
+    code=0
+    wait "$child" || code=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  child=
+  wait "$log_pid" || true
+  case $code in
+    0) ;;
+    75) die 75 "stopped at '$what'; everything is saved" "start the same command again" ;;
+    *) die "$code" "'$what' failed with exit code $code" "its log: $out/log/$name.log" ;;
+  esac
+  local seconds=$((SECONDS - begin))
+  printf '%s\n%s\n' "$key" "$seconds" >"$out/done/$name"
+  times+=("$(printf '%-44s %5s s' "$what" "$seconds")")
+}
+
+num_steps=9
+run_demo() {
+  step corpus "text from Debian packages" "$root/launch/corpus.sh" "$corpus"
+  step pretrain "pre-training, $ranks ranks" "$root/launch/pretrain.sh" -n $ranks \
+    --preset=demo "${size[@]}" "${data[@]}" --out="$out/pretrain"
+  step collect "routing of denoising, $ranks ranks" "$root/launch/collect.sh" -n $ranks \
+    --model="$checkpoint" "${data[@]}" --task=denoise --max_sequences=$sequences \
+    --max_length=128 --hidden_share=0.5 --store="$out/store"
+  step generate "routing of generation, $ranks ranks" "$root/launch/collect.sh" -n $ranks \
+    --model="$checkpoint" "${data[@]}" --task=generate --max_sequences=$generated \
+    --max_length=128 --hidden_share=1 --store="$out/store-generate"
+  step stats "statistics of the store" "$build/bin/routecast-trace" stats \
+    --store="$out/store" --out="$out/stats"
+  local kind
+  for kind in hidden interlayer; do
+    step "train-$kind" "speculation model: $kind, $ranks ranks" "$root/launch/train.sh" \
+      -n $ranks --store="$out/store" --kind=$kind --epochs=$epochs --out="$out/train-$kind"
+  done
+  local runs=$out/train-hidden,$out/train-interlayer
+  step evaluate "generation under a 25 % budget" "$root/launch/evaluate.sh" --compare \
+    --model="$checkpoint" --store="$out/store" --predictor="$runs" --rounds=$rounds \
+    --out="$out/evaluate"
+  step replay "replay at full-size geometry, and the report" "$root/launch/evaluate.sh" \
+    --compare --store="$out/store-generate" --predictor="$runs" --rounds=$rounds \
+    --out="$out/replay" \
+    --report_with="$out/evaluate,$runs,$out/stats,$out/pretrain"
+  cp "$out/replay/report.html" "$out/report.html"
+  cp "$out/evaluate/results.json" "$out/results.json"
+}
+
+started=$SECONDS
+"$root/launch/setup.sh"
+[ "$pretrain" = yes ] || [ -e "${checkpoint:-/none}/config.json" ] ||
+  die 2 "no checkpoint is in configs/checkpoints" "launch/demo.sh --pretrain trains one"
+run_demo
+printf '\nGeneration under a 25 %% budget\n'
+cat "$out/evaluate/table.txt"
+printf '\nReplay at full-size geometry, synthetic weights, 25 %% budget\n'
+cat "$out/replay/table.txt"
+printf '\n'
+printf '%s\n' "${times[@]}"
+printf '%-44s %5s s\n' everything "$((SECONDS - started))"
+printf '\nreport: %s\n' "$out/report.html"
