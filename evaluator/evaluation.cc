@@ -286,7 +286,9 @@ void WriteOutputs(const EvaluationOptions& options, const ComparisonResult& resu
   if (options.out.empty()) return;
   WriteFileAtomic(options.out / "results.json", result.ToJson().dump(1) + "\n");
   WriteFileAtomic(options.out / "table.txt", ComparisonTable(result));
-  WriteEvaluationReport(options.out / "report.html", {options.out});
+  std::vector<fs::path> folders = {options.out};
+  folders.insert(folders.end(), options.report_with.begin(), options.report_with.end());
+  WriteEvaluationReport(options.out / "report.html", folders);
 }
 
 }  // namespace

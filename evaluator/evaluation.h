@@ -26,6 +26,7 @@ struct EvaluationOptions {  // one field a flag of the same name
   int warmup_rounds = 3;
   bool compare = false;                 // the rows of docs/metrics.md; else LRU and predictors
   fs::path out;                         // results.json, run.json, report.html; empty: none
+  std::vector<fs::path> report_with;    // other runs' folders that the report shows as well
   fs::path cache;                       // expert files; empty: the user's cache folder
   std::string device = "auto", dtype = "fp32";
   uint64_t seed = 1;

@@ -31,6 +31,7 @@ DEFINE_int32(rounds, 20, "interleaved measured rounds");
 DEFINE_int32(warmup_rounds, 3, "rounds before them that are not measured");
 DEFINE_bool(compare, false, "all rows: no cache, LRU, baselines, predictors, oracle, resident");
 DEFINE_string(out, "", "folder for results.json, run.json, table.txt and report.html");
+DEFINE_string(report_with, "", "comma list of other output folders that report.html shows");
 DEFINE_string(cache, "", "folder of expert files; default: the user's cache folder");
 DEFINE_string(device, "auto", "auto or cpu");
 DEFINE_string(dtype, "fp32", "fp32 or bf16");
@@ -43,14 +44,23 @@ constexpr char kUsage[] =
     "  routecast-evaluate --compare --model=FOLDER --store=STORE --predictor=RUN --out=FOLDER\n"
     "  routecast-evaluate --compare --store=STORE --predictor=RUN --out=FOLDER   (replay)";
 
+std::vector<std::string> List(const std::string& text) {
+  std::vector<std::string> items;
+  std::stringstream in(text);
+  for (std::string item; std::getline(in, item, ',');) {
+    if (!item.empty()) items.push_back(item);
+  }
+  return items;
+}
+
 EvaluationOptions OptionsFromFlags() {
   EvaluationOptions options;
   options.model = FLAGS_model;
   options.store = FLAGS_store;
   options.prompts = FLAGS_prompts;
-  std::stringstream names(FLAGS_predictor);
-  for (std::string name; std::getline(names, name, ',');) {
-    if (!name.empty()) options.predictor.push_back(name);
+  options.predictor = List(FLAGS_predictor);
+  for (const std::string& folder : List(FLAGS_report_with)) {
+    options.report_with.emplace_back(folder);
   }
   options.policy = FLAGS_policy;
   options.eviction = FLAGS_eviction;
