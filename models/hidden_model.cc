@@ -1,7 +1,10 @@
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <cmath>
 
+#include "models/small_math.h"
 #include "models/speculation_kinds.h"
 #include "models/speculation_layers.h"
 
@@ -9,6 +12,9 @@ namespace routecast {
 namespace {
 
 constexpr int kTokenWidth = 64;
+constexpr int64_t kFewRows = 8;  // up to here tensor calls cost more than the arithmetic
+
+const float* Data(const at::Tensor& t) { return t.const_data_ptr<float>(); }
 
 struct ResidualBlock {
   ResidualBlock(ParameterMaker* make, const std::string& name, int64_t width, int64_t ff)
@@ -84,6 +90,10 @@ class HiddenModel final : public SpeculationModel {
   at::Tensor Experts(const at::Tensor& table, const at::Tensor& ids_BTL,
                      int first_layer) const;
   at::Tensor Logits(const at::Tensor& z_HND, const RoutingWindow& window) const;
+  bool Few(const RoutingWindow& window, uint64_t dropout_key) const;
+  std::vector<float> FewFeatures(const RoutingWindow& window) const;
+  void AddExperts(const RoutingWindow& window, int64_t row, float* x) const;
+  SpeculationOutput FewForward(const RoutingWindow& window) const;
 
   HiddenNet net_;
 };
@@ -153,12 +163,111 @@ SpeculationOutput HiddenModel::Forward(const RoutingWindow& window,
     const auto options = net_.token.options().requires_grad(false);
     return {at::zeros({B, T, H, E}, options), at::zeros({B, T, H}, options)};
   }
+  if (Few(window, dropout_key)) return FewForward(window);
   KeyedDropout dropout(config_.dropout, dropout_key);
   auto x = dropout(Features(window).view({B * T, config_.width}));
   for (const ResidualBlock& block : net_.blocks) x = block(x, &dropout);
   const auto z = net_.norm(x).unsqueeze(0) + net_.lead.narrow(0, 0, H).unsqueeze(1);
   return {Logits(z, window).transpose(0, 1).reshape({B, T, H, E}),
           at::sigmoid(net_.confidence(z)).squeeze(2).t().reshape({B, T, H})};
+}
+
+bool HiddenModel::Few(const RoutingWindow& window, uint64_t dropout_key) const {
+  const bool contiguous =
+      window.token_ids_BT.is_contiguous() && window.experts_BTL.is_contiguous() &&
+      (!window.hidden_BTD.defined() ||
+       (window.hidden_BTD.is_contiguous() && window.hidden_BTD.dtype() == at::kFloat));
+  return contiguous && dropout_key == 0 && !c10::GradMode::is_enabled() &&
+         window.token_ids_BT.numel() <= kFewRows && net_.token.is_cpu();
+}
+
+// Adds the embeddings of the experts that row (b, t) may see.
+void HiddenModel::AddExperts(const RoutingWindow& window, int64_t row, float* x) const {
+  const MoeGeometry& g = config_.geometry;
+  const int64_t L = window.experts_BTL.size(2), T = window.token_ids_BT.size(1);
+  const int64_t D = config_.width, E = g.num_experts;
+  const int64_t* ids = window.experts_BTL.const_data_ptr<int64_t>() + row * L;
+  const auto add = [&](const at::Tensor& table, int64_t layer, int64_t id) {
+    TORCH_CHECK(id >= 0 && id <= E, "an expert id out of range");
+    const int64_t at = id == E ? table.size(0) - 1 : layer * E + id;
+    AddValues(Data(table) + at * D, static_cast<int>(D), x);
+  };
+  for (int l = 0; l <= window.source_layer; ++l) {
+    add(net_.own, g.GlobalLayer(window.stack, l), ids[l]);
+  }
+  if (window.stack == Stack::kEncoder) return;
+  for (int64_t l = 0; l < L; ++l) add(net_.previous, l, row % T == 0 ? E : ids[l - L]);
+}
+
+// The same as Features.
+std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window) const {
+  const MoeGeometry& g = config_.geometry;
+  const int rows = static_cast<int>(window.token_ids_BT.numel()), D = config_.width;
+  const int source_row = window.source_layer + 1 +
+                         (window.stack == Stack::kEncoder ? 0 : g.encoder_layers + 1);
+  std::vector<float> tokens(size_t(rows) * kTokenWidth), x(size_t(rows) * D), state;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t id = window.token_ids_BT.const_data_ptr<int64_t>()[r];
+    TORCH_CHECK(id >= 0 && id < config_.vocab_size, "a token id out of range");
+    std::copy_n(Data(net_.token) + id * kTokenWidth, kTokenWidth,
+                tokens.data() + size_t(r) * kTokenWidth);
+  }
+  DenseRows(tokens.data(), rows, kTokenWidth, Data(net_.token_in.weight),
+            Data(net_.token_in.bias), D, x.data());
+  const bool known = window.hidden_BTD.defined() && window.source_layer >= 0;
+  if (!net_.state.empty() && known) {
+    const StateInput& in = net_.state[0];
+    std::vector<float> normed(size_t(rows) * config_.hidden_width);
+    NormRows(Data(window.hidden_BTD), rows, config_.hidden_width, Data(in.norm.weight),
+             Data(in.norm.bias), normed.data());
+    state.resize(x.size());
+    DenseRows(normed.data(), rows, config_.hidden_width, Data(in.linear.weight),
+              Data(in.linear.bias), D, state.data());
+    AddValues(state.data(), rows * D, x.data());
+  }
+  for (int r = 0; r < rows; ++r) {
+    float* row = x.data() + size_t(r) * D;
+    AddValues(Data(net_.source) + source_row * D, D, row);
+    if (!net_.state.empty() && !known) AddValues(Data(net_.state[0].absent), D, row);
+    AddExperts(window, r, row);
+  }
+  return x;
+}
+
+// The same as Forward without dropout, for a few rows on the CPU.
+SpeculationOutput HiddenModel::FewForward(const RoutingWindow& window) const {
+  const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
+  const int H = NumLeads(window.stack, window.source_layer), D = config_.width;
+  const int E = config_.geometry.num_experts, rows = static_cast<int>(B * T);
+  const int ff = config_.ff, L = config_.geometry.layers(window.stack);
+  std::vector<float> x = FewFeatures(window), y(x.size()), wide(size_t(rows) * ff);
+  for (const ResidualBlock& block : net_.blocks) {
+    NormRows(x.data(), rows, D, Data(block.norm.weight), Data(block.norm.bias), y.data());
+    DenseRows(y.data(), rows, D, Data(block.in.weight), Data(block.in.bias), ff,
+              wide.data());
+    GeluValues(wide.data(), rows * ff);
+    DenseRows(wide.data(), rows, ff, Data(block.out.weight), Data(block.out.bias), D,
+              y.data());
+    AddValues(y.data(), rows * D, x.data());
+  }
+  NormRows(x.data(), rows, D, Data(net_.norm.weight), Data(net_.norm.bias), x.data());
+  auto logits = at::empty({B, T, H, E}), confidence = at::empty({B, T, H});
+  float* guess = confidence.data_ptr<float>();
+  for (int r = 0; r < rows; ++r) {
+    for (int h = 0; h < H; ++h) {
+      std::copy_n(x.data() + size_t(r) * D, D, y.data());
+      AddValues(Data(net_.lead) + size_t(h) * D, D, y.data());
+      const int64_t target =
+          config_.geometry.GlobalLayer(window.stack, (window.source_layer + 1 + h) % L);
+      DenseRows(y.data(), 1, D, Data(net_.output) + target * E * D,
+                Data(net_.output_bias) + target * E, E,
+                logits.data_ptr<float>() + (int64_t{r} * H + h) * E);
+      DenseRows(y.data(), 1, D, Data(net_.confidence.weight), Data(net_.confidence.bias),
+                1, guess + int64_t{r} * H + h);
+    }
+  }
+  for (int i = 0; i < rows * H; ++i) guess[i] = 1 / (1 + std::exp(-guess[i]));
+  return {logits, confidence};
 }
 
 }  // namespace

@@ -1,0 +1,65 @@
+#include "models/small_math.h"
+
+#include <cmath>
+
+// One binary, the widest vectors of the machine it runs on. Sanitizers cannot run the
+// resolvers that this needs.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define ROUTECAST_WIDE \
+  __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
+#else
+#define ROUTECAST_WIDE
+#endif
+
+namespace routecast {
+namespace {
+
+constexpr int kLanes = 32;
+
+}  // namespace
+
+// Partial sums in lanes, so that the compiler may use vectors without reordering a sum.
+ROUTECAST_WIDE void DenseRows(const float* x, int rows, int in, const float* weight,
+                              const float* bias, int out, float* y) {
+  for (int o = 0; o < out; ++o) {
+    const float* w = weight + static_cast<long>(o) * in;
+    for (int r = 0; r < rows; ++r) {
+      const float* v = x + static_cast<long>(r) * in;
+      float lanes[kLanes] = {};
+      int i = 0;
+      for (; i + kLanes <= in; i += kLanes) {
+        for (int k = 0; k < kLanes; ++k) lanes[k] += w[i + k] * v[i + k];
+      }
+      float sum = bias[o];
+      for (; i < in; ++i) sum += w[i] * v[i];
+      for (int k = 0; k < kLanes; ++k) sum += lanes[k];
+      y[static_cast<long>(r) * out + o] = sum;
+    }
+  }
+}
+
+void NormRows(const float* x, int rows, int width, const float* gain, const float* bias,
+              float* y) {
+  for (int r = 0; r < rows; ++r, x += width, y += width) {
+    double sum = 0, square = 0;
+    for (int i = 0; i < width; ++i) sum += x[i];
+    const double mean = sum / width;
+    for (int i = 0; i < width; ++i) square += (x[i] - mean) * (x[i] - mean);
+    const double scale = 1 / std::sqrt(square / width + 1e-5);
+    for (int i = 0; i < width; ++i) {
+      y[i] = static_cast<float>((x[i] - mean) * scale) * gain[i] + bias[i];
+    }
+  }
+}
+
+void GeluValues(float* x, int count) {
+  for (int i = 0; i < count; ++i) {
+    x[i] = 0.5f * x[i] * (1 + std::erf(x[i] * 0.70710678f));
+  }
+}
+
+void AddValues(const float* x, int count, float* y) {
+  for (int i = 0; i < count; ++i) y[i] += x[i];
+}
+
+}  // namespace routecast
