@@ -4,6 +4,7 @@
 
 #include <cerrno>
 #include <ctime>
+#include <sstream>
 
 #include "common/errors.h"
 #include "common/version.h"
@@ -77,6 +78,18 @@ void RunRecord::Finish(int exit_status, Json headline) {
 void RunRecord::Write() {
   MakeFolder(folder_);
   WriteFileAtomic(folder_ / "run.json", record_.dump(2) + "\n");
+}
+
+void TruncateJsonLines(const fs::path& path, const std::string& key, int64_t last) {
+  if (!fs::exists(path)) return;
+  std::istringstream in(ReadFile(path));
+  std::string kept;
+  for (std::string line; std::getline(in, line);) {
+    const Json json = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (json.is_discarded() || !json.contains(key) || json[key] > last) continue;
+    kept += line + "\n";
+  }
+  WriteFileAtomic(path, kept);
 }
 
 JsonLines::JsonLines(const fs::path& path, bool append)

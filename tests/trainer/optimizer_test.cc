@@ -120,8 +120,9 @@ TEST(TrainState, SavesLoadsAndKeepsTheNewestTwo) {
   EXPECT_EQ(state->step, 3);
   LoadTrainState(folder, 3, other, &other_optimizer);
   for (const auto& [name, t] : p.items()) EXPECT_TRUE(at::equal(t, other.Get(name)));
-  for (const auto& [name, t] : optimizer.State().items()) {
-    EXPECT_TRUE(at::equal(t, other_optimizer.State().Get(name))) << name;
+  const Parameters saved = optimizer.State(), loaded = other_optimizer.State();
+  for (const auto& [name, t] : saved.items()) {
+    EXPECT_TRUE(at::equal(t, loaded.Get(name))) << name;
   }
 }
 

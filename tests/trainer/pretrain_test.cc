@@ -1,0 +1,96 @@
+// Pre-training through its program: one rank against two, a run cut and resumed against one that
+// was not, and what it leaves.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <fstream>
+
+#include "common/run_record.h"
+#include "models/checkpoint.h"
+#include "tests/support/reference.h"
+#include "tests/support/synthetic_text.h"
+
+namespace routecast {
+namespace {
+
+int RunPretrain(const std::string& ranks, const std::string& flags) {
+  const std::string program = EnvOr("ROUTECAST_BIN_DIR", "build/bin") + "/routecast-pretrain";
+  const std::string launch =
+      ranks.empty() ? "" : "mpirun --bind-to none --oversubscribe -n " + ranks + " ";
+  const int status = std::system((launch + program + " --quiet --threads=1 " + flags).c_str());
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+std::vector<double> Losses(const fs::path& out) {
+  std::ifstream in(out / "metrics.jsonl");
+  std::vector<double> losses;
+  for (std::string line; std::getline(in, line);) {
+    losses.push_back(ParseJson(line, "metrics")["train_loss"].get<double>());
+  }
+  return losses;
+}
+
+class Pretraining : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = TestFolder("pretrain");
+    data_ = "--data=text:" + WriteSyntheticText(folder_).string() + "#blocks --cache=" +
+            (folder_ / "cache").string() + " --global_batch=8 --micro_batch=2 --log_every=1 ";
+  }
+  static std::string Out(const std::string& name) { return (folder_ / name).string(); }
+  static fs::path folder_;
+  static std::string data_;
+};
+fs::path Pretraining::folder_;
+std::string Pretraining::data_;
+
+TEST_F(Pretraining, TwoRanksEqualOne) {
+  ASSERT_EQ(RunPretrain("", data_ + "--steps=60 --out=" + Out("one")), 0);
+  ASSERT_EQ(RunPretrain("2", data_ + "--steps=60 --out=" + Out("two")), 0);
+  const auto one = Losses(Out("one")), two = Losses(Out("two"));
+  ASSERT_EQ(one.size(), 60u);
+  ASSERT_EQ(two.size(), 60u);
+  for (size_t i = 0; i < one.size(); ++i) EXPECT_NEAR(two[i], one[i], 1e-5 * one[i]) << i;
+  EXPECT_LT(one.back(), one.front()) << "it must learn something";
+}
+
+TEST_F(Pretraining, ResumeIsBitExact) {
+  const std::string flags = data_ + "--steps=12 --checkpoint_every=4 ";
+  ASSERT_EQ(RunPretrain("", flags + "--out=" + Out("whole")), 0);
+  // Stops by itself at step 8 with everything saved, as on SIGTERM.
+  ASSERT_EQ(RunPretrain("", flags + "--stop_after=8 --out=" + Out("cut")), 75);
+  ASSERT_EQ(RunPretrain("", flags + "--out=" + Out("cut")), 0);
+  const Checkpoint whole = LoadCheckpoint(Out("whole"), at::kFloat, at::kCPU);
+  const Checkpoint cut = LoadCheckpoint(Out("cut"), at::kFloat, at::kCPU);
+  for (const auto& [name, tensor] : whole.parameters.items()) {
+    EXPECT_TRUE(at::equal(tensor, cut.parameters.Get(name))) << name;
+  }
+  EXPECT_EQ(Losses(Out("whole")), Losses(Out("cut")));
+}
+
+TEST_F(Pretraining, AnotherConfigurationIsRefused) {
+  const std::string out = "--out=" + Out("refused");
+  ASSERT_EQ(RunPretrain("", data_ + "--steps=12 --stop_after=4 --checkpoint_every=4 " + out), 75);
+  EXPECT_EQ(RunPretrain("", data_ + "--steps=13 " + out + " 2>/dev/null"), 2);
+}
+
+TEST_F(Pretraining, LeavesARunRecordAndAWholeFolder) {
+  ASSERT_EQ(RunPretrain("", data_ + "--steps=3 --dtype=bf16 --out=" + Out("record")), 0);
+  const Json run = ReadJsonFile(fs::path(Out("record")) / "run.json");
+  EXPECT_EQ(run["exit_status"], 0);
+  EXPECT_TRUE(run["results"]["encoder"].contains("load_entropy"));
+  for (const char* file : {"config.json", "model.safetensors", "spiece.model",
+                           "tokenizer_config.json", "pretrain.json", "metrics.jsonl"}) {
+    EXPECT_TRUE(fs::exists(fs::path(Out("record")) / file)) << file;
+  }
+  EXPECT_FALSE(fs::exists(fs::path(Out("record")) / "state"));
+}
+
+TEST_F(Pretraining, DryRunWritesNothing) {
+  EXPECT_EQ(RunPretrain("", data_ + "--dry_run --out=" + Out("dry") + " >/dev/null"), 0);
+  EXPECT_FALSE(fs::exists(Out("dry")));
+}
+
+}  // namespace
+}  // namespace routecast

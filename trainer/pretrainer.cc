@@ -1,0 +1,295 @@
+#include "trainer/pretrainer.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <numeric>
+
+#include "common/errors.h"
+#include "common/progress.h"
+#include "common/random.h"
+#include "common/stop.h"
+#include "models/checkpoint.h"
+#include "trainer/adamw.h"
+#include "trainer/gradient_reducer.h"
+#include "trainer/switch_initializer.h"
+#include "trainer/train_state.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kJitterStream = 0x6a6974ULL;
+constexpr uint64_t kRowStream = 0x726f77ULL;
+constexpr double kBeta2 = 0.99;
+constexpr int kStopEvery = 10;  // steps between the ranks' agreement to stop
+
+// The tokenizer of the run: trained once by rank 0 on the train part.
+Tokenizer MakeTokenizer(const PretrainJob& job, const Corpus& corpus, Communicator* comm) {
+  if (comm->rank_info().is_root() && !fs::exists(job.out / "tokenizer_config.json")) {
+    MakeFolder(job.out);
+    std::vector<uint64_t> train;
+    for (uint64_t i = 0; i < corpus.size(); ++i) {
+      if (corpus.document(i).part == SplitPart::kTrain) train.push_back(i);
+    }
+    TokenizerTrainingOptions options;
+    options.pieces = job.options.pieces;
+    options.extra_ids = job.options.extra_ids;
+    options.seed = job.options.seed;
+    Tokenizer::Train(train.size(), [&](uint64_t i) { return std::string(corpus.Text(train[i])); }, options,
+                     job.out);
+  }
+  comm->Barrier();
+  return Tokenizer::Load(job.out);
+}
+
+SwitchConfig FinalConfig(const PretrainOptions& o, int vocab_size) {
+  SwitchConfig c = o.model;
+  c.vocab_size = vocab_size;
+  c.expert_capacity = static_cast<int>(
+      std::ceil(o.capacity_factor * o.sequence_tokens / c.num_experts));
+  return c;
+}
+
+double LearningRate(const PretrainOptions& o, int64_t step) {
+  if (step < o.warmup_steps) {
+    return o.learning_rate * static_cast<double>(step + 1) / o.warmup_steps;
+  }
+  return o.learning_rate * static_cast<double>(o.steps - step) /
+         static_cast<double>(std::max(1, o.steps - o.warmup_steps));
+}
+
+// A model over trainable parameters: the same executor as everywhere.
+struct TrainableModel {
+  TrainableModel(const SwitchConfig& config, const Parameters& parameters)
+      : source(config.geometry(), ExpertWeightsOf(config, parameters)),
+        executor(&source),
+        model(config, parameters, &executor) {}
+  ResidentExpertSource source;
+  LocalExpertExecutor executor;
+  SwitchModel model;
+};
+
+class Pretrainer {
+ public:
+  Pretrainer(const PretrainJob& job, const Corpus& corpus, Communicator* comm)
+      : job_(job), options_(job.options), comm_(comm), rank_(comm->rank_info()),
+        tokenizer_(MakeTokenizer(job, corpus, comm)),
+        config_(FinalConfig(options_, tokenizer_.vocab_size())),
+        train_(corpus, tokenizer_, SplitPart::kTrain, options_.sequence_tokens,
+               uint64_t(options_.steps) * uint64_t(options_.global_batch), options_.seed,
+               job.quiet),
+        validation_(corpus, tokenizer_, SplitPart::kValidation, options_.sequence_tokens,
+                    uint64_t(options_.validation_sequences), options_.seed, job.quiet),
+        test_(corpus, tokenizer_, SplitPart::kTest, options_.sequence_tokens,
+              uint64_t(options_.validation_sequences) * 2, options_.seed, job.quiet) {
+    denoising_.spans.noise_density = options_.noise_density;
+    denoising_.spans.mean_span = options_.mean_span;
+    denoising_.mask_share = options_.mask_share;
+    denoising_.seed = options_.seed;
+    const Parameters initial = InitialParameters(config_, options_.seed);
+    for (const auto& [name, tensor] : initial.items()) {
+      parameters_.Add(name, tensor.detach().to(job.device).requires_grad_());
+    }
+    model_.emplace(config_, parameters_);
+    AdamWOptions adamw;
+    adamw.beta2 = kBeta2;
+    adamw.weight_decay = options_.weight_decay;
+    optimizer_.emplace(parameters_, adamw);
+    reducer_.emplace(parameters_.tensors(), comm);
+  }
+
+  RoutingMeasures Run() {
+    ResumeIfAsked();
+    std::optional<JsonLines> metrics;
+    if (rank_.is_root()) {
+      if (step_ > 0) TruncateJsonLines(job_.out / "metrics.jsonl", "step", step_);
+      metrics.emplace(job_.out / "metrics.jsonl", step_ > 0);
+    }
+    Progress progress("pretrain", "steps", uint64_t(options_.steps), job_.quiet);
+    progress.Update(uint64_t(step_));
+    while (step_ < options_.steps) {
+      const double loss = Step();
+      const bool validate = step_ % options_.validate_every == 0 || step_ == options_.steps;
+      if (step_ % options_.log_every == 0 || validate) {
+        LogLine(loss, progress.seconds(), validate, metrics ? &*metrics : nullptr);
+      }
+      char note[48];
+      std::snprintf(note, sizeof note, "loss %.3f", loss);
+      progress.Update(uint64_t(step_), note);
+      if (step_ % options_.checkpoint_every == 0) Save();
+      if (step_ < options_.steps && MustStop()) {
+        Save();
+        throw StoppedError("stopped at step " + std::to_string(step_) +
+                           "; start the same command again and it goes on");
+      }
+    }
+    progress.Finish();
+    return Finish();
+  }
+
+ private:
+  void ResumeIfAsked() {
+    const fs::path folder = job_.out / "state";
+    if (job_.resume == Resume::kNever) {
+      if (rank_.is_root()) fs::remove_all(folder);
+      comm_->Barrier();
+      return;
+    }
+    const auto state = FindTrainState(folder);
+    if (!state) return;
+    CheckSameConfiguration(state->configuration, options_.ToJson(), job_.out);
+    LoadTrainState(folder, state->step, parameters_, &*optimizer_);
+    step_ = state->step;
+  }
+
+  // Agreed by all ranks, so that they save and leave together.
+  bool MustStop() {
+    if (step_ == job_.stop_after) return true;
+    return step_ % kStopEvery == 0 && comm_->Any(StopRequested());
+  }
+
+  // One step: the global batch as fixed micro-batches, dealt round-robin. What a micro-batch
+  // holds depends on (seed, step, its number) only.
+  double Step() {
+    const int micro = options_.global_batch / options_.micro_batch;
+    double sums[2] = {0, 0};  // loss, micro-batches
+    std::vector<int> mine;
+    for (int m = rank_.rank; m < micro; m += rank_.world) mine.push_back(m);
+    reducer_->BeginStep();
+    for (size_t i = 0; i < mine.size(); ++i) {
+      if (i + 1 == mine.size()) reducer_->LastBackward();
+      sums[0] += MicroBatch(mine[i]);
+      sums[1] += 1;
+    }
+    reducer_->Finalize(1.0 / micro);
+    const double norm = reducer_->GradientNorm();
+    if (!std::isfinite(norm)) {
+      throw std::logic_error("the gradient is not finite at step " + std::to_string(step_));
+    }
+    if (norm > options_.clip_norm) reducer_->Scale(options_.clip_norm / norm);
+    optimizer_->Step(LearningRate(options_, step_));
+    grad_norm_ = norm;
+    ++step_;
+    comm_->AllReduceSum(sums);
+    return sums[0] / sums[1];
+  }
+
+  double MicroBatch(int number) {
+    const uint64_t per_step = uint64_t(options_.global_batch);
+    std::vector<uint64_t> rows, samples;
+    for (int i = 0; i < options_.micro_batch; ++i) {
+      const uint64_t sample = uint64_t(step_) * per_step +
+                              uint64_t(number) * uint64_t(options_.micro_batch) + uint64_t(i);
+      const uint64_t epoch = sample / train_.size();
+      const Permutation order(train_.size(), Mix(options_.seed, kRowStream, epoch));
+      rows.push_back(order(sample % train_.size()));
+      samples.push_back(sample);
+    }
+    const DenoisingBatch batch =
+        MakeDenoisingBatch(train_, rows, samples, tokenizer_, denoising_);
+    RoutingCollector routing;
+    ForwardOptions forward;
+    forward.observer = &routing;
+    forward.jitter = config_.router_jitter_noise;
+    forward.jitter_key = Mix(options_.seed, kJitterStream, samples[0]);
+    const DenoisingLoss loss = DenoisingLosses(&model_->model, batch, forward);
+    at::Tensor total = loss.span + config_.router_aux_loss_coef * BalanceLoss(routing);
+    if (loss.masked.defined()) total = total + options_.mask_weight * loss.masked;
+    total.backward();
+    return total.item<double>();
+  }
+
+  void LogLine(double loss, double seconds, bool validate, JsonLines* metrics) {
+    Json line = {{"step", step_},
+                 {"epoch", double(step_) * options_.global_batch / double(train_.size())},
+                 {"samples", step_ * options_.global_batch},
+                 {"train_loss", loss},
+                 {"learning_rate", LearningRate(options_, step_ - 1)},
+                 {"grad_norm", grad_norm_},
+                 {"samples_per_second", double(step_ * options_.global_batch) / seconds}};
+    if (validate && rank_.is_root()) {
+      const RoutingMeasures m = MeasureRouting(&model_->model, validation_, tokenizer_,
+                                               denoising_, options_.micro_batch,
+                                               uint64_t(options_.validation_sequences));
+      line["valid_loss"] = m.span_loss;
+      line["valid"] = m.ToJson();
+    }
+    if (metrics) metrics->Write(line);
+  }
+
+  void Save() {
+    if (rank_.is_root()) {
+      SaveTrainState(job_.out / "state", {step_, options_.ToJson(), Json::object()}, parameters_,
+                     *optimizer_);
+    }
+    comm_->Barrier();
+  }
+
+  // The measures are those of the weights as written.
+  RoutingMeasures Finish() {
+    RoutingMeasures measures;
+    if (rank_.is_root()) {
+      Parameters written;
+      for (const auto& [name, tensor] : parameters_.items()) {
+        written.Add(name, tensor.detach().to(job_.save_dtype).to(at::kFloat));
+      }
+      TrainableModel model(config_, written);
+      measures = MeasureRouting(&model.model, test_, tokenizer_, denoising_,
+                                options_.micro_batch, test_.size());
+      SaveCheckpoint(job_.out, config_, written, job_.save_dtype);
+      Json json = {{"options", options_.ToJson()}, {"test", measures.ToJson()}};
+      WriteFileAtomic(job_.out / "pretrain.json", json.dump(2) + "\n");
+      fs::remove_all(job_.out / "state");
+    }
+    comm_->Barrier();
+    return measures;
+  }
+
+  PretrainJob job_;
+  PretrainOptions options_;
+  Communicator* comm_;
+  RankInfo rank_;
+  Tokenizer tokenizer_;
+  SwitchConfig config_;
+  TokenRows train_, validation_, test_;
+  DenoisingOptions denoising_;
+  Parameters parameters_;
+  std::optional<TrainableModel> model_;
+  std::optional<AdamW> optimizer_;
+  std::optional<GradientReducer> reducer_;
+  int64_t step_ = 0;
+  double grad_norm_ = 0;
+};
+
+}  // namespace
+
+RoutingMeasures Pretrain(const PretrainJob& job, const Corpus& corpus, Communicator* comm) {
+  return Pretrainer(job, corpus, comm).Run();
+}
+
+std::string DescribePretraining(const PretrainJob& job, const Corpus& corpus, int world) {
+  const PretrainOptions& o = job.options;
+  const SwitchConfig c = FinalConfig(o, o.pieces + o.extra_ids);
+  int64_t elements = 0;
+  for (const auto& [name, shape] : ParameterShapes(c)) {
+    elements += std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+  }
+  // Weights, gradients and two moments in fp32.
+  const auto bytes = static_cast<uint64_t>(elements) * 4 * 4;
+  char text[512];
+  std::snprintf(text, sizeof text,
+                "corpus: %llu documents\nmodel: %d + %d blocks, %d experts, %lld parameters\n"
+                "run: %d steps of %d sequences x %d tokens on %d ranks\n"
+                "memory: %s a rank before activations; disk: %s of %s free at %s\n",
+                static_cast<unsigned long long>(corpus.size()), c.num_layers,
+                c.num_decoder_layers, c.num_experts, static_cast<long long>(elements), o.steps,
+                o.global_batch, o.sequence_tokens, world, FormatBytes(bytes).c_str(),
+                FormatBytes(bytes).c_str(), FormatBytes(FreeBytes(job.out)).c_str(),
+                job.out.c_str());
+  return text;
+}
+
+}  // namespace routecast
