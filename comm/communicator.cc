@@ -42,7 +42,8 @@ class MpiReduce final : public PendingReduce {
   MpiReduce(const at::Tensor& tensor, const RankInfo& rank, double deadline)
       : tensor_(tensor), rank_(rank), deadline_(deadline) {
     MPI_Iallreduce(MPI_IN_PLACE, tensor_.data_ptr(), static_cast<int>(tensor_.numel()),
-                   MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD, &request_);
+                   tensor_.scalar_type() == at::kDouble ? MPI_DOUBLE : MPI_FLOAT, MPI_SUM,
+                   MPI_COMM_WORLD, &request_);
   }
   void Wait() override { WaitFor(&request_, "all-reduce", rank_, deadline_); }
 
@@ -59,9 +60,11 @@ class MpiCommunicator final : public Communicator {
   RankInfo rank_info() const override { return rank_; }
 
   std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor& tensor) override {
-    if (!tensor.is_contiguous() || tensor.scalar_type() != at::kFloat ||
-        !tensor.is_cpu()) {
-      throw std::logic_error("all-reduce needs a contiguous float32 tensor on the CPU");
+    const bool number =
+        tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+    if (!number || !tensor.is_contiguous() || !tensor.is_cpu()) {
+      throw std::logic_error(
+          "all-reduce needs a contiguous float32 or float64 tensor on the CPU");
     }
     return std::make_unique<MpiReduce>(tensor, rank_, deadline_);
   }

@@ -28,9 +28,9 @@ class Communicator {
   virtual RankInfo rank_info() const = 0;
 
   // Starts replacing `tensor` by its sum over ranks, in place.
-  // REQUIRES: contiguous float32 on this communicator's device, same size on every rank,
-  // kept alive and untouched until Wait(). The order of summation is fixed: at equal
-  // world the same bits come out of every run.
+  // REQUIRES: contiguous float32 or float64 on this communicator's device, same size on
+  // every rank, kept alive and untouched until Wait(). The order of summation is fixed:
+  // at equal world the same bits come out of every run.
   virtual std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor& tensor) = 0;
   // Sums of host doubles, in place; for losses and counts. Host-synchronous.
   virtual void AllReduceSum(std::span<double> values) = 0;

@@ -72,8 +72,9 @@ class NcclCommunicator final : public Communicator {
     ready.record(c10::cuda::getCurrentCUDAStream());
     ready.block(stream_);
     Check(ncclAllReduce(tensor.data_ptr(), tensor.data_ptr(),
-                        static_cast<size_t>(tensor.numel()), ncclFloat, ncclSum, comm_,
-                        stream_),
+                        static_cast<size_t>(tensor.numel()),
+                        tensor.scalar_type() == at::kDouble ? ncclDouble : ncclFloat,
+                        ncclSum, comm_, stream_),
           "all-reduce");
     pending->done.record(stream_);
     return pending;

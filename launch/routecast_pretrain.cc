@@ -15,7 +15,8 @@
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
 DECLARE_uint64(seed);
-DEFINE_string(data, "", "Text: kind:path, repeatable (text: jsonl: wikitext: squad: glue:)");
+DEFINE_string(data, "",
+              "Text: kind:path, repeatable (text: jsonl: wikitext: squad: glue:)");
 DEFINE_string(preset, "demo", "Size: demo, small, small128, base128");
 DEFINE_int32(steps, 0, "Training steps; 0 = the preset's");
 DEFINE_int32(global_batch, 0, "Sequences a step over all ranks; 0 = the preset's");
@@ -24,11 +25,15 @@ DEFINE_double(learning_rate, 0, "Peak learning rate; 0 = the preset's");
 DEFINE_string(out, "", "Folder of the new checkpoint");
 DEFINE_string(cache, "", "Folder of the corpus index; default: OUT/corpus");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
-DEFINE_string(dtype, "fp32", "Weights as written: fp32, bf16 or fp16; training is in fp32");
+DEFINE_string(dtype, "fp32",
+              "Weights as written: fp32, bf16 or fp16; training is in fp32");
+DEFINE_int32(sequence_tokens, 0, "Raw tokens a sequence; 0 = the preset's");
 DEFINE_int32(log_every, 0, "Steps between lines of metrics.jsonl; 0 = the preset's");
 DEFINE_int32(checkpoint_every, 0, "Steps between checkpoints; 0 = the preset's");
-DEFINE_int32(stop_after, 0, "Save, end with 75 after this step of the run; 0 = run to the end");
-DEFINE_string(resume, "auto", "auto: go on with an unfinished run in --out; never: start anew");
+DEFINE_int32(stop_after, 0,
+             "Save, end with 75 after this step of the run; 0 = run to the end");
+DEFINE_string(resume, "auto",
+              "auto: go on with an unfinished run in --out; never: start anew");
 
 namespace routecast {
 namespace {
@@ -49,21 +54,25 @@ PretrainJob Validate() {
   Override("--steps", FLAGS_steps, &job.options.steps);
   Override("--global_batch", FLAGS_global_batch, &job.options.global_batch);
   Override("--micro_batch", FLAGS_micro_batch, &job.options.micro_batch);
+  Override("--sequence_tokens", FLAGS_sequence_tokens, &job.options.sequence_tokens);
   Override("--log_every", FLAGS_log_every, &job.options.log_every);
   Override("--checkpoint_every", FLAGS_checkpoint_every, &job.options.checkpoint_every);
   if (FLAGS_learning_rate != 0) job.options.learning_rate = FLAGS_learning_rate;
   job.stop_after = FLAGS_stop_after;
-  job.options.warmup_steps = std::min(job.options.warmup_steps, job.options.steps / 5 + 1);
+  job.options.warmup_steps =
+      std::min(job.options.warmup_steps, job.options.steps / 5 + 1);
   job.options.seed = FLAGS_seed;
   job.options.Validate();
-  if (FLAGS_out.empty()) throw UsageError("--out is missing\n  give a folder for the checkpoint");
+  if (FLAGS_out.empty())
+    throw UsageError("--out is missing\n  give a folder for the checkpoint");
   if (FlagValues("data").empty()) {
     throw UsageError("--data is missing\n  give text, e.g. --data=text:book.txt");
   }
   job.out = FLAGS_out;
   job.save_dtype = ParseDtype("--dtype", FLAGS_dtype);
-  job.resume = ParseChoice("--resume", FLAGS_resume, {"auto", "never"}) == 0 ? Resume::kAuto
-                                                                             : Resume::kNever;
+  job.resume = ParseChoice("--resume", FLAGS_resume, {"auto", "never"}) == 0
+                   ? Resume::kAuto
+                   : Resume::kNever;
   job.quiet = FLAGS_quiet;
   return job;
 }
@@ -80,9 +89,11 @@ void Run(int argc, char** argv) {
   job.quiet = job.quiet || !rank.is_root();
 
   const fs::path cache = FLAGS_cache.empty() ? job.out.string() + ".corpus" : FLAGS_cache;
-  const Corpus corpus = Corpus::Open(FlagValues("data"), cache, ThreadsPerRank(1), job.quiet);
+  const Corpus corpus =
+      Corpus::Open(FlagValues("data"), cache, ThreadsPerRank(1), job.quiet);
   if (FLAGS_dry_run) {
-    if (rank.is_root()) std::printf("%s", DescribePretraining(job, corpus, rank.world).c_str());
+    if (rank.is_root())
+      std::printf("%s", DescribePretraining(job, corpus, rank.world).c_str());
     return;
   }
   std::optional<RunRecord> record;
@@ -95,7 +106,7 @@ void Run(int argc, char** argv) {
   const RoutingMeasures measures = Pretrain(job, corpus, comm.get());
   if (!rank.is_root()) return;
   record->Finish(kExitDone, measures.ToJson());
-  std::printf("%s", measures.Table().c_str());
+  if (!job.quiet) std::printf("%s", measures.Table().c_str());
 }
 
 }  // namespace

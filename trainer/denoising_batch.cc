@@ -19,8 +19,8 @@ TokenRows::TokenRows(const Corpus& corpus, const Tokenizer& tokenizer, SplitPart
     : length_(sequence_tokens) {
   const uint64_t wanted = max_rows * static_cast<uint64_t>(length_);
   const Permutation order(corpus.size(), Mix(seed, static_cast<uint64_t>(part)));
-  Progress progress(std::string("tokenising the ") + SplitPartName(part) + " part", "tokens",
-                    wanted, quiet);
+  Progress progress(std::string("tokenising the ") + SplitPartName(part) + " part",
+                    "tokens", wanted, quiet);
   for (uint64_t i = 0; i < corpus.size() && ids_.size() < wanted; ++i) {
     const uint64_t d = order(i);
     if (corpus.document(d).part != part) continue;
@@ -39,17 +39,20 @@ TokenRows::TokenRows(const Corpus& corpus, const Tokenizer& tokenizer, SplitPart
   }
 }
 
-DenoisingBatch MakeDenoisingBatch(const TokenRows& rows, std::span<const uint64_t> row_ids,
+DenoisingBatch MakeDenoisingBatch(const TokenRows& rows,
+                                  std::span<const uint64_t> row_ids,
                                   std::span<const uint64_t> sample_ids,
-                                  const Tokenizer& tokenizer, const DenoisingOptions& options) {
+                                  const Tokenizer& tokenizer,
+                                  const DenoisingOptions& options) {
   const Sentinels sentinels{tokenizer.Sentinel(0), tokenizer.num_sentinels()};
   // The last sentinel stands for a masked input token; spans rarely reach it.
   const int64_t mask_id = tokenizer.Sentinel(tokenizer.num_sentinels() - 1);
   std::vector<CorruptedSpans> corrupted;
   size_t source = 0, target = 0;
   for (size_t b = 0; b < row_ids.size(); ++b) {
-    corrupted.push_back(CorruptSpans(rows.row(row_ids[b]), Mix(options.seed, sample_ids[b]),
-                                     options.spans, sentinels));
+    corrupted.push_back(CorruptSpans(rows.row(row_ids[b]),
+                                     Mix(options.seed, sample_ids[b]), options.spans,
+                                     sentinels));
     source = std::max(source, corrupted.back().inputs.size());
     target = std::max(target, corrupted.back().targets.size());
   }
@@ -67,11 +70,13 @@ DenoisingBatch MakeDenoisingBatch(const TokenRows& rows, std::span<const uint64_
     int64_t* ids = out.ids_BS.data_ptr<int64_t>() + b * s;
     bool* valid = out.valid_BS.data_ptr<bool>() + b * s;
     int64_t* masked = out.masked_targets_BS.data_ptr<int64_t>() + b * s;
-    const uint64_t key = Mix(options.seed, sample_ids[static_cast<size_t>(b)], kMaskStream);
+    const uint64_t key =
+        Mix(options.seed, sample_ids[static_cast<size_t>(b)], kMaskStream);
     for (size_t i = 0; i < c.inputs.size(); ++i) {
       ids[i] = c.inputs[i];
       valid[i] = true;
-      const bool maskable = !tokenizer.IsSentinel(c.inputs[i]) && c.inputs[i] != Tokenizer::kEos;
+      const bool maskable =
+          !tokenizer.IsSentinel(c.inputs[i]) && c.inputs[i] != Tokenizer::kEos;
       if (maskable && ToUnit(Mix(key, i)) < options.mask_share) {
         masked[i] = c.inputs[i];
         ids[i] = mask_id;
@@ -81,11 +86,13 @@ DenoisingBatch MakeDenoisingBatch(const TokenRows& rows, std::span<const uint64_
     bool* decoder_valid = out.decoder_valid_BT.data_ptr<bool>() + b * t;
     int64_t* targets = out.targets_BT.data_ptr<int64_t>() + b * t;
     for (size_t i = 0; i < c.targets.size(); ++i) {
-      decoder[i] = i == 0 ? Tokenizer::kPad : c.targets[i - 1];  // start token = padding, as T5
+      decoder[i] =
+          i == 0 ? Tokenizer::kPad : c.targets[i - 1];  // start token = padding, as T5
       decoder_valid[i] = true;
       targets[i] = c.targets[i];
     }
-    out.num_raw_tokens += static_cast<int64_t>(rows.row(row_ids[static_cast<size_t>(b)]).size());
+    out.num_raw_tokens +=
+        static_cast<int64_t>(rows.row(row_ids[static_cast<size_t>(b)]).size());
   }
   return out;
 }

@@ -29,8 +29,8 @@ class TokenRows {
 };
 
 struct DenoisingBatch {
-  at::Tensor ids_BS, valid_BS;            // encoder inputs: int64, bool
-  at::Tensor masked_targets_BS;           // int64, -100 where the encoder sees the token itself
+  at::Tensor ids_BS, valid_BS;   // encoder inputs: int64, bool
+  at::Tensor masked_targets_BS;  // int64, -100 where the encoder sees the token itself
   at::Tensor decoder_ids_BT, targets_BT;  // int64; targets -100 where padded
   at::Tensor decoder_valid_BT;
   int64_t num_raw_tokens = 0;
@@ -42,9 +42,12 @@ struct DenoisingOptions {
   uint64_t seed = 0;
 };
 
-// `rows` are corrupted with coordinates (seed, sample id), right-padded to the longest here.
-DenoisingBatch MakeDenoisingBatch(const TokenRows& rows, std::span<const uint64_t> row_ids,
+// `rows` are corrupted with coordinates (seed, sample id), right-padded to the longest
+// here.
+DenoisingBatch MakeDenoisingBatch(const TokenRows& rows,
+                                  std::span<const uint64_t> row_ids,
                                   std::span<const uint64_t> sample_ids,
-                                  const Tokenizer& tokenizer, const DenoisingOptions& options);
+                                  const Tokenizer& tokenizer,
+                                  const DenoisingOptions& options);
 
 }  // namespace routecast

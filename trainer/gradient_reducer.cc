@@ -35,15 +35,20 @@ GradientReducer::GradientReducer(std::vector<at::Tensor> parameters, Communicato
     }
     Bucket bucket;
     bucket.flat = at::zeros({size}, parameters_[begin].options().requires_grad(false));
+    bucket.sum = at::zeros_like(bucket.flat, at::kDouble);
     const size_t index = buckets_.size();
     int64_t offset = 0;
     for (size_t i = begin; i < end; ++i) {
       at::Tensor& p = parameters_[i];
       p.mutable_grad() = bucket.flat.narrow(0, offset, p.numel()).view_as(p);
-      offset += p.numel();
       ++bucket.parameters;
       torch::autograd::impl::set_post_acc_grad_hooks(
-          p, std::make_unique<ArrivalHook>([this, index] { Arrived(index); }));
+          p,
+          std::make_unique<ArrivalHook>([this, index, gradient = p.grad(),
+                                         sum = bucket.sum.narrow(0, offset, p.numel())] {
+            Arrived(index, gradient, sum);
+          }));
+      offset += p.numel();
     }
     buckets_.push_back(std::move(bucket));
     end = begin;
@@ -60,6 +65,7 @@ GradientReducer::~GradientReducer() {
 void GradientReducer::BeginStep() {
   for (Bucket& b : buckets_) {
     b.flat.zero_();
+    b.sum.zero_();
     b.arrived = 0;
   }
   next_ = 0;
@@ -68,7 +74,11 @@ void GradientReducer::BeginStep() {
 
 void GradientReducer::LastBackward() { last_backward_ = true; }
 
-void GradientReducer::Arrived(size_t bucket) {
+void GradientReducer::Arrived(size_t bucket, const at::Tensor& gradient,
+                              const at::Tensor& sum) {
+  const c10::NoGradGuard no_grad;
+  sum.add_(gradient.reshape({-1}));
+  gradient.zero_();
   if (!last_backward_) return;
   ++buckets_[bucket].arrived;
   LaunchReady(/*all=*/false);
@@ -77,7 +87,7 @@ void GradientReducer::Arrived(size_t bucket) {
 void GradientReducer::LaunchReady(bool all) {
   while (next_ < buckets_.size() &&
          (all || buckets_[next_].arrived == buckets_[next_].parameters)) {
-    buckets_[next_].pending = comm_->StartAllReduceSum(buckets_[next_].flat);
+    buckets_[next_].pending = comm_->StartAllReduceSum(buckets_[next_].sum);
     ++next_;
   }
 }
@@ -87,7 +97,7 @@ void GradientReducer::Finalize(double scale) {
   for (Bucket& b : buckets_) {
     b.pending->Wait();
     b.pending.reset();
-    if (scale != 1.0) b.flat.mul_(scale);
+    b.flat.copy_(b.sum.mul_(scale));
   }
 }
 

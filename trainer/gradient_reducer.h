@@ -37,11 +37,12 @@ class GradientReducer {
 
  private:
   struct Bucket {
-    at::Tensor flat;
+    at::Tensor flat;  // float32, what .grad() views
+    at::Tensor sum;   // float64, over the step's micro-batches
     int64_t parameters = 0, arrived = 0;
     std::unique_ptr<PendingReduce> pending;
   };
-  void Arrived(size_t bucket);
+  void Arrived(size_t bucket, const at::Tensor& gradient, const at::Tensor& sum);
   void LaunchReady(bool all);
 
   Communicator* comm_;

@@ -70,7 +70,8 @@ void PretrainOptions::Validate() const {
   check(steps > 0, "--steps", "at least 1");
   check(micro_batch > 0 && global_batch > 0 && global_batch % micro_batch == 0,
         "--global_batch", "a multiple of --micro_batch=" + std::to_string(micro_batch));
-  check(sequence_tokens >= 16 && sequence_tokens <= 4096, "--sequence_tokens", "16..4096");
+  check(sequence_tokens >= 16 && sequence_tokens <= 4096, "--sequence_tokens",
+        "16..4096");
   check(learning_rate > 0 && learning_rate < 1, "--learning_rate", "above 0, below 1");
 }
 

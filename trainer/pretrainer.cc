@@ -27,7 +27,8 @@ constexpr double kBeta2 = 0.99;
 constexpr int kStopEvery = 10;  // steps between the ranks' agreement to stop
 
 // The tokenizer of the run: trained once by rank 0 on the train part.
-Tokenizer MakeTokenizer(const PretrainJob& job, const Corpus& corpus, Communicator* comm) {
+Tokenizer MakeTokenizer(const PretrainJob& job, const Corpus& corpus,
+                        Communicator* comm) {
   if (comm->rank_info().is_root() && !fs::exists(job.out / "tokenizer_config.json")) {
     MakeFolder(job.out);
     std::vector<uint64_t> train;
@@ -38,8 +39,9 @@ Tokenizer MakeTokenizer(const PretrainJob& job, const Corpus& corpus, Communicat
     options.pieces = job.options.pieces;
     options.extra_ids = job.options.extra_ids;
     options.seed = job.options.seed;
-    Tokenizer::Train(train.size(), [&](uint64_t i) { return std::string(corpus.Text(train[i])); }, options,
-                     job.out);
+    Tokenizer::Train(
+        train.size(), [&](uint64_t i) { return std::string(corpus.Text(train[i])); },
+        options, job.out);
   }
   comm->Barrier();
   return Tokenizer::Load(job.out);
@@ -48,8 +50,8 @@ Tokenizer MakeTokenizer(const PretrainJob& job, const Corpus& corpus, Communicat
 SwitchConfig FinalConfig(const PretrainOptions& o, int vocab_size) {
   SwitchConfig c = o.model;
   c.vocab_size = vocab_size;
-  c.expert_capacity = static_cast<int>(
-      std::ceil(o.capacity_factor * o.sequence_tokens / c.num_experts));
+  c.expert_capacity =
+      static_cast<int>(std::ceil(o.capacity_factor * o.sequence_tokens / c.num_experts));
   return c;
 }
 
@@ -75,7 +77,10 @@ struct TrainableModel {
 class Pretrainer {
  public:
   Pretrainer(const PretrainJob& job, const Corpus& corpus, Communicator* comm)
-      : job_(job), options_(job.options), comm_(comm), rank_(comm->rank_info()),
+      : job_(job),
+        options_(job.options),
+        comm_(comm),
+        rank_(comm->rank_info()),
         tokenizer_(MakeTokenizer(job, corpus, comm)),
         config_(FinalConfig(options_, tokenizer_.vocab_size())),
         train_(corpus, tokenizer_, SplitPart::kTrain, options_.sequence_tokens,
@@ -112,7 +117,8 @@ class Pretrainer {
     progress.Update(uint64_t(step_));
     while (step_ < options_.steps) {
       const double loss = Step();
-      const bool validate = step_ % options_.validate_every == 0 || step_ == options_.steps;
+      const bool validate =
+          step_ % options_.validate_every == 0 || step_ == options_.steps;
       if (step_ % options_.log_every == 0 || validate) {
         LogLine(loss, progress.seconds(), validate, metrics ? &*metrics : nullptr);
       }
@@ -151,8 +157,8 @@ class Pretrainer {
     return step_ % kStopEvery == 0 && comm_->Any(StopRequested());
   }
 
-  // One step: the global batch as fixed micro-batches, dealt round-robin. What a micro-batch
-  // holds depends on (seed, step, its number) only.
+  // One step: the global batch as fixed micro-batches, dealt round-robin. What a
+  // micro-batch holds depends on (seed, step, its number) only.
   double Step() {
     const int micro = options_.global_batch / options_.micro_batch;
     double sums[2] = {0, 0};  // loss, micro-batches
@@ -167,7 +173,8 @@ class Pretrainer {
     reducer_->Finalize(1.0 / micro);
     const double norm = reducer_->GradientNorm();
     if (!std::isfinite(norm)) {
-      throw std::logic_error("the gradient is not finite at step " + std::to_string(step_));
+      throw std::logic_error("the gradient is not finite at step " +
+                             std::to_string(step_));
     }
     if (norm > options_.clip_norm) reducer_->Scale(options_.clip_norm / norm);
     optimizer_->Step(LearningRate(options_, step_));
@@ -182,7 +189,8 @@ class Pretrainer {
     std::vector<uint64_t> rows, samples;
     for (int i = 0; i < options_.micro_batch; ++i) {
       const uint64_t sample = uint64_t(step_) * per_step +
-                              uint64_t(number) * uint64_t(options_.micro_batch) + uint64_t(i);
+                              uint64_t(number) * uint64_t(options_.micro_batch) +
+                              uint64_t(i);
       const uint64_t epoch = sample / train_.size();
       const Permutation order(train_.size(), Mix(options_.seed, kRowStream, epoch));
       rows.push_back(order(sample % train_.size()));
@@ -211,9 +219,9 @@ class Pretrainer {
                  {"grad_norm", grad_norm_},
                  {"samples_per_second", double(step_ * options_.global_batch) / seconds}};
     if (validate && rank_.is_root()) {
-      const RoutingMeasures m = MeasureRouting(&model_->model, validation_, tokenizer_,
-                                               denoising_, options_.micro_batch,
-                                               uint64_t(options_.validation_sequences));
+      const RoutingMeasures m =
+          MeasureRouting(&model_->model, validation_, tokenizer_, denoising_,
+                         options_.micro_batch, uint64_t(options_.validation_sequences));
       line["valid_loss"] = m.span_loss;
       line["valid"] = m.ToJson();
     }
@@ -222,8 +230,8 @@ class Pretrainer {
 
   void Save() {
     if (rank_.is_root()) {
-      SaveTrainState(job_.out / "state", {step_, options_.ToJson(), Json::object()}, parameters_,
-                     *optimizer_);
+      SaveTrainState(job_.out / "state", {step_, options_.ToJson(), Json::object()},
+                     parameters_, *optimizer_);
     }
     comm_->Barrier();
   }
@@ -266,7 +274,8 @@ class Pretrainer {
 
 }  // namespace
 
-RoutingMeasures Pretrain(const PretrainJob& job, const Corpus& corpus, Communicator* comm) {
+RoutingMeasures Pretrain(const PretrainJob& job, const Corpus& corpus,
+                         Communicator* comm) {
   return Pretrainer(job, corpus, comm).Run();
 }
 
@@ -275,20 +284,21 @@ std::string DescribePretraining(const PretrainJob& job, const Corpus& corpus, in
   const SwitchConfig c = FinalConfig(o, o.pieces + o.extra_ids);
   int64_t elements = 0;
   for (const auto& [name, shape] : ParameterShapes(c)) {
-    elements += std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+    elements +=
+        std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
   }
   // Weights, gradients and two moments in fp32.
   const auto bytes = static_cast<uint64_t>(elements) * 4 * 4;
   char text[512];
-  std::snprintf(text, sizeof text,
-                "corpus: %llu documents\nmodel: %d + %d blocks, %d experts, %lld parameters\n"
-                "run: %d steps of %d sequences x %d tokens on %d ranks\n"
-                "memory: %s a rank before activations; disk: %s of %s free at %s\n",
-                static_cast<unsigned long long>(corpus.size()), c.num_layers,
-                c.num_decoder_layers, c.num_experts, static_cast<long long>(elements), o.steps,
-                o.global_batch, o.sequence_tokens, world, FormatBytes(bytes).c_str(),
-                FormatBytes(bytes).c_str(), FormatBytes(FreeBytes(job.out)).c_str(),
-                job.out.c_str());
+  std::snprintf(
+      text, sizeof text,
+      "corpus: %llu documents\nmodel: %d + %d blocks, %d experts, %lld parameters\n"
+      "run: %d steps of %d sequences x %d tokens on %d ranks\n"
+      "memory: %s a rank before activations; disk: %s of %s free at %s\n",
+      static_cast<unsigned long long>(corpus.size()), c.num_layers, c.num_decoder_layers,
+      c.num_experts, static_cast<long long>(elements), o.steps, o.global_batch,
+      o.sequence_tokens, world, FormatBytes(bytes).c_str(), FormatBytes(bytes).c_str(),
+      FormatBytes(FreeBytes(job.out)).c_str(), job.out.c_str());
   return text;
 }
 

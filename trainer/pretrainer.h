@@ -23,11 +23,13 @@ struct PretrainJob {
   bool quiet = false;
 };
 
-// Trains the tokenizer (rank 0, once), then the model; writes metrics.jsonl, checkpoints in
-// OUT/state, and at the end the model, its tokenizer and pretrain.json with the held-out
-// measures of the weights as written. Goes on where an unfinished run of the same options
-// stopped; refuses another (UsageError). Throws StoppedError after saving on request.
-RoutingMeasures Pretrain(const PretrainJob& job, const Corpus& corpus, Communicator* comm);
+// Trains the tokenizer (rank 0, once), then the model; writes metrics.jsonl, checkpoints
+// in OUT/state, and at the end the model, its tokenizer and pretrain.json with the
+// held-out measures of the weights as written. Goes on where an unfinished run of the
+// same options stopped; refuses another (UsageError). Throws StoppedError after saving on
+// request.
+RoutingMeasures Pretrain(const PretrainJob& job, const Corpus& corpus,
+                         Communicator* comm);
 
 // What --dry_run prints: shapes, parameters, memory, steps, space.
 std::string DescribePretraining(const PretrainJob& job, const Corpus& corpus, int world);

@@ -18,7 +18,8 @@ constexpr double kOutputScale = 0.3;
 constexpr double kSlope = 1.0;  // bias lost a bucket away, in logits
 
 bool EndsWith(const std::string& text, const std::string& end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+  return text.size() >= end.size() &&
+         text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
 // Buckets count distance: 0.. to the left (and self), half.. to the right in the encoder.
@@ -33,9 +34,15 @@ at::Tensor SlopedBias(int64_t buckets, int64_t heads, bool bidirectional) {
       const double near = -kSlope * distance, far = -kSlope * static_cast<double>(half);
       double b = 0;  // the global head
       switch (h % 4) {
-        case 0: b = right || distance == 0 ? far : near; break;                    // left
-        case 1: b = (bidirectional ? right : distance > 0) ? near / 2 : far; break;  // right
-        case 2: b = distance == 0 ? far : near; break;                             // both
+        case 0:
+          b = right || distance == 0 ? far : near;
+          break;  // left
+        case 1:
+          b = (bidirectional ? right : distance > 0) ? near / 2 : far;
+          break;  // right
+        case 2:
+          b = distance == 0 ? far : near;
+          break;  // both
       }
       value[i][h] = static_cast<float>(b);
     }
@@ -49,7 +56,8 @@ double StdOf(const std::string& name, const SwitchConfig& c) {
   if (name == "lm_head.weight") return 1.0 / std::sqrt(d);
   if (EndsWith(name, "router.classifier.weight")) return kRouterScale / std::sqrt(d);
   if (EndsWith(name, ".q.weight")) return 1.0 / std::sqrt(d * c.d_kv);
-  if (EndsWith(name, ".k.weight") || EndsWith(name, ".v.weight")) return 1.0 / std::sqrt(d);
+  if (EndsWith(name, ".k.weight") || EndsWith(name, ".v.weight"))
+    return 1.0 / std::sqrt(d);
   if (EndsWith(name, ".o.weight")) return kOutputScale / std::sqrt(inner);
   if (EndsWith(name, ".wi.weight")) return 1.0 / std::sqrt(d);
   if (EndsWith(name, ".wo.weight")) return kOutputScale / std::sqrt(f);

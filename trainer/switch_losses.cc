@@ -41,8 +41,8 @@ double Value(const at::Tensor& t) { return t.defined() ? t.item<double>() : 0.0;
 }  // namespace
 
 void RoutingCollector::OnRouting(const LayerRouting& routing) {
-  const at::Tensor real = at::nonzero(valid_.reshape({-1})).squeeze(1).to(
-      routing.logits_BTE.device());
+  const at::Tensor real =
+      at::nonzero(valid_.reshape({-1})).squeeze(1).to(routing.logits_BTE.device());
   const int64_t experts = routing.logits_BTE.size(-1);
   layers_.push_back(
       {routing.layer,
@@ -65,8 +65,8 @@ DenoisingLoss DenoisingLosses(SwitchModel* model, const DenoisingBatch& batch,
                               const ForwardOptions& options) {
   const at::Device device = model->device();
   const at::Tensor encoded = model->Encode(batch.ids_BS, batch.valid_BS, options);
-  const at::Tensor decoded = model->Decode(batch.decoder_ids_BT, batch.decoder_valid_BT, encoded,
-                                           batch.valid_BS, nullptr, options);
+  const at::Tensor decoded = model->Decode(batch.decoder_ids_BT, batch.decoder_valid_BT,
+                                           encoded, batch.valid_BS, nullptr, options);
   const at::Tensor logits = model->Logits(decoded);
   DenoisingLoss loss;
   loss.span = at::cross_entropy_loss(logits.reshape({-1, logits.size(-1)}).to(at::kFloat),
@@ -75,8 +75,8 @@ DenoisingLoss DenoisingLosses(SwitchModel* model, const DenoisingBatch& batch,
   const at::Tensor flat = batch.masked_targets_BS.reshape({-1});
   const at::Tensor masked = at::nonzero(flat >= 0).squeeze(1);
   if (masked.numel() > 0) {
-    const at::Tensor hidden = encoded.reshape({-1, encoded.size(-1)})
-                                  .index_select(0, masked.to(device));
+    const at::Tensor hidden =
+        encoded.reshape({-1, encoded.size(-1)}).index_select(0, masked.to(device));
     loss.masked = at::cross_entropy_loss(model->Logits(hidden).to(at::kFloat),
                                          flat.index_select(0, masked).to(device));
   }
@@ -98,18 +98,20 @@ Json RoutingMeasures::ToJson() const {
 
 std::string RoutingMeasures::Table() const {
   char text[512];
-  std::snprintf(text, sizeof text,
-                "held-out text   loss (nats)  random routing costs  load entropy  mean gate\n"
-                "encoder masked  %11.3f  %20.3f  %12.3f  %9.3f\n"
-                "decoder spans   %11.3f  %20.3f  %12.3f  %9.3f\n",
-                masked_loss, gain_nats[0], load_entropy[0], mean_gate[0], span_loss, gain_nats[1],
-                load_entropy[1], mean_gate[1]);
+  std::snprintf(
+      text, sizeof text,
+      "held-out text   loss (nats)  random routing costs  load entropy  mean gate\n"
+      "encoder masked  %11.3f  %20.3f  %12.3f  %9.3f\n"
+      "decoder spans   %11.3f  %20.3f  %12.3f  %9.3f\n",
+      masked_loss, gain_nats[0], load_entropy[0], mean_gate[0], span_loss, gain_nats[1],
+      load_entropy[1], mean_gate[1]);
   return text;
 }
 
 RoutingMeasures MeasureRouting(SwitchModel* model, const TokenRows& rows,
-                               const Tokenizer& tokenizer, const DenoisingOptions& options,
-                               int batch_rows, uint64_t max_rows) {
+                               const Tokenizer& tokenizer,
+                               const DenoisingOptions& options, int batch_rows,
+                               uint64_t max_rows) {
   const c10::NoGradGuard no_grad;
   const MoeGeometry& g = model->geometry();
   const uint64_t total = std::min<uint64_t>(rows.size(), max_rows);
@@ -153,7 +155,8 @@ RoutingMeasures MeasureRouting(SwitchModel* model, const TokenRows& rows,
   for (int layer = 0; layer < g.num_layers(); ++layer) {
     const at::Tensor p = load[static_cast<size_t>(layer)].to(at::kDouble) /
                          Value(load[static_cast<size_t>(layer)].sum().to(at::kDouble));
-    const double entropy = -Value(at::xlogy(p, p).sum()) / std::log(double(g.num_experts));
+    const double entropy =
+        -Value(at::xlogy(p, p).sum()) / std::log(double(g.num_experts));
     double& least = m.load_entropy[static_cast<size_t>(g.StackOf(layer))];
     least = std::min(least, entropy);
   }

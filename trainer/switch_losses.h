@@ -10,7 +10,8 @@
 
 namespace routecast {
 
-// Keeps each MoE layer's routing with its gradient, for the balance loss and the measures.
+// Keeps each MoE layer's routing with its gradient, for the balance loss and the
+// measures.
 class RoutingCollector : public RoutingObserver {
  public:
   void OnPassBegin(const PassInfo& pass) override { valid_ = pass.valid_BT; }
@@ -42,14 +43,15 @@ DenoisingLoss DenoisingLosses(SwitchModel* model, const DenoisingBatch& batch,
 // What shows that routing is worth learning, on held-out rows; one entry a stack.
 struct RoutingMeasures {
   double span_loss = 0, masked_loss = 0;
-  double gain_nats[2] = {0, 0};          // loss with random routing minus loss: masked, span
-  double load_entropy[2] = {0, 0};       // least over layers, divided by log(E): 1 = balanced
+  double gain_nats[2] = {0, 0};     // loss with random routing minus loss: masked, span
+  double load_entropy[2] = {0, 0};  // least over layers, divided by log(E): 1 = balanced
   double mean_gate[2] = {0, 0};
   Json ToJson() const;
   std::string Table() const;  // for people
 };
 RoutingMeasures MeasureRouting(SwitchModel* model, const TokenRows& rows,
-                               const Tokenizer& tokenizer, const DenoisingOptions& options,
-                               int batch_rows, uint64_t max_rows);
+                               const Tokenizer& tokenizer,
+                               const DenoisingOptions& options, int batch_rows,
+                               uint64_t max_rows);
 
 }  // namespace routecast

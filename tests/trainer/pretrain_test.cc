@@ -1,5 +1,5 @@
-// Pre-training through its program: one rank against two, a run cut and resumed against one that
-// was not, and what it leaves.
+// Pre-training through its program: one rank against two, a run cut and resumed against
+// one that was not, and what it leaves.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -15,10 +15,12 @@ namespace routecast {
 namespace {
 
 int RunPretrain(const std::string& ranks, const std::string& flags) {
-  const std::string program = EnvOr("ROUTECAST_BIN_DIR", "build/bin") + "/routecast-pretrain";
+  const std::string program =
+      EnvOr("ROUTECAST_BIN_DIR", "build/bin") + "/routecast-pretrain";
   const std::string launch =
       ranks.empty() ? "" : "mpirun --bind-to none --oversubscribe -n " + ranks + " ";
-  const int status = std::system((launch + program + " --quiet --threads=1 " + flags).c_str());
+  const int status =
+      std::system((launch + program + " --quiet --threads=1 " + flags).c_str());
   return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
@@ -35,8 +37,9 @@ class Pretraining : public testing::Test {
  protected:
   static void SetUpTestSuite() {
     folder_ = TestFolder("pretrain");
-    data_ = "--data=text:" + WriteSyntheticText(folder_).string() + "#blocks --cache=" +
-            (folder_ / "cache").string() + " --global_batch=8 --micro_batch=2 --log_every=1 ";
+    data_ = "--data=text:" + WriteSyntheticText(folder_).string() +
+            "#blocks --cache=" + (folder_ / "cache").string() +
+            " --global_batch=4 --micro_batch=1 --sequence_tokens=32 --log_every=1 ";
   }
   static std::string Out(const std::string& name) { return (folder_ / name).string(); }
   static fs::path folder_;
@@ -71,7 +74,9 @@ TEST_F(Pretraining, ResumeIsBitExact) {
 
 TEST_F(Pretraining, AnotherConfigurationIsRefused) {
   const std::string out = "--out=" + Out("refused");
-  ASSERT_EQ(RunPretrain("", data_ + "--steps=12 --stop_after=4 --checkpoint_every=4 " + out), 75);
+  ASSERT_EQ(
+      RunPretrain("", data_ + "--steps=12 --stop_after=4 --checkpoint_every=4 " + out),
+      75);
   EXPECT_EQ(RunPretrain("", data_ + "--steps=13 " + out + " 2>/dev/null"), 2);
 }
 
