@@ -1,0 +1,243 @@
+// routecast-collect as people run it: under mpirun, with other numbers of ranks, killed,
+// stopped.
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <thread>
+
+#include "common/errors.h"
+#include "common/safetensors.h"
+#include "storage/trace_reader.h"
+#include "tests/collector/tiny_checkpoint.h"
+#include "tests/support/reference.h"
+
+namespace routecast {
+namespace {
+
+class CollectTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = TestFolder("collect");
+    WriteCheckpoint(folder_ / "model", 1);
+    WriteCheckpoint(folder_ / "other", 2);
+    WriteCorpus(folder_, 1500);
+  }
+  static std::string Bin(const std::string& name) {
+    return EnvOr("ROUTECAST_BIN_DIR", "build/bin") + "/" + name;
+  }
+  // The command line of a collection; the last of a flag wins, so `more` may replace any.
+  static std::vector<std::string> Command(int ranks, const std::string& store,
+                                          const std::vector<std::string>& more) {
+    std::vector<std::string> command = {
+        "mpirun",
+        "--quiet",
+        "--bind-to",
+        "none",
+        "--mca",
+        "btl",
+        "self,vader",
+        "-n",
+        std::to_string(ranks),
+        Bin("routecast-collect"),
+        "--quiet",
+        "--threads=1",
+        "--device=cpu",
+        "--num_shards=3",
+        "--max_length=64",
+        "--batch_size=8",
+        "--max_sequences=1200",
+        "--hidden_share=0.2",
+        "--model=" + (folder_ / "model").string(),
+        "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text",
+        "--cache=" + (folder_ / "cache").string(),
+        "--store=" + (folder_ / store).string()};
+    command.insert(command.end(), more.begin(), more.end());
+    return command;
+  }
+  static pid_t Start(const std::vector<std::string>& command) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+      std::vector<char*> argv;
+      for (const std::string& a : command) argv.push_back(const_cast<char*>(a.c_str()));
+      argv.push_back(nullptr);
+      ::execvp(argv[0], argv.data());
+      ::_exit(127);
+    }
+    return child;
+  }
+  // Exit code; 128 + signal where one ended it.
+  static int Wait(pid_t child) {
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  }
+  static int Collect(int ranks, const std::string& store,
+                     const std::vector<std::string>& more = {}) {
+    return Wait(Start(Command(ranks, store, more)));
+  }
+  static std::string Export(const std::string& store) {
+    const std::string out = (folder_ / ("export-" + store)).string();
+    EXPECT_EQ(Wait(Start({Bin("routecast-trace"), "export", "--quiet",
+                          "--store=" + (folder_ / store).string(), "--out=" + out})),
+              0);
+    return ReadFile(fs::path(out) / "traces.npz");
+  }
+  // What nobody disturbed: made once.
+  static const std::string& Golden() {
+    static const std::string golden = [] {
+      EXPECT_EQ(Collect(1, "golden"), 0);
+      return Export("golden");
+    }();
+    return golden;
+  }
+  static inline fs::path folder_;
+};
+
+TEST_F(CollectTest, RanksDoNotChangeTheRecords) {
+  for (const int ranks : {2, 3}) {
+    const std::string store = "ranks" + std::to_string(ranks);
+    ASSERT_EQ(Collect(ranks, store), 0);
+    EXPECT_TRUE(Export(store) == Golden()) << ranks;
+  }
+}
+
+TEST_F(CollectTest, RecordsWhatTheContractSays) {
+  Golden();
+  const TraceReader reader(folder_ / "golden");
+  EXPECT_TRUE(reader.complete());
+  ASSERT_EQ(reader.sequences().size(), 1200u);
+  const MoeGeometry g = TinyConfig().geometry();
+  EXPECT_EQ(reader.config().geometry, g);
+  bool parts[3] = {}, cut = false;
+  uint64_t dropped = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    EXPECT_LE(s.encoder_tokens, 64u);
+    EXPECT_EQ(s.document_id, s.sequence_id >> 16);
+    cut = cut || (s.sequence_id & 0xFFFF) > 0;
+    if (s.has_hidden) parts[static_cast<int>(SplitOf(s.group_id))] = true;
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    EXPECT_EQ(t.decoder.token_ids[0], 0u);  // start token first
+    EXPECT_EQ(t.encoder.token_ids.back(), 1u);
+    for (const float margin : t.encoder.margins) EXPECT_GE(margin, 0);
+    for (const uint8_t d : t.encoder.dropped) dropped += d;
+    EXPECT_EQ(t.encoder.hidden.size(),
+              s.has_hidden ? t.encoder.expert_ids.size() * g.d_model : 0);
+  }
+  EXPECT_TRUE(cut);
+  EXPECT_TRUE(parts[0] && parts[1] && parts[2]);
+  EXPECT_GT(dropped, 0u);  // capacity is small here
+}
+
+// The recorded choice is the argmax of the recorded router on the recorded input: the
+// stale gate at distance 0.
+TEST_F(CollectTest, RoutersExplainTheChoice) {
+  Golden();
+  const TraceReader reader(folder_ / "golden");
+  const SafetensorsIndex index = ReadSafetensorsIndex(reader.routers_path());
+  const MoeGeometry g = reader.config().geometry;
+  int64_t looked = 0, right = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    if (!s.has_hidden) continue;
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    for (int layer = 0; layer < g.num_layers(); ++layer) {
+      const RoutingSpan& span =
+          g.StackOf(layer) == Stack::kEncoder ? t.encoder : t.decoder;
+      std::string bytes =
+          ReadTensorBytes(reader.routers_path(),
+                          *index.Find("layer." + std::to_string(layer) + ".weight"));
+      const at::Tensor weight =
+          at::from_blob(bytes.data(), {g.num_experts, g.d_model}, at::kFloat);
+      const int64_t at = int64_t{g.LayerInStack(layer)} * span.num_tokens;
+      std::vector<float> input;
+      for (int64_t i = 0; i < int64_t{span.num_tokens} * g.d_model; ++i) {
+        input.push_back(Bf16ToFloat(span.hidden[at * g.d_model + i]));
+      }
+      const at::Tensor x =
+          at::from_blob(input.data(), {span.num_tokens, g.d_model}, at::kFloat);
+      const at::Tensor choice = at::matmul(x, weight.t()).argmax(-1);
+      for (int64_t i = 0; i < span.num_tokens; ++i) {
+        if (span.margins[at + i] < 0.05f)
+          continue;  // rounding of the stored input decides
+        ++looked;
+        right += choice[i].item<int64_t>() == span.expert_ids[at + i];
+      }
+    }
+  }
+  EXPECT_GT(looked, 1000);
+  EXPECT_EQ(right, looked);
+}
+
+TEST_F(CollectTest, KilledAtAnyMomentItEndsWithTheSameRecords) {
+  const auto begin = std::chrono::steady_clock::now();
+  Golden();
+  const auto whole = std::chrono::steady_clock::now() - begin;
+  int killed = 0;
+  for (int run = 0; run < 6; ++run) {
+    const pid_t job = Start(Command(1 + run % 3, "killed", {}));
+    std::this_thread::sleep_for(whole * (1 + run) / 7 + std::chrono::milliseconds(300));
+    ::kill(job, SIGKILL);  // ranks die with their launcher, at different moments
+    killed += Wait(job) == 128 + SIGKILL;
+    if (killed >= 4) break;
+  }
+  ASSERT_EQ(Collect(2, "killed"), 0);
+  EXPECT_TRUE(Export("killed") == Golden()) << killed << " kills";
+}
+
+TEST_F(CollectTest, StopsOnRequestAndGoesOn) {
+  const pid_t job = Start(Command(2, "stopped", {"--max_hours=0.0003"}));
+  EXPECT_EQ(Wait(job), kExitStopped);
+  EXPECT_EQ(ReadJsonFile(folder_ / "stopped" / "run.json")["exit_status"], kExitStopped);
+  ASSERT_EQ(Collect(1, "stopped"), 0);
+  EXPECT_TRUE(Export("stopped") == Golden());
+}
+
+TEST_F(CollectTest, AFinishedStoreIsLeftAlone) {
+  Golden();
+  EXPECT_EQ(Collect(2, "golden"), 0);
+  EXPECT_TRUE(Export("golden") == Golden());
+}
+
+TEST_F(CollectTest, RefusesToGoOnWithSomethingElse) {
+  Golden();
+  EXPECT_EQ(Collect(1, "golden", {"--threads=2"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "golden", {"--dtype=bf16"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "golden", {"--model=" + (folder_ / "other").string()}),
+            kExitUsage);
+  EXPECT_EQ(Collect(2, "golden", {"--max_sequences=1199"}), kExitUsage);
+}
+
+TEST_F(CollectTest, DryRunWritesNothing) {
+  EXPECT_EQ(Collect(1, "dry", {"--dry_run"}), 0);
+  EXPECT_FALSE(fs::exists(folder_ / "dry"));
+}
+
+TEST_F(CollectTest, OtherTasksFillTheStacksTheyRun) {
+  ASSERT_EQ(Collect(2, "encode", {"--task=encode", "--max_sequences=40"}), 0);
+  const TraceReader encoded(folder_ / "encode");
+  for (const SequenceInfo& s : encoded.sequences()) {
+    EXPECT_GT(s.encoder_tokens, 0u);
+    EXPECT_EQ(s.decoder_tokens, 0u);
+  }
+  ASSERT_EQ(Collect(2, "generate",
+                    {"--task=generate", "--max_sequences=16", "--record=ids,topk",
+                     "--top_k=3"}),
+            0);
+  const TraceReader reader(folder_ / "generate");
+  EXPECT_EQ(reader.sequences().size(), 16u);
+  for (const SequenceInfo& s : reader.sequences()) {
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kNo);
+    ASSERT_GT(t.decoder.num_tokens, 0);
+    EXPECT_TRUE(t.decoder.gate_probs.empty());
+    for (size_t i = 0; i < t.decoder.expert_ids.size(); ++i) {
+      EXPECT_EQ(t.decoder.topk_ids[3 * i],
+                t.decoder.expert_ids[i]);  // the choice comes first
+    }
+  }
+}
+
+}  // namespace
+}  // namespace routecast
