@@ -33,6 +33,7 @@ rocksdb::Options FamilyOptions(Family family, const std::string& compression) {
   table.format_version = 5;
   table.filter_policy.reset(rocksdb::NewBloomFilterPolicy(10));
   table.whole_key_filtering = true;
+  table.index_block_restart_interval = 16;  // keys differ in few bytes: share the rest
   table.block_cache = SharedCache();
   options.table_factory.reset(rocksdb::NewBlockBasedTableFactory(table));
   options.compression = family == Family::kRouting && compression == "zstd"
