@@ -1,8 +1,10 @@
 #include "storage/byte_codec.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
+#include <utility>
 
 #include "common/errors.h"
 #include "common/routing.h"
@@ -93,33 +95,46 @@ uint64_t ByteReader::Varint(const char* what, uint64_t limit) {
   Fail(std::string(what) + " is not a varint");
 }
 
-void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values) {
-  const auto* from = reinterpret_cast<const uint8_t*>(bytes.data());
-  const size_t n = values->size();
-  if (bits == 8) {
-    for (size_t i = 0; i < n; ++i) (*values)[i] = from[i];
-    return;
-  }
-  const uint32_t mask = (1u << bits) - 1;
+namespace {
+
+// Eight values take exactly kBits bytes: two words hold them, and every shift is a
+// constant. Returns how many values were unpacked; the rest is too near the end for whole
+// words.
+template <int kBits>
+size_t UnpackGroups(const uint8_t* from, size_t size, size_t count, uint16_t* to) {
+  constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+  constexpr int kSkip = (kBits * 4) % 8;  // the fifth value may start at half a byte
   size_t i = 0;
-  uint16_t* to = values->data();
-  // Eight values take exactly `bits` bytes; the fast path reads two words and stays
-  // inside.
-  const size_t groups = n / 8;
-  for (size_t g = 0; g < groups && (g * bits + 16) <= bytes.size(); ++g, i += 8) {
+  for (size_t at = 0; i + 8 <= count && at + 16 <= size; at += kBits, i += 8) {
     uint64_t low, high;
-    std::memcpy(&low, from + g * bits, 8);
-    std::memcpy(&high, from + g * bits + bits / 2, 8);
-    const int skip =
-        (bits * 4) % 8;  // the fifth value may start at half a byte: 60 + 4 bits fit
-    for (int k = 0; k < 4; ++k)
-      to[i + k] = static_cast<uint16_t>((low >> (k * bits)) & mask);
-    high >>= skip;
+    std::memcpy(&low, from + at, 8);
+    std::memcpy(&high, from + at + kBits / 2, 8);
+    high >>= kSkip;
     for (int k = 0; k < 4; ++k) {
-      to[i + 4 + k] = static_cast<uint16_t>((high >> (k * bits)) & mask);
+      to[i + k] = static_cast<uint16_t>((low >> (k * kBits)) & kMask);
+      to[i + 4 + k] = static_cast<uint16_t>((high >> (k * kBits)) & kMask);
     }
   }
-  for (; i < n; ++i) {
+  return i;
+}
+
+using Unpack = size_t (*)(const uint8_t*, size_t, size_t, uint16_t*);
+template <size_t... kIndex>
+constexpr std::array<Unpack, sizeof...(kIndex)> UnpackTable(
+    std::index_sequence<kIndex...>) {
+  return {&UnpackGroups<static_cast<int>(kIndex) + 1>...};
+}
+
+}  // namespace
+
+void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values) {
+  static constexpr auto kUnpack = UnpackTable(std::make_index_sequence<16>());
+  const auto* from = reinterpret_cast<const uint8_t*>(bytes.data());
+  uint16_t* to = values->data();
+  const uint32_t mask = (1u << bits) - 1;
+  size_t i =
+      kUnpack[static_cast<size_t>(bits - 1)](from, bytes.size(), values->size(), to);
+  for (; i < values->size(); ++i) {
     const size_t at = i * static_cast<size_t>(bits);
     uint32_t word = 0;
     std::memcpy(&word, from + at / 8, std::min<size_t>(4, bytes.size() - at / 8));
