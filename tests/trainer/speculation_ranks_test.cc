@@ -1,0 +1,82 @@
+// Two ranks against one: equal losses over 60 steps at equal global batch, equal scores.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+
+#include "comm/mpi_session.h"
+#include "tests/trainer/synthetic_traces.h"
+#include "trainer/speculation_trainer.h"
+
+namespace routecast {
+namespace {
+
+const MpiSession* session = nullptr;
+
+TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
+  const auto comm = MakeCommunicator(*session, at::kCPU);
+  const RankInfo rank = comm->rank_info();
+  const SyntheticTraces traces =
+      TraceSynthesizer(3, 8, 24, 200, 5).Make(120, 6, 24, /*every_hidden=*/false);
+  // `interlayer` is the heavier one: enough steps to see that it goes the same way.
+  const auto steps = [](const std::string& kind) { return kind == "hidden" ? 60 : 12; };
+  const auto train = [&](const std::string& kind, const std::string& name,
+                         Communicator* with) {
+    TraceDataset dataset(traces.traces, traces.geometry);
+    SpeculationJob job;
+    job.options.kind = kind;
+    job.options.steps = steps(kind);
+    job.options.validation_sequences = 8;
+    job.options.test_sequences = 8;
+    job.options.global_batch = 24;
+    job.options.micro_batch = 4;
+    job.options.validate_every = steps(kind) / 2;
+    job.quiet = true;
+    job.out = fs::path(testing::TempDir()) / ("speculation_ranks_" + kind + name);
+    const SpeculationResult result =
+        TrainSpeculation(job, &dataset, traces.routers, with);
+    return result;
+  };
+  for (const std::string kind : {"hidden", "interlayer"}) {
+    const SpeculationResult many = train(kind, "_many", comm.get());
+    LocalCommunicator alone;
+    const SpeculationResult one =
+        train(kind, "_one_" + std::to_string(rank.rank), &alone);
+    ASSERT_EQ(many.losses.size(), static_cast<size_t>(steps(kind)));
+    for (size_t i = 0; i < many.losses.size(); ++i) {
+      EXPECT_NEAR(many.losses[i], one.losses[i], 1e-5 * std::abs(one.losses[i]))
+          << kind << " step " << i + 1;
+    }
+    EXPECT_EQ(many.results["world_size"], rank.world);
+    ASSERT_EQ(many.results["scores"].size(), one.results["scores"].size());
+    for (size_t i = 0; i < one.results["scores"].size(); ++i) {
+      const Json &a = many.results["scores"][i], &b = one.results["scores"][i];
+      EXPECT_EQ(a["samples"], b["samples"]);
+      EXPECT_NEAR(a["cross_entropy"].get<double>(), b["cross_entropy"].get<double>(), 1e-3);
+    }
+    for (const auto& [name, entries] : one.results["baselines"].items()) {
+      for (size_t i = 0; i < entries.size(); ++i) {
+        EXPECT_EQ(many.results["baselines"][name][i]["top1"], entries[i]["top1"]) << name;
+      }
+    }
+  }
+  comm->Barrier();
+  if (rank.is_root()) {
+    for (const auto& entry : fs::directory_iterator(testing::TempDir())) {
+      if (entry.path().filename().string().rfind("speculation_ranks_", 0) == 0) {
+        fs::remove_all(entry.path());
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace routecast
+
+int main(int argc, char** argv) {
+  testing::InitGoogleTest(&argc, argv);
+  const routecast::MpiSession mpi(&argc, &argv);
+  routecast::session = &mpi;
+  return RUN_ALL_TESTS();
+}

@@ -1,0 +1,53 @@
+// Samples -> windows and labels -> loss. The one place where training, validation and
+// test meet the featuriser.
+// B windows, T tokens, H leads, E experts.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "models/speculation_model.h"
+#include "trainer/trace_dataset.h"
+#include "trainer/window_sampler.h"
+
+namespace routecast {
+
+struct SpeculationBatch {
+  RoutingWindow window;     // on the CPU; To() gives the device's
+  at::Tensor labels_BTH;    // int64, -100 = does not count; [.., h] is lead h + 1
+  at::Tensor documents_BT;  // int64, the bits of the document's id
+  uint64_t id = 0;
+  int64_t num_labels = 0;  // that count, over all leads
+};
+
+// `hidden`: router inputs are wanted (REQUIRED of all sequences where source_layer >= 0).
+SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dataset,
+                                      WithHidden hidden);
+RoutingWindow WindowTo(const RoutingWindow& window, at::Device device);
+
+// Groups of windows that a kind can learn from or is scored on: every (stack, source
+// layer) that has a lead and a sequence. Kinds that read router inputs get sequences that
+// have them where source_layer >= 0; source -1 has none, so every sequence serves it.
+std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
+                                  WithHidden hidden);
+// A part's windows in a fixed order as micro-batches of similar length, with router inputs
+// in all or none of their sequences. At most `sequences` of each group (0 = all), chosen
+// by `seed`.
+std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
+                                          const std::vector<SampleGroup>& groups,
+                                          int micro_batch, uint64_t sequences,
+                                          uint64_t seed);
+
+struct LossSums {
+  at::Tensor total;  // summed over labels; what backward runs from
+  double cross_entropy = 0, top1 = 0, top4 = 0;  // sums over labels
+  int64_t labels = 0;
+};
+// Cross-entropy of the routing plus `confidence_weight` times the binary cross-entropy of
+// the confidence against "the top-1 is right". Throws std::logic_error naming the batch
+// where a value is not finite.
+LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
+                         double confidence_weight);
+
+}  // namespace routecast

@@ -1,0 +1,94 @@
+#include "trainer/speculation_report.h"
+
+#include <cmath>
+#include <cstdio>
+
+namespace routecast {
+namespace {
+
+constexpr const char* kShown[] = {"frequency", "token_table", "markov", "previous_token",
+                                  "stale_gate"};
+
+Json Entries(const std::vector<LeadScores>& scores) {
+  Json entries = Json::array();
+  for (const LeadScores& s : scores) entries.push_back(s.ToJson());
+  return entries;
+}
+
+const LeadScores* Find(const std::vector<LeadScores>& scores, const LeadScores& like) {
+  for (const LeadScores& s : scores) {
+    if (s.phase == like.phase && s.layer == like.layer && s.lead == like.lead) return &s;
+  }
+  return nullptr;
+}
+
+template <typename... Values>
+std::string Format(const char* format, Values... values) {
+  char text[256];
+  std::snprintf(text, sizeof text, format, values...);
+  return text;
+}
+
+std::string Row(const LeadScores& s, const TestScores& test) {
+  std::string row =
+      Format("%-8s %5d %5d %6d  %5.1f %5.1f %5.1f  %5.1f-%-5.1f", StackName(s.phase),
+             s.layer, s.lead, s.target, 100 * s.top[0], 100 * s.top[1], 100 * s.top[3],
+             100 * s.ci95_low, 100 * s.ci95_high);
+  for (const char* name : kShown) {
+    const LeadScores* other = nullptr;
+    for (const auto& [baseline, scores] : test.baselines) {
+      if (baseline == name) other = Find(scores, s);
+    }
+    row += other ? Format(" %11.1f", 100 * other->top[0]) : Format(" %11s", "-");
+  }
+  return row + "\n";
+}
+
+}  // namespace
+
+Json ResultsJson(const SpeculationReport& r) {
+  Json baselines = Json::object();
+  for (const auto& [name, scores] : r.test.baselines) baselines[name] = Entries(scores);
+  Json json = {{"kind", r.options.kind},
+               {"parameters", r.parameters},
+               {"seed", r.options.seed},
+               {"world_size", r.world_size},
+               {"steps", r.steps},
+               {"best_step", r.best_step},
+               {"split", r.split},
+               {"validation",
+                {{"loss", r.validation.loss},
+                 {"top1", r.validation.top1},
+                 {"top4", r.validation.top4},
+                 {"samples", r.validation.labels}}},
+               {"scores", Entries(r.test.model)},
+               {"baselines", baselines}};
+  if (r.has_control) {
+    json["stale_gate_control"] = {{"accuracy", r.control.share()},
+                                  {"tokens", r.control.tokens},
+                                  {"ties_within_rounding", r.control.ties}};
+  }
+  return json;
+}
+
+std::string ResultsTable(const SpeculationReport& r, int num_experts) {
+  std::string text = Format(
+      "%s, %lld parameters: test documents, %% (chance %.1f; loss in nats, ln E = %.3f, "
+      "validation %.3f)\n",
+      r.options.kind.c_str(), static_cast<long long>(r.parameters), 100.0 / num_experts,
+      std::log(double(num_experts)), r.validation.loss);
+  text += Format("%-8s %5s %5s %6s  %5s %5s %5s  %-11s", "phase", "layer", "lead", "target",
+                 "top1", "top2", "top4", "top1 95 %");
+  for (const char* name : kShown) text += Format(" %11.11s", name);
+  text += "\n";
+  for (const LeadScores& s : r.test.model) text += Row(s, r.test);
+  if (r.has_control) {
+    text += Format(
+        "stale gate at distance 0: %.1f %% of %lld tokens (%lld ties within bf16)\n",
+        100 * r.control.share(), static_cast<long long>(r.control.tokens),
+        static_cast<long long>(r.control.ties));
+  }
+  return text;
+}
+
+}  // namespace routecast

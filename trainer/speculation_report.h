@@ -1,0 +1,29 @@
+// results.json and the printed table of a trained speculation model.
+// Thread rule: pure functions.
+#pragma once
+
+#include <string>
+
+#include "models/speculation_model.h"
+#include "trainer/speculation_evaluation.h"
+#include "trainer/speculation_options.h"
+
+namespace routecast {
+
+struct SpeculationReport {
+  SpeculationOptions options;
+  int64_t parameters = 0;
+  int world_size = 1;
+  int64_t steps = 0, best_step = 0;
+  Json split;  // TraceDataset::SplitJson()
+  ValidationScores validation;
+  TestScores test;
+  StaleControl control;
+  bool has_control = false;  // router inputs were there to check
+};
+
+Json ResultsJson(const SpeculationReport& report);
+// A row a (phase, layer, lead): top-1/2/4 of the model, top-1 of the baselines.
+std::string ResultsTable(const SpeculationReport& report, int num_experts);
+
+}  // namespace routecast

@@ -1,0 +1,396 @@
+#include "trainer/speculation_trainer.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <optional>
+
+#include "common/errors.h"
+#include "common/progress.h"
+#include "common/random.h"
+#include "common/stop.h"
+#include "trainer/adamw.h"
+#include "trainer/gradient_reducer.h"
+#include "trainer/speculation_report.h"
+#include "trainer/train_state.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kDropoutStream = 0x64726f70ULL;
+constexpr uint64_t kValidationStream = 0x76616cULL;
+constexpr uint64_t kTestStream = 0x74657374ULL;
+constexpr int kEvaluationsPerRun = 8;
+constexpr int kEvaluationMicroBatch = 32;
+
+WithHidden HiddenOf(const SpeculationConfig& config) {
+  return config.hidden_width > 0 ? WithHidden::kYes : WithHidden::kNo;
+}
+
+SpeculationConfig ConfigOf(const SpeculationJob& job, TraceDataset* dataset) {
+  const bool hidden = job.options.kind == "hidden";
+  if (hidden && !dataset->any_hidden()) {
+    throw UsageError(ErrorText("--kind=hidden needs router inputs; the store has none", "",
+                               "collect with --record=ids,hidden, or use --kind=interlayer"));
+  }
+  return DefaultSpeculationConfig(job.options.kind, dataset->geometry(),
+                                  static_cast<int>(dataset->vocab_size()),
+                                  hidden ? dataset->geometry().d_model : 0);
+}
+
+// What the traces are, for "the same run".
+std::string FingerprintOf(const TraceDataset& dataset) {
+  uint64_t hash = 0;
+  for (const SequenceInfo& s : dataset.sequences()) {
+    hash = Mix(hash, s.sequence_id, s.group_id,
+               (uint64_t{s.encoder_tokens} << 32) | s.decoder_tokens, s.has_hidden);
+  }
+  return Hex64(hash);
+}
+
+SpeculationOptions Effective(SpeculationOptions o) {
+  if (o.learning_rate == 0) o.learning_rate = o.kind == "interlayer" ? 1e-3 : 2e-3;
+  return o;
+}
+
+class SpeculationTrainer {
+ public:
+  SpeculationTrainer(const SpeculationJob& job, TraceDataset* dataset,
+                     const std::vector<RouterWeights>& routers, Communicator* comm)
+      : job_(job),
+        options_(Effective(job.options)),
+        dataset_(dataset),
+        routers_(routers),
+        comm_(comm),
+        rank_(comm->rank_info()),
+        config_(ConfigOf(job, dataset)),
+        hidden_(HiddenOf(config_)),
+        sampler_(GroupsOf(*dataset, SplitPart::kTrain, hidden_),
+                 {options_.seed, options_.micro_batch, options_.global_batch}),
+        validation_(Part(SplitPart::kValidation, options_.validation_sequences,
+                         kValidationStream)),
+        model_(MakeSpeculationModel(config_, options_.seed)) {
+    const auto per_epoch = static_cast<int64_t>(sampler_.steps_per_epoch());
+    steps_ = options_.steps > 0 ? options_.steps : options_.epochs * per_epoch;
+    validate_every_ =
+        options_.validate_every > 0
+            ? options_.validate_every
+            : std::max<int64_t>(1, std::min(per_epoch, steps_ / kEvaluationsPerRun));
+    model_->To(job.device);
+    AdamWOptions adamw;
+    adamw.weight_decay = options_.weight_decay;
+    optimizer_.emplace(model_->parameters(), adamw);
+    reducer_.emplace(model_->parameters().tensors(), comm);
+  }
+
+  SpeculationResult Run() {
+    const StaleControl control = Control();
+    Resume();
+    OpenMetrics();
+    Progress progress("train " + options_.kind, "steps", static_cast<uint64_t>(steps_),
+                      job_.quiet || !rank_.is_root());
+    progress.Update(static_cast<uint64_t>(step_));
+    while (step_ < steps_ && !exhausted_) {
+      const double loss = Step(progress.seconds());
+      progress.Update(static_cast<uint64_t>(step_), Note(loss));
+      if (step_ % validate_every_ == 0 || step_ == steps_) ValidateAndSave();
+      if (stop_ && step_ < steps_ && !exhausted_) {
+        Save();
+        throw StoppedError("stopped at step " + std::to_string(step_) +
+                           "; start the same command again and it goes on");
+      }
+    }
+    progress.Finish();
+    return Finish(control);
+  }
+
+ private:
+  EvaluationData Part(SplitPart part, uint64_t sequences, uint64_t stream) const {
+    const std::vector<SampleGroup> groups = GroupsOf(*dataset_, part, hidden_);
+    return {dataset_,
+            EvaluationBatches(*dataset_, groups, kEvaluationMicroBatch, sequences,
+                              Mix(options_.seed, stream)),
+            hidden_, job_.device};
+  }
+  fs::path StateFolder() const { return job_.out / "state"; }
+  Json Configuration() const {
+    Json json = options_.ToJson();
+    json["model"] = config_.ToJson();
+    json["traces"] = FingerprintOf(*dataset_);
+    return json;
+  }
+
+  // The stale gate's control, before any time is spent on training.
+  StaleControl Control() const {
+    if (routers_.empty() || !dataset_->any_hidden()) return {};
+    return CheckStaleGate(routers_, validation_, comm_);
+  }
+
+  void Resume() {
+    if (rank_.is_root()) {
+      MakeFolder(job_.out);
+      if (job_.resume == "never") fs::remove_all(StateFolder());
+    }
+    comm_->Barrier();
+    if (job_.resume == "never") return;
+    const fs::path from = job_.resume == "auto" ? StateFolder() : fs::path(job_.resume) / "state";
+    const auto state = FindTrainState(from);
+    if (!state && job_.resume != "auto") {
+      throw UsageError(ErrorText(from.string() + " holds no unfinished run", "",
+                                 "give the --out of a stopped run to --resume"));
+    }
+    if (!state) return;
+    CheckSameConfiguration(state->configuration, Configuration(), job_.out);
+    LoadTrainState(from, state->step, model_->parameters(), &*optimizer_);
+    step_ = state->step;
+    best_loss_ = state->extra.at("best_loss");
+    best_step_ = state->extra.at("best_step");
+    worse_ = state->extra.at("worse");
+    loss_sum_ = state->extra.at("loss_sum");
+    loss_steps_ = state->extra.at("loss_steps");
+    samples_ = state->extra.at("samples");
+    previous_best_ = best_step_;
+    if (best_step_ > 0) best_ = ReadParameters(BestFile(from, best_step_), at::kFloat);
+  }
+
+  void OpenMetrics() {
+    if (!rank_.is_root()) return;
+    const fs::path file = job_.out / "metrics.jsonl";
+    if (step_ > 0) TruncateJsonLines(file, "step", step_);
+    metrics_.emplace(file, step_ > 0);
+  }
+
+  // One step of the global batch: fixed micro-batches dealt to ranks, gradients summed
+  // while backward runs, divided by the labels of all ranks.
+  double Step(double seconds) {
+    const auto per_epoch = static_cast<int64_t>(sampler_.steps_per_epoch());
+    const auto epoch = static_cast<uint64_t>(step_ / per_epoch);
+    const auto mine = sampler_.Step(epoch, static_cast<uint64_t>(step_ % per_epoch),
+                                    rank_.rank, rank_.world);
+    double sums[4] = {0, 0, 0, 0};  // loss, labels, windows, a stop was requested
+    reducer_->BeginStep();
+    for (size_t i = 0; i < mine.size(); ++i) {
+      if (i + 1 == mine.size()) reducer_->LastBackward();
+      const SpeculationBatch batch = MakeSpeculationBatch(mine[i], dataset_, hidden_);
+      const SpeculationOutput output =
+          model_->Forward(WindowTo(batch.window, job_.device),
+                          Mix(options_.seed, kDropoutStream, batch.id));
+      const LossSums loss = SpeculationLoss(output, batch, options_.confidence_weight);
+      loss.total.backward();
+      sums[0] += loss.total.item<double>();
+      sums[1] += static_cast<double>(loss.labels);
+      sums[2] += static_cast<double>(mine[i].sequences.size());
+    }
+    sums[3] = StopRequested() || step_ + 1 == job_.stop_after ? 1 : 0;
+    comm_->AllReduceSum(sums);
+    const double labels = std::max(1.0, sums[1]);
+    reducer_->Finalize(1 / labels);
+    const double norm = reducer_->GradientNorm();
+    if (!std::isfinite(norm)) {
+      throw std::logic_error("the gradient is not finite at step " +
+                             std::to_string(step_));
+    }
+    if (norm > options_.clip_norm) reducer_->Scale(options_.clip_norm / norm);
+    const double rate = SpeculationLearningRate(options_, step_, steps_);
+    optimizer_->Step(rate);
+    ++step_;
+    stop_ = sums[3] > 0;
+    samples_ += static_cast<int64_t>(sums[2]);
+    process_samples_ += sums[2];
+    losses_.push_back(sums[0] / labels);
+    loss_sum_ += losses_.back();
+    ++loss_steps_;
+    if (step_ % options_.log_every == 0 || step_ == steps_) {
+      LogStep(rate, norm, process_samples_ / std::max(1e-9, seconds));
+    }
+    return losses_.back();
+  }
+
+  double Epoch() const {
+    return static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch());
+  }
+  void LogStep(double rate, double norm, double samples_per_second) {
+    const double loss = loss_sum_ / static_cast<double>(loss_steps_);
+    loss_sum_ = 0;
+    loss_steps_ = 0;
+    if (!metrics_) return;
+    metrics_->Write({{"step", step_},
+                     {"epoch", Epoch()},
+                     {"samples", samples_},
+                     {"train_loss", loss},
+                     {"learning_rate", rate},
+                     {"grad_norm", norm},
+                     {"samples_per_second", samples_per_second}});
+  }
+  std::string Note(double loss) const {
+    char text[96];
+    std::snprintf(text, sizeof text, "loss %.3f, best %.3f (ln E %.3f)", loss,
+                  best_step_ > 0 ? best_loss_ : 0.0, std::log(double(config_.geometry.num_experts)));
+    return text;
+  }
+
+  // Early stopping: the parameters of the best validation are what is kept.
+  void ValidateAndSave() {
+    const ValidationScores scores = Validate(model_.get(), validation_, comm_);
+    if (metrics_) {
+      metrics_->Write({{"step", step_},
+                       {"epoch", Epoch()},
+                       {"samples", samples_},
+                       {"valid_loss", scores.loss},
+                       {"top1", scores.top1},
+                       {"top4", scores.top4}});
+    }
+    if (best_step_ == 0 || scores.loss < best_loss_) {
+      best_loss_ = scores.loss;
+      best_step_ = step_;
+      worse_ = 0;
+      best_ = Parameters();
+      for (const auto& [name, tensor] : model_->parameters().items()) {
+        best_.Add(name, tensor.detach().clone());
+      }
+    } else {
+      ++worse_;
+    }
+    exhausted_ = options_.patience > 0 && worse_ >= options_.patience;
+    Save();
+  }
+
+  static fs::path BestFile(const fs::path& folder, int64_t step) {
+    return folder / ("best-" + std::to_string(step) + ".safetensors");
+  }
+  // The best parameters first, under a name of their own: the state that names them comes
+  // after, and only then an older best goes.
+  void Save() {
+    if (rank_.is_root()) {
+      MakeFolder(StateFolder());
+      if (best_step_ > 0 && !fs::exists(BestFile(StateFolder(), best_step_))) {
+        WriteParameters(BestFile(StateFolder(), best_step_), best_, at::kFloat);
+      }
+      const Json extra = {{"best_loss", best_loss_},   {"best_step", best_step_},
+                          {"worse", worse_},           {"loss_sum", loss_sum_},
+                          {"loss_steps", loss_steps_}, {"samples", samples_}};
+      SaveTrainState(StateFolder(), {step_, Configuration(), extra}, model_->parameters(),
+                     *optimizer_);
+      RemoveOldBests();
+    }
+    comm_->Barrier();
+  }
+  // Bests that neither this state nor the one before can name.
+  void RemoveOldBests() {
+    if (previous_best_ != best_step_) {
+      for (const auto& entry : fs::directory_iterator(StateFolder())) {
+        const fs::path& p = entry.path();
+        if (p.extension() == ".safetensors" && p != BestFile(StateFolder(), best_step_) &&
+            p != BestFile(StateFolder(), previous_best_)) {
+          fs::remove(p);
+        }
+      }
+    }
+    previous_best_ = best_step_;
+  }
+
+  void UseBest() {
+    const c10::NoGradGuard no_grad;
+    if (best_step_ == 0) return;
+    for (const auto& [name, tensor] : model_->parameters().items()) {
+      tensor.copy_(best_.Get(name));
+    }
+  }
+
+  SpeculationResult Finish(const StaleControl& control) {
+    UseBest();
+    SpeculationReport report;
+    report.options = options_;
+    report.parameters = model_->parameters().num_elements();
+    report.world_size = rank_.world;
+    report.steps = step_;
+    report.best_step = best_step_;
+    report.split = dataset_->SplitJson();
+    report.validation = Validate(model_.get(), validation_, comm_);
+    report.has_control = control.tokens > 0;
+    report.control = control;
+    const Calibration calibration = FitCalibration(model_.get(), validation_, comm_);
+    const auto tables =
+        FitBaselines(dataset_, job_.out, job_.out / "baselines.safetensors", comm_);
+    const EvaluationData test = Part(SplitPart::kTest, options_.test_sequences, kTestStream);
+    report.test = Test(model_.get(), calibration, tables, routers_, test, options_.seed, comm_);
+    SpeculationResult result;
+    result.results = ResultsJson(report);
+    result.table = ResultsTable(report, config_.geometry.num_experts);
+    result.losses = losses_;
+    if (rank_.is_root()) {
+      SaveSpeculationModel(job_.out, *model_, calibration,
+                           {{"options", options_.ToJson()}, {"best_step", best_step_}});
+      WriteFileAtomic(job_.out / "results.json", result.results.dump(2) + "\n");
+      fs::remove_all(StateFolder());
+    }
+    comm_->Barrier();
+    return result;
+  }
+
+  const SpeculationJob job_;
+  const SpeculationOptions options_;
+  TraceDataset* dataset_;
+  const std::vector<RouterWeights> routers_;
+  Communicator* comm_;
+  RankInfo rank_;
+  SpeculationConfig config_;
+  WithHidden hidden_;
+  WindowSampler sampler_;
+  EvaluationData validation_;
+  std::unique_ptr<SpeculationModel> model_;
+  std::optional<AdamW> optimizer_;
+  std::optional<GradientReducer> reducer_;
+  std::optional<JsonLines> metrics_;  // rank 0
+  int64_t steps_ = 0, validate_every_ = 1;
+
+  // What a checkpoint holds beside the tensors.
+  int64_t step_ = 0, samples_ = 0;
+  double best_loss_ = 0;
+  int64_t best_step_ = 0;  // 0 = not validated yet
+  Parameters best_;
+  int worse_ = 0;  // validations since the best
+  double loss_sum_ = 0;
+  int64_t loss_steps_ = 0;
+
+  int64_t previous_best_ = 0;
+  bool stop_ = false, exhausted_ = false;
+  double process_samples_ = 0;
+  std::vector<double> losses_;
+};
+
+}  // namespace
+
+SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* dataset,
+                                   const std::vector<RouterWeights>& routers,
+                                   Communicator* comm) {
+  at::globalContext().setDeterministicAlgorithms(job.deterministic, /*warn_only=*/false);
+  return SpeculationTrainer(job, dataset, routers, comm).Run();
+}
+
+std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
+                                int world) {
+  const SpeculationOptions o = Effective(job.options);
+  const SpeculationConfig config = ConfigOf(job, dataset);
+  const WindowSampler sampler(GroupsOf(*dataset, SplitPart::kTrain, HiddenOf(config)),
+                              {o.seed, o.micro_batch, o.global_batch});
+  const int64_t elements =
+      MakeSpeculationModel(config, o.seed)->parameters().num_elements();
+  const auto per_epoch = static_cast<long long>(sampler.steps_per_epoch());
+  char text[512];
+  std::snprintf(
+      text, sizeof text,
+      "traces: %s\nmodel: %s, %lld parameters\nrun: %lld steps of %d windows on %d ranks; "
+      "%lld steps an epoch of %llu windows\nmemory: %s a rank before activations and traces\n",
+      dataset->SplitJson().dump().c_str(), o.kind.c_str(), static_cast<long long>(elements),
+      static_cast<long long>(o.steps > 0 ? o.steps : o.epochs * per_epoch), o.global_batch,
+      world, per_epoch, static_cast<unsigned long long>(sampler.samples_per_epoch()),
+      FormatBytes(static_cast<uint64_t>(elements) * 4 * 5).c_str());
+  return text;
+}
+
+}  // namespace routecast

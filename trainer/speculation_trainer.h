@@ -1,0 +1,49 @@
+// Trains a speculation model on recorded routing, data-parallel, and scores it on test
+// documents beside its baselines. Thread rule: one thread a rank; every rank makes the
+// same calls.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "models/checkpoint.h"
+#include "trainer/speculation_evaluation.h"
+#include "trainer/speculation_options.h"
+
+namespace routecast {
+
+struct SpeculationJob {
+  SpeculationOptions options;
+  // Becomes a speculation model's folder (config.json, model.safetensors) with
+  // baselines.safetensors, results.json and metrics.jsonl; holds state/ while training.
+  fs::path out;
+  at::Device device = at::Device("cpu");
+  // auto: go on with an unfinished run of the same configuration in `out`, refuse
+  // another; never: start anew; else the folder of an unfinished run to go on from.
+  std::string resume = "auto";
+  bool deterministic = true;  // refuse operations whose result may differ by run
+  int64_t stop_after = 0;  // as if a stop were requested after this step; 0 = never
+  bool quiet = false;
+};
+
+struct SpeculationResult {
+  Json results;       // what results.json holds
+  std::string table;  // for people
+  // Mean training loss of each step of this process, with the confidence's part.
+  std::vector<double> losses;
+};
+
+// `routers` (of the traced model) serve the stale gate; empty = none. Throws UsageError
+// (nothing to learn from, another run in `out`), DataError (the stale gate's control
+// fails) and StoppedError after saving on request.
+SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* dataset,
+                                   const std::vector<RouterWeights>& routers,
+                                   Communicator* comm);
+
+// What --dry_run prints: model, parameters, windows, steps, memory.
+std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
+                                int world);
+
+}  // namespace routecast

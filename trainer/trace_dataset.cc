@@ -1,0 +1,155 @@
+#include "trainer/trace_dataset.h"
+
+#include <algorithm>
+#include <set>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint32_t kFewestTokens = 2;
+constexpr size_t kScanSequences = 256;
+
+uint64_t BytesOf(const RoutingSpan& s) {
+  return s.token_ids.size() * 4 + s.expert_ids.size() * 2 + s.gate_probs.size() * 4 +
+         s.dropped.size() + s.margins.size() * 4 + s.topk_ids.size() * 2 +
+         s.topk_probs.size() * 4 + s.hidden.size() * 2;
+}
+
+// Training looks at ids, drops and router inputs; the rest would only fill memory.
+void DropUnused(RoutingSpan* span) {
+  span->gate_probs = {};
+  span->margins = {};
+  span->topk_ids = {};
+  span->topk_probs = {};
+  span->top_k = 0;
+}
+
+}  // namespace
+
+TraceDataset::TraceDataset(std::shared_ptr<const TraceReader> reader,
+                           TraceDatasetOptions options)
+    : reader_(std::move(reader)),
+      options_(options),
+      geometry_(reader_->config().geometry),
+      sequences_(reader_->sequences()) {
+  if (sequences_.empty()) {
+    throw UsageError(ErrorText(reader_->path().string() + " holds no sequence", "",
+                               "collect first: routecast-collect --store=..."));
+  }
+  for (const SequenceInfo& s : sequences_) parts_.push_back(SplitOf(s.group_id));
+  kept_.resize(sequences_.size());
+}
+
+TraceDataset::TraceDataset(std::vector<RoutingTrace> traces, MoeGeometry geometry)
+    : geometry_(geometry) {
+  for (RoutingTrace& t : traces) {
+    SequenceInfo info;
+    info.sequence_id = t.sequence_id;
+    info.document_id = t.document_id;
+    info.group_id = t.group_id;
+    info.encoder_tokens = static_cast<uint32_t>(t.encoder.num_tokens);
+    info.decoder_tokens = static_cast<uint32_t>(t.decoder.num_tokens);
+    info.has_hidden = !t.encoder.hidden.empty() || !t.decoder.hidden.empty();
+    sequences_.push_back(info);
+    parts_.push_back(SplitOf(t.group_id));
+    kept_.push_back({std::make_shared<const RoutingTrace>(std::move(t)), true});
+  }
+}
+
+uint32_t TraceDataset::length(uint32_t sequence, Stack stack) const {
+  const SequenceInfo& s = sequences_[sequence];
+  return stack == Stack::kEncoder ? s.encoder_tokens : s.decoder_tokens;
+}
+
+bool TraceDataset::any_hidden() const {
+  return std::any_of(sequences_.begin(), sequences_.end(),
+                     [](const SequenceInfo& s) { return s.has_hidden; });
+}
+
+int64_t TraceDataset::vocab_size() {
+  if (vocab_size_ > 0) return vocab_size_;
+  uint32_t largest = 0;
+  std::vector<uint32_t> batch;
+  for (uint32_t i = 0; i < sequences_.size(); ++i) {
+    batch.push_back(i);
+    if (batch.size() < kScanSequences && i + 1 < sequences_.size()) continue;
+    for (const auto& trace : Read(batch, WithHidden::kNo)) {
+      for (const RoutingSpan* span : {&trace->encoder, &trace->decoder}) {
+        for (const uint32_t id : span->token_ids) largest = std::max(largest, id);
+      }
+    }
+    batch.clear();
+  }
+  return vocab_size_ = int64_t{largest} + 1;
+}
+
+void TraceDataset::Keep(uint32_t sequence, bool hidden,
+                        std::shared_ptr<const RoutingTrace> trace) {
+  Kept& kept = kept_[sequence];
+  const uint64_t before =
+      kept.trace ? BytesOf(kept.trace->encoder) + BytesOf(kept.trace->decoder) : 0;
+  const uint64_t bytes = BytesOf(trace->encoder) + BytesOf(trace->decoder);
+  if (kept_bytes_ - before + bytes > options_.cache_bytes) return;
+  kept_bytes_ += bytes - before;
+  kept = {std::move(trace), hidden};
+}
+
+std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
+    std::span<const uint32_t> sequences, WithHidden with_hidden) {
+  const bool hidden = with_hidden == WithHidden::kYes;
+  std::vector<std::shared_ptr<const RoutingTrace>> found(sequences.size());
+  std::vector<size_t> missing;
+  std::vector<uint64_t> ids;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const Kept& kept = kept_[sequences[i]];
+    if (kept.trace && (kept.hidden || !hidden || !sequences_[sequences[i]].has_hidden)) {
+      found[i] = kept.trace;
+    } else {
+      missing.push_back(i);
+      ids.push_back(sequences_[sequences[i]].sequence_id);
+    }
+  }
+  if (missing.empty()) return found;
+  std::vector<RoutingTrace> read = reader_->ReadMany(ids, with_hidden);
+  for (size_t m = 0; m < missing.size(); ++m) {
+    DropUnused(&read[m].encoder);
+    DropUnused(&read[m].decoder);
+    found[missing[m]] = std::make_shared<const RoutingTrace>(std::move(read[m]));
+    Keep(sequences[missing[m]], hidden, found[missing[m]]);
+  }
+  return found;
+}
+
+std::vector<uint32_t> TraceDataset::Select(SplitPart part, Stack stack,
+                                           WithHidden with_hidden) const {
+  std::vector<uint32_t> chosen;
+  for (uint32_t i = 0; i < sequences_.size(); ++i) {
+    if (parts_[i] != part || length(i, stack) < kFewestTokens) continue;
+    if (with_hidden == WithHidden::kYes && !sequences_[i].has_hidden) continue;
+    chosen.push_back(i);
+  }
+  return chosen;
+}
+
+Json TraceDataset::SplitJson() const {
+  Json json = Json::object();
+  for (const SplitPart part :
+       {SplitPart::kTrain, SplitPart::kValidation, SplitPart::kTest}) {
+    std::set<uint64_t> documents;
+    uint64_t samples = 0, with_hidden = 0;
+    for (uint32_t i = 0; i < sequences_.size(); ++i) {
+      if (parts_[i] != part) continue;
+      documents.insert(sequences_[i].document_id);
+      ++samples;
+      with_hidden += sequences_[i].has_hidden;
+    }
+    json[SplitPartName(part)] = {{"documents", documents.size()},
+                                 {"samples", samples},
+                                 {"samples_with_router_inputs", with_hidden}};
+  }
+  return json;
+}
+
+}  // namespace routecast

@@ -1,0 +1,68 @@
+// The traces of one store (or of memory) as training sees them: split by document group,
+// read by index, kept in memory where they fit.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "common/run_record.h"
+#include "storage/trace_reader.h"
+#include "trainer/window_sampler.h"
+
+namespace routecast {
+
+struct TraceDatasetOptions {
+  // Records that are kept in memory once read; what does not fit is read each time it is
+  // needed. Per rank.
+  uint64_t cache_bytes = uint64_t{1} << 30;
+};
+
+// Thread rule: one thread at a time. `uint32_t` sequences are indices into sequences().
+class TraceDataset {
+ public:
+  // Throws UsageError where the store has no sequence, and what TraceReader throws.
+  TraceDataset(std::shared_ptr<const TraceReader> reader, TraceDatasetOptions options);
+  // Of traces in memory.
+  TraceDataset(std::vector<RoutingTrace> traces, MoeGeometry geometry);
+
+  const MoeGeometry& geometry() const { return geometry_; }
+  const std::vector<SequenceInfo>& sequences() const { return sequences_; }
+  SplitPart part(uint32_t sequence) const { return parts_[sequence]; }
+  uint32_t length(uint32_t sequence, Stack stack) const;
+  bool any_hidden() const;
+  // The largest token id of the store plus one: the smallest vocabulary that covers it.
+  // Reads every record, once.
+  int64_t vocab_size();
+
+  // In the order asked. Router inputs are there where asked for and recorded; they may be
+  // there where not asked for.
+  std::vector<std::shared_ptr<const RoutingTrace>> Read(
+      std::span<const uint32_t> sequences, WithHidden with_hidden);
+
+  // Sequences of a part that a (stack, source layer) can use: two tokens or more in that
+  // stack, and router inputs where asked for. Ascending.
+  std::vector<uint32_t> Select(SplitPart part, Stack stack,
+                               WithHidden with_hidden) const;
+  // `split` of results.json: documents and sequences of each part.
+  Json SplitJson() const;
+
+ private:
+  struct Kept {
+    std::shared_ptr<const RoutingTrace> trace;
+    bool hidden = false;  // router inputs were asked for
+  };
+  void Keep(uint32_t sequence, bool hidden, std::shared_ptr<const RoutingTrace> trace);
+
+  std::shared_ptr<const TraceReader> reader_;  // null: everything is in kept_
+  TraceDatasetOptions options_;
+  MoeGeometry geometry_;
+  std::vector<SequenceInfo> sequences_;
+  std::vector<SplitPart> parts_;
+  std::vector<Kept> kept_;  // parallel to sequences_
+  uint64_t kept_bytes_ = 0;
+  int64_t vocab_size_ = 0;  // 0 = not looked up yet
+};
+
+}  // namespace routecast
