@@ -40,9 +40,14 @@ corpus=$cache/corpus
 data=(--data="text:$corpus/gcide.txt#blocks" --data="text:$corpus/anarchism.txt#blocks"
       --data="text:$corpus/wordnet.txt#blocks" --cache="$cache/corpus-index")
 if [ "$quick" = yes ]; then
-  pretrain_steps=10 sequences=400 generated=60 epochs=3 rounds=5
+  pretrain_steps=10 sequences=400 generated=60 rounds=5
+  train_hidden=(--steps=80 --test_sequences=100 --validation_sequences=64)
+  train_interlayer=(--steps=6 --test_sequences=16 --validation_sequences=16)
 else
-  pretrain_steps=60 sequences=4000 generated=400 epochs=8 rounds=20
+  pretrain_steps=60 sequences=4000 generated=400 rounds=20
+  train_hidden=(--steps=500 --test_sequences=600)
+  # A window of `interlayer` costs many times one of `hidden`: its steps are few.
+  train_interlayer=(--steps=60 --test_sequences=64 --validation_sequences=32)
 fi
 # The `demo` preset whole where its model is used, else a look at how it goes.
 size=(--steps="$pretrain_steps")
@@ -112,11 +117,11 @@ run_demo() {
     --max_length=128 --hidden_share=1 --store="$out/store-generate"
   step stats "statistics of the store" "$build/bin/routecast-trace" stats \
     --store="$out/store" --out="$out/stats"
-  local kind
-  for kind in hidden interlayer; do
-    step "train-$kind" "speculation model: $kind, $ranks ranks" "$root/launch/train.sh" \
-      -n $ranks --store="$out/store" --kind=$kind --epochs=$epochs --out="$out/train-$kind"
-  done
+  step train-hidden "speculation model: hidden, $ranks ranks" "$root/launch/train.sh" \
+    -n $ranks --store="$out/store" --kind=hidden "${train_hidden[@]}" --out="$out/train-hidden"
+  step train-interlayer "speculation model: interlayer, $ranks ranks" \
+    "$root/launch/train.sh" -n $ranks --store="$out/store" --kind=interlayer \
+    "${train_interlayer[@]}" --out="$out/train-interlayer"
   local runs=$out/train-hidden,$out/train-interlayer
   step evaluate "generation under a 25 % budget" "$root/launch/evaluate.sh" --compare \
     --model="$checkpoint" --store="$out/store" --predictor="$runs" --rounds=$rounds \
