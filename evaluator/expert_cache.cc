@@ -10,7 +10,8 @@
 namespace routecast {
 namespace {
 
-constexpr double kRateDecay = 1.0 - 1.0 / 64;
+// Short: what was used lately is used again, and that beats long-run shares (docs/runtime.md).
+constexpr double kRateDecay = 1.0 - 1.0 / 8;
 const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
                                          "least_stale", "phase_aware", "belady"};
 

@@ -60,7 +60,7 @@ class ExpertCache {
   std::optional<ExpertKey> Victim() const;
   // True where the policy gives up `a` before `b`.
   bool LeavesBefore(ExpertKey a, ExpertKey b) const;
-  // Share of its layer's recent visits that used the key (decays over about 64 visits).
+  // Share of its layer's recent visits that used the key (decays over about 8 visits).
   double UseRate(ExpertKey key) const;
 
   // kBelady: the demand uses to come, in order. Each Use must follow it.

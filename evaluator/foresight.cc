@@ -14,6 +14,11 @@ PredictorForesight::PredictorForesight(ExpertPredictor* predictor, const MoeGeom
 std::string PredictorForesight::name() const { return predictor_->name(); }
 
 std::vector<LayerForecast> PredictorForesight::AtPassBegin(const PassInfo& pass) {
+  SkipPass(pass);
+  return Ask(-1);
+}
+
+void PredictorForesight::SkipPass(const PassInfo& pass) {
   const int64_t batch = pass.token_ids_BT.size(0), tokens = pass.token_ids_BT.size(1);
   const int64_t layers = geometry_.layers(pass.stack);
   const bool goes_on = pass.stack == Stack::kDecoder && pass.first_position > 0 &&
@@ -38,7 +43,6 @@ std::vector<LayerForecast> PredictorForesight::AtPassBegin(const PassInfo& pass)
   }
   stack_ = pass.stack;
   pass_tokens_ = static_cast<int>(tokens);
-  return Ask(-1);
 }
 
 void PredictorForesight::Remember(const LayerRouting& routing) {

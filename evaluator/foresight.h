@@ -26,6 +26,7 @@ class Foresight {
   // A layer has chosen and its experts are about to run.
   virtual std::vector<LayerForecast> AtLayer(const LayerRouting& routing) = 0;
   // The same news without the question (speculation is off): keeps histories whole.
+  virtual void SkipPass(const PassInfo& pass) = 0;
   virtual void Skip(const LayerRouting& routing) = 0;
 };
 
@@ -39,6 +40,7 @@ class PredictorForesight : public Foresight {
   std::string name() const override;
   std::vector<LayerForecast> AtPassBegin(const PassInfo& pass) override;
   std::vector<LayerForecast> AtLayer(const LayerRouting& routing) override;
+  void SkipPass(const PassInfo& pass) override;
   void Skip(const LayerRouting& routing) override;
 
  private:
@@ -69,6 +71,7 @@ class OracleForesight : public Foresight {
   std::string name() const override { return "oracle"; }
   std::vector<LayerForecast> AtPassBegin(const PassInfo& pass) override;
   std::vector<LayerForecast> AtLayer(const LayerRouting& routing) override;
+  void SkipPass(const PassInfo&) override {}
   void Skip(const LayerRouting&) override { ++next_; }
 
  private:

@@ -73,16 +73,15 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
   pass_begin_ = clock_.Now();
   stall_ = predict_ = 0;
   if (!foresight_) return;
-  const bool speculating = Speculating();
-  if (!speculating) {
+  if (!Speculating()) {
+    foresight_->SkipPass(pass);
     std::lock_guard lock(mutex_);
     planner_.ForgetPredictions();
+    return;
   }
-  const double from = clock_.Now();
-  // Also where its answer is not wanted: the window starts here.
   const std::vector<LayerForecast> forecasts = foresight_->AtPassBegin(pass);
-  predict_ += clock_.Now() - from;
-  if (speculating) Foresee(forecasts);
+  predict_ += clock_.Now() - pass_begin_;
+  Foresee(forecasts);
 }
 
 void PrefetchRuntime::Foresee(const std::vector<LayerForecast>& forecasts) {
