@@ -54,6 +54,10 @@ class MpiReduce final : public PendingReduce {
   MPI_Request request_ = MPI_REQUEST_NULL;
 };
 
+// A barrier waits for what one rank does alone (training a tokenizer, saving), which takes
+// minutes on a busy machine. A rank that died ends the job without it.
+constexpr double kBarrierDeadlines = 20;
+
 class MpiCommunicator final : public Communicator {
  public:
   MpiCommunicator(RankInfo rank, double deadline) : rank_(rank), deadline_(deadline) {}
@@ -106,7 +110,7 @@ class MpiCommunicator final : public Communicator {
   void Barrier() override {
     MPI_Request request;
     MPI_Ibarrier(MPI_COMM_WORLD, &request);
-    WaitFor(&request, "barrier", rank_, deadline_);
+    WaitFor(&request, "barrier", rank_, kBarrierDeadlines * deadline_);
   }
 
  private:

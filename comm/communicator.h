@@ -63,7 +63,7 @@ class LocalCommunicator final : public Communicator {
 class MpiSession;
 // CPU: MPI. CUDA: NCCL, bootstrapped over MPI (EnvironmentError in a build without CUDA).
 // A world of one gets a LocalCommunicator. `deadline_seconds` bounds every wait for
-// peers.
+// peers; a barrier, which waits for what one rank does alone, may take 20 times as long.
 std::unique_ptr<Communicator> MakeCommunicator(const MpiSession& session,
                                                at::Device device,
                                                double deadline_seconds = 45);
