@@ -40,7 +40,7 @@ corpus=$cache/corpus
 data=(--data="text:$corpus/gcide.txt#blocks" --data="text:$corpus/anarchism.txt#blocks"
       --data="text:$corpus/wordnet.txt#blocks" --cache="$cache/corpus-index")
 if [ "$quick" = yes ]; then
-  pretrain_steps=10 sequences=400 generated=60 rounds=5
+  pretrain_steps=10 sequences=400 generated=60 rounds=3
   train_hidden=(--steps=80 --test_sequences=100 --validation_sequences=64)
   train_interlayer=(--steps=6 --test_sequences=16 --validation_sequences=16)
 else
