@@ -150,13 +150,16 @@ class Job {
                   {[this, owner](uint32_t c) { owner->Ingest(c, token_); },
                    [this](const ChunkResult& r) { Done(r); }}) {}
 
+  // A limit of time is looked at between chunks: however small it is, every run adds at
+  // least one chunk, so a job cut into short allocations ends. A signal cuts into a chunk.
   void Run() {
-    while (KeepGoing()) {
+    while (Serving()) {
       const std::optional<uint32_t> chunk = exchange_.Next();
       if (!chunk) break;
       Compute(*chunk);
+      if (OutOfTime()) break;
     }
-    if (Stopping()) exchange_.Close();
+    if (StopRequested() || OutOfTime()) exchange_.Close();
     exchange_.Drain();
   }
   bool complete() const { return num_done_ == total_; }  // on rank 0
@@ -173,20 +176,19 @@ class Job {
   }
 
  private:
-  bool Stopping() const {
-    return StopRequested() ||
-           (options_.max_hours > 0 && progress_.seconds() > options_.max_hours * 3600);
+  bool OutOfTime() const {
+    return options_.max_hours > 0 && progress_.seconds() > options_.max_hours * 3600;
   }
-  bool KeepGoing() {
+  bool Serving() {
     exchange_.Serve();
-    return !Stopping();
+    return !StopRequested();
   }
   void Compute(uint32_t chunk) {
     ChunkWriter writer(options_.store, config_, chunk, token_);
     ChunkResult result;
     result.chunk = chunk;
     const bool whole = runner_->Run(
-        chunk, [this] { return KeepGoing(); },
+        chunk, [this] { return Serving(); },
         [&](const RoutingTrace& trace) {
           ++result.sequences;
           result.tokens += trace.encoder.num_tokens + trace.decoder.num_tokens;

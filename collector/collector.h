@@ -25,7 +25,7 @@ struct CollectOptions {
   int max_length = 512;         // tokens a sequence; longer documents are cut
   int batch_size = 32;          // sequences a forward pass
   double noise_density = 0.15;  // share of masked tokens in denoise and generate
-  double max_hours = 0;         // stop and save after this time; 0 = no limit
+  double max_hours = 0;         // take no chunk after this time; 0 = no limit
   std::string device = "auto";
   std::string dtype = "fp32";
   int threads = 0;  // per rank; 0 = the store's, or cores / ranks if new

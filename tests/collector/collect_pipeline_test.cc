@@ -1,19 +1,15 @@
 // routecast-collect as people run it: under mpirun, with other numbers of ranks, killed,
 // stopped.
 #include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <chrono>
-#include <cstdlib>
 #include <thread>
 
 #include "common/errors.h"
 #include "common/safetensors.h"
 #include "storage/trace_reader.h"
-#include "tests/collector/tiny_checkpoint.h"
-#include "tests/support/reference.h"
+#include "tests/support/process.h"
+#include "tests/support/tiny_checkpoint.h"
 
 namespace routecast {
 namespace {
@@ -26,22 +22,10 @@ class CollectTest : public testing::Test {
     WriteCheckpoint(folder_ / "other", 2);
     WriteCorpus(folder_, 1500);
   }
-  static std::string Bin(const std::string& name) {
-    return EnvOr("ROUTECAST_BIN_DIR", "build/bin") + "/" + name;
-  }
   // The command line of a collection; the last of a flag wins, so `more` may replace any.
   static std::vector<std::string> Command(int ranks, const std::string& store,
                                           const std::vector<std::string>& more) {
     std::vector<std::string> command = {
-        "mpirun",
-        "--quiet",
-        "--bind-to",
-        "none",
-        "--mca",
-        "btl",
-        "self,vader",
-        "-n",
-        std::to_string(ranks),
         Bin("routecast-collect"),
         "--quiet",
         "--threads=1",
@@ -56,33 +40,16 @@ class CollectTest : public testing::Test {
         "--cache=" + (folder_ / "cache").string(),
         "--store=" + (folder_ / store).string()};
     command.insert(command.end(), more.begin(), more.end());
-    return command;
-  }
-  static pid_t Start(const std::vector<std::string>& command) {
-    const pid_t child = ::fork();
-    if (child == 0) {
-      std::vector<char*> argv;
-      for (const std::string& a : command) argv.push_back(const_cast<char*>(a.c_str()));
-      argv.push_back(nullptr);
-      ::execvp(argv[0], argv.data());
-      ::_exit(127);
-    }
-    return child;
-  }
-  // Exit code; 128 + signal where one ended it.
-  static int Wait(pid_t child) {
-    int status = 0;
-    ::waitpid(child, &status, 0);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    return UnderMpirun(ranks, command);
   }
   static int Collect(int ranks, const std::string& store,
                      const std::vector<std::string>& more = {}) {
-    return Wait(Start(Command(ranks, store, more)));
+    return RunProgram(Command(ranks, store, more));
   }
   static std::string Export(const std::string& store) {
     const std::string out = (folder_ / ("export-" + store)).string();
-    EXPECT_EQ(Wait(Start({Bin("routecast-trace"), "export", "--quiet",
-                          "--store=" + (folder_ / store).string(), "--out=" + out})),
+    EXPECT_EQ(RunProgram({Bin("routecast-trace"), "export", "--quiet",
+                          "--store=" + (folder_ / store).string(), "--out=" + out}),
               0);
     return ReadFile(fs::path(out) / "traces.npz");
   }
@@ -187,12 +154,29 @@ TEST_F(CollectTest, KilledAtAnyMomentItEndsWithTheSameRecords) {
   EXPECT_TRUE(Export("killed") == Golden()) << killed << " kills";
 }
 
-TEST_F(CollectTest, StopsOnRequestAndGoesOn) {
-  const pid_t job = Start(Command(2, "stopped", {"--max_hours=0.0003"}));
-  EXPECT_EQ(Wait(job), kExitStopped);
-  EXPECT_EQ(ReadJsonFile(folder_ / "stopped" / "run.json")["exit_status"], kExitStopped);
-  ASSERT_EQ(Collect(1, "stopped"), 0);
-  EXPECT_TRUE(Export("stopped") == Golden());
+// A limit that has passed before the first chunk: every run still adds one a rank.
+TEST_F(CollectTest, ShortAllocationsEndWithTheSameRecords) {
+  int64_t chunks = 0;
+  for (int run = 0; run < 2; ++run) {
+    ASSERT_EQ(Collect(2, "short", {"--max_hours=1e-9"}), kExitStopped);
+    const Json record = ReadJsonFile(folder_ / "short" / "run.json");
+    EXPECT_EQ(record["exit_status"], kExitStopped);
+    EXPECT_GT(record["results"]["chunks"], chunks);
+    chunks = record["results"]["chunks"];
+  }
+  ASSERT_EQ(Collect(1, "short"), 0);
+  EXPECT_TRUE(Export("short") == Golden());
+}
+
+// mpirun forwards SIGUSR1, the graceful signal, to every rank.
+TEST_F(CollectTest, ASignalSavesAndEndsWithItsOwnCode) {
+  const fs::path record = folder_ / "signalled" / "run.json";
+  ASSERT_EQ(Interrupt(Command(2, "signalled", {}), record, SIGUSR1, kExitStopped,
+                      [] { fs::remove_all(folder_ / "signalled"); }),
+            kExitStopped);
+  EXPECT_EQ(ReadJsonFile(record)["exit_status"], kExitStopped);
+  ASSERT_EQ(Collect(3, "signalled"), 0);
+  EXPECT_TRUE(Export("signalled") == Golden());
 }
 
 TEST_F(CollectTest, AFinishedStoreIsLeftAlone) {

@@ -15,26 +15,30 @@ const char* const kCases[] = {"plain",     "capacity",
                               "tied_bias", "every_block_sparse",
                               "long",      "one_decoder_block_deeper"};
 
+// What the reference wrote, a folder a case. Starting it costs more than its work: once.
+const fs::path& Reference() {
+  static const fs::path folder = [] {
+    const fs::path made = TestFolder("switch-golden");
+    EXPECT_EQ(RunReference("switch_reference.py", made.string()), 0);
+    return made;
+  }();
+  return folder;
+}
+
 class SwitchGolden : public testing::TestWithParam<const char*> {
  protected:
-  static void SetUpTestSuite() {
-    folder_ = TestFolder("switch-golden");
-    ASSERT_EQ(RunReference("switch_reference.py", folder_.string()), 0);
-  }
   void SetUp() override {
-    const fs::path folder = folder_ / GetParam();
+    const fs::path folder = Reference() / GetParam();
     model_ =
         std::make_unique<ResidentModel>(LoadCheckpoint(folder, at::kFloat, at::kCPU));
     golden_ = ReadParameters(folder / "golden.safetensors", at::ScalarType::Undefined);
     ids_ = golden_.Get("ids");
     valid_ = golden_.Get("valid").to(at::kBool);
   }
-  static fs::path folder_;
   std::unique_ptr<ResidentModel> model_;
   Parameters golden_;
   at::Tensor ids_, valid_;
 };
-fs::path SwitchGolden::folder_;
 
 double MaxDifference(const at::Tensor& a, const at::Tensor& b) {
   return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
@@ -123,16 +127,14 @@ INSTANTIATE_TEST_SUITE_P(Geometries, SwitchGolden, testing::ValuesIn(kCases),
 
 // One process reads all of them: starting the reference costs more than the reading.
 TEST(SwitchGoldenRoundTrip, WrittenCheckpointsLoadInTransformers) {
-  const fs::path reference = TestFolder("switch-golden-source");
-  ASSERT_EQ(RunReference("switch_reference.py", reference.string()), 0);
   std::string folders;
   for (const char* name : kCases) {
-    ResidentModel resident(LoadCheckpoint(reference / name, at::kFloat, at::kCPU));
+    ResidentModel resident(LoadCheckpoint(Reference() / name, at::kFloat, at::kCPU));
     SwitchModel& model = resident.model();
     const fs::path folder = TestFolder(std::string("switch-roundtrip-") + name);
     SaveCheckpoint(folder, resident.checkpoint().config, resident.checkpoint().parameters,
                    at::kFloat);
-    const Parameters source = ReadParameters(reference / name / "golden.safetensors",
+    const Parameters source = ReadParameters(Reference() / name / "golden.safetensors",
                                              at::ScalarType::Undefined);
     const at::Tensor ids = source.Get("ids"), decoder_ids = source.Get("decoder_ids");
     const at::Tensor valid = source.Get("valid").to(at::kBool);

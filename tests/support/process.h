@@ -1,0 +1,71 @@
+// Programs as people run them, from a test: under mpirun, interrupted, killed.
+#pragma once
+
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/support/reference.h"
+
+namespace routecast {
+
+inline std::string Bin(const std::string& program) {
+  return EnvOr("ROUTECAST_BIN_DIR", "build/bin") + "/" + program;
+}
+
+inline std::vector<std::string> UnderMpirun(int ranks, std::vector<std::string> command) {
+  const std::vector<std::string> launch = {
+      "mpirun", "--quiet", "--bind-to", "none", "--oversubscribe", "--mca", "btl",
+      "self,vader", "-n", std::to_string(ranks)};
+  command.insert(command.begin(), launch.begin(), launch.end());
+  return command;
+}
+
+inline pid_t Start(const std::vector<std::string>& command) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    std::vector<char*> argv;
+    for (const std::string& a : command) argv.push_back(const_cast<char*>(a.c_str()));
+    argv.push_back(nullptr);
+    ::execvp(argv[0], argv.data());
+    ::_exit(127);
+  }
+  return child;
+}
+
+// Exit code; 128 + signal where one ended it.
+inline int Wait(pid_t child) {
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+inline int RunProgram(const std::vector<std::string>& command) {
+  return Wait(Start(command));
+}
+
+// Sends `signal` to a run of `command` once `begun` exists, and returns how the run ended.
+// A run may end before the signal reaches it: then again from the start, which `reset` makes.
+template <typename Reset>
+int Interrupt(const std::vector<std::string>& command, const fs::path& begun, int signal,
+              int wanted, Reset reset) {
+  int code = 0;
+  for (int attempt = 0; attempt < 5 && code != wanted; ++attempt) {
+    reset();
+    const pid_t job = Start(command);
+    for (int ms = 0; ms < 60000 && !fs::exists(begun); ++ms) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    ::kill(job, signal);
+    code = Wait(job);
+  }
+  return code;
+}
+
+}  // namespace routecast
