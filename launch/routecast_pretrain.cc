@@ -22,6 +22,8 @@ DEFINE_int32(steps, 0, "Training steps; 0 = the preset's");
 DEFINE_int32(global_batch, 0, "Sequences a step over all ranks; 0 = the preset's");
 DEFINE_int32(micro_batch, 0, "Sequences a forward pass; 0 = the preset's");
 DEFINE_double(learning_rate, 0, "Peak learning rate; 0 = the preset's");
+DEFINE_int32(encoder_blocks, 0, "Every second one is sparse; 0 = the preset's");
+DEFINE_int32(decoder_blocks, 0, "Every second one is sparse; 0 = the preset's");
 DEFINE_string(out, "", "Folder of the new checkpoint");
 DEFINE_string(cache, "", "Folder of the corpus index; default: OUT/corpus");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
@@ -57,6 +59,11 @@ PretrainJob Validate() {
   Override("--sequence_tokens", FLAGS_sequence_tokens, &job.options.sequence_tokens);
   Override("--log_every", FLAGS_log_every, &job.options.log_every);
   Override("--checkpoint_every", FLAGS_checkpoint_every, &job.options.checkpoint_every);
+  SwitchConfig& model = job.options.model;
+  Override("--encoder_blocks", FLAGS_encoder_blocks, &model.num_layers);
+  Override("--decoder_blocks", FLAGS_decoder_blocks, &model.num_decoder_layers);
+  model.num_sparse_encoder_layers = model.num_layers / 2;
+  model.num_sparse_decoder_layers = model.num_decoder_layers / 2;
   if (FLAGS_learning_rate != 0) job.options.learning_rate = FLAGS_learning_rate;
   job.stop_after = FLAGS_stop_after;
   job.options.warmup_steps =

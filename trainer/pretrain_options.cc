@@ -72,6 +72,10 @@ void PretrainOptions::Validate() const {
         "--global_batch", "a multiple of --micro_batch=" + std::to_string(micro_batch));
   check(sequence_tokens >= 16 && sequence_tokens <= 4096, "--sequence_tokens",
         "16..4096");
+  for (const auto& [flag, blocks] : {std::pair{"--encoder_blocks", model.num_layers},
+                                     {"--decoder_blocks", model.num_decoder_layers}}) {
+    check(blocks >= 2 && blocks <= 64 && blocks % 2 == 0, flag, "an even number, 2..64");
+  }
   check(learning_rate > 0 && learning_rate < 1, "--learning_rate", "above 0, below 1");
 }
 
