@@ -43,6 +43,9 @@ struct HiddenNet {
   std::vector<StateInput> state;  // one, or none where states are not a feature
   at::Tensor token;               // [V,kTokenWidth]
   LinearLayer token_in;
+  // [2 n,width,kTokenWidth]: of the tokens n..1 to the left, then 1..n to the right, which
+  // the decoder does not see. None where neighbours are not a feature.
+  std::vector<at::Tensor> neighbours;
   at::Tensor source;         // [layers + 2,width]: each stack's sources from -1 on
   at::Tensor own, previous;  // [layers * E + 1,width]; the last row is "unknown"
   at::Tensor lead;           // [most leads,width]
@@ -73,6 +76,10 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker make)
                                 {c.geometry.num_layers(), c.geometry.num_experts}, 0)),
       confidence(&make, "confidence", c.width, 1) {
   if (c.hidden_width > 0) state.emplace_back(&make, c.hidden_width, c.width);
+  if (c.neighbours > 0) {
+    neighbours.push_back(make.Xavier("neighbours.weight",
+                                     {2 * int64_t{c.neighbours}, c.width, kTokenWidth}));
+  }
   for (int i = 0; i < c.layers; ++i) {
     blocks.emplace_back(&make, "block." + std::to_string(i), c.width, c.ff);
   }
@@ -82,15 +89,23 @@ class HiddenModel final : public SpeculationModel {
  public:
   HiddenModel(const SpeculationConfig& config, uint64_t seed)
       : SpeculationModel(config), net_(config, ParameterMaker(&parameters_, seed)) {}
-  int history_tokens() const override { return 2; }
+  int history_tokens() const override { return 1 + std::max(1, config_.neighbours); }
   SpeculationOutput Forward(const RoutingWindow& window, uint64_t dropout_key) override;
 
  private:
+  int NumNeighbours(Stack stack) const {
+    return (stack == Stack::kEncoder ? 2 : 1) * config_.neighbours;
+  }
+  // Of neighbour i, from the own token; negative = left.
+  int OffsetOf(int i) const {
+    return i < config_.neighbours ? i - config_.neighbours : i - config_.neighbours + 1;
+  }
   at::Tensor Features(const RoutingWindow& window) const;
   at::Tensor Experts(const at::Tensor& table, const at::Tensor& ids_BTL,
                      int first_layer) const;
   at::Tensor Logits(const at::Tensor& z_HND, const RoutingWindow& window) const;
   bool Few(const RoutingWindow& window, uint64_t dropout_key) const;
+  void AddTokens(const RoutingWindow& window, std::vector<float>* x) const;
   std::vector<float> FewFeatures(const RoutingWindow& window) const;
   void AddExperts(const RoutingWindow& window, int64_t row, float* x) const;
   SpeculationOutput FewForward(const RoutingWindow& window) const;
@@ -110,12 +125,27 @@ at::Tensor HiddenModel::Experts(const at::Tensor& table, const at::Tensor& ids_B
   return at::embedding(table, rows).sum(2);
 }
 
+// Row t holds token t + offset; the padding id beyond the ends.
+at::Tensor Shifted(const at::Tensor& ids_BT, int64_t offset) {
+  const int64_t tokens = ids_BT.size(1), kept = tokens - std::abs(offset);
+  at::Tensor shifted = at::zeros_like(ids_BT);
+  if (kept > 0) {
+    shifted.narrow(1, std::max<int64_t>(0, -offset), kept)
+        .copy_(ids_BT.narrow(1, std::max<int64_t>(0, offset), kept));
+  }
+  return shifted;
+}
+
 at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
   const MoeGeometry& g = config_.geometry;
   const int source_row = window.source_layer + 1 +
                          (window.stack == Stack::kEncoder ? 0 : g.encoder_layers + 1);
   auto x = net_.token_in(at::embedding(net_.token, window.token_ids_BT)) +
            net_.source.select(0, source_row);
+  for (int i = 0; i < NumNeighbours(window.stack); ++i) {
+    x = x + at::linear(at::embedding(net_.token, Shifted(window.token_ids_BT, OffsetOf(i))),
+                       net_.neighbours[0].select(0, i));
+  }
   if (!net_.state.empty()) {
     const StateInput& state = net_.state[0];
     const bool known = window.hidden_BTD.defined() && window.source_layer >= 0;
@@ -199,21 +229,42 @@ void HiddenModel::AddExperts(const RoutingWindow& window, int64_t row, float* x)
   for (int64_t l = 0; l < L; ++l) add(net_.previous, l, row % T == 0 ? E : ids[l - L]);
 }
 
+// Sets x to what the ids of each row's token and its neighbours give.
+void HiddenModel::AddTokens(const RoutingWindow& window, std::vector<float>* x) const {
+  const int rows = static_cast<int>(window.token_ids_BT.numel()), D = config_.width;
+  const int T = static_cast<int>(window.token_ids_BT.size(1));
+  const int64_t* ids = window.token_ids_BT.const_data_ptr<int64_t>();
+  std::vector<float> tokens(size_t(rows) * kTokenWidth), part(x->size());
+  const std::vector<float> no_bias(size_t(D), 0.f);
+  const auto embed = [&](int offset) {
+    for (int r = 0; r < rows; ++r) {
+      const bool inside = r % T + offset >= 0 && r % T + offset < T;
+      const int64_t id = inside ? ids[r + offset] : 0;
+      TORCH_CHECK(id >= 0 && id < config_.vocab_size, "a token id out of range");
+      std::copy_n(Data(net_.token) + id * kTokenWidth, kTokenWidth,
+                  tokens.data() + size_t(r) * kTokenWidth);
+    }
+  };
+  embed(0);
+  DenseRows(tokens.data(), rows, kTokenWidth, Data(net_.token_in.weight),
+            Data(net_.token_in.bias), D, x->data());
+  for (int i = 0; i < NumNeighbours(window.stack); ++i) {
+    embed(OffsetOf(i));
+    DenseRows(tokens.data(), rows, kTokenWidth,
+              Data(net_.neighbours[0]) + size_t(i) * size_t(D) * kTokenWidth,
+              no_bias.data(), D, part.data());
+    AddValues(part.data(), rows * D, x->data());
+  }
+}
+
 // The same as Features.
 std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window) const {
   const MoeGeometry& g = config_.geometry;
   const int rows = static_cast<int>(window.token_ids_BT.numel()), D = config_.width;
   const int source_row = window.source_layer + 1 +
                          (window.stack == Stack::kEncoder ? 0 : g.encoder_layers + 1);
-  std::vector<float> tokens(size_t(rows) * kTokenWidth), x(size_t(rows) * D), state;
-  for (int r = 0; r < rows; ++r) {
-    const int64_t id = window.token_ids_BT.const_data_ptr<int64_t>()[r];
-    TORCH_CHECK(id >= 0 && id < config_.vocab_size, "a token id out of range");
-    std::copy_n(Data(net_.token) + id * kTokenWidth, kTokenWidth,
-                tokens.data() + size_t(r) * kTokenWidth);
-  }
-  DenseRows(tokens.data(), rows, kTokenWidth, Data(net_.token_in.weight),
-            Data(net_.token_in.bias), D, x.data());
+  std::vector<float> x(size_t(rows) * D), state;
+  AddTokens(window, &x);
   const bool known = window.hidden_BTD.defined() && window.source_layer >= 0;
   if (!net_.state.empty() && known) {
     const StateInput& in = net_.state[0];

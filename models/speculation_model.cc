@@ -12,7 +12,7 @@ namespace routecast {
 namespace {
 
 constexpr double kMaxParameters = 1e9;
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 constexpr const char* kFormat = "routecast-speculation";
 constexpr uint64_t kMaxConfigBytes = 16 << 20;
 
@@ -42,7 +42,8 @@ std::string Problem(const SpeculationConfig& c) {
                           {"heads", c.heads, 1, 256},
                           {"ff", c.ff, 2, 1 << 16},
                           {"layers", c.layers, 0, 64},
-                          {"context", c.context, 1, 1024}};
+                          {"context", c.context, 1, 1024},
+                          {"neighbours", c.neighbours, 0, 64}};
   for (const Bound& b : bounds) {
     if (b.value < b.low || b.value > b.high) {
       return std::string(b.key) + "=" + std::to_string(b.value) + ", expected " +
@@ -62,7 +63,7 @@ std::string Problem(const SpeculationConfig& c) {
   const double parameters = 64.0 * c.vocab_size + 3.0 * g.num_keys() * width +
                             (c.layers + 1.0) * (4 * width * width + 2 * width * c.ff) +
                             c.ff * (c.ff / 2.0 + g.num_experts) + width * c.hidden_width +
-                            2.0 * width * c.context;
+                            2.0 * width * c.context + 128.0 * c.neighbours * width;
   if (parameters > kMaxParameters) {
     return "sizes that make about " + std::to_string(parameters) +
            " parameters, expected at most 1e9";
@@ -119,6 +120,7 @@ Json SpeculationConfig::ToJson() const {
               {"ff", ff},
               {"layers", layers},
               {"context", context},
+              {"neighbours", neighbours},
               {"dropout", dropout}};
 }
 
@@ -141,6 +143,7 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.ff = Int(json, "ff", what);
   c.layers = Int(json, "layers", what);
   c.context = Int(json, "context", what);
+  c.neighbours = Int(json, "neighbours", what);
   c.dropout = Number(json, "dropout", what);
   if (const std::string problem = Problem(c); !problem.empty()) Bad(what, problem);
   return c;
@@ -200,6 +203,7 @@ SpeculationConfig DefaultSpeculationConfig(const std::string& kind,
     c.heads = 1;
     c.ff = 2 * c.width;
     c.layers = 2;
+    c.neighbours = 2;
     return c;
   }
   c.width = small ? 128 : 256;

@@ -24,6 +24,7 @@ struct SpeculationConfig {
   int hidden_width = 0;  // D; 0 = the router's input is not a feature
   int width = 0, heads = 0, ff = 0, layers = 0;
   int context = 0;     // W: the newest layers that `interlayer` sees of a token
+  int neighbours = 0;  // tokens on each side (decoder: left) whose ids `hidden` sees
   double dropout = 0;  // training only
 
   Json ToJson() const;

@@ -220,6 +220,8 @@ TEST(SpeculationConfigTest, HostileValuesAreRefused) {
       {"layers", 65},
       {"context", 0},
       {"context", 1 << 30},
+      {"neighbours", -1},
+      {"neighbours", 65},
       {"dropout", 1},
       {"dropout", -0.5},
       {"dropout", nullptr},
