@@ -322,7 +322,7 @@ void Comparison::RunRound(int round, bool measured) {
 
 RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   const int s = static_cast<int>(phase);
-  const PhaseStats& stats = row.runtime->stats(phase);
+  const PhaseStats stats = row.runtime->stats(phase);
   const MoeGeometry& g = workload_->geometry();
   RowResult result;
   result.policy = row.policy;
@@ -455,6 +455,7 @@ Json ComparisonResult::ToJson() const {
     entry["pairs"] = row.pairs;
     entry["tokens_per_second"] = row.tokens_per_second;
     entry["spread"] = row.spread;
+    entry["speed_up"] = row.speed_up;
     entry["p50_ms"] = row.p50_ms;
     entry["p95_ms"] = row.p95_ms;
     entry["p99_ms"] = row.p99_ms;

@@ -313,9 +313,19 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
   last_done_ = now;
 }
 
+uint64_t PrefetchPlanner::UnsettledBytes(Stack stack) const {
+  const MoeGeometry& g = cache_->geometry();
+  uint64_t bytes = 0;
+  for (int key = 0; key < g.num_keys(); ++key) {
+    const bool counts = g.StackOf(ExpertKey::FromIndex(key, g).layer) == stack;
+    if (counts && unused_[static_cast<size_t>(key)]) bytes += options_.expert_bytes;
+  }
+  return bytes;
+}
+
 TransferLedger PrefetchPlanner::ledger() const {
   TransferLedger total = ledger_;
-  for (uint8_t unused : unused_) total.bytes_wasted += unused ? options_.expert_bytes : 0;
+  total.bytes_wasted += UnsettledBytes(Stack::kEncoder) + UnsettledBytes(Stack::kDecoder);
   return total;
 }
 

@@ -113,7 +113,11 @@ class PrefetchPlanner {
   double Worth(ExpertKey key) const;
   double TransferSeconds() const { return transfer_seconds_; }
   const LayerTimeline& timeline() const { return timeline_; }
-  // Up to now; prefetched experts that were not used yet count as wasted.
+  // Transfers whose fate is known: an expert prefetched but not used yet is in none of the
+  // counts, and is useful at its first use, wasted at its eviction.
+  const TransferLedger& settled() const { return ledger_; }
+  uint64_t UnsettledBytes(Stack stack) const;  // of the others, by the expert's stack
+  // If everything ended now: what is not settled counts as wasted.
   TransferLedger ledger() const;
   void ResetLedger();
 

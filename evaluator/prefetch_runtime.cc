@@ -158,7 +158,7 @@ void PrefetchRuntime::OnPassEnd(const PassInfo&) {
   stats.stall_seconds += stall_;
   stats.predictor_seconds += predict_;
   std::lock_guard lock(mutex_);
-  const TransferLedger now = planner_.ledger();
+  const TransferLedger now = planner_.settled();
   const auto add = [](int64_t* to, uint64_t after, uint64_t before) {
     *to += static_cast<int64_t>(after) - static_cast<int64_t>(before);
   };
@@ -172,10 +172,17 @@ void PrefetchRuntime::OnPassEnd(const PassInfo&) {
   last_ledger_ = now;
 }
 
+PhaseStats PrefetchRuntime::stats(Stack stack) const {
+  std::lock_guard lock(mutex_);
+  PhaseStats stats = stats_[static_cast<int>(stack)];
+  stats.bytes_wasted += static_cast<int64_t>(planner_.UnsettledBytes(stack));
+  return stats;
+}
+
 void PrefetchRuntime::ResetStats() {
   std::lock_guard lock(mutex_);
   planner_.ResetLedger();
-  last_ledger_ = planner_.ledger();
+  last_ledger_ = planner_.settled();
   stats_[0] = stats_[1] = {};
 }
 

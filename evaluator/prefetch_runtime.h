@@ -29,8 +29,7 @@ struct RuntimeOptions {
   at::Device device = at::kCPU;
 };
 
-// What one stack's passes cost. Bytes and counts as in TransferLedger; signed, because an expert
-// that was prefetched in one pass may be used, or thrown away, in the next.
+// What one stack's passes cost. Bytes and counts as in TransferLedger.
 struct PhaseStats {
   int64_t passes = 0;
   double pass_seconds = 0;  // wall, without the vocabulary head
@@ -62,7 +61,8 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   // Brings in every expert of `keys` now (all-resident). REQUIRES enough slots.
   void Preload(const std::vector<ExpertKey>& keys);
 
-  const PhaseStats& stats(Stack stack) const { return stats_[static_cast<int>(stack)]; }
+  // Since ResetStats. The stack's experts that are prefetched but not used yet are wasted.
+  PhaseStats stats(Stack stack) const;
   void ResetStats();
   int held_peak_slots() const { return held_peak_; }
   bool speculation_helps(Stack stack) const { return gauges_[static_cast<int>(stack)].helps(); }

@@ -33,8 +33,9 @@ margin:12px 0}
 .chart{width:100%;height:auto;display:block;max-width:640px}
 .wide{grid-column:1/-1;max-width:none}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;margin:6px 0}
-th,td{padding:4px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+table{border-collapse:collapse;font-size:12.5px;font-variant-numeric:tabular-nums;
+margin:6px 0}
+th,td{padding:4px 6px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}.left{text-align:left}
 figure{margin:14px 0}figcaption,summary{color:var(--soft);font-size:14px}
 summary{cursor:pointer;margin:8px 0}

@@ -119,7 +119,7 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
   const Json json = Compare({}).ToJson();
   const std::vector<std::string> expected = {
       "policy", "predictor", "eviction", "tier", "budget_bytes", "held_bytes_peak",
-      "budget_phase_share", "phase", "batch", "pairs", "tokens_per_second", "spread", "p50_ms",
+      "budget_phase_share", "phase", "batch", "pairs", "tokens_per_second", "spread", "speed_up", "p50_ms",
       "p95_ms", "p99_ms", "hit_rate", "bytes_useful", "bytes_late", "bytes_wasted",
       "bytes_belady", "stall_seconds", "compute_seconds", "transfer_seconds",
       "predictor_seconds", "bound", "lossless", "output_sha256", "synthetic_weights",
