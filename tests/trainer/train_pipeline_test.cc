@@ -1,0 +1,74 @@
+// routecast-train as people run it: on a store that routecast-collect made, under mpirun,
+// stopped by a signal, killed, started again.
+#include <gtest/gtest.h>
+
+#include "common/errors.h"
+#include "tests/support/process.h"
+#include "tests/support/tiny_checkpoint.h"
+
+namespace routecast {
+namespace {
+
+class TrainPipeline : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = TestFolder("train");
+    WriteCheckpoint(folder_ / "model", 1);
+    WriteCorpus(folder_, 600);
+    ASSERT_EQ(RunProgram({Bin("routecast-collect"), "--quiet", "--threads=1",
+                          "--device=cpu", "--num_shards=2", "--max_length=48",
+                          "--max_sequences=400", "--hidden_share=1",
+                          "--model=" + (folder_ / "model").string(),
+                          "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text",
+                          "--cache=" + (folder_ / "cache").string(),
+                          "--store=" + (folder_ / "store").string()}),
+              0);
+  }
+  static std::vector<std::string> Command(const std::string& out) {
+    return UnderMpirun(
+        2, {Bin("routecast-train"), "--quiet", "--threads=1", "--device=cpu",
+            "--kind=hidden", "--steps=120", "--validate_every=20", "--global_batch=16",
+            "--micro_batch=8", "--validation_sequences=16", "--test_sequences=32",
+            "--store=" + (folder_ / "store").string(), "--out=" + (folder_ / out).string()});
+  }
+  // Made once, by a run that nobody disturbed.
+  static const Json& Golden() {
+    static const Json golden = [] {
+      EXPECT_EQ(RunProgram(Command("golden")), 0);
+      return ReadJsonFile(folder_ / "golden" / "results.json");
+    }();
+    return golden;
+  }
+  static inline fs::path folder_;
+};
+
+TEST_F(TrainPipeline, ScoresEveryLayerAndLeadBesideItsBaselines) {
+  // 2 + 2 MoE layers: encoder sources -1, 0 with 2 + 1 leads; decoder sources -1, 0, 1 with
+  // two leads each, the last of which ask for the next token.
+  EXPECT_EQ(Golden()["scores"].size(), 3u + 6u);
+  for (const auto& [name, entries] : Golden()["baselines"].items()) {
+    EXPECT_FALSE(entries.empty()) << name;
+  }
+  EXPECT_TRUE(Golden()["baselines"].contains("stale_gate"));
+  EXPECT_EQ(ReadJsonFile(folder_ / "golden" / "run.json")["exit_status"], 0);
+}
+
+TEST_F(TrainPipeline, ASignalSavesAndTheRunGoesOnToTheSameScores) {
+  ASSERT_EQ(Interrupt(Command("stopped"), folder_ / "stopped" / "metrics.jsonl", SIGUSR1,
+                      kExitStopped, [] { fs::remove_all(folder_ / "stopped"); }),
+            kExitStopped);
+  EXPECT_EQ(ReadJsonFile(folder_ / "stopped" / "run.json")["exit_status"], kExitStopped);
+  ASSERT_EQ(RunProgram(Command("stopped")), 0);
+  EXPECT_EQ(ReadJsonFile(folder_ / "stopped" / "results.json"), Golden());
+}
+
+TEST_F(TrainPipeline, KilledItGoesOnToTheSameScores) {
+  EXPECT_EQ(Interrupt(Command("killed"), folder_ / "killed" / "metrics.jsonl", SIGKILL,
+                      128 + SIGKILL, [] { fs::remove_all(folder_ / "killed"); }),
+            128 + SIGKILL);
+  ASSERT_EQ(RunProgram(Command("killed")), 0);
+  EXPECT_EQ(ReadJsonFile(folder_ / "killed" / "results.json"), Golden());
+}
+
+}  // namespace
+}  // namespace routecast
