@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "models/baseline_predictors.h"
 #include "models/small_math.h"
 #include "models/speculation_kinds.h"
 #include "models/speculation_layers.h"
@@ -38,11 +39,21 @@ struct StateInput {
   at::Tensor absent;  // in place of a state that is not known
 };
 
+// Log-probabilities of the train part's counts, added to the logits with a gain by source:
+// the model starts as good as the counts and learns what they miss.
+struct Priors {
+  at::Tensor token;   // [V,layers * E]: of the experts, given the own token's id
+  at::Tensor markov;  // [L * (E + 1),L * E], L of the decoder: of the experts at each lead
+                      // from (source layer, its expert); zeros where that is unknown
+  at::Tensor gain;    // [layers + 2], parameter
+};
+
 struct HiddenNet {
   HiddenNet(const SpeculationConfig& c, ParameterMaker make);
   std::vector<StateInput> state;  // one, or none where states are not a feature
   at::Tensor token;               // [V,kTokenWidth]
   LinearLayer token_in;
+  std::vector<Priors> priors;  // one or none
   // [2 n,width,kTokenWidth]: of the tokens n..1 to the left, then 1..n to the right, which
   // the decoder does not see. None where neighbours are not a feature.
   std::vector<at::Tensor> neighbours;
@@ -88,11 +99,25 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker make)
 class HiddenModel final : public SpeculationModel {
  public:
   HiddenModel(const SpeculationConfig& config, uint64_t seed)
-      : SpeculationModel(config), net_(config, ParameterMaker(&parameters_, seed)) {}
+      : SpeculationModel(config), net_(config, ParameterMaker(&parameters_, seed)) {
+    if (config.priors) AddPriors();
+  }
+  void FitPriors(const BaselineTables& tables) override;
   int history_tokens() const override { return 1 + std::max(1, config_.neighbours); }
   SpeculationOutput Forward(const RoutingWindow& window, uint64_t dropout_key) override;
 
  private:
+  void AddPriors();
+  int SourceRow(const RoutingWindow& window) const {
+    return window.source_layer + 1 +
+           (window.stack == Stack::kEncoder ? 0 : config_.geometry.encoder_layers + 1);
+  }
+  // Leads whose targets are layers of the same token.
+  int64_t NumSameToken(const RoutingWindow& window) const {
+    return config_.geometry.layers(window.stack) - 1 - window.source_layer;
+  }
+  at::Tensor PriorLogits(const RoutingWindow& window, int64_t leads) const;
+  void AddPriorRow(const RoutingWindow& window, int64_t row, int leads, float* logits) const;
   int NumNeighbours(Stack stack) const {
     return (stack == Stack::kEncoder ? 2 : 1) * config_.neighbours;
   }
@@ -138,8 +163,7 @@ at::Tensor Shifted(const at::Tensor& ids_BT, int64_t offset) {
 
 at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
   const MoeGeometry& g = config_.geometry;
-  const int source_row = window.source_layer + 1 +
-                         (window.stack == Stack::kEncoder ? 0 : g.encoder_layers + 1);
+  const int source_row = SourceRow(window);
   auto x = net_.token_in(at::embedding(net_.token, window.token_ids_BT)) +
            net_.source.select(0, source_row);
   for (int i = 0; i < NumNeighbours(window.stack); ++i) {
@@ -171,7 +195,7 @@ at::Tensor HiddenModel::Logits(const at::Tensor& z_HND,
                                const RoutingWindow& window) const {
   const MoeGeometry& g = config_.geometry;
   const int64_t base = g.GlobalLayer(window.stack, 0);
-  const int64_t after = g.layers(window.stack) - 1 - window.source_layer;
+  const int64_t after = NumSameToken(window);
   const auto part = [&](int64_t first_lead, int64_t first_target, int64_t count) {
     return at::baddbmm(net_.output_bias.narrow(0, first_target, count).unsqueeze(1),
                        z_HND.narrow(0, first_lead, count),
@@ -182,6 +206,94 @@ at::Tensor HiddenModel::Logits(const at::Tensor& z_HND,
   if (after == 0) return part(0, base, wrapped);
   return at::cat(
       {part(0, base + window.source_layer + 1, after), part(after, base, wrapped)});
+}
+
+void HiddenModel::AddPriors() {
+  const MoeGeometry& g = config_.geometry;
+  const int64_t layers = g.decoder_layers, experts = g.num_experts;
+  Priors priors;
+  priors.token = at::zeros({config_.vocab_size, g.num_keys()});
+  priors.markov = at::zeros({layers * (experts + 1), layers * experts});
+  priors.gain = at::ones({g.num_layers() + 2});
+  constants_.Add("prior.token", priors.token);
+  constants_.Add("prior.markov", priors.markov);
+  parameters_.Add("prior.gain", priors.gain.requires_grad_());
+  net_.priors.push_back(std::move(priors));
+}
+
+void HiddenModel::FitPriors(const BaselineTables& tables) {
+  if (net_.priors.empty()) return;
+  const c10::NoGradGuard no_grad;
+  const MoeGeometry& g = config_.geometry;
+  const int E = g.num_experts, L = g.decoder_layers;
+  TORCH_CHECK(tables.vocab_size() == config_.vocab_size, "tables of another vocabulary");
+  at::Tensor token = at::empty({config_.vocab_size, g.num_keys()});
+  for (int64_t v = 0; v < config_.vocab_size; ++v) {
+    for (int layer = 0; layer < g.num_layers(); ++layer) {
+      tables.Token(layer, v, token.data_ptr<float>() + v * g.num_keys() + layer * E);
+    }
+  }
+  at::Tensor markov = at::ones({L * (E + 1), L * E});
+  for (int source = 0; source < L; ++source) {
+    for (int expert = 0; expert < E; ++expert) {
+      float* row = markov.data_ptr<float>() + (source * (E + 1) + expert) * L * E;
+      for (int lead = 1; lead <= L; ++lead) {
+        tables.Markov1(g.encoder_layers + source, lead,
+                       g.encoder_layers + (source + lead) % L, expert,
+                       row + (lead - 1) * E);
+      }
+    }
+  }
+  net_.priors[0].token.copy_(token.log());
+  net_.priors[0].markov.copy_(markov.log());
+}
+
+// [B,T,leads,E]: the own token's counts where the target is a layer of it, else those of
+// the expert at the source layer.
+at::Tensor HiddenModel::PriorLogits(const RoutingWindow& window, int64_t leads) const {
+  const Priors& priors = net_.priors[0];
+  const MoeGeometry& g = config_.geometry;
+  const int64_t E = g.num_experts, B = window.token_ids_BT.size(0);
+  const int64_t T = window.token_ids_BT.size(1), after = NumSameToken(window);
+  std::vector<at::Tensor> parts;
+  if (after > 0) {
+    parts.push_back(
+        at::embedding(priors.token, window.token_ids_BT)
+            .view({B, T, g.num_layers(), E})
+            .narrow(2, g.GlobalLayer(window.stack, window.source_layer + 1), after));
+  }
+  if (leads > after) {
+    const int64_t L = g.decoder_layers, source = window.source_layer;
+    parts.push_back(
+        at::embedding(priors.markov, window.experts_BTL.select(2, source) + source * (E + 1))
+            .view({B, T, L, E})
+            .narrow(2, after, leads - after));
+  }
+  return at::cat(parts, 2) * priors.gain[SourceRow(window)];
+}
+
+// The same for one row, added to its logits [leads,E].
+void HiddenModel::AddPriorRow(const RoutingWindow& window, int64_t row, int leads,
+                              float* logits) const {
+  const Priors& priors = net_.priors[0];
+  const MoeGeometry& g = config_.geometry;
+  const int64_t E = g.num_experts, after = NumSameToken(window);
+  const float gain = Data(priors.gain)[SourceRow(window)];
+  const auto add = [&](const float* from, int64_t first_lead, int64_t count) {
+    for (int64_t i = 0; i < count * E; ++i) logits[first_lead * E + i] += gain * from[i];
+  };
+  if (after > 0) {
+    const int64_t id = window.token_ids_BT.const_data_ptr<int64_t>()[row];
+    const int64_t layer = g.GlobalLayer(window.stack, window.source_layer + 1);
+    add(Data(priors.token) + (id * g.num_layers() + layer) * E, 0, after);
+  }
+  if (leads > after) {
+    const int64_t L = g.decoder_layers, source = window.source_layer;
+    const int64_t expert =
+        window.experts_BTL.const_data_ptr<int64_t>()[row * window.experts_BTL.size(2) + source];
+    add(Data(priors.markov) + ((source * (E + 1) + expert) * L + after) * E, after,
+        leads - after);
+  }
 }
 
 SpeculationOutput HiddenModel::Forward(const RoutingWindow& window,
@@ -198,8 +310,9 @@ SpeculationOutput HiddenModel::Forward(const RoutingWindow& window,
   auto x = dropout(Features(window).view({B * T, config_.width}));
   for (const ResidualBlock& block : net_.blocks) x = block(x, &dropout);
   const auto z = net_.norm(x).unsqueeze(0) + net_.lead.narrow(0, 0, H).unsqueeze(1);
-  return {Logits(z, window).transpose(0, 1).reshape({B, T, H, E}),
-          at::sigmoid(net_.confidence(z)).squeeze(2).t().reshape({B, T, H})};
+  auto logits = Logits(z, window).transpose(0, 1).reshape({B, T, H, E});
+  if (!net_.priors.empty()) logits = logits + PriorLogits(window, H);
+  return {logits, at::sigmoid(net_.confidence(z)).squeeze(2).t().reshape({B, T, H})};
 }
 
 bool HiddenModel::Few(const RoutingWindow& window, uint64_t dropout_key) const {
@@ -259,10 +372,8 @@ void HiddenModel::AddTokens(const RoutingWindow& window, std::vector<float>* x) 
 
 // The same as Features.
 std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window) const {
-  const MoeGeometry& g = config_.geometry;
   const int rows = static_cast<int>(window.token_ids_BT.numel()), D = config_.width;
-  const int source_row = window.source_layer + 1 +
-                         (window.stack == Stack::kEncoder ? 0 : g.encoder_layers + 1);
+  const int source_row = SourceRow(window);
   std::vector<float> x(size_t(rows) * D), state;
   AddTokens(window, &x);
   const bool known = window.hidden_BTD.defined() && window.source_layer >= 0;
@@ -316,6 +427,9 @@ SpeculationOutput HiddenModel::FewForward(const RoutingWindow& window) const {
       DenseRows(y.data(), 1, D, Data(net_.confidence.weight), Data(net_.confidence.bias),
                 1, guess + int64_t{r} * H + h);
     }
+  }
+  for (int r = 0; r < rows && !net_.priors.empty(); ++r) {
+    AddPriorRow(window, r, H, logits.data_ptr<float>() + int64_t{r} * H * E);
   }
   for (int i = 0; i < rows * H; ++i) guess[i] = 1 / (1 + std::exp(-guess[i]));
   return {logits, confidence};

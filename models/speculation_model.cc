@@ -12,6 +12,7 @@ namespace routecast {
 namespace {
 
 constexpr double kMaxParameters = 1e9;
+constexpr double kMostPriorElements = 8e6;  // by default: 32 MB beside the weights
 constexpr int kVersion = 2;
 constexpr const char* kFormat = "routecast-speculation";
 constexpr uint64_t kMaxConfigBytes = 16 << 20;
@@ -27,6 +28,11 @@ struct Bound {
   const char* key;
   int64_t value, low, high;
 };
+
+double PriorElements(const MoeGeometry& g, int vocab_size) {
+  const double decoder_keys = double(g.decoder_layers) * g.num_experts;
+  return double(vocab_size) * g.num_keys() + decoder_keys * decoder_keys;
+}
 
 // Why the configuration cannot be, as "key=value, expected ..."; empty where it can.
 std::string Problem(const SpeculationConfig& c) {
@@ -63,7 +69,8 @@ std::string Problem(const SpeculationConfig& c) {
   const double parameters = 64.0 * c.vocab_size + 3.0 * g.num_keys() * width +
                             (c.layers + 1.0) * (4 * width * width + 2 * width * c.ff) +
                             c.ff * (c.ff / 2.0 + g.num_experts) + width * c.hidden_width +
-                            2.0 * width * c.context + 128.0 * c.neighbours * width;
+                            2.0 * width * c.context + 128.0 * c.neighbours * width +
+                            (c.priors ? PriorElements(g, c.vocab_size) : 0);
   if (parameters > kMaxParameters) {
     return "sizes that make about " + std::to_string(parameters) +
            " parameters, expected at most 1e9";
@@ -121,6 +128,7 @@ Json SpeculationConfig::ToJson() const {
               {"layers", layers},
               {"context", context},
               {"neighbours", neighbours},
+              {"priors", priors},
               {"dropout", dropout}};
 }
 
@@ -144,6 +152,9 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.layers = Int(json, "layers", what);
   c.context = Int(json, "context", what);
   c.neighbours = Int(json, "neighbours", what);
+  const Json& priors = Field(json, "priors", what);
+  if (!priors.is_boolean()) Bad(what, "priors=" + priors.dump() + ", expected true or false");
+  c.priors = priors.get<bool>();
   c.dropout = Number(json, "dropout", what);
   if (const std::string problem = Problem(c); !problem.empty()) Bad(what, problem);
   return c;
@@ -165,9 +176,11 @@ int SpeculationModel::NumLeads(Stack stack, int source_layer) const {
 }
 
 void SpeculationModel::To(at::Device device) {
-  for (const auto& [name, tensor] : parameters_.items()) {
-    at::Tensor handle = tensor;
-    handle.set_data(tensor.detach().to(device));
+  for (const Parameters* part : {&parameters_, &constants_}) {
+    for (const auto& [name, tensor] : part->items()) {
+      at::Tensor handle = tensor;
+      handle.set_data(tensor.detach().to(device));
+    }
   }
 }
 
@@ -204,6 +217,7 @@ SpeculationConfig DefaultSpeculationConfig(const std::string& kind,
     c.ff = 2 * c.width;
     c.layers = 2;
     c.neighbours = 2;
+    c.priors = PriorElements(geometry, vocab_size) <= kMostPriorElements;
     return c;
   }
   c.width = small ? 128 : 256;
@@ -254,11 +268,24 @@ Calibration Calibration::FromJson(const Json& json, const std::string& what) {
   return calibration;
 }
 
+namespace {
+
+// What the file of weights holds.
+Parameters AllTensors(const SpeculationModel& model) {
+  Parameters all;
+  for (const Parameters* part : {&model.parameters(), &model.constants()}) {
+    for (const auto& [name, tensor] : part->items()) all.Add(name, tensor);
+  }
+  return all;
+}
+
+}  // namespace
+
 void SaveSpeculationModel(const fs::path& folder, const SpeculationModel& model,
                           const Calibration& calibration, const Json& extra) {
   MakeFolder(folder);
   const fs::path weights = folder / "model.safetensors";
-  WriteParameters(weights, model.parameters(), at::ScalarType::Undefined);
+  WriteParameters(weights, AllTensors(model), at::ScalarType::Undefined);
   const Json json{{"format", kFormat},
                   {"version", kVersion},
                   {"config", model.config().ToJson()},
@@ -270,15 +297,16 @@ void SaveSpeculationModel(const fs::path& folder, const SpeculationModel& model,
 
 namespace {
 
-// Every parameter of the model from the file, and nothing else in it.
+// Every tensor of the model from the file, and nothing else in it.
 void CopyWeights(const fs::path& file, SpeculationModel* model) {
   c10::NoGradGuard no_grad;
   const Parameters stored = ReadParameters(file, at::ScalarType::Undefined);
-  if (stored.items().size() != model->parameters().items().size()) {
+  const Parameters wanted = AllTensors(*model);
+  if (stored.items().size() != wanted.items().size()) {
     Bad(file.string(), std::to_string(stored.items().size()) + " tensors, expected " +
-                           std::to_string(model->parameters().items().size()));
+                           std::to_string(wanted.items().size()));
   }
-  for (const auto& [name, tensor] : model->parameters().items()) {
+  for (const auto& [name, tensor] : wanted.items()) {
     const at::Tensor& value = stored.Get(name);
     if (value.sizes() != tensor.sizes() || value.scalar_type() != at::kFloat) {
       Bad(file.string(), "tensor " + name + " has another shape or type");

@@ -17,6 +17,8 @@
 
 namespace routecast {
 
+class BaselineTables;
+
 struct SpeculationConfig {
   std::string kind;      // one of SpeculationKinds()
   MoeGeometry geometry;  // of the model whose routing is learnt
@@ -25,6 +27,7 @@ struct SpeculationConfig {
   int width = 0, heads = 0, ff = 0, layers = 0;
   int context = 0;     // W: the newest layers that `interlayer` sees of a token
   int neighbours = 0;  // tokens on each side (decoder: left) whose ids `hidden` sees
+  bool priors = false; // `hidden` starts from the counts of the train part
   double dropout = 0;  // training only
 
   Json ToJson() const;
@@ -49,6 +52,10 @@ class SpeculationModel {
   // them is what Forward computes with.
   virtual Parameters& parameters() { return parameters_; }
   const Parameters& parameters() const { return parameters_; }
+  // Float32 tensors that are kept with the parameters but not trained; may be none.
+  const Parameters& constants() const { return constants_; }
+  // Sets the constants from the counts of the train part; before training.
+  virtual void FitPriors(const BaselineTables&) {}
   // How many of the newest tokens of a decoder window matter to its last row.
   virtual int history_tokens() const = 0;
   // REQUIRES tensors of the window on the parameters' device. dropout_key 0 = no dropout
@@ -58,13 +65,13 @@ class SpeculationModel {
   // Leads predicted from a source are 1..NumLeads; encoder: L-1-source; decoder: L
   // (wraps into the next token).
   int NumLeads(Stack stack, int source_layer) const;
-  // Moves the parameters, before gradients and optimizer states refer to them.
+  // Moves parameters and constants, before gradients and optimizer states refer to them.
   void To(at::Device device);
 
  protected:
   explicit SpeculationModel(SpeculationConfig config) : config_(std::move(config)) {}
   SpeculationConfig config_;
-  Parameters parameters_;
+  Parameters parameters_, constants_;
 };
 
 std::vector<std::string> SpeculationKinds();  // "hidden", "interlayer"

@@ -90,6 +90,8 @@ class SpeculationTrainer {
   SpeculationResult Run() {
     const StaleControl control = Control();
     Resume();
+    tables_ = FitBaselines(dataset_, job_.out, job_.out / "baselines.safetensors", comm_);
+    model_->FitPriors(*tables_);
     OpenMetrics();
     Progress progress("train " + options_.kind, "steps", static_cast<uint64_t>(steps_),
                       job_.quiet || !rank_.is_root());
@@ -314,10 +316,8 @@ class SpeculationTrainer {
     report.has_control = control.tokens > 0;
     report.control = control;
     const Calibration calibration = FitCalibration(model_.get(), validation_, comm_);
-    const auto tables =
-        FitBaselines(dataset_, job_.out, job_.out / "baselines.safetensors", comm_);
     const EvaluationData test = Part(SplitPart::kTest, options_.test_sequences, kTestStream);
-    report.test = Test(model_.get(), calibration, tables, routers_, test, options_.seed, comm_);
+    report.test = Test(model_.get(), calibration, tables_, routers_, test, options_.seed, comm_);
     SpeculationResult result;
     result.results = ResultsJson(report);
     result.table = ResultsTable(report, config_.geometry.num_experts);
@@ -343,6 +343,7 @@ class SpeculationTrainer {
   WindowSampler sampler_;
   EvaluationData validation_;
   std::unique_ptr<SpeculationModel> model_;
+  std::shared_ptr<const BaselineTables> tables_;  // of the train part
   std::optional<AdamW> optimizer_;
   std::optional<GradientReducer> reducer_;
   std::optional<JsonLines> metrics_;  // rank 0

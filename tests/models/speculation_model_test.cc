@@ -8,6 +8,7 @@
 #include <chrono>
 
 #include "common/errors.h"
+#include "models/baseline_predictors.h"
 #include "models/predictor_factory.h"
 #include "speculation_test_support.h"
 
@@ -16,6 +17,11 @@ namespace {
 
 class SpeculationKindTest : public testing::TestWithParam<std::string> {
  protected:
+  void SetUp() override {
+    const c10::NoGradGuard no_grad;
+    at::manual_seed(5);
+    for (const auto& [name, tensor] : model_->constants().items()) tensor.normal_();
+  }
   std::unique_ptr<SpeculationModel> model_ =
       MakeSpeculationModel(SmallSpeculation(GetParam()), 7);
 };
@@ -203,6 +209,39 @@ TEST_P(SpeculationKindTest, CalibrationDividesTheLogits) {
   EXPECT_FALSE(predictor->Predict(window, 4).has_value());
 }
 
+// A model whose weights are all zero says what the counts say.
+TEST(HiddenModelTest, PriorsAreTheCounts) {
+  const c10::NoGradGuard no_grad;
+  const MoeGeometry g = SmallGeometry();
+  BaselineTables tables(g, 11);
+  for (int i = 0; i < 20; ++i) tables.Fit(RandomTrace(g, 6, 5, 30 + i));
+  auto model = MakeSpeculationModel(SmallSpeculation("hidden"), 7);
+  for (const auto& [name, tensor] : model->parameters().items()) {
+    if (name != "prior.gain") tensor.zero_();
+  }
+  model->FitPriors(tables);
+  const RoutingTrace trace = RandomTrace(g, 6, 5, 99);
+  std::vector<float> expected(5);
+  const auto expect = [&](const RoutingWindow& window, int token, int lead) {
+    const auto probs =
+        at::softmax(model->Forward(window, 0).logits_BTHE[0][token][lead - 1], -1);
+    for (int e = 0; e < 5; ++e) {
+      EXPECT_NEAR(probs[e].item<float>(), expected[size_t(e)], 1e-5) << lead;
+    }
+  };
+  const auto encoder = WindowOf(trace, Stack::kEncoder, 0, 5);
+  tables.Token(2, encoder.token_ids_BT[0][3].item<int64_t>(), expected.data());
+  expect(encoder, 3, 2);
+  // Decoder of 3 layers, source 1: lead 1 in the own token, lead 3 in the next.
+  const auto decoder = WindowOf(trace, Stack::kDecoder, 1, 5);
+  tables.Token(g.encoder_layers + 2, decoder.token_ids_BT[0][4].item<int64_t>(),
+               expected.data());
+  expect(decoder, 4, 1);
+  tables.Markov1(g.encoder_layers + 1, 3, g.encoder_layers + 1,
+                 decoder.experts_BTL[0][4][1].item<int>(), expected.data());
+  expect(decoder, 4, 3);
+}
+
 TEST(SpeculationConfigTest, HostileValuesAreRefused) {
   const Json good = SmallSpeculation("interlayer").ToJson();
   EXPECT_EQ(SpeculationConfig::FromJson(good, "test"), SmallSpeculation("interlayer"));
@@ -222,6 +261,7 @@ TEST(SpeculationConfigTest, HostileValuesAreRefused) {
       {"context", 1 << 30},
       {"neighbours", -1},
       {"neighbours", 65},
+      {"priors", 1},
       {"dropout", 1},
       {"dropout", -0.5},
       {"dropout", nullptr},
