@@ -1,6 +1,6 @@
 // Does speculation pay on this machine, for this model and predictor? Steps with and without it
-// are interleaved in short blocks; speculation is switched off when its steps cost as much or
-// more. A trial comes first, then again after ever longer spells, so that a change is noticed;
+// are interleaved in short blocks; speculation is switched off unless its steps cost
+// clearly less. A trial comes first, then again after ever longer spells, so that a change is noticed;
 // each trial adds to the fading evidence of those before.
 // Thread rule: one thread at a time. No clock: the caller measures.
 #pragma once
