@@ -1,5 +1,6 @@
-// What the evaluator's parts cost and reach: cache and planner a decision, the disk engine
-// against direct reads alone (the link's peak). Torch-free. Run with the machine to itself.
+// What the evaluator's parts cost and reach: cache and planner a decision, the disk
+// engine against direct reads alone (the link's peak). Torch-free. Run with the machine
+// to itself.
 #include <benchmark/benchmark.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -24,7 +25,8 @@ void BM_CacheUse(benchmark::State& state) {
   ExpertCache cache(kGeometry, static_cast<int>(state.range(0)), Eviction::kLru);
   uint64_t i = 0;
   for (auto _ : state) {
-    const ExpertKey key{6 + static_cast<int>(i % 6), static_cast<int>(ToRange(Mix(i), 128))};
+    const ExpertKey key{6 + static_cast<int>(i % 6),
+                        static_cast<int>(ToRange(Mix(i), 128))};
     ++i;
     cache.BeginLayer(key.layer);
     if (cache.state(key) == ExpertCache::State::kAbsent) {
@@ -37,11 +39,13 @@ void BM_CacheUse(benchmark::State& state) {
 }
 BENCHMARK(BM_CacheUse)->Arg(32)->Arg(192);
 
-// One decoder layer: demand, four forecasts of 128 experts, transfers under a manual clock.
+// One decoder layer: demand, four forecasts of 128 experts, transfers under a manual
+// clock.
 void BM_PlannerLayer(benchmark::State& state) {
   ManualClock clock;
   ExpertCache cache(kGeometry, static_cast<int>(state.range(0)), Eviction::kLru);
-  PrefetchPlanner planner({1 << 20, 1e9, 2, 0.9, true, ParsePolicy("auto")}, &cache, &clock);
+  PrefetchPlanner planner({1 << 20, 1e9, 2, 0.9, true, ParsePolicy("auto")}, &cache,
+                          &clock);
   SimulatedLink link({1 << 20, 1 << 18, 1e9, 0, true}, &clock);
   const auto drive = [&] {
     const PlannerActions actions = planner.Poll();
@@ -74,7 +78,8 @@ void BM_PlannerLayer(benchmark::State& state) {
 }
 BENCHMARK(BM_PlannerLayer)->Arg(32)->Arg(192);
 
-// A file of full-size experts (switch-base, fp32) in the working folder, removed at the end.
+// A file of full-size experts (switch-base, fp32) in the working folder, removed at the
+// end.
 struct ExpertsOnDisk {
   ExpertsOnDisk() : path(fs::absolute("evaluator_bench." + std::to_string(::getpid()))) {
     ExpertFileSpec spec;
@@ -135,7 +140,12 @@ void BM_LinkAgainstDirectReads(benchmark::State& state) {
   state.counters["engine"] = link / rounds;
   state.counters["share"] = alone > 0 ? link / alone : 0;
 }
-BENCHMARK(BM_LinkAgainstDirectReads)->Arg(2)->Arg(3)->Arg(4)->Iterations(5)->UseRealTime();
+BENCHMARK(BM_LinkAgainstDirectReads)
+    ->Arg(2)
+    ->Arg(3)
+    ->Arg(4)
+    ->Iterations(5)
+    ->UseRealTime();
 
 }  // namespace
 }  // namespace routecast

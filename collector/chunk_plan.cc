@@ -8,7 +8,7 @@ namespace routecast {
 namespace {
 
 constexpr uint64_t kMaxChunkBytes = 128 << 10;  // of text: bounds a rank's memory
-constexpr uint64_t kMinChunkBytes = 8 << 10;   // below, staging and ingestion would show
+constexpr uint64_t kMinChunkBytes = 8 << 10;    // below, staging and ingestion would show
 constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is left
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;

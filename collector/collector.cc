@@ -151,7 +151,8 @@ class Job {
                    [this](const ChunkResult& r) { Done(r); }}) {}
 
   // A limit of time is looked at between chunks: however small it is, every run adds at
-  // least one chunk, so a job cut into short allocations ends. A signal cuts into a chunk.
+  // least one chunk, so a job cut into short allocations ends. A signal cuts into a
+  // chunk.
   void Run() {
     while (Serving()) {
       const std::optional<uint32_t> chunk = exchange_.Next();

@@ -54,8 +54,8 @@ class MpiReduce final : public PendingReduce {
   MPI_Request request_ = MPI_REQUEST_NULL;
 };
 
-// A barrier waits for what one rank does alone (training a tokenizer, saving), which takes
-// minutes on a busy machine. A rank that died ends the job without it.
+// A barrier waits for what one rank does alone (training a tokenizer, saving), which
+// takes minutes on a busy machine. A rank that died ends the job without it.
 constexpr double kBarrierDeadlines = 20;
 
 class MpiCommunicator final : public Communicator {

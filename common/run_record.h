@@ -35,8 +35,9 @@ class RunRecord {
   Json record_;
 };
 
-// Drops the lines of a JSON-lines file whose `key` is above `last` (and a line cut by a kill):
-// what a run wrote after the checkpoint that it now goes on from. No file: nothing.
+// Drops the lines of a JSON-lines file whose `key` is above `last` (and a line cut by a
+// kill): what a run wrote after the checkpoint that it now goes on from. No file:
+// nothing.
 void TruncateJsonLines(const fs::path& path, const std::string& key, int64_t last);
 
 // Appends one JSON object a line; flushed per line. EnvironmentError when the disk is

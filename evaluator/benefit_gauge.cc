@@ -7,8 +7,8 @@ namespace routecast {
 namespace {
 
 constexpr double kFresh = 0.6;  // share of the newest trial in the evidence
-// Speculation must save this share of the waiting: what it reads in vain takes memory bandwidth
-// from the model, which the gauge does not see.
+// Speculation must save this share of the waiting: what it reads in vain takes memory
+// bandwidth from the model, which the gauge does not see.
 constexpr double kLeastGain = 0.05;
 
 double Mean(const std::vector<double>& values) {
@@ -31,7 +31,8 @@ bool BenefitGauge::Speculate() const {
 void BenefitGauge::Record(double seconds) {
   if (in_trial_) {
     // The first step of a block still carries the other mode's cache.
-    if (position_ % options_.block_steps != 0) (Speculate() ? on_ : off_).push_back(seconds);
+    if (position_ % options_.block_steps != 0)
+      (Speculate() ? on_ : off_).push_back(seconds);
     if (++position_ == 2 * options_.trial_pairs * options_.block_steps) Decide();
     return;
   }

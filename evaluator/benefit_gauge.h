@@ -1,7 +1,7 @@
-// Does speculation pay on this machine, for this model and predictor? Steps with and without it
-// are interleaved in short blocks; speculation is switched off unless its steps cost
-// clearly less. A trial comes first, then again after ever longer spells, so that a change is noticed;
-// each trial adds to the fading evidence of those before.
+// Does speculation pay on this machine, for this model and predictor? Steps with and
+// without it are interleaved in short blocks; speculation is switched off unless its
+// steps cost clearly less. A trial comes first, then again after ever longer spells, so
+// that a change is noticed; each trial adds to the fading evidence of those before.
 // Thread rule: one thread at a time. No clock: the caller measures.
 #pragma once
 
@@ -10,9 +10,10 @@
 namespace routecast {
 
 struct BenefitGaugeOptions {
-  int block_steps = 4;       // consecutive steps of one mode; the first of a block is not counted
-  int trial_pairs = 6;       // blocks of each mode in a trial
-  int first_spell = 512;     // steps until the second trial, then doubled each time
+  int block_steps =
+      4;  // consecutive steps of one mode; the first of a block is not counted
+  int trial_pairs = 6;    // blocks of each mode in a trial
+  int first_spell = 512;  // steps until the second trial, then doubled each time
   int longest_spell = 8192;
 };
 
@@ -24,7 +25,8 @@ class BenefitGauge {
   bool Speculate() const;
   // The step is over: `seconds` that it cost (waiting for experts, and the predictor).
   void Record(double seconds);
-  // The verdict of the last trial: false = speculation is off. True before the first one ends.
+  // The verdict of the last trial: false = speculation is off. True before the first one
+  // ends.
   bool helps() const { return helps_; }
   bool in_trial() const { return in_trial_; }
   // Seconds a step, by the evidence so far; 0 before the first trial ends.

@@ -14,7 +14,8 @@ class Clock {
 class SteadyClock : public Clock {
  public:
   double Now() const override {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_)
+        .count();
   }
 
  private:

@@ -1,6 +1,6 @@
-// Rows of one comparison, measured in interleaved rounds: every round runs the same segment in
-// every row, in rotating order, and each row's rate is divided by that of on-demand LRU in the
-// same round. docs/metrics.md has the formula of every number.
+// Rows of one comparison, measured in interleaved rounds: every round runs the same
+// segment in every row, in rotating order, and each row's rate is divided by that of
+// on-demand LRU in the same round. docs/metrics.md has the formula of every number.
 // Thread rule: one thread.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "common/run_record.h"
+#include "evaluator/comparison_result.h"
 #include "evaluator/disk_transfer_engine.h"
 #include "evaluator/expert_file.h"
 #include "evaluator/prefetch_runtime.h"
@@ -18,54 +18,24 @@
 namespace routecast {
 
 struct ComparisonOptions {
-  uint64_t budget_bytes = 0;       // of expert memory; whole slots are used
-  std::string policy = "auto";     // of the rows that speculate
+  uint64_t budget_bytes = 0;    // of expert memory; whole slots are used
+  std::string policy = "auto";  // of the rows that speculate
   Eviction eviction = Eviction::kLru;
-  int rounds = 20;                 // measured, a segment each; segments repeat when fewer
-  int warmup_rounds = 3;           // not measured: caches fill, gauges decide
+  int rounds = 20;        // measured, a segment each; segments repeat when fewer
+  int warmup_rounds = 3;  // not measured: caches fill, gauges decide
   int batch = 1;
-  std::string link = "auto";       // auto, native, emulated
-  double emulated_bound = 1.8;     // what a paced link aims at, in (1, 2)
+  std::string link = "auto";    // auto, native, emulated
+  double emulated_bound = 1.8;  // what a paced link aims at, in (1, 2)
   int io_threads = 3;
-  double peak_seconds = 0.5;       // spent on measuring the link alone
+  double peak_seconds = 0.5;  // spent on measuring the link alone
   bool oracle = true, resident = true, uncached = true;
-  bool synthetic_weights = false;  // label only
+  bool synthetic_weights = false;     // label only
   at::ScalarType dtype = at::kFloat;  // of the experts on disk
   bool quiet = false;
 };
 
-struct RowResult {
-  std::string policy, predictor, eviction, tier;
-  Stack phase = Stack::kDecoder;
-  uint64_t budget_bytes = 0, held_bytes_peak = 0;
-  double budget_phase_share = 0;
-  int batch = 1, pairs = 0;
-  double tokens_per_second = 0, spread = 0;  // median and interquartile range over rounds
-  double p50_ms = 0, p95_ms = 0, p99_ms = 0;  // of a step
-  double hit_rate = 0;
-  int64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0, bytes_belady = 0;
-  double stall_seconds = 0, compute_seconds = 0, transfer_seconds = 0, predictor_seconds = 0;
-  double bound = 0;
-  bool lossless = false;
-  std::string output_sha256;
-  double speed_up = 0;          // median over rounds of the rate over on-demand LRU's
-  double speculation_used = 0;  // share of prefetched experts that were used
-  bool switched_off = false;    // the row's speculation did not help and is off
-};
-
-struct ComparisonResult {
-  std::vector<RowResult> rows;
-  std::string device, link;     // descriptions
-  double link_peak_bytes_per_second = 0;
-  double link_bytes_per_second = 0;  // what the rows had: the peak or the pace
-  bool emulated = false, synthetic_weights = false;
-  std::vector<std::string> notes;  // what a reader must know: rows left out, fallbacks
-  bool lossless = false;           // all rows put out the same bits
-  Json ToJson() const;             // results.json, exactly the keys of docs/metrics.md
-};
-
-// Slots that `budget_bytes` buys. UsageError naming the least that works: two experts, one that
-// runs and one that arrives.
+// Slots that `budget_bytes` buys. UsageError naming the least that works: two experts,
+// one that runs and one that arrives.
 int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec);
 // "25%" of `whole_bytes`, or bytes with a unit.
 uint64_t ParseBudget(const std::string& text, uint64_t whole_bytes);
@@ -76,7 +46,8 @@ struct MissCount {
   int64_t misses[2] = {0, 0};
 };
 MissCount CountMisses(const MoeGeometry& geometry, int slots, Eviction eviction,
-                      const std::vector<OracleForesight::Visit>& visits, size_t counted_from);
+                      const std::vector<OracleForesight::Visit>& visits,
+                      size_t counted_from);
 
 class Comparison {
  public:
@@ -89,8 +60,8 @@ class Comparison {
 
  private:
   struct Row;
-  void Record();        // first pass: visits, Tc
-  void ChooseLink();    // native or paced
+  void Record();      // first pass: visits, Tc
+  void ChooseLink();  // native or paced
   void MakeRows();
   void RunRound(int round, bool measured);
   void RunRow(Row* row, int round, bool measured);
@@ -107,13 +78,10 @@ class Comparison {
   bool resident_fits_ = false;
   std::unique_ptr<DiskTransferEngine> engine_, resident_engine_;
   double peak_ = 0, pace_ = 0;
-  double compute_[2] = {0, 0};  // Tc of a round, by stack
+  double compute_[2] = {0, 0};                               // Tc of a round, by stack
   std::vector<std::vector<OracleForesight::Visit>> visits_;  // by segment
   std::vector<std::unique_ptr<Row>> rows_;
   std::vector<std::string> notes_;
 };
-
-// The table that people read; one line a row and phase.
-std::string ComparisonTable(const ComparisonResult& result);
 
 }  // namespace routecast

@@ -11,29 +11,34 @@
 
 namespace routecast {
 namespace {
-constexpr double kPaceSlackSeconds = 200e-6;  // a late wake-up is caught up, an idle link is not
+constexpr double kPaceSlackSeconds =
+    200e-6;  // a late wake-up is caught up, an idle link is not
 }
 
-DiskTransferEngine::DiskTransferEngine(std::shared_ptr<const ExpertFile> file, int num_slots,
-                                       DiskEngineOptions options)
-    : file_(std::move(file)), options_(options),
+DiskTransferEngine::DiskTransferEngine(std::shared_ptr<const ExpertFile> file,
+                                       int num_slots, DiskEngineOptions options)
+    : file_(std::move(file)),
+      options_(options),
       arena_(num_slots, file_->spec().stride_bytes()) {
   direct_ = options_.direct;
   fd_ = ::open(file_->path().c_str(), O_RDONLY | O_CLOEXEC | (direct_ ? O_DIRECT : 0));
   // Some file systems refuse at open, others at the first read.
-  if (direct_ && fd_ >= 0 && ::pread(fd_, arena_.base(), 4096, 0) < 0 && errno == EINVAL) {
+  if (direct_ && fd_ >= 0 && ::pread(fd_, arena_.base(), 4096, 0) < 0 &&
+      errno == EINVAL) {
     ::close(fd_);
     fd_ = -1;
     errno = EINVAL;
   }
   if (direct_ && fd_ < 0 && errno == EINVAL) {
     direct_ = false;
-    std::fprintf(stderr, "direct reads are refused for %s: reading through the page cache\n",
+    std::fprintf(stderr,
+                 "direct reads are refused for %s: reading through the page cache\n",
                  file_->path().c_str());
     fd_ = ::open(file_->path().c_str(), O_RDONLY | O_CLOEXEC);
   }
   if (fd_ < 0) ThrowErrno(errno, "open", file_->path());
-  for (int i = 0; i < options_.num_threads; ++i) threads_.emplace_back([this] { Work(); });
+  for (int i = 0; i < options_.num_threads; ++i)
+    threads_.emplace_back([this] { Work(); });
 }
 
 DiskTransferEngine::~DiskTransferEngine() {
@@ -170,7 +175,8 @@ void DiskTransferEngine::Work() {
 void DiskTransferEngine::ReadChunk(uint64_t offset, uint64_t size, std::byte* to) {
   uint64_t done = 0;
   while (done < size) {
-    const ssize_t n = ::pread(fd_, to + done, size - done, static_cast<off_t>(offset + done));
+    const ssize_t n =
+        ::pread(fd_, to + done, size - done, static_cast<off_t>(offset + done));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) ThrowErrno(errno, "read", file_->path());
     if (n == 0) {
@@ -185,7 +191,8 @@ void DiskTransferEngine::FinishIfDone(Job* job, std::unique_lock<std::mutex>* lo
   if (job->readers > 0) return;
   const bool whole = job->finished == file_->spec().stride_bytes();
   if (!whole && !job->cancelled && !job->failed) return;
-  TransferOutcome outcome = whole ? TransferOutcome::kArrived : TransferOutcome::kCancelled;
+  TransferOutcome outcome =
+      whole ? TransferOutcome::kArrived : TransferOutcome::kCancelled;
   if (job->failed) outcome = TransferOutcome::kFailed;
   const auto it = std::find_if(jobs_.begin(), jobs_.end(),
                                [&](const auto& other) { return other.get() == job; });
@@ -203,7 +210,8 @@ void DiskTransferEngine::FinishIfDone(Job* job, std::unique_lock<std::mutex>* lo
   }
   {
     std::lock_guard one(done_mutex_);
-    done_(finished->order.id, outcome, std::min(finished->finished, file_->spec().blob_bytes()));
+    done_(finished->order.id, outcome,
+          std::min(finished->finished, file_->spec().blob_bytes()));
   }
   lock->lock();
 }

@@ -1,9 +1,9 @@
-// Disk -> host memory: a few threads read one expert in direct, aligned chunks into its slot of
-// one locked arena. Between chunks a demand overtakes a speculation, and a speculation can be
-// cancelled.
+// Disk -> host memory: a few threads read one expert in direct, aligned chunks into its
+// slot of one locked arena. Between chunks a demand overtakes a speculation, and a
+// speculation can be cancelled.
 //
-// The emulated link: with a pace (bytes a second) chunks are handed out no faster than a serial
-// link of that rate would carry them. Reports label such runs `emulated`.
+// The emulated link: with a pace (bytes a second) chunks are handed out no faster than a
+// serial link of that rate would carry them. Reports label such runs `emulated`.
 #pragma once
 
 #include <condition_variable>
@@ -21,17 +21,17 @@
 namespace routecast {
 
 struct DiskEngineOptions {
-  int num_threads = 3;                 // readers; 2-4 saturate one disk
-  uint64_t chunk_bytes = 1 << 20;      // multiple of 4096
-  double pace_bytes_per_second = 0;    // 0 = as fast as the disk
-  bool check_hashes = false;           // compares each blob with the file's index (slow)
-  bool direct = true;                  // false: through the page cache
+  int num_threads = 3;               // readers; 2-4 saturate one disk
+  uint64_t chunk_bytes = 1 << 20;    // multiple of 4096
+  double pace_bytes_per_second = 0;  // 0 = as fast as the disk
+  bool check_hashes = false;         // compares each blob with the file's index (slow)
+  bool direct = true;                // false: through the page cache
 };
 
 class DiskTransferEngine : public TransferEngine {
  public:
-  // Opens the file for direct reads; falls back to buffered ones where the file system refuses
-  // (direct() tells, description() says so). Slots hold one blob each.
+  // Opens the file for direct reads; falls back to buffered ones where the file system
+  // refuses (direct() tells, description() says so). Slots hold one blob each.
   DiskTransferEngine(std::shared_ptr<const ExpertFile> file, int num_slots,
                      DiskEngineOptions options);
   ~DiskTransferEngine() override;
@@ -77,7 +77,7 @@ class DiskTransferEngine : public TransferEngine {
   std::mutex done_mutex_;  // one `done` at a time
   std::condition_variable wake_;
   std::deque<std::unique_ptr<Job>> jobs_;
-  double link_free_ = 0;   // when the paced link may take the next chunk
+  double link_free_ = 0;  // when the paced link may take the next chunk
   bool stopping_ = false;
   std::string error_;
   std::vector<std::thread> threads_;

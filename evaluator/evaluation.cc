@@ -33,12 +33,17 @@ struct Setting {
 };
 
 bool IsReplay(const EvaluationOptions& options) { return options.model.empty(); }
-bool RunsEncoder(const EvaluationOptions& o) { return !IsReplay(o) || o.phase != "decoder"; }
-bool RunsDecoder(const EvaluationOptions& o) { return !IsReplay(o) || o.phase != "encoder"; }
+bool RunsEncoder(const EvaluationOptions& o) {
+  return !IsReplay(o) || o.phase != "decoder";
+}
+bool RunsDecoder(const EvaluationOptions& o) {
+  return !IsReplay(o) || o.phase != "encoder";
+}
 
 std::vector<std::string> PredictorsOf(const EvaluationOptions& options) {
   std::vector<std::string> names = options.predictor;
-  // --compare shows the simple baselines beside what is asked for, where they can be fitted.
+  // --compare shows the simple baselines beside what is asked for, where they can be
+  // fitted.
   if (options.compare && !options.store.empty()) {
     const std::vector<std::string> known = BaselineNames();
     for (auto it = kComparedBaselines.rbegin(); it != kComparedBaselines.rend(); ++it) {
@@ -53,8 +58,9 @@ std::vector<std::string> PredictorsOf(const EvaluationOptions& options) {
 }
 
 // Test-part sequences that serve, ascending by id.
-std::vector<uint64_t> TestSequences(const TraceReader& reader, const EvaluationOptions& options,
-                                    bool needs_hidden, size_t wanted) {
+std::vector<uint64_t> TestSequences(const TraceReader& reader,
+                                    const EvaluationOptions& options, bool needs_hidden,
+                                    size_t wanted) {
   std::vector<uint64_t> ids;
   for (const SequenceInfo& info : reader.sequences()) {
     if (SplitOf(info.group_id) != SplitPart::kTest) continue;
@@ -70,8 +76,10 @@ std::vector<uint64_t> TestSequences(const TraceReader& reader, const EvaluationO
   if (ids.size() >= static_cast<size_t>(options.batch)) return ids;
   throw UsageError(ErrorText(
       "the store has too few test sequences" +
-          std::string(needs_hidden ? " with router inputs" : "") + ": " + options.store.string(),
-      std::to_string(ids.size()) + " found, a batch needs " + std::to_string(options.batch),
+          std::string(needs_hidden ? " with router inputs" : "") + ": " +
+          options.store.string(),
+      std::to_string(ids.size()) + " found, a batch needs " +
+          std::to_string(options.batch),
       "collect more sequences (--record=ids,probs,hidden --hidden_share), or choose "
       "--predictor=none"));
 }
@@ -104,8 +112,8 @@ std::shared_ptr<const BaselineTables> FitTables(const TraceReader& reader, bool 
     for (uint32_t id : trace.decoder.token_ids) vocab = std::max(vocab, id);
   }
   // Token ids beyond those seen in training may come in the test part.
-  auto tables = std::make_shared<BaselineTables>(reader.config().geometry,
-                                                 static_cast<int>(std::max(vocab + 1, 32128u)));
+  auto tables = std::make_shared<BaselineTables>(
+      reader.config().geometry, static_cast<int>(std::max(vocab + 1, 32128u)));
   for (const RoutingTrace& trace : traces) tables->Fit(trace);
   if (!quiet) std::fprintf(stderr, "baselines: %zu train sequences\n", traces.size());
   return tables;
@@ -116,8 +124,8 @@ void LoadPredictors(const EvaluationOptions& options, const MoeGeometry& geometr
   std::shared_ptr<const BaselineTables> tables;
   const std::vector<std::string> baselines = BaselineNames();
   for (const std::string& name : PredictorsOf(options)) {
-    const bool asked = std::find(options.predictor.begin(), options.predictor.end(), name) !=
-                       options.predictor.end();
+    const bool asked = std::find(options.predictor.begin(), options.predictor.end(),
+                                 name) != options.predictor.end();
     if (name == "stale_gate" && routers.empty() && !asked) continue;
     if (std::find(baselines.begin(), baselines.end(), name) == baselines.end()) {
       setting->predictors.push_back(LoadPredictor(name, geometry, "", routers));
@@ -147,8 +155,8 @@ size_t WantedSequences(const EvaluationOptions& options) {
 void PrepareReplay(const EvaluationOptions& options, Setting* setting) {
   const MoeGeometry geometry = setting->reader->config().geometry;
   LoadPredictors(options, geometry, StoredRouters(*setting->reader), setting);
-  const std::vector<uint64_t> ids = TestSequences(*setting->reader, options,
-                                                  NeedHidden(*setting), WantedSequences(options));
+  const std::vector<uint64_t> ids = TestSequences(
+      *setting->reader, options, NeedHidden(*setting), WantedSequences(options));
   ReplayOptions replay = options.replay;
   replay.batch = options.batch;
   replay.tokens = options.max_new_tokens;
@@ -162,11 +170,12 @@ void PrepareReplay(const EvaluationOptions& options, Setting* setting) {
     spec.d_ff = replay.d_ff;
     const int layers = (replay.encoder ? full.encoder_layers : 0) +
                        (replay.decoder ? full.decoder_layers : 0);
-    const uint64_t whole = static_cast<uint64_t>(layers) * full.num_experts * spec.stride_bytes();
+    const uint64_t whole =
+        static_cast<uint64_t>(layers) * full.num_experts * spec.stride_bytes();
     const int slots = SlotsOfBudget(ParseBudget(options.expert_budget, whole), spec);
     std::printf("replay of %zu test sequences: %d x %d experts of %s, %s on disk in %s\n",
-                ids.size(), layers, full.num_experts, FormatBytes(spec.blob_bytes()).c_str(),
-                FormatBytes(whole).c_str(),
+                ids.size(), layers, full.num_experts,
+                FormatBytes(spec.blob_bytes()).c_str(), FormatBytes(whole).c_str(),
                 ExpertCacheFolder(options.cache).string().c_str());
     std::printf("budget: %d experts, %s; %zu predictors, %d + %d rounds\n", slots,
                 FormatBytes(static_cast<uint64_t>(slots) * spec.stride_bytes()).c_str(),
@@ -174,14 +183,16 @@ void PrepareReplay(const EvaluationOptions& options, Setting* setting) {
     return;
   }
   std::vector<RoutingTrace> traces = setting->reader->ReadMany(ids, WithHidden::kYes);
-  setting->workload = std::make_unique<ReplayWorkload>(geometry, std::move(traces), replay);
-  setting->file =
-      SyntheticExperts(ExpertCacheFolder(options.cache), setting->workload->geometry(),
-                       replay.d_ff, options.seed, replay.encoder, replay.decoder, options.quiet);
+  setting->workload =
+      std::make_unique<ReplayWorkload>(geometry, std::move(traces), replay);
+  setting->file = SyntheticExperts(
+      ExpertCacheFolder(options.cache), setting->workload->geometry(), replay.d_ff,
+      options.seed, replay.encoder, replay.decoder, options.quiet);
 }
 
 std::vector<std::vector<int64_t>> Prompts(const EvaluationOptions& options,
-                                          const SwitchConfig& config, const Setting& setting) {
+                                          const SwitchConfig& config,
+                                          const Setting& setting) {
   std::vector<std::vector<int64_t>> prompts;
   if (!options.prompts.empty()) {
     const Tokenizer tokenizer = Tokenizer::Load(options.model);
@@ -197,7 +208,8 @@ std::vector<std::vector<int64_t>> Prompts(const EvaluationOptions& options,
     for (uint64_t id :
          TestSequences(*setting.reader, options, false, WantedSequences(options))) {
       const RoutingTrace trace = setting.reader->Read(id, WithHidden::kNo);
-      prompts.emplace_back(trace.encoder.token_ids.begin(), trace.encoder.token_ids.end());
+      prompts.emplace_back(trace.encoder.token_ids.begin(),
+                           trace.encoder.token_ids.end());
     }
   }
   for (const auto& prompt : prompts) {
@@ -221,7 +233,8 @@ void PrepareGenerate(const EvaluationOptions& options, Setting* setting) {
     MoeGeometry stored = setting->reader->config().geometry;
     if (stored.num_keys() != geometry.num_keys() || stored.d_model != geometry.d_model) {
       throw UsageError(ErrorText("--store was collected from a model of another geometry",
-                                 std::to_string(stored.num_keys()) + " experts of width " +
+                                 std::to_string(stored.num_keys()) +
+                                     " experts of width " +
                                      std::to_string(stored.d_model) + ", the model has " +
                                      std::to_string(geometry.num_keys()) + " of " +
                                      std::to_string(geometry.d_model),
@@ -232,17 +245,18 @@ void PrepareGenerate(const EvaluationOptions& options, Setting* setting) {
                  setting);
   const auto prompts = Prompts(options, checkpoint.config, *setting);
   if (options.dry_run) {
-    std::printf("generate: %zu prompts, %d MoE layers x %d experts, %zu predictors, "
-                "%d + %d rounds\n",
-                prompts.size(), geometry.num_layers(), geometry.num_experts,
-                setting->predictors.size(), options.warmup_rounds, options.rounds);
+    std::printf(
+        "generate: %zu prompts, %d MoE layers x %d experts, %zu predictors, "
+        "%d + %d rounds\n",
+        prompts.size(), geometry.num_layers(), geometry.num_experts,
+        setting->predictors.size(), options.warmup_rounds, options.rounds);
     return;
   }
   setting->file = ExpertsOfCheckpoint(ExpertCacheFolder(options.cache), options.model,
                                       checkpoint.config, checkpoint.fingerprint, dtype,
                                       options.quiet);
-  setting->workload = std::make_unique<GenerateWorkload>(std::move(checkpoint), prompts,
-                                                         options.batch, options.max_new_tokens);
+  setting->workload = std::make_unique<GenerateWorkload>(
+      std::move(checkpoint), prompts, options.batch, options.max_new_tokens);
 }
 
 ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFile& file) {
@@ -257,8 +271,9 @@ ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFil
   comparison.batch = options.batch;
   comparison.link = options.link;
   comparison.oracle = comparison.resident = comparison.uncached = options.compare;
-  comparison.oracle = options.compare || std::count(options.predictor.begin(),
-                                                    options.predictor.end(), "oracle") > 0;
+  comparison.oracle =
+      options.compare ||
+      std::count(options.predictor.begin(), options.predictor.end(), "oracle") > 0;
   comparison.synthetic_weights = IsReplay(options);
   comparison.dtype = ParseDtype("--dtype", options.dtype);
   comparison.quiet = options.quiet;
@@ -295,8 +310,9 @@ void WriteOutputs(const EvaluationOptions& options, const ComparisonResult& resu
 
 void ValidateEvaluation(const EvaluationOptions& options) {
   if (options.model.empty() && options.store.empty()) {
-    throw UsageError(ErrorText("nothing to evaluate", "",
-                               "give --model=FOLDER (generate) or --store=STORE (replay)"));
+    throw UsageError(
+        ErrorText("nothing to evaluate", "",
+                  "give --model=FOLDER (generate) or --store=STORE (replay)"));
   }
   if (!options.model.empty() && options.store.empty() && options.prompts.empty()) {
     throw UsageError(ErrorText("--model needs something to read", "",
@@ -320,20 +336,22 @@ void ValidateEvaluation(const EvaluationOptions& options) {
   }
   if (options.device != "auto" && options.device != "cpu") {
     ParseDevice(options.device, 0);  // says when there is none
-    throw UsageError(ErrorText("--device=" + options.device + " is not served by this program",
-                               "experts run on the CPU, under a budget of host memory",
-                               "use --device=cpu"));
+    throw UsageError(ErrorText(
+        "--device=" + options.device + " is not served by this program",
+        "experts run on the CPU, under a budget of host memory", "use --device=cpu"));
   }
   if (options.batch < 1 || options.max_new_tokens < 1 || options.rounds < 1 ||
       options.warmup_rounds < 0) {
-    throw UsageError(ErrorText("--batch, --max_new_tokens and --rounds are at least 1", "", ""));
+    throw UsageError(
+        ErrorText("--batch, --max_new_tokens and --rounds are at least 1", "", ""));
   }
 }
 
 Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
   const c10::NoGradGuard no_grad;
   Setting setting;
-  if (!options.store.empty()) setting.reader = std::make_unique<TraceReader>(options.store);
+  if (!options.store.empty())
+    setting.reader = std::make_unique<TraceReader>(options.store);
   if (IsReplay(options)) {
     PrepareReplay(options, &setting);
   } else {
@@ -343,7 +361,8 @@ Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
   std::unique_ptr<RunRecord> record;
   if (!options.out.empty()) {
     MakeFolder(options.out);
-    record = std::make_unique<RunRecord>(options.out, "routecast-evaluate", configuration);
+    record =
+        std::make_unique<RunRecord>(options.out, "routecast-evaluate", configuration);
     record->WriteStart();
   }
   std::vector<ExpertPredictor*> predictors;

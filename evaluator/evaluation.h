@@ -10,37 +10,37 @@
 
 namespace routecast {
 
-struct EvaluationOptions {  // one field a flag of the same name
-  fs::path model;                       // checkpoint folder; empty = replay of `store`
-  fs::path store;                       // trace store: sequences, train part for baselines
-  fs::path prompts;                     // text file, one prompt a line (generate)
-  std::vector<std::string> predictor;   // names and folders of trained runs
+struct EvaluationOptions {             // one field a flag of the same name
+  fs::path model;                      // checkpoint folder; empty = replay of `store`
+  fs::path store;                      // trace store: sequences, train part for baselines
+  fs::path prompts;                    // text file, one prompt a line (generate)
+  std::vector<std::string> predictor;  // names and folders of trained runs
   std::string policy = "auto";
   std::string eviction = "lru";
-  std::string expert_budget = "25%";    // of the experts of the stacks that run, or bytes
-  std::string phase = "decoder";        // replay: decoder, encoder or both
+  std::string expert_budget = "25%";  // of the experts of the stacks that run, or bytes
+  std::string phase = "decoder";      // replay: decoder, encoder or both
   std::string link = "auto";
   int batch = 1;
-  int max_new_tokens = 16;              // decoder steps a segment
-  int rounds = 20;                      // interleaved, measured
+  int max_new_tokens = 16;  // decoder steps a segment
+  int rounds = 20;          // interleaved, measured
   int warmup_rounds = 3;
-  bool compare = false;                 // the rows of docs/metrics.md; else LRU and predictors
-  fs::path out;                         // results.json, run.json, report.html; empty: none
-  std::vector<fs::path> report_with;    // other runs' folders that the report shows as well
-  fs::path cache;                       // expert files; empty: the user's cache folder
+  bool compare = false;  // the rows of docs/metrics.md; else LRU and predictors
+  fs::path out;          // results.json, run.json, report.html; empty: none
+  std::vector<fs::path> report_with;  // other runs' folders that the report shows as well
+  fs::path cache;                     // expert files; empty: the user's cache folder
   std::string device = "auto", dtype = "fp32";
   uint64_t seed = 1;
   bool quiet = false, dry_run = false;
-  // Not flags: the geometry of a replay (its batch, tokens and stacks follow from the above),
-  // and the time spent on measuring the link.
+  // Not flags: the geometry of a replay (its batch, tokens and stacks follow from the
+  // above), and the time spent on measuring the link.
   ReplayOptions replay;
   double peak_seconds = 0.5;
 };
 
 // Throws UsageError for what is wrong, or does not fit together, without reading weights.
 void ValidateEvaluation(const EvaluationOptions& options);
-// Runs and writes; prints the table, or the plan where dry_run. Headline figures for run.json.
-// Throws std::logic_error when two rows put out different bits.
+// Runs and writes; prints the table, or the plan where dry_run. Headline figures for
+// run.json. Throws std::logic_error when two rows put out different bits.
 Json Evaluate(const EvaluationOptions& options, const Json& configuration);
 
 }  // namespace routecast

@@ -10,7 +10,8 @@
 namespace routecast {
 namespace {
 
-// Short: what was used lately is used again, and that beats long-run shares (docs/runtime.md).
+// Short: what was used lately is used again, and that beats long-run shares
+// (docs/runtime.md).
 constexpr double kRateDecay = 1.0 - 1.0 / 8;
 const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
                                          "least_stale", "phase_aware", "belady"};
@@ -30,8 +31,11 @@ const char* EvictionName(Eviction eviction) {
 }
 
 ExpertCache::ExpertCache(const MoeGeometry& geometry, int num_slots, Eviction eviction)
-    : geometry_(geometry), eviction_(eviction), entries_(geometry.num_keys()),
-      in_slot_(std::max(num_slots, 0), -1), layer_visits_(geometry.num_layers(), 0) {
+    : geometry_(geometry),
+      eviction_(eviction),
+      entries_(geometry.num_keys()),
+      in_slot_(std::max(num_slots, 0), -1),
+      layer_visits_(geometry.num_layers(), 0) {
   Require(num_slots >= 1, "at least one slot");
   for (int slot = num_slots - 1; slot >= 0; --slot) free_.push_back(slot);
 }
@@ -56,7 +60,8 @@ void ExpertCache::Use(ExpertKey key) {
     const int index = key.Index(geometry_);
     const auto& uses = future_[index];
     size_t& head = future_head_[index];
-    Require(head < uses.size() && uses[head] == future_position_, "a use off the known future");
+    Require(head < uses.size() && uses[head] == future_position_,
+            "a use off the known future");
     ++head;
     ++future_position_;
   }
@@ -64,7 +69,8 @@ void ExpertCache::Use(ExpertKey key) {
 
 int ExpertCache::Load(ExpertKey key) {
   Entry& entry = Of(key);
-  Require(entry.state == State::kAbsent && !free_.empty(), "Load of a present key or no slot");
+  Require(entry.state == State::kAbsent && !free_.empty(),
+          "Load of a present key or no slot");
   entry.state = State::kLoading;
   entry.slot = free_.back();
   free_.pop_back();
@@ -79,7 +85,8 @@ void ExpertCache::Arrive(ExpertKey key) {
 
 void ExpertCache::Drop(ExpertKey key) {
   Entry& entry = Of(key);
-  Require(entry.state != State::kAbsent && entry.pins == 0, "Drop of a pinned or absent key");
+  Require(entry.state != State::kAbsent && entry.pins == 0,
+          "Drop of a pinned or absent key");
   in_slot_[entry.slot] = -1;
   free_.push_back(entry.slot);
   entry.slot = -1;
@@ -120,8 +127,10 @@ bool ExpertCache::LeavesBefore(ExpertKey a, ExpertKey b) const {
       score_b = -static_cast<double>(y.uses);
       break;
     case Eviction::kLfru:
-      score_a = -static_cast<double>(x.uses) / static_cast<double>(visits_ - x.last_visit + 1);
-      score_b = -static_cast<double>(y.uses) / static_cast<double>(visits_ - y.last_visit + 1);
+      score_a =
+          -static_cast<double>(x.uses) / static_cast<double>(visits_ - x.last_visit + 1);
+      score_b =
+          -static_cast<double>(y.uses) / static_cast<double>(visits_ - y.last_visit + 1);
       break;
     case Eviction::kLeastStale: {
       const bool stale_a = x.layer_visit != layer_visits_[a.layer];
@@ -138,7 +147,8 @@ bool ExpertCache::LeavesBefore(ExpertKey a, ExpertKey b) const {
       break;
     }
     case Eviction::kBelady: {
-      const uint64_t next_a = NextUse(a.Index(geometry_)), next_b = NextUse(b.Index(geometry_));
+      const uint64_t next_a = NextUse(a.Index(geometry_)),
+                     next_b = NextUse(b.Index(geometry_));
       if (next_a != next_b) return next_a > next_b;
       break;
     }
@@ -153,7 +163,8 @@ double ExpertCache::UseRate(ExpertKey key) const {
   const auto visits = static_cast<double>(layer_visits_[key.layer]);
   if (visits == 0) return 0;
   const double age = visits - static_cast<double>(entry.rate_at);
-  // Divided by the weight that the visits so far can reach: unbiased from the first visit on.
+  // Divided by the weight that the visits so far can reach: unbiased from the first visit
+  // on.
   return entry.rate * std::pow(kRateDecay, age) / (1 - std::pow(kRateDecay, visits));
 }
 
@@ -161,7 +172,8 @@ void ExpertCache::SetFuture(const std::vector<ExpertKey>& uses) {
   future_.assign(entries_.size(), {});
   future_head_.assign(entries_.size(), 0);
   future_position_ = 0;
-  for (uint64_t i = 0; i < uses.size(); ++i) future_[uses[i].Index(geometry_)].push_back(i);
+  for (uint64_t i = 0; i < uses.size(); ++i)
+    future_[uses[i].Index(geometry_)].push_back(i);
 }
 
 uint64_t ExpertCache::NextUse(int key_index) const {

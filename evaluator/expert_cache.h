@@ -1,5 +1,5 @@
-// Which experts sit in which slot of the budget, and which one goes first when room is needed.
-// Bookkeeping only: no memory, no threads, no clock but the order of calls.
+// Which experts sit in which slot of the budget, and which one goes first when room is
+// needed. Bookkeeping only: no memory, no threads, no clock but the order of calls.
 // Thread rule: one thread at a time (its owner's lock).
 #pragma once
 
@@ -12,13 +12,15 @@
 
 namespace routecast {
 
-// Who leaves first among ready, unpinned experts; ties by least recent use, then lower key.
+// Who leaves first among ready, unpinned experts; ties by least recent use, then lower
+// key.
 enum class Eviction {
   kNone,        // nothing stays after its use: slots are mere buffers
   kLru,         // least recently used
   kLfu,         // fewest uses
   kLfru,        // fewest uses per layer visit since the last use (vLLM issue 37190)
-  kLeastStale,  // unused at its layer's latest visit, then farthest layer (SpecMD, 2602.03921)
+  kLeastStale,  // unused at its layer's latest visit, then farthest layer (SpecMD,
+                // 2602.03921)
   kPhaseAware,  // the stack that is not running, then least recently used
   kBelady,      // farthest next use in a known future (offline only)
 };
@@ -45,7 +47,8 @@ class ExpertCache {
   // The model starts `layer`; then Use for every expert that it asks for.
   void BeginLayer(int layer);
   void Use(ExpertKey key);
-  // Absent -> loading, into a free slot, which is returned. REQUIRES absent, free_slots() > 0.
+  // Absent -> loading, into a free slot, which is returned. REQUIRES absent, free_slots()
+  // > 0.
   int Load(ExpertKey key);
   void Arrive(ExpertKey key);  // loading -> ready
   // Loading or ready -> absent. REQUIRES no pins.
@@ -74,7 +77,7 @@ class ExpertCache {
     uint64_t last_use = 0;    // count of uses at that time, 0 = never
     uint64_t last_visit = 0;  // visit of all layers at the last use
     uint64_t uses = 0;
-    double rate = 0;          // decayed use rate at layer visit `rate_at`
+    double rate = 0;  // decayed use rate at layer visit `rate_at`
     uint64_t rate_at = 0;
     uint64_t layer_visit = 0;  // visit of its own layer at the last use
   };
@@ -88,13 +91,13 @@ class ExpertCache {
   std::vector<Entry> entries_;  // by key index
   std::vector<int> in_slot_;    // slot -> key index, -1 free
   std::vector<int> free_;
-  int layer_ = -1;              // running now
-  uint64_t visits_ = 0;         // of any layer
+  int layer_ = -1;       // running now
+  uint64_t visits_ = 0;  // of any layer
   std::vector<uint64_t> layer_visits_;
   uint64_t num_uses_ = 0;
   uint64_t future_position_ = 0;
-  std::vector<std::vector<uint64_t>> future_;      // by key: positions of its uses
-  std::vector<size_t> future_head_;                // by key: first position not yet passed
+  std::vector<std::vector<uint64_t>> future_;  // by key: positions of its uses
+  std::vector<size_t> future_head_;            // by key: first position not yet passed
 };
 
 }  // namespace routecast

@@ -22,7 +22,8 @@ constexpr uint32_t kVersion = 1;
 
 struct Header {
   char magic[8];
-  uint32_t version, encoder_layers, decoder_layers, num_experts, d_model, d_ff, dtype, count;
+  uint32_t version, encoder_layers, decoder_layers, num_experts, d_model, d_ff, dtype,
+      count;
   uint64_t content_id, stride, index_offset, index_hash, file_size;
   uint64_t header_hash;  // of the bytes before it
 };
@@ -41,8 +42,8 @@ std::string ReadAt(int fd, uint64_t offset, uint64_t size, const fs::path& path)
   std::string bytes(size, '\0');
   uint64_t done = 0;
   while (done < size) {
-    const ssize_t n = ::pread(fd, bytes.data() + done, size - done,
-                              static_cast<off_t>(offset + done));
+    const ssize_t n =
+        ::pread(fd, bytes.data() + done, size - done, static_cast<off_t>(offset + done));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) ThrowErrno(errno, "read", path);
     if (n == 0) Bad(path, "cut at byte " + std::to_string(offset + done));
@@ -55,7 +56,8 @@ std::string ReadAt(int fd, uint64_t offset, uint64_t size, const fs::path& path)
 
 ExpertFileWriter::ExpertFileWriter(fs::path path, const ExpertFileSpec& spec)
     : path_(std::move(path)),
-      temporary_(path_.string() + "." + std::to_string(::getpid()) + ".tmp"), spec_(spec) {
+      temporary_(path_.string() + "." + std::to_string(::getpid()) + ".tmp"),
+      spec_(spec) {
   fd_ = ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   if (fd_ < 0) ThrowErrno(errno, "create", temporary_);
 }
@@ -137,15 +139,16 @@ ExpertFile::ExpertFile(const fs::path& path) : path_(path) {
   if (!S_ISREG(info.st_mode) || size_ < kPage) Bad(path, "shorter than its header");
   Header header;
   std::memcpy(&header, ReadAt(fd, 0, sizeof header, path).data(), sizeof header);
-  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) Bad(path, "magic is missing");
+  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0)
+    Bad(path, "magic is missing");
   if (header.version != kVersion) {
     Bad(path, "version " + std::to_string(header.version) + ", known " +
                   std::to_string(kVersion));
   }
   if (header.header_hash != HeaderHash(header)) Bad(path, "header checksum differs");
-  spec_.geometry = {static_cast<int>(header.encoder_layers),
-                    static_cast<int>(header.decoder_layers),
-                    static_cast<int>(header.num_experts), 1, static_cast<int>(header.d_model)};
+  spec_.geometry = {
+      static_cast<int>(header.encoder_layers), static_cast<int>(header.decoder_layers),
+      static_cast<int>(header.num_experts), 1, static_cast<int>(header.d_model)};
   spec_.d_ff = static_cast<int>(header.d_ff);
   spec_.dtype = static_cast<ExpertDtype>(header.dtype);
   spec_.content_id = header.content_id;
@@ -183,8 +186,8 @@ uint64_t ExpertFile::Offset(ExpertKey key) const {
 void ExpertFile::Check(ExpertKey key, const std::byte* blob) const {
   const int position = position_[key.Index(spec_.geometry)];
   if (Hash64(blob, spec_.blob_bytes()) != hashes_[position]) {
-    Bad(path_, "layer " + std::to_string(key.layer) + " expert " + std::to_string(key.expert) +
-                   ": checksum differs");
+    Bad(path_, "layer " + std::to_string(key.layer) + " expert " +
+                   std::to_string(key.expert) + ": checksum differs");
   }
 }
 
@@ -196,10 +199,10 @@ void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,
   const uint64_t count = layers.size() * static_cast<uint64_t>(spec.geometry.num_experts);
   const uint64_t needed = count * spec.stride_bytes() + (uint64_t{64} << 20);
   if (FreeBytes(path) < needed) {
-    throw EnvironmentError(ErrorText("no room for the synthetic experts: " + path.string(),
-                                     FormatBytes(needed) + " needed, " +
-                                         FormatBytes(FreeBytes(path)) + " free",
-                                     "free some space or choose another cache folder"));
+    throw EnvironmentError(ErrorText(
+        "no room for the synthetic experts: " + path.string(),
+        FormatBytes(needed) + " needed, " + FormatBytes(FreeBytes(path)) + " free",
+        "free some space or choose another cache folder"));
   }
   ExpertFileWriter writer(path, spec);
   Progress progress("synthetic experts", "experts", count, quiet);
@@ -209,14 +212,15 @@ void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,
   for (int layer : layers) {
     for (int expert = 0; expert < spec.geometry.num_experts; ++expert) {
       if (StopRequested()) throw StoppedError("stopped while writing synthetic experts");
-      const uint64_t stream =
-          Mix(spec.content_id, static_cast<uint64_t>(layer), static_cast<uint64_t>(expert));
+      const uint64_t stream = Mix(spec.content_id, static_cast<uint64_t>(layer),
+                                  static_cast<uint64_t>(expert));
       const auto fill = [&](uint64_t from, int fan_in) {
         const float scale = std::sqrt(3.f / static_cast<float>(fan_in)) * 0x1.0p-31f;
         for (uint64_t i = 0; i < half; i += 2) {
           const uint64_t bits = Mix(stream ^ (from + i));
           weights[from + i] = scale * static_cast<float>(static_cast<int32_t>(bits));
-          weights[from + i + 1] = scale * static_cast<float>(static_cast<int32_t>(bits >> 32));
+          weights[from + i + 1] =
+              scale * static_cast<float>(static_cast<int32_t>(bits >> 32));
         }
       };
       fill(0, spec.geometry.d_model);

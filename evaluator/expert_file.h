@@ -1,10 +1,12 @@
-// Experts on disk, each contiguous and 4 KiB-aligned, so that one direct read brings one expert.
+// Experts on disk, each contiguous and 4 KiB-aligned, so that one direct read brings one
+// expert.
 //
-// Little-endian. Page 0: the header below, zero-padded to 4096 bytes. Then `count` blobs, each
-// `stride` bytes apart: wi [d_ff, d_model] then wo [d_model, d_ff], row-major, zero-padded to
-// 4 KiB. Then the index: `count` times { u32 layer, u32 expert, u64 XXH3-64 of the blob without
-// padding }, at index_offset, to the end of the file. The header is written last and the file
-// renamed into place after it: a file under its final name is whole.
+// Little-endian. Page 0: the header below, zero-padded to 4096 bytes. Then `count` blobs,
+// each `stride` bytes apart: wi [d_ff, d_model] then wo [d_model, d_ff], row-major,
+// zero-padded to 4 KiB. Then the index: `count` times { u32 layer, u32 expert, u64
+// XXH3-64 of the blob without padding }, at index_offset, to the end of the file. The
+// header is written last and the file renamed into place after it: a file under its final
+// name is whole.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +20,9 @@
 namespace routecast {
 
 enum class ExpertDtype : uint32_t { kFloat32 = 0, kBfloat16 = 1 };
-inline uint64_t DtypeBytes(ExpertDtype dtype) { return dtype == ExpertDtype::kFloat32 ? 4 : 2; }
+inline uint64_t DtypeBytes(ExpertDtype dtype) {
+  return dtype == ExpertDtype::kFloat32 ? 4 : 2;
+}
 
 struct ExpertFileSpec {
   MoeGeometry geometry;
@@ -39,8 +43,10 @@ class ExpertFileWriter {
   ~ExpertFileWriter();  // removes what was not finished
   ExpertFileWriter(const ExpertFileWriter&) = delete;
   ExpertFileWriter& operator=(const ExpertFileWriter&) = delete;
-  // REQUIRES blob_bytes() bytes in all; each key once. EnvironmentError when the disk is full.
-  void Append(ExpertKey key, std::span<const std::byte> wi, std::span<const std::byte> wo);
+  // REQUIRES blob_bytes() bytes in all; each key once. EnvironmentError when the disk is
+  // full.
+  void Append(ExpertKey key, std::span<const std::byte> wi,
+              std::span<const std::byte> wo);
   void Finish();
 
  private:
@@ -58,8 +64,8 @@ class ExpertFileWriter {
 // An open, checked expert file. Thread rule: immutable.
 class ExpertFile {
  public:
-  // Throws UsageError (missing), DataError naming the broken rule (magic, version, checksum,
-  // size). Blobs are checked only by Check, against the index.
+  // Throws UsageError (missing), DataError naming the broken rule (magic, version,
+  // checksum, size). Blobs are checked only by Check, against the index.
   explicit ExpertFile(const fs::path& path);
   const ExpertFileSpec& spec() const { return spec_; }
   const fs::path& path() const { return path_; }
@@ -79,9 +85,9 @@ class ExpertFile {
   std::vector<uint64_t> hashes_;  // by position
 };
 
-// Writes distinct weights for every expert of `layers` (global MoE layers), uniform with the
-// deviation that keeps activations near one: a pure function of content_id, key and element.
-// `quiet` silences the progress line.
+// Writes distinct weights for every expert of `layers` (global MoE layers), uniform with
+// the deviation that keeps activations near one: a pure function of content_id, key and
+// element. `quiet` silences the progress line.
 void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,
                            const std::vector<int>& layers, bool quiet);
 

@@ -13,8 +13,8 @@ namespace routecast {
 namespace {
 
 // The file, where it is there, whole and of this content.
-std::shared_ptr<const ExpertFile> OpenIfGood(const fs::path& path, const ExpertFileSpec& spec,
-                                             int count) {
+std::shared_ptr<const ExpertFile> OpenIfGood(const fs::path& path,
+                                             const ExpertFileSpec& spec, int count) {
   if (!fs::exists(path)) return nullptr;
   try {
     auto file = std::make_shared<const ExpertFile>(path);
@@ -33,7 +33,8 @@ std::span<const std::byte> Bytes(const at::Tensor& tensor) {
 
 fs::path ExpertCacheFolder(const std::string& flag) {
   if (!flag.empty()) return flag;
-  if (const char* folder = std::getenv("ROUTECAST_CACHE")) return fs::path(folder) / "experts";
+  if (const char* folder = std::getenv("ROUTECAST_CACHE"))
+    return fs::path(folder) / "experts";
   if (const char* folder = std::getenv("XDG_CACHE_HOME")) {
     return fs::path(folder) / "routecast/experts";
   }
@@ -51,13 +52,15 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
   spec.geometry.experts_per_token = 1;
   spec.d_ff = config.d_ff;
   if (dtype != at::kFloat && dtype != at::kBFloat16) {
-    throw UsageError(ErrorText("experts on disk are fp32 or bf16", "", "use --dtype=fp32"));
+    throw UsageError(
+        ErrorText("experts on disk are fp32 or bf16", "", "use --dtype=fp32"));
   }
   spec.dtype = dtype == at::kFloat ? ExpertDtype::kFloat32 : ExpertDtype::kBfloat16;
   spec.content_id = Hash64(fingerprint);
   MakeFolder(cache_folder);
-  const fs::path path = cache_folder / ("checkpoint-" + Hex64(spec.content_id) +
-                                        (dtype == at::kFloat ? "-fp32" : "-bf16") + ".experts");
+  const fs::path path =
+      cache_folder / ("checkpoint-" + Hex64(spec.content_id) +
+                      (dtype == at::kFloat ? "-fp32" : "-bf16") + ".experts");
   const int count = spec.geometry.num_keys();
   if (auto file = OpenIfGood(path, spec, count)) return file;
   ExpertFileWriter writer(path, spec);
@@ -66,7 +69,8 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
     if (StopRequested()) throw StoppedError("stopped while writing experts");
     const ExpertKey key = ExpertKey::FromIndex(i, spec.geometry);
     const ExpertWeights weights = LoadExpert(checkpoint, config, key, dtype);
-    writer.Append(key, Bytes(weights.wi_FD.contiguous()), Bytes(weights.wo_DF.contiguous()));
+    writer.Append(key, Bytes(weights.wi_FD.contiguous()),
+                  Bytes(weights.wo_DF.contiguous()));
     progress.Update(static_cast<uint64_t>(i) + 1);
   }
   writer.Finish();
@@ -76,8 +80,8 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
 
 std::shared_ptr<const ExpertFile> SyntheticExperts(const fs::path& cache_folder,
                                                    const MoeGeometry& geometry, int d_ff,
-                                                   uint64_t seed, bool encoder, bool decoder,
-                                                   bool quiet) {
+                                                   uint64_t seed, bool encoder,
+                                                   bool decoder, bool quiet) {
   ExpertFileSpec spec;
   spec.geometry = geometry;
   spec.geometry.experts_per_token = 1;
@@ -85,14 +89,16 @@ std::shared_ptr<const ExpertFile> SyntheticExperts(const fs::path& cache_folder,
   spec.content_id = seed;
   std::vector<int> layers;
   for (int layer = 0; layer < geometry.num_layers(); ++layer) {
-    if (geometry.StackOf(layer) == Stack::kEncoder ? encoder : decoder) layers.push_back(layer);
+    if (geometry.StackOf(layer) == Stack::kEncoder ? encoder : decoder)
+      layers.push_back(layer);
   }
   MakeFolder(cache_folder);
-  const std::string name =
-      "synthetic-" + std::to_string(geometry.encoder_layers) + "+" +
-      std::to_string(geometry.decoder_layers) + "x" + std::to_string(geometry.num_experts) + "-" +
-      std::to_string(geometry.d_model) + "x" + std::to_string(d_ff) + "-" +
-      (encoder ? "e" : "") + (decoder ? "d" : "") + "-" + std::to_string(seed) + ".experts";
+  const std::string name = "synthetic-" + std::to_string(geometry.encoder_layers) + "+" +
+                           std::to_string(geometry.decoder_layers) + "x" +
+                           std::to_string(geometry.num_experts) + "-" +
+                           std::to_string(geometry.d_model) + "x" + std::to_string(d_ff) +
+                           "-" + (encoder ? "e" : "") + (decoder ? "d" : "") + "-" +
+                           std::to_string(seed) + ".experts";
   const fs::path path = cache_folder / name;
   const int count = static_cast<int>(layers.size()) * geometry.num_experts;
   if (auto file = OpenIfGood(path, spec, count)) return file;

@@ -1,5 +1,5 @@
-// The cache of expert files: one a checkpoint and dtype, or one a synthetic geometry; written
-// once, reused by every later run, rewritten when damaged.
+// The cache of expert files: one a checkpoint and dtype, or one a synthetic geometry;
+// written once, reused by every later run, rewritten when damaged.
 #pragma once
 
 #include <memory>
@@ -9,12 +9,13 @@
 
 namespace routecast {
 
-// The folder for expert files: `flag` where given, else $ROUTECAST_CACHE, $XDG_CACHE_HOME or
+// The folder for expert files: `flag` where given, else $ROUTECAST_CACHE, $XDG_CACHE_HOME
+// or
 // ~/.cache, each with routecast/experts below it.
 fs::path ExpertCacheFolder(const std::string& flag);
 
-// The experts of a checkpoint folder, in `dtype` (fp32 or bf16). `fingerprint` as LoadCheckpoint
-// gives it.
+// The experts of a checkpoint folder, in `dtype` (fp32 or bf16). `fingerprint` as
+// LoadCheckpoint gives it.
 std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_folder,
                                                       const fs::path& checkpoint,
                                                       const SwitchConfig& config,
@@ -23,7 +24,7 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
 // Synthetic fp32 experts of the MoE layers of the stacks asked for.
 std::shared_ptr<const ExpertFile> SyntheticExperts(const fs::path& cache_folder,
                                                    const MoeGeometry& geometry, int d_ff,
-                                                   uint64_t seed, bool encoder, bool decoder,
-                                                   bool quiet);
+                                                   uint64_t seed, bool encoder,
+                                                   bool decoder, bool quiet);
 
 }  // namespace routecast

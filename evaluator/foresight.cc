@@ -6,9 +6,11 @@
 
 namespace routecast {
 
-PredictorForesight::PredictorForesight(ExpertPredictor* predictor, const MoeGeometry& geometry,
-                                       int max_lead)
-    : predictor_(predictor), geometry_(geometry), max_lead_(max_lead),
+PredictorForesight::PredictorForesight(ExpertPredictor* predictor,
+                                       const MoeGeometry& geometry, int max_lead)
+    : predictor_(predictor),
+      geometry_(geometry),
+      max_lead_(max_lead),
       history_(std::max(1, predictor->history_tokens())) {}
 
 std::string PredictorForesight::name() const { return predictor_->name(); }
@@ -81,9 +83,8 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
     window.hidden_BTD = hidden;
   }
   std::vector<LayerForecast> forecasts;
-  const at::Tensor counts = stack_ == Stack::kEncoder
-                                ? valid_BT_
-                                : valid_BT_.slice(1, valid_BT_.size(1) - 1);
+  const at::Tensor counts =
+      stack_ == Stack::kEncoder ? valid_BT_ : valid_BT_.slice(1, valid_BT_.size(1) - 1);
   // Encoder: layers ahead. Decoder: up to this layer's next turn.
   const int reach = stack_ == Stack::kEncoder ? window.num_layers - 1 - source_layer
                                               : window.num_layers;
@@ -94,8 +95,8 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
     const int target = source_layer + lead;
     const std::optional<at::Tensor>& probs = answers[static_cast<size_t>(lead - 1)];
     if (!probs) continue;
-    at::Tensor p_BTE = stack_ == Stack::kEncoder ? *probs
-                                                 : probs->slice(1, probs->size(1) - 1);
+    at::Tensor p_BTE =
+        stack_ == Stack::kEncoder ? *probs : probs->slice(1, probs->size(1) - 1);
     p_BTE = p_BTE.to(at::kCPU, at::kFloat).clamp(0, 1).nan_to_num(0);
     p_BTE = p_BTE * counts.unsqueeze(-1).to(at::kFloat);
     const at::Tensor needed =
@@ -117,16 +118,20 @@ void OracleForesight::SetFuture(std::vector<Visit> visits) {
 
 std::vector<LayerForecast> OracleForesight::Tell() const {
   std::vector<LayerForecast> forecasts;
-  for (size_t i = next_; i < visits_.size() && i < next_ + static_cast<size_t>(horizon_); ++i) {
-    LayerForecast forecast{visits_[i].layer, static_cast<int>(i - next_) + 1,
-                           std::vector<float>(static_cast<size_t>(geometry_.num_experts), 0.f)};
+  for (size_t i = next_; i < visits_.size() && i < next_ + static_cast<size_t>(horizon_);
+       ++i) {
+    LayerForecast forecast{
+        visits_[i].layer, static_cast<int>(i - next_) + 1,
+        std::vector<float>(static_cast<size_t>(geometry_.num_experts), 0.f)};
     for (int expert : visits_[i].experts) forecast.probabilities[expert] = 1;
     forecasts.push_back(std::move(forecast));
   }
   return forecasts;
 }
 
-std::vector<LayerForecast> OracleForesight::AtPassBegin(const PassInfo&) { return Tell(); }
+std::vector<LayerForecast> OracleForesight::AtPassBegin(const PassInfo&) {
+  return Tell();
+}
 
 std::vector<LayerForecast> OracleForesight::AtLayer(const LayerRouting&) {
   ++next_;

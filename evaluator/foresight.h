@@ -1,6 +1,6 @@
-// What is expected of the layers ahead, as the planner wants it: one probability an expert that
-// any live token needs it. B sequences, T tokens, L MoE layers of a stack, E experts, D width.
-// Thread rule: the forward thread.
+// What is expected of the layers ahead, as the planner wants it: one probability an
+// expert that any live token needs it. B sequences, T tokens, L MoE layers of a stack, E
+// experts, D width. Thread rule: the forward thread.
 #pragma once
 
 #include <string>
@@ -30,13 +30,14 @@ class Foresight {
   virtual void Skip(const LayerRouting& routing) = 0;
 };
 
-// An ExpertPredictor served with windows built from the routing so far. The probabilities of the
-// tokens that count (encoder: all valid ones; decoder: the newest of each sequence) are joined
-// as 1 - prod(1 - p).
+// An ExpertPredictor served with windows built from the routing so far. The probabilities
+// of the tokens that count (encoder: all valid ones; decoder: the newest of each
+// sequence) are joined as 1 - prod(1 - p).
 class PredictorForesight : public Foresight {
  public:
   // `predictor` outlives this. max_lead in layer visits.
-  PredictorForesight(ExpertPredictor* predictor, const MoeGeometry& geometry, int max_lead);
+  PredictorForesight(ExpertPredictor* predictor, const MoeGeometry& geometry,
+                     int max_lead);
   std::string name() const override;
   std::vector<LayerForecast> AtPassBegin(const PassInfo& pass) override;
   std::vector<LayerForecast> AtLayer(const LayerRouting& routing) override;
@@ -51,8 +52,8 @@ class PredictorForesight : public Foresight {
   MoeGeometry geometry_;
   int max_lead_, history_;
   Stack stack_ = Stack::kEncoder;
-  int pass_tokens_ = 0;                 // of the pass under way: the newest columns
-  at::Tensor tokens_BT_, valid_BT_;     // window so far
+  int pass_tokens_ = 0;              // of the pass under way: the newest columns
+  at::Tensor tokens_BT_, valid_BT_;  // window so far
   at::Tensor experts_BTL_;
   std::vector<at::Tensor> hidden_BTD_;  // by layer of the stack; kept where needed
 };

@@ -7,7 +7,8 @@ namespace {
 constexpr double kSmoothing = 0.2;  // share of the newest visit
 }
 
-LayerTimeline::LayerTimeline(int num_layers) : next_(num_layers, -1), seconds_(num_layers, -1) {}
+LayerTimeline::LayerTimeline(int num_layers)
+    : next_(num_layers, -1), seconds_(num_layers, -1) {}
 
 void LayerTimeline::Begin(int layer, double now, double stall) {
   if (layer_ >= 0) {

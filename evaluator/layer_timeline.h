@@ -1,5 +1,5 @@
-// When does a layer run next? Learned from the visits so far: which layer follows which, and how
-// long the model works between two visits when it does not wait for experts.
+// When does a layer run next? Learned from the visits so far: which layer follows which,
+// and how long the model works between two visits when it does not wait for experts.
 // Thread rule: one thread at a time.
 #pragma once
 
@@ -12,21 +12,25 @@ class LayerTimeline {
  public:
   explicit LayerTimeline(int num_layers);
 
-  // `layer` starts at `now` (seconds), after the model waited `stall` seconds since the last one.
+  // `layer` starts at `now` (seconds), after the model waited `stall` seconds since the
+  // last one.
   void Begin(int layer, double now, double stall);
-  int layer() const { return layer_; }    // -1 before the first
-  long visit() const { return visit_; }   // counts visits of all layers, from 1
-  // Visits from the present one until `layer` runs; nullopt where it is not known to come.
+  int layer() const { return layer_; }   // -1 before the first
+  long visit() const { return visit_; }  // counts visits of all layers, from 1
+  // Visits from the present one until `layer` runs; nullopt where it is not known to
+  // come.
   std::optional<int> DistanceTo(int layer) const;
   // The layer that is expected `distance` >= 1 visits ahead; -1 where unknown.
   int LayerAt(int distance) const;
-  // Seconds of work from the start of the present visit to the start of the one `distance` ahead.
+  // Seconds of work from the start of the present visit to the start of the one
+  // `distance` ahead.
   double SecondsTo(int distance) const;
   double visit_start() const { return start_; }
 
  private:
-  std::vector<int> next_;        // layer -> the layer that followed it last
-  std::vector<double> seconds_;  // layer -> work from its start to the next layer's, smoothed
+  std::vector<int> next_;  // layer -> the layer that followed it last
+  std::vector<double>
+      seconds_;  // layer -> work from its start to the next layer's, smoothed
   int layer_ = -1;
   long visit_ = 0;
   double start_ = 0;

@@ -1,6 +1,5 @@
-// The hash that shows that two runs put out the same bits: SHA-256 (OpenSSL) over the fp32 logits
-// of every step and the chosen ids, in order.
-// Thread rule: one thread.
+// The hash that shows that two runs put out the same bits: SHA-256 (OpenSSL) over the
+// fp32 logits of every step and the chosen ids, in order. Thread rule: one thread.
 #pragma once
 
 #include <ATen/core/Tensor.h>

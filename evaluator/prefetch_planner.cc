@@ -9,10 +9,12 @@
 namespace routecast {
 namespace {
 
-constexpr double kLinkSmoothing = 0.2;   // share of the newest transfer in the link's estimate
-constexpr double kRateFloor = 0.125;     // of the uniform use rate, for experts never used
-constexpr double kLeadDiscount = 0.8;    // a visit farther ahead can still be started later
-constexpr double kSwitchGain = 1.5;      // how much better a speculation must be to replace one
+constexpr double kLinkSmoothing =
+    0.2;  // share of the newest transfer in the link's estimate
+constexpr double kRateFloor = 0.125;   // of the uniform use rate, for experts never used
+constexpr double kLeadDiscount = 0.8;  // a visit farther ahead can still be started later
+constexpr double kSwitchGain =
+    1.5;  // how much better a speculation must be to replace one
 
 template <typename T>
 bool Contains(const std::vector<T>& values, const T& value) {
@@ -34,12 +36,19 @@ SpeculationPolicy ParsePolicy(const std::string& name) {
   return kPolicies[ParseChoice("--policy", name, names)];
 }
 
-PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache, const Clock* clock)
-    : options_(std::move(options)), cache_(cache), clock_(clock),
-      timeline_(cache->geometry().num_layers()), unused_(cache->geometry().num_keys(), 0),
-      discount_(1 - 1.0 / (1 + cache->num_slots())), top_k_(options_.policy.top_k) {
-  if (cache->num_slots() < 2 || options_.max_in_flight < 2 || options_.expert_bytes == 0) {
-    throw std::logic_error("PrefetchPlanner: two slots, two in flight, experts of some bytes");
+PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
+                                 const Clock* clock)
+    : options_(std::move(options)),
+      cache_(cache),
+      clock_(clock),
+      timeline_(cache->geometry().num_layers()),
+      unused_(cache->geometry().num_keys(), 0),
+      discount_(1 - 1.0 / (1 + cache->num_slots())),
+      top_k_(options_.policy.top_k) {
+  if (cache->num_slots() < 2 || options_.max_in_flight < 2 ||
+      options_.expert_bytes == 0) {
+    throw std::logic_error(
+        "PrefetchPlanner: two slots, two in flight, experts of some bytes");
   }
   transfer_seconds_ =
       static_cast<double>(options_.expert_bytes) / options_.link_bytes_per_second;
@@ -48,7 +57,8 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache, con
 bool PrefetchPlanner::Needed(ExpertKey key) const { return Contains(unserved_, key); }
 
 void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
-  if (!unserved_.empty()) throw std::logic_error("PrefetchPlanner: last layer not served");
+  if (!unserved_.empty())
+    throw std::logic_error("PrefetchPlanner: last layer not served");
   timeline_.Begin(layer, clock_->Now(), stall_);
   stall_ = 0;
   cache_->BeginLayer(layer);
@@ -96,13 +106,15 @@ void PrefetchPlanner::Release(ExpertKey key) {
   if (cache_->eviction() == Eviction::kNone && cache_->Evictable(key)) Evict(key);
 }
 
-void PrefetchPlanner::Predict(int layer, int distance, std::span<const float> probabilities) {
+void PrefetchPlanner::Predict(int layer, int distance,
+                              std::span<const float> probabilities) {
   if (distance > options_.policy.max_lead || !options_.policy.speculate) return;
   Forecast& forecast = forecasts_[timeline_.visit() + distance];
   forecast.layer = layer;
   forecast.probabilities.assign(probabilities.begin(), probabilities.end());
   // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
-  for (float& p : forecast.probabilities) p = std::isfinite(p) ? std::clamp(p, 0.f, 1.f) : 0.f;
+  for (float& p : forecast.probabilities)
+    p = std::isfinite(p) ? std::clamp(p, 0.f, 1.f) : 0.f;
   forecast.ranked.clear();
   for (int e = 0; e < static_cast<int>(probabilities.size()); ++e) {
     if (forecast.probabilities[e] >= options_.policy.min_probability) {
@@ -118,7 +130,8 @@ void PrefetchPlanner::Predict(int layer, int distance, std::span<const float> pr
 
 double PrefetchPlanner::Worth(ExpertKey key) const {
   const std::optional<int> distance = timeline_.DistanceTo(key.layer);
-  double missed = 1, worth = 0;  // probability of no use so far; worth of the foreseen uses
+  double missed = 1,
+         worth = 0;  // probability of no use so far; worth of the foreseen uses
   double last = 0;
   bool foreseen = false;
   for (const auto& [visit, forecast] : forecasts_) {
@@ -130,7 +143,8 @@ double PrefetchPlanner::Worth(ExpertKey key) const {
     foreseen = true;
   }
   if (!distance) return worth;
-  // Beyond what is foreseen: the layer comes round again, and uses the key at its usual rate.
+  // Beyond what is foreseen: the layer comes round again, and uses the key at its usual
+  // rate.
   const double cycle = cache_->geometry().layers(cache_->geometry().StackOf(key.layer));
   const double next = foreseen ? last + cycle : *distance;
   const double rate =
@@ -145,7 +159,8 @@ std::optional<ExpertKey> PrefetchPlanner::PickVictim() const {
   double victim_worth = 0;
   for (int slot = 0; slot < cache_->num_slots(); ++slot) {
     if (cache_->KeyIndexIn(slot) < 0) continue;
-    const ExpertKey key = ExpertKey::FromIndex(cache_->KeyIndexIn(slot), cache_->geometry());
+    const ExpertKey key =
+        ExpertKey::FromIndex(cache_->KeyIndexIn(slot), cache_->geometry());
     if (!cache_->Evictable(key) || Needed(key)) continue;
     const double worth = foresees ? Worth(key) : 0;
     if (!victim || worth < victim_worth ||
@@ -184,7 +199,8 @@ void PrefetchPlanner::StartDemands(PlannerActions* actions) {
   while (!demands_.empty() && in_flight() < options_.max_in_flight) {
     if (cache_->free_slots() == 0) {
       const std::optional<ExpertKey> victim = PickVictim();
-      if (!victim) return;  // every slot is leased or needed: a release or an arrival frees one
+      if (!victim)
+        return;  // every slot is leased or needed: a release or an arrival frees one
       Evict(*victim);
     }
     actions->start.push_back(Launch(demands_.front(), true, timeline_.visit()));
@@ -209,7 +225,8 @@ bool PrefetchPlanner::Outdone(const Flight& flight) const {
     return false;
   }
   const double left = std::clamp(
-      1 - (clock_->Now() - std::max(flight.started, last_done_)) / transfer_seconds_, 0.05, 1.0);
+      1 - (clock_->Now() - std::max(flight.started, last_done_)) / transfer_seconds_,
+      0.05, 1.0);
   const double own =
       Score(forecast->second.probabilities[flight.order.key.expert], flight.visit) / left;
   for (const Candidate& candidate : Candidates()) {
@@ -234,8 +251,9 @@ std::vector<PrefetchPlanner::Candidate> PrefetchPlanner::Candidates() const {
       candidates.push_back({key, visit, p, Score(p, visit)});
     }
   }
-  std::stable_sort(candidates.begin(), candidates.end(),
-                   [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+  std::stable_sort(
+      candidates.begin(), candidates.end(),
+      [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
   return candidates;
 }
 
@@ -244,7 +262,8 @@ bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate) const {
   double link_free = now;
   for (const Flight& flight : flights_) {
     const double began = std::max(flight.started, last_done_);
-    const bool first = &flight == &flights_.front();  // the others have not had the link yet
+    const bool first =
+        &flight == &flights_.front();  // the others have not had the link yet
     link_free += std::max(0.0, transfer_seconds_ - (first ? now - began : 0.0));
   }
   const int distance = static_cast<int>(candidate.visit - timeline_.visit());
@@ -267,7 +286,8 @@ void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
   int speculating = 0;
   for (const Flight& flight : flights_) speculating += !flight.joined;
   // The last place is the demands'.
-  if (speculating >= options_.max_in_flight - 1 || in_flight() >= options_.max_in_flight) return;
+  if (speculating >= options_.max_in_flight - 1 || in_flight() >= options_.max_in_flight)
+    return;
   for (const Candidate& candidate : Candidates()) {
     if (cache_->state(candidate.key) != ExpertCache::State::kAbsent) continue;
     if (!ArrivesInTime(candidate) || !MakeRoomFor(candidate)) continue;

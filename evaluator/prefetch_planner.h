@@ -1,17 +1,20 @@
 // Which expert is moved next? Predictions, cache and clock in; ordered transfers out.
-// A plain state machine: the runtime drives it with a steady clock and a real engine, tests and
-// the simulated link with a manual clock. It never blocks and starts nothing itself.
-// Thread rule: one thread at a time (the owner's lock).
+// A plain state machine: the runtime drives it with a steady clock and a real engine,
+// tests and the simulated link with a manual clock. It never blocks and starts nothing
+// itself. Thread rule: one thread at a time (the owner's lock).
 //
 // Rules it keeps:
-// - demand (the model waits) goes before speculation; one of the two places in flight is closed
+// - demand (the model waits) goes before speculation; one of the two places in flight is
+// closed
 //   to speculation, so a demand never stands behind a speculation that has not started;
-// - at most max_in_flight transfers are under way, and each expert at most once: a demand for an
+// - at most max_in_flight transfers are under way, and each expert at most once: a demand
+// for an
 //   expert that is under way joins its transfer;
 // - a speculation that cannot arrive before its deadline is not started;
-// - speculation takes the slot of an expert only when that expert is worth less, by probability
-//   and by when it is next expected, than the one it brings; what the running layer needs is
-//   never evicted.
+// - speculation takes the slot of an expert only when that expert is worth less, by
+// probability
+//   and by when it is next expected, than the one it brings; what the running layer needs
+//   is never evicted.
 #pragma once
 
 #include <cstdint>
@@ -44,9 +47,9 @@ struct PlannerOptions {
   uint64_t expert_bytes = 0;
   double link_bytes_per_second = 1e9;  // first estimate; then measured
   int max_in_flight = 2;
-  // How much later than its need a speculation may arrive, as a share of one transfer. Above 0
-  // only where the engine can cancel: a late head start still shortens the wait, and a wrong one
-  // gives the link back.
+  // How much later than its need a speculation may arrive, as a share of one transfer.
+  // Above 0 only where the engine can cancel: a late head start still shortens the wait,
+  // and a wrong one gives the link back.
   double late_allowance = 0;
   bool engine_can_cancel = false;
   SpeculationPolicy policy;
@@ -79,22 +82,23 @@ struct TransferLedger {
 
 class PrefetchPlanner {
  public:
-  // `cache` and `clock` outlive the planner. REQUIRES >= 2 slots: one expert runs while the next
-  // one arrives.
+  // `cache` and `clock` outlive the planner. REQUIRES >= 2 slots: one expert runs while
+  // the next one arrives.
   PrefetchPlanner(PlannerOptions options, ExpertCache* cache, const Clock* clock);
 
-  // The model starts `layer` and needs `experts` (distinct). REQUIRES the last layer's to be
-  // served and released.
+  // The model starts `layer` and needs `experts` (distinct). REQUIRES the last layer's to
+  // be served and released.
   void BeginLayer(int layer, std::span<const int> experts);
-  // A needed expert that is ready and not yet served: pinned until Release. nullopt: wait.
+  // A needed expert that is ready and not yet served: pinned until Release. nullopt:
+  // wait.
   std::optional<ExpertKey> TakeReady();
   bool AllServed() const { return unserved_.empty(); }
   void Release(ExpertKey key);
   // Seconds that the model waited in this visit (for the timeline).
   void AddStall(double seconds) { stall_ += seconds; }
 
-  // Probability that each expert [E] of `layer` is needed `distance` >= 1 visits ahead; replaces
-  // what was said of that visit before.
+  // Probability that each expert [E] of `layer` is needed `distance` >= 1 visits ahead;
+  // replaces what was said of that visit before.
   void Predict(int layer, int distance, std::span<const float> probabilities);
   void ForgetPredictions() { forecasts_.clear(); }
 
@@ -107,14 +111,14 @@ class PrefetchPlanner {
 
   int in_flight() const { return static_cast<int>(flights_.size()); }
   bool idle() const { return flights_.empty() && demands_.empty(); }
-  // What a slot is worth that holds `key`: the expectation of g^(visits until its next use), with
-  // g = 1 - 1 / (1 + slots), about the time that an expert stays. Predictions as far as they
-  // reach, beyond them the layer's turn and the key's use rate. In [0, 1].
+  // What a slot is worth that holds `key`: the expectation of g^(visits until its next
+  // use), with g = 1 - 1 / (1 + slots), about the time that an expert stays. Predictions
+  // as far as they reach, beyond them the layer's turn and the key's use rate. In [0, 1].
   double Worth(ExpertKey key) const;
   double TransferSeconds() const { return transfer_seconds_; }
   const LayerTimeline& timeline() const { return timeline_; }
-  // Transfers whose fate is known: an expert prefetched but not used yet is in none of the
-  // counts, and is useful at its first use, wasted at its eviction.
+  // Transfers whose fate is known: an expert prefetched but not used yet is in none of
+  // the counts, and is useful at its first use, wasted at its eviction.
   const TransferLedger& settled() const { return ledger_; }
   uint64_t UnsettledBytes(Stack stack) const;  // of the others, by the expert's stack
   // If everything ended now: what is not settled counts as wasted.
@@ -158,11 +162,11 @@ class PrefetchPlanner {
   ExpertCache* cache_;
   const Clock* clock_;
   LayerTimeline timeline_;
-  std::map<long, Forecast> forecasts_;   // by target visit
-  std::vector<ExpertKey> unserved_;      // needed by this layer, not yet handed out
-  std::vector<ExpertKey> demands_;       // of those: absent, transfer not yet started
-  std::vector<Flight> flights_;          // in starting order
-  std::vector<uint8_t> unused_;          // by key: prefetched and not used yet
+  std::map<long, Forecast> forecasts_;  // by target visit
+  std::vector<ExpertKey> unserved_;     // needed by this layer, not yet handed out
+  std::vector<ExpertKey> demands_;      // of those: absent, transfer not yet started
+  std::vector<Flight> flights_;         // in starting order
+  std::vector<uint8_t> unused_;         // by key: prefetched and not used yet
   std::vector<uint64_t> promotions_;
   std::optional<ExpertKey> failed_;
   uint64_t next_id_ = 1;

@@ -21,8 +21,11 @@ PlannerOptions Filled(PlannerOptions options, const ExpertFileSpec& spec,
 }  // namespace
 
 PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* engine,
-                                 std::unique_ptr<Foresight> foresight, RuntimeOptions options)
-    : spec_(spec), engine_(engine), foresight_(std::move(foresight)),
+                                 std::unique_ptr<Foresight> foresight,
+                                 RuntimeOptions options)
+    : spec_(spec),
+      engine_(engine),
+      foresight_(std::move(foresight)),
       options_(std::move(options)),
       cache_(spec.geometry, options_.num_slots, options_.eviction),
       planner_(Filled(options_.planner, spec, *engine), &cache_, &clock_) {
@@ -125,10 +128,11 @@ ExpertLease PrefetchRuntime::Next() {
     const double from = clock_.Now();
     while (!(key = planner_.TakeReady())) {
       if (const auto failed = planner_.failed()) {
-        throw EnvironmentError(ErrorText(
-            "expert " + std::to_string(failed->expert) + " of MoE layer " +
-                std::to_string(failed->layer) + " cannot be brought",
-            engine_->last_error(), "check the disk; remove the expert file to write it anew"));
+        throw EnvironmentError(
+            ErrorText("expert " + std::to_string(failed->expert) + " of MoE layer " +
+                          std::to_string(failed->layer) + " cannot be brought",
+                      engine_->last_error(),
+                      "check the disk; remove the expert file to write it anew"));
       }
       arrived_.wait(lock);
     }
@@ -207,8 +211,9 @@ void PrefetchRuntime::Resume() {
   for (int slot = 0; slot < cache_.num_slots(); ++slot) {
     if (cache_.KeyIndexIn(slot) < 0) continue;
     restoring_.push_back(next_restore_);
-    engine_->Start({next_restore_++, ExpertKey::FromIndex(cache_.KeyIndexIn(slot),
-                                                          spec_.geometry), slot, true});
+    engine_->Start({next_restore_++,
+                    ExpertKey::FromIndex(cache_.KeyIndexIn(slot), spec_.geometry), slot,
+                    true});
   }
   arrived_.wait(lock, [this] { return restoring_.empty(); });
   if (restore_failed_) {

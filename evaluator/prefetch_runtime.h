@@ -1,9 +1,10 @@
 // Experts under a budget: the planner decides, the engine carries, the model waits.
-// The model sees an ExpertSource (leases on slots) and a RoutingObserver (what to expect next);
-// whatever is predicted, the bytes under a lease are that expert's, so outputs never change.
+// The model sees an ExpertSource (leases on slots) and a RoutingObserver (what to expect
+// next); whatever is predicted, the bytes under a lease are that expert's, so outputs
+// never change.
 //
-// Thread rule: Begin, Next, observers, Suspend and Resume on the forward thread; leases may be
-// released from any thread; the engine reports from its own.
+// Thread rule: Begin, Next, observers, Suspend and Resume on the forward thread; leases
+// may be released from any thread; the engine reports from its own.
 #pragma once
 
 #include <condition_variable>
@@ -24,7 +25,8 @@ namespace routecast {
 struct RuntimeOptions {
   int num_slots = 2;
   Eviction eviction = Eviction::kLru;
-  PlannerOptions planner;  // expert_bytes, link and cancelling are filled in from the engine
+  PlannerOptions
+      planner;  // expert_bytes, link and cancelling are filled in from the engine
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
 };
@@ -41,8 +43,9 @@ struct PhaseStats {
 
 class PrefetchRuntime : public ExpertSource, public RoutingObserver {
  public:
-  // `engine` outlives the runtime and has at least num_slots slots of `spec`'s blobs; several
-  // runtimes may share one, one at a time (Suspend, Resume). `foresight` may be null.
+  // `engine` outlives the runtime and has at least num_slots slots of `spec`'s blobs;
+  // several runtimes may share one, one at a time (Suspend, Resume). `foresight` may be
+  // null.
   PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* engine,
                   std::unique_ptr<Foresight> foresight, RuntimeOptions options);
   ~PrefetchRuntime() override;
@@ -53,20 +56,26 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   void OnRouting(const LayerRouting& routing) override;
   void OnPassEnd(const PassInfo& pass) override;
 
-  // Hands the engine back: waits for what is under way and remembers which experts are held.
+  // Hands the engine back: waits for what is under way and remembers which experts are
+  // held.
   void Suspend();
-  // Takes the engine and brings the remembered experts back; not counted anywhere. The first
-  // call is the constructor's.
+  // Takes the engine and brings the remembered experts back; not counted anywhere. The
+  // first call is the constructor's.
   void Resume();
   // Brings in every expert of `keys` now (all-resident). REQUIRES enough slots.
   void Preload(const std::vector<ExpertKey>& keys);
 
-  // Since ResetStats. The stack's experts that are prefetched but not used yet are wasted.
+  // Since ResetStats. The stack's experts that are prefetched but not used yet are
+  // wasted.
   PhaseStats stats(Stack stack) const;
   void ResetStats();
   int held_peak_slots() const { return held_peak_; }
-  bool speculation_helps(Stack stack) const { return gauges_[static_cast<int>(stack)].helps(); }
-  const BenefitGauge& gauge(Stack stack) const { return gauges_[static_cast<int>(stack)]; }
+  bool speculation_helps(Stack stack) const {
+    return gauges_[static_cast<int>(stack)].helps();
+  }
+  const BenefitGauge& gauge(Stack stack) const {
+    return gauges_[static_cast<int>(stack)];
+  }
   double measured_link_bytes_per_second() const;
   // The visits since the last TakeVisits, in order (what an oracle is told).
   std::vector<OracleForesight::Visit> TakeVisits();
@@ -95,13 +104,13 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   BenefitGauge gauges_[2];
   PhaseStats stats_[2];
   TransferLedger last_ledger_;
-  LayerRouting pending_;               // told by OnRouting, used in Begin after the demand
+  LayerRouting pending_;  // told by OnRouting, used in Begin after the demand
   bool has_pending_ = false;
   Stack stack_ = Stack::kEncoder;
   double pass_begin_ = 0, stall_ = 0, predict_ = 0;
   int held_peak_ = 0;
   bool active_ = false;
-  std::vector<uint64_t> restoring_;    // transfers of Resume or Preload still under way
+  std::vector<uint64_t> restoring_;  // transfers of Resume or Preload still under way
   bool restore_failed_ = false;
   uint64_t next_restore_ = uint64_t{1} << 62;  // ids apart from the planner's
   std::vector<OracleForesight::Visit> visits_;

@@ -25,11 +25,9 @@ Parameters DenseParameters(const SwitchConfig& config, uint64_t seed) {
       parameters.Add(name, at::ones(shape, at::kFloat));
       continue;
     }
-    at::Generator generator =
-        at::detail::createCPUGenerator(Mix(seed, Hash64(name)));
+    at::Generator generator = at::detail::createCPUGenerator(Mix(seed, Hash64(name)));
     const double limit = std::sqrt(3.0 / static_cast<double>(shape[1]));
-    parameters.Add(name,
-                   at::empty(shape, at::kFloat).uniform_(-limit, limit, generator));
+    parameters.Add(name, at::empty(shape, at::kFloat).uniform_(-limit, limit, generator));
   }
   return parameters;
 }
@@ -42,7 +40,8 @@ at::Tensor TokenIds(const std::vector<const RoutingSpan*>& spans, int64_t tokens
   for (int64_t b = 0; b < batch; ++b) {
     const RoutingSpan& span = *spans[static_cast<size_t>(b)];
     for (int64_t t = 0; t < std::min<int64_t>(tokens, span.num_tokens); ++t) {
-      ids[b][t] = static_cast<int64_t>(span.token_ids[static_cast<size_t>(t)]) % vocab_size;
+      ids[b][t] =
+          static_cast<int64_t>(span.token_ids[static_cast<size_t>(t)]) % vocab_size;
       (*valid_BT)[b][t] = true;
     }
   }
@@ -65,19 +64,20 @@ void ReplayTape::Load(Stack stack, const std::vector<const RoutingSpan*>& spans,
   Stream stream;
   stream.experts_LBT = at::zeros({layers, batch, tokens}, at::kLong);
   stream.gates_LBT = at::ones({layers, batch, tokens}, at::kFloat);
-  if (has_hidden) stream.hidden_LBTD = at::zeros({layers, batch, tokens, width}, at::kFloat);
+  if (has_hidden)
+    stream.hidden_LBTD = at::zeros({layers, batch, tokens, width}, at::kFloat);
   for (int64_t b = 0; b < batch; ++b) {
     const RoutingSpan& span = *spans[static_cast<size_t>(b)];
     if (span.num_layers != layers || span.num_tokens < 1) {
-      throw DataError(ErrorText("a trace does not fit its store's geometry",
-                                std::to_string(span.num_layers) + " layers, not " +
-                                    std::to_string(layers),
-                                "run routecast-trace verify"));
+      throw DataError(ErrorText(
+          "a trace does not fit its store's geometry",
+          std::to_string(span.num_layers) + " layers, not " + std::to_string(layers),
+          "run routecast-trace verify"));
     }
     for (int64_t l = 0; l < layers; ++l) {
       for (int64_t t = 0; t < tokens; ++t) {
-        const auto from = static_cast<size_t>(
-            l * span.num_tokens + std::min<int64_t>(t, span.num_tokens - 1));
+        const auto from = static_cast<size_t>(l * span.num_tokens +
+                                              std::min<int64_t>(t, span.num_tokens - 1));
         stream.experts_LBT.data_ptr<int64_t>()[(l * batch + b) * tokens + t] =
             span.expert_ids[from];
         if (has_gates) {
@@ -85,11 +85,11 @@ void ReplayTape::Load(Stack stack, const std::vector<const RoutingSpan*>& spans,
               span.gate_probs[from];
         }
         if (!has_hidden) continue;
-        float* to = stream.hidden_LBTD.data_ptr<float>() +
-                    ((l * batch + b) * tokens + t) * width;
+        float* to =
+            stream.hidden_LBTD.data_ptr<float>() + ((l * batch + b) * tokens + t) * width;
         for (int64_t i = 0; i < width; ++i) {
-          to[i] = Bf16ToFloat(span.hidden[from * static_cast<size_t>(width) +
-                                          static_cast<size_t>(i)]);
+          to[i] = Bf16ToFloat(
+              span.hidden[from * static_cast<size_t>(width) + static_cast<size_t>(i)]);
         }
       }
     }
@@ -107,7 +107,8 @@ void ReplayTape::OnPassEnd(const PassInfo& pass) {
   if (inner_) inner_->OnPassEnd(pass);
 }
 
-void ReplayTape::Replace(int layer, at::Tensor* expert_ids_BT, at::Tensor* gate_probs_BT) {
+void ReplayTape::Replace(int layer, at::Tensor* expert_ids_BT,
+                         at::Tensor* gate_probs_BT) {
   const Stream& stream = streams_[static_cast<int>(geometry_.StackOf(layer))];
   const int64_t l = geometry_.LayerInStack(layer);
   *expert_ids_BT = stream.experts_LBT[l].narrow(1, from_, tokens_).contiguous();
@@ -141,14 +142,20 @@ SwitchConfig ReplayConfig(const MoeGeometry& recorded, const ReplayOptions& opti
   config.num_sparse_encoder_layers = recorded.encoder_layers;
   config.num_sparse_decoder_layers = recorded.decoder_layers;
   config.num_experts = recorded.num_experts;
-  config.expert_capacity = std::numeric_limits<int>::max();  // the choice is what is replayed
+  config.expert_capacity =
+      std::numeric_limits<int>::max();  // the choice is what is replayed
   return config;
 }
 
-ReplayWorkload::ReplayWorkload(const MoeGeometry& recorded, std::vector<RoutingTrace> traces,
+ReplayWorkload::ReplayWorkload(const MoeGeometry& recorded,
+                               std::vector<RoutingTrace> traces,
                                const ReplayOptions& options)
-    : options_(options), traces_(std::move(traces)), config_(ReplayConfig(recorded, options)),
-      geometry_(config_.geometry()), executor_(&source_), tape_(geometry_) {
+    : options_(options),
+      traces_(std::move(traces)),
+      config_(ReplayConfig(recorded, options)),
+      geometry_(config_.geometry()),
+      executor_(&source_),
+      tape_(geometry_) {
   if (recorded.encoder_layers < 1 || recorded.decoder_layers < 1) {
     throw UsageError(ErrorText("replay needs a store of an encoder-decoder model",
                                std::to_string(recorded.encoder_layers) + " encoder and " +
@@ -168,7 +175,8 @@ at::Tensor ReplayWorkload::Source(const std::vector<const RoutingSpan*>& spans,
                                   OutputHash* hash, SegmentTimes* times,
                                   at::Tensor* valid_BS) {
   int64_t length = 1;
-  for (const RoutingSpan* span : spans) length = std::max<int64_t>(length, span->num_tokens);
+  for (const RoutingSpan* span : spans)
+    length = std::max<int64_t>(length, span->num_tokens);
   length = std::min<int64_t>(length, options_.max_source);
   const at::Tensor ids = TokenIds(spans, length, config_.vocab_size, valid_BS);
   if (!options_.encoder) {
@@ -190,7 +198,8 @@ void ReplayWorkload::Steps(const std::vector<const RoutingSpan*>& spans,
                            const at::Tensor& encoded_BSD, const at::Tensor& valid_BS,
                            OutputHash* hash, SegmentTimes* times) {
   int64_t length = options_.tokens;
-  for (const RoutingSpan* span : spans) length = std::min<int64_t>(length, span->num_tokens);
+  for (const RoutingSpan* span : spans)
+    length = std::min<int64_t>(length, span->num_tokens);
   at::Tensor valid_BT;
   const at::Tensor ids = TokenIds(spans, length, config_.vocab_size, &valid_BT);
   tape_.Load(Stack::kDecoder, spans, length);
@@ -198,10 +207,12 @@ void ReplayWorkload::Steps(const std::vector<const RoutingSpan*>& spans,
   const SteadyClock clock;
   for (int64_t t = 0; t < length; ++t) {
     const double from = clock.Now();
-    const at::Tensor hidden = model_->Decode(ids.narrow(1, t, 1), valid_BT.narrow(1, t, 1),
-                                             encoded_BSD, valid_BS, &cache, {&tape_, &tape_});
+    const at::Tensor hidden =
+        model_->Decode(ids.narrow(1, t, 1), valid_BT.narrow(1, t, 1), encoded_BSD,
+                       valid_BS, &cache, {&tape_, &tape_});
     const at::Tensor logits = model_->Logits(hidden.select(1, 0));
-    const at::Tensor chosen = logits.argmax(-1);  // forced tokens go on; part of the output
+    const at::Tensor chosen =
+        logits.argmax(-1);  // forced tokens go on; part of the output
     times->step_seconds[1].push_back(clock.Now() - from);
     times->tokens[1] += ids.size(0);
     hash->Add(logits);
@@ -210,14 +221,15 @@ void ReplayWorkload::Steps(const std::vector<const RoutingSpan*>& spans,
   }
 }
 
-SegmentTimes ReplayWorkload::Run(int segment, ExpertSource* source, RoutingObserver* observer,
-                                 OutputHash* hash) {
+SegmentTimes ReplayWorkload::Run(int segment, ExpertSource* source,
+                                 RoutingObserver* observer, OutputHash* hash) {
   const c10::NoGradGuard no_grad;
   source_.Set(source);
   tape_.SetInner(observer);
   std::vector<const RoutingSpan*> encoder, decoder;
   for (int b = 0; b < options_.batch; ++b) {
-    const RoutingTrace& trace = traces_[static_cast<size_t>(segment * options_.batch + b)];
+    const RoutingTrace& trace =
+        traces_[static_cast<size_t>(segment * options_.batch + b)];
     encoder.push_back(&trace.encoder);
     decoder.push_back(&trace.decoder);
   }

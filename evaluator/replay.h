@@ -1,7 +1,7 @@
-// Replay: recorded routing played into a model of full-size geometry with synthetic weights.
-// Token ids, expert ids and gates are forced from the traces; the router inputs that were
-// recorded are what predictors see. Results carry `synthetic_weights`.
-// B sequences, T tokens, L MoE layers of a stack, D recorded width.
+// Replay: recorded routing played into a model of full-size geometry with synthetic
+// weights. Token ids, expert ids and gates are forced from the traces; the router inputs
+// that were recorded are what predictors see. Results carry `synthetic_weights`. B
+// sequences, T tokens, L MoE layers of a stack, D recorded width.
 #pragma once
 
 #include <memory>
@@ -20,10 +20,11 @@ struct ReplayOptions {
   int max_source = 128;  // encoder tokens a segment, at most
   bool encoder = false;  // replay encoder passes (expert file with encoder layers)
   bool decoder = true;
-  uint64_t seed = 1;     // of the dense weights
+  uint64_t seed = 1;  // of the dense weights
 };
 
-// Forces the routing of a batch of traces, and shows the recorded router inputs to `inner`.
+// Forces the routing of a batch of traces, and shows the recorded router inputs to
+// `inner`.
 class ReplayTape : public RoutingOverride, public RoutingObserver {
  public:
   explicit ReplayTape(const MoeGeometry& geometry) : geometry_(geometry) {}
@@ -38,9 +39,9 @@ class ReplayTape : public RoutingOverride, public RoutingObserver {
 
  private:
   struct Stream {
-    at::Tensor experts_LBT;   // int64
-    at::Tensor gates_LBT;     // fp32; ones where none were recorded
-    at::Tensor hidden_LBTD;   // fp32; undefined where none were recorded
+    at::Tensor experts_LBT;  // int64
+    at::Tensor gates_LBT;    // fp32; ones where none were recorded
+    at::Tensor hidden_LBTD;  // fp32; undefined where none were recorded
   };
   MoeGeometry geometry_;
   Stream streams_[2];
@@ -53,9 +54,9 @@ SwitchConfig ReplayConfig(const MoeGeometry& recorded, const ReplayOptions& opti
 
 class ReplayWorkload : public Workload {
  public:
-  // Traces in batches of options.batch, each batch one segment: an encoder pass (where asked
-  // for), then decoder steps. The decoder attends to the encoder's output, or, where only the
-  // decoder is replayed, to a fixed synthetic one of the recorded length.
+  // Traces in batches of options.batch, each batch one segment: an encoder pass (where
+  // asked for), then decoder steps. The decoder attends to the encoder's output, or,
+  // where only the decoder is replayed, to a fixed synthetic one of the recorded length.
   ReplayWorkload(const MoeGeometry& recorded, std::vector<RoutingTrace> traces,
                  const ReplayOptions& options);
   int num_segments() const override;

@@ -25,11 +25,13 @@ void SimulatedLink::Cancel(uint64_t id) {
 void SimulatedLink::BeginChunk() {
   busy_ = !jobs_.empty();
   if (!busy_) return;
-  auto job = std::find_if(jobs_.begin(), jobs_.end(), [](const Job& j) { return j.order.demand; });
+  auto job = std::find_if(jobs_.begin(), jobs_.end(),
+                          [](const Job& j) { return j.order.demand; });
   if (job == jobs_.end()) job = jobs_.begin();
   running_ = job->order.id;
-  chunk_ = job->cancelled ? 0
-                          : std::min(options_.chunk_bytes, options_.expert_bytes - job->moved);
+  chunk_ = job->cancelled
+               ? 0
+               : std::min(options_.chunk_bytes, options_.expert_bytes - job->moved);
   chunk_end_ = clock_->Now() + (job->moved == 0 ? options_.fixed_seconds : 0) +
                static_cast<double>(chunk_) / options_.bytes_per_second;
 }

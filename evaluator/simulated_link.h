@@ -1,6 +1,6 @@
-// A serial link of given rate and fixed cost under a manual clock: the engine of the planner's
-// tests and of what-if runs. Moves no bytes. Demands overtake speculations between chunks.
-// Thread rule: one thread; `done` runs inside AdvanceTo.
+// A serial link of given rate and fixed cost under a manual clock: the engine of the
+// planner's tests and of what-if runs. Moves no bytes. Demands overtake speculations
+// between chunks. Thread rule: one thread; `done` runs inside AdvanceTo.
 #pragma once
 
 #include <deque>
@@ -13,9 +13,10 @@ namespace routecast {
 
 struct SimulatedLinkOptions {
   uint64_t expert_bytes = 1 << 20;
-  uint64_t chunk_bytes = 1 << 18;  // a transfer can be overtaken or cancelled between chunks
+  uint64_t chunk_bytes =
+      1 << 18;  // a transfer can be overtaken or cancelled between chunks
   double bytes_per_second = 1e9;
-  double fixed_seconds = 0;        // a transfer
+  double fixed_seconds = 0;  // a transfer
   bool can_cancel = true;
 };
 

@@ -13,8 +13,8 @@ namespace routecast {
 SlotArena::SlotArena(int num_slots, uint64_t slot_bytes)
     : stride_((slot_bytes + 4095) / 4096 * 4096),
       size_(stride_ * static_cast<uint64_t>(num_slots)) {
-  void* memory = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
     throw EnvironmentError(ErrorText("no memory for the experts' slots",
                                      FormatBytes(size_) + ": " + std::strerror(errno),

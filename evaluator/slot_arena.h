@@ -1,5 +1,5 @@
-// The experts' fast memory: one mapping of equal, page-aligned slots, locked where allowed.
-// Thread rule: the memory is the user's; the object is immutable.
+// The experts' fast memory: one mapping of equal, page-aligned slots, locked where
+// allowed. Thread rule: the memory is the user's; the object is immutable.
 #pragma once
 
 #include <cstddef>
@@ -9,12 +9,15 @@ namespace routecast {
 
 class SlotArena {
  public:
-  // Rounds slot_bytes up to 4 KiB. Throws EnvironmentError when the memory is not to be had.
+  // Rounds slot_bytes up to 4 KiB. Throws EnvironmentError when the memory is not to be
+  // had.
   SlotArena(int num_slots, uint64_t slot_bytes);
   ~SlotArena();
   SlotArena(const SlotArena&) = delete;
   SlotArena& operator=(const SlotArena&) = delete;
-  std::byte* slot(int slot) const { return base_ + static_cast<uint64_t>(slot) * stride_; }
+  std::byte* slot(int slot) const {
+    return base_ + static_cast<uint64_t>(slot) * stride_;
+  }
   std::byte* base() const { return base_; }
   uint64_t stride_bytes() const { return stride_; }
   uint64_t size_bytes() const { return size_; }

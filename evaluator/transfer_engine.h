@@ -10,15 +10,15 @@
 
 namespace routecast {
 
-// Thread rule: Start, Promote and Cancel from any thread; they return at once and never call
-// `done` themselves. `done` runs on a thread of the engine, one call at a time.
+// Thread rule: Start, Promote and Cancel from any thread; they return at once and never
+// call `done` themselves. `done` runs on a thread of the engine, one call at a time.
 class TransferEngine {
  public:
   // `bytes` moved, also of a cancelled or failed transfer.
-  using Done =
-      std::function<void(uint64_t id, TransferOutcome outcome, uint64_t bytes)>;
+  using Done = std::function<void(uint64_t id, TransferOutcome outcome, uint64_t bytes)>;
 
-  virtual ~TransferEngine() = default;  // waits for what is under way; no `done` afterwards
+  virtual ~TransferEngine() =
+      default;  // waits for what is under way; no `done` afterwards
   virtual void SetDone(Done done) = 0;  // before the first Start
   // Demands go before speculations; equals in order.
   virtual void Start(const TransferOrder& order) = 0;

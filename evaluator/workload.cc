@@ -38,17 +38,21 @@ class PassWatch : public RoutingObserver {
 }  // namespace
 
 GenerateWorkload::GenerateWorkload(Checkpoint checkpoint,
-                                   const std::vector<std::vector<int64_t>>& prompts, int batch,
-                                   int max_new_tokens)
-    : checkpoint_(std::move(checkpoint)), geometry_(checkpoint_.config.geometry()),
-      max_new_tokens_(max_new_tokens), executor_(&source_),
+                                   const std::vector<std::vector<int64_t>>& prompts,
+                                   int batch, int max_new_tokens)
+    : checkpoint_(std::move(checkpoint)),
+      geometry_(checkpoint_.config.geometry()),
+      max_new_tokens_(max_new_tokens),
+      executor_(&source_),
       model_(checkpoint_.config, checkpoint_.parameters, &executor_) {
   const auto size = static_cast<size_t>(batch);
   for (size_t first = 0; first + size <= prompts.size(); first += size) {
     size_t length = 1;
-    for (size_t b = 0; b < size; ++b) length = std::max(length, prompts[first + b].size());
+    for (size_t b = 0; b < size; ++b)
+      length = std::max(length, prompts[first + b].size());
     const auto rows = static_cast<int64_t>(size), columns = static_cast<int64_t>(length);
-    at::Tensor ids = at::full({rows, columns}, checkpoint_.config.pad_token_id, at::kLong);
+    at::Tensor ids =
+        at::full({rows, columns}, checkpoint_.config.pad_token_id, at::kLong);
     at::Tensor valid = at::zeros({rows, columns}, at::kBool);
     for (size_t b = 0; b < size; ++b) {
       const std::vector<int64_t>& prompt = prompts[first + b];
@@ -61,8 +65,8 @@ GenerateWorkload::GenerateWorkload(Checkpoint checkpoint,
   }
 }
 
-SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source, RoutingObserver* observer,
-                                   OutputHash* hash) {
+SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source,
+                                   RoutingObserver* observer, OutputHash* hash) {
   source_.Set(source);
   const SteadyClock clock;
   PassWatch watch(observer, &clock);

@@ -1,6 +1,6 @@
-// What every row of a comparison runs: the same segments with the same kernels, whatever brings
-// the experts. B sequences, S source tokens, T target tokens.
-// Thread rule: one thread.
+// What every row of a comparison runs: the same segments with the same kernels, whatever
+// brings the experts. B sequences, S source tokens, T target tokens. Thread rule: one
+// thread.
 #pragma once
 
 #include <memory>
@@ -29,8 +29,9 @@ class SourceSwitch : public ExpertSource {
 };
 
 struct SegmentTimes {
-  std::vector<double> step_seconds[2];  // by stack: encoder passes, decoder steps with head
-  int64_t tokens[2] = {0, 0};           // real source tokens; generated tokens
+  std::vector<double>
+      step_seconds[2];         // by stack: encoder passes, decoder steps with head
+  int64_t tokens[2] = {0, 0};  // real source tokens; generated tokens
 };
 
 class Workload {
@@ -39,8 +40,8 @@ class Workload {
   virtual int num_segments() const = 0;
   virtual const MoeGeometry& geometry() const = 0;
   virtual bool runs(Stack stack) const = 0;
-  // Runs one segment. `observer` may be null. Every step's fp32 logits (encoder: output) and
-  // ids go into `hash`, outside the measured time.
+  // Runs one segment. `observer` may be null. Every step's fp32 logits (encoder: output)
+  // and ids go into `hash`, outside the measured time.
   virtual SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
                            OutputHash* hash) = 0;
 };
@@ -48,10 +49,11 @@ class Workload {
 // Greedy decoding of prompts by a checkpoint. A segment is one batch.
 class GenerateWorkload : public Workload {
  public:
-  // `checkpoint` without experts. prompts: token ids, ended as the model was trained; batches of
-  // `batch` in the order given, right-padded with the pad id.
-  GenerateWorkload(Checkpoint checkpoint, const std::vector<std::vector<int64_t>>& prompts,
-                   int batch, int max_new_tokens);
+  // `checkpoint` without experts. prompts: token ids, ended as the model was trained;
+  // batches of `batch` in the order given, right-padded with the pad id.
+  GenerateWorkload(Checkpoint checkpoint,
+                   const std::vector<std::vector<int64_t>>& prompts, int batch,
+                   int max_new_tokens);
   int num_segments() const override { return static_cast<int>(ids_BS_.size()); }
   const MoeGeometry& geometry() const override { return geometry_; }
   bool runs(Stack) const override { return true; }

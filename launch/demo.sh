@@ -129,7 +129,7 @@ run_demo() {
   step replay "replay at full-size geometry, and the report" "$root/launch/evaluate.sh" \
     --compare --store="$out/store-generate" --predictor="$runs" --rounds=$rounds \
     --out="$out/replay" \
-    --report_with="$out/evaluate,$runs,$out/stats,$out/pretrain"
+    --report_with="$out/evaluate,$runs,$out/stats,$out/pretrain,$checkpoint"
   cp "$out/replay/report.html" "$out/report.html"
   cp "$out/evaluate/results.json" "$out/results.json"
 }

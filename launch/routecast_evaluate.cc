@@ -16,22 +16,28 @@ DECLARE_bool(dry_run);
 DECLARE_int32(threads);
 DECLARE_uint64(seed);
 DEFINE_string(model, "", "checkpoint folder to generate with; empty: replay of --store");
-DEFINE_string(store, "", "trace store: sequences to replay, prompts, and counts of baselines");
+DEFINE_string(store, "",
+              "trace store: sequences to replay, prompts, and counts of baselines");
 DEFINE_string(prompts, "", "text file, one prompt a line (with --model)");
-DEFINE_string(predictor, "", "comma list: baseline names, oracle, folders of trained runs");
+DEFINE_string(predictor, "",
+              "comma list: baseline names, oracle, folders of trained runs");
 DEFINE_string(policy, "auto", "on_demand, multi_look, top_k, intelligent or auto");
 DEFINE_string(eviction, "lru", "none, lru, lfu, lfru, least_stale or phase_aware");
-DEFINE_string(expert_budget, "25%", "expert memory: a share of the experts that run, or bytes");
+DEFINE_string(expert_budget, "25%",
+              "expert memory: a share of the experts that run, or bytes");
 DEFINE_string(mode, "generate", "generate (with --model, or a replay of --store)");
 DEFINE_string(phase, "decoder", "stacks of a replay: decoder, encoder or both");
-DEFINE_string(link, "auto", "native, emulated (paced), or auto: paced where the bound is < 1.5");
+DEFINE_string(link, "auto",
+              "native, emulated (paced), or auto: paced where the bound is < 1.5");
 DEFINE_int32(batch, 1, "sequences decoded together");
 DEFINE_int32(max_new_tokens, 16, "decoder steps of a round, at most");
 DEFINE_int32(rounds, 20, "interleaved measured rounds");
 DEFINE_int32(warmup_rounds, 3, "rounds before them that are not measured");
-DEFINE_bool(compare, false, "all rows: no cache, LRU, baselines, predictors, oracle, resident");
+DEFINE_bool(compare, false,
+            "all rows: no cache, LRU, baselines, predictors, oracle, resident");
 DEFINE_string(out, "", "folder for results.json, run.json, table.txt and report.html");
-DEFINE_string(report_with, "", "comma list of other output folders that report.html shows");
+DEFINE_string(report_with, "",
+              "comma list of other output folders that report.html shows");
 DEFINE_string(cache, "", "folder of expert files; default: the user's cache folder");
 DEFINE_string(device, "auto", "auto or cpu");
 DEFINE_string(dtype, "fp32", "fp32 or bf16");
@@ -41,8 +47,10 @@ namespace {
 
 constexpr char kUsage[] =
     "Generates text under an expert-memory budget and reports what prefetching bought.\n"
-    "  routecast-evaluate --compare --model=FOLDER --store=STORE --predictor=RUN --out=FOLDER\n"
-    "  routecast-evaluate --compare --store=STORE --predictor=RUN --out=FOLDER   (replay)";
+    "  routecast-evaluate --compare --model=FOLDER --store=STORE --predictor=RUN "
+    "--out=FOLDER\n"
+    "  routecast-evaluate --compare --store=STORE --predictor=RUN --out=FOLDER   "
+    "(replay)";
 
 std::vector<std::string> List(const std::string& text) {
   std::vector<std::string> items;

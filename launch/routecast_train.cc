@@ -62,7 +62,8 @@ SpeculationJob Validate() {
   if (FLAGS_store.empty()) {
     throw UsageError("--store is missing\n  give the folder that routecast-collect made");
   }
-  if (FLAGS_out.empty()) throw UsageError("--out is missing\n  give a folder for the model");
+  if (FLAGS_out.empty())
+    throw UsageError("--out is missing\n  give a folder for the model");
   job.out = FLAGS_out;
   job.resume = FLAGS_resume;
   job.stop_after = FLAGS_stop_after;

@@ -39,13 +39,13 @@ struct StateInput {
   at::Tensor absent;  // in place of a state that is not known
 };
 
-// Log-probabilities of the train part's counts, added to the logits with a gain by source:
-// the model starts as good as the counts and learns what they miss.
+// Log-probabilities of the train part's counts, added to the logits with a gain by
+// source: the model starts as good as the counts and learns what they miss.
 struct Priors {
   at::Tensor token;   // [V,layers * E]: of the experts, given the own token's id
-  at::Tensor markov;  // [L * (E + 1),L * E], L of the decoder: of the experts at each lead
-                      // from (source layer, its expert); zeros where that is unknown
-  at::Tensor gain;    // [layers + 2], parameter
+  at::Tensor markov;  // [L * (E + 1),L * E], L of the decoder: of the experts at each
+                      // lead from (source layer, its expert); zeros where that is unknown
+  at::Tensor gain;  // [layers + 2], parameter
 };
 
 struct HiddenNet {
@@ -54,8 +54,8 @@ struct HiddenNet {
   at::Tensor token;               // [V,kTokenWidth]
   LinearLayer token_in;
   std::vector<Priors> priors;  // one or none
-  // [2 n,width,kTokenWidth]: of the tokens n..1 to the left, then 1..n to the right, which
-  // the decoder does not see. None where neighbours are not a feature.
+  // [2 n,width,kTokenWidth]: of the tokens n..1 to the left, then 1..n to the right,
+  // which the decoder does not see. None where neighbours are not a feature.
   std::vector<at::Tensor> neighbours;
   at::Tensor source;         // [layers + 2,width]: each stack's sources from -1 on
   at::Tensor own, previous;  // [layers * E + 1,width]; the last row is "unknown"
@@ -117,7 +117,8 @@ class HiddenModel final : public SpeculationModel {
     return config_.geometry.layers(window.stack) - 1 - window.source_layer;
   }
   at::Tensor PriorLogits(const RoutingWindow& window, int64_t leads) const;
-  void AddPriorRow(const RoutingWindow& window, int64_t row, int leads, float* logits) const;
+  void AddPriorRow(const RoutingWindow& window, int64_t row, int leads,
+                   float* logits) const;
   int NumNeighbours(Stack stack) const {
     return (stack == Stack::kEncoder ? 2 : 1) * config_.neighbours;
   }
@@ -167,8 +168,9 @@ at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
   auto x = net_.token_in(at::embedding(net_.token, window.token_ids_BT)) +
            net_.source.select(0, source_row);
   for (int i = 0; i < NumNeighbours(window.stack); ++i) {
-    x = x + at::linear(at::embedding(net_.token, Shifted(window.token_ids_BT, OffsetOf(i))),
-                       net_.neighbours[0].select(0, i));
+    x = x +
+        at::linear(at::embedding(net_.token, Shifted(window.token_ids_BT, OffsetOf(i))),
+                   net_.neighbours[0].select(0, i));
   }
   if (!net_.state.empty()) {
     const StateInput& state = net_.state[0];
@@ -264,10 +266,10 @@ at::Tensor HiddenModel::PriorLogits(const RoutingWindow& window, int64_t leads) 
   }
   if (leads > after) {
     const int64_t L = g.decoder_layers, source = window.source_layer;
-    parts.push_back(
-        at::embedding(priors.markov, window.experts_BTL.select(2, source) + source * (E + 1))
-            .view({B, T, L, E})
-            .narrow(2, after, leads - after));
+    parts.push_back(at::embedding(priors.markov,
+                                  window.experts_BTL.select(2, source) + source * (E + 1))
+                        .view({B, T, L, E})
+                        .narrow(2, after, leads - after));
   }
   return at::cat(parts, 2) * priors.gain[SourceRow(window)];
 }
@@ -290,7 +292,8 @@ void HiddenModel::AddPriorRow(const RoutingWindow& window, int64_t row, int lead
   if (leads > after) {
     const int64_t L = g.decoder_layers, source = window.source_layer;
     const int64_t expert =
-        window.experts_BTL.const_data_ptr<int64_t>()[row * window.experts_BTL.size(2) + source];
+        window.experts_BTL
+            .const_data_ptr<int64_t>()[row * window.experts_BTL.size(2) + source];
     add(Data(priors.markov) + ((source * (E + 1) + expert) * L + after) * E, after,
         leads - after);
   }

@@ -153,7 +153,8 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.context = Int(json, "context", what);
   c.neighbours = Int(json, "neighbours", what);
   const Json& priors = Field(json, "priors", what);
-  if (!priors.is_boolean()) Bad(what, "priors=" + priors.dump() + ", expected true or false");
+  if (!priors.is_boolean())
+    Bad(what, "priors=" + priors.dump() + ", expected true or false");
   c.priors = priors.get<bool>();
   c.dropout = Number(json, "dropout", what);
   if (const std::string problem = Problem(c); !problem.empty()) Bad(what, problem);

@@ -25,10 +25,10 @@ struct SpeculationConfig {
   int vocab_size = 0;    // `interlayer` sees no token ids
   int hidden_width = 0;  // D; 0 = the router's input is not a feature
   int width = 0, heads = 0, ff = 0, layers = 0;
-  int context = 0;     // W: the newest layers that `interlayer` sees of a token
-  int neighbours = 0;  // tokens on each side (decoder: left) whose ids `hidden` sees
-  bool priors = false; // `hidden` starts from the counts of the train part
-  double dropout = 0;  // training only
+  int context = 0;      // W: the newest layers that `interlayer` sees of a token
+  int neighbours = 0;   // tokens on each side (decoder: left) whose ids `hidden` sees
+  bool priors = false;  // `hidden` starts from the counts of the train part
+  double dropout = 0;   // training only
 
   Json ToJson() const;
   // Throws DataError naming `what`, the key and the value; every size is bounded.

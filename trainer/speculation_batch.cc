@@ -138,12 +138,12 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
       scores.gt(scores.gather(1, truth.unsqueeze(1))).sum(1);  // experts above the true
   const at::Tensor right = ahead.eq(0).to(at::kFloat);
   if (confidence_weight > 0 && output.confidence_BTH.defined()) {
-    const at::Tensor confidence = output.confidence_BTH.flatten()
-                                      .index_select(0, rows)
-                                      .clamp(1 - kLargestConfidence, kLargestConfidence);
-    sums.total = sums.total + confidence_weight *
-                                  at::binary_cross_entropy(confidence, right, {},
-                                                           at::Reduction::Sum);
+    const at::Tensor confidence =
+        output.confidence_BTH.flatten().index_select(0, rows).clamp(
+            1 - kLargestConfidence, kLargestConfidence);
+    sums.total =
+        sums.total + confidence_weight * at::binary_cross_entropy(confidence, right, {},
+                                                                  at::Reduction::Sum);
   }
   sums.cross_entropy = cross_entropy.item<double>();
   sums.top1 = right.sum().item<double>();

@@ -31,9 +31,9 @@ RoutingWindow WindowTo(const RoutingWindow& window, at::Device device);
 // have them where source_layer >= 0; source -1 has none, so every sequence serves it.
 std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
                                   WithHidden hidden);
-// A part's windows in a fixed order as micro-batches of similar length, with router inputs
-// in all or none of their sequences. At most `sequences` of each group (0 = all), chosen
-// by `seed`.
+// A part's windows in a fixed order as micro-batches of similar length, with router
+// inputs in all or none of their sequences. At most `sequences` of each group (0 = all),
+// chosen by `seed`.
 std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
                                           const std::vector<SampleGroup>& groups,
                                           int micro_batch, uint64_t sequences,

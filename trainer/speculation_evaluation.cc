@@ -39,8 +39,7 @@ std::vector<LeadKey> KeysOf(const EvaluationData& data) {
   for (const MicroBatch& b : data.batches) sources[{b.stack, b.source_layer}] = true;
   std::vector<LeadKey> keys;
   for (const auto& [source, unused] : sources) {
-    const int leads =
-        NumLeadsOf(data.dataset->geometry(), source.first, source.second);
+    const int leads = NumLeadsOf(data.dataset->geometry(), source.first, source.second);
     for (int lead = 1; lead <= leads; ++lead) {
       keys.emplace_back(source.first, source.second, lead);
     }
@@ -78,8 +77,8 @@ ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
     const SpeculationBatch batch =
         MakeSpeculationBatch(*micro, data.dataset, data.hidden);
     if (batch.num_labels == 0) continue;
-    const LossSums loss = SpeculationLoss(
-        model->Forward(WindowTo(batch.window, data.device), 0), batch, 0);
+    const LossSums loss =
+        SpeculationLoss(model->Forward(WindowTo(batch.window, data.device), 0), batch, 0);
     sums[0] += loss.cross_entropy;
     sums[1] += loss.top1;
     sums[2] += loss.top4;
@@ -118,9 +117,8 @@ Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
   Calibration calibration;
   for (size_t i = 0; i < keys.size(); ++i) {
     const double* row = &loss[i * kGridPoints];
-    const auto best =
-        std::clamp<int64_t>(std::min_element(row, row + kGridPoints) - row, 1,
-                            kGridPoints - 2);
+    const auto best = std::clamp<int64_t>(std::min_element(row, row + kGridPoints) - row,
+                                          1, kGridPoints - 2);
     if (row[best] == 0) continue;  // nothing was seen at this lead
     const double step = Vertex(row[best - 1], row[best], row[best + 1]);
     const auto [stack, source, lead] = keys[i];
@@ -143,10 +141,11 @@ std::vector<RouterWeights> ReadRouters(const fs::path& file,
     if (r.weight_ED.dim() != 2 || r.weight_ED.size(0) != geometry.num_experts ||
         r.weight_ED.size(1) != geometry.d_model ||
         r.norm_gain_D.numel() != geometry.d_model) {
-      throw DataError(ErrorText(file.string() + ": " + prefix + "weight has another shape",
-                                std::to_string(geometry.num_experts) + " x " +
-                                    std::to_string(geometry.d_model) + " expected",
-                                "collect the store again"));
+      throw DataError(
+          ErrorText(file.string() + ": " + prefix + "weight has another shape",
+                    std::to_string(geometry.num_experts) + " x " +
+                        std::to_string(geometry.d_model) + " expected",
+                    "collect the store again"));
     }
     routers.push_back(r);
   }
@@ -207,17 +206,16 @@ StaleControl CheckStaleGate(const std::vector<RouterWeights>& routers,
             (x * (weight.index_select(0, guess) - weight.index_select(0, truth)).abs())
                 .sum(1) +
         kFloatNoise;
-    const at::Tensor gap = (logits.gather(1, guess.unsqueeze(1)) -
-                            logits.gather(1, truth.unsqueeze(1)))
-                               .squeeze(1);
+    const at::Tensor gap =
+        (logits.gather(1, guess.unsqueeze(1)) - logits.gather(1, truth.unsqueeze(1)))
+            .squeeze(1);
     const at::Tensor differs = guess.ne(truth);
     sums[0] += static_cast<double>(rows.size(0));
     sums[1] += differs.logical_and(gap.le(reach).logical_not()).sum().item<double>();
     sums[2] += differs.logical_and(gap.le(reach)).sum().item<double>();
   }
   comm->AllReduceSum(sums);
-  const StaleControl control{static_cast<int64_t>(sums[0]),
-                             static_cast<int64_t>(sums[1]),
+  const StaleControl control{static_cast<int64_t>(sums[0]), static_cast<int64_t>(sums[1]),
                              static_cast<int64_t>(sums[2])};
   if (control.wrong > 0) {
     throw DataError(ErrorText(

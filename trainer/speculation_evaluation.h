@@ -16,7 +16,7 @@ namespace routecast {
 
 struct EvaluationData {
   TraceDataset* dataset = nullptr;
-  std::vector<MicroBatch> batches;  // of EvaluationBatches()
+  std::vector<MicroBatch> batches;      // of EvaluationBatches()
   WithHidden hidden = WithHidden::kNo;  // what the model reads
   at::Device device = at::Device("cpu");
 };

@@ -69,8 +69,8 @@ double SpeculationLearningRate(const SpeculationOptions& options, int64_t step,
     return options.learning_rate * static_cast<double>(step + 1) /
            static_cast<double>(warmup);
   }
-  const double done =
-      static_cast<double>(step - warmup) / static_cast<double>(std::max<int64_t>(1, steps - warmup));
+  const double done = static_cast<double>(step - warmup) /
+                      static_cast<double>(std::max<int64_t>(1, steps - warmup));
   const double cosine = 0.5 * (1 + std::cos(std::numbers::pi * std::min(1.0, done)));
   return options.learning_rate * (kLastShare + (1 - kLastShare) * cosine);
 }

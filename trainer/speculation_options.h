@@ -10,10 +10,10 @@ namespace routecast {
 
 struct SpeculationOptions {
   std::string kind = "hidden";
-  int epochs = 8;          // at most; early stopping may end before
-  int64_t steps = 0;       // > 0: exactly this many at most, instead of epochs
-  int global_batch = 64;   // windows a step over all ranks
-  int micro_batch = 16;    // windows a forward pass: the compute unit at any world size
+  int epochs = 8;            // at most; early stopping may end before
+  int64_t steps = 0;         // > 0: exactly this many at most, instead of epochs
+  int global_batch = 64;     // windows a step over all ranks
+  int micro_batch = 16;      // windows a forward pass: the compute unit at any world size
   double learning_rate = 0;  // peak; 0 = the kind's
   int warmup_steps = 100;    // linear, at most a tenth of the run; then cosine
   double weight_decay = 0.01;

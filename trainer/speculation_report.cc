@@ -77,8 +77,8 @@ std::string ResultsTable(const SpeculationReport& r, int num_experts) {
       "validation %.3f)\n",
       r.options.kind.c_str(), static_cast<long long>(r.parameters), 100.0 / num_experts,
       std::log(double(num_experts)), r.validation.loss);
-  text += Format("%-8s %5s %5s %6s  %5s %5s %5s  %-11s", "phase", "layer", "lead", "target",
-                 "top1", "top2", "top4", "top1 95 %");
+  text += Format("%-8s %5s %5s %6s  %5s %5s %5s  %-11s", "phase", "layer", "lead",
+                 "target", "top1", "top2", "top4", "top1 95 %");
   for (const char* name : kShown) text += Format(" %11.11s", name);
   text += "\n";
   for (const LeadScores& s : r.test.model) text += Row(s, r.test);

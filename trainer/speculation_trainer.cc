@@ -34,8 +34,9 @@ WithHidden HiddenOf(const SpeculationConfig& config) {
 SpeculationConfig ConfigOf(const SpeculationJob& job, TraceDataset* dataset) {
   const bool hidden = job.options.kind == "hidden";
   if (hidden && !dataset->any_hidden()) {
-    throw UsageError(ErrorText("--kind=hidden needs router inputs; the store has none", "",
-                               "collect with --record=ids,hidden, or use --kind=interlayer"));
+    throw UsageError(
+        ErrorText("--kind=hidden needs router inputs; the store has none", "",
+                  "collect with --record=ids,hidden, or use --kind=interlayer"));
   }
   return DefaultSpeculationConfig(job.options.kind, dataset->geometry(),
                                   static_cast<int>(dataset->vocab_size()),
@@ -139,7 +140,8 @@ class SpeculationTrainer {
     }
     comm_->Barrier();
     if (job_.resume == "never") return;
-    const fs::path from = job_.resume == "auto" ? StateFolder() : fs::path(job_.resume) / "state";
+    const fs::path from =
+        job_.resume == "auto" ? StateFolder() : fs::path(job_.resume) / "state";
     const auto state = FindTrainState(from);
     if (!state && job_.resume != "auto") {
       throw UsageError(ErrorText(from.string() + " holds no unfinished run", "",
@@ -231,7 +233,8 @@ class SpeculationTrainer {
   std::string Note(double loss) const {
     char text[96];
     std::snprintf(text, sizeof text, "loss %.3f, best %.3f (ln E %.3f)", loss,
-                  best_step_ > 0 ? best_loss_ : 0.0, std::log(double(config_.geometry.num_experts)));
+                  best_step_ > 0 ? best_loss_ : 0.0,
+                  std::log(double(config_.geometry.num_experts)));
     return text;
   }
 
@@ -316,8 +319,10 @@ class SpeculationTrainer {
     report.has_control = control.tokens > 0;
     report.control = control;
     const Calibration calibration = FitCalibration(model_.get(), validation_, comm_);
-    const EvaluationData test = Part(SplitPart::kTest, options_.test_sequences, kTestStream);
-    report.test = Test(model_.get(), calibration, tables_, routers_, test, options_.seed, comm_);
+    const EvaluationData test =
+        Part(SplitPart::kTest, options_.test_sequences, kTestStream);
+    report.test =
+        Test(model_.get(), calibration, tables_, routers_, test, options_.seed, comm_);
     SpeculationResult result;
     result.results = ResultsJson(report);
     result.table = ResultsTable(report, config_.geometry.num_experts);
@@ -383,14 +388,17 @@ std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset
       MakeSpeculationModel(config, o.seed)->parameters().num_elements();
   const auto per_epoch = static_cast<long long>(sampler.steps_per_epoch());
   char text[512];
-  std::snprintf(
-      text, sizeof text,
-      "traces: %s\nmodel: %s, %lld parameters\nrun: %lld steps of %d windows on %d ranks; "
-      "%lld steps an epoch of %llu windows\nmemory: %s a rank before activations and traces\n",
-      dataset->SplitJson().dump().c_str(), o.kind.c_str(), static_cast<long long>(elements),
-      static_cast<long long>(o.steps > 0 ? o.steps : o.epochs * per_epoch), o.global_batch,
-      world, per_epoch, static_cast<unsigned long long>(sampler.samples_per_epoch()),
-      FormatBytes(static_cast<uint64_t>(elements) * 4 * 5).c_str());
+  std::snprintf(text, sizeof text,
+                "traces: %s\nmodel: %s, %lld parameters\nrun: %lld steps of %d windows "
+                "on %d ranks; "
+                "%lld steps an epoch of %llu windows\nmemory: %s a rank before "
+                "activations and traces\n",
+                dataset->SplitJson().dump().c_str(), o.kind.c_str(),
+                static_cast<long long>(elements),
+                static_cast<long long>(o.steps > 0 ? o.steps : o.epochs * per_epoch),
+                o.global_batch, world, per_epoch,
+                static_cast<unsigned long long>(sampler.samples_per_epoch()),
+                FormatBytes(static_cast<uint64_t>(elements) * 4 * 5).c_str());
   return text;
 }
 

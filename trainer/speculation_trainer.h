@@ -24,7 +24,7 @@ struct SpeculationJob {
   // another; never: start anew; else the folder of an unfinished run to go on from.
   std::string resume = "auto";
   bool deterministic = true;  // refuse operations whose result may differ by run
-  int64_t stop_after = 0;  // as if a stop were requested after this step; 0 = never
+  int64_t stop_after = 0;     // as if a stop were requested after this step; 0 = never
   bool quiet = false;
 };
 

@@ -13,9 +13,9 @@ namespace routecast {
 namespace {
 
 constexpr double kEmbeddingStd = 0.5;
-// Logits of deviation 4: the routers start decided (mean gate 0.65), so experts matter from
-// the first step. At 2 the gates sink to 0.3 and random routing costs the encoder half as
-// much after 600 steps (docs/pretraining.md).
+// Logits of deviation 4: the routers start decided (mean gate 0.65), so experts matter
+// from the first step. At 2 the gates sink to 0.3 and random routing costs the encoder
+// half as much after 600 steps (docs/pretraining.md).
 constexpr double kRouterScale = 4.0;
 constexpr double kOutputScale = 0.3;
 constexpr double kSlope = 2.0;  // bias lost a bucket away, in logits
@@ -40,7 +40,7 @@ at::Tensor SlopedBias(int64_t buckets, int64_t heads, bool bidirectional) {
         case 0:
           b = right || distance == 0 ? far : near;
           break;  // left
-        case 1:  // right; the decoder's looks further left
+        case 1:   // right; the decoder's looks further left
           b = bidirectional ? (right ? near : far) : (distance > 0 ? near / 4 : far);
           break;
         case 2:

@@ -43,8 +43,7 @@ class TraceDataset {
 
   // Sequences of a part that a (stack, source layer) can use: two tokens or more in that
   // stack, and router inputs where asked for. Ascending.
-  std::vector<uint32_t> Select(SplitPart part, Stack stack,
-                               WithHidden with_hidden) const;
+  std::vector<uint32_t> Select(SplitPart part, Stack stack, WithHidden with_hidden) const;
   // `split` of results.json: documents and sequences of each part.
   Json SplitJson() const;
 

@@ -17,7 +17,8 @@ namespace {
 class ComparisonTest : public testing::Test {
  protected:
   void SetUp() override {
-    folder_ = fs::temp_directory_path() / ("comparison_test." + std::to_string(::getpid()));
+    folder_ =
+        fs::temp_directory_path() / ("comparison_test." + std::to_string(::getpid()));
     traces_.geometry = {2, 2, 6, 1, 0};
     traces_.tokens = 6;
     replay_.d_model = 32;
@@ -39,7 +40,8 @@ class ComparisonTest : public testing::Test {
     ReplayWorkload workload(traces_.geometry, SyntheticTraces(traces_, 4, 1), replay_);
     const auto file = SyntheticExperts(folder_, workload.geometry(), replay_.d_ff, 1,
                                        replay_.encoder, replay_.decoder, true);
-    if (options_.budget_bytes == 0) options_.budget_bytes = 6 * file->spec().stride_bytes();
+    if (options_.budget_bytes == 0)
+      options_.budget_bytes = 6 * file->spec().stride_bytes();
     Comparison comparison(&workload, file, std::move(predictors), options_);
     return comparison.Run();
   }
@@ -94,7 +96,8 @@ TEST_F(ComparisonTest, LruMovesWhatTheSimulationSays) {
   for (const RoutingTrace& trace : traces) {
     for (int t = 0; t < 6; ++t) {
       for (int l = 0; l < 2; ++l) {
-        visits.push_back({2 + l, {trace.decoder.expert_ids[static_cast<size_t>(l * 6 + t)]}});
+        visits.push_back(
+            {2 + l, {trace.decoder.expert_ids[static_cast<size_t>(l * 6 + t)]}});
       }
     }
   }
@@ -117,19 +120,43 @@ TEST_F(ComparisonTest, BatchesShareOneLoadOfAnExpert) {
 
 TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
   const Json json = Compare({}).ToJson();
-  const std::vector<std::string> expected = {
-      "policy", "predictor", "eviction", "tier", "budget_bytes", "held_bytes_peak",
-      "budget_phase_share", "phase", "batch", "pairs", "tokens_per_second", "spread", "speed_up", "p50_ms",
-      "p95_ms", "p99_ms", "hit_rate", "bytes_useful", "bytes_late", "bytes_wasted",
-      "bytes_belady", "stall_seconds", "compute_seconds", "transfer_seconds",
-      "predictor_seconds", "bound", "lossless", "output_sha256", "synthetic_weights",
-      "emulated"};
+  const std::vector<std::string> expected = {"policy",
+                                             "predictor",
+                                             "eviction",
+                                             "tier",
+                                             "budget_bytes",
+                                             "held_bytes_peak",
+                                             "budget_phase_share",
+                                             "phase",
+                                             "batch",
+                                             "pairs",
+                                             "tokens_per_second",
+                                             "spread",
+                                             "speed_up",
+                                             "p50_ms",
+                                             "p95_ms",
+                                             "p99_ms",
+                                             "hit_rate",
+                                             "bytes_useful",
+                                             "bytes_late",
+                                             "bytes_wasted",
+                                             "bytes_belady",
+                                             "stall_seconds",
+                                             "compute_seconds",
+                                             "transfer_seconds",
+                                             "predictor_seconds",
+                                             "bound",
+                                             "lossless",
+                                             "output_sha256",
+                                             "synthetic_weights",
+                                             "emulated"};
   std::vector<std::string> keys;
   for (const auto& [key, value] : json["rows"][0].items()) keys.push_back(key);
   EXPECT_EQ(keys, expected);
   keys.clear();
   for (const auto& [key, value] : json.items()) keys.push_back(key);
-  EXPECT_EQ(keys, (std::vector<std::string>{"rows", "device", "link_peak_bytes_per_second"}));
+  EXPECT_EQ(keys,
+            (std::vector<std::string>{"rows", "device", "link_peak_bytes_per_second"}));
 }
 
 TEST_F(ComparisonTest, TooSmallABudgetNamesTheLeastThatWorks) {

@@ -1,4 +1,5 @@
-// The program's work from a store and a checkpoint on disk to results.json and report.html.
+// The program's work from a store and a checkpoint on disk to results.json and
+// report.html.
 #include "evaluator/evaluation.h"
 
 #include <ATen/ATen.h>
@@ -17,7 +18,8 @@ namespace {
 class EvaluationTest : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    folder_ = fs::temp_directory_path() / ("evaluation_test." + std::to_string(::getpid()));
+    folder_ =
+        fs::temp_directory_path() / ("evaluation_test." + std::to_string(::getpid()));
     fs::create_directories(folder_ / "model");
     const Checkpoint made = RandomCheckpoint(SmallConfig(), 3);
     SaveCheckpoint(folder_ / "model", made.config, made.parameters, at::kFloat);
@@ -40,7 +42,8 @@ class EvaluationTest : public testing::Test {
     config.num_chunks = 1;
     config.max_sequences = 60;
     config.batch_size = 4;
-    config.model_fingerprint = config.tokenizer_fingerprint = config.corpus_fingerprint = "1";
+    config.model_fingerprint = config.tokenizer_fingerprint = config.corpus_fingerprint =
+        "1";
     TraceStore::CreateOrOpen(folder_ / "store", config);
     ChunkWriter writer(folder_ / "store", config, 0, "t");
     for (RoutingTrace& trace : SyntheticTraces(traces, 60, 5)) {
@@ -83,7 +86,8 @@ TEST_F(EvaluationTest, ReplayWritesResultsAndReport) {
   ValidateEvaluation(options);
   Evaluate(options, Json::object());
   const Json results = ReadJsonFile(options.out / "results.json");
-  ASSERT_GE(results["rows"].size(), 6u);  // uncached, LRU, counting predictors, oracle, resident
+  ASSERT_GE(results["rows"].size(),
+            6u);  // uncached, LRU, counting predictors, oracle, resident
   for (const Json& row : results["rows"]) {
     EXPECT_TRUE(row["lossless"].get<bool>());
     EXPECT_TRUE(row["synthetic_weights"].get<bool>());

@@ -66,7 +66,8 @@ int Misses(const MoeGeometry& g, const std::vector<ExpertKey>& uses, Eviction ev
 }
 
 // The fewest misses by trying every choice of victim (no bypass).
-int FewestMisses(const std::vector<int>& uses, size_t at, std::vector<int> held, size_t slots) {
+int FewestMisses(const std::vector<int>& uses, size_t at, std::vector<int> held,
+                 size_t slots) {
   for (; at < uses.size(); ++at) {
     if (std::find(held.begin(), held.end(), uses[at]) != held.end()) continue;
     if (held.size() < slots) {
@@ -98,8 +99,8 @@ TEST(ExpertCacheTest, NoPolicyBeatsBelady) {
   const MoeGeometry g = Geometry(2, 2, 8);
   const std::vector<ExpertKey> uses = RandomUses(g, 3, 3000);
   const int least = Misses(g, uses, Eviction::kBelady, 8);
-  for (Eviction e : {Eviction::kLru, Eviction::kLfu, Eviction::kLfru, Eviction::kLeastStale,
-                     Eviction::kPhaseAware}) {
+  for (Eviction e : {Eviction::kLru, Eviction::kLfu, Eviction::kLfru,
+                     Eviction::kLeastStale, Eviction::kPhaseAware}) {
     EXPECT_GE(Misses(g, uses, e, 8), least) << EvictionName(e);
   }
 }

@@ -18,7 +18,8 @@ namespace {
 class ExpertFileTest : public testing::Test {
  protected:
   void SetUp() override {
-    folder_ = fs::temp_directory_path() / ("expert_file_test." + std::to_string(::getpid()));
+    folder_ =
+        fs::temp_directory_path() / ("expert_file_test." + std::to_string(::getpid()));
     fs::create_directories(folder_);
     spec_.geometry = {1, 2, 4, 1, 64};
     spec_.d_ff = 96;
@@ -63,7 +64,8 @@ TEST_F(ExpertFileTest, EveryExpertHasBytesOfItsOwn) {
   for (int layer : {1, 2}) {
     for (int expert = 0; expert < 4; ++expert) {
       const uint64_t offset = file.Offset({layer, expert});
-      file.Check({layer, expert}, reinterpret_cast<const std::byte*>(bytes.data()) + offset);
+      file.Check({layer, expert},
+                 reinterpret_cast<const std::byte*>(bytes.data()) + offset);
       ++seen[bytes.substr(offset, spec_.blob_bytes())];
     }
   }
@@ -155,7 +157,8 @@ TEST_F(ExpertFileTest, EngineReportsADamagedExpert) {
 TEST_F(ExpertFileTest, PacedDemandOvertakesSpeculation) {
   const auto file = std::make_shared<ExpertFile>(path());
   Reports reports;
-  // 12 chunks an expert, 10 ms a chunk: the demand comes long before the speculation's end.
+  // 12 chunks an expert, 10 ms a chunk: the demand comes long before the speculation's
+  // end.
   DiskTransferEngine engine(file, 2, {1, 4096, 4096 / 0.01, false});
   reports.Listen(&engine);
   engine.Start({1, {1, 0}, 0, false});
@@ -182,7 +185,8 @@ TEST_F(ExpertFileTest, PaceIsKept) {
   DiskTransferEngine engine(file, 4, {3, 8192, pace, false});
   reports.Listen(&engine);
   const SteadyClock clock;
-  for (uint64_t i = 0; i < 4; ++i) engine.Start({i, {1, static_cast<int>(i)}, int(i), true});
+  for (uint64_t i = 0; i < 4; ++i)
+    engine.Start({i, {1, static_cast<int>(i)}, int(i), true});
   for (uint64_t i = 0; i < 4; ++i) reports.Wait(i);
   // Four experts of 50 ms on a serial link; later only by what a loaded machine adds.
   EXPECT_GE(clock.Now(), 0.195);

@@ -22,7 +22,8 @@ struct Rig {
                double late_allowance = 1, MoeGeometry geometry = {0, 2, 4, 1, 8},
                Eviction eviction = Eviction::kLru)
       : cache(geometry, slots, eviction),
-        planner({1000, 1000, 2, late_allowance, can_cancel, std::move(policy)}, &cache, &clock),
+        planner({1000, 1000, 2, late_allowance, can_cancel, std::move(policy)}, &cache,
+                &clock),
         link({1000, 250, 1000, 0, can_cancel}, &clock) {
     link.SetDone([this](uint64_t id, TransferOutcome outcome, uint64_t bytes) {
       planner.OnDone(id, outcome, bytes);
@@ -204,7 +205,8 @@ TEST(PrefetchPlannerTest, LinkEstimateFollowsTheMeasuredRate) {
   PlannerOptions options{1000, 1e9, 2, 0, true, ParsePolicy("on_demand")};
   PrefetchPlanner planner(options, &rig.cache, &rig.clock);
   EXPECT_LT(planner.TransferSeconds(), 1e-5);
-  rig.link.SetDone([&](uint64_t id, TransferOutcome o, uint64_t b) { planner.OnDone(id, o, b); });
+  rig.link.SetDone(
+      [&](uint64_t id, TransferOutcome o, uint64_t b) { planner.OnDone(id, o, b); });
   for (int i = 0; i < 30; ++i) {
     planner.BeginLayer(0, std::vector<int>{i % 4});
     for (const TransferOrder& order : planner.Poll().start) rig.link.Start(order);
@@ -218,8 +220,8 @@ TEST(PrefetchPlannerTest, UnknownPolicyNamesTheNearest) {
   EXPECT_THROW(ParsePolicy("topk"), UsageError);
 }
 
-// One random schedule: random sizes, needs, predictions (nonsense among them), holding times,
-// failing speculations. Everything that the rules forbid is checked on the way.
+// One random schedule: random sizes, needs, predictions (nonsense among them), holding
+// times, failing speculations. Everything that the rules forbid is checked on the way.
 void RunSchedule(uint64_t seed) {
   uint64_t drawn = 0;
   const auto draw = [&](uint64_t range) { return ToRange(Mix(seed, ++drawn), range); };
@@ -288,7 +290,8 @@ void RunSchedule(uint64_t seed) {
         link.AdvanceTo(link.NextEvent());
         continue;
       } else {
-        ASSERT_FALSE(leases.empty()) << "deadlock: nothing ready, nothing moving, no lease";
+        ASSERT_FALSE(leases.empty())
+            << "deadlock: nothing ready, nothing moving, no lease";
       }
       planner.Release(leases.back());
       leases.pop_back();

@@ -41,8 +41,8 @@ class StrangePredictor : public ExpertPredictor {
     if (mode_ == kNan) p.fill_(std::numeric_limits<float>::quiet_NaN());
     if (mode_ == kMalicious) {  // certain of what was not chosen lately
       p.fill_(1);
-      const at::Tensor last = window.experts_BTL.slice(1, t - 1).clamp_max(
-          window.num_experts - 1);
+      const at::Tensor last =
+          window.experts_BTL.slice(1, t - 1).clamp_max(window.num_experts - 1);
       p.slice(1, t - 1).scatter_(2, last, 0);
     }
     if (mode_ == kSlow) {
@@ -60,12 +60,13 @@ class StrangePredictor : public ExpertPredictor {
 class PrefetchRuntimeTest : public testing::Test {
  protected:
   void SetUp() override {
-    folder_ = fs::temp_directory_path() / ("prefetch_runtime." + std::to_string(::getpid()));
+    folder_ =
+        fs::temp_directory_path() / ("prefetch_runtime." + std::to_string(::getpid()));
     fs::create_directories(folder_ / "model");
     const Checkpoint made = RandomCheckpoint(SmallConfig(), 3);
     SaveCheckpoint(folder_ / "model", made.config, made.parameters, at::kFloat);
-    checkpoint_ = LoadCheckpoint(folder_ / "model", at::kFloat, at::kCPU,
-                                 ExpertLoading::kLeaveOut);
+    checkpoint_ =
+        LoadCheckpoint(folder_ / "model", at::kFloat, at::kCPU, ExpertLoading::kLeaveOut);
     file_ = ExpertsOfCheckpoint(folder_ / "cache", folder_ / "model", checkpoint_.config,
                                 checkpoint_.fingerprint, at::kFloat, true);
     ids_ = at::randint(2, 96, {2, 11}, at::kLong);
@@ -95,8 +96,8 @@ class PrefetchRuntimeTest : public testing::Test {
                                 ExpertWeightsOf(whole.config, whole.parameters));
     return Decode(&source, nullptr);
   }
-  std::unique_ptr<PrefetchRuntime> Runtime(TransferEngine* engine, int slots, Eviction eviction,
-                                           const std::string& policy,
+  std::unique_ptr<PrefetchRuntime> Runtime(TransferEngine* engine, int slots,
+                                           Eviction eviction, const std::string& policy,
                                            std::unique_ptr<Foresight> foresight) {
     RuntimeOptions options;
     options.num_slots = slots;
@@ -124,8 +125,9 @@ class PrefetchRuntimeTest : public testing::Test {
 
 TEST_F(PrefetchRuntimeTest, EveryEvictionGivesTheResidentBits) {
   const std::string expected = Resident();
-  for (Eviction eviction : {Eviction::kNone, Eviction::kLru, Eviction::kLfu, Eviction::kLfru,
-                            Eviction::kLeastStale, Eviction::kPhaseAware}) {
+  for (Eviction eviction :
+       {Eviction::kNone, Eviction::kLru, Eviction::kLfu, Eviction::kLfru,
+        Eviction::kLeastStale, Eviction::kPhaseAware}) {
     for (int slots : {2, 5, 32}) {
       DiskTransferEngine engine(file_, slots, {});
       auto runtime = Runtime(&engine, slots, eviction, "on_demand", nullptr);

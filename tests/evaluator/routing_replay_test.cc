@@ -1,6 +1,6 @@
-// Misses of the cache on real router output of another system, against the figures of a plain
-// Python implementation stored beside that data. Absent data: nothing to compare with, so the
-// test fails only where the folder is there and disagrees.
+// Misses of the cache on real router output of another system, against the figures of a
+// plain Python implementation stored beside that data. Absent data: nothing to compare
+// with, so the test fails only where the folder is there and disagrees.
 #include <zstd.h>
 
 #include <cstdlib>

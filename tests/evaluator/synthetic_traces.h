@@ -1,7 +1,7 @@
-// Traces whose hidden states carry a noisy view of the experts ahead, and the predictor that
-// reads it: a predictor of known accuracy for tests and benchmarks. View of lead d at layer l:
-// z_e = N(0,1) + signal * [e is right]; softmax(signal * z) is the exact posterior, so the
-// predictor is calibrated.
+// Traces whose hidden states carry a noisy view of the experts ahead, and the predictor
+// that reads it: a predictor of known accuracy for tests and benchmarks. View of lead d
+// at layer l: z_e = N(0,1) + signal * [e is right]; softmax(signal * z) is the exact
+// posterior, so the predictor is calibrated.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -67,15 +67,16 @@ inline RoutingSpan SyntheticSpan(const SyntheticTraceOptions& o, Stack stack, in
   return span;
 }
 
-inline std::vector<RoutingTrace> SyntheticTraces(const SyntheticTraceOptions& options, int count,
-                                                 uint64_t seed) {
+inline std::vector<RoutingTrace> SyntheticTraces(const SyntheticTraceOptions& options,
+                                                 int count, uint64_t seed) {
   std::vector<RoutingTrace> traces;
   for (int i = 0; i < count; ++i) {
     RoutingTrace trace;
     trace.sequence_id = static_cast<uint64_t>(i);
     trace.encoder =
         SyntheticSpan(options, Stack::kEncoder, options.source_tokens, Mix(seed, i, 0));
-    trace.decoder = SyntheticSpan(options, Stack::kDecoder, options.tokens, Mix(seed, i, 1));
+    trace.decoder =
+        SyntheticSpan(options, Stack::kDecoder, options.tokens, Mix(seed, i, 1));
     traces.push_back(std::move(trace));
   }
   return traces;
@@ -91,7 +92,8 @@ class SignalPredictor : public ExpertPredictor {
     if (!window.hidden_BTD.defined() || lead > options_.leads) return std::nullopt;
     const double signal = options_.signal * std::pow(0.85, lead - 1);
     const int64_t experts = window.num_experts;
-    return at::softmax(window.hidden_BTD.narrow(2, (lead - 1) * experts, experts) * signal, -1);
+    return at::softmax(
+        window.hidden_BTD.narrow(2, (lead - 1) * experts, experts) * signal, -1);
   }
 
  private:

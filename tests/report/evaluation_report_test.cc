@@ -33,7 +33,7 @@ Json Row(const std::string& policy, const std::string& predictor,
 }
 
 RunFolder Training(const std::string& kind, double accuracy) {
-  RunFolder f{"run", {}, {}, {}};
+  RunFolder f{"run", {}, {}, {}, {}};
   f.results = {{"kind", kind}, {"scores", Json::array()}, {"baselines", Json::object()}};
   for (const char* phase : {"encoder", "decoder"}) {
     for (int lead : {1, 2}) {
@@ -53,7 +53,7 @@ RunFolder Training(const std::string& kind, double accuracy) {
 }
 
 RunFolder Evaluation() {
-  RunFolder f{"evaluate", {}, {}, {}};
+  RunFolder f{"evaluate", {}, {}, {}, {}};
   f.results["rows"] = {
       Row("on_demand", "none", "none", 50), Row("on_demand", "none", "lru", 100),
       Row("top_k", "runs/hidden", "lru", 165), Row("top_k", "oracle", "lru", 178),
@@ -63,7 +63,7 @@ RunFolder Evaluation() {
 }
 
 RunFolder Statistics() {
-  RunFolder f{"store", {}, {}, {}};
+  RunFolder f{"store", {}, {}, {}, {}};
   for (int layer = 0; layer < 4; ++layer) {
     Json load = Json::array();
     for (int e = 0; e < 16; ++e) load.push_back(100 + 17 * ((e * 7 + layer * 5) % 16));
@@ -105,6 +105,20 @@ TEST(EvaluationReport, NamesRowsAndSpeedUpOfTheBestLearnedRowOnly) {
   EXPECT_FALSE(Has(page, "oracle over"));
 }
 
+TEST(EvaluationReport, ShowsWhatRandomRoutingCosts) {
+  RunFolder f{"small", {}, {}, {}, {}};
+  f.pretrain = {{"test",
+                 {{"masked_loss", 3.1},
+                  {"span_loss", 3.2},
+                  {"encoder", {{"random_routing_costs_nats", 0.512}}},
+                  {"decoder", {{"random_routing_costs_nats", 0.448}}}}}};
+  const std::string page = EvaluationReportHtml({f});
+  EXPECT_TRUE(Has(page, "0.512"));
+  EXPECT_TRUE(Has(page, "0.448"));
+  f.pretrain = {{"test", "all"}};
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), "random routing"));
+}
+
 TEST(EvaluationReport, SaysWhereOutputsDiffer) {
   RunFolder f = Evaluation();
   f.results["rows"][2]["output_sha256"] = "fedcba9876543210";
@@ -126,7 +140,7 @@ TEST(EvaluationReport, EscapesNamesOfFilesAndKinds) {
 }
 
 TEST(EvaluationReport, ForeignAndMissingValuesAreNoErrors) {
-  RunFolder f{"x", {}, {}, {}};
+  RunFolder f{"x", {}, {}, {}, {}};
   f.results = {{"rows", {{{"policy", 3}, {"tokens_per_second", "fast"}}}},
                {"scores", {{{"top1", nullptr}}}},
                {"baselines", 7}};

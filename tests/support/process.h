@@ -21,8 +21,8 @@ inline std::string Bin(const std::string& program) {
 
 inline std::vector<std::string> UnderMpirun(int ranks, std::vector<std::string> command) {
   const std::vector<std::string> launch = {
-      "mpirun", "--quiet", "--bind-to", "none", "--oversubscribe", "--mca", "btl",
-      "self,vader", "-n", std::to_string(ranks)};
+      "mpirun", "--quiet", "--bind-to",  "none", "--oversubscribe",
+      "--mca",  "btl",     "self,vader", "-n",   std::to_string(ranks)};
   command.insert(command.begin(), launch.begin(), launch.end());
   return command;
 }
@@ -50,8 +50,9 @@ inline int RunProgram(const std::vector<std::string>& command) {
   return Wait(Start(command));
 }
 
-// Sends `signal` to a run of `command` once `begun` exists, and returns how the run ended.
-// A run may end before the signal reaches it: then again from the start, which `reset` makes.
+// Sends `signal` to a run of `command` once `begun` exists, and returns how the run
+// ended. A run may end before the signal reaches it: then again from the start, which
+// `reset` makes.
 template <typename Reset>
 int Interrupt(const std::vector<std::string>& command, const fs::path& begun, int signal,
               int wanted, Reset reset) {

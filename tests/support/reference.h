@@ -18,20 +18,22 @@ inline std::string EnvOr(const char* name, const std::string& fallback) {
 // A fresh folder under the build's test data; emptied at each call.
 inline fs::path TestFolder(const std::string& name) {
   const fs::path folder =
-      fs::path(EnvOr("ROUTECAST_BUILD_DIR", fs::temp_directory_path().string())) / "test-data" /
-      name;
+      fs::path(EnvOr("ROUTECAST_BUILD_DIR", fs::temp_directory_path().string())) /
+      "test-data" / name;
   fs::remove_all(folder);
   fs::create_directories(folder);
   return folder;
 }
 
 // Runs tests/golden/SCRIPT with the locked Python environment; returns its exit status.
-// launch/test.sh sets ROUTECAST_PYTHON; without it golden tests fail rather than pass unseen.
+// launch/test.sh sets ROUTECAST_PYTHON; without it golden tests fail rather than pass
+// unseen.
 inline int RunReference(const std::string& script, const std::string& arguments) {
   const std::string python = EnvOr("ROUTECAST_PYTHON", "");
   EXPECT_FALSE(python.empty()) << "set ROUTECAST_PYTHON (launch/test.sh does)";
   const std::string root = EnvOr("ROUTECAST_SOURCE_DIR", ".");
-  return std::system((python + " " + root + "/tests/golden/" + script + " " + arguments).c_str());
+  return std::system(
+      (python + " " + root + "/tests/golden/" + script + " " + arguments).c_str());
 }
 
 }  // namespace routecast

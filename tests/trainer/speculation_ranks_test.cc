@@ -53,7 +53,8 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
     for (size_t i = 0; i < one.results["scores"].size(); ++i) {
       const Json &a = many.results["scores"][i], &b = one.results["scores"][i];
       EXPECT_EQ(a["samples"], b["samples"]);
-      EXPECT_NEAR(a["cross_entropy"].get<double>(), b["cross_entropy"].get<double>(), 1e-3);
+      EXPECT_NEAR(a["cross_entropy"].get<double>(), b["cross_entropy"].get<double>(),
+                  1e-3);
     }
     for (const auto& [name, entries] : one.results["baselines"].items()) {
       for (size_t i = 0; i < entries.size(); ++i) {

@@ -19,10 +19,10 @@ namespace {
 class SpeculationTraining : public testing::Test {
  protected:
   SpeculationTraining() {
-    folder_ = fs::path(testing::TempDir()) /
-              ("speculation_" + std::string(testing::UnitTest::GetInstance()
-                                                ->current_test_info()
-                                                ->name()));
+    folder_ =
+        fs::path(testing::TempDir()) /
+        ("speculation_" +
+         std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
     fs::remove_all(folder_);
     fs::create_directories(folder_);
   }
@@ -130,7 +130,8 @@ TEST_F(SpeculationTraining, LearnsMoreThanTheBaselinesFromRouterInputs) {
         }
         EXPECT_EQ(s["samples"], b["samples"]);
         // Before the first layer the token alone is known; the next token is random here.
-        if (s["layer"].get<int>() < 0 || s["layer"].get<int>() + s["lead"].get<int>() > 2) {
+        if (s["layer"].get<int>() < 0 ||
+            s["layer"].get<int>() + s["lead"].get<int>() > 2) {
           continue;
         }
         EXPECT_GT(s["top1"].get<double>(), b["top1"].get<double>()) << name << " " << b;
@@ -140,8 +141,8 @@ TEST_F(SpeculationTraining, LearnsMoreThanTheBaselinesFromRouterInputs) {
   }
   EXPECT_GE(compared, 5 * 6);
   // What it wrote is what the evaluator loads.
-  const auto predictor =
-      LoadPredictor(job.out.string(), traces.geometry, job.out / "baselines.safetensors", {});
+  const auto predictor = LoadPredictor(job.out.string(), traces.geometry,
+                                       job.out / "baselines.safetensors", {});
   EXPECT_TRUE(predictor->needs_hidden());
   LoadPredictor("markov", traces.geometry, job.out / "baselines.safetensors", {});
 }
@@ -149,7 +150,8 @@ TEST_F(SpeculationTraining, LearnsMoreThanTheBaselinesFromRouterInputs) {
 TEST_F(SpeculationTraining, RefusesToScoreWhenTheStaleGateControlFails) {
   SyntheticTraces traces = Traces(60);
   for (RoutingTrace& t : traces.traces) {
-    if (SplitOf(t.group_id) != SplitPart::kValidation || t.decoder.hidden.empty()) continue;
+    if (SplitOf(t.group_id) != SplitPart::kValidation || t.decoder.hidden.empty())
+      continue;
     // One token's state becomes its opposite: its choice cannot be the same.
     for (int d = 0; d < t.decoder.hidden_width; ++d) {
       t.decoder.hidden[static_cast<size_t>(d)] ^= 0x8000;

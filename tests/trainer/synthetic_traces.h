@@ -31,9 +31,8 @@ class TraceSynthesizer {
     const at::Tensor base = at::randn({experts, width});
     for (int l = 0; l < geometry_.num_layers(); ++l) {
       drift_.push_back(at::randn({width, width}) * (0.7 / std::sqrt(double(width))));
-      routers_.push_back({base + 0.7 * at::randn({experts, width}),
-                          {},
-                          at::rand({width}) + 0.5});
+      routers_.push_back(
+          {base + 0.7 * at::randn({experts, width}), {}, at::rand({width}) + 0.5});
     }
   }
 
@@ -63,12 +62,13 @@ class TraceSynthesizer {
     span.num_layers = geometry_.layers(stack);
     std::vector<int64_t> ids;
     for (int t = 0; t < tokens; ++t) {
-      ids.push_back(static_cast<int64_t>(
-          ToRange(Mix(key, static_cast<uint64_t>(t)), static_cast<uint64_t>(vocabulary_))));
+      ids.push_back(static_cast<int64_t>(ToRange(Mix(key, static_cast<uint64_t>(t)),
+                                                 static_cast<uint64_t>(vocabulary_))));
       span.token_ids.push_back(static_cast<uint32_t>(ids.back()));
     }
     at::Tensor x = ids_.index_select(0, at::tensor(ids, at::kLong));
-    x = x + 0.5 * at::cat({at::zeros_like(x.narrow(0, 0, 1)), x.narrow(0, 0, tokens - 1)});
+    x = x +
+        0.5 * at::cat({at::zeros_like(x.narrow(0, 0, 1)), x.narrow(0, 0, tokens - 1)});
     if (hidden) span.hidden_width = geometry_.d_model;
     for (int l = 0; l < span.num_layers; ++l) {
       const auto global = static_cast<size_t>(geometry_.GlobalLayer(stack, l));
@@ -79,8 +79,7 @@ class TraceSynthesizer {
       const at::Tensor chosen =
           at::matmul(input, routers_[global].weight_ED.t()).argmax(1).contiguous();
       for (int t = 0; t < tokens; ++t) {
-        span.expert_ids.push_back(
-            static_cast<uint16_t>(chosen.data_ptr<int64_t>()[t]));
+        span.expert_ids.push_back(static_cast<uint16_t>(chosen.data_ptr<int64_t>()[t]));
         span.gate_probs.push_back(0.5f);
         span.margins.push_back(0.25f);
         span.dropped.push_back(Mix(key, uint64_t(l), uint64_t(t)) % 50 == 0);

@@ -15,21 +15,22 @@ class TrainPipeline : public testing::Test {
     folder_ = TestFolder("train");
     WriteCheckpoint(folder_ / "model", 1);
     WriteCorpus(folder_, 600);
-    ASSERT_EQ(RunProgram({Bin("routecast-collect"), "--quiet", "--threads=1",
-                          "--device=cpu", "--num_shards=2", "--max_length=48",
-                          "--max_sequences=400", "--hidden_share=1",
-                          "--model=" + (folder_ / "model").string(),
-                          "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text",
-                          "--cache=" + (folder_ / "cache").string(),
-                          "--store=" + (folder_ / "store").string()}),
-              0);
+    ASSERT_EQ(
+        RunProgram({Bin("routecast-collect"), "--quiet", "--threads=1", "--device=cpu",
+                    "--num_shards=2", "--max_length=48", "--max_sequences=400",
+                    "--hidden_share=1", "--model=" + (folder_ / "model").string(),
+                    "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text",
+                    "--cache=" + (folder_ / "cache").string(),
+                    "--store=" + (folder_ / "store").string()}),
+        0);
   }
   static std::vector<std::string> Command(const std::string& out) {
     return UnderMpirun(
-        2, {Bin("routecast-train"), "--quiet", "--threads=1", "--device=cpu",
-            "--kind=hidden", "--steps=120", "--validate_every=20", "--global_batch=16",
-            "--micro_batch=8", "--validation_sequences=16", "--test_sequences=32",
-            "--store=" + (folder_ / "store").string(), "--out=" + (folder_ / out).string()});
+        2,
+        {Bin("routecast-train"), "--quiet", "--threads=1", "--device=cpu",
+         "--kind=hidden", "--steps=120", "--validate_every=20", "--global_batch=16",
+         "--micro_batch=8", "--validation_sequences=16", "--test_sequences=32",
+         "--store=" + (folder_ / "store").string(), "--out=" + (folder_ / out).string()});
   }
   // Made once, by a run that nobody disturbed.
   static const Json& Golden() {
@@ -43,8 +44,8 @@ class TrainPipeline : public testing::Test {
 };
 
 TEST_F(TrainPipeline, ScoresEveryLayerAndLeadBesideItsBaselines) {
-  // 2 + 2 MoE layers: encoder sources -1, 0 with 2 + 1 leads; decoder sources -1, 0, 1 with
-  // two leads each, the last of which ask for the next token.
+  // 2 + 2 MoE layers: encoder sources -1, 0 with 2 + 1 leads; decoder sources -1, 0, 1
+  // with two leads each, the last of which ask for the next token.
   EXPECT_EQ(Golden()["scores"].size(), 3u + 6u);
   for (const auto& [name, entries] : Golden()["baselines"].items()) {
     EXPECT_FALSE(entries.empty()) << name;

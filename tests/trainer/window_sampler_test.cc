@@ -45,8 +45,8 @@ std::vector<MicroBatch> Epoch(const WindowSampler& sampler, uint64_t epoch, int 
     for (int r = 0; r < world; ++r) ranks.push_back(sampler.Step(epoch, step, r, world));
     const uint64_t count = sampler.StepMicroBatches(step);
     for (uint64_t j = 0; j < count; ++j) {
-      all.push_back(ranks[j % static_cast<uint64_t>(world)]
-                         .at(j / static_cast<uint64_t>(world)));
+      all.push_back(
+          ranks[j % static_cast<uint64_t>(world)].at(j / static_cast<uint64_t>(world)));
     }
   }
   return all;

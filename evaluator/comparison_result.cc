@@ -1,0 +1,81 @@
+#include "evaluator/comparison_result.h"
+
+#include <cstdio>
+
+#include "common/files.h"
+
+namespace routecast {
+
+Json ComparisonResult::ToJson() const {
+  Json json;
+  json["rows"] = Json::array();
+  for (const RowResult& row : rows) {
+    Json entry;
+    entry["policy"] = row.policy;
+    entry["predictor"] = row.predictor;
+    entry["eviction"] = row.eviction;
+    entry["tier"] = row.tier;
+    entry["budget_bytes"] = row.budget_bytes;
+    entry["held_bytes_peak"] = row.held_bytes_peak;
+    entry["budget_phase_share"] = row.budget_phase_share;
+    entry["phase"] = StackName(row.phase);
+    entry["batch"] = row.batch;
+    entry["pairs"] = row.pairs;
+    entry["tokens_per_second"] = row.tokens_per_second;
+    entry["spread"] = row.spread;
+    entry["speed_up"] = row.speed_up;
+    entry["p50_ms"] = row.p50_ms;
+    entry["p95_ms"] = row.p95_ms;
+    entry["p99_ms"] = row.p99_ms;
+    entry["hit_rate"] = row.hit_rate;
+    entry["bytes_useful"] = row.bytes_useful;
+    entry["bytes_late"] = row.bytes_late;
+    entry["bytes_wasted"] = row.bytes_wasted;
+    entry["bytes_belady"] = row.bytes_belady;
+    entry["stall_seconds"] = row.stall_seconds;
+    entry["compute_seconds"] = row.compute_seconds;
+    entry["transfer_seconds"] = row.transfer_seconds;
+    entry["predictor_seconds"] = row.predictor_seconds;
+    entry["bound"] = row.bound;
+    entry["lossless"] = row.lossless;
+    entry["output_sha256"] = row.output_sha256;
+    entry["synthetic_weights"] = synthetic_weights;
+    entry["emulated"] = emulated;
+    json["rows"].push_back(entry);
+  }
+  json["device"] = device;
+  json["link_peak_bytes_per_second"] = link_peak_bytes_per_second;
+  return json;
+}
+
+std::string ComparisonTable(const ComparisonResult& result) {
+  std::string text;
+  char line[256];
+  const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
+  std::snprintf(line, sizeof line,
+                "%-8s %-10s %-18s %-7s %9s %7s %6s %8s %8s %8s %7s %7s %7s %6s\n",
+                "phase", "policy", "predictor", "evict", "tokens/s", "speed", "hits",
+                "useful", "late", "wasted", "stall s", "Tc s", "Tx s", "bound");
+  text += line;
+  for (const RowResult& row : result.rows) {
+    std::snprintf(
+        line, sizeof line,
+        "%-8s %-10s %-18.18s %-7.7s %9.1f %6.2fx %5.1f%% %8.0f %8.0f %8.0f %7.2f "
+        "%7.2f %7.2f %6.2f%s\n",
+        StackName(row.phase), row.policy.c_str(), row.predictor.c_str(),
+        row.eviction.c_str(), row.tokens_per_second, row.speed_up, 100 * row.hit_rate,
+        mib(row.bytes_useful), mib(row.bytes_late), mib(row.bytes_wasted),
+        row.stall_seconds, row.compute_seconds, row.transfer_seconds, row.bound,
+        row.lossless ? "" : "  OUTPUT DIFFERS");
+    text += line;
+  }
+  text += "speed: median over rounds of the rate over on-demand LRU's; bytes in MiB\n";
+  text += "link: " + result.link + ", peak " +
+          FormatBytes(static_cast<uint64_t>(result.link_peak_bytes_per_second)) + "/s" +
+          (result.emulated ? " (emulated)" : "") +
+          (result.synthetic_weights ? "; synthetic weights" : "") + "\n";
+  for (const std::string& note : result.notes) text += "note: " + note + "\n";
+  return text;
+}
+
+}  // namespace routecast

@@ -1,0 +1,48 @@
+// What a comparison found: rows for results.json and for people. docs/metrics.md has the
+// formula of every number. Plain values.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/routing.h"
+#include "common/run_record.h"
+
+namespace routecast {
+
+struct RowResult {
+  std::string policy, predictor, eviction, tier;
+  Stack phase = Stack::kDecoder;
+  uint64_t budget_bytes = 0, held_bytes_peak = 0;
+  double budget_phase_share = 0;
+  int batch = 1, pairs = 0;
+  double tokens_per_second = 0, spread = 0;  // median and interquartile range over rounds
+  double p50_ms = 0, p95_ms = 0, p99_ms = 0;  // of a step
+  double hit_rate = 0;
+  int64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0, bytes_belady = 0;
+  double stall_seconds = 0, compute_seconds = 0, transfer_seconds = 0,
+         predictor_seconds = 0;
+  double bound = 0;
+  bool lossless = false;
+  std::string output_sha256;
+  double speed_up = 0;          // median over rounds of the rate over on-demand LRU's
+  double speculation_used = 0;  // share of prefetched experts that were used
+  bool switched_off = false;    // the row's speculation did not help and is off
+};
+
+struct ComparisonResult {
+  std::vector<RowResult> rows;
+  std::string device, link;  // descriptions
+  double link_peak_bytes_per_second = 0;
+  double link_bytes_per_second = 0;  // what the rows had: the peak or the pace
+  bool emulated = false, synthetic_weights = false;
+  std::vector<std::string> notes;  // what a reader must know: rows left out, fallbacks
+  bool lossless = false;           // all rows put out the same bits
+  Json ToJson() const;             // results.json, exactly the keys of docs/metrics.md
+};
+
+// The table that people read; one line a row and phase.
+std::string ComparisonTable(const ComparisonResult& result);
+
+}  // namespace routecast
