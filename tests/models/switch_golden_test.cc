@@ -125,30 +125,44 @@ TEST_P(SwitchGolden, IncrementalDecodingEqualsTeacherForcing) {
 INSTANTIATE_TEST_SUITE_P(Geometries, SwitchGolden, testing::ValuesIn(kCases),
                          [](const auto& info) { return std::string(info.param); });
 
+// Writes what `model` makes of the ids beside the checkpoint, for the reference to
+// compare.
+void WriteLogits(SwitchModel* model, const at::Tensor& ids, const at::Tensor& valid,
+                 const at::Tensor& decoder_ids, const fs::path& folder) {
+  const at::Tensor all = at::ones_like(decoder_ids, at::kBool);
+  Parameters golden;
+  golden.Add("ids", ids);
+  golden.Add("valid", valid.to(at::kByte));
+  golden.Add("decoder_ids", decoder_ids);
+  golden.Add("logits", model->Logits(model->Decode(
+                           decoder_ids, all, model->Encode(ids, valid), valid, nullptr)));
+  WriteParameters(folder / "golden.safetensors", golden, at::ScalarType::Undefined);
+}
+
 // One process reads all of them: starting the reference costs more than the reading.
 TEST(SwitchGoldenRoundTrip, WrittenCheckpointsLoadInTransformers) {
   std::string folders;
   for (const char* name : kCases) {
     ResidentModel resident(LoadCheckpoint(Reference() / name, at::kFloat, at::kCPU));
-    SwitchModel& model = resident.model();
     const fs::path folder = TestFolder(std::string("switch-roundtrip-") + name);
     SaveCheckpoint(folder, resident.checkpoint().config, resident.checkpoint().parameters,
                    at::kFloat);
     const Parameters source = ReadParameters(Reference() / name / "golden.safetensors",
                                              at::ScalarType::Undefined);
-    const at::Tensor ids = source.Get("ids"), decoder_ids = source.Get("decoder_ids");
-    const at::Tensor valid = source.Get("valid").to(at::kBool);
-    Parameters golden;
-    golden.Add("ids", ids);
-    golden.Add("valid", valid.to(at::kByte));
-    golden.Add("decoder_ids", decoder_ids);
-    golden.Add("logits", model.Logits(model.Decode(
-                             decoder_ids, at::ones_like(decoder_ids, at::kBool),
-                             model.Encode(ids, valid), valid, nullptr)));
-    WriteParameters(folder / "golden.safetensors", golden, at::ScalarType::Undefined);
+    WriteLogits(&resident.model(), source.Get("ids"), source.Get("valid").to(at::kBool),
+                source.Get("decoder_ids"), folder);
     folders += " " + folder.string();
   }
-  EXPECT_EQ(RunReference("switch_roundtrip.py", folders), 0);
+  // And the one that the repository ships.
+  const fs::path folder = TestFolder("switch-roundtrip-shipped");
+  fs::copy(fs::path(EnvOr("ROUTECAST_SOURCE_DIR", ".")) / "configs/checkpoints/small-16",
+           folder, fs::copy_options::recursive);
+  ResidentModel shipped(LoadCheckpoint(folder, at::kFloat, at::kCPU));
+  at::manual_seed(3);
+  const at::Tensor ids = at::randint(3, 400, {3, 40}, at::kLong);
+  WriteLogits(&shipped.model(), ids, at::ones_like(ids, at::kBool),
+              at::randint(3, 400, {3, 12}, at::kLong), folder);
+  EXPECT_EQ(RunReference("switch_roundtrip.py", folders + " " + folder.string()), 0);
 }
 
 }  // namespace
