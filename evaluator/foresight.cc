@@ -3,8 +3,32 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace routecast {
+
+namespace {
+
+// 1 - prod(1 - p) over the tokens that count, for each expert. Plain loops: between two
+// layers of a step a dozen tensor calls a lead are felt.
+std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& counts_BT) {
+  const at::Tensor probs = probs_BTE.to(at::kCPU, at::kFloat).contiguous();
+  const auto experts = static_cast<size_t>(probs.size(-1));
+  const float* p = probs.const_data_ptr<float>();
+  const bool* counts = counts_BT.const_data_ptr<bool>();
+  std::vector<float> none(experts, 1.f);
+  for (int64_t row = 0; row < counts_BT.numel(); ++row, p += experts) {
+    if (!counts[row]) continue;
+    for (size_t e = 0; e < experts; ++e) {
+      // A predictor may say anything.
+      none[e] *= 1 - (std::isnan(p[e]) ? 0.f : std::clamp(p[e], 0.f, 1.f));
+    }
+  }
+  for (float& value : none) value = 1 - value;
+  return none;
+}
+
+}  // namespace
 
 PredictorForesight::PredictorForesight(ExpertPredictor* predictor,
                                        const MoeGeometry& geometry, int max_lead)
@@ -83,27 +107,21 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
     window.hidden_BTD = hidden;
   }
   std::vector<LayerForecast> forecasts;
-  const at::Tensor counts =
-      stack_ == Stack::kEncoder ? valid_BT_ : valid_BT_.slice(1, valid_BT_.size(1) - 1);
+  const bool decoder = stack_ == Stack::kDecoder;
   // Encoder: layers ahead. Decoder: up to this layer's next turn.
-  const int reach = stack_ == Stack::kEncoder ? window.num_layers - 1 - source_layer
-                                              : window.num_layers;
+  const int reach = decoder ? window.num_layers : window.num_layers - 1 - source_layer;
   const int leads = std::min(max_lead_, reach);
   if (leads < 1) return {};
-  const auto answers = predictor_->PredictLeads(window, leads);
+  const auto answers = decoder ? predictor_->PredictLast(window, leads)
+                               : predictor_->PredictLeads(window, leads);
+  const at::Tensor counts =
+      (decoder ? valid_BT_.slice(1, valid_BT_.size(1) - 1) : valid_BT_).contiguous();
   for (int lead = 1; lead <= leads; ++lead) {
     const int target = source_layer + lead;
     const std::optional<at::Tensor>& probs = answers[static_cast<size_t>(lead - 1)];
     if (!probs) continue;
-    at::Tensor p_BTE =
-        stack_ == Stack::kEncoder ? *probs : probs->slice(1, probs->size(1) - 1);
-    p_BTE = p_BTE.to(at::kCPU, at::kFloat).clamp(0, 1).nan_to_num(0);
-    p_BTE = p_BTE * counts.unsqueeze(-1).to(at::kFloat);
-    const at::Tensor needed =
-        (1 - (1 - p_BTE).reshape({-1, p_BTE.size(-1)}).prod(0)).contiguous();
-    const float* data = needed.data_ptr<float>();
     forecasts.push_back({geometry_.GlobalLayer(stack_, target % window.num_layers), lead,
-                         std::vector<float>(data, data + needed.numel())});
+                         NeededByAny(*probs, counts)});
   }
   return forecasts;
 }

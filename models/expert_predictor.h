@@ -32,6 +32,15 @@ class ExpertPredictor {
     for (int lead = 1; lead <= num_leads; ++lead) all.push_back(Predict(window, lead));
     return all;
   }
+  // PredictLeads of the newest token alone, [B,1,E] a lead: what serving a decoder needs.
+  virtual std::vector<std::optional<at::Tensor>> PredictLast(const RoutingWindow& window,
+                                                             int num_leads) {
+    auto all = PredictLeads(window, num_leads);
+    for (auto& probs : all) {
+      if (probs) probs = probs->slice(1, probs->size(1) - 1);
+    }
+    return all;
+  }
 };
 
 }  // namespace routecast

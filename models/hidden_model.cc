@@ -45,7 +45,7 @@ struct Priors {
   at::Tensor token;   // [V,layers * E]: of the experts, given the own token's id
   at::Tensor markov;  // [L * (E + 1),L * E], L of the decoder: of the experts at each
                       // lead from (source layer, its expert); zeros where that is unknown
-  at::Tensor gain;  // [layers + 2], parameter
+  at::Tensor gain;    // [layers + 2], parameter
 };
 
 struct HiddenNet {
@@ -105,6 +105,7 @@ class HiddenModel final : public SpeculationModel {
   void FitPriors(const BaselineTables& tables) override;
   int history_tokens() const override { return 1 + std::max(1, config_.neighbours); }
   SpeculationOutput Forward(const RoutingWindow& window, uint64_t dropout_key) override;
+  SpeculationOutput ForwardLast(const RoutingWindow& window) override;
 
  private:
   void AddPriors();
@@ -131,10 +132,14 @@ class HiddenModel final : public SpeculationModel {
                      int first_layer) const;
   at::Tensor Logits(const at::Tensor& z_HND, const RoutingWindow& window) const;
   bool Few(const RoutingWindow& window, uint64_t dropout_key) const;
-  void AddTokens(const RoutingWindow& window, std::vector<float>* x) const;
-  std::vector<float> FewFeatures(const RoutingWindow& window) const;
+  // Of the window's tokens from `first` on, sequence by sequence: b * T + t.
+  static std::vector<int64_t> RowsFrom(const RoutingWindow& window, int64_t first);
+  void AddTokens(const RoutingWindow& window, const std::vector<int64_t>& rows,
+                 std::vector<float>* x) const;
+  std::vector<float> FewFeatures(const RoutingWindow& window,
+                                 const std::vector<int64_t>& rows) const;
   void AddExperts(const RoutingWindow& window, int64_t row, float* x) const;
-  SpeculationOutput FewForward(const RoutingWindow& window) const;
+  SpeculationOutput FewForward(const RoutingWindow& window, int64_t first) const;
 
   HiddenNet net_;
 };
@@ -308,7 +313,7 @@ SpeculationOutput HiddenModel::Forward(const RoutingWindow& window,
     const auto options = net_.token.options().requires_grad(false);
     return {at::zeros({B, T, H, E}, options), at::zeros({B, T, H}, options)};
   }
-  if (Few(window, dropout_key)) return FewForward(window);
+  if (Few(window, dropout_key)) return FewForward(window, 0);
   KeyedDropout dropout(config_.dropout, dropout_key);
   auto x = dropout(Features(window).view({B * T, config_.width}));
   for (const ResidualBlock& block : net_.blocks) x = block(x, &dropout);
@@ -316,6 +321,13 @@ SpeculationOutput HiddenModel::Forward(const RoutingWindow& window,
   auto logits = Logits(z, window).transpose(0, 1).reshape({B, T, H, E});
   if (!net_.priors.empty()) logits = logits + PriorLogits(window, H);
   return {logits, at::sigmoid(net_.confidence(z)).squeeze(2).t().reshape({B, T, H})};
+}
+
+SpeculationOutput HiddenModel::ForwardLast(const RoutingWindow& window) {
+  if (NumLeads(window.stack, window.source_layer) == 0 || !Few(window, 0)) {
+    return SpeculationModel::ForwardLast(window);
+  }
+  return FewForward(window, window.token_ids_BT.size(1) - 1);
 }
 
 bool HiddenModel::Few(const RoutingWindow& window, uint64_t dropout_key) const {
@@ -345,96 +357,111 @@ void HiddenModel::AddExperts(const RoutingWindow& window, int64_t row, float* x)
   for (int64_t l = 0; l < L; ++l) add(net_.previous, l, row % T == 0 ? E : ids[l - L]);
 }
 
+std::vector<int64_t> HiddenModel::RowsFrom(const RoutingWindow& window, int64_t first) {
+  const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
+  std::vector<int64_t> rows;
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t t = first; t < T; ++t) rows.push_back(b * T + t);
+  }
+  return rows;
+}
+
 // Sets x to what the ids of each row's token and its neighbours give.
-void HiddenModel::AddTokens(const RoutingWindow& window, std::vector<float>* x) const {
-  const int rows = static_cast<int>(window.token_ids_BT.numel()), D = config_.width;
-  const int T = static_cast<int>(window.token_ids_BT.size(1));
+void HiddenModel::AddTokens(const RoutingWindow& window, const std::vector<int64_t>& rows,
+                            std::vector<float>* x) const {
+  const int count = static_cast<int>(rows.size()), D = config_.width;
+  const int64_t T = window.token_ids_BT.size(1);
   const int64_t* ids = window.token_ids_BT.const_data_ptr<int64_t>();
-  std::vector<float> tokens(size_t(rows) * kTokenWidth), part(x->size());
+  std::vector<float> tokens(rows.size() * kTokenWidth), part(x->size());
   const std::vector<float> no_bias(size_t(D), 0.f);
   const auto embed = [&](int offset) {
-    for (int r = 0; r < rows; ++r) {
-      const bool inside = r % T + offset >= 0 && r % T + offset < T;
-      const int64_t id = inside ? ids[r + offset] : 0;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const int64_t t = rows[r] % T + offset;
+      const int64_t id = t >= 0 && t < T ? ids[rows[r] + offset] : 0;
       TORCH_CHECK(id >= 0 && id < config_.vocab_size, "a token id out of range");
       std::copy_n(Data(net_.token) + id * kTokenWidth, kTokenWidth,
-                  tokens.data() + size_t(r) * kTokenWidth);
+                  tokens.data() + r * kTokenWidth);
     }
   };
   embed(0);
-  DenseRows(tokens.data(), rows, kTokenWidth, Data(net_.token_in.weight),
+  DenseRows(tokens.data(), count, kTokenWidth, Data(net_.token_in.weight),
             Data(net_.token_in.bias), D, x->data());
   for (int i = 0; i < NumNeighbours(window.stack); ++i) {
     embed(OffsetOf(i));
-    DenseRows(tokens.data(), rows, kTokenWidth,
+    DenseRows(tokens.data(), count, kTokenWidth,
               Data(net_.neighbours[0]) + size_t(i) * size_t(D) * kTokenWidth,
               no_bias.data(), D, part.data());
-    AddValues(part.data(), rows * D, x->data());
+    AddValues(part.data(), count * D, x->data());
   }
 }
 
 // The same as Features.
-std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window) const {
-  const int rows = static_cast<int>(window.token_ids_BT.numel()), D = config_.width;
-  const int source_row = SourceRow(window);
-  std::vector<float> x(size_t(rows) * D), state;
-  AddTokens(window, &x);
+std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window,
+                                            const std::vector<int64_t>& rows) const {
+  const int count = static_cast<int>(rows.size()), D = config_.width;
+  const int source_row = SourceRow(window), S = config_.hidden_width;
+  std::vector<float> x(rows.size() * size_t(D));
+  AddTokens(window, rows, &x);
   const bool known = window.hidden_BTD.defined() && window.source_layer >= 0;
   if (!net_.state.empty() && known) {
     const StateInput& in = net_.state[0];
-    std::vector<float> normed(size_t(rows) * config_.hidden_width);
-    NormRows(Data(window.hidden_BTD), rows, config_.hidden_width, Data(in.norm.weight),
-             Data(in.norm.bias), normed.data());
-    state.resize(x.size());
-    DenseRows(normed.data(), rows, config_.hidden_width, Data(in.linear.weight),
-              Data(in.linear.bias), D, state.data());
-    AddValues(state.data(), rows * D, x.data());
+    std::vector<float> normed(rows.size() * size_t(S)), state(x.size());
+    for (size_t r = 0; r < rows.size(); ++r) {
+      NormRows(Data(window.hidden_BTD) + rows[r] * S, 1, S, Data(in.norm.weight),
+               Data(in.norm.bias), normed.data() + r * size_t(S));
+    }
+    DenseRows(normed.data(), count, S, Data(in.linear.weight), Data(in.linear.bias), D,
+              state.data());
+    AddValues(state.data(), count * D, x.data());
   }
-  for (int r = 0; r < rows; ++r) {
-    float* row = x.data() + size_t(r) * D;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    float* row = x.data() + r * size_t(D);
     AddValues(Data(net_.source) + source_row * D, D, row);
     if (!net_.state.empty() && !known) AddValues(Data(net_.state[0].absent), D, row);
-    AddExperts(window, r, row);
+    AddExperts(window, rows[r], row);
   }
   return x;
 }
 
-// The same as Forward without dropout, for a few rows on the CPU.
-SpeculationOutput HiddenModel::FewForward(const RoutingWindow& window) const {
-  const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
+// The same as Forward without dropout, for a few rows on the CPU: those of the tokens
+// from `first` on.
+SpeculationOutput HiddenModel::FewForward(const RoutingWindow& window,
+                                          int64_t first) const {
+  const std::vector<int64_t> rows = RowsFrom(window, first);
   const int H = NumLeads(window.stack, window.source_layer), D = config_.width;
-  const int E = config_.geometry.num_experts, rows = static_cast<int>(B * T);
+  const int E = config_.geometry.num_experts, count = static_cast<int>(rows.size());
   const int ff = config_.ff, L = config_.geometry.layers(window.stack);
-  std::vector<float> x = FewFeatures(window), y(x.size()), wide(size_t(rows) * ff);
+  std::vector<float> x = FewFeatures(window, rows), y(x.size()),
+                     wide(rows.size() * size_t(ff));
   for (const ResidualBlock& block : net_.blocks) {
-    NormRows(x.data(), rows, D, Data(block.norm.weight), Data(block.norm.bias), y.data());
-    DenseRows(y.data(), rows, D, Data(block.in.weight), Data(block.in.bias), ff,
+    NormRows(x.data(), count, D, Data(block.norm.weight), Data(block.norm.bias),
+             y.data());
+    DenseRows(y.data(), count, D, Data(block.in.weight), Data(block.in.bias), ff,
               wide.data());
-    GeluValues(wide.data(), rows * ff);
-    DenseRows(wide.data(), rows, ff, Data(block.out.weight), Data(block.out.bias), D,
+    GeluValues(wide.data(), count * ff);
+    DenseRows(wide.data(), count, ff, Data(block.out.weight), Data(block.out.bias), D,
               y.data());
-    AddValues(y.data(), rows * D, x.data());
+    AddValues(y.data(), count * D, x.data());
   }
-  NormRows(x.data(), rows, D, Data(net_.norm.weight), Data(net_.norm.bias), x.data());
+  NormRows(x.data(), count, D, Data(net_.norm.weight), Data(net_.norm.bias), x.data());
+  const int64_t B = window.token_ids_BT.size(0), T = count / B;
   auto logits = at::empty({B, T, H, E}), confidence = at::empty({B, T, H});
   float* guess = confidence.data_ptr<float>();
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < count; ++r) {
+    float* row = logits.data_ptr<float>() + int64_t{r} * H * E;
     for (int h = 0; h < H; ++h) {
       std::copy_n(x.data() + size_t(r) * D, D, y.data());
       AddValues(Data(net_.lead) + size_t(h) * D, D, y.data());
       const int64_t target =
           config_.geometry.GlobalLayer(window.stack, (window.source_layer + 1 + h) % L);
       DenseRows(y.data(), 1, D, Data(net_.output) + target * E * D,
-                Data(net_.output_bias) + target * E, E,
-                logits.data_ptr<float>() + (int64_t{r} * H + h) * E);
+                Data(net_.output_bias) + target * E, E, row + h * E);
       DenseRows(y.data(), 1, D, Data(net_.confidence.weight), Data(net_.confidence.bias),
                 1, guess + int64_t{r} * H + h);
     }
+    if (!net_.priors.empty()) AddPriorRow(window, rows[size_t(r)], H, row);
   }
-  for (int r = 0; r < rows && !net_.priors.empty(); ++r) {
-    AddPriorRow(window, r, H, logits.data_ptr<float>() + int64_t{r} * H * E);
-  }
-  for (int i = 0; i < rows * H; ++i) guess[i] = 1 / (1 + std::exp(-guess[i]));
+  for (int i = 0; i < count * H; ++i) guess[i] = 1 / (1 + std::exp(-guess[i]));
   return {logits, confidence};
 }
 

@@ -24,22 +24,37 @@ std::optional<at::Tensor> LearnedPredictor::Predict(const RoutingWindow& window,
 
 std::vector<std::optional<at::Tensor>> LearnedPredictor::PredictLeads(
     const RoutingWindow& window, int num_leads) {
+  RequireOwn(window);
+  const c10::NoGradGuard no_grad;
+  return Calibrated(window, saved_.model->Forward(window, 0).logits_BTHE, num_leads);
+}
+
+std::vector<std::optional<at::Tensor>> LearnedPredictor::PredictLast(
+    const RoutingWindow& window, int num_leads) {
+  RequireOwn(window);
+  const c10::NoGradGuard no_grad;
+  return Calibrated(window, saved_.model->ForwardLast(window).logits_BTHE, num_leads);
+}
+
+void LearnedPredictor::RequireOwn(const RoutingWindow& window) const {
   const MoeGeometry& g = config().geometry;
   if (window.num_experts != g.num_experts ||
       window.num_layers != g.layers(window.stack)) {
     throw std::logic_error("a window of another model than the predictor's");
   }
-  const c10::NoGradGuard no_grad;
-  const auto logits = saved_.model->Forward(window, 0).logits_BTHE;
+}
+
+std::vector<std::optional<at::Tensor>> LearnedPredictor::Calibrated(
+    const RoutingWindow& window, const at::Tensor& logits_BTHE, int num_leads) const {
   std::vector<std::optional<at::Tensor>> all;
   for (int lead = 1; lead <= num_leads; ++lead) {
-    if (lead > logits.size(2)) {
+    if (lead > logits_BTHE.size(2)) {
       all.push_back(std::nullopt);
       continue;
     }
     const double temperature =
         saved_.calibration.Temperature(window.stack, window.source_layer, lead);
-    all.push_back(at::softmax(logits.select(2, lead - 1) / temperature, -1));
+    all.push_back(at::softmax(logits_BTHE.select(2, lead - 1) / temperature, -1));
   }
   return all;
 }

@@ -21,9 +21,15 @@ class LearnedPredictor final : public ExpertPredictor {
   std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) override;
   std::vector<std::optional<at::Tensor>> PredictLeads(const RoutingWindow& window,
                                                       int num_leads) override;
+  std::vector<std::optional<at::Tensor>> PredictLast(const RoutingWindow& window,
+                                                     int num_leads) override;
   const SpeculationConfig& config() const { return saved_.model->config(); }
 
  private:
+  void RequireOwn(const RoutingWindow& window) const;
+  std::vector<std::optional<at::Tensor>> Calibrated(const RoutingWindow& window,
+                                                    const at::Tensor& logits_BTHE,
+                                                    int num_leads) const;
   std::string name_;
   SavedSpeculationModel saved_;
 };

@@ -163,6 +163,12 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
 
 SpeculationModel::~SpeculationModel() = default;
 
+SpeculationOutput SpeculationModel::ForwardLast(const RoutingWindow& window) {
+  const SpeculationOutput all = Forward(window, 0);
+  const int64_t last = all.logits_BTHE.size(1) - 1;
+  return {all.logits_BTHE.narrow(1, last, 1), all.confidence_BTH.narrow(1, last, 1)};
+}
+
 int NumLeadsOf(const MoeGeometry& geometry, Stack stack, int source_layer) {
   const int layers = geometry.layers(stack);
   if (source_layer < -1 || source_layer >= layers) {

@@ -62,6 +62,8 @@ class SpeculationModel {
   // (serving); otherwise masks are functions of (key, layer) and the batch's shape only.
   virtual SpeculationOutput Forward(const RoutingWindow& window,
                                     uint64_t dropout_key) = 0;
+  // Forward(window, 0) of the newest token alone, T = 1: what serving a decoder needs.
+  virtual SpeculationOutput ForwardLast(const RoutingWindow& window);
   // Leads predicted from a source are 1..NumLeads; encoder: L-1-source; decoder: L
   // (wraps into the next token).
   int NumLeads(Stack stack, int source_layer) const;

@@ -143,6 +143,22 @@ TEST_P(SpeculationKindTest, ServingEqualsTraining) {
   }
 }
 
+TEST_P(SpeculationKindTest, TheLastRowAloneIsTheLastRow) {
+  const c10::NoGradGuard no_grad;
+  const MoeGeometry g = SmallGeometry();
+  for (int s = -1; s < g.decoder_layers; ++s) {
+    for (const int tokens : {1, 3, 12}) {  // few rows and many
+      const auto window = WindowOf(RandomTrace(g, 3, tokens, 8), Stack::kDecoder, s, 5);
+      const auto all = model_->Forward(window, 0);
+      const auto last = model_->ForwardLast(window);
+      EXPECT_TRUE(at::allclose(last.logits_BTHE, all.logits_BTHE.narrow(1, tokens - 1, 1),
+                               1e-4, 1e-5));
+      EXPECT_TRUE(at::allclose(last.confidence_BTH,
+                               all.confidence_BTH.narrow(1, tokens - 1, 1), 1e-4, 1e-5));
+    }
+  }
+}
+
 TEST_P(SpeculationKindTest, DropoutIsAFunctionOfItsKey) {
   const auto window =
       WindowOf(RandomTrace(SmallGeometry(), 6, 5, 1), Stack::kEncoder, 1, 5);
