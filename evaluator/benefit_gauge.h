@@ -15,6 +15,7 @@ struct BenefitGaugeOptions {
   int trial_pairs = 6;    // blocks of each mode in a trial
   int first_spell = 512;  // steps until the second trial, then doubled each time
   int longest_spell = 8192;
+  int most_extensions = 5;  // a trial without a clear answer goes on as long again
 };
 
 class BenefitGauge {
@@ -35,9 +36,12 @@ class BenefitGauge {
 
  private:
   void Decide();
+  // Whether the difference of the modes stands out of the noise of the trial's steps.
+  bool IsClear() const;
   BenefitGaugeOptions options_;
   bool helps_ = true, in_trial_ = true;
   int position_ = 0;  // step within the trial or the spell
+  int extensions_ = 0;
   int spell_;
   double with_ = 0, without_ = 0;
   std::vector<double> on_, off_;

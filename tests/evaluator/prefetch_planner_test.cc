@@ -329,6 +329,18 @@ TEST(BenefitGaugeTest, KeepsWhatHelpsThroughADriftingMachine) {
   EXPECT_TRUE(gauge.Speculate());
 }
 
+// Every 13th step begins a sequence and waits long in either mode: one trial of 48 steps
+// may hold twice as many of them in one mode as in the other.
+TEST(BenefitGaugeTest, AFewLongWaitsDoNotDecide) {
+  for (int first = 0; first < 13; ++first) {
+    BenefitGauge gauge;
+    for (int step = first; gauge.in_trial(); ++step) {
+      gauge.Record((gauge.Speculate() ? 0.7 : 1.0) + (step % 13 == 0 ? 12 : 0));
+    }
+    EXPECT_TRUE(gauge.helps()) << first;
+  }
+}
+
 TEST(BenefitGaugeTest, TriesAgainAfterASpell) {
   BenefitGauge gauge({4, 4, 10, 40});
   while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 2 : 1);
