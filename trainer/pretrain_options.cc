@@ -38,7 +38,7 @@ PretrainOptions PretrainPreset(const std::string& name) {
       break;
     case 1:
       o.model = Geometry(4, 96, 256, 4, 16);
-      o.steps = 2200;
+      o.steps = 3200;
       o.warmup_steps = 200;
       break;
     case 2:
