@@ -1,5 +1,6 @@
 #include "common/run_record.h"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -19,6 +20,12 @@ std::string Now() {
   char text[32];
   std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &utc);
   return text;
+}
+
+int64_t PeakMemoryBytes() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return int64_t{usage.ru_maxrss} * 1024;
 }
 
 constexpr int kMaxJsonDepth = 100;
@@ -71,6 +78,7 @@ void RunRecord::WriteStart() { Write(); }
 void RunRecord::Finish(int exit_status, Json headline) {
   record_["end"] = Now();
   record_["exit_status"] = exit_status;
+  record_["peak_memory_bytes"] = PeakMemoryBytes();
   record_["results"] = std::move(headline);
   Write();
 }

@@ -28,7 +28,9 @@ class RunRecord {
   RunRecord(fs::path folder, std::string program, Json configuration);
   void Set(const std::string& key, Json value);  // devices, hosts, ranks, seeds, ...
   void WriteStart();
-  void Finish(int exit_status, Json headline);  // headline results
+  // headline results; adds this process's peak memory (in bytes, resident).
+  void Finish(int exit_status, Json headline);
+
  private:
   void Write();
   fs::path folder_;

@@ -146,4 +146,7 @@ cat "$out/replay/table.txt"
 printf '\n'
 printf '%s\n' "${times[@]}"
 printf '%-44s %5s s\n' everything "$((SECONDS - started))"
+# The largest process of any step: run.json has it.
+peak=$(cat "$out"/*/run.json | sed -n 's/^ *"peak_memory_bytes": \([0-9]*\).*/\1/p' | sort -n | tail -1)
+printf '%-44s %5s MiB\n' "most memory of a process" "$((${peak:-0} >> 20))"
 printf '\nreport: %s\n' "$out/report.html"

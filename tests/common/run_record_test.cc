@@ -28,6 +28,7 @@ TEST(RunRecord, IsThereFromTheStartAndCompleteAtTheEnd) {
   EXPECT_EQ(read["exit_status"], 75);
   EXPECT_EQ(read["ranks"], 2);
   EXPECT_EQ(read["results"]["loss"], 1.5);
+  EXPECT_GT(read["peak_memory_bytes"], 1 << 20);
   EXPECT_TRUE(read["end"].is_string());
 }
 
