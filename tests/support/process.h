@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -28,6 +29,7 @@ inline std::vector<std::string> UnderMpirun(int ranks, std::vector<std::string> 
 }
 
 inline pid_t Start(const std::vector<std::string>& command) {
+  ::prctl(PR_SET_CHILD_SUBREAPER, 1);  // for WaitForOrphans
   const pid_t child = ::fork();
   if (child == 0) {
     std::vector<char*> argv;
@@ -44,6 +46,12 @@ inline int Wait(pid_t child) {
   int status = 0;
   ::waitpid(child, &status, 0);
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// Ranks outlive a killed launcher for a moment: until they are gone, too.
+inline void WaitForOrphans() {
+  while (::waitpid(-1, nullptr, 0) > 0) {
+  }
 }
 
 inline int RunProgram(const std::vector<std::string>& command) {
@@ -65,6 +73,7 @@ int Interrupt(const std::vector<std::string>& command, const fs::path& begun, in
     }
     ::kill(job, signal);
     code = Wait(job);
+    WaitForOrphans();
   }
   return code;
 }
