@@ -42,12 +42,14 @@ data=(--data="text:$corpus/gcide.txt#blocks" --data="text:$corpus/anarchism.txt#
 if [ "$quick" = yes ]; then
   pretrain_steps=10 sequences=400 generated=60 rounds=3
   train_hidden=(--steps=80 --test_sequences=100 --validation_sequences=64)
-  train_interlayer=(--steps=6 --test_sequences=16 --validation_sequences=16)
+  train_interlayer=(--steps=24 --global_batch=16 --micro_batch=8 --test_sequences=16
+                    --validation_sequences=16)
 else
   pretrain_steps=60 sequences=4000 generated=400 rounds=20
   train_hidden=(--steps=500 --test_sequences=600)
-  # A window of `interlayer` costs many times one of `hidden`: its steps are few.
-  train_interlayer=(--steps=60 --test_sequences=64 --validation_sequences=32)
+  # A window of `interlayer` costs many times one of `hidden`: small steps, so that there are some.
+  train_interlayer=(--steps=240 --global_batch=16 --micro_batch=8 --test_sequences=64
+                    --validation_sequences=32)
 fi
 # The `demo` preset whole where its model is used, else a look at how it goes.
 size=(--steps="$pretrain_steps")
