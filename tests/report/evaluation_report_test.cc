@@ -105,6 +105,13 @@ TEST(EvaluationReport, NamesRowsAndSpeedUpOfTheBestLearnedRowOnly) {
   EXPECT_FALSE(Has(page, "oracle over"));
 }
 
+// A baseline that speaks of one layer only must not be compared by its own mean.
+TEST(EvaluationReport, ComparesWithTheBestBaselineOfEachLayer) {
+  RunFolder f = Training("hidden", 0.9);  // lead 1: markov .2, token_table .4 everywhere
+  f.results["baselines"]["stale_gate"].push_back(Entry("decoder", 2, 1, 0.7));
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "<b>45.0 %</b><span>the best baseline of"));
+}
+
 TEST(EvaluationReport, ShowsWhatRandomRoutingCosts) {
   RunFolder f{"small", {}, {}, {}, {}};
   f.pretrain = {{"test",
