@@ -13,7 +13,7 @@ constexpr double kFresh = 0.6;  // share of the newest trial in the evidence
 constexpr double kLeastGain = 0.05;
 // Standard errors that a difference must have. Steps that begin a sequence wait many
 // times as long as others, and a short trial may hold more of them in one mode.
-constexpr double kClear = 2;
+constexpr double kClear = 1.25;
 
 // Without the longest eighth: steps that begin a sequence wait many times as long as
 // others in either mode, and a trial may hold more of them in one.

@@ -15,7 +15,7 @@ struct BenefitGaugeOptions {
   int trial_pairs = 6;    // blocks of each mode in a trial
   int first_spell = 512;  // steps until the second trial, then doubled each time
   int longest_spell = 8192;
-  int most_extensions = 5;  // a trial without a clear answer goes on as long again
+  int most_extensions = 2;  // a trial without a clear answer goes on as long again
 };
 
 class BenefitGauge {

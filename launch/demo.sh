@@ -40,12 +40,14 @@ corpus=$cache/corpus
 data=(--data="text:$corpus/gcide.txt#blocks" --data="text:$corpus/anarchism.txt#blocks"
       --data="text:$corpus/wordnet.txt#blocks" --cache="$cache/corpus-index")
 if [ "$quick" = yes ]; then
-  pretrain_steps=10 sequences=400 generated=60 rounds=3
+  pretrain_steps=10 sequences=400 generated=60
+  rows=(--rounds=3 --warmup_rounds=1)
   train_hidden=(--steps=80 --test_sequences=100 --validation_sequences=64)
   train_interlayer=(--steps=24 --global_batch=16 --micro_batch=8 --test_sequences=16
                     --validation_sequences=16)
 else
-  pretrain_steps=60 sequences=4000 generated=400 rounds=20
+  pretrain_steps=60 sequences=4000 generated=400
+  rows=(--rounds=20 --warmup_rounds=3)
   train_hidden=(--steps=500 --test_sequences=600)
   # A window of `interlayer` costs many times one of `hidden`: small steps, so that there are some.
   train_interlayer=(--steps=240 --global_batch=16 --micro_batch=8 --test_sequences=64
@@ -126,10 +128,10 @@ run_demo() {
     "${train_interlayer[@]}" --out="$out/train-interlayer"
   local runs=$out/train-hidden,$out/train-interlayer
   step evaluate "generation under a 25 % budget" "$root/launch/evaluate.sh" --compare \
-    --model="$checkpoint" --store="$out/store" --predictor="$runs" --rounds=$rounds \
+    --model="$checkpoint" --store="$out/store" --predictor="$runs" "${rows[@]}" \
     --out="$out/evaluate"
   step replay "replay at full-size geometry, and the report" "$root/launch/evaluate.sh" \
-    --compare --store="$out/store-generate" --predictor="$runs" --rounds=$rounds \
+    --compare --store="$out/store-generate" --predictor="$runs" "${rows[@]}" \
     --out="$out/replay" \
     --report_with="$out/evaluate,$runs,$out/stats,$out/pretrain,$checkpoint"
   cp "$out/replay/report.html" "$out/report.html"
