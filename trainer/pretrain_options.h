@@ -13,7 +13,7 @@ struct PretrainOptions {
   SwitchConfig model;  // geometry; vocab_size follows the tokenizer
   int pieces = 480;    // SentencePiece pieces, specials included
   int extra_ids = 32;  // sentinels
-  int steps = 950;
+  int steps = 850;
   int warmup_steps = 100;       // linear, then linear decay to 0
   double learning_rate = 3e-3;  // 8e-3 collapses the experts
   double weight_decay = 0.01;
