@@ -69,6 +69,11 @@ void PredictorForesight::SkipPass(const PassInfo& pass) {
   }
   stack_ = pass.stack;
   pass_tokens_ = static_cast<int>(tokens);
+  if (pass.stack == Stack::kEncoder) source_BSD_ = at::Tensor();
+  if (pass.stack == Stack::kDecoder && pass.source_BSD.defined()) {
+    source_BSD_ = pass.source_BSD;
+    source_valid_BS_ = pass.source_valid_BS;
+  }
 }
 
 void PredictorForesight::Remember(const LayerRouting& routing) {
@@ -80,6 +85,10 @@ void PredictorForesight::Remember(const LayerRouting& routing) {
   if (!predictor_->needs_hidden() || !routing.input_BTD.defined()) return;
   at::Tensor& kept = hidden_BTD_[static_cast<size_t>(layer)];
   const at::Tensor fresh = routing.input_BTD.to(at::kCPU, at::kFloat);
+  if (stack_ == Stack::kEncoder && layer + 1 == geometry_.encoder_layers) {
+    source_BSD_ = fresh.clone(at::MemoryFormat::Contiguous);  // outlives the pass
+    source_valid_BS_ = valid_BT_.contiguous();
+  }
   const int64_t keep = kept.defined() ? std::min<int64_t>(kept.size(1), from) : 0;
   kept = keep > 0 ? at::cat({kept.slice(1, kept.size(1) - keep), fresh}, 1) : fresh;
 }
@@ -90,6 +99,18 @@ std::vector<LayerForecast> PredictorForesight::AtLayer(const LayerRouting& routi
 }
 
 void PredictorForesight::Skip(const LayerRouting& routing) { Remember(routing); }
+
+at::Tensor PredictorForesight::Context(bool newest_known) const {
+  const at::Tensor& last = hidden_BTD_.back();
+  const int64_t batch = tokens_BT_.size(0), tokens = tokens_BT_.size(1);
+  const int64_t before = last.defined() ? last.size(1) - newest_known : 0;
+  const int64_t kept = std::min(before, tokens - 1);
+  if (kept == 0) return {};  // counts as zeros
+  // Only the newest row matters where the history was cut.
+  return at::cat({at::zeros({batch, tokens - kept, last.size(2)}),
+                  last.narrow(1, before - kept, kept)},
+                 1);
+}
 
 std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   RoutingWindow window;
@@ -105,6 +126,13 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
     // Where the history began without this layer, only a window of equal length serves.
     if (!hidden.defined() || hidden.size(1) != tokens_BT_.size(1)) return {};
     window.hidden_BTD = hidden;
+  }
+  if (stack_ == Stack::kDecoder && predictor_->needs_hidden()) {
+    window.context_BTD = Context(source_layer == window.num_layers - 1);
+    if (source_BSD_.defined() && source_BSD_.size(0) == tokens_BT_.size(0)) {
+      window.source_BSD = source_BSD_;
+      window.source_valid_BS = source_valid_BS_;
+    }
   }
   std::vector<LayerForecast> forecasts;
   const bool decoder = stack_ == Stack::kDecoder;

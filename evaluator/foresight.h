@@ -6,16 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "evaluator/layer_forecast.h"
 #include "models/expert_predictor.h"
 #include "models/routing_observer.h"
 
 namespace routecast {
-
-struct LayerForecast {
-  int layer = 0;                     // global MoE layer
-  int distance = 0;                  // layer visits ahead, >= 1
-  std::vector<float> probabilities;  // [E]
-};
 
 class Foresight {
  public:
@@ -47,6 +42,7 @@ class PredictorForesight : public Foresight {
  private:
   void Remember(const LayerRouting& routing);
   std::vector<LayerForecast> Ask(int source_layer);
+  at::Tensor Context(bool newest_known) const;  // RoutingWindow::context_BTD
 
   ExpertPredictor* predictor_;
   MoeGeometry geometry_;
@@ -56,6 +52,8 @@ class PredictorForesight : public Foresight {
   at::Tensor tokens_BT_, valid_BT_;  // window so far
   at::Tensor experts_BTL_;
   std::vector<at::Tensor> hidden_BTD_;  // by layer of the stack; kept where needed
+  at::Tensor source_BSD_,
+      source_valid_BS_;  // of the encoder's newest pass, or a replay's
 };
 
 // The true future, recorded in an earlier pass over the same inputs.

@@ -11,8 +11,12 @@ namespace {
 
 constexpr double kLinkSmoothing =
     0.2;  // share of the newest transfer in the link's estimate
-constexpr double kRateFloor = 0.125;   // of the uniform use rate, for experts never used
-constexpr double kLeadDiscount = 0.8;  // a visit farther ahead can still be started later
+constexpr double kRateFloor = 0.125;  // of the uniform use rate, for experts never used
+// A visit farther ahead can still be started later, with better knowledge.
+constexpr double kLeadDiscount = 0.6;
+// Visits after which a slot's worth has fallen to 1/e: slots over this, about. Chosen
+// like the lead's discount by planner_bench on validation sequences.
+constexpr double kWorthSpan = 4;
 constexpr double kSwitchGain =
     1.5;  // how much better a speculation must be to replace one
 
@@ -43,7 +47,7 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
       clock_(clock),
       timeline_(cache->geometry().num_layers()),
       unused_(cache->geometry().num_keys(), 0),
-      discount_(1 - 1.0 / (1 + cache->num_slots())),
+      discount_(1 - kWorthSpan / (kWorthSpan + cache->num_slots())),
       top_k_(options_.policy.top_k) {
   if (cache->num_slots() < 2 || options_.max_in_flight < 2 ||
       options_.expert_bytes == 0) {

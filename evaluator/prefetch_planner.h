@@ -112,8 +112,9 @@ class PrefetchPlanner {
   int in_flight() const { return static_cast<int>(flights_.size()); }
   bool idle() const { return flights_.empty() && demands_.empty(); }
   // What a slot is worth that holds `key`: the expectation of g^(visits until its next
-  // use), with g = 1 - 1 / (1 + slots), about the time that an expert stays. Predictions
-  // as far as they reach, beyond them the layer's turn and the key's use rate. In [0, 1].
+  // use), with g = slots / (4 + slots): a quarter of the time that an expert stays, as
+  // what is foretold soon is worth more than a habit. Predictions as far as they reach,
+  // beyond them the layer's turn and the key's use rate. In [0, 1].
   double Worth(ExpertKey key) const;
   double TransferSeconds() const { return transfer_seconds_; }
   const LayerTimeline& timeline() const { return timeline_; }

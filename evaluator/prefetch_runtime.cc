@@ -14,7 +14,7 @@ PlannerOptions Filled(PlannerOptions options, const ExpertFileSpec& spec,
   options.expert_bytes = spec.blob_bytes();
   options.engine_can_cancel = engine.can_cancel();
   // Where a wrong transfer can be cancelled, a late one is still worth its head start.
-  options.late_allowance = engine.can_cancel() ? 0.9 : 0;
+  options.late_allowance = engine.can_cancel() ? 0.95 : 0;
   return options;
 }
 

@@ -97,10 +97,32 @@ void ReplayTape::Load(Stack stack, const std::vector<const RoutingSpan*>& spans,
   streams_[static_cast<int>(stack)] = std::move(stream);
 }
 
+void ReplayTape::LoadSource(const std::vector<const RoutingSpan*>& spans,
+                            int64_t tokens) {
+  source_BSD_ = source_valid_BS_ = at::Tensor();
+  const int64_t layers = geometry_.encoder_layers;
+  if (layers == 0) return;
+  Load(Stack::kEncoder, spans, tokens);
+  const at::Tensor& hidden = streams_[static_cast<int>(Stack::kEncoder)].hidden_LBTD;
+  if (!hidden.defined()) return;
+  source_BSD_ = hidden[layers - 1].contiguous();
+  source_valid_BS_ = at::zeros({hidden.size(1), tokens}, at::kBool);
+  for (size_t b = 0; b < spans.size(); ++b) {
+    const int64_t real = std::min<int64_t>(tokens, spans[b]->num_tokens);
+    source_valid_BS_[static_cast<int64_t>(b)].narrow(0, 0, real).fill_(true);
+  }
+}
+
 void ReplayTape::OnPassBegin(const PassInfo& pass) {
   from_ = pass.stack == Stack::kDecoder ? pass.first_position : 0;
   tokens_ = pass.token_ids_BT.size(1);
-  if (inner_) inner_->OnPassBegin(pass);
+  if (!inner_) return;
+  PassInfo shown = pass;
+  if (pass.stack == Stack::kDecoder) {
+    shown.source_BSD = source_BSD_;
+    shown.source_valid_BS = source_valid_BS_;
+  }
+  inner_->OnPassBegin(shown);
 }
 
 void ReplayTape::OnPassEnd(const PassInfo& pass) {
@@ -179,12 +201,12 @@ at::Tensor ReplayWorkload::Source(const std::vector<const RoutingSpan*>& spans,
     length = std::max<int64_t>(length, span->num_tokens);
   length = std::min<int64_t>(length, options_.max_source);
   const at::Tensor ids = TokenIds(spans, length, config_.vocab_size, valid_BS);
+  tape_.LoadSource(spans, length);
   if (!options_.encoder) {
     at::Generator generator = at::detail::createCPUGenerator(Mix(options_.seed, 7));
     return at::empty({ids.size(0), length, config_.d_model}, at::kFloat)
         .normal_(0, 1, generator);
   }
-  tape_.Load(Stack::kEncoder, spans, length);
   const SteadyClock clock;
   const double from = clock.Now();
   const at::Tensor encoded = model_->Encode(ids, *valid_BS, {&tape_, &tape_});

@@ -30,6 +30,8 @@ class ReplayTape : public RoutingOverride, public RoutingObserver {
   explicit ReplayTape(const MoeGeometry& geometry) : geometry_(geometry) {}
   // Spans of one stack, cut or padded to `tokens`. Padding is routed like the last token.
   void Load(Stack stack, const std::vector<const RoutingSpan*>& spans, int64_t tokens);
+  // The encoder's spans of the same sequences, whose router inputs decoder passes show.
+  void LoadSource(const std::vector<const RoutingSpan*>& spans, int64_t tokens);
   void SetInner(RoutingObserver* inner) { inner_ = inner; }
 
   void Replace(int layer, at::Tensor* expert_ids_BT, at::Tensor* gate_probs_BT) override;
@@ -45,6 +47,7 @@ class ReplayTape : public RoutingOverride, public RoutingObserver {
   };
   MoeGeometry geometry_;
   Stream streams_[2];
+  at::Tensor source_BSD_, source_valid_BS_;  // undefined where none were recorded
   RoutingObserver* inner_ = nullptr;
   int64_t from_ = 0, tokens_ = 0;  // of the pass under way
 };

@@ -40,15 +40,15 @@ corpus=$cache/corpus
 data=(--data="text:$corpus/gcide.txt#blocks" --data="text:$corpus/anarchism.txt#blocks"
       --data="text:$corpus/wordnet.txt#blocks" --cache="$cache/corpus-index")
 if [ "$quick" = yes ]; then
-  pretrain_steps=10 sequences=400 generated=60
+  pretrain_steps=10 sequences=100 generated=400
   rows=(--rounds=3 --warmup_rounds=1)
   train_hidden=(--steps=80 --test_sequences=100 --validation_sequences=64)
   train_interlayer=(--steps=24 --global_batch=16 --micro_batch=8 --test_sequences=16
                     --validation_sequences=16)
 else
-  pretrain_steps=60 sequences=4000 generated=400
+  pretrain_steps=60 sequences=1000 generated=4000
   rows=(--rounds=20 --warmup_rounds=3)
-  train_hidden=(--steps=500 --test_sequences=600)
+  train_hidden=(--steps=1000 --test_sequences=600)
   # A window of `interlayer` costs many times one of `hidden`: small steps, so that there are some.
   train_interlayer=(--steps=240 --global_batch=16 --micro_batch=8 --test_sequences=64
                     --validation_sequences=32)
@@ -121,14 +121,17 @@ run_demo() {
     --max_length=128 --hidden_share=1 --store="$out/store-generate"
   step stats "statistics of the store" "$build/bin/routecast-trace" stats \
     --store="$out/store" --out="$out/stats"
+  # Both models learn from generation, which is what the runtime runs: there the next token follows
+  # from the model's own state, which it does not where the text decides it.
   step train-hidden "speculation model: hidden, $ranks ranks" "$root/launch/train.sh" \
-    -n $ranks --store="$out/store" --kind=hidden "${train_hidden[@]}" --out="$out/train-hidden"
+    -n $ranks --store="$out/store-generate" --kind=hidden "${train_hidden[@]}" \
+    --out="$out/train-hidden"
   step train-interlayer "speculation model: interlayer, $ranks ranks" \
-    "$root/launch/train.sh" -n $ranks --store="$out/store" --kind=interlayer \
+    "$root/launch/train.sh" -n $ranks --store="$out/store-generate" --kind=interlayer \
     "${train_interlayer[@]}" --out="$out/train-interlayer"
   local runs=$out/train-hidden,$out/train-interlayer
   step evaluate "generation under a 25 % budget" "$root/launch/evaluate.sh" --compare \
-    --model="$checkpoint" --store="$out/store" --predictor="$runs" "${rows[@]}" \
+    --model="$checkpoint" --store="$out/store-generate" --predictor="$runs" "${rows[@]}" \
     --out="$out/evaluate"
   step replay "replay at full-size geometry, and the report" "$root/launch/evaluate.sh" \
     --compare --store="$out/store-generate" --predictor="$runs" "${rows[@]}" \

@@ -178,7 +178,8 @@ SpeculationOutput InterlayerModel::Forward(const RoutingWindow& window,
   if (H == 0 || B * T == 0) {
     const auto options = net_.expert.options().requires_grad(false);
     return {at::zeros({B, T, H, config_.geometry.num_experts}, options),
-            at::zeros({B, T, H}, options)};
+            at::zeros({B, T, H}, options),
+            {}};
   }
   KeyedDropout dropout(config_.dropout, dropout_key);
   const Slots slots = SlotsOf(window);
@@ -189,7 +190,7 @@ SpeculationOutput InterlayerModel::Forward(const RoutingWindow& window,
   const auto hidden =
       dropout(at::gelu(net_.head_mid(dropout(at::gelu(net_.head_in(h))))));
   const auto confidence = net_.confidence_out(at::gelu(net_.confidence_in(h)));
-  return {net_.head_out(hidden), at::sigmoid(confidence).squeeze(3)};
+  return {net_.head_out(hidden), at::sigmoid(confidence).squeeze(3), {}};
 }
 
 }  // namespace

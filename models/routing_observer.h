@@ -15,6 +15,9 @@ struct PassInfo {
   at::Tensor token_ids_BT;  // int64, on the CPU
   at::Tensor valid_BT;      // bool, on the CPU; false = padding
   int first_position = 0;   // of the pass' first token in its sequence
+  // Decoder, where a replay knows them: router inputs of the encoder's last MoE layer
+  // (float32, on the CPU), and which of its tokens are real. Else undefined.
+  at::Tensor source_BSD{}, source_valid_BS{};
 };
 
 // One MoE layer's decision. Tensors live on the model's device and are valid during the

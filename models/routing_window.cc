@@ -86,8 +86,19 @@ RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
           span.expert_ids[static_cast<size_t>(l) * tokens + t];
     }
   }
-  if (source_layer >= 0 && span.hidden_width > 0 && !span.hidden.empty()) {
-    window.hidden_BTD = HiddenOf(span, source_layer);
+  if (span.hidden_width > 0 && !span.hidden.empty()) {
+    if (source_layer >= 0) window.hidden_BTD = HiddenOf(span, source_layer);
+    if (stack == Stack::kDecoder && layers > 0 && tokens > 0) {
+      const at::Tensor last = HiddenOf(span, layers - 1);
+      window.context_BTD = at::cat(
+          {at::zeros_like(last.narrow(1, 0, 1)), last.narrow(1, 0, tokens - 1)}, 1);
+    }
+    const RoutingSpan& source = trace.encoder;
+    if (stack == Stack::kDecoder && source.num_layers > 0 && source.num_tokens > 0 &&
+        source.hidden_width == span.hidden_width && !source.hidden.empty()) {
+      window.source_BSD = HiddenOf(source, source.num_layers - 1);
+      window.source_valid_BS = at::ones({1, source.num_tokens}, at::kBool);
+    }
   }
   return window;
 }
@@ -95,8 +106,8 @@ RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
 RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows) {
   if (windows.empty()) throw std::logic_error("a batch of no windows");
   RoutingWindow batch = windows[0];
-  int64_t tokens = 0;
-  bool hidden = true;
+  int64_t tokens = 0, source_tokens = 0;
+  bool hidden = true, context = true, source = true;
   for (const RoutingWindow& w : windows) {
     if (w.stack != batch.stack || w.source_layer != batch.source_layer ||
         w.num_layers != batch.num_layers || w.num_experts != batch.num_experts) {
@@ -104,18 +115,28 @@ RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows) {
     }
     tokens = std::max(tokens, w.token_ids_BT.size(1));
     hidden = hidden && w.hidden_BTD.defined();
+    context = context && w.context_BTD.defined();
+    source = source && w.source_BSD.defined();
+    if (source) source_tokens = std::max(source_tokens, w.source_BSD.size(1));
   }
-  std::vector<at::Tensor> ids, valid, experts, states;
+  std::vector<at::Tensor> ids, valid, experts, states, contexts, sources, source_valid;
   for (const RoutingWindow& w : windows) {
     ids.push_back(PadTokens(w.token_ids_BT, tokens, 0));
     valid.push_back(PadTokens(w.valid_BT, tokens, 0));
     experts.push_back(PadTokens(w.experts_BTL, tokens, w.num_experts));
     if (hidden) states.push_back(PadTokens(w.hidden_BTD, tokens, 0));
+    if (context) contexts.push_back(PadTokens(w.context_BTD, tokens, 0));
+    if (!source) continue;
+    sources.push_back(PadTokens(w.source_BSD, source_tokens, 0));
+    source_valid.push_back(PadTokens(w.source_valid_BS, source_tokens, 0));
   }
   batch.token_ids_BT = at::cat(ids);
   batch.valid_BT = at::cat(valid);
   batch.experts_BTL = at::cat(experts);
   batch.hidden_BTD = hidden ? at::cat(states) : at::Tensor();
+  batch.context_BTD = context ? at::cat(contexts) : at::Tensor();
+  batch.source_BSD = source ? at::cat(sources) : at::Tensor();
+  batch.source_valid_BS = source ? at::cat(source_valid) : at::Tensor();
   return batch;
 }
 

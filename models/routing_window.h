@@ -1,5 +1,6 @@
 // The only features of prediction, used in training and in serving alike.
-// B sequences, T tokens, L MoE layers of the stack, E experts, D router input width.
+// B sequences, T tokens, S encoder tokens of a decoder's sequences, L MoE layers of the
+// stack, E experts, D router input width.
 //
 // A window is seen from a *source layer* s of one stack (in-stack index, -1 = before the
 // first MoE layer): at the newest token, layers 0..s are routed and known. A *lead* d >=
@@ -27,9 +28,22 @@ struct RoutingWindow {
   // use row t only up to source_layer and rows < t wholly (models mask; see
   // speculation_model.h).
   at::Tensor experts_BTL;
-  at::Tensor
-      hidden_BTD;  // float32 router input at source_layer; undefined = not available
+  // float32 router input at source_layer; undefined = not available
+  at::Tensor hidden_BTD;
+  // Decoder: float32 router input of the token before at the last MoE layer, zeros where
+  // there is none; undefined = zeros, or not recorded. What the model is about to say next is in
+  // it.
+  at::Tensor context_BTD;
+  // Decoder: float32 router inputs of the encoder's last MoE layer over the S tokens that
+  // the decoder attends to, and which of them are real; undefined = not available.
+  at::Tensor source_BSD;
+  at::Tensor source_valid_BS;  // bool; defined with source_BSD
 };
+
+// True where a window of this source can hold router inputs.
+inline bool SeesRouterInputs(Stack stack, int source_layer) {
+  return source_layer >= 0 || stack == Stack::kDecoder;
+}
 
 // Labels for (window, lead): the true expert per token, -100 where there is none
 // (padding, dropped by capacity, beyond the sequence).

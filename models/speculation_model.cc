@@ -65,6 +65,9 @@ std::string Problem(const SpeculationConfig& c) {
            ", expected a multiple of heads=" + std::to_string(c.heads);
   }
   if (c.kind == "hidden" && c.vocab_size == 0) return "vocab_size=0, expected at least 1";
+  if (c.next_token && (!c.priors || g.decoder_layers == 0)) {
+    return "next_token=true, expected false without priors and a decoder";
+  }
   const double width = c.width;
   const double parameters = 64.0 * c.vocab_size + 3.0 * g.num_keys() * width +
                             (c.layers + 1.0) * (4 * width * width + 2 * width * c.ff) +
@@ -98,6 +101,13 @@ int Int(const Json& json, const std::string& key, const std::string& what) {
   return static_cast<int>(number);
 }
 
+bool Flag(const Json& json, const std::string& key, const std::string& what) {
+  const Json& value = Field(json, key, what);
+  if (!value.is_boolean())
+    Bad(what, key + "=" + value.dump() + ", expected true or false");
+  return value.get<bool>();
+}
+
 double Number(const Json& json, const std::string& key, const std::string& what) {
   const Json& value = Field(json, key, what);
   if (!value.is_number()) Bad(what, key + "=" + value.dump() + ", expected a number");
@@ -129,6 +139,7 @@ Json SpeculationConfig::ToJson() const {
               {"context", context},
               {"neighbours", neighbours},
               {"priors", priors},
+              {"next_token", next_token},
               {"dropout", dropout}};
 }
 
@@ -152,10 +163,8 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.layers = Int(json, "layers", what);
   c.context = Int(json, "context", what);
   c.neighbours = Int(json, "neighbours", what);
-  const Json& priors = Field(json, "priors", what);
-  if (!priors.is_boolean())
-    Bad(what, "priors=" + priors.dump() + ", expected true or false");
-  c.priors = priors.get<bool>();
+  c.priors = Flag(json, "priors", what);
+  c.next_token = Flag(json, "next_token", what);
   c.dropout = Number(json, "dropout", what);
   if (const std::string problem = Problem(c); !problem.empty()) Bad(what, problem);
   return c;
@@ -166,7 +175,7 @@ SpeculationModel::~SpeculationModel() = default;
 SpeculationOutput SpeculationModel::ForwardLast(const RoutingWindow& window) {
   const SpeculationOutput all = Forward(window, 0);
   const int64_t last = all.logits_BTHE.size(1) - 1;
-  return {all.logits_BTHE.narrow(1, last, 1), all.confidence_BTH.narrow(1, last, 1)};
+  return {all.logits_BTHE.narrow(1, last, 1), all.confidence_BTH.narrow(1, last, 1), {}};
 }
 
 int NumLeadsOf(const MoeGeometry& geometry, Stack stack, int source_layer) {
@@ -220,11 +229,12 @@ SpeculationConfig DefaultSpeculationConfig(const std::string& kind,
   if (kind == "hidden") {
     c.hidden_width = hidden_width;
     c.width = small ? 128 : 256;
-    c.heads = 1;
+    c.heads = 4;
     c.ff = 2 * c.width;
     c.layers = 2;
     c.neighbours = 2;
     c.priors = PriorElements(geometry, vocab_size) <= kMostPriorElements;
+    c.next_token = c.priors && geometry.decoder_layers > 0;
     return c;
   }
   c.width = small ? 128 : 256;

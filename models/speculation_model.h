@@ -25,10 +25,11 @@ struct SpeculationConfig {
   int vocab_size = 0;    // `interlayer` sees no token ids
   int hidden_width = 0;  // D; 0 = the router's input is not a feature
   int width = 0, heads = 0, ff = 0, layers = 0;
-  int context = 0;      // W: the newest layers that `interlayer` sees of a token
-  int neighbours = 0;   // tokens on each side (decoder: left) whose ids `hidden` sees
-  bool priors = false;  // `hidden` starts from the counts of the train part
-  double dropout = 0;   // training only
+  int context = 0;          // W: the newest layers that `interlayer` sees of a token
+  int neighbours = 0;       // tokens on each side (decoder: left) whose ids `hidden` sees
+  bool priors = false;      // `hidden` starts from the counts of the train part
+  bool next_token = false;  // `hidden` guesses the decoder's next token; needs priors
+  double dropout = 0;       // training only
 
   Json ToJson() const;
   // Throws DataError naming `what`, the key and the value; every size is bounded.
@@ -40,6 +41,9 @@ struct SpeculationOutput {
   // H = NumLeads(stack, source layer); [.., h, ..] is lead h + 1. float32.
   at::Tensor logits_BTHE;
   at::Tensor confidence_BTH;  // in (0, 1): the model's guess that its top-1 is right
+  // Scores of the next token's id, where the model guesses it in training; else
+  // undefined.
+  at::Tensor next_token_BTV{};
 };
 
 // Both stacks in one model. Thread rule: one thread at a time. Rows of padding are

@@ -18,8 +18,9 @@ constexpr double kLargestConfidence = 1 - 1e-6;  // keeps the logarithm finite
 std::vector<std::shared_ptr<const RoutingTrace>> TracesOf(const MicroBatch& micro,
                                                           TraceDataset* dataset,
                                                           WithHidden hidden) {
-  return dataset->Read(micro.sequences,
-                       micro.source_layer >= 0 ? hidden : WithHidden::kNo);
+  return dataset->Read(micro.sequences, SeesRouterInputs(micro.stack, micro.source_layer)
+                                            ? hidden
+                                            : WithHidden::kNo);
 }
 
 }  // namespace
@@ -36,7 +37,7 @@ SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dat
   SpeculationBatch batch;
   batch.id = micro.id;
   batch.window = BatchWindows(windows);
-  if (hidden == WithHidden::kNo) batch.window.hidden_BTD = at::Tensor();
+  if (hidden == WithHidden::kNo) ForgetRouterInputs(&batch.window);
   const int64_t b = batch.window.token_ids_BT.size(0);
   const int64_t t = batch.window.token_ids_BT.size(1);
   batch.labels_BTH = at::full({b, t, leads}, kIgnore, at::kLong);
@@ -57,12 +58,22 @@ SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dat
   return batch;
 }
 
+void ForgetRouterInputs(RoutingWindow* window) {
+  window->hidden_BTD = window->context_BTD = at::Tensor();
+  window->source_BSD = window->source_valid_BS = at::Tensor();
+}
+
 RoutingWindow WindowTo(const RoutingWindow& window, at::Device device) {
   RoutingWindow moved = window;
   moved.token_ids_BT = window.token_ids_BT.to(device);
   moved.valid_BT = window.valid_BT.to(device);
   moved.experts_BTL = window.experts_BTL.to(device);
   if (window.hidden_BTD.defined()) moved.hidden_BTD = window.hidden_BTD.to(device);
+  if (window.context_BTD.defined()) moved.context_BTD = window.context_BTD.to(device);
+  if (window.source_BSD.defined()) {
+    moved.source_BSD = window.source_BSD.to(device);
+    moved.source_valid_BS = window.source_valid_BS.to(device);
+  }
   return moved;
 }
 
@@ -82,7 +93,8 @@ std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
       pools[with] = pool;
     }
     for (int source = -1; source < g.layers(stack); ++source) {
-      const auto& pool = pools[hidden == WithHidden::kYes && source >= 0];
+      const auto& pool =
+          pools[hidden == WithHidden::kYes && SeesRouterInputs(stack, source)];
       if (NumLeadsOf(g, stack, source) < 1 || pool->sequences.empty()) continue;
       groups.push_back({stack, source, pool});
     }
@@ -121,7 +133,7 @@ std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
 }
 
 LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
-                         double confidence_weight) {
+                         double confidence_weight, double next_token_weight) {
   const int64_t experts = output.logits_BTHE.size(-1);
   const at::Tensor labels = batch.labels_BTH.to(output.logits_BTHE.device()).flatten();
   const at::Tensor rows = labels.ne(kIgnore).nonzero().squeeze(1);
@@ -144,6 +156,19 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
     sums.total =
         sums.total + confidence_weight * at::binary_cross_entropy(confidence, right, {},
                                                                   at::Reduction::Sum);
+  }
+  const int64_t tokens = batch.window.token_ids_BT.size(1);
+  if (next_token_weight > 0 && output.next_token_BTV.defined() && tokens > 1) {
+    const auto next = [&](const at::Tensor& x) { return x.narrow(1, 1, tokens - 1); };
+    const at::Tensor ids =
+        next(batch.window.token_ids_BT)
+            .masked_fill(next(batch.window.valid_BT).logical_not(), kIgnore)
+            .to(output.next_token_BTV.device());
+    sums.total =
+        sums.total + next_token_weight *
+                         at::cross_entropy_loss(
+                             output.next_token_BTV.narrow(1, 0, tokens - 1).flatten(0, 1),
+                             ids.flatten(), {}, at::Reduction::Sum, kIgnore);
   }
   sums.cross_entropy = cross_entropy.item<double>();
   sums.top1 = right.sum().item<double>();

@@ -21,14 +21,17 @@ struct SpeculationBatch {
   int64_t num_labels = 0;  // that count, over all leads
 };
 
-// `hidden`: router inputs are wanted (REQUIRED of all sequences where source_layer >= 0).
+// `hidden`: router inputs are wanted (REQUIRED of all sequences where
+// SeesRouterInputs).
 SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dataset,
                                       WithHidden hidden);
 RoutingWindow WindowTo(const RoutingWindow& window, at::Device device);
+// As a kind sees it that reads none.
+void ForgetRouterInputs(RoutingWindow* window);
 
 // Groups of windows that a kind can learn from or is scored on: every (stack, source
 // layer) that has a lead and a sequence. Kinds that read router inputs get sequences that
-// have them where source_layer >= 0; source -1 has none, so every sequence serves it.
+// have them where their windows do (SeesRouterInputs); every sequence serves the others.
 std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
                                   WithHidden hidden);
 // A part's windows in a fixed order as micro-batches of similar length, with router
@@ -45,9 +48,10 @@ struct LossSums {
   int64_t labels = 0;
 };
 // Cross-entropy of the routing plus `confidence_weight` times the binary cross-entropy of
-// the confidence against "the top-1 is right". Throws std::logic_error naming the batch
-// where a value is not finite.
+// the confidence against "the top-1 is right", and `next_token_weight` times the next
+// token's cross-entropy where the model guesses its id. Throws std::logic_error naming
+// the batch where a value is not finite.
 LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
-                         double confidence_weight);
+                         double confidence_weight, double next_token_weight);
 
 }  // namespace routecast

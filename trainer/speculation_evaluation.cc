@@ -77,8 +77,8 @@ ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
     const SpeculationBatch batch =
         MakeSpeculationBatch(*micro, data.dataset, data.hidden);
     if (batch.num_labels == 0) continue;
-    const LossSums loss =
-        SpeculationLoss(model->Forward(WindowTo(batch.window, data.device), 0), batch, 0);
+    const LossSums loss = SpeculationLoss(
+        model->Forward(WindowTo(batch.window, data.device), 0), batch, 0, 0);
     sums[0] += loss.cross_entropy;
     sums[1] += loss.top1;
     sums[2] += loss.top4;
@@ -285,7 +285,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   for (const MicroBatch* micro : Mine(data, comm)) {
     const SpeculationBatch batch = MakeSpeculationBatch(*micro, data.dataset, hidden);
     RoutingWindow seen = batch.window;
-    if (data.hidden == WithHidden::kNo) seen.hidden_BTD = at::Tensor();
+    if (data.hidden == WithHidden::kNo) ForgetRouterInputs(&seen);
     const SpeculationOutput out = model->Forward(WindowTo(seen, data.device), 0);
     const int leads = static_cast<int>(batch.labels_BTH.size(2));
     for (int lead = 1; lead <= leads; ++lead) {

@@ -35,6 +35,7 @@ Json SpeculationOptions::ToJson() const {
           {"weight_decay", weight_decay},
           {"clip_norm", clip_norm},
           {"confidence_weight", confidence_weight},
+          {"next_token_weight", next_token_weight},
           {"patience", patience},
           {"validate_every", validate_every},
           {"log_every", log_every},

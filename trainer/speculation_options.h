@@ -19,6 +19,7 @@ struct SpeculationOptions {
   double weight_decay = 0.01;
   double clip_norm = 1.0;
   double confidence_weight = 0.1;  // of the confidence's loss
+  double next_token_weight = 1;    // of the next token's, where a kind guesses it
   int patience = 5;                // validations without a better loss; 0 = never stop
   int validate_every = 0;          // steps; 0 = an epoch, at least 8 times a run
   int log_every = 20;              // steps

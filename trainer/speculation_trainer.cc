@@ -54,7 +54,7 @@ std::string FingerprintOf(const TraceDataset& dataset) {
 }
 
 SpeculationOptions Effective(SpeculationOptions o) {
-  if (o.learning_rate == 0) o.learning_rate = o.kind == "interlayer" ? 1e-3 : 2e-3;
+  if (o.learning_rate == 0) o.learning_rate = o.kind == "interlayer" ? 1e-3 : 6e-3;
   return o;
 }
 
@@ -183,7 +183,8 @@ class SpeculationTrainer {
       const SpeculationOutput output =
           model_->Forward(WindowTo(batch.window, job_.device),
                           Mix(options_.seed, kDropoutStream, batch.id));
-      const LossSums loss = SpeculationLoss(output, batch, options_.confidence_weight);
+      const LossSums loss = SpeculationLoss(output, batch, options_.confidence_weight,
+                                            options_.next_token_weight);
       loss.total.backward();
       sums[0] += loss.total.item<double>();
       sums[1] += static_cast<double>(loss.labels);

@@ -124,6 +124,36 @@ TEST(WindowTest, EncoderHidesLayersPastTheSource) {
   EXPECT_EQ(window.hidden_BTD[0][3][2].item<float>(),
             Bf16ToFloat(trace.encoder.hidden[(6 + 3) * 6 + 2]));
   EXPECT_FALSE(WindowOf(trace, Stack::kEncoder, -1, 5).hidden_BTD.defined());
+  EXPECT_FALSE(window.context_BTD.defined() || window.source_BSD.defined());
+}
+
+TEST(WindowTest, DecoderSeesTheTokenBeforeAndTheEncoder) {
+  const auto trace = RandomTrace(SmallGeometry(), 6, 5, 2);
+  for (int s = -1; s < 3; ++s) {
+    const auto window = WindowOf(trace, Stack::kDecoder, s, 5);
+    EXPECT_EQ(window.context_BTD.sizes(), (std::vector<int64_t>{1, 5, 6}));
+    EXPECT_TRUE(window.context_BTD[0][0].eq(0).all().item<bool>());
+    // Layer 2, the last, of token 2.
+    EXPECT_EQ(window.context_BTD[0][3][1].item<float>(),
+              Bf16ToFloat(trace.decoder.hidden[(2 * 5 + 2) * 6 + 1]));
+    EXPECT_EQ(window.source_BSD.sizes(), (std::vector<int64_t>{1, 6, 6}));
+    // Layer 3, the last, of encoder token 5.
+    EXPECT_EQ(window.source_BSD[0][5][4].item<float>(),
+              Bf16ToFloat(trace.encoder.hidden[(3 * 6 + 5) * 6 + 4]));
+    EXPECT_TRUE(window.source_valid_BS.all().item<bool>());
+  }
+  auto silent = trace;
+  silent.encoder.hidden.clear();
+  EXPECT_FALSE(WindowOf(silent, Stack::kDecoder, 0, 5).source_BSD.defined());
+}
+
+TEST(WindowTest, ABatchMarksThePaddingOfItsSources) {
+  const auto both = BatchWindows(
+      {WindowOf(RandomTrace(SmallGeometry(), 2, 3, 2), Stack::kDecoder, 0, 5),
+       WindowOf(RandomTrace(SmallGeometry(), 4, 3, 3), Stack::kDecoder, 0, 5)});
+  EXPECT_EQ(both.source_BSD.sizes(), (std::vector<int64_t>{2, 4, 6}));
+  EXPECT_EQ(both.source_valid_BS.sum(1).select(0, 0).item<int64_t>(), 2);
+  EXPECT_EQ(both.source_valid_BS.sum(1).select(0, 1).item<int64_t>(), 4);
 }
 
 }  // namespace

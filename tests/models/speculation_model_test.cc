@@ -70,6 +70,8 @@ TEST_P(SpeculationKindTest, DecoderSeesNoLaterToken) {
         changed.hidden_BTD = window.hidden_BTD.clone();
         changed.hidden_BTD.narrow(1, t + 1, 5 - t).neg_();
       }
+      changed.context_BTD = window.context_BTD.clone();
+      changed.context_BTD.narrow(1, t + 1, 5 - t).neg_();
       const auto got = model_->Forward(changed, 0).logits_BTHE;
       EXPECT_TRUE(at::equal(got.narrow(1, 0, t + 1), expected.narrow(1, 0, t + 1)))
           << "source " << s << " token " << t;
@@ -278,6 +280,7 @@ TEST(SpeculationConfigTest, HostileValuesAreRefused) {
       {"neighbours", -1},
       {"neighbours", 65},
       {"priors", 1},
+      {"next_token", "yes"},
       {"dropout", 1},
       {"dropout", -0.5},
       {"dropout", nullptr},

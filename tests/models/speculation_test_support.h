@@ -50,7 +50,7 @@ inline RoutingTrace RandomTrace(const MoeGeometry& g, int source_tokens,
 inline SpeculationConfig SmallSpeculation(const std::string& kind) {
   SpeculationConfig c = DefaultSpeculationConfig(kind, SmallGeometry(), 11, 6);
   c.width = 16;
-  c.heads = kind == "hidden" ? 1 : 2;
+  c.heads = 2;
   c.ff = 24;
   return c;
 }

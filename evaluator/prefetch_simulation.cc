@@ -1,0 +1,108 @@
+#include "evaluator/prefetch_simulation.h"
+
+#include <stdexcept>
+
+namespace routecast {
+namespace {
+
+class Simulation {
+ public:
+  Simulation(const MoeGeometry& geometry, int slots, Eviction eviction,
+             const PlannerOptions& planner, const SimulatedLinkOptions& link)
+      : cache_(geometry, slots, eviction),
+        planner_(planner, &cache_, &clock_),
+        link_(link, &clock_),
+        speculates_(planner.policy.speculate) {
+    link_.SetDone([this](uint64_t id, TransferOutcome outcome, uint64_t bytes) {
+      planner_.OnDone(id, outcome, bytes);
+      Act();
+    });
+  }
+
+  // Returns what was waited.
+  double Run(const SimulatedVisit& visit) {
+    Work(visit.seconds_before);
+    if (visit.begins_pass) {
+      Tell(visit.at_pass_begin, visit.seconds_predict);
+      Work(visit.seconds_in_pass);
+    }
+    planner_.BeginLayer(visit.layer, visit.experts);
+    Act();
+    Tell(visit.at_layer, visit.seconds_predict);
+    double waited = 0;
+    for (size_t served = 0; served < visit.experts.size(); ++served) {
+      std::optional<ExpertKey> key;
+      const double from = clock_.Now();
+      while (!(key = planner_.TakeReady())) {
+        if (link_.NextEvent() < 0) throw std::logic_error("the link is idle in a stall");
+        link_.AdvanceTo(link_.NextEvent());
+      }
+      planner_.AddStall(clock_.Now() - from);
+      waited += clock_.Now() - from;
+      Work(visit.seconds_expert);
+      planner_.Release(*key);
+      Act();
+    }
+    return waited;
+  }
+
+  double now() const { return clock_.Now(); }
+  PrefetchPlanner* planner() { return &planner_; }
+
+ private:
+  void Work(double seconds) { link_.AdvanceTo(clock_.Now() + seconds); }
+
+  void Tell(const std::vector<LayerForecast>& forecasts, double seconds) {
+    if (!speculates_ || forecasts.empty()) return;
+    Work(seconds);
+    for (const LayerForecast& forecast : forecasts) {
+      planner_.Predict(forecast.layer, forecast.distance, forecast.probabilities);
+    }
+    Act();
+  }
+
+  void Act() {
+    const PlannerActions actions = planner_.Poll();
+    for (uint64_t id : actions.promote) link_.Promote(id);
+    for (uint64_t id : actions.cancel) link_.Cancel(id);
+    for (const TransferOrder& order : actions.start) link_.Start(order);
+  }
+
+  ManualClock clock_;
+  ExpertCache cache_;
+  PrefetchPlanner planner_;
+  SimulatedLink link_;
+  bool speculates_;
+};
+
+}  // namespace
+
+SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
+                                  Eviction eviction, const PlannerOptions& planner,
+                                  const SimulatedLinkOptions& link,
+                                  std::span<const SimulatedVisit> visits,
+                                  size_t counted_from) {
+  if (planner.expert_bytes != link.expert_bytes) {
+    throw std::logic_error("SimulatePrefetch: planner and link disagree on an expert");
+  }
+  Simulation simulation(geometry, slots, eviction, planner, link);
+  SimulationResult result;
+  double begin = 0;
+  for (size_t i = 0; i < visits.size(); ++i) {
+    if (i == counted_from) {
+      begin = simulation.now();
+      simulation.planner()->ResetLedger();
+    }
+    const double stall = simulation.Run(visits[i]);
+    if (i < counted_from) continue;
+    result.stalls.push_back(stall);
+    result.stall_seconds += stall;
+  }
+  result.seconds = simulation.now() - begin;
+  result.ledger = simulation.planner()->ledger();
+  result.link_seconds =
+      static_cast<double>(result.ledger.bytes_moved()) / link.bytes_per_second;
+  return result;
+}
+
+}  // namespace routecast

@@ -1,0 +1,42 @@
+// The runtime without a model: planner, cache and a serial link under a manual clock,
+// over recorded visits and what was foretold at each. Deterministic, and thousands of
+// times faster than running it: what planner settings are chosen with. Thread rule: one
+// thread.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "evaluator/layer_forecast.h"
+#include "evaluator/prefetch_planner.h"
+#include "evaluator/simulated_link.h"
+
+namespace routecast {
+
+// One MoE layer of one pass. Seconds are the model's own work, without waiting.
+struct SimulatedVisit {
+  int layer = 0;
+  std::vector<int> experts;
+  double seconds_before = 0;   // from the last visit's end to the pass' begin, or to here
+  bool begins_pass = false;    // at_pass_begin is told after seconds_before
+  double seconds_in_pass = 0;  // then, up to the layer's choice; 0 where no pass begins
+  double seconds_expert = 0;   // computing one expert
+  double seconds_predict = 0;  // of each question, where something is told
+  std::vector<LayerForecast> at_pass_begin, at_layer;
+};
+
+struct SimulationResult {
+  double seconds = 0, stall_seconds = 0, link_seconds = 0;
+  TransferLedger ledger;
+  std::vector<double> stalls;  // of every visit that counts
+};
+
+// The visits in order, counted from `counted_from` on. REQUIRES link.expert_bytes ==
+// planner.expert_bytes.
+SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
+                                  Eviction eviction, const PlannerOptions& planner,
+                                  const SimulatedLinkOptions& link,
+                                  std::span<const SimulatedVisit> visits,
+                                  size_t counted_from);
+
+}  // namespace routecast

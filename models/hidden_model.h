@@ -1,0 +1,165 @@
+// The `hidden` kind's net and its two ways of computing it: tensor calls (training,
+// hidden_model.cc) and plain loops over a few rows (serving, hidden_serving.cc).
+// V vocabulary, L MoE layers of the decoder, E experts, D router input width.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <string>
+#include <vector>
+
+#include "models/speculation_layers.h"
+#include "models/speculation_model.h"
+
+namespace routecast {
+
+struct ResidualBlock {
+  ResidualBlock(ParameterMaker* make, const std::string& name, int64_t width, int64_t ff)
+      : norm(make, name + ".norm", width),
+        in(make, name + ".in", width, ff),
+        out(make, name + ".out", ff, width) {}
+  at::Tensor operator()(const at::Tensor& x, KeyedDropout* dropout) const {
+    return x + (*dropout)(out((*dropout)(at::gelu(in(norm(x))))));
+  }
+  NormLayer norm;
+  LinearLayer in, out;
+};
+
+struct StateInput {
+  StateInput(ParameterMaker* make, const std::string& name, int64_t hidden_width,
+             int64_t width)
+      : norm(make, name + ".norm", hidden_width),
+        linear(make, name + ".linear", hidden_width, width) {}
+  at::Tensor operator()(const at::Tensor& hidden_BTD) const {
+    return linear(norm(hidden_BTD));
+  }
+  NormLayer norm;
+  LinearLayer linear;
+};
+
+// Log-probabilities of the train part's counts, added to the logits with a gain by
+// source: the model starts as good as the counts and learns what they miss.
+struct Priors {
+  at::Tensor token;   // [V,layers * E]: of the experts, given the own token's id
+  at::Tensor markov;  // [L * (E + 1),L * E], L of the decoder: of the experts at each
+                      // lead from (source layer, its expert); zeros where that is unknown
+  at::Tensor gain;    // [layers + 2], parameter
+  // [layers + 2], parameter: of the counts of the next token, mixed over the guesses at
+  // its id; defined where those are a feature
+  at::Tensor next_gain;
+};
+
+// What the decoder reads of the encoder: attention over its router inputs.
+struct SourceReader {
+  SourceReader(ParameterMaker* make, int64_t hidden_width, int64_t width, int heads)
+      : norm(make, "source.norm", hidden_width),
+        linear(make, "source.linear", hidden_width, width),
+        query_norm(make, "source.query_norm", width),
+        attention(make, "source.attention", width, heads) {}
+  at::Tensor Memory(const at::Tensor& source_BSD) const {
+    return linear(norm(source_BSD));
+  }
+  NormLayer norm;
+  LinearLayer linear;
+  NormLayer query_norm;
+  AttentionLayer attention;
+};
+
+// A guess at the decoder's next token, whose routing follows its id: scores against the
+// token embedding.
+struct NextToken {
+  NextToken(ParameterMaker* make, int64_t width, int64_t token_width, int64_t vocab_size)
+      : query(make, "next_token.query", width, token_width),
+        bias(make->Constant("next_token.bias", {vocab_size}, 0)) {}
+  LinearLayer query;
+  at::Tensor bias;  // [V]
+};
+
+struct HiddenNet {
+  static constexpr int kTokenWidth = 64;
+  static constexpr int kGuesses = 16;  // likeliest next tokens whose counts are mixed
+  HiddenNet(const SpeculationConfig& c, ParameterMaker make);
+  // The source layer's router input and the context; none where they are no features.
+  std::vector<StateInput> state, context;
+  std::vector<at::Tensor> no_state;  // [width], with `state`: in place of an unknown one
+  std::vector<SourceReader> reader;  // one or none; read after the first block
+  at::Tensor token;                  // [V,kTokenWidth]
+  LinearLayer token_in;
+  std::vector<Priors> priors;   // one or none
+  std::vector<NextToken> next;  // one or none; one only where priors are
+  // [2 n,width,kTokenWidth]: of the tokens n..1 to the left, then 1..n to the right,
+  // which the decoder does not see. None where neighbours are not a feature.
+  std::vector<at::Tensor> neighbours;
+  at::Tensor source;         // [layers + 2,width]: each stack's sources from -1 on
+  at::Tensor own, previous;  // [layers * E + 1,width]; the last row is "unknown"
+  at::Tensor lead;           // [most leads,width]
+  std::vector<ResidualBlock> blocks;
+  NormLayer norm;
+  at::Tensor output, output_bias;  // [layers,E,width], [layers,E]: by target layer
+  LinearLayer confidence;
+};
+
+class HiddenModel final : public SpeculationModel {
+ public:
+  HiddenModel(const SpeculationConfig& config, uint64_t seed)
+      : SpeculationModel(config), net_(config, ParameterMaker(&parameters_, seed)) {
+    if (config.priors) AddPriors();
+  }
+  void FitPriors(const BaselineTables& tables) override;
+  int history_tokens() const override { return 1 + std::max(1, config_.neighbours); }
+  SpeculationOutput Forward(const RoutingWindow& window, uint64_t dropout_key) override;
+  SpeculationOutput ForwardLast(const RoutingWindow& window) override;
+
+ private:
+  void AddPriors();
+  int SourceRow(const RoutingWindow& window) const {
+    return window.source_layer + 1 +
+           (window.stack == Stack::kEncoder ? 0 : config_.geometry.encoder_layers + 1);
+  }
+  // Leads whose targets are layers of the same token.
+  int64_t NumSameToken(const RoutingWindow& window) const {
+    return config_.geometry.layers(window.stack) - 1 - window.source_layer;
+  }
+  // `next_BTV`: scores of the next token, undefined where there are none.
+  at::Tensor PriorLogits(const RoutingWindow& window, int64_t leads,
+                         const at::Tensor& next_BTV) const;
+  at::Tensor NextTokenCounts(const at::Tensor& next_BTV, int64_t layers) const;
+  bool GuessesNext(const RoutingWindow& window, int64_t leads) const {
+    return !net_.next.empty() && leads > NumSameToken(window);
+  }
+  void AddPriorRow(const RoutingWindow& window, int64_t row, int leads, const float* y,
+                   float* logits) const;
+  void AddNextTokenCounts(const float* y, int64_t layers, float gain,
+                          float* logits) const;
+  int NumNeighbours(Stack stack) const {
+    return (stack == Stack::kEncoder ? 2 : 1) * config_.neighbours;
+  }
+  // Of neighbour i, from the own token; negative = left.
+  int OffsetOf(int i) const {
+    return i < config_.neighbours ? i - config_.neighbours : i - config_.neighbours + 1;
+  }
+  at::Tensor Features(const RoutingWindow& window) const;
+  at::Tensor Experts(const at::Tensor& table, const at::Tensor& ids_BTL,
+                     int first_layer) const;
+  at::Tensor Logits(const at::Tensor& z_HND, const RoutingWindow& window) const;
+  bool Few(const RoutingWindow& window, uint64_t dropout_key) const;
+  // Of the window's tokens from `first` on, sequence by sequence: b * T + t.
+  static std::vector<int64_t> RowsFrom(const RoutingWindow& window, int64_t first);
+  void AddTokens(const RoutingWindow& window, const std::vector<int64_t>& rows,
+                 std::vector<float>* x) const;
+  std::vector<float> FewFeatures(const RoutingWindow& window,
+                                 const std::vector<int64_t>& rows) const;
+  void AddExperts(const RoutingWindow& window, int64_t row, float* x) const;
+  void ReadSource(const RoutingWindow& window, const std::vector<int64_t>& rows,
+                  std::vector<float>* x);
+  SpeculationOutput FewForward(const RoutingWindow& window, int64_t first);
+
+  HiddenNet net_;
+  // Keys and values of the source that was served last: one for all steps of a sequence.
+  struct ServedSource {
+    at::Tensor source_BSD, key_BSW, value_BSW;
+  };
+  ServedSource served_;
+};
+
+}  // namespace routecast

@@ -1,0 +1,111 @@
+// Serving a predictor pass by pass gives what training saw in the recorded sequence.
+#include "evaluator/foresight.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <gtest/gtest.h>
+
+#include "models/predictor_factory.h"
+#include "tests/models/speculation_test_support.h"
+
+namespace routecast {
+namespace {
+
+class ForesightTest : public testing::Test {
+ protected:
+  ForesightTest()
+      : trace_(RandomTrace(g_, 7, 9, 4)),
+        predictor_("hidden",
+                   {MakeSpeculationModel(SmallSpeculation("hidden"), 3), Calibration{}}),
+        reference_(MakeSpeculationModel(SmallSpeculation("hidden"), 3)) {}
+
+  at::Tensor Hidden(Stack stack, int layer) const {
+    return WindowOf(trace_, stack, layer, g_.num_experts).hidden_BTD;
+  }
+
+  LayerRouting RoutingOf(Stack stack, int layer, int64_t from, int64_t count) const {
+    const RoutingWindow window = WindowOf(trace_, stack, layer, g_.num_experts);
+    LayerRouting routing;
+    routing.layer = g_.GlobalLayer(stack, layer);
+    routing.input_BTD = window.hidden_BTD.narrow(1, from, count).contiguous();
+    routing.expert_ids_BT = window.experts_BTL.select(2, layer).narrow(1, from, count);
+    return routing;
+  }
+
+  PassInfo Pass(Stack stack, int64_t from, int64_t count) const {
+    const RoutingWindow window = WindowOf(trace_, stack, -1, g_.num_experts);
+    PassInfo pass;
+    pass.stack = stack;
+    pass.token_ids_BT = window.token_ids_BT.narrow(1, from, count).contiguous();
+    pass.valid_BT = window.valid_BT.narrow(1, from, count).contiguous();
+    pass.first_position = static_cast<int>(from);
+    return pass;
+  }
+
+  // Every answer of a decoder pass against the recorded window's row.
+  void ExpectRow(const std::vector<LayerForecast>& forecasts, int source, int64_t token) {
+    const RoutingWindow window =
+        WindowOf(trace_, Stack::kDecoder, source, g_.num_experts);
+    const c10::NoGradGuard no_grad;
+    const at::Tensor probs =
+        at::softmax(reference_->Forward(window, 0).logits_BTHE, -1)[0][token];
+    ASSERT_EQ(static_cast<int64_t>(forecasts.size()), probs.size(0));
+    for (size_t i = 0; i < forecasts.size(); ++i) {
+      const int target = (source + 1 + static_cast<int>(i)) % g_.decoder_layers;
+      EXPECT_EQ(forecasts[i].layer, g_.GlobalLayer(Stack::kDecoder, target));
+      for (int e = 0; e < g_.num_experts; ++e) {
+        EXPECT_NEAR(forecasts[i].probabilities[static_cast<size_t>(e)],
+                    probs[static_cast<int64_t>(i)][e].item<float>(), 1e-4)
+            << "source " << source << " token " << token << " lead " << i + 1;
+      }
+    }
+  }
+
+  void Decode(PredictorForesight* foresight, bool replay) {
+    const RoutingWindow source = WindowOf(trace_, Stack::kDecoder, -1, g_.num_experts);
+    for (int64_t t = 0; t < 9; ++t) {
+      PassInfo pass = Pass(Stack::kDecoder, t, 1);
+      if (replay) {
+        pass.source_BSD = source.source_BSD;
+        pass.source_valid_BS = source.source_valid_BS;
+      }
+      if (t == 4) {  // what is only heard of, not asked about, leaves no gap
+        foresight->SkipPass(pass);
+      } else {
+        ExpectRow(foresight->AtPassBegin(pass), -1, t);
+      }
+      for (int l = 0; l < g_.decoder_layers; ++l) {
+        const LayerRouting routing = RoutingOf(Stack::kDecoder, l, t, 1);
+        if (t == 4) {
+          foresight->Skip(routing);
+        } else {
+          ExpectRow(foresight->AtLayer(routing), l, t);
+        }
+      }
+    }
+  }
+
+  MoeGeometry g_ = SmallGeometry();
+  RoutingTrace trace_;
+  LearnedPredictor predictor_;
+  std::unique_ptr<SpeculationModel> reference_;
+};
+
+TEST_F(ForesightTest, AfterTheEncodersPassStepsSeeWhatTrainingSaw) {
+  PredictorForesight foresight(&predictor_, g_, 8);
+  for (int sequence = 0; sequence < 2; ++sequence) {  // the second begins afresh
+    foresight.AtPassBegin(Pass(Stack::kEncoder, 0, 7));
+    for (int l = 0; l < g_.encoder_layers; ++l) {
+      foresight.AtLayer(RoutingOf(Stack::kEncoder, l, 0, 7));
+    }
+    Decode(&foresight, false);
+  }
+}
+
+TEST_F(ForesightTest, AReplaysStepsSeeWhatTrainingSaw) {
+  PredictorForesight foresight(&predictor_, g_, 8);
+  Decode(&foresight, true);
+}
+
+}  // namespace
+}  // namespace routecast
