@@ -44,6 +44,8 @@ while :; do  # a trapped signal ends wait before mpirun has ended
   kill -0 $mpirun_pid 2>/dev/null || break
 done
 case $code in
-  134 | 137 | 139) die 4 "a rank died (mpirun returned $code)" "start the same command again" ;;
+  # Ours pass; a signal's, or an error class of MPI's own that ended the job, is a death.
+  0 | 1 | 2 | 3 | 4 | 75) ;;
+  *) die 4 "a rank died (mpirun returned $code)" "start the same command again" ;;
 esac
 exit $code

@@ -26,7 +26,9 @@ class GradientReducer {
 
   // Zeroes the gradients; call before the step's first backward.
   void BeginStep();
-  // Call before the step's last backward on this rank: buckets may leave from now on.
+  // Call before the step's last backward on this rank: buckets may leave from now on, on
+  // each rank as many as its micro-batch completes. So no other collective may be called
+  // until Finalize: ranks would match it with each other's buckets.
   void LastBackward();
   // Sends what has not left (parameters without a gradient count as zero), waits for all,
   // and multiplies by `scale`. Afterwards every rank holds the same bits.

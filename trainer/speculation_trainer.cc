@@ -85,7 +85,7 @@ class SpeculationTrainer {
     AdamWOptions adamw;
     adamw.weight_decay = options_.weight_decay;
     optimizer_.emplace(model_->parameters(), adamw);
-    reducer_.emplace(model_->parameters().tensors(), comm);
+    reducer_.emplace(model_->parameters().tensors(), comm, job.bucket_bytes);
   }
 
   SpeculationResult Run() {
@@ -191,9 +191,10 @@ class SpeculationTrainer {
       sums[2] += static_cast<double>(mine[i].sequences.size());
     }
     sums[3] = StopRequested() || step_ + 1 == job_.stop_after ? 1 : 0;
+    reducer_->Finalize(1);  // before any other collective: see gradient_reducer.h
     comm_->AllReduceSum(sums);
     const double labels = std::max(1.0, sums[1]);
-    reducer_->Finalize(1 / labels);
+    reducer_->Scale(1 / labels);
     const double norm = reducer_->GradientNorm();
     if (!std::isfinite(norm)) {
       throw std::logic_error("the gradient is not finite at step " +

@@ -23,8 +23,9 @@ struct SpeculationJob {
   // auto: go on with an unfinished run of the same configuration in `out`, refuse
   // another; never: start anew; else the folder of an unfinished run to go on from.
   std::string resume = "auto";
-  bool deterministic = true;  // refuse operations whose result may differ by run
-  int64_t stop_after = 0;     // as if a stop were requested after this step; 0 = never
+  int64_t bucket_bytes = 1 << 20;  // of gradients that are reduced together
+  bool deterministic = true;       // refuse operations whose result may differ by run
+  int64_t stop_after = 0;  // as if a stop were requested after this step; 0 = never
   bool quiet = false;
 };
 

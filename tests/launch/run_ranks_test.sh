@@ -33,6 +33,8 @@ each=$(($(nproc) / 2)); [ $each -ge 1 ] || each=1
 check threads "$each $each" "$(head -1 <<<"$both")"
 "$run" -n 2 "$folder/program" die >/dev/null 2>&1
 check dead-rank 4 $?
+"$run" -n 2 "$folder/program" code 15 >/dev/null 2>&1
+check mpi-error-class 4 $?
 "$run" -n x "$folder/program" code 0 >/dev/null 2>&1
 check wrong-ranks 2 $?
 "$run" -n 1 no-such-program >/dev/null 2>&1
