@@ -14,7 +14,7 @@
 namespace routecast {
 namespace {
 
-constexpr int kLanes = 32;
+constexpr int kLanes = 32;  // DenseRows adds them in pairs
 
 }  // namespace
 
@@ -32,7 +32,12 @@ ROUTECAST_WIDE void DenseRows(const float* x, int rows, int in, const float* wei
       }
       float sum = bias[o];
       for (; i < in; ++i) sum += w[i] * v[i];
-      for (int k = 0; k < kLanes; ++k) sum += lanes[k];
+      // In pairs: one after the other, the additions would wait for each other longer
+      // than the products take.
+      for (int k = 0; k < 16; ++k) lanes[k] += lanes[k + 16];
+      for (int k = 0; k < 8; ++k) lanes[k] += lanes[k + 8];
+      for (int k = 0; k < 4; ++k) lanes[k] += lanes[k + 4];
+      sum += (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
       y[static_cast<long>(r) * out + o] = sum;
     }
   }
