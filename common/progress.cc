@@ -41,12 +41,16 @@ double Progress::seconds() const {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
 }
 
+double Progress::Rate(uint64_t done) const {
+  return static_cast<double>(done - std::min(done, first_)) / std::max(seconds(), 1e-9);
+}
+
 void Progress::Update(uint64_t done, const std::string& note) {
-  if (quiet_) return;
   if (!started_) {
     started_ = true;
-    first_ = done;  // a resumed run's earlier work does not count towards the rate
+    first_ = done;
   }
+  if (quiet_) return;
   const auto now = std::chrono::steady_clock::now();
   const bool due =
       terminal_ ? now - printed_ >= kTerminalInterval : now - printed_ >= kPlainInterval;
@@ -63,15 +67,14 @@ void Progress::Finish(const std::string& note) {
 }
 
 void Progress::Print(uint64_t done, const std::string& note, bool last) {
-  const double elapsed = std::max(seconds(), 1e-9);
-  const double rate = static_cast<double>(done - std::min(done, first_)) / elapsed;
+  const double rate = Rate(done);
   std::string line = what_ + ": " + std::to_string(done);
   if (total_ > 0) line += "/" + std::to_string(total_);
   char text[64];
   std::snprintf(text, sizeof text, " %s, %.1f/s, ", unit_.c_str(), rate);
   line += text;
   if (last || total_ == 0 || rate <= 0) {
-    line += Duration(elapsed);
+    line += Duration(seconds());
   } else {
     line +=
         "ETA " + Duration(static_cast<double>(total_ - std::min(done, total_)) / rate);

@@ -17,6 +17,8 @@ class Progress {
   void Update(uint64_t done, const std::string& note = "");
   void Finish(const std::string& note = "");
   double seconds() const;
+  // Units a second since the first Update: what a resumed run had before does not count.
+  double Rate(uint64_t done) const;
 
  private:
   void Print(uint64_t done, const std::string& note, bool last);

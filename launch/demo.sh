@@ -41,14 +41,14 @@ data=(--data="text:$corpus/gcide.txt#blocks" --data="text:$corpus/anarchism.txt#
       --data="text:$corpus/wordnet.txt#blocks" --cache="$cache/corpus-index")
 if [ "$quick" = yes ]; then
   pretrain_steps=10 sequences=100 generated=400
-  rows=(--rounds=3 --warmup_rounds=1)
+  rows=(--rounds=3 --warmup_rounds=1 --max_new_tokens=8)
   train_hidden=(--steps=80 --test_sequences=100 --validation_sequences=64)
-  train_interlayer=(--steps=24 --global_batch=16 --micro_batch=8 --test_sequences=16
+  train_interlayer=(--steps=16 --global_batch=16 --micro_batch=8 --test_sequences=16
                     --validation_sequences=16)
 else
   pretrain_steps=60 sequences=1000 generated=4000
   rows=(--rounds=20 --warmup_rounds=3)
-  train_hidden=(--steps=1000 --test_sequences=600)
+  train_hidden=(--steps=1200 --test_sequences=600)
   # A window of `interlayer` costs many times one of `hidden`: small steps, so that there are some.
   train_interlayer=(--steps=240 --global_batch=16 --micro_batch=8 --test_sequences=64
                     --validation_sequences=32)

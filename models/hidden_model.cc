@@ -31,7 +31,9 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker make)
                                 {c.geometry.num_layers(), c.geometry.num_experts}, 0)),
       confidence(&make, "confidence", c.width, 1) {
   if (c.hidden_width > 0) {
-    state.emplace_back(&make, "state", c.hidden_width, c.width);
+    for (int i = 0; i < NumStates(c.geometry); ++i) {
+      state.emplace_back(&make, "state." + std::to_string(i), c.hidden_width, c.width);
+    }
     no_state.push_back(make.Normal("state.absent", {c.width}, 0.02));
     context.emplace_back(&make, "context", c.hidden_width, c.width);
     if (c.geometry.encoder_layers > 0 && c.geometry.decoder_layers > 0 && c.layers > 0) {
@@ -83,7 +85,7 @@ at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
   }
   if (!net_.state.empty()) {
     const bool known = window.hidden_BTD.defined();
-    x = x + (known ? net_.state[0](window.hidden_BTD) : net_.no_state[0]);
+    x = x + (known ? StateOf(window)(window.hidden_BTD) : net_.no_state[0]);
     if (window.stack == Stack::kDecoder) {
       // Not known is as before the first token.
       const auto& ids = window.token_ids_BT;

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -79,7 +80,12 @@ struct HiddenNet {
   static constexpr int kTokenWidth = 64;
   static constexpr int kGuesses = 16;  // likeliest next tokens whose counts are mixed
   HiddenNet(const SpeculationConfig& c, ParameterMaker make);
-  // The source layer's router input and the context; none where they are no features.
+  // Source layers of both stacks; nothing lies ahead of the encoder's last one.
+  static int NumStates(const MoeGeometry& g) {
+    return std::max(0, g.encoder_layers - 1) + g.decoder_layers;
+  }
+  // The source layer's router input, by source layer, and the context; none where they
+  // are no features.
   std::vector<StateInput> state, context;
   std::vector<at::Tensor> no_state;  // [width], with `state`: in place of an unknown one
   std::vector<SourceReader> reader;  // one or none; read after the first block
@@ -115,6 +121,12 @@ class HiddenModel final : public SpeculationModel {
   int SourceRow(const RoutingWindow& window) const {
     return window.source_layer + 1 +
            (window.stack == Stack::kEncoder ? 0 : config_.geometry.encoder_layers + 1);
+  }
+  const StateInput& StateOf(const RoutingWindow& window) const {
+    const int before = window.stack == Stack::kEncoder
+                           ? 0
+                           : std::max(0, config_.geometry.encoder_layers - 1);
+    return net_.state[static_cast<size_t>(before + window.source_layer)];
   }
   // Leads whose targets are layers of the same token.
   int64_t NumSameToken(const RoutingWindow& window) const {
@@ -157,7 +169,7 @@ class HiddenModel final : public SpeculationModel {
   HiddenNet net_;
   // Keys and values of the source that was served last: one for all steps of a sequence.
   struct ServedSource {
-    at::Tensor source_BSD, key_BSW, value_BSW;
+    at::Tensor source_BSD, key_BWS, value_BSW;
   };
   ServedSource served_;
 };

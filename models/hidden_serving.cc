@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "models/hidden_model.h"
@@ -176,7 +175,7 @@ std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window,
   };
   if (!net_.state.empty()) {
     if (window.hidden_BTD.defined()) {
-      add_states(net_.state[0], window.hidden_BTD);
+      add_states(StateOf(window), window.hidden_BTD);
     } else {
       for (int r = 0; r < count; ++r) {
         AddValues(Data(net_.no_state[0]), D, x.data() + r * D);
@@ -200,45 +199,27 @@ void HiddenModel::ReadSource(const RoutingWindow& window,
   const SourceReader& reader = net_.reader[0];
   if (!served_.source_BSD.is_same(window.source_BSD)) {
     const at::Tensor memory = reader.Memory(window.source_BSD);
-    served_ = {window.source_BSD, reader.attention.k(memory).contiguous(),
+    served_ = {window.source_BSD, reader.attention.k(memory).transpose(1, 2).contiguous(),
                reader.attention.v(memory).contiguous()};
   }
-  const int64_t T = window.token_ids_BT.size(1), S = window.source_BSD.size(1);
-  const int W = config_.width, heads = reader.attention.heads, wide = W / heads;
-  const float scale = 1 / std::sqrt(static_cast<float>(wide));
+  const int64_t T = window.token_ids_BT.size(1);
+  const int S = static_cast<int>(window.source_BSD.size(1)), W = config_.width;
   std::vector<float> normed(static_cast<size_t>(W)), query(normed), mixed(normed),
-      weight(static_cast<size_t>(S));
+      bias(static_cast<size_t>(S)), weight(bias);
   for (size_t r = 0; r < rows.size(); ++r) {
     float* row = x->data() + r * static_cast<size_t>(W);
     const int64_t b = rows[r] / T;
-    const float* keys = Data(served_.key_BSW) + b * S * W;
-    const float* values = Data(served_.value_BSW) + b * S * W;
     const bool* real = window.source_valid_BS.const_data_ptr<bool>() + b * S;
+    for (int s = 0; s < S; ++s) {
+      bias[static_cast<size_t>(s)] = real[s] ? 0.f : static_cast<float>(kMasked);
+    }
     NormRows(row, 1, W, Data(reader.query_norm.weight), Data(reader.query_norm.bias),
              normed.data());
     DenseRows(normed.data(), 1, W, Data(reader.attention.q.weight),
               Data(reader.attention.q.bias), W, query.data());
-    std::fill(mixed.begin(), mixed.end(), 0.f);
-    for (int head = 0; head < heads; ++head) {
-      const int from = head * wide;
-      float best = -std::numeric_limits<float>::infinity();
-      for (int64_t s = 0; s < S; ++s) {
-        float score = real[s] ? 0.f : static_cast<float>(kMasked);
-        for (int i = from; i < from + wide; ++i) {
-          score += query[static_cast<size_t>(i)] * keys[s * W + i] * scale;
-        }
-        weight[static_cast<size_t>(s)] = score;
-        best = std::max(best, score);
-      }
-      float total = 0;
-      for (float& w : weight) total += w = std::exp(w - best);
-      for (int64_t s = 0; s < S; ++s) {
-        const float w = weight[static_cast<size_t>(s)] / total;
-        for (int i = from; i < from + wide; ++i) {
-          mixed[static_cast<size_t>(i)] += w * values[s * W + i];
-        }
-      }
-    }
+    AttendOne(query.data(), W, reader.attention.heads, Data(served_.key_BWS) + b * S * W,
+              Data(served_.value_BSW) + b * S * W, bias.data(), S, weight.data(),
+              mixed.data());
     DenseRows(mixed.data(), 1, W, Data(reader.attention.out.weight),
               Data(reader.attention.out.bias), W, normed.data());
     AddValues(normed.data(), W, row);

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
+#include "models/baseline_predictors.h"
 #include "models/speculation_kinds.h"
 #include "models/speculation_layers.h"
 
@@ -10,6 +12,9 @@ namespace routecast {
 namespace {
 
 constexpr int kPublishedSlots = 12, kPatterns = 64, kHistory = 64;
+// The published 0.02 drowns in the positions, whose sines and cosines are of the order
+// of 1: it takes hundreds of steps until an expert's id is seen at all.
+constexpr double kExpertStd = 1;
 
 struct EncoderLayer {
   EncoderLayer(ParameterMaker* make, const std::string& name, const SpeculationConfig& c)
@@ -39,11 +44,15 @@ struct InterlayerNet {
   at::Tensor memory;  // [kPatterns,D]
   NormLayer norm;
   LinearLayer head_in, head_mid, head_out, confidence_in, confidence_out;
+  // Ours, where priors are wanted: log-probabilities counted in the train part, from the
+  // expert at the source layer, and their learnt gain by source layer.
+  at::Tensor markov;       // constant, [layers * (E + 1),leads * E]; zeros if unknown
+  at::Tensor markov_gain;  // [layers]
 };
 
 InterlayerNet::InterlayerNet(const SpeculationConfig& c, ParameterMaker make)
     : expert(
-          make.Normal("expert.embedding", {c.geometry.num_experts + 1, c.width}, 0.02)),
+          make.Normal("expert.embedding", {c.geometry.num_experts + 1, c.width}, kExpertStd)),
       slot(make.Normal("slot.embedding",
                        {std::max(kPublishedSlots, 2 * c.context), c.width}, 0.02)),
       stack(make.Normal("stack.embedding", {2, c.width}, 0.02)),
@@ -92,11 +101,16 @@ at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& option
 class InterlayerModel final : public SpeculationModel {
  public:
   InterlayerModel(const SpeculationConfig& config, uint64_t seed)
-      : SpeculationModel(config), net_(config, ParameterMaker(&parameters_, seed)) {}
+      : SpeculationModel(config), net_(config, ParameterMaker(&parameters_, seed)) {
+    if (config.priors) AddPriors();
+  }
   int history_tokens() const override { return kHistory; }
+  void FitPriors(const BaselineTables& tables) override;
   SpeculationOutput Forward(const RoutingWindow& window, uint64_t dropout_key) override;
 
  private:
+  void AddPriors();
+  at::Tensor PriorLogits(const RoutingWindow& window, int64_t leads) const;
   at::Tensor LastLayers(const at::Tensor& ids_BTL, int64_t known) const;
   Slots SlotsOf(const RoutingWindow& window) const;
   at::Tensor Embed(const Slots& slots, const RoutingWindow& window) const;
@@ -105,6 +119,48 @@ class InterlayerModel final : public SpeculationModel {
 
   InterlayerNet net_;
 };
+
+void InterlayerModel::AddPriors() {
+  const MoeGeometry& g = config_.geometry;
+  const int64_t rows = int64_t{g.num_layers()} * (g.num_experts + 1);
+  net_.markov = at::zeros({rows, net_.lead.size(0) * g.num_experts});
+  net_.markov_gain = at::ones({g.num_layers()}).requires_grad_();
+  constants_.Add("prior.markov", net_.markov);
+  parameters_.Add("prior.gain", net_.markov_gain);
+}
+
+void InterlayerModel::FitPriors(const BaselineTables& tables) {
+  if (!net_.markov.defined()) return;
+  const MoeGeometry& g = config_.geometry;
+  at::Tensor log_probs = at::zeros_like(net_.markov);
+  std::vector<float> probs(static_cast<size_t>(g.num_experts));
+  for (int layer = 0; layer < g.num_layers(); ++layer) {
+    const Stack stack = g.StackOf(layer);
+    const int source = g.LayerInStack(layer), leads = NumLeads(stack, source);
+    for (int expert = 0; expert < g.num_experts; ++expert) {
+      float* row = log_probs.data_ptr<float>() +
+                   (int64_t{layer} * (g.num_experts + 1) + expert) * log_probs.size(1);
+      for (int lead = 1; lead <= leads; ++lead) {
+        const int target = g.GlobalLayer(stack, (source + lead) % g.layers(stack));
+        tables.Markov1(layer, lead, target, expert, probs.data());
+        for (float p : probs) *row++ = std::log(p);
+      }
+    }
+  }
+  net_.markov.copy_(log_probs);
+}
+
+// [B,T,leads,E]
+at::Tensor InterlayerModel::PriorLogits(const RoutingWindow& window,
+                                        int64_t leads) const {
+  const int64_t E = config_.geometry.num_experts;
+  const int layer = config_.geometry.GlobalLayer(window.stack, window.source_layer);
+  const auto rows = window.experts_BTL.select(2, window.source_layer) + layer * (E + 1);
+  return at::embedding(net_.markov, rows)
+             .narrow(2, 0, leads * E)
+             .view({rows.size(0), rows.size(1), leads, E}) *
+         net_.markov_gain[layer];
+}
 
 // The newest W of the first `known` columns, right-aligned, padded with E on the left.
 at::Tensor InterlayerModel::LastLayers(const at::Tensor& ids_BTL, int64_t known) const {
@@ -190,7 +246,11 @@ SpeculationOutput InterlayerModel::Forward(const RoutingWindow& window,
   const auto hidden =
       dropout(at::gelu(net_.head_mid(dropout(at::gelu(net_.head_in(h))))));
   const auto confidence = net_.confidence_out(at::gelu(net_.confidence_in(h)));
-  return {net_.head_out(hidden), at::sigmoid(confidence).squeeze(3), {}};
+  auto logits = net_.head_out(hidden);
+  if (net_.markov.defined() && window.source_layer >= 0) {
+    logits = logits + PriorLogits(window, H);
+  }
+  return {logits, at::sigmoid(confidence).squeeze(3), {}};
 }
 
 }  // namespace

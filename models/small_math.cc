@@ -1,6 +1,8 @@
 #include "models/small_math.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 // One binary, the widest vectors of the machine it runs on. Sanitizers cannot run the
 // resolvers that this needs.
@@ -39,6 +41,34 @@ ROUTECAST_WIDE void DenseRows(const float* x, int rows, int in, const float* wei
       for (int k = 0; k < 4; ++k) lanes[k] += lanes[k + 4];
       sum += (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
       y[static_cast<long>(r) * out + o] = sum;
+    }
+  }
+}
+
+ROUTECAST_WIDE void AttendOne(const float* query, int width, int heads,
+                              const float* keys_WS, const float* values_SW,
+                              const float* bias_S, int source, float* weight_S,
+                              float* mixed_W) {
+  const int wide = width / heads;
+  const float scale = 1 / std::sqrt(static_cast<float>(wide));
+  for (int i = 0; i < width; ++i) mixed_W[i] = 0;
+  for (int from = 0; from < width; from += wide) {
+    for (int s = 0; s < source; ++s) weight_S[s] = bias_S[s];
+    for (int i = from; i < from + wide; ++i) {
+      const float q = query[i] * scale;
+      const float* keys = keys_WS + static_cast<long>(i) * source;
+      for (int s = 0; s < source; ++s) weight_S[s] += q * keys[s];
+    }
+    float best = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int s = 0; s < source; ++s) best = std::max(best, weight_S[s]);
+    for (int s = 0; s < source; ++s) {
+      weight_S[s] = std::exp(weight_S[s] - best);
+      total += weight_S[s];
+    }
+    for (int s = 0; s < source; ++s) {
+      const float w = weight_S[s] / total;
+      const float* values = values_SW + static_cast<long>(s) * width;
+      for (int i = from; i < from + wide; ++i) mixed_W[i] += w * values[i];
     }
   }
 }

@@ -13,7 +13,7 @@ namespace {
 
 constexpr double kMaxParameters = 1e9;
 constexpr double kMostPriorElements = 8e6;  // by default: 32 MB beside the weights
-constexpr int kVersion = 2;
+constexpr int kVersion = 3;
 constexpr const char* kFormat = "routecast-speculation";
 constexpr uint64_t kMaxConfigBytes = 16 << 20;
 
@@ -29,9 +29,14 @@ struct Bound {
   int64_t value, low, high;
 };
 
-double PriorElements(const MoeGeometry& g, int vocab_size) {
+double PriorElements(const SpeculationConfig& c) {
+  const MoeGeometry& g = c.geometry;
+  if (c.kind == "interlayer") {
+    const double leads = std::max(g.encoder_layers, g.decoder_layers);
+    return g.num_layers() * (g.num_experts + 1.0) * leads * g.num_experts;
+  }
   const double decoder_keys = double(g.decoder_layers) * g.num_experts;
-  return double(vocab_size) * g.num_keys() + decoder_keys * decoder_keys;
+  return double(c.vocab_size) * g.num_keys() + decoder_keys * decoder_keys;
 }
 
 // Why the configuration cannot be, as "key=value, expected ..."; empty where it can.
@@ -71,9 +76,10 @@ std::string Problem(const SpeculationConfig& c) {
   const double width = c.width;
   const double parameters = 64.0 * c.vocab_size + 3.0 * g.num_keys() * width +
                             (c.layers + 1.0) * (4 * width * width + 2 * width * c.ff) +
-                            c.ff * (c.ff / 2.0 + g.num_experts) + width * c.hidden_width +
+                            c.ff * (c.ff / 2.0 + g.num_experts) +
+                            (g.num_layers() + 1.0) * width * c.hidden_width +
                             2.0 * width * c.context + 128.0 * c.neighbours * width +
-                            (c.priors ? PriorElements(g, c.vocab_size) : 0);
+                            (c.priors ? PriorElements(c) : 0);
   if (parameters > kMaxParameters) {
     return "sizes that make about " + std::to_string(parameters) +
            " parameters, expected at most 1e9";
@@ -223,9 +229,9 @@ SpeculationConfig DefaultSpeculationConfig(const std::string& kind,
   SpeculationConfig c;
   c.kind = kind;
   c.geometry = geometry;
-  c.dropout = 0.1;
   c.context = 3;
   c.vocab_size = vocab_size;
+  c.priors = PriorElements(c) <= kMostPriorElements;
   if (kind == "hidden") {
     c.hidden_width = hidden_width;
     c.width = small ? 128 : 256;
@@ -233,10 +239,10 @@ SpeculationConfig DefaultSpeculationConfig(const std::string& kind,
     c.ff = 2 * c.width;
     c.layers = 2;
     c.neighbours = 2;
-    c.priors = PriorElements(geometry, vocab_size) <= kMostPriorElements;
     c.next_token = c.priors && geometry.decoder_layers > 0;
     return c;
   }
+  c.dropout = 0.1;
   c.width = small ? 128 : 256;
   c.heads = small ? 4 : 8;
   c.ff = 4 * c.width;

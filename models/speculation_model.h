@@ -27,7 +27,7 @@ struct SpeculationConfig {
   int width = 0, heads = 0, ff = 0, layers = 0;
   int context = 0;          // W: the newest layers that `interlayer` sees of a token
   int neighbours = 0;       // tokens on each side (decoder: left) whose ids `hidden` sees
-  bool priors = false;      // `hidden` starts from the counts of the train part
+  bool priors = false;      // starts from the counts of the train part
   bool next_token = false;  // `hidden` guesses the decoder's next token; needs priors
   double dropout = 0;       // training only
 

@@ -43,7 +43,7 @@ PretrainOptions PretrainPreset(const std::string& name) {
       break;
     case 2:
       o.model = Geometry(6, 96, 128, 4, 128);
-      o.steps = 8000;
+      o.steps = 5000;
       o.warmup_steps = 200;
       o.capacity_factor = 2.0;
       break;

@@ -120,7 +120,7 @@ class Pretrainer {
       const bool validate =
           step_ % options_.validate_every == 0 || step_ == options_.steps;
       if (step_ % options_.log_every == 0 || validate) {
-        LogLine(loss, progress.seconds(), validate, metrics ? &*metrics : nullptr);
+        LogLine(loss, progress.Rate(uint64_t(step_)), validate, metrics ? &*metrics : nullptr);
       }
       char note[48];
       std::snprintf(note, sizeof note, "loss %.3f", loss);
@@ -210,14 +210,14 @@ class Pretrainer {
     return total.item<double>();
   }
 
-  void LogLine(double loss, double seconds, bool validate, JsonLines* metrics) {
+  void LogLine(double loss, double steps_per_second, bool validate, JsonLines* metrics) {
     Json line = {{"step", step_},
                  {"epoch", double(step_) * options_.global_batch / double(train_.size())},
                  {"samples", step_ * options_.global_batch},
                  {"train_loss", loss},
                  {"learning_rate", LearningRate(options_, step_ - 1)},
                  {"grad_norm", grad_norm_},
-                 {"samples_per_second", double(step_ * options_.global_batch) / seconds}};
+                 {"samples_per_second", steps_per_second * options_.global_batch}};
     if (validate && rank_.is_root()) {
       const RoutingMeasures m =
           MeasureRouting(&model_->model, validation_, tokenizer_, denoising_,

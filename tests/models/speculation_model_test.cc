@@ -260,6 +260,38 @@ TEST(HiddenModelTest, PriorsAreTheCounts) {
   expect(decoder, 4, 3);
 }
 
+TEST(InterlayerModelTest, PriorsAreTheMarkovCounts) {
+  const c10::NoGradGuard no_grad;
+  const MoeGeometry g = SmallGeometry();
+  BaselineTables tables(g, 11);
+  for (int i = 0; i < 20; ++i) tables.Fit(RandomTrace(g, 6, 5, 30 + i));
+  auto model = MakeSpeculationModel(SmallSpeculation("interlayer"), 7);
+  for (const auto& [name, tensor] : model->parameters().items()) {
+    if (name != "prior.gain") tensor.zero_();
+  }
+  model->FitPriors(tables);
+  const RoutingTrace trace = RandomTrace(g, 6, 5, 99);
+  // Encoder within the stack; decoder within the token and on into the next.
+  struct Case {
+    Stack stack;
+    int source, lead;
+  };
+  for (const Case& c : {Case{Stack::kEncoder, 1, 2}, Case{Stack::kDecoder, 0, 1},
+                        Case{Stack::kDecoder, 1, 3}}) {
+    const auto window = WindowOf(trace, c.stack, c.source, 5);
+    std::vector<float> expected(5);
+    tables.Markov1(g.GlobalLayer(c.stack, c.source), c.lead,
+                   g.GlobalLayer(c.stack, (c.source + c.lead) % g.layers(c.stack)),
+                   window.experts_BTL[0][4][c.source].item<int>(), expected.data());
+    const auto probs =
+        at::softmax(model->Forward(window, 0).logits_BTHE[0][4][c.lead - 1], -1);
+    for (int e = 0; e < 5; ++e) {
+      EXPECT_NEAR(probs[e].item<float>(), expected[size_t(e)], 1e-5)
+          << c.source << " " << c.lead;
+    }
+  }
+}
+
 TEST(SpeculationConfigTest, HostileValuesAreRefused) {
   const Json good = SmallSpeculation("interlayer").ToJson();
   EXPECT_EQ(SpeculationConfig::FromJson(good, "test"), SmallSpeculation("interlayer"));
@@ -319,7 +351,7 @@ TEST(SpeculationModelTest, InterlayerHasThePublishedParameters) {
   MoeGeometry g{6, 6, 128, 1, 768};
   const auto model =
       MakeSpeculationModel(DefaultSpeculationConfig("interlayer", g, 32128, 768), 1);
-  EXPECT_EQ(model->parameters().num_elements(), 4624769 + 256 * (1 + 2 + 7 + 6));
+  EXPECT_EQ(model->parameters().num_elements(), 4624769 + 256 * (1 + 2 + 7 + 6) + 12);
 }
 
 TEST(SpeculationModelTest, HiddenPredictsATokenBetweenLayers) {

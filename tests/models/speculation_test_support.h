@@ -52,6 +52,7 @@ inline SpeculationConfig SmallSpeculation(const std::string& kind) {
   c.width = 16;
   c.heads = 2;
   c.ff = 24;
+  c.dropout = 0.1;
   return c;
 }
 
