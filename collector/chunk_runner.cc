@@ -11,8 +11,8 @@
 namespace routecast {
 namespace {
 
-constexpr size_t kLengthStep = 16;  // padded lengths are multiples: few distinct shapes
-constexpr double kMeanSpan = 3.0;   // T5's
+constexpr double kMostPadding = 0.05;  // of a batch's places for tokens
+constexpr double kMeanSpan = 3.0;      // T5's
 constexpr int kExtraNewTokens = 8;  // beyond the reference targets, for Task::kGenerate
 constexpr uint64_t kCorruptionKey = 0x7370616e73ULL;
 
@@ -23,7 +23,6 @@ struct Padded {
 Padded Pad(const std::vector<const std::vector<int32_t>*>& rows, int32_t pad) {
   size_t longest = 1;
   for (const auto* row : rows) longest = std::max(longest, row->size());
-  longest = (longest + kLengthStep - 1) / kLengthStep * kLengthStep;
   const std::vector<int64_t> shape = {static_cast<int64_t>(rows.size()),
                                       static_cast<int64_t>(longest)};
   Padded padded{at::full(shape, pad, at::kLong), at::zeros(shape, at::kBool)};
@@ -116,16 +115,28 @@ std::vector<ChunkRunner::Sequence> ChunkRunner::SequencesOf(const Chunk& chunk) 
   return sequences;
 }
 
+size_t ChunkRunner::BatchEnd(const std::vector<Sequence>& sequences, size_t first) const {
+  size_t longest = 0, longest_target = 0, tokens = 0, end = first;
+  while (end < sequences.size() && end - first < size_t(config_.batch_size)) {
+    const Sequence& s = sequences[end];
+    longest = std::max(longest, s.inputs.size());
+    longest_target = std::max(longest_target, s.targets.size());
+    tokens += s.inputs.size() + s.targets.size();
+    const size_t places = (end - first + 1) * (longest + longest_target);
+    if (end > first && double(tokens) < (1 - kMostPadding) * double(places)) break;
+    ++end;
+  }
+  return end;
+}
+
 bool ChunkRunner::Run(uint32_t chunk, const std::function<bool()>& between_batches,
                       const std::function<void(const RoutingTrace&)>& sink) {
   const std::vector<Sequence> sequences = SequencesOf(plan_->chunks.at(chunk));
-  const auto rows = static_cast<size_t>(config_.batch_size);
-  for (size_t first = 0; first < sequences.size(); first += rows) {
+  for (size_t first = 0; first < sequences.size();) {
     if (!between_batches()) return false;
+    const size_t end = BatchEnd(sequences, first);
     std::vector<const Sequence*> batch;
-    for (size_t i = first; i < std::min(sequences.size(), first + rows); ++i) {
-      batch.push_back(&sequences[i]);
-    }
+    for (; first < end; ++first) batch.push_back(&sequences[first]);
     RunBatch(batch, sink);
   }
   return between_batches();
@@ -146,12 +157,17 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
   ForwardOptions forward;
   forward.observer = &recorder;
   const Padded source = Pad(inputs, model_config.pad_token_id);
+  computed_tokens_ += source.ids_BT.numel();
   if (config_.task == Task::kGenerate) {
     GenerationOptions options;
     options.forward = forward;
     size_t longest = 0;
     for (const Sequence* s : batch) longest = std::max(longest, s->targets.size());
     options.max_new_tokens = static_cast<int>(longest) + kExtraNewTokens;
+    options.on_step = [&](int, const at::Tensor&, const at::Tensor& ids_B) {
+      computed_tokens_ += ids_B.numel();
+      return true;
+    };
     GreedyDecode(model_, source.ids_BT, source.valid_BT, options);
   } else {
     const at::Tensor encoded = model_->Encode(source.ids_BT, source.valid_BT, forward);
@@ -163,6 +179,7 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
       std::vector<const std::vector<int32_t>*> rows;
       for (const auto& row : shifted) rows.push_back(&row);
       const Padded target = Pad(rows, model_config.pad_token_id);
+      computed_tokens_ += target.ids_BT.numel();
       model_->Decode(target.ids_BT, target.valid_BT, encoded, source.valid_BT, nullptr,
                      forward);
     }

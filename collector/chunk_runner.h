@@ -21,6 +21,8 @@ class ChunkRunner {
   // length, a function of the chunk alone.
   bool Run(uint32_t chunk, const std::function<bool()>& between_batches,
            const std::function<void(const RoutingTrace&)>& sink);
+  // Places of tokens in all passes so far, padding included.
+  int64_t computed_tokens() const { return computed_tokens_; }
 
  private:
   struct Sequence {
@@ -29,11 +31,14 @@ class ChunkRunner {
   };
   std::vector<Sequence> SequencesOf(const Chunk& chunk);
   const std::vector<std::vector<int32_t>>& SegmentsOf(uint64_t document);
+  // Where the batch that begins at `first` ends: rows of like length, little padding.
+  size_t BatchEnd(const std::vector<Sequence>& sequences, size_t first) const;
   Sequence MakeSequence(uint64_t id, std::vector<int32_t> ids) const;
   void RunBatch(const std::vector<const Sequence*>& batch,
                 const std::function<void(const RoutingTrace&)>& sink);
   bool RecordsHidden(uint64_t group) const;
 
+  int64_t computed_tokens_ = 0;
   SwitchModel* model_;
   const Corpus* corpus_;
   const Tokenizer* tokenizer_;

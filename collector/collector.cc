@@ -173,6 +173,7 @@ class Job {
             {"num_chunks", total_},
             {"sequences", sum_.sequences},
             {"tokens", sum_.tokens},
+            {"padding_share", PaddingShare()},
             {"record_bytes", sum_.record_bytes},
             {"seconds", seconds},
             {"tokens_per_second", static_cast<double>(sum_.tokens) / seconds}};
@@ -190,6 +191,7 @@ class Job {
     ChunkWriter writer(options_.store, config_, chunk, token_);
     ChunkResult result;
     result.chunk = chunk;
+    const int64_t computed = runner_->computed_tokens();
     const bool whole = runner_->Run(
         chunk, [this] { return Serving(); },
         [&](const RoutingTrace& trace) {
@@ -201,6 +203,7 @@ class Job {
       exchange_.Abandoned(chunk);
       return;
     }
+    result.computed_tokens = runner_->computed_tokens() - computed;
     result.record_bytes = static_cast<int64_t>(writer.record_bytes());
     writer.Finish();
     exchange_.Staged(result);
@@ -209,8 +212,14 @@ class Job {
     ++num_done_;
     sum_.sequences += r.sequences;
     sum_.tokens += r.tokens;
+    sum_.computed_tokens += r.computed_tokens;
     sum_.record_bytes += r.record_bytes;
     progress_.Update(num_done_, Note());
+  }
+  double PaddingShare() const {
+    if (sum_.computed_tokens == 0) return 0;
+    return 1 -
+           static_cast<double>(sum_.tokens) / static_cast<double>(sum_.computed_tokens);
   }
   std::string Note() const {
     const auto rate =

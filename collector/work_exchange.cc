@@ -26,7 +26,7 @@ void WorkExchange::Send(int to, const Message& message) {
     own_.emplace_back(to, message);
     return;
   }
-  // 40 bytes travel eagerly: a standard send returns at once.
+  // 48 bytes travel eagerly: a standard send returns at once.
   MPI_Send(&message, sizeof message, MPI_BYTE, to, kTag, MPI_COMM_WORLD);
 }
 
@@ -68,7 +68,7 @@ void WorkExchange::Assign(int to) {
   } else {
     ++ended_workers_;
   }
-  Send(to, {kAssign, chunk, 0, 0, 0});
+  Send(to, {kAssign, {.chunk = chunk}});
 }
 
 void WorkExchange::Handle(int from, const Message& m) {
@@ -78,22 +78,22 @@ void WorkExchange::Handle(int from, const Message& m) {
       break;
     case kAssign:
       requested_ = false;
-      if (m.chunk == kNoChunk) {
+      if (m.result.chunk == kNoChunk) {
         no_more_ = true;
       } else {
-        assigned_.push_back(static_cast<uint32_t>(m.chunk));
+        assigned_.push_back(static_cast<uint32_t>(m.result.chunk));
       }
       break;
     case kStaged:
-      callbacks_.ingest(static_cast<uint32_t>(m.chunk));
-      Send(0, {kIngested, m.chunk, m.sequences, m.tokens, m.record_bytes});
+      callbacks_.ingest(static_cast<uint32_t>(m.result.chunk));
+      Send(0, {kIngested, m.result});
       break;
     case kIngested:
-      outstanding_.erase(m.chunk);
-      callbacks_.done({m.chunk, m.sequences, m.tokens, m.record_bytes});
+      outstanding_.erase(m.result.chunk);
+      callbacks_.done(m.result);
       break;
     case kAbandoned:
-      outstanding_.erase(m.chunk);
+      outstanding_.erase(m.result.chunk);
       break;
     case kFinish:
       finished_ = true;
@@ -104,7 +104,7 @@ void WorkExchange::Handle(int from, const Message& m) {
 void WorkExchange::Request() {
   if (requested_ || no_more_) return;
   requested_ = true;
-  Send(0, {kRequest, kNoChunk, 0, 0, 0});
+  Send(0, {kRequest, {.chunk = kNoChunk}});
 }
 
 std::optional<uint32_t> WorkExchange::Next() {
@@ -120,11 +120,10 @@ std::optional<uint32_t> WorkExchange::Next() {
 }
 
 void WorkExchange::Staged(const ChunkResult& r) {
-  Send(static_cast<int>(r.chunk % num_shards_) % rank_.world,
-       {kStaged, r.chunk, r.sequences, r.tokens, r.record_bytes});
+  Send(static_cast<int>(r.chunk % num_shards_) % rank_.world, {kStaged, r});
 }
 
-void WorkExchange::Abandoned(uint32_t chunk) { Send(0, {kAbandoned, chunk, 0, 0, 0}); }
+void WorkExchange::Abandoned(uint32_t chunk) { Send(0, {kAbandoned, {.chunk = chunk}}); }
 
 void WorkExchange::Drain() {
   // What was asked ahead is given back, then this rank waits for the word of rank 0.
@@ -135,7 +134,7 @@ void WorkExchange::Drain() {
   }
   while (!finished_) {
     if (rank_.is_root() && ended_workers_ == rank_.world && outstanding_.empty()) {
-      for (int r = 0; r < rank_.world; ++r) Send(r, {kFinish, kNoChunk, 0, 0, 0});
+      for (int r = 0; r < rank_.world; ++r) Send(r, {kFinish, {.chunk = kNoChunk}});
     }
     PollOrRest();
   }

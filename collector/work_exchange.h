@@ -14,9 +14,9 @@
 
 namespace routecast {
 
-// What a chunk brought.
+// What a chunk brought. `computed_tokens` counts padding as well.
 struct ChunkResult {
-  int64_t chunk = 0, sequences = 0, tokens = 0, record_bytes = 0;
+  int64_t chunk = 0, sequences = 0, tokens = 0, computed_tokens = 0, record_bytes = 0;
 };
 
 // Thread rule: one thread of the process, the one that initialised MPI. Every rank makes
@@ -53,7 +53,8 @@ class WorkExchange {
  private:
   enum Kind : int64_t { kRequest, kAssign, kStaged, kIngested, kAbandoned, kFinish };
   struct Message {
-    int64_t kind, chunk, sequences, tokens, record_bytes;
+    int64_t kind;
+    ChunkResult result;
   };
   void Send(int to, const Message& message);
   void Handle(int from, const Message& message);

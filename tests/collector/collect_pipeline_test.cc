@@ -109,6 +109,14 @@ TEST_F(CollectTest, RefusesGroupsThatDoNotFit) {
   EXPECT_FALSE(fs::exists(folder_ / "uneven"));
 }
 
+TEST_F(CollectTest, BatchesHoldLittlePadding) {
+  Golden();
+  // The sequences have between two and 64 tokens.
+  const Json results = ReadJsonFile(folder_ / "golden" / "run.json")["results"];
+  EXPECT_GT(results["padding_share"], 0.0);
+  EXPECT_LE(results["padding_share"], 0.05);
+}
+
 TEST_F(CollectTest, RecordsWhatTheContractSays) {
   Golden();
   const TraceReader reader(folder_ / "golden");
