@@ -11,6 +11,7 @@
 
 #include "collector/chunk_plan.h"
 #include "collector/chunk_runner.h"
+#include "collector/collected_model.h"
 #include "collector/work_exchange.h"
 #include "common/errors.h"
 #include "common/progress.h"
@@ -83,6 +84,7 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
   c.threads = threads;
   c.dtype = options.dtype;
   c.device_kind = device.is_cuda() ? "cuda" : "cpu";
+  c.expert_parallel = options.expert_parallel;
   c.num_shards = options.num_shards;
   c.hidden_share = c.Records("hidden") ? options.hidden_share : 0;
   c.max_length = options.max_length;
@@ -138,7 +140,7 @@ class Job {
  public:
   Job(const CollectOptions& options, const RankInfo& rank, const StoreConfig& config,
       const std::string& token, ChunkRunner* runner, ShardOwner* owner,
-      std::deque<uint32_t> todo)
+      std::deque<uint32_t> todo, std::function<void()> idle)
       : options_(options),
         config_(config),
         token_(token),
@@ -148,7 +150,7 @@ class Job {
         progress_("collect", "chunks", total_, options.quiet || !rank.is_root()),
         exchange_(rank, config.num_shards, std::move(todo),
                   {[this, owner](uint32_t c) { owner->Ingest(c, token_); },
-                   [this](const ChunkResult& r) { Done(r); }}) {}
+                   [this](const ChunkResult& r) { Done(r); }, std::move(idle)}) {}
 
   // A limit of time is looked at between chunks: however small it is, every run adds at
   // least one chunk, so a job cut into short allocations ends. A signal cuts into a
@@ -260,6 +262,8 @@ void CollectOptions::Validate() const {
           "use 1 to 65536");
   require(noise_density > 0 && noise_density < 1, "--noise_density is out of range",
           "use a share between 0 and 1");
+  require(expert_parallel >= 1 && expert_parallel <= 4096,
+          "--expert_parallel is out of range", "use 1 to the number of ranks");
   require(max_hours >= 0, "--max_hours is negative", "use 0 for no limit");
 }
 
@@ -270,9 +274,9 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   const int threads = ThreadsOf(options, rank);
   SetComputeThreads(threads);
   const Tokenizer tokenizer = Tokenizer::Load(options.model);
-  ResidentModel resident(
-      LoadCheckpoint(options.model, ParseDtype("--dtype", options.dtype), device));
-  const Checkpoint& checkpoint = resident.checkpoint();
+  CollectedModel model(options.model, ParseDtype("--dtype", options.dtype), device, rank,
+                       options.expert_parallel);
+  const Checkpoint& checkpoint = model.checkpoint();
   if (tokenizer.vocab_size() > checkpoint.config.vocab_size) {
     throw DataError(ErrorText(options.model + ": tokenizer and model do not fit",
                               "tokenizer has " + std::to_string(tokenizer.vocab_size()) +
@@ -329,8 +333,9 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   }
   const bool any_work = !todo.empty();
 
-  ChunkRunner runner(&resident.model(), &corpus, &tokenizer, &plan, config);
-  Job job(options, rank, config, token, &runner, &owner, std::move(todo));
+  ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);
+  Job job(options, rank, config, token, &runner, &owner, std::move(todo),
+          [&model] { model.Serve(); });
   job.Run();
   shared = {job.complete() ? 1 : 0};
   Share(&shared);

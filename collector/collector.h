@@ -25,6 +25,7 @@ struct CollectOptions {
   int max_length = 512;         // tokens a sequence; longer documents are cut
   int batch_size = 32;          // sequences a forward pass
   double noise_density = 0.15;  // share of masked tokens in denoise and generate
+  int expert_parallel = 1;      // ranks that share the experts; divides the ranks
   double max_hours = 0;         // take no chunk after this time; 0 = no limit
   std::string device = "auto";
   std::string dtype = "fp32";

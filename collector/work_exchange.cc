@@ -49,6 +49,11 @@ bool WorkExchange::Poll() {
   return true;
 }
 
+void WorkExchange::PollOrRest() {
+  if (callbacks_.idle) callbacks_.idle();
+  if (!Poll()) std::this_thread::sleep_for(kIdle);
+}
+
 void WorkExchange::Serve() {
   while (Poll()) {
   }
@@ -105,7 +110,7 @@ void WorkExchange::Request() {
 std::optional<uint32_t> WorkExchange::Next() {
   Request();
   while (assigned_.empty() && !no_more_) {
-    if (!Poll()) std::this_thread::sleep_for(kIdle);
+    PollOrRest();
   }
   if (assigned_.empty()) return std::nullopt;
   const uint32_t chunk = assigned_.front();
@@ -126,13 +131,13 @@ void WorkExchange::Drain() {
   while (requested_ || !no_more_ || !assigned_.empty()) {
     for (; !assigned_.empty(); assigned_.pop_front()) Abandoned(assigned_.front());
     Request();
-    if (!Poll()) std::this_thread::sleep_for(kIdle);
+    PollOrRest();
   }
   while (!finished_) {
     if (rank_.is_root() && ended_workers_ == rank_.world && outstanding_.empty()) {
       for (int r = 0; r < rank_.world; ++r) Send(r, {kFinish, kNoChunk, 0, 0, 0});
     }
-    if (!Poll()) std::this_thread::sleep_for(kIdle);
+    PollOrRest();
   }
 }
 

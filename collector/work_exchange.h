@@ -28,6 +28,8 @@ class WorkExchange {
     std::function<void(uint32_t chunk)> ingest;
     // Rank 0: a chunk is in the store.
     std::function<void(const ChunkResult&)> done;
+    // Called while this rank waits; may be empty. Others may wait for what it does.
+    std::function<void()> idle;
   };
   // `todo` (rank 0 only): chunks to compute, in the order to hand them out.
   WorkExchange(const RankInfo& rank, int num_shards, std::deque<uint32_t> todo,
@@ -58,6 +60,7 @@ class WorkExchange {
   void Request();
   void Assign(int to);
   bool Poll();
+  void PollOrRest();
 
   RankInfo rank_;
   int num_shards_;

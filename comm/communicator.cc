@@ -39,11 +39,12 @@ void WaitFor(MPI_Request* request, const char* call, const RankInfo& rank,
 
 class MpiReduce final : public PendingReduce {
  public:
-  MpiReduce(const at::Tensor& tensor, const RankInfo& rank, double deadline)
+  MpiReduce(const at::Tensor& tensor, MPI_Comm comm, const RankInfo& rank,
+            double deadline)
       : tensor_(tensor), rank_(rank), deadline_(deadline) {
     MPI_Iallreduce(MPI_IN_PLACE, tensor_.data_ptr(), static_cast<int>(tensor_.numel()),
                    tensor_.scalar_type() == at::kDouble ? MPI_DOUBLE : MPI_FLOAT, MPI_SUM,
-                   MPI_COMM_WORLD, &request_);
+                   comm, &request_);
   }
   void Wait() override { WaitFor(&request_, "all-reduce", rank_, deadline_); }
 
@@ -60,7 +61,14 @@ constexpr double kBarrierDeadlines = 20;
 
 class MpiCommunicator final : public Communicator {
  public:
-  MpiCommunicator(RankInfo rank, double deadline) : rank_(rank), deadline_(deadline) {}
+  // `comm` is freed with the object unless it is the world's.
+  MpiCommunicator(MPI_Comm comm, RankInfo rank, double deadline)
+      : comm_(comm), rank_(rank), deadline_(deadline) {}
+  ~MpiCommunicator() override {
+    int finalized = 0;
+    MPI_Finalized(&finalized);
+    if (comm_ != MPI_COMM_WORLD && !finalized) MPI_Comm_free(&comm_);
+  }
   RankInfo rank_info() const override { return rank_; }
 
   std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor& tensor) override {
@@ -70,25 +78,25 @@ class MpiCommunicator final : public Communicator {
       throw std::logic_error(
           "all-reduce needs a contiguous float32 or float64 tensor on the CPU");
     }
-    return std::make_unique<MpiReduce>(tensor, rank_, deadline_);
+    return std::make_unique<MpiReduce>(tensor, comm_, rank_, deadline_);
   }
   void AllReduceSum(std::span<double> values) override {
     MPI_Request request;
     MPI_Iallreduce(MPI_IN_PLACE, values.data(), static_cast<int>(values.size()),
-                   MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &request);
+                   MPI_DOUBLE, MPI_SUM, comm_, &request);
     WaitFor(&request, "all-reduce of doubles", rank_, deadline_);
   }
   void Broadcast(const at::Tensor& tensor, int root) override {
     MPI_Request request;
     MPI_Ibcast(tensor.data_ptr(), static_cast<int>(tensor.nbytes()), MPI_BYTE, root,
-               MPI_COMM_WORLD, &request);
+               comm_, &request);
     WaitFor(&request, "broadcast", rank_, deadline_);
   }
   std::vector<std::string> AllGather(const std::string& bytes) override {
     std::vector<int> sizes(static_cast<size_t>(rank_.world));
     const int size = static_cast<int>(bytes.size());
     MPI_Request request;
-    MPI_Iallgather(&size, 1, MPI_INT, sizes.data(), 1, MPI_INT, MPI_COMM_WORLD, &request);
+    MPI_Iallgather(&size, 1, MPI_INT, sizes.data(), 1, MPI_INT, comm_, &request);
     WaitFor(&request, "all-gather", rank_, deadline_);
     std::vector<int> offsets(sizes.size());
     int total = 0;
@@ -98,7 +106,7 @@ class MpiCommunicator final : public Communicator {
     }
     std::string all(static_cast<size_t>(total), '\0');
     MPI_Iallgatherv(bytes.data(), size, MPI_BYTE, all.data(), sizes.data(),
-                    offsets.data(), MPI_BYTE, MPI_COMM_WORLD, &request);
+                    offsets.data(), MPI_BYTE, comm_, &request);
     WaitFor(&request, "all-gather", rank_, deadline_);
     std::vector<std::string> parts;
     for (size_t r = 0; r < sizes.size(); ++r) {
@@ -107,13 +115,46 @@ class MpiCommunicator final : public Communicator {
     }
     return parts;
   }
+  std::vector<at::Tensor> AllToAll(const std::vector<at::Tensor>& send,
+                                   std::span<const int64_t> counts) override {
+    const auto world = static_cast<size_t>(rank_.world);
+    const int64_t width = send[0].size(1);
+    // Rows are the unit, so that the counts stay small numbers.
+    MPI_Datatype row;
+    MPI_Type_contiguous(static_cast<int>(width * send[0].element_size()), MPI_BYTE, &row);
+    MPI_Type_commit(&row);
+    std::vector<int> to(world), to_at(world), from(world), from_at(world);
+    int sent = 0, received = 0;
+    for (size_t r = 0; r < world; ++r) {
+      to[r] = static_cast<int>(send[r].size(0));
+      from[r] = static_cast<int>(counts[r]);
+      to_at[r] = sent;
+      from_at[r] = received;
+      sent += to[r];
+      received += from[r];
+    }
+    const at::Tensor out = at::cat(send, 0);
+    const at::Tensor in = at::empty({received, width}, out.options());
+    MPI_Request request;
+    MPI_Ialltoallv(out.const_data_ptr(), to.data(), to_at.data(), row,
+                   in.mutable_data_ptr(), from.data(), from_at.data(), row, comm_,
+                   &request);
+    WaitFor(&request, "all-to-all", rank_, deadline_);
+    MPI_Type_free(&row);
+    std::vector<at::Tensor> parts;
+    for (size_t r = 0; r < world; ++r) {
+      parts.push_back(in.narrow(0, from_at[r], from[r]));
+    }
+    return parts;
+  }
   void Barrier() override {
     MPI_Request request;
-    MPI_Ibarrier(MPI_COMM_WORLD, &request);
+    MPI_Ibarrier(comm_, &request);
     WaitFor(&request, "barrier", rank_, kBarrierDeadlines * deadline_);
   }
 
  private:
+  MPI_Comm comm_;
   RankInfo rank_;
   double deadline_;
 };
@@ -134,7 +175,24 @@ std::unique_ptr<Communicator> MakeCommunicator(const MpiSession& session,
                                                double deadline_seconds) {
   const RankInfo rank = session.rank_info();
   if (rank.world == 1) return std::make_unique<LocalCommunicator>();
-  auto mpi = std::make_unique<MpiCommunicator>(rank, deadline_seconds);
+  auto mpi = std::make_unique<MpiCommunicator>(MPI_COMM_WORLD, rank, deadline_seconds);
+  if (device.is_cpu()) return mpi;
+  return MakeNcclCommunicator(std::move(mpi), device, deadline_seconds);
+}
+
+std::unique_ptr<Communicator> MakeGroupCommunicator(const RankInfo& world, int group_size,
+                                                    at::Device device,
+                                                    double deadline_seconds) {
+  if (group_size < 1 || world.world % group_size != 0) {
+    throw std::logic_error("MakeGroupCommunicator: the size does not divide the world");
+  }
+  if (group_size == 1) return std::make_unique<LocalCommunicator>();
+  RankInfo rank = world;
+  rank.rank = world.rank % group_size;
+  rank.world = group_size;
+  MPI_Comm comm;
+  MPI_Comm_split(MPI_COMM_WORLD, world.rank / group_size, world.rank, &comm);
+  auto mpi = std::make_unique<MpiCommunicator>(comm, rank, deadline_seconds);
   if (device.is_cpu()) return mpi;
   return MakeNcclCommunicator(std::move(mpi), device, deadline_seconds);
 }

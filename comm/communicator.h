@@ -36,6 +36,12 @@ class Communicator {
   virtual void AllReduceSum(std::span<double> values) = 0;
   // Everybody's `tensor` becomes root's. REQUIRES contiguous, same dtype and size.
   virtual void Broadcast(const at::Tensor& tensor, int root) = 0;
+  // Rows travel: send[r] [N_r, D] goes to rank r; the result holds, by rank, what came,
+  // [counts[r], D]. REQUIRES a contiguous tensor for every rank (of 0 rows too), one
+  // dtype and width for all, on this communicator's device, and counts[r] = the rows that
+  // rank r sends here. CUDA: the result is complete on the current stream.
+  virtual std::vector<at::Tensor> AllToAll(const std::vector<at::Tensor>& send,
+                                           std::span<const int64_t> counts) = 0;
   // Each rank's bytes, by rank.
   virtual std::vector<std::string> AllGather(const std::string& bytes) = 0;
   virtual void Barrier() = 0;
@@ -54,6 +60,10 @@ class LocalCommunicator final : public Communicator {
   std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor&) override;
   void AllReduceSum(std::span<double>) override {}
   void Broadcast(const at::Tensor&, int) override {}
+  std::vector<at::Tensor> AllToAll(const std::vector<at::Tensor>& send,
+                                   std::span<const int64_t>) override {
+    return send;
+  }
   std::vector<std::string> AllGather(const std::string& bytes) override {
     return {bytes};
   }
@@ -67,5 +77,10 @@ class MpiSession;
 std::unique_ptr<Communicator> MakeCommunicator(const MpiSession& session,
                                                at::Device device,
                                                double deadline_seconds = 45);
+// The same among `group_size` consecutive ranks (rank / group_size names the group).
+// Every rank of the job calls it. REQUIRES that group_size divides the world.
+std::unique_ptr<Communicator> MakeGroupCommunicator(const RankInfo& world, int group_size,
+                                                    at::Device device,
+                                                    double deadline_seconds = 45);
 
 }  // namespace routecast

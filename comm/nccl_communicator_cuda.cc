@@ -90,6 +90,32 @@ class NcclCommunicator final : public Communicator {
     done.record(stream_);
     Await(done, "broadcast");
   }
+  std::vector<at::Tensor> AllToAll(const std::vector<at::Tensor>& send,
+                                   std::span<const int64_t> counts) override {
+    at::cuda::CUDAEvent ready, done;
+    ready.record(c10::cuda::getCurrentCUDAStream());
+    std::vector<at::Tensor> parts;
+    for (const int64_t rows : counts) {
+      parts.push_back(at::empty({rows, send[0].size(1)}, send[0].options()));
+    }
+    ready.block(stream_);
+    Check(ncclGroupStart(), "group start");
+    for (size_t r = 0; r < send.size(); ++r) {
+      const auto peer = static_cast<int>(r);
+      if (send[r].numel() > 0) {
+        ncclSend(send[r].const_data_ptr(), send[r].nbytes(), ncclChar, peer, comm_,
+                 stream_);
+      }
+      if (parts[r].numel() > 0) {
+        ncclRecv(parts[r].mutable_data_ptr(), parts[r].nbytes(), ncclChar, peer, comm_,
+                 stream_);
+      }
+    }
+    Check(ncclGroupEnd(), "all-to-all");
+    done.record(stream_);
+    Await(done, "all-to-all");  // so that nobody frees or overwrites what still travels
+    return parts;
+  }
   std::vector<std::string> AllGather(const std::string& bytes) override {
     return host_->AllGather(bytes);
   }

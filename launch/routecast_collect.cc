@@ -30,6 +30,8 @@ DEFINE_int64(max_sequences, 0, "Sequences to collect; 0 = the whole corpus");
 DEFINE_int32(max_length, 512, "Tokens a sequence; longer documents are cut into several");
 DEFINE_int32(batch_size, 32, "Sequences a forward pass");
 DEFINE_double(noise_density, 0.15, "Share of masked tokens in denoise and generate");
+DEFINE_int32(expert_parallel, 1,
+             "Ranks that share the experts between them; divides the ranks");
 DEFINE_double(max_hours, 0, "Stop with everything saved after this time; 0 = no limit");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
 DEFINE_string(dtype, "fp32", "Compute type: fp32, bf16 or fp16");
@@ -63,6 +65,7 @@ CollectOptions Options() {
   o.max_length = FLAGS_max_length;
   o.batch_size = FLAGS_batch_size;
   o.noise_density = FLAGS_noise_density;
+  o.expert_parallel = FLAGS_expert_parallel;
   o.max_hours = FLAGS_max_hours;
   o.device = FLAGS_device;
   o.dtype = FLAGS_dtype;

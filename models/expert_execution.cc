@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "models/linear.h"
+
 namespace routecast {
 
 ResidentExpertSource::ResidentExpertSource(MoeGeometry geometry,
@@ -62,8 +64,8 @@ at::Tensor LocalExpertExecutor::Run(int layer, const at::Tensor& tokens_ND,
         experts.begin());
     const at::Tensor x =
         grouped_ND.narrow(0, begin[group], begin[group + 1] - begin[group]);
-    outputs[group] =
-        at::linear(at::relu(at::linear(x, lease.weights().wi_FD)), lease.weights().wo_DF);
+    outputs[group] = Linear(Linear(x, lease.weights().wi_FD, Activation::kRelu),
+                            lease.weights().wo_DF);
   }
   if (one_group) return outputs[0];
   at::Tensor inverse = at::empty({n}, at::kLong);

@@ -72,6 +72,43 @@ TEST_F(CollectTest, RanksDoNotChangeTheRecords) {
   }
 }
 
+// Each expert lives on one rank of a group; groups work side by side. An expert runs the
+// tokens of one rank at a time, so not even a bit differs.
+TEST_F(CollectTest, ExpertParallelGroupsRecordTheSame) {
+  for (const int ranks : {2, 4}) {
+    const std::string store = "shared" + std::to_string(ranks);
+    ASSERT_EQ(Collect(ranks, store, {"--expert_parallel=2"}), 0);
+    EXPECT_TRUE(Export(store) == Golden()) << ranks;
+  }
+  // The degree is part of what the store is.
+  EXPECT_EQ(Collect(1, "shared2"), kExitUsage);
+}
+
+TEST_F(CollectTest, ExpertParallelGenerationEqualsOneRanks) {
+  const std::vector<std::string> task = {"--task=generate", "--max_sequences=60"};
+  ASSERT_EQ(Collect(1, "generated1", task), 0);
+  std::vector<std::string> shared = task;
+  shared.push_back("--expert_parallel=3");
+  ASSERT_EQ(Collect(3, "generated3", shared), 0);
+  EXPECT_TRUE(Export("generated3") == Export("generated1"));
+}
+
+TEST_F(CollectTest, AKilledExpertGroupGoesOn) {
+  const fs::path record = folder_ / "shared-killed" / "run.json";
+  const std::vector<std::string> shared = {"--expert_parallel=2"};
+  ASSERT_EQ(Interrupt(Command(2, "shared-killed", shared), record, SIGUSR1, kExitStopped,
+                      [] { fs::remove_all(folder_ / "shared-killed"); }),
+            kExitStopped);
+  ASSERT_EQ(Collect(4, "shared-killed", shared), 0);
+  EXPECT_TRUE(Export("shared-killed") == Golden());
+}
+
+TEST_F(CollectTest, RefusesGroupsThatDoNotFit) {
+  EXPECT_EQ(Collect(3, "uneven", {"--expert_parallel=2"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "uneven", {"--expert_parallel=0"}), kExitUsage);
+  EXPECT_FALSE(fs::exists(folder_ / "uneven"));
+}
+
 TEST_F(CollectTest, RecordsWhatTheContractSays) {
   Golden();
   const TraceReader reader(folder_ / "golden");

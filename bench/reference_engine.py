@@ -1,0 +1,47 @@
+"""The reference's side of engine_bench: transformers' Switch Transformer, eager, on the CPU.
+
+usage: reference_engine.py FOLDER THREADS DTYPE
+Reads FOLDER (checkpoint and inputs.safetensors), prints "ready", then answers each line:
+`forward` and `decode N` run once and print the seconds; `logits` writes outputs.safetensors.
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import SwitchTransformersForConditionalGeneration
+
+
+@torch.no_grad()
+def main(folder, threads, dtype):
+    torch.set_num_threads(threads)
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager").eval()
+    inputs = load_file(folder / "inputs.safetensors")
+    ids, valid, decoder_ids = inputs["ids"], inputs["valid"].long(), inputs["decoder_ids"]
+
+    encoded = model.get_encoder()(input_ids=ids[:1], attention_mask=valid[:1])
+
+    def forward():
+        return model(input_ids=ids, attention_mask=valid, decoder_input_ids=decoder_ids)
+
+    def decode(steps):
+        return model.generate(encoder_outputs=encoded, attention_mask=valid[:1], do_sample=False, num_beams=1,
+                              min_new_tokens=steps, max_new_tokens=steps, use_cache=True)
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        words = line.split()
+        start = time.perf_counter()
+        if words[0] == "forward":
+            forward()
+        elif words[0] == "decode":
+            decode(int(words[1]))
+        elif words[0] == "logits":
+            save_file({"logits": forward().logits.float().contiguous()}, folder / "outputs.safetensors")
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), {"fp32": torch.float32, "bf16": torch.bfloat16}[sys.argv[3]])

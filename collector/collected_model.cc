@@ -1,0 +1,62 @@
+#include "collector/collected_model.h"
+
+#include <ATen/ATen.h>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+void CheckGroup(int group, int world) {
+  if (world % group == 0) return;
+  throw UsageError(
+      ErrorText("--expert_parallel=" + std::to_string(group) + " does not divide the job",
+                std::to_string(world) + (world == 1 ? " rank" : " ranks"),
+                "start a multiple of " + std::to_string(group) + " ranks"));
+}
+
+void CheckExperts(int group, int num_experts) {
+  if (group <= num_experts) return;
+  throw UsageError(ErrorText(
+      "--expert_parallel=" + std::to_string(group) + " is more than the model's experts",
+      std::to_string(num_experts) + " experts a layer", "use at most as many"));
+}
+
+// The experts that rank `member` of a group owns; the others' entries stay undefined.
+std::vector<ExpertWeights> OwnExperts(const fs::path& folder, int group, int member,
+                                      at::ScalarType dtype, at::Device device) {
+  const CheckpointReader reader(folder);
+  const MoeGeometry g = reader.config().geometry();
+  std::vector<ExpertWeights> weights(static_cast<size_t>(g.num_keys()));
+  for (int i = 0; i < g.num_keys(); ++i) {
+    const ExpertKey key = ExpertKey::FromIndex(i, g);
+    if (OwnerOf(key.expert, g.num_experts, group) != member) continue;
+    const ExpertWeights read = reader.ReadExpert(key, dtype);
+    weights[static_cast<size_t>(i)] = {read.wi_FD.to(device), read.wo_DF.to(device)};
+  }
+  return weights;
+}
+
+}  // namespace
+
+CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
+                               at::Device device, const RankInfo& rank,
+                               int expert_parallel) {
+  CheckGroup(expert_parallel, rank.world);
+  if (expert_parallel == 1) {
+    whole_ = std::make_unique<ResidentModel>(LoadCheckpoint(folder, dtype, device));
+    return;
+  }
+  checkpoint_ = LoadCheckpoint(folder, dtype, device, ExpertLoading::kLeaveOut);
+  const SwitchConfig& config = checkpoint_.config;
+  const MoeGeometry g = config.geometry();
+  CheckExperts(expert_parallel, g.num_experts);
+  source_ = std::make_unique<ResidentExpertSource>(
+      g, OwnExperts(folder, expert_parallel, rank.rank % expert_parallel, dtype, device));
+  local_ = std::make_unique<LocalExpertExecutor>(source_.get());
+  group_ = std::make_unique<ExpertParallelExecutor>(
+      rank, expert_parallel, g, config.d_model, dtype, device, local_.get());
+  model_ = std::make_unique<SwitchModel>(config, checkpoint_.parameters, group_.get());
+}
+
+}  // namespace routecast

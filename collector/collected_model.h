@@ -1,0 +1,37 @@
+// The model that a rank runs while it collects: whole, or with its share of a group's
+// experts (collector/expert_parallel.h). Thread rule: the forward thread.
+#pragma once
+
+#include <memory>
+
+#include "collector/expert_parallel.h"
+#include "models/checkpoint.h"
+
+namespace routecast {
+
+class CollectedModel {
+ public:
+  // `expert_parallel`: ranks of a group; 1 = every rank has all experts. Every rank of
+  // the job makes one. Throws UsageError where the group does not fit the ranks or the
+  // model, and what LoadCheckpoint throws.
+  CollectedModel(const fs::path& folder, at::ScalarType dtype, at::Device device,
+                 const RankInfo& rank, int expert_parallel);
+  SwitchModel& model() { return whole_ ? whole_->model() : *model_; }
+  const Checkpoint& checkpoint() const {
+    return whole_ ? whole_->checkpoint() : checkpoint_;
+  }
+  // A rank that waits calls it again and again: its group may wait for its experts.
+  void Serve() {
+    if (group_) group_->Serve();
+  }
+
+ private:
+  std::unique_ptr<ResidentModel> whole_;
+  Checkpoint checkpoint_;  // without experts
+  std::unique_ptr<ResidentExpertSource> source_;
+  std::unique_ptr<LocalExpertExecutor> local_;
+  std::unique_ptr<ExpertParallelExecutor> group_;
+  std::unique_ptr<SwitchModel> model_;
+};
+
+}  // namespace routecast

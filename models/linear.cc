@@ -1,0 +1,258 @@
+#include "models/linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace routecast {
+namespace {
+
+// Float32, more rows: the library's repacking pays. Measured on AVX2 (docs/results).
+constexpr int64_t kFewRows = 96;
+constexpr int kRows = 3, kColumns = 4;  // 12 sums, 3 inputs and a weight: 16 registers
+constexpr int64_t kDepth = 1024;        // a tile of 4 weight rows this deep stays in L1
+constexpr int64_t kGrain = 1 << 17;     // products that are worth a thread
+
+using Bf16 = uint16_t;  // the upper half of a float
+
+#define ROUTECAST_INLINE [[gnu::always_inline]] inline
+
+constexpr int kWidth = 8;
+typedef float Floats __attribute__((vector_size(kWidth * sizeof(float))));
+typedef float Four __attribute__((vector_size(4 * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kWidth * sizeof(uint32_t))));
+typedef Bf16 Halves __attribute__((vector_size(kWidth * sizeof(Bf16))));
+
+ROUTECAST_INLINE void Load(const float* from, Floats* to) {
+  std::memcpy(to, from, sizeof(Floats));
+}
+ROUTECAST_INLINE void Load(const Bf16* from, Floats* to) {
+  Halves half;
+  std::memcpy(&half, from, sizeof half);
+  const Words wide = __builtin_convertvector(half, Words) << 16;
+  std::memcpy(to, &wide, sizeof wide);
+}
+// Neighbours first, then the halves: the same order for one column and for four.
+ROUTECAST_INLINE float Sum(const Floats& v) {
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+// Sums of four columns at once.
+ROUTECAST_INLINE Four SumFour(const Floats* v) {
+  const Floats even01 = __builtin_shufflevector(v[0], v[1], 0, 2, 8, 10, 4, 6, 12, 14);
+  const Floats odd01 = __builtin_shufflevector(v[0], v[1], 1, 3, 9, 11, 5, 7, 13, 15);
+  const Floats even23 = __builtin_shufflevector(v[2], v[3], 0, 2, 8, 10, 4, 6, 12, 14);
+  const Floats odd23 = __builtin_shufflevector(v[2], v[3], 1, 3, 9, 11, 5, 7, 13, 15);
+  const Floats pairs01 = even01 + odd01, pairs23 = even23 + odd23;
+  const Floats quads =
+      __builtin_shufflevector(pairs01, pairs23, 0, 2, 8, 10, 4, 6, 12, 14) +
+      __builtin_shufflevector(pairs01, pairs23, 1, 3, 9, 11, 5, 7, 13, 15);
+  return __builtin_shufflevector(quads, quads, 0, 1, 2, 3) +
+         __builtin_shufflevector(quads, quads, 4, 5, 6, 7);
+}
+
+ROUTECAST_INLINE float Value(float weight) { return weight; }
+ROUTECAST_INLINE float Value(Bf16 weight) {
+  return std::bit_cast<float>(static_cast<uint32_t>(weight) << 16);
+}
+
+ROUTECAST_INLINE void Widen(const Bf16* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    Floats wide;
+    Load(from + i, &wide);
+    std::memcpy(to + i, &wide, sizeof wide);
+  }
+  for (; i < count; ++i) to[i] = Value(from[i]);
+}
+
+// y[rows,columns] (+)= x[rows,depth] w[columns,depth]^T
+template <int kR, int kC, bool kAhead, class Weight>
+ROUTECAST_INLINE void Tile(const float* x, int64_t x_stride, const Weight* w,
+                           int64_t w_stride, int64_t depth, bool add, float* y,
+                           int64_t y_stride) {
+  Floats sums[kR][kC] = {};
+  int64_t k = 0;
+  for (; k + kWidth <= depth; k += kWidth) {
+    Floats inputs[kR];
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) Load(x + r * x_stride + k, &inputs[r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < kC; ++c) {
+      // The next columns' weights: rows this short are over before the machine sees
+      // that they are a stream.
+      if (kAhead) __builtin_prefetch(w + (c + kC) * w_stride + k);
+      Floats weight;
+      Load(w + c * w_stride + k, &weight);
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) sums[r][c] += inputs[r] * weight;
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kR; ++r) {
+    float sum[kC];
+    if constexpr (kC == 4) {
+      const Four four = SumFour(sums[r]);
+      std::memcpy(sum, &four, sizeof sum);
+    } else {
+      sum[0] = Sum(sums[r][0]);
+    }
+    for (int c = 0; c < kC; ++c) {
+      for (int64_t i = k; i < depth; ++i) {
+        sum[c] += x[r * x_stride + i] * Value(w[c * w_stride + i]);
+      }
+      float& out = y[r * y_stride + c];
+      out = add ? out + sum[c] : sum[c];
+    }
+  }
+}
+
+template <class Weight>
+struct Product {
+  const float* x;
+  const Weight* w;
+  float* y;
+  int64_t rows, depth, columns;
+};
+
+template <int kC, class Weight>
+ROUTECAST_INLINE void Rows(const Product<Weight>& p, const Weight* w, int64_t w_stride,
+                           int64_t k, int64_t depth, float* y) {
+  const float* x = p.x + k;
+  const int64_t in = p.depth, out = p.columns;
+  int64_t r = 0;
+  if (p.rows >= kRows) {
+    Tile<kRows, kC, true>(x, in, w, w_stride, depth, k > 0, y, out);
+    r = kRows;
+  } else {
+    Tile<1, kC, true>(x, in, w, w_stride, depth, k > 0, y, out);
+    r = 1;
+  }
+  for (; r + kRows <= p.rows; r += kRows) {
+    Tile<kRows, kC, false>(x + r * in, in, w, w_stride, depth, k > 0, y + r * out, out);
+  }
+  for (; r < p.rows; ++r) {
+    Tile<1, kC, false>(x + r * in, in, w, w_stride, depth, k > 0, y + r * out, out);
+  }
+}
+
+template <int kC, class Weight>
+ROUTECAST_INLINE void Columns(const Product<Weight>& p, int64_t column) {
+  const Weight* w = p.w + column * p.depth;
+  for (int64_t k = 0; k < p.depth; k += kDepth) {
+    const int64_t depth = std::min(kDepth, p.depth - k);
+    if constexpr (std::is_same_v<Weight, Bf16>) {
+      if (p.rows > kRows) {  // widened once for all rows
+        float wide[kC * kDepth];
+        for (int c = 0; c < kC; ++c) Widen(w + c * p.depth + k, depth, wide + c * kDepth);
+        const Product<float> q{p.x, nullptr, p.y, p.rows, p.depth, p.columns};
+        Rows<kC>(q, wide, kDepth, k, depth, p.y + column);
+        continue;
+      }
+    }
+    Rows<kC>(p, w + k, p.depth, k, depth, p.y + column);
+  }
+}
+
+template <class Weight>
+ROUTECAST_INLINE void Range(const Product<Weight>& p, int64_t begin, int64_t end) {
+  int64_t c = begin;
+  for (; c + kColumns <= end; c += kColumns) Columns<kColumns>(p, c);
+  for (; c < end; ++c) Columns<1>(p, c);
+}
+
+template <class Weight>
+void RangePlain(const Product<Weight>& p, int64_t begin, int64_t end) {
+  Range(p, begin, end);
+}
+#if defined(__x86_64__)
+template <class Weight>
+[[gnu::target("avx2,fma")]] void RangeWide(const Product<Weight>& p, int64_t begin,
+                                           int64_t end) {
+  Range(p, begin, end);
+}
+bool HasWide() {
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return has;
+}
+#else
+template <class Weight>
+void RangeWide(const Product<Weight>& p, int64_t begin, int64_t end) {
+  Range(p, begin, end);
+}
+bool HasWide() { return false; }
+#endif
+
+template <class Weight>
+void Multiply(const Product<Weight>& p) {
+  // Whole tiles a thread: the split changes no sum.
+  const int64_t tiles = (p.columns + kColumns - 1) / kColumns;
+  const int64_t work = p.rows * p.depth * kColumns;
+  at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / std::max<int64_t>(work, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     const auto range =
+                         HasWide() ? RangeWide<Weight> : RangePlain<Weight>;
+                     range(p, begin * kColumns, std::min(end * kColumns, p.columns));
+                   });
+}
+
+// Instructions for bfloat16 that LibTorch's library makes use of.
+bool HasBf16() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return true;
+#endif
+}
+
+bool Pays(const at::Tensor& x, const at::Tensor& weight, int64_t rows) {
+  if (!HasWide() || rows == 0 || !x.device().is_cpu() ||
+      x.scalar_type() != weight.scalar_type() || !x.is_contiguous() ||
+      !weight.is_contiguous()) {
+    return false;
+  }
+  if (c10::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) {
+    return false;
+  }
+  // One row of float32: the library streams the weights as fast as they come.
+  if (x.scalar_type() == at::kFloat) return rows > 1 && rows <= kFewRows;
+  return x.scalar_type() == at::kBFloat16 && !HasBf16();
+}
+
+}  // namespace
+
+at::Tensor OwnLinear(const at::Tensor& x, const at::Tensor& weight) {
+  const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(0);
+  const at::Tensor input = x.to(at::kFloat);
+  at::Tensor out = at::empty({rows, columns}, input.options());
+  if (weight.scalar_type() == at::kFloat) {
+    Multiply<float>({input.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+                     out.mutable_data_ptr<float>(), rows, depth, columns});
+  } else {
+    Multiply<Bf16>({input.const_data_ptr<float>(),
+                    static_cast<const Bf16*>(weight.const_data_ptr()),
+                    out.mutable_data_ptr<float>(), rows, depth, columns});
+  }
+  return out.to(x.scalar_type());
+}
+
+at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight, Activation activation) {
+  const int64_t width = x.size(-1), rows = width > 0 ? x.numel() / width : 0;
+  if (!Pays(x, weight, rows)) {
+    const at::Tensor out = at::linear(x, weight);
+    return activation == Activation::kRelu ? at::relu(out) : out;
+  }
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  at::Tensor out = OwnLinear(x.view({rows, width}), weight);
+  if (activation == Activation::kRelu) out.clamp_min_(0);
+  return out.view(shape);
+}
+
+}  // namespace routecast

@@ -1,0 +1,95 @@
+// The engine's matrix product against LibTorch's in double precision.
+#include "models/linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+namespace routecast {
+namespace {
+
+struct Shape {
+  int64_t rows, depth, columns;
+};
+
+class LinearTest : public testing::TestWithParam<Shape> {
+ protected:
+  void SetUp() override {
+    at::manual_seed(4);
+    const Shape s = GetParam();
+    x_ = at::randn({s.rows, s.depth});
+    weight_ = at::randn({s.columns, s.depth});
+  }
+  at::Tensor x_, weight_;
+};
+
+double LargestError(const at::Tensor& got, const at::Tensor& x, const at::Tensor& w) {
+  const at::Tensor want = at::linear(x.to(at::kDouble), w.to(at::kDouble));
+  return ((got.to(at::kDouble) - want).abs() / (1 + want.abs())).max().item<double>();
+}
+
+TEST_P(LinearTest, Float32EqualsTheReference) {
+  EXPECT_LT(LargestError(OwnLinear(x_, weight_), x_, weight_), 1e-4);
+}
+
+TEST_P(LinearTest, Bfloat16IsTheRoundedReference) {
+  const at::Tensor x = x_.to(at::kBFloat16), w = weight_.to(at::kBFloat16);
+  const at::Tensor got = OwnLinear(x, w);
+  EXPECT_EQ(got.scalar_type(), at::kBFloat16);
+  EXPECT_LT(LargestError(got, x, w),
+            1.0 / 128);  // half a unit of the last place, and a tie
+}
+
+TEST_P(LinearTest, ARowDependsOnNoOther) {
+  const at::Tensor all = OwnLinear(x_, weight_);
+  for (int64_t r : {int64_t{0}, x_.size(0) / 2, x_.size(0) - 1}) {
+    const at::Tensor alone = OwnLinear(x_.narrow(0, r, 1).contiguous(), weight_);
+    EXPECT_TRUE(at::equal(alone[0], all[r])) << "row " << r;
+  }
+}
+
+TEST_P(LinearTest, ThreadsChangeNoBit) {
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);
+  const at::Tensor one = OwnLinear(x_, weight_);
+  at::set_num_threads(3);
+  const at::Tensor three = OwnLinear(x_, weight_);
+  at::set_num_threads(threads);
+  EXPECT_TRUE(at::equal(one, three));
+}
+
+// One, fewer and more rows than a tile, depths of no whole vector and of several blocks,
+// columns of no whole tile.
+INSTANTIATE_TEST_SUITE_P(Shapes, LinearTest,
+                         testing::Values(Shape{1, 8, 4}, Shape{2, 7, 3}, Shape{3, 16, 5},
+                                         Shape{5, 100, 9}, Shape{7, 1030, 6},
+                                         Shape{20, 2053, 33}, Shape{97, 768, 50}),
+                         [](const auto& info) {
+                           return std::to_string(info.param.rows) + "x" +
+                                  std::to_string(info.param.depth) + "x" +
+                                  std::to_string(info.param.columns);
+                         });
+
+TEST(LinearDispatch, GradientsFlow) {
+  const at::Tensor x = at::randn({4, 16}).requires_grad_(true);
+  const at::Tensor w = at::randn({6, 16}).requires_grad_(true);
+  Linear(x, w, Activation::kRelu).sum().backward();
+  EXPECT_TRUE(x.grad().defined());
+  EXPECT_TRUE(w.grad().defined());
+}
+
+TEST(LinearDispatch, LeadingDimensionsAndActivation) {
+  const at::Tensor x = at::randn({2, 3, 16}), w = at::randn({5, 16});
+  const at::Tensor got = Linear(x, w, Activation::kRelu);
+  EXPECT_EQ(got.sizes(), (std::vector<int64_t>{2, 3, 5}));
+  EXPECT_TRUE(at::allclose(got, at::relu(at::linear(x, w)), 1e-5, 1e-5));
+}
+
+// A view whose rows do not lie one behind the other, as a gather's result may be.
+TEST(LinearDispatch, StridedInputIsNotMisread) {
+  const at::Tensor x = at::randn({16, 4}).t(), w = at::randn({5, 16});
+  EXPECT_TRUE(at::allclose(Linear(x, w), at::linear(x, w), 1e-5, 1e-5));
+}
+
+}  // namespace
+}  // namespace routecast
