@@ -15,7 +15,9 @@ namespace {
 using Kind = Pickle::Kind;
 
 constexpr int64_t kMaxDimension = int64_t{1} << 62;
-constexpr size_t kMaxDimensions = 64;
+constexpr size_t kMaxDimensions = 16;
+// A name of a few bytes may point to a tensor that is there already; an entry takes more.
+constexpr size_t kMaxTensors = 200'000;
 
 [[noreturn]] void Bad(const ByteFile& file, const std::string& rule) {
   throw DataError(ErrorText(
@@ -123,6 +125,10 @@ class StateDict {
   std::vector<TensorEntry> Read() {
     const Pickle::Value& dict = pickle_[pickle_.result()];
     if (dict.kind != Kind::kDict) Bad(file_, "it holds no dictionary of tensors");
+    if (dict.items.size() / 2 > kMaxTensors) {
+      Bad(file_, std::to_string(dict.items.size() / 2) + " tensors, above the limit of " +
+                     std::to_string(kMaxTensors));
+    }
     std::vector<TensorEntry> tensors;
     std::set<std::string_view> names;
     for (size_t i = 0; i < dict.items.size(); i += 2) {

@@ -214,6 +214,16 @@ std::vector<HostileCase> WrongTensors() {
   const std::string w = p::Text("w");
   return {
       Pickled("a_list", p::Whole("]"), "it holds no dictionary"),
+      Pickled(
+          "many_names_for_one_tensor",
+          [&] {
+            std::string text = "\x80\x02}q\x01" + w + good + "q\x02s";
+            for (int i = 0; i < 200'000; ++i) {
+              text += p::Text(std::to_string(i)) + "h\x02s";
+            }
+            return text + ".";
+          }(),
+          "200001 tensors, above the limit"),
       Pickled("number_as_name", p::Dict(p::Int(7) + good), "name is no text"),
       Pickled("empty_name", p::Dict(p::Text("") + good), "has an empty name"),
       Pickled("name_twice", p::Dict(w + good + w + good),
@@ -263,7 +273,7 @@ std::vector<HostileCase> WrongTensors() {
       View("repeated", 0, {1'000'000'000, 6}, {0, 1}, "share their bytes"),
       View("empty_beyond", 99, {0}, {1}, "it begins beyond its storage"),
       View("seventy_dimensions", 0, std::vector<int64_t>(70, 1),
-           std::vector<int64_t>(70, 1), "70 dimensions, above 64"),
+           std::vector<int64_t>(70, 1), "70 dimensions, above 16"),
       Value("sizes_as_text", rebuild + "(" + floats + p::Int(0) + p::Text("6") + "NNNtR",
             "its size is no tuple"),
   };
