@@ -23,15 +23,15 @@ void CheckExperts(int group, int num_experts) {
 }
 
 // The experts that rank `member` of a group owns; the others' entries stay undefined.
-std::vector<ExpertWeights> OwnExperts(const fs::path& folder, const SwitchConfig& config,
-                                      int group, int member, at::ScalarType dtype,
-                                      at::Device device) {
-  const MoeGeometry g = config.geometry();
+std::vector<ExpertWeights> OwnExperts(const fs::path& folder, int group, int member,
+                                      at::ScalarType dtype, at::Device device) {
+  const CheckpointReader reader(folder);
+  const MoeGeometry g = reader.config().geometry();
   std::vector<ExpertWeights> weights(static_cast<size_t>(g.num_keys()));
   for (int i = 0; i < g.num_keys(); ++i) {
     const ExpertKey key = ExpertKey::FromIndex(i, g);
     if (OwnerOf(key.expert, g.num_experts, group) != member) continue;
-    const ExpertWeights read = LoadExpert(folder, config, key, dtype);
+    const ExpertWeights read = reader.ReadExpert(key, dtype);
     weights[static_cast<size_t>(i)] = {read.wi_FD.to(device), read.wo_DF.to(device)};
   }
   return weights;
@@ -52,8 +52,7 @@ CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
   const MoeGeometry g = config.geometry();
   CheckExperts(expert_parallel, g.num_experts);
   source_ = std::make_unique<ResidentExpertSource>(
-      g, OwnExperts(folder, config, expert_parallel, rank.rank % expert_parallel, dtype,
-                    device));
+      g, OwnExperts(folder, expert_parallel, rank.rank % expert_parallel, dtype, device));
   local_ = std::make_unique<LocalExpertExecutor>(source_.get());
   group_ = std::make_unique<ExpertParallelExecutor>(
       rank, expert_parallel, g, config.d_model, dtype, device, local_.get());

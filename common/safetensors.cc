@@ -2,46 +2,170 @@
 
 #include <algorithm>
 #include <cstring>
-#include <fstream>
 #include <limits>
-#include <set>
+#include <stdexcept>
 
 #include "common/errors.h"
+#include "common/foreign_text.h"
 #include "common/run_record.h"
 
 namespace routecast {
 namespace {
 
+using ForeignJson = nlohmann::json;
+
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
+constexpr size_t kMaxNameBytes = 1024;
+constexpr size_t kMaxDimensions = 64;
+constexpr int kMaxHeaderDepth = 4;  // header, entry, shape, number
 
 [[noreturn]] void Bad(const std::string& what, const std::string& rule) {
   throw DataError(ErrorText(what + " is not a valid safetensors file", rule,
                             "fetch or write the file again"));
 }
 
-uint64_t CheckedBytes(const TensorEntry& t, const std::string& what) {
-  uint64_t bytes = DtypeBytes(t.dtype);
-  if (bytes == 0) Bad(what, "tensor " + t.name + ": unknown dtype " + t.dtype);
-  for (int64_t dim : t.shape) {
-    if (dim < 0) Bad(what, "tensor " + t.name + ": negative dimension");
-    const auto d = static_cast<uint64_t>(dim);
-    if (d != 0 && bytes > std::numeric_limits<uint64_t>::max() / d) {
-      Bad(what, "tensor " + t.name + ": shape product overflows");
+// One entry of the header: checks it and says which with every error.
+class EntryReader {
+ public:
+  EntryReader(const std::string& name, const ForeignJson& value, const std::string& what)
+      : name_(name), value_(value), what_(what) {}
+
+  TensorEntry Read(uint64_t data_start, uint64_t file_size) const {
+    CheckName();
+    for (const auto& [key, unused] : value_.items()) {
+      if (key != "dtype" && key != "shape" && key != "data_offsets") {
+        Refuse("key " + Quoted(key) + " is unknown");
+      }
     }
-    bytes *= d;
+    TensorEntry t;
+    t.name = name_;
+    t.dtype = Dtype();
+    t.shape = Shape();
+    const ForeignJson& offsets = Field("data_offsets");
+    if (!offsets.is_array()) Refuse("data_offsets is no list");
+    if (offsets.size() != 2) {
+      Refuse("data_offsets has " + std::to_string(offsets.size()) + " numbers, not 2");
+    }
+    const uint64_t begin = Offset(offsets[0]), end = Offset(offsets[1]);
+    if (begin > end) {
+      Refuse("data ends at " + std::to_string(end) + ", before it begins at " +
+             std::to_string(begin));
+    }
+    if (end > file_size - data_start) {
+      Refuse("data ends at " + std::to_string(end) + ", the file holds " +
+             std::to_string(file_size - data_start) + " bytes of data");
+    }
+    t.size_bytes = end - begin;
+    t.offset = data_start + begin;
+    if (const uint64_t bytes = Bytes(t); bytes != t.size_bytes) {
+      Refuse("shape " + ShapeText(t.shape) + " of " + t.dtype + " takes " +
+             std::to_string(bytes) + " bytes, data_offsets give " +
+             std::to_string(t.size_bytes));
+    }
+    return t;
   }
-  return bytes;
+
+ private:
+  [[noreturn]] void Refuse(const std::string& rule) const {
+    Bad(what_, "tensor " + Quoted(name_) + ": " + rule);
+  }
+  void CheckName() const {
+    if (name_.empty()) Refuse("the name is empty");
+    if (name_.size() > kMaxNameBytes) {
+      Refuse("the name has " + std::to_string(name_.size()) + " bytes, above " +
+             std::to_string(kMaxNameBytes));
+    }
+    for (const char c : name_) {
+      if (static_cast<unsigned char>(c) < 0x20) Refuse("the name has control characters");
+    }
+    if (!value_.is_object()) Refuse("the entry is no object");
+  }
+  const ForeignJson& Field(const char* key) const {
+    const auto it = value_.find(key);
+    if (it == value_.end()) Refuse(std::string(key) + " is missing");
+    return *it;
+  }
+  std::string Dtype() const {
+    const ForeignJson& dtype = Field("dtype");
+    if (!dtype.is_string()) Refuse("dtype is no string");
+    const auto& name = dtype.get_ref<const std::string&>();
+    if (DtypeBytes(name) == 0) Refuse("dtype " + Quoted(name) + " is unknown");
+    return name;
+  }
+  std::vector<int64_t> Shape() const {
+    const ForeignJson& shape = Field("shape");
+    if (!shape.is_array()) Refuse("shape is no list");
+    if (shape.size() > kMaxDimensions) {
+      Refuse("shape has " + std::to_string(shape.size()) + " dimensions, above " +
+             std::to_string(kMaxDimensions));
+    }
+    std::vector<int64_t> dims;
+    for (const ForeignJson& dim : shape) {
+      if (!dim.is_number_unsigned()) {
+        Refuse("dimension " + Quoted(dim.dump()) + " is no count");
+      }
+      if (dim.get<uint64_t>() > uint64_t{1} << 62) {
+        Refuse("dimension " + dim.dump() + " is above 2^62");
+      }
+      dims.push_back(dim.get<int64_t>());
+    }
+    return dims;
+  }
+  uint64_t Offset(const ForeignJson& offset) const {
+    if (!offset.is_number_unsigned()) {
+      Refuse("offset " + Quoted(offset.dump()) + " is no count");
+    }
+    return offset.get<uint64_t>();
+  }
+  uint64_t Bytes(const TensorEntry& t) const {
+    uint64_t bytes = DtypeBytes(t.dtype);
+    for (const int64_t dim : t.shape) {
+      const auto d = static_cast<uint64_t>(dim);
+      if (d != 0 && bytes > std::numeric_limits<uint64_t>::max() / d) {
+        Refuse("shape " + ShapeText(t.shape) + " overflows 64 bits");
+      }
+      bytes *= d;
+    }
+    return bytes;
+  }
+
+  const std::string& name_;
+  const ForeignJson& value_;
+  const std::string& what_;
+};
+
+std::map<std::string, std::string> Metadata(const ForeignJson& value,
+                                            const std::string& what) {
+  if (!value.is_object()) Bad(what, "__metadata__ is no object");
+  std::map<std::string, std::string> metadata;
+  for (const auto& [key, text] : value.items()) {
+    if (!text.is_string()) Bad(what, "metadata " + Quoted(key) + " is no string");
+    metadata[key] = text.get<std::string>();
+  }
+  return metadata;
+}
+
+// The format allows neither holes nor overlaps: bytes that nobody names could hide
+// anything, and bytes named twice are not two tensors.
+void CheckLayout(const SafetensorsIndex& index, uint64_t data_start, uint64_t file_size,
+                 const std::string& what) {
+  uint64_t expected = data_start;
+  for (const TensorEntry& t : index.tensors) {
+    if (t.offset != expected) {
+      Bad(what, "tensor " + Quoted(t.name) + ": data begins at " +
+                    std::to_string(t.offset - data_start) +
+                    (t.offset > expected ? ", a hole after " : ", an overlap before ") +
+                    std::to_string(expected - data_start));
+    }
+    expected += t.size_bytes;
+  }
+  if (expected != file_size) {
+    Bad(what, "the tensors end at byte " + std::to_string(expected) + ", the file at " +
+                  std::to_string(file_size));
+  }
 }
 
 }  // namespace
-
-uint64_t DtypeBytes(const std::string& dtype) {
-  static const std::map<std::string, uint64_t> kBytes = {
-      {"F64", 8},  {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4}, {"F16", 2},
-      {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
-  const auto it = kBytes.find(dtype);
-  return it == kBytes.end() ? 0 : it->second;
-}
 
 const TensorEntry* SafetensorsIndex::Find(const std::string& name) const {
   for (const TensorEntry& t : tensors) {
@@ -52,129 +176,126 @@ const TensorEntry* SafetensorsIndex::Find(const std::string& name) const {
 
 SafetensorsIndex ParseSafetensorsHeader(const std::string& header_json,
                                         uint64_t file_size, const std::string& what) {
-  if (header_json.empty() || header_json[0] != '{')
-    Bad(what, "header does not start with {");
-  const Json header = ParseJson(header_json, what + " (header)");
-  if (!header.is_object()) Bad(what, "header is not an object");
+  if (header_json.empty()) Bad(what, "the header is empty");
+  if (header_json[0] != '{') Bad(what, "the header does not start with {");
   const uint64_t data_start = 8 + header_json.size();
+  if (data_start > file_size) Bad(what, "the header is longer than the file");
+  const ForeignJson header =
+      ParseForeignJson(header_json, what + " (header)", kMaxHeaderDepth);
   SafetensorsIndex index;
-  std::set<std::string> names;
   for (const auto& [name, value] : header.items()) {
-    if (!names.insert(name).second) Bad(what, "tensor " + name + " is named twice");
-    if (!value.is_object()) Bad(what, "entry " + name + " is not an object");
     if (name == "__metadata__") {
-      for (const auto& [key, text] : value.items()) {
-        if (!text.is_string()) Bad(what, "metadata " + key + " is not a string");
-        index.metadata[key] = text.get<std::string>();
-      }
-      continue;
+      index.metadata = Metadata(value, what);
+    } else {
+      index.tensors.push_back(EntryReader(name, value, what).Read(data_start, file_size));
     }
-    TensorEntry t;
-    t.name = name;
-    const bool complete = value.contains("dtype") && value["dtype"].is_string() &&
-                          value.contains("shape") && value["shape"].is_array() &&
-                          value.contains("data_offsets") &&
-                          value["data_offsets"].is_array() &&
-                          value["data_offsets"].size() == 2;
-    if (!complete) Bad(what, "entry " + name + " lacks dtype, shape or data_offsets");
-    t.dtype = value["dtype"].get<std::string>();
-    for (const auto& dim : value["shape"]) {
-      if (!dim.is_number_unsigned()) Bad(what, "entry " + name + ": bad dimension");
-      if (dim.get<uint64_t>() > uint64_t{1} << 62)
-        Bad(what, "entry " + name + ": dimension");
-      t.shape.push_back(dim.get<int64_t>());
-    }
-    for (const auto& o : value["data_offsets"]) {
-      if (!o.is_number_unsigned()) Bad(what, "entry " + name + ": bad offset");
-    }
-    const auto begin = value["data_offsets"][0].get<uint64_t>();
-    const auto end = value["data_offsets"][1].get<uint64_t>();
-    if (begin > end || end > file_size)
-      Bad(what, "entry " + name + ": offsets out of range");
-    t.size_bytes = end - begin;
-    t.offset = data_start + begin;
-    if (CheckedBytes(t, what) != t.size_bytes) {
-      Bad(what, "tensor " + name + ": shape and offsets disagree");
-    }
-    index.tensors.push_back(std::move(t));
   }
   std::stable_sort(index.tensors.begin(), index.tensors.end(),
                    [](const TensorEntry& a, const TensorEntry& b) {
                      return a.offset != b.offset ? a.offset < b.offset
                                                  : a.size_bytes < b.size_bytes;
                    });
-  uint64_t expected = data_start;
-  for (const TensorEntry& t : index.tensors) {
-    if (t.offset != expected) Bad(what, "hole or overlap before tensor " + t.name);
-    expected += t.size_bytes;
-  }
-  if (expected != file_size) {
-    Bad(what, "data ends at " + std::to_string(expected) + ", file at " +
-                  std::to_string(file_size));
-  }
+  CheckLayout(index, data_start, file_size, what);
   return index;
 }
 
-SafetensorsIndex ReadSafetensorsIndex(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  if (!in || !fs::is_regular_file(path)) {
-    throw UsageError(ErrorText("cannot open " + path.string(), "", "check the path"));
+SafetensorsIndex ReadSafetensorsIndex(const ByteFile& file) {
+  const std::string what = file.path().string();
+  if (file.size() < 8) {
+    Bad(what, "it has " + std::to_string(file.size()) + " bytes, not even a header");
   }
-  const uint64_t file_size = fs::file_size(path);
+  const std::string start = file.Read(0, std::min<uint64_t>(file.size(), 32));
+  if (const std::string other = KnownImpostor(start); !other.empty()) {
+    Bad(what, "it is " + other);
+  }
   uint64_t length = 0;
-  if (file_size < 8 || !in.read(reinterpret_cast<char*>(&length), 8)) {
-    Bad(path, "shorter than 8 bytes");
+  std::memcpy(&length, start.data(), sizeof length);
+  if (length > kMaxHeaderBytes) {
+    Bad(what, "the header has " + std::to_string(length) + " bytes, above the limit of " +
+                  std::to_string(kMaxHeaderBytes));
   }
-  if (length > kMaxHeaderBytes || length > file_size - 8) {
-    Bad(path, "header length " + std::to_string(length) + ", file " +
-                  std::to_string(file_size) + " bytes");
+  if (length > file.size() - 8) {
+    Bad(what, "the header has " + std::to_string(length) +
+                  " bytes, and the file ends after " + std::to_string(file.size() - 8));
   }
-  std::string header(length, '\0');
-  if (!in.read(header.data(), static_cast<std::streamsize>(length)))
-    Bad(path, "cut header");
-  return ParseSafetensorsHeader(header, file_size, path.string());
+  return ParseSafetensorsHeader(file.Read(8, length), file.size(), what);
+}
+
+SafetensorsIndex ReadSafetensorsIndex(const fs::path& path) {
+  return ReadSafetensorsIndex(ByteFile(path));
 }
 
 std::string ReadTensorBytes(const fs::path& path, const TensorEntry& entry) {
-  std::ifstream in(path, std::ios::binary);
-  std::string bytes(entry.size_bytes, '\0');
-  in.seekg(static_cast<std::streamoff>(entry.offset));
-  if (!in.read(bytes.data(), static_cast<std::streamsize>(bytes.size())) &&
-      !bytes.empty()) {
-    Bad(path, "cut inside tensor " + entry.name);
-  }
+  return ByteFile(path).Read(entry.offset, entry.size_bytes);
+}
+
+uint64_t TensorHeader::size_bytes() const {
+  uint64_t bytes = DtypeBytes(dtype);
+  if (bytes == 0) throw std::logic_error("no safetensors dtype: " + dtype);
+  for (const int64_t dim : shape) bytes *= static_cast<uint64_t>(dim);
   return bytes;
+}
+
+namespace {
+
+// Written by hand, not as a JSON object: that would look every name up in all before it.
+std::string HeaderText(const std::vector<TensorHeader>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
+  std::string text = "{";
+  if (!metadata.empty()) text += "\"__metadata__\":" + Json(metadata).dump();
+  uint64_t offset = 0;
+  for (const TensorHeader& t : tensors) {
+    const uint64_t end = offset + t.size_bytes();
+    const Json entry = {
+        {"dtype", t.dtype}, {"shape", t.shape}, {"data_offsets", {offset, end}}};
+    text += (text.size() > 1 ? "," : "") + Json(t.name).dump() + ":" + entry.dump();
+    offset = end;
+  }
+  text += "}";
+  text.append((8 - text.size() % 8) % 8, ' ');
+  const uint64_t length = text.size();
+  return std::string(reinterpret_cast<const char*>(&length), sizeof length) + text;
+}
+
+uint64_t DataBytes(const std::vector<TensorHeader>& tensors) {
+  uint64_t bytes = 0;
+  for (const TensorHeader& t : tensors) bytes += t.size_bytes();
+  return bytes;
+}
+
+}  // namespace
+
+SafetensorsWriter::SafetensorsWriter(const fs::path& path,
+                                     const std::vector<TensorHeader>& tensors,
+                                     const std::map<std::string, std::string>& metadata)
+    : header_(HeaderText(tensors, metadata)),
+      file_bytes_(header_.size() + DataBytes(tensors)),
+      file_(path, file_bytes_) {
+  file_.Append(header_.data(), header_.size());
+}
+
+void SafetensorsWriter::Append(const void* data, size_t count) {
+  file_.Append(data, count);
+}
+
+void SafetensorsWriter::Finish() {
+  if (file_.written() != file_bytes_) {
+    throw std::logic_error("SafetensorsWriter: the header promised " +
+                           std::to_string(file_bytes_) + " bytes, " +
+                           std::to_string(file_.written()) + " came");
+  }
+  file_.Commit();
 }
 
 void WriteSafetensors(const fs::path& path, const std::vector<TensorToWrite>& tensors,
                       const std::map<std::string, std::string>& metadata) {
-  Json header = Json::object();
-  if (!metadata.empty()) {
-    Json meta = Json::object();
-    for (const auto& [key, value] : metadata) meta[key] = value;
-    header["__metadata__"] = meta;
-  }
-  uint64_t offset = 0;
-  std::vector<uint64_t> sizes;
-  for (const TensorToWrite& t : tensors) {
-    const uint64_t bytes = CheckedBytes({t.name, t.dtype, t.shape, 0, 0}, path.string());
-    header[t.name] = {{"dtype", t.dtype},
-                      {"shape", t.shape},
-                      {"data_offsets", {offset, offset + bytes}}};
-    offset += bytes;
-    sizes.push_back(bytes);
-  }
-  std::string text = header.dump();
-  text.append((8 - text.size() % 8) % 8, ' ');
-  const uint64_t length = text.size();
-  std::string file;
-  file.reserve(8 + text.size() + offset);
-  file.append(reinterpret_cast<const char*>(&length), 8);
-  file += text;
+  std::vector<TensorHeader> headers;
+  for (const TensorToWrite& t : tensors) headers.push_back({t.name, t.dtype, t.shape});
+  SafetensorsWriter writer(path, headers, metadata);
   for (size_t i = 0; i < tensors.size(); ++i) {
-    file.append(static_cast<const char*>(tensors[i].data), sizes[i]);
+    writer.Append(tensors[i].data, headers[i].size_bytes());
   }
-  WriteFileAtomic(path, file);
+  writer.Finish();
 }
 
 }  // namespace routecast

@@ -64,11 +64,12 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
   const int count = spec.geometry.num_keys();
   if (auto file = OpenIfGood(path, spec, count)) return file;
   ExpertFileWriter writer(path, spec);
+  const CheckpointReader reader(checkpoint);
   Progress progress("experts to disk", "experts", static_cast<uint64_t>(count), quiet);
   for (int i = 0; i < count; ++i) {
     if (StopRequested()) throw StoppedError("stopped while writing experts");
     const ExpertKey key = ExpertKey::FromIndex(i, spec.geometry);
-    const ExpertWeights weights = LoadExpert(checkpoint, config, key, dtype);
+    const ExpertWeights weights = reader.ReadExpert(key, dtype);
     writer.Append(key, Bytes(weights.wi_FD.contiguous()),
                   Bytes(weights.wo_DF.contiguous()));
     progress.Update(static_cast<uint64_t>(i) + 1);

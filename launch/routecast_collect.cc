@@ -6,13 +6,17 @@
 #include "collector/collector.h"
 #include "comm/mpi_session.h"
 #include "common/errors.h"
+#include "common/model_folder.h"
 #include "launch/main.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
 DECLARE_int32(threads);
 DECLARE_uint64(seed);
-DEFINE_string(model, "", "Checkpoint: folder with config.json, weights and spiece.model");
+DEFINE_string(
+    model, "",
+    "Checkpoint: folder with config.json, weights and spiece.model, or a name in "
+    "the Hugging Face cache: google/switch-base-8[@REVISION]");
 DEFINE_string(data, "",
               "Corpus: kind:path, repeatable (text: jsonl: wikitext: squad: glue:)");
 DEFINE_string(store, "", "Folder of the trace store: made anew, or gone on with");
@@ -48,7 +52,7 @@ std::vector<std::string> List(const std::string& text) {
 
 CollectOptions Options() {
   CollectOptions o;
-  o.model = FLAGS_model;
+  o.model = FindModelFolder(FLAGS_model).string();
   o.data = FlagValues("data");
   o.store = FLAGS_store;
   o.cache = FLAGS_cache;

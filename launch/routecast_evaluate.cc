@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "common/errors.h"
+#include "common/model_folder.h"
 #include "evaluator/evaluation.h"
 #include "launch/flags.h"
 #include "launch/main.h"
@@ -15,7 +16,10 @@ DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
 DECLARE_int32(threads);
 DECLARE_uint64(seed);
-DEFINE_string(model, "", "checkpoint folder to generate with; empty: replay of --store");
+DEFINE_string(
+    model, "",
+    "checkpoint to generate with: a folder, or a name in the Hugging Face cache; "
+    "empty: replay of --store");
 DEFINE_string(store, "",
               "trace store: sequences to replay, prompts, and counts of baselines");
 DEFINE_string(prompts, "", "text file, one prompt a line (with --model)");
@@ -63,7 +67,7 @@ std::vector<std::string> List(const std::string& text) {
 
 EvaluationOptions OptionsFromFlags() {
   EvaluationOptions options;
-  options.model = FLAGS_model;
+  options.model = FindModelFolder(FLAGS_model);
   options.store = FLAGS_store;
   options.prompts = FLAGS_prompts;
   options.predictor = List(FLAGS_predictor);

@@ -2,74 +2,183 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
+
 #include "common/errors.h"
-#include "common/safetensors.h"
+#include "common/foreign_text.h"
 
 namespace routecast {
 namespace {
 
-fs::path WeightsFile(const fs::path& folder) {
-  const fs::path file = folder / "model.safetensors";
-  if (!fs::is_directory(folder)) {
-    throw UsageError(ErrorText("--model=" + folder.string() + " is not a folder", "",
-                               "give a folder with config.json and model.safetensors"));
-  }
-  if (!fs::exists(file)) {
-    throw UsageError(ErrorText(folder.string() + " has no model.safetensors", "",
-                               "give a Hugging Face folder with config.json and "
-                               "model.safetensors"));
-  }
-  return file;
+constexpr char kShared[] = "shared.weight", kHead[] = "lm_head.weight";
+// The names that transformers ties to shared.weight, in the order in which it looks for
+// one that is there.
+const std::array<std::string, 4> kEmbeddings = {kShared, "encoder.embed_tokens.weight",
+                                                "decoder.embed_tokens.weight", kHead};
+constexpr char kAdvice[] = "does config.json belong to these weights?";
+
+bool IsRouter(const std::string& name) {
+  return name.find(".mlp.router.") != std::string::npos;
 }
 
 }  // namespace
 
+CheckpointReader::CheckpointReader(const fs::path& folder)
+    : folder_(folder), files_(folder) {
+  const fs::path config = folder / "config.json";
+  config_json_ = ReadJsonFile(config);
+  config_ = SwitchConfig::FromJson(config_json_, config.string());
+  for (const WeightEntry& entry : files_.tensors()) entries_[entry.name] = &entry;
+  ResolveEmbeddings();
+  Check();
+}
+
+// Not tied: each stack has its own; one that equals shared.weight need not be kept twice.
+void CheckpointReader::ResolveEmbeddings() {
+  if (config_.tie_word_embeddings) return ResolveTied();
+  const auto shared = entries_.find(kShared);
+  if (shared == entries_.end()) return;
+  for (const std::string& name : kEmbeddings) {
+    const auto it = entries_.find(name);
+    if (name == kShared || name == kHead || it == entries_.end()) continue;
+    if (files_.SameBytes(*shared->second, *it->second)) entries_.erase(it);
+  }
+}
+
+// One tensor under up to four names; files may hold any of them.
+void CheckpointReader::ResolveTied() {
+  const WeightEntry* first = nullptr;
+  for (const std::string& name : kEmbeddings) {
+    const auto it = entries_.find(name);
+    if (it == entries_.end()) continue;
+    const WeightEntry* entry = it->second;
+    entries_.erase(it);
+    if (first == nullptr) first = entry;
+    if (files_.SameBytes(*first, *entry)) continue;
+    throw DataError(ErrorText(files_.FileOf(*entry).string() + ": " +
+                                  Quoted(first->name) + " and " + Quoted(name) +
+                                  " differ",
+                              "config.json ties them: tie_word_embeddings is true",
+                              "use the config.json that belongs to these weights"));
+  }
+  if (first != nullptr) entries_[kShared] = first;
+}
+
+void CheckpointReader::Check() const {
+  // Before the list of names is made: config.json may ask for any number of experts.
+  const auto wanted = 2 * static_cast<size_t>(config_.geometry().num_keys());
+  if (wanted > entries_.size()) {
+    throw DataError(ErrorText(files_.source().string() + " lacks experts",
+                              "config.json asks for " + std::to_string(wanted) +
+                                  " of their tensors, all in all there are " +
+                                  std::to_string(entries_.size()),
+                              kAdvice));
+  }
+  std::map<std::string, std::vector<int64_t>> shapes;
+  for (auto& [name, shape] : ParameterShapes(config_)) shapes[name] = std::move(shape);
+  std::vector<std::string> missing, misshaped, unexpected;
+  for (const auto& [name, shape] : shapes) {
+    if (entries_.count(name) == 0) missing.push_back(name);
+  }
+  for (const std::string& name : kEmbeddings) shapes.emplace(name, shapes[kShared]);
+  for (const auto& [name, entry] : entries_) {
+    const auto it = shapes.find(name);
+    if (it == shapes.end()) {
+      unexpected.push_back(name);
+    } else if (it->second != entry->shape) {
+      misshaped.push_back(name);
+    }
+    CheckType(name, *entry);
+  }
+  if (!misshaped.empty()) {
+    Refuse(misshaped, "has the wrong shape", ShapeText(shapes[misshaped[0]]));
+  }
+  if (!missing.empty()) Refuse(missing, "is missing", ShapeText(shapes[missing[0]]));
+  if (!unexpected.empty()) Refuse(unexpected, "is unexpected", "none");
+}
+
+void CheckpointReader::CheckType(const std::string& name,
+                                 const WeightEntry& entry) const {
+  if (entry.dtype[0] == 'F' || entry.dtype == "BF16") return;
+  throw DataError(ErrorText(
+      files_.FileOf(entry).string() + ": tensor " + Quoted(name) + " holds no weights",
+      "found dtype " + entry.dtype + ", weights are F32, BF16, F16 or F64", kAdvice));
+}
+
+// `names` is not empty; the first is told, with its file and both shapes.
+void CheckpointReader::Refuse(const std::vector<std::string>& names,
+                              const std::string& rule, const std::string& wanted) const {
+  const auto it = entries_.find(names[0]);
+  const bool there = it != entries_.end();
+  const fs::path& file = there ? files_.FileOf(*it->second) : files_.source();
+  const std::string more =
+      names.size() > 1 ? " (and " + std::to_string(names.size() - 1) + " more)" : "";
+  throw DataError(
+      ErrorText(file.string() + ": tensor " + Quoted(names[0]) + " " + rule + more,
+                "found " + (there ? ShapeText(it->second->shape) : std::string("none")) +
+                    ", config.json asks for " + wanted,
+                kAdvice));
+}
+
+std::string CheckpointReader::Fingerprint() const {
+  return Hex64(files_.Hash(Hash64(config_json_.dump())));
+}
+
+at::Tensor CheckpointReader::Read(const std::string& parameter,
+                                  at::ScalarType dtype) const {
+  const auto it = entries_.find(parameter);
+  if (it == entries_.end()) throw std::logic_error("no such parameter: " + parameter);
+  const WeightEntry& entry = *it->second;
+  const bool keep = IsRouter(parameter) && entry.dtype == "F32";
+  return ReadTensor(files_.Open(entry), entry, keep ? at::kFloat : dtype);
+}
+
+ExpertWeights CheckpointReader::ReadExpert(ExpertKey key, at::ScalarType dtype) const {
+  return {Read(ExpertTensorName(config_, key, "wi"), dtype),
+          Read(ExpertTensorName(config_, key, "wo"), dtype)};
+}
+
+std::vector<std::string> CheckpointReader::names() const {
+  std::map<const WeightEntry*, std::string> by_place;  // entries lie in one vector
+  for (const auto& [name, entry] : entries_) by_place[entry] = name;
+  std::vector<std::string> names;
+  for (const auto& [entry, name] : by_place) names.push_back(name);
+  return names;
+}
+
 Checkpoint LoadCheckpoint(const fs::path& folder, at::ScalarType dtype, at::Device device,
                           ExpertLoading experts) {
-  const fs::path file = WeightsFile(folder);
+  const CheckpointReader reader(folder);
   Checkpoint checkpoint;
-  const Json config = ReadJsonFile(folder / "config.json");
-  checkpoint.config = SwitchConfig::FromJson(config, (folder / "config.json").string());
-  const std::string weights = ReadFile(file, uint64_t{1} << 40);
-  checkpoint.fingerprint = Hex64(Hash64(weights, Hash64(config.dump())));
-  const Parameters read = ReadParameters(file, dtype, [&](const std::string& name) {
-    return experts == ExpertLoading::kLoad || !IsExpertTensor(name);
-  });
-  for (const auto& [name, tensor] : read.items()) {
-    checkpoint.parameters.Add(name, tensor.to(device));
+  checkpoint.config = reader.config();
+  checkpoint.fingerprint = reader.Fingerprint();
+  for (const std::string& name : reader.names()) {
+    if (experts == ExpertLoading::kLeaveOut && IsExpertTensor(name)) continue;
+    checkpoint.parameters.Add(name, reader.Read(name, dtype).to(device));
   }
   return checkpoint;
 }
 
 void SaveCheckpoint(const fs::path& folder, const SwitchConfig& config,
-                    const Parameters& parameters, at::ScalarType dtype) {
-  Json json = config.ToJson();
-  json["dtype"] = dtype == at::kBFloat16 ? "bfloat16"
-                  : dtype == at::kHalf   ? "float16"
-                                         : "float32";
-  WriteFileAtomic(folder / "config.json", json.dump(2) + "\n");
-  const Json generation = {{"pad_token_id", config.pad_token_id},
-                           {"eos_token_id", config.eos_token_id},
-                           {"decoder_start_token_id", config.decoder_start_token_id}};
-  WriteFileAtomic(folder / "generation_config.json", generation.dump(2) + "\n");
+                    const Parameters& parameters, at::ScalarType dtype,
+                    uint64_t max_shard_bytes) {
   Parameters all = parameters;
   if (!config.tie_word_embeddings) {  // transformers 5 keeps one embedding a stack there
     for (const char* name :
          {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}) {
-      if (!all.Has(name)) all.Add(name, parameters.Get("shared.weight"));
+      if (!all.Has(name)) all.Add(name, parameters.Get(kShared));
     }
   }
-  WriteParameters(folder / "model.safetensors", all, dtype, {{"format", "pt"}});
-}
-
-ExpertWeights LoadExpert(const fs::path& folder, const SwitchConfig& config,
-                         ExpertKey key, at::ScalarType dtype) {
-  const std::string wi = ExpertTensorName(config, key, "wi");
-  const std::string wo = ExpertTensorName(config, key, "wo");
-  const Parameters both =
-      ReadParameters(WeightsFile(folder), dtype,
-                     [&](const std::string& n) { return n == wi || n == wo; });
-  return {both.Get(wi), both.Get(wo)};
+  std::vector<TensorHeader> headers;
+  for (const auto& [name, tensor] : all.items()) {
+    headers.push_back({name, DtypeName(StoredType(tensor, dtype)), tensor.sizes().vec()});
+  }
+  CheckpointWriter writer(folder, headers, max_shard_bytes);
+  for (const auto& [name, tensor] : all.items()) {
+    const at::Tensor t = ToStore(tensor, dtype);
+    writer.Append(t.const_data_ptr(), t.nbytes());
+  }
+  writer.Finish(config, dtype);
 }
 
 std::vector<RouterWeights> RoutersOf(const SwitchConfig& config,

@@ -1,9 +1,14 @@
-// Checkpoints as Hugging Face folders: config.json, model.safetensors, tokenizer files.
+// Checkpoints as Hugging Face folders: config.json, weights in any form that
+// common/weight_files.h reads, tokenizer files. docs/checkpoints.md says what is read,
+// written and refused.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 
+#include "common/weight_files.h"
+#include "models/checkpoint_writer.h"
 #include "models/expert_execution.h"
 #include "models/switch_model.h"
 
@@ -17,17 +22,49 @@ struct Checkpoint {
 
 enum class ExpertLoading { kLoad, kLeaveOut };
 
-// Throws UsageError (no such folder or file), DataError (corrupt, or weights that do not
-// fit config.json).
+// A checkpoint's headers, checked against its config.json: every parameter is there once,
+// with its shape, and nothing else. Weights are read one at a time.
+// Thread rule: one thread at a time.
+class CheckpointReader {
+ public:
+  // Throws UsageError (no such folder or file), DataError (corrupt, or weights that do
+  // not fit config.json: the first tensor named, with both shapes and its file).
+  explicit CheckpointReader(const fs::path& folder);
+
+  const SwitchConfig& config() const { return config_; }
+  // Reads every byte of the weights through a small buffer.
+  std::string Fingerprint() const;
+  // A parameter of ParameterShapes(config), on the CPU; as stored where `dtype` is
+  // Undefined, else converted, but a router that is stored as fp32 stays fp32.
+  at::Tensor Read(const std::string& parameter, at::ScalarType dtype) const;
+  ExpertWeights ReadExpert(ExpertKey key, at::ScalarType dtype) const;
+  // The parameters' names in the order of their bytes in the files.
+  std::vector<std::string> names() const;
+
+ private:
+  void ResolveEmbeddings();
+  void ResolveTied();
+  void Check() const;
+  void CheckType(const std::string& name, const WeightEntry& entry) const;
+  [[noreturn]] void Refuse(const std::vector<std::string>& names, const std::string& rule,
+                           const std::string& wanted) const;
+
+  fs::path folder_;
+  Json config_json_;
+  SwitchConfig config_;
+  WeightFiles files_;
+  std::map<std::string, const WeightEntry*> entries_;  // by parameter
+};
+
+// All parameters, or all but the experts. Takes the memory of what is kept and a small
+// buffer. Throws as CheckpointReader does.
 Checkpoint LoadCheckpoint(const fs::path& folder, at::ScalarType dtype, at::Device device,
                           ExpertLoading experts = ExpertLoading::kLoad);
-// Writes config.json, generation_config.json and model.safetensors into an existing
-// folder.
+// Writes config.json, generation_config.json and the weights into an existing folder; the
+// weights in shards where they are larger than `max_shard_bytes`.
 void SaveCheckpoint(const fs::path& folder, const SwitchConfig& config,
-                    const Parameters& parameters, at::ScalarType dtype);
-// One expert's weights from a checkpoint folder, without reading the others.
-ExpertWeights LoadExpert(const fs::path& folder, const SwitchConfig& config,
-                         ExpertKey key, at::ScalarType dtype);
+                    const Parameters& parameters, at::ScalarType dtype,
+                    uint64_t max_shard_bytes = kDefaultShardBytes);
 // Per MoE layer: the router's weight [E,D], bias [E] (undefined where none), norm gain
 // [D]; fp32.
 struct RouterWeights {

@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "common/errors.h"
 #include "common/safetensors.h"
@@ -11,40 +11,29 @@
 namespace routecast {
 namespace {
 
+constexpr size_t kBufferBytes = size_t{4} << 20;
+
+constexpr std::pair<const char*, at::ScalarType> kTypes[] = {
+    {"F32", at::kFloat},  {"BF16", at::kBFloat16}, {"F16", at::kHalf},
+    {"F64", at::kDouble}, {"I64", at::kLong},      {"I32", at::kInt},
+    {"I16", at::kShort},  {"I8", at::kChar},       {"U8", at::kByte},
+    {"BOOL", at::kBool}};
+
 at::ScalarType TypeOf(const std::string& dtype, const std::string& what) {
-  if (dtype == "F32") return at::kFloat;
-  if (dtype == "BF16") return at::kBFloat16;
-  if (dtype == "F16") return at::kHalf;
-  if (dtype == "F64") return at::kDouble;
-  if (dtype == "I64") return at::kLong;
-  if (dtype == "I32") return at::kInt;
-  if (dtype == "U8") return at::kByte;
-  if (dtype == "BOOL") return at::kBool;
+  for (const auto& [name, type] : kTypes) {
+    if (dtype == name) return type;
+  }
   throw DataError(ErrorText(what + " has a tensor of a type that no model here uses",
                             "dtype " + dtype, "write it as F32, BF16 or F16"));
 }
 
-std::string NameOf(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return "F32";
-    case at::kBFloat16:
-      return "BF16";
-    case at::kHalf:
-      return "F16";
-    case at::kDouble:
-      return "F64";
-    case at::kLong:
-      return "I64";
-    case at::kInt:
-      return "I32";
-    case at::kByte:
-      return "U8";
-    case at::kBool:
-      return "BOOL";
-    default:
-      throw std::logic_error("no safetensors name for this dtype");
-  }
+// Elements that lie apart: their span is read and a copy made of what belongs to it.
+at::Tensor ReadStrided(const ByteFile& file, const TensorEntry& entry,
+                       at::ScalarType stored) {
+  std::string span = file.Read(entry.offset, entry.SpanBytes());
+  const auto options = at::TensorOptions().dtype(stored);
+  return at::empty(entry.shape, options)
+      .copy_(at::from_blob(span.data(), entry.shape, entry.strides, options));
 }
 
 }  // namespace
@@ -77,35 +66,75 @@ int64_t Parameters::num_elements() const {
   return n;
 }
 
-Parameters ReadParameters(const fs::path& file, at::ScalarType dtype,
+std::string DtypeName(at::ScalarType type) {
+  for (const auto& [name, t] : kTypes) {
+    if (t == type) return name;
+  }
+  throw std::logic_error("no safetensors name for this dtype");
+}
+
+at::Tensor ReadTensor(const ByteFile& file, const TensorEntry& entry,
+                      at::ScalarType dtype) {
+  const at::ScalarType stored = TypeOf(entry.dtype, file.path().string());
+  const bool convert =
+      dtype != at::ScalarType::Undefined && at::isFloatingType(stored) && dtype != stored;
+  if (!entry.strides.empty()) {
+    const at::Tensor read = ReadStrided(file, entry, stored);
+    return convert ? read.to(dtype) : read;
+  }
+  at::Tensor tensor = at::empty(entry.shape, convert ? dtype : stored);
+  if (!convert) {
+    file.Read(entry.offset, tensor.data_ptr(), entry.size_bytes);
+    return tensor;
+  }
+  // Piece by piece: a conversion of the whole would need the tensor twice.
+  const at::Tensor flat = tensor.view(-1);
+  const size_t element = DtypeBytes(entry.dtype);
+  std::string buffer(std::min<uint64_t>(kBufferBytes, entry.size_bytes), '\0');
+  for (uint64_t at = 0; at < entry.size_bytes; at += buffer.size()) {
+    const size_t bytes = std::min<uint64_t>(buffer.size(), entry.size_bytes - at);
+    const auto count = static_cast<int64_t>(bytes / element);
+    file.Read(entry.offset + at, buffer.data(), bytes);
+    flat.narrow(0, static_cast<int64_t>(at / element), count)
+        .copy_(at::from_blob(buffer.data(), {count}, at::TensorOptions().dtype(stored)));
+  }
+  return tensor;
+}
+
+Parameters ReadParameters(const fs::path& path, at::ScalarType dtype,
                           const std::function<bool(const std::string&)>& keep) {
+  const ByteFile file(path);
   Parameters parameters;
   for (const TensorEntry& entry : ReadSafetensorsIndex(file).tensors) {
     if (keep && !keep(entry.name)) continue;
-    const std::string bytes = ReadTensorBytes(file, entry);
-    at::Tensor tensor = at::empty(entry.shape, TypeOf(entry.dtype, file.string()));
-    std::memcpy(tensor.data_ptr(), bytes.data(), bytes.size());
-    if (dtype != at::ScalarType::Undefined && tensor.is_floating_point()) {
-      tensor = tensor.to(dtype);
-    }
-    parameters.Add(entry.name, std::move(tensor));
+    parameters.Add(entry.name, ReadTensor(file, entry, dtype));
   }
   return parameters;
 }
 
-void WriteParameters(const fs::path& file, const Parameters& parameters,
+at::ScalarType StoredType(const at::Tensor& tensor, at::ScalarType dtype) {
+  return dtype != at::ScalarType::Undefined && tensor.is_floating_point()
+             ? dtype
+             : tensor.scalar_type();
+}
+
+at::Tensor ToStore(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.detach().to(at::kCPU).to(StoredType(tensor, dtype)).contiguous();
+}
+
+void WriteParameters(const fs::path& path, const Parameters& parameters,
                      at::ScalarType dtype,
                      const std::map<std::string, std::string>& metadata) {
-  std::vector<at::Tensor> kept;  // alive until written
-  std::vector<TensorToWrite> tensors;
+  std::vector<TensorHeader> headers;
   for (const auto& [name, tensor] : parameters.items()) {
-    at::Tensor t = tensor.detach().to(at::kCPU);
-    if (dtype != at::ScalarType::Undefined && t.is_floating_point()) t = t.to(dtype);
-    kept.push_back(t.contiguous());
-    tensors.push_back({name, NameOf(t.scalar_type()), kept.back().sizes().vec(),
-                       kept.back().data_ptr()});
+    headers.push_back({name, DtypeName(StoredType(tensor, dtype)), tensor.sizes().vec()});
   }
-  WriteSafetensors(file, tensors, metadata);
+  SafetensorsWriter writer(path, headers, metadata);
+  for (const auto& [name, tensor] : parameters.items()) {
+    const at::Tensor t = ToStore(tensor, dtype);
+    writer.Append(t.const_data_ptr(), t.nbytes());
+  }
+  writer.Finish();
 }
 
 at::ScalarType ParseDtype(const std::string& flag, const std::string& name) {

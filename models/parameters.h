@@ -11,7 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "common/files.h"
+#include "common/byte_file.h"
+#include "common/tensor_entry.h"
 
 namespace routecast {
 
@@ -30,15 +31,27 @@ class Parameters {
   std::unordered_map<std::string, size_t> index_;
 };
 
+// Reads one tensor, converted to `dtype` where it is of floating point (as stored where
+// Undefined). Takes the tensor's own memory and a small buffer; a tensor with strides
+// takes its span of the file beside it. Throws DataError (a type that no model uses).
+at::Tensor ReadTensor(const ByteFile& file, const TensorEntry& entry,
+                      at::ScalarType dtype);
 // Reads the tensors of one safetensors file whose names pass `keep` (all where empty),
-// one at a time, converted to `dtype` (as stored where Undefined). Throws
-// DataError/UsageError.
+// one at a time, as ReadTensor does. Throws DataError/UsageError.
 Parameters ReadParameters(const fs::path& file, at::ScalarType dtype,
                           const std::function<bool(const std::string&)>& keep = {});
-// Writes float tensors as `dtype` (Undefined: as they are); atomic.
+// Writes float tensors as `dtype` (Undefined: as they are); atomic, and a tensor at a
+// time takes memory beside the parameters.
 void WriteParameters(const fs::path& file, const Parameters& parameters,
                      at::ScalarType dtype,
                      const std::map<std::string, std::string>& metadata = {});
+
+// How a tensor is written as `dtype` (Undefined: as it is; only floats are converted):
+// its type, and itself, contiguous on the CPU.
+at::ScalarType StoredType(const at::Tensor& tensor, at::ScalarType dtype);
+at::Tensor ToStore(const at::Tensor& tensor, at::ScalarType dtype);
+// The name of a type in safetensors files ("F32"); CHECKs that it has one.
+std::string DtypeName(at::ScalarType type);
 
 at::ScalarType ParseDtype(const std::string& flag,
                           const std::string& name);  // fp32 bf16 fp16

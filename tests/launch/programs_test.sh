@@ -23,5 +23,29 @@ for program in "$ROUTECAST_BIN_DIR"/routecast-*; do
   code=$?
   [ "$code" -eq 2 ] || fail "$name: a wrong value gave exit $code"
 done
+
+# --model takes a name in the Hugging Face cache, in both programs that have it.
+if [ -x "$ROUTECAST_BIN_DIR/routecast-evaluate" ]; then
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+  export HF_HUB_CACHE=$folder/cache
+  repository=$HF_HUB_CACHE/models--somebody--small-16
+  mkdir -p "$repository/refs" "$repository/snapshots/0123abcd"
+  printf 0123abcd >"$repository/refs/main"
+  ln -s "$ROUTECAST_SOURCE_DIR"/configs/checkpoints/small-16/* "$repository/snapshots/0123abcd/"
+  echo "a prompt of a few words" >"$folder/text"
+  collect=("$ROUTECAST_BIN_DIR/routecast-collect" --data=text:"$folder/text" --store="$folder/store")
+  evaluate=("$ROUTECAST_BIN_DIR/routecast-evaluate" --prompts="$folder/text" --cache="$folder/experts")
+  for program in collect evaluate; do
+    declare -n command=$program
+    "${command[@]}" --dry_run --model=somebody/small-16 >"$folder/log" 2>&1 ||
+      fail "routecast-$program --model=NAME: $(cat "$folder/log")"
+    error=$("${command[@]}" --dry_run --model=nobody/nothing 2>&1)
+    code=$?
+    [ "$code" -eq 2 ] || fail "routecast-$program: an absent model gave exit $code"
+    grep -q "hf download nobody/nothing" <<<"$error" ||
+      fail "routecast-$program does not say how to fetch a model: $error"
+  done
+fi
 echo "$found programs"
 exit $failed

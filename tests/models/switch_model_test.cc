@@ -172,7 +172,7 @@ TEST(Checkpoint, RoundTripsAndLoadsOneExpertAlone) {
     EXPECT_TRUE(at::equal(tensor, read.parameters.Get(name))) << name;
   }
   const ExpertKey key{2, 5};
-  const ExpertWeights expert = LoadExpert(folder, c.config, key, at::kFloat);
+  const ExpertWeights expert = CheckpointReader(folder).ReadExpert(key, at::kFloat);
   EXPECT_TRUE(
       at::equal(expert.wi_FD, c.parameters.Get(ExpertTensorName(c.config, key, "wi"))));
   const Checkpoint rest =
