@@ -152,7 +152,7 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
     size_t longest = 0;
     for (const Sequence* s : batch) longest = std::max(longest, s->targets.size());
     options.max_new_tokens = static_cast<int>(longest) + kExtraNewTokens;
-    GreedyDecode(model_, source.ids_BT, source.valid_BT, options);
+    Generate(model_, source.ids_BT, source.valid_BT, options);
   } else {
     const at::Tensor encoded = model_->Encode(source.ids_BT, source.valid_BT, forward);
     if (config_.task == Task::kDenoise) {

@@ -64,12 +64,14 @@ void SaveCheckpoint(const fs::path& folder, const SwitchConfig& config,
 
 ExpertWeights LoadExpert(const fs::path& folder, const SwitchConfig& config,
                          ExpertKey key, at::ScalarType dtype) {
-  const std::string wi = ExpertTensorName(config, key, "wi");
+  const bool gated = config.is_gated_act;
+  const std::string wi = ExpertTensorName(config, key, gated ? "wi_0" : "wi");
   const std::string wo = ExpertTensorName(config, key, "wo");
-  const Parameters both =
-      ReadParameters(WeightsFile(folder), dtype,
-                     [&](const std::string& n) { return n == wi || n == wo; });
-  return {both.Get(wi), both.Get(wo)};
+  const std::string gate = gated ? ExpertTensorName(config, key, "wi_1") : wi;
+  const Parameters both = ReadParameters(
+      WeightsFile(folder), dtype,
+      [&](const std::string& n) { return n == wi || n == wo || n == gate; });
+  return {both.Get(wi), both.Get(wo), gated ? both.Get(gate) : at::Tensor()};
 }
 
 std::vector<RouterWeights> RoutersOf(const SwitchConfig& config,
@@ -97,7 +99,8 @@ ResidentModel::ResidentModel(Checkpoint checkpoint) : checkpoint_(std::move(chec
   source_ = std::make_unique<ResidentExpertSource>(
       checkpoint_.config.geometry(),
       ExpertWeightsOf(checkpoint_.config, checkpoint_.parameters));
-  executor_ = std::make_unique<LocalExpertExecutor>(source_.get());
+  executor_ =
+      std::make_unique<LocalExpertExecutor>(source_.get(), checkpoint_.config.activation);
   model_ = std::make_unique<SwitchModel>(checkpoint_.config, checkpoint_.parameters,
                                          executor_.get());
 }

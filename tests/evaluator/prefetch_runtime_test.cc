@@ -87,7 +87,7 @@ class PrefetchRuntimeTest : public testing::Test {
       hash.Add(ids);
       return true;
     };
-    GreedyDecode(&model, ids_, valid_, options);
+    Generate(&model, ids_, valid_, options);
     return hash.Hex();
   }
   std::string Resident() {
