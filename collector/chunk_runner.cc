@@ -152,6 +152,11 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
     size_t longest = 0;
     for (const Sequence* s : batch) longest = std::max(longest, s->targets.size());
     options.max_new_tokens = static_cast<int>(longest) + kExtraNewTokens;
+    const StoreSampling& sampling = config_.sampling;
+    options.sampling = {sampling.temperature, sampling.top_k, sampling.top_p,
+                        sampling.seed};
+    // By sequence: the same draws whatever the batch, the chunk and the rank.
+    for (const Sequence* s : batch) options.sampling.row_keys.push_back(s->id);
     Generate(model_, source.ids_BT, source.valid_BT, options);
   } else {
     const at::Tensor encoded = model_->Encode(source.ids_BT, source.valid_BT, forward);
