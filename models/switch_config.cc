@@ -1,5 +1,7 @@
 #include "models/switch_config.h"
 
+#include <iterator>
+
 #include "common/errors.h"
 
 namespace routecast {

@@ -2,6 +2,7 @@
 // (model_type switch_transformers; transformers 5.23.0 is the reference).
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 

@@ -123,6 +123,14 @@ class PrefetchRuntimeTest : public testing::Test {
   at::Tensor ids_, valid_;
 };
 
+TEST_F(PrefetchRuntimeTest, ExpertsWithAGateAreRefused) {
+  SwitchConfig gated = checkpoint_.config;
+  gated.is_gated_act = true;
+  EXPECT_THROW(ExpertsOfCheckpoint(folder_ / "cache", folder_ / "model", gated,
+                                   checkpoint_.fingerprint, at::kFloat, true),
+               UsageError);
+}
+
 TEST_F(PrefetchRuntimeTest, EveryEvictionGivesTheResidentBits) {
   const std::string expected = Resident();
   for (Eviction eviction :

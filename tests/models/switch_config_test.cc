@@ -2,6 +2,9 @@
 // go.
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <functional>
+
 #include "common/errors.h"
 #include "tests/models/switch_test_support.h"
 

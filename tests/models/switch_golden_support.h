@@ -4,6 +4,11 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
 #include "models/generation.h"
 #include "models/switch_losses.h"
 #include "tests/models/switch_test_support.h"
@@ -44,7 +49,8 @@ inline const char* const kGoldenCases[] = {"plain",
                                            "router_fp16",
                                            "bf16",
                                            "bf16_tied_gelu",
-                                           "fp16"};
+                                           "fp16",
+                                           "fp16_overflow"};
 
 // One case: the checkpoint in the dtype of its reference, and the reference's values.
 // An id may differ only where the reference's own margin is below 8 times its spread over

@@ -135,6 +135,22 @@ TEST(Checkpoint, RoundTripsAndLoadsOneExpertAlone) {
   EXPECT_FALSE(rest.parameters.Has(ExpertTensorName(c.config, key, "wi")));
 }
 
+TEST(Checkpoint, AGatedExpertLoadsAloneWithItsGate) {
+  SwitchConfig config = SmallConfig();
+  config.is_gated_act = true;
+  const Checkpoint c = RandomCheckpoint(config, 9);
+  const fs::path folder = TestFolder("checkpoint-gated");
+  SaveCheckpoint(folder, c.config, c.parameters, at::kFloat);
+  const ExpertKey key{1, 3};
+  const ExpertWeights expert = LoadExpert(folder, c.config, key, at::kFloat);
+  const auto saved = [&](const char* tensor) {
+    return c.parameters.Get(ExpertTensorName(config, key, tensor));
+  };
+  EXPECT_TRUE(at::equal(expert.wi_FD, saved("wi_0")));
+  EXPECT_TRUE(at::equal(expert.gate_FD, saved("wi_1")));
+  EXPECT_TRUE(at::equal(expert.wo_DF, saved("wo")));
+}
+
 TEST(Checkpoint, MissingFolderIsAUsageError) {
   EXPECT_THROW(LoadCheckpoint("/nonexistent/model", at::kFloat, at::kCPU), UsageError);
 }
