@@ -8,6 +8,7 @@
 
 #include "common/errors.h"
 #include "common/random.h"
+#include "models/relative_position.h"
 #include "models/top1_router.h"
 
 namespace routecast {
@@ -30,28 +31,6 @@ const at::Tensor& Checked(const Parameters& parameters, const std::string& name,
                   "does config.json belong to these weights?"));
   }
   return tensor;
-}
-
-// T5's buckets of a relative position (key minus query). The order of operations decides
-// the bucket at the borders (distance 64 -> 14), so it is the reference's.
-at::Tensor Buckets(at::Tensor relative, bool bidirectional, int64_t buckets,
-                   int64_t max_distance) {
-  at::Tensor result = at::zeros_like(relative);
-  if (bidirectional) {
-    buckets /= 2;
-    result = (relative > 0).to(at::kLong) * buckets;
-    relative = relative.abs();
-  } else {
-    relative = -at::minimum(relative, at::zeros_like(relative));
-  }
-  const int64_t exact = buckets / 2;
-  at::Tensor large =
-      exact + (at::log(relative.to(at::kFloat) / static_cast<double>(exact)) /
-               std::log(static_cast<double>(max_distance) / static_cast<double>(exact)) *
-               static_cast<double>(buckets - exact))
-                  .to(at::kLong);
-  large = at::minimum(large, at::full_like(large, buckets - 1));
-  return result + at::where(relative < exact, relative, large);
 }
 
 double LowestOf(at::ScalarType type) {
@@ -214,8 +193,8 @@ at::Tensor SwitchModel::PositionBias(const at::Tensor& table, int64_t queries,
   const at::Tensor query = at::arange(queries, at::kLong).unsqueeze(1) + past;
   const at::Tensor key = at::arange(keys, at::kLong).unsqueeze(0);
   const at::Tensor buckets =
-      Buckets(key - query, bidirectional, config_.relative_attention_num_buckets,
-              config_.relative_attention_max_distance);
+      RelativeBuckets(key - query, bidirectional, config_.relative_attention_num_buckets,
+                      config_.relative_attention_max_distance);
   at::Tensor bias =
       at::embedding(table, buckets.to(table.device())).permute({2, 0, 1}).unsqueeze(0);
   if (!bidirectional) {
@@ -364,60 +343,6 @@ at::Tensor SwitchModel::Sparse(const Block& block, const at::Tensor& normed_BTD,
   return at::zeros_like(tokens_ND)
       .index_copy(0, kept, out.to(normed_BTD.scalar_type()))
       .view_as(normed_BTD);
-}
-
-std::vector<std::pair<std::string, std::vector<int64_t>>> ParameterShapes(
-    const SwitchConfig& c) {
-  const int64_t d = c.d_model, inner = int64_t{c.num_heads} * c.d_kv, f = c.d_ff;
-  std::vector<std::pair<std::string, std::vector<int64_t>>> shapes;
-  const auto add = [&](const std::string& name, std::vector<int64_t> shape) {
-    shapes.emplace_back(name, std::move(shape));
-  };
-  const auto feed_forward = [&](const std::string& mlp) {
-    if (c.is_gated_act) {
-      add(mlp + "wi_0.weight", {f, d});
-      add(mlp + "wi_1.weight", {f, d});
-    } else {
-      add(mlp + "wi.weight", {f, d});
-    }
-    add(mlp + "wo.weight", {d, f});
-  };
-  add("shared.weight", {c.vocab_size, d});
-  for (Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
-    for (int i = 0; i < c.blocks(stack); ++i) {
-      const std::string base = BlockName(stack, i);
-      const auto attention = [&](const std::string& layer, const std::string& kind) {
-        for (const char* part : {"q", "k", "v"}) {
-          add(base + layer + kind + "." + part + ".weight", {inner, d});
-        }
-        add(base + layer + kind + ".o.weight", {d, inner});
-      };
-      attention("0.", "SelfAttention");
-      if (i == 0) {
-        add(base + "0.SelfAttention.relative_attention_bias.weight",
-            {c.relative_attention_num_buckets, c.num_heads});
-      }
-      add(base + "0.layer_norm.weight", {d});
-      if (stack == Stack::kDecoder) {
-        attention("1.", "EncDecAttention");
-        add(base + "1.layer_norm.weight", {d});
-      }
-      const std::string ff = base + (stack == Stack::kEncoder ? "1." : "2.");
-      if (c.IsSparse(stack, i)) {
-        add(ff + "mlp.router.classifier.weight", {c.num_experts, d});
-        if (c.router_bias) add(ff + "mlp.router.classifier.bias", {c.num_experts});
-        for (int e = 0; e < c.num_experts; ++e) {
-          feed_forward(ff + "mlp.experts.expert_" + std::to_string(e) + ".");
-        }
-      } else {
-        feed_forward(ff + "mlp.");
-      }
-      add(ff + "layer_norm.weight", {d});
-    }
-    add(std::string(StackName(stack)) + ".final_layer_norm.weight", {d});
-  }
-  if (!c.tie_word_embeddings) add("lm_head.weight", {c.vocab_size, d});
-  return shapes;
 }
 
 }  // namespace routecast

@@ -75,7 +75,9 @@ TEST(SwitchLosses, GradientsReachExpertsAndRouters) {
   for (const auto& [name, tensor] : c.parameters.items()) {
     const bool has =
         tensor.grad().defined() && tensor.grad().abs().sum().item<double>() > 0;
-    if (name.find("router") != std::string::npos) EXPECT_TRUE(has) << name;
+    if (name.find("router") != std::string::npos) {
+      EXPECT_TRUE(has) << name;
+    }
     experts += IsExpertTensor(name) && has;
   }
   EXPECT_GT(experts, 4);

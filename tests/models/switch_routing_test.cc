@@ -1,6 +1,7 @@
 // Routing and dispatch against slow and obvious loops: ties, capacity, padding, experts.
 #include <gtest/gtest.h>
 
+#include "models/relative_position.h"
 #include "models/top1_router.h"
 #include "tests/models/switch_test_support.h"
 
@@ -196,6 +197,18 @@ TEST(IgnorePadding, DecidesWhetherPaddingSpendsCapacity) {
                         at::tensor({0, 0, 0, 0, 1, 1, 1}, at::kLong).unsqueeze(0)));
   EXPECT_TRUE(at::equal(dropped(true),
                         at::tensor({1, 1, 1, 0, 0, 0, 0}, at::kLong).unsqueeze(0)));
+}
+
+TEST(RelativeBuckets, BordersAreTheReferences) {
+  const at::Tensor distance =
+      at::tensor({0, 1, 7, 8, 11, 12, 63, 64, 127, 128, 9999}, at::kLong);
+  EXPECT_TRUE(at::equal(RelativeBuckets(-distance, true, 32, 128),
+                        at::tensor({0, 1, 7, 8, 8, 9, 13, 14, 15, 15, 15}, at::kLong)));
+  EXPECT_TRUE(at::equal(RelativeBuckets(distance.narrow(0, 1, 3), true, 32, 128),
+                        at::tensor({17, 23, 24}, at::kLong)));
+  EXPECT_TRUE(at::equal(RelativeBuckets(-distance, false, 32, 128),
+                        at::tensor({0, 1, 7, 8, 11, 12, 26, 26, 31, 31, 31}, at::kLong)));
+  EXPECT_TRUE((RelativeBuckets(distance, false, 32, 128) == 0).all().item<bool>());
 }
 
 TEST(Batches, ASequenceIsRoutedAsItIsAlone) {
