@@ -193,12 +193,13 @@ def beams(model, ids, valid, use_cache, settings):
 
 
 def end_token(model, ids, valid, use_cache):
-    """A token that greedy decoding comes to, late if it can be: so searches end in all ways."""
+    """A token that greedy decoding comes to, late if it can be: so searches end in all ways.
+    1 where it says nothing but the start token."""
     rows = model.generate(input_ids=ids, attention_mask=valid.long(), num_beams=1, do_sample=False,
                           max_new_tokens=STEPS, min_new_tokens=STEPS, use_cache=use_cache)[:, 1:].tolist()
     first = [(row.index(token), token) for row in rows for token in row if token > 1]
     late = [token for position, token in first if 2 <= position < STEPS - 2]
-    return (late + [token for _, token in first])[0]
+    return (late + [token for _, token in first] + [1])[0]
 
 
 def beam_settings(index):
