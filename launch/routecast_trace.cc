@@ -6,14 +6,17 @@
 #include "common/errors.h"
 #include "launch/main.h"
 #include "storage/export.h"
+#include "storage/merge.h"
 #include "storage/statistics.h"
 #include "storage/verify.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
-DEFINE_string(store, "", "Folder of the trace store");
+DEFINE_string(store, "", "Folder of the trace store; repeatable for merge");
 DEFINE_string(format, "npz", "Of export: npz, jsonl, csv or safetensors");
-DEFINE_string(out, "", "Folder for what stats and export write");
+DEFINE_string(out, "", "Folder for what stats and export write; the new store of merge");
+DEFINE_bool(renumber, false,
+            "Of merge: documents of further corpora get new ids above the first's");
 
 namespace routecast {
 namespace {
@@ -23,7 +26,8 @@ constexpr char kUsage[] =
     "  info    what the store is made of and how complete it is\n"
     "  verify  reads everything and checks every checksum; exit 3 where damage is found\n"
     "  stats   entropy, load and drops a layer: stats.json and load.csv into --out\n"
-    "  export  all traces in --format into --out, readable without this program";
+    "  export  all traces in --format into --out, readable without this program\n"
+    "  merge   stores of one model (--store more than once) into the new store --out";
 
 std::string RequireOut() {
   if (FLAGS_out.empty()) {
@@ -113,19 +117,53 @@ void Export() {
   run.Finish(kExitDone, {{"sequences", reader.sequences().size()}, {"files", files}});
 }
 
-void Run() {
-  const std::vector<std::string> verbs = {"info", "verify", "stats", "export"};
-  if (Arguments().empty()) {
-    throw UsageError(
-        ErrorText("a verb is missing", "", "use info, verify, stats or export"));
+// A sealed store gets its run.json when it is there: before that it has no folder.
+void Merge() {
+  const std::string out = RequireOut();
+  const std::vector<std::string> given = FlagValues("store");
+  const std::vector<fs::path> stores(given.begin(), given.end());
+  if (FLAGS_dry_run) {
+    std::printf("%zu stores would be merged into %s\n", stores.size(), out.c_str());
+    return;
   }
-  const int verb = ParseChoice("verb", Arguments()[0], verbs);
+  RunRecord run(out, "routecast-trace merge", EffectiveFlags());
+  const MergeReport report = MergeStores(stores, out, {.renumber = FLAGS_renumber});
+  run.Finish(kExitDone, {{"sequences", report.sequences}, {"repeated", report.repeated}});
+  if (FLAGS_quiet) return;
+  std::printf("%llu sequences; %llu were in several stores\n",
+              (unsigned long long)report.sequences, (unsigned long long)report.repeated);
+}
+
+struct Verb {
+  const char* name;
+  void (*run)();
+  bool several_stores = false;
+};
+constexpr Verb kVerbs[] = {
+    {"info", Info},     {"verify", Verify},     {"stats", Stats},
+    {"export", Export}, {"merge", Merge, true},
+};
+
+void Run() {
+  std::vector<std::string> names;
+  for (const Verb& verb : kVerbs) names.push_back(verb.name);
+  if (Arguments().empty()) {
+    std::string all;
+    for (const auto& name : names) all += (all.empty() ? "" : ", ") + name;
+    throw UsageError(ErrorText("a verb is missing", "", "use one of " + all));
+  }
+  const Verb& verb = kVerbs[ParseChoice("verb", Arguments()[0], names)];
+  const size_t stores = FlagValues("store").size();
   if (FLAGS_store.empty()) {
     throw UsageError(
         ErrorText("--store is missing", "", "give the trace store's folder"));
   }
-  void (*const runs[])() = {Info, Verify, Stats, Export};
-  runs[verb]();
+  if (stores > 1 && !verb.several_stores) {
+    throw UsageError(ErrorText(std::string(verb.name) + " takes one store",
+                               std::to_string(stores) + " were given",
+                               "merge them first, or look at each"));
+  }
+  verb.run();
 }
 
 }  // namespace
