@@ -8,13 +8,17 @@
 #include "storage/export.h"
 #include "storage/merge.h"
 #include "storage/statistics.h"
+#include "storage/subset.h"
 #include "storage/verify.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
+DECLARE_uint64(seed);
 DEFINE_string(store, "", "Folder of the trace store; repeatable for merge");
 DEFINE_string(format, "npz", "Of export: npz, jsonl, csv or safetensors");
-DEFINE_string(out, "", "Folder for what stats and export write; the new store of merge");
+DEFINE_string(
+    out, "", "Folder for what stats and export write; the new store of merge and subset");
+DEFINE_double(share, 0.1, "Of subset: share of the document groups, drawn by --seed");
 DEFINE_bool(renumber, false,
             "Of merge: documents of further corpora get new ids above the first's");
 
@@ -27,7 +31,8 @@ constexpr char kUsage[] =
     "  verify  reads everything and checks every checksum; exit 3 where damage is found\n"
     "  stats   entropy, load and drops a layer: stats.json and load.csv into --out\n"
     "  export  all traces in --format into --out, readable without this program\n"
-    "  merge   stores of one model (--store more than once) into the new store --out";
+    "  merge   stores of one model (--store more than once) into the new store --out\n"
+    "  subset  a --share of the documents, drawn by --seed, into the new store --out";
 
 std::string RequireOut() {
   if (FLAGS_out.empty()) {
@@ -134,6 +139,20 @@ void Merge() {
               (unsigned long long)report.sequences, (unsigned long long)report.repeated);
 }
 
+void Subset() {
+  const std::string out = RequireOut();
+  const SubsetOptions options{.share = FLAGS_share, .seed = FLAGS_seed};
+  if (FLAGS_dry_run) {
+    std::printf("a share of %g of %s would be written to %s\n", options.share,
+                FLAGS_store.c_str(), out.c_str());
+    return;
+  }
+  RunRecord run(out, "routecast-trace subset", EffectiveFlags());
+  const uint64_t sequences = SubsetStore(FLAGS_store, out, options);
+  run.Finish(kExitDone, {{"sequences", sequences}});
+  if (!FLAGS_quiet) std::printf("%llu sequences\n", (unsigned long long)sequences);
+}
+
 struct Verb {
   const char* name;
   void (*run)();
@@ -141,7 +160,7 @@ struct Verb {
 };
 constexpr Verb kVerbs[] = {
     {"info", Info},     {"verify", Verify},     {"stats", Stats},
-    {"export", Export}, {"merge", Merge, true},
+    {"export", Export}, {"merge", Merge, true}, {"subset", Subset},
 };
 
 void Run() {
