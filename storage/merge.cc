@@ -48,7 +48,8 @@ uint64_t AddOrThrow(uint64_t a, uint64_t b, const fs::path& store) {
 // One store, its sequences in turn under their ids in the result.
 class Input {
  public:
-  explicit Input(const fs::path& path) : reader_(std::make_unique<TraceReader>(path)) {}
+  explicit Input(const fs::path& path)
+      : reader_(std::make_unique<TraceReader>(path, NeedTokens::kNo)) {}
   const TraceReader& reader() const { return *reader_; }
 
   // Documents that ids speak of: one more than the largest index, by either id.

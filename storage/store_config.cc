@@ -63,7 +63,7 @@ MoeGeometry ReadGeometry(const Json& json, const std::string& where) {
   g.decoder_layers = in.Int("decoder_layers", 0, 4096);
   g.num_experts = in.Int("num_experts", 1, 65536);
   g.experts_per_token = in.Int("experts_per_token", 1, 64);
-  g.d_model = in.Int("d_model", 1, 65536);
+  g.d_model = in.Int("d_model", 0, 65536);  // 0 = not known, of imported traces
   return g;
 }
 
@@ -88,6 +88,7 @@ Json StoreConfig::ToJson() const {
   json["experts_per_token"] = geometry.experts_per_token;
   json["record"] = record;
   json["top_k"] = top_k;
+  if (!token_ids) json["token_ids"] = false;
   json["data"] = data;
   json["task"] = TaskName(task);
   json["threads"] = threads;
@@ -123,6 +124,10 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   c.geometry = ReadGeometry(in.At("geometry"), where + " (geometry)");
   c.record = in.Texts("record");
   c.top_k = in.Int("top_k", 0, 64);
+  if (json.contains("token_ids")) {
+    if (!json["token_ids"].is_boolean()) in.Fail("token_ids is not true or false");
+    c.token_ids = json["token_ids"].get<bool>();
+  }
   c.data = in.Texts("data");
   try {
     c.task = ParseTask(in.Text("task"));
@@ -153,10 +158,15 @@ std::vector<std::string> Differences(const StoreConfig& stored,
                                      const StoreConfig& wanted) {
   const Json a = stored.ToJson(), b = wanted.ToJson();
   std::vector<std::string> differences;
-  for (const auto& [key, value] : a.items()) {
-    if (key == "model" || key == "data" || b.at(key) == value) continue;
-    differences.push_back(key + ": " + value.dump() + " in the store, not " +
-                          b.at(key).dump());
+  Json keys = a;  // a key that one of the two lacks differs, too
+  keys.update(b);
+  const auto text = [](const Json& json, const std::string& key) {
+    return json.contains(key) ? json.at(key).dump() : std::string("none");
+  };
+  for (const auto& [key, value] : keys.items()) {
+    if (key == "model" || key == "data" || text(a, key) == text(b, key)) continue;
+    differences.push_back(key + ": " + text(a, key) + " in the store, not " +
+                          text(b, key));
   }
   return differences;
 }
