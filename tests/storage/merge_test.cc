@@ -1,10 +1,11 @@
 #include "storage/merge.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
-#include "common/byte_file.h"
 #include "common/errors.h"
 #include "common/stop.h"
 #include "storage/export.h"
@@ -278,6 +279,24 @@ TEST_F(MergeTest, AnInterruptedMergeLeavesNothingAndStartsAgain) {
   WriteFileAtomic(At("c.tmp") / "shards" / "00000" / "CURRENT", "half");
   MergeStores({At("a")}, At("c"), {});
   EXPECT_EQ(Read(At("c")), Traces(0, 9));
+}
+
+// In a process of its own: a requested stop stays requested.
+TEST_F(MergeTest, AStopLeavesNothing) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto stopped = [&] {
+    Make("a", Traces(0, 9));
+    RequestStop();
+    int code = 1;
+    try {
+      MergeStores({At("a")}, At("c"), {});
+    } catch (const StoppedError&) {
+      code = fs::exists(At("c")) || fs::exists(At("c.tmp")) ? 2 : kExitStopped;
+    }
+    fs::remove_all(folder_.path());  // no destructor runs
+    ::_exit(code);
+  };
+  EXPECT_EXIT(stopped(), testing::ExitedWithCode(kExitStopped), "");
 }
 
 TEST_F(MergeTest, ManyChunksKeepTheirPlaces) {
