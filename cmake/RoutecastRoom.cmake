@@ -30,6 +30,9 @@ function(routecast_test name)
 endfunction()
 
 function(routecast_test_properties name label timeout)
+  if(ROUTECAST_SANITIZE)
+    math(EXPR timeout "${timeout} * 4")  # and slower by as much
+  endif()
   set_tests_properties(${name} PROPERTIES LABELS "${label}" TIMEOUT ${timeout}
     SKIP_RETURN_CODE 77
     ENVIRONMENT "ROUTECAST_SOURCE_DIR=${CMAKE_SOURCE_DIR};ROUTECAST_BIN_DIR=${CMAKE_BINARY_DIR}/bin;ROUTECAST_BUILD_DIR=${CMAKE_BINARY_DIR};OMP_NUM_THREADS=1;MKL_NUM_THREADS=1;GOMP_SPINCOUNT=2000;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_btl_vader_single_copy_mechanism=none")

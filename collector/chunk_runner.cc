@@ -161,14 +161,22 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
   if (config_.task == Task::kGenerate) {
     GenerationOptions options;
     options.forward = forward;
-    size_t longest = 0;
-    for (const Sequence* s : batch) longest = std::max(longest, s->targets.size());
-    options.max_new_tokens = static_cast<int>(longest) + kExtraNewTokens;
+    for (const Sequence* s : batch) {
+      options.row_max_new_tokens.push_back(static_cast<int>(s->targets.size()) +
+                                           kExtraNewTokens);
+    }
+    options.max_new_tokens = *std::max_element(options.row_max_new_tokens.begin(),
+                                               options.row_max_new_tokens.end());
     options.on_step = [&](int, const at::Tensor&, const at::Tensor& ids_B) {
       computed_tokens_ += ids_B.numel();
       return true;
     };
-    GreedyDecode(model_, source.ids_BT, source.valid_BT, options);
+    const StoreSampling& sampling = config_.sampling;
+    options.sampling = {sampling.temperature, sampling.top_k, sampling.top_p,
+                        sampling.seed};
+    // By sequence: the same draws whatever the batch, the chunk and the rank.
+    for (const Sequence* s : batch) options.sampling.row_keys.push_back(s->id);
+    Generate(model_, source.ids_BT, source.valid_BT, options);
   } else {
     const at::Tensor encoded = model_->Encode(source.ids_BT, source.valid_BT, forward);
     if (config_.task == Task::kDenoise) {

@@ -31,8 +31,11 @@ std::vector<ExpertWeights> OwnExperts(const fs::path& folder, int group, int mem
   for (int i = 0; i < g.num_keys(); ++i) {
     const ExpertKey key = ExpertKey::FromIndex(i, g);
     if (OwnerOf(key.expert, g.num_experts, group) != member) continue;
-    const ExpertWeights read = reader.ReadExpert(key, dtype);
-    weights[static_cast<size_t>(i)] = {read.wi_FD.to(device), read.wo_DF.to(device)};
+    ExpertWeights& own = weights[static_cast<size_t>(i)];
+    own = reader.ReadExpert(key, dtype);
+    for (at::Tensor* tensor : {&own.wi_FD, &own.wo_DF, &own.gate_FD}) {
+      if (tensor->defined()) *tensor = tensor->to(device);
+    }
   }
   return weights;
 }
@@ -53,7 +56,7 @@ CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
   CheckExperts(expert_parallel, g.num_experts);
   source_ = std::make_unique<ResidentExpertSource>(
       g, OwnExperts(folder, expert_parallel, rank.rank % expert_parallel, dtype, device));
-  local_ = std::make_unique<LocalExpertExecutor>(source_.get());
+  local_ = std::make_unique<LocalExpertExecutor>(source_.get(), config.activation);
   group_ = std::make_unique<ExpertParallelExecutor>(
       rank, expert_parallel, g, config.d_model, dtype, device, local_.get());
   model_ = std::make_unique<SwitchModel>(config, checkpoint_.parameters, group_.get());

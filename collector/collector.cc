@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -91,6 +92,10 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
   c.max_sequences = options.max_sequences;
   c.batch_size = options.batch_size;
   c.noise_density = options.task == Task::kEncode ? 0 : options.noise_density;
+  if (options.task == Task::kGenerate && options.temperature > 0) {
+    c.sampling = {options.temperature, options.top_k_sampling, options.top_p,
+                  options.sample_seed};
+  }
   c.seed = options.seed;
   return c;
 }
@@ -273,6 +278,15 @@ void CollectOptions::Validate() const {
           "use a share between 0 and 1");
   require(expert_parallel >= 1 && expert_parallel <= 4096,
           "--expert_parallel is out of range", "use 1 to the number of ranks");
+  require(temperature >= 0 && std::isfinite(temperature), "--temperature is out of range",
+          "use 0 (greedy) or more");
+  require(top_k_sampling >= 0, "--top_k_sampling is negative", "use 0 for all tokens");
+  require(top_p > 0 && top_p <= 1, "--top_p is out of range",
+          "use more than 0, at most 1");
+  require(temperature == 0 || task == Task::kGenerate,
+          "--temperature needs --task=generate", "the other tasks choose no tokens");
+  require(temperature > 0 || (top_k_sampling == 0 && top_p == 1),
+          "--top_k_sampling and --top_p need --temperature", "e.g. --temperature=1");
   require(max_hours >= 0, "--max_hours is negative", "use 0 for no limit");
 }
 

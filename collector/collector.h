@@ -26,7 +26,12 @@ struct CollectOptions {
   int batch_size = 32;          // sequences a forward pass
   double noise_density = 0.15;  // share of masked tokens in denoise and generate
   int expert_parallel = 1;      // ranks that share the experts; divides the ranks
-  double max_hours = 0;         // take no chunk after this time; 0 = no limit
+  // How tokens are chosen where the task is generate: temperature 0 = greedily.
+  double temperature = 0;
+  int top_k_sampling = 0;  // draw among the k most probable; 0 = all
+  double top_p = 1;        // draw among the most probable that reach this sum; 1 = all
+  uint64_t sample_seed = 1;
+  double max_hours = 0;  // take no chunk after this time; 0 = no limit
   std::string device = "auto";
   std::string dtype = "fp32";
   int threads = 0;  // per rank; 0 = the store's, or cores / ranks if new

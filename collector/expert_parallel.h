@@ -36,6 +36,7 @@ class ExpertParallelExecutor final : public ExpertExecutor {
                          ExpertExecutor* local, double deadline_seconds = 45);
   ~ExpertParallelExecutor() override;
 
+  Activation activation() const override { return local_->activation(); }
   // Throws EnvironmentError where a rank of the group does not come within the deadline.
   at::Tensor Run(int layer, const at::Tensor& tokens_ND,
                  const at::Tensor& expert_ids_N) override;

@@ -47,6 +47,11 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
                                                       const SwitchConfig& config,
                                                       const std::string& fingerprint,
                                                       at::ScalarType dtype, bool quiet) {
+  if (config.is_gated_act) {
+    throw UsageError(ErrorText("experts with a gate cannot be moved one by one",
+                               checkpoint.string() + ": is_gated_act=true",
+                               "use a checkpoint whose experts have wi and wo alone"));
+  }
   ExpertFileSpec spec;
   spec.geometry = config.geometry();
   spec.geometry.experts_per_token = 1;

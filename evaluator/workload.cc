@@ -43,7 +43,7 @@ GenerateWorkload::GenerateWorkload(Checkpoint checkpoint,
     : checkpoint_(std::move(checkpoint)),
       geometry_(checkpoint_.config.geometry()),
       max_new_tokens_(max_new_tokens),
-      executor_(&source_),
+      executor_(&source_, checkpoint_.config.activation),
       model_(checkpoint_.config, checkpoint_.parameters, &executor_) {
   const auto size = static_cast<size_t>(batch);
   for (size_t first = 0; first + size <= prompts.size(); first += size) {
@@ -82,10 +82,11 @@ SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source,
     return true;
   };
   const auto index = static_cast<size_t>(segment);
-  const auto generated = GreedyDecode(&model_, ids_BS_[index], valid_BS_[index], options);
+  const auto generated = Generate(&model_, ids_BS_[index], valid_BS_[index], options);
   times.step_seconds[0].push_back(watch.encoder_seconds());
   times.tokens[0] = valid_BS_[index].sum().item<int64_t>();
-  for (const auto& row : generated) times.tokens[1] += static_cast<int64_t>(row.size());
+  for (const auto& row : generated)
+    times.tokens[1] += static_cast<int64_t>(row.ids.size());
   return times;
 }
 

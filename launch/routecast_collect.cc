@@ -32,6 +32,10 @@ DEFINE_int32(batch_size, 32, "Sequences a forward pass");
 DEFINE_double(noise_density, 0.15, "Share of masked tokens in denoise and generate");
 DEFINE_int32(expert_parallel, 1,
              "Ranks that share the experts between them; divides the ranks");
+DEFINE_double(temperature, 0, "Generate: sample at this temperature; 0 = greedily");
+DEFINE_int32(top_k_sampling, 0, "Sample among the k most probable tokens; 0 = all");
+DEFINE_double(top_p, 1, "Sample among the most probable tokens that reach this sum");
+DEFINE_uint64(sample_seed, 1, "Seed of sampling");
 DEFINE_double(max_hours, 0, "Stop with everything saved after this time; 0 = no limit");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
 DEFINE_string(dtype, "fp32", "Compute type: fp32, bf16 or fp16");
@@ -66,6 +70,10 @@ CollectOptions Options() {
   o.batch_size = FLAGS_batch_size;
   o.noise_density = FLAGS_noise_density;
   o.expert_parallel = FLAGS_expert_parallel;
+  o.temperature = FLAGS_temperature;
+  o.top_k_sampling = FLAGS_top_k_sampling;
+  o.top_p = FLAGS_top_p;
+  o.sample_seed = FLAGS_sample_seed;
   o.max_hours = FLAGS_max_hours;
   o.device = FLAGS_device;
   o.dtype = FLAGS_dtype;

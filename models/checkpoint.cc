@@ -134,8 +134,11 @@ at::Tensor CheckpointReader::Read(const std::string& parameter,
 }
 
 ExpertWeights CheckpointReader::ReadExpert(ExpertKey key, at::ScalarType dtype) const {
-  return {Read(ExpertTensorName(config_, key, "wi"), dtype),
-          Read(ExpertTensorName(config_, key, "wo"), dtype)};
+  const auto read = [&](const char* tensor) {
+    return Read(ExpertTensorName(config_, key, tensor), dtype);
+  };
+  if (config_.is_gated_act) return {read("wi_0"), read("wo"), read("wi_1")};
+  return {read("wi"), read("wo"), {}};
 }
 
 std::vector<std::string> CheckpointReader::names() const {
@@ -206,7 +209,8 @@ ResidentModel::ResidentModel(Checkpoint checkpoint) : checkpoint_(std::move(chec
   source_ = std::make_unique<ResidentExpertSource>(
       checkpoint_.config.geometry(),
       ExpertWeightsOf(checkpoint_.config, checkpoint_.parameters));
-  executor_ = std::make_unique<LocalExpertExecutor>(source_.get());
+  executor_ =
+      std::make_unique<LocalExpertExecutor>(source_.get(), checkpoint_.config.activation);
   model_ = std::make_unique<SwitchModel>(checkpoint_.config, checkpoint_.parameters,
                                          executor_.get());
 }

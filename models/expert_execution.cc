@@ -28,6 +28,13 @@ ExpertLease ResidentExpertSource::Next() {
   return {expert, weights_[ExpertKey{layer_, expert}.Index(geometry_)], nullptr};
 }
 
+at::Tensor ApplyFeedForward(Activation activation, const ExpertWeights& weights,
+                            const at::Tensor& x_ND) {
+  at::Tensor inner = Activate(activation, Linear(x_ND, weights.wi_FD));
+  if (weights.gate_FD.defined()) inner = inner * Linear(x_ND, weights.gate_FD);
+  return Linear(inner, weights.wo_DF);
+}
+
 at::Tensor LocalExpertExecutor::Run(int layer, const at::Tensor& tokens_ND,
                                     const at::Tensor& expert_ids_N) {
   const int64_t n = tokens_ND.size(0);
@@ -64,8 +71,7 @@ at::Tensor LocalExpertExecutor::Run(int layer, const at::Tensor& tokens_ND,
         experts.begin());
     const at::Tensor x =
         grouped_ND.narrow(0, begin[group], begin[group + 1] - begin[group]);
-    outputs[group] = Linear(Linear(x, lease.weights().wi_FD, Activation::kRelu),
-                            lease.weights().wo_DF);
+    outputs[group] = ApplyFeedForward(activation_, lease.weights(), x);
   }
   if (one_group) return outputs[0];
   at::Tensor inverse = at::empty({n}, at::kLong);
@@ -97,8 +103,11 @@ std::vector<ExpertWeights> ExpertWeightsOf(const SwitchConfig& config,
   std::vector<ExpertWeights> weights;
   for (int i = 0; i < g.num_keys(); ++i) {
     const ExpertKey key = ExpertKey::FromIndex(i, g);
-    weights.push_back({parameters.Get(ExpertTensorName(config, key, "wi")),
-                       parameters.Get(ExpertTensorName(config, key, "wo"))});
+    const auto get = [&](const char* tensor) {
+      return parameters.Get(ExpertTensorName(config, key, tensor));
+    };
+    weights.push_back({get(config.is_gated_act ? "wi_0" : "wi"), get("wo"),
+                       config.is_gated_act ? get("wi_1") : at::Tensor()});
   }
   return weights;
 }

@@ -26,19 +26,29 @@ class ResidentExpertSource final : public ExpertSource {
   size_t next_ = 0;
 };
 
-// Groups tokens by expert, then wi -> relu -> wo for each lease as it becomes ready.
-// Differentiable where the weights and tokens are. Does not own the source.
+// Groups tokens by expert, then wi -> activation (-> times the gate's projection, where
+// the expert has one) -> wo for each lease as it becomes ready. Differentiable where the
+// weights and tokens are. Does not own the source.
 class LocalExpertExecutor final : public ExpertExecutor {
  public:
-  explicit LocalExpertExecutor(ExpertSource* source) : source_(source) {}
+  explicit LocalExpertExecutor(ExpertSource* source,
+                               Activation activation = Activation::kRelu)
+      : source_(source), activation_(activation) {}
+  Activation activation() const override { return activation_; }
   at::Tensor Run(int layer, const at::Tensor& tokens_ND,
                  const at::Tensor& expert_ids_N) override;
 
  private:
   ExpertSource* source_;
+  Activation activation_;
 };
 
-// The name of an expert's tensor in a checkpoint; `tensor` is "wi" or "wo".
+// activation(x wi) wo, or (activation(x wi) * (x gate)) wo where `gate_FD` is defined.
+at::Tensor ApplyFeedForward(Activation activation, const ExpertWeights& weights,
+                            const at::Tensor& x_ND);
+
+// The name of an expert's tensor in a checkpoint; `tensor` is "wi" or "wo", or where
+// experts are gated "wi_0", "wi_1" or "wo".
 std::string ExpertTensorName(const SwitchConfig& config, ExpertKey key,
                              const std::string& tensor);
 // True for the name of any expert's tensor.

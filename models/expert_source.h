@@ -8,12 +8,14 @@
 #include <utility>
 
 #include "common/routing.h"
+#include "models/activation.h"
 
 namespace routecast {
 
 struct ExpertWeights {
-  at::Tensor wi_FD;  // first projection, [d_ff, d_model]
+  at::Tensor wi_FD;  // first projection, [d_ff, d_model]; gated: the activated one, wi_0
   at::Tensor wo_DF;  // second projection, [d_model, d_ff]
+  at::Tensor gate_FD{};  // gated experts only: wi_1, [d_ff, d_model]; else undefined
 };
 
 // The right to use one expert's weights until destroyed (pins its slot). Move-only.
@@ -64,6 +66,8 @@ class ExpertSource {
 class ExpertExecutor {
  public:
   virtual ~ExpertExecutor() = default;
+  // What it computes between the projections: SwitchModel's constructor compares.
+  virtual Activation activation() const { return Activation::kRelu; }
   virtual at::Tensor Run(int layer, const at::Tensor& tokens_ND,
                          const at::Tensor& expert_ids_N) = 0;
 };

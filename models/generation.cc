@@ -3,36 +3,190 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
-namespace routecast {
+#include <limits>
+#include <stdexcept>
 
-std::vector<std::vector<int64_t>> GreedyDecode(SwitchModel* model,
-                                               const at::Tensor& ids_BS,
-                                               const at::Tensor& valid_BS,
-                                               const GenerationOptions& options) {
-  const c10::NoGradGuard no_grad;
-  const SwitchConfig& config = model->config();
-  const int64_t batch = ids_BS.size(0);
-  const at::Tensor encoded = model->Encode(ids_BS, valid_BS, options.forward);
-  std::vector<std::vector<int64_t>> generated(static_cast<size_t>(batch));
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+
+// The incremental decoder of a batch: one token a row and call.
+class Decoder {
+ public:
+  Decoder(SwitchModel* model, const at::Tensor& ids_BS, const at::Tensor& valid_BS,
+          int64_t copies, const ForwardOptions& forward)
+      : model_(model), forward_(forward) {
+    const at::Tensor encoded_BSD = model->Encode(ids_BS, valid_BS, forward);
+    encoded_RSD_ =
+        copies == 1 ? encoded_BSD : encoded_BSD.repeat_interleave(copies, /*dim=*/0);
+    valid_RS_ = copies == 1 ? valid_BS : valid_BS.repeat_interleave(copies, /*dim=*/0);
+  }
+  int64_t rows() const { return encoded_RSD_.size(0); }
+  // ids and live [R,1] -> fp32 logits [R,V] on the CPU.
+  at::Tensor Step(const at::Tensor& ids_R1, const at::Tensor& live_R1) {
+    const at::Tensor hidden =
+        model_->Decode(ids_R1, live_R1, encoded_RSD_, valid_RS_, &cache_, forward_);
+    return model_->Logits(hidden.select(1, 0)).to(at::kCPU, at::kFloat);
+  }
+  // Row r goes on from what was row source_R[r], one of the same prompt's: so the keys
+  // and values of its source text stay where they are.
+  void Reorder(const at::Tensor& source_R) {
+    const at::Tensor rows = source_R.to(model_->device());
+    for (auto* part : {&cache_.self_key, &cache_.self_value}) {
+      for (at::Tensor& tensor : *part) tensor = tensor.index_select(0, rows);
+    }
+  }
+
+ private:
+  SwitchModel* model_;
+  ForwardOptions forward_;
+  at::Tensor encoded_RSD_, valid_RS_;
+  DecoderCache cache_;
+};
+
+std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
+                                                  const SwitchConfig& config,
+                                                  const GenerationOptions& options) {
+  const int64_t batch = decoder->rows();
+  std::vector<GeneratedSequence> generated(static_cast<size_t>(batch));
   at::Tensor current = at::full({batch, 1}, config.decoder_start_token_id, at::kLong);
   at::Tensor live = at::ones({batch, 1}, at::kBool);
-  DecoderCache cache;
   for (int step = 0; step < options.max_new_tokens; ++step) {
-    const at::Tensor hidden =
-        model->Decode(current, live, encoded, valid_BS, &cache, options.forward);
-    const at::Tensor logits = model->Logits(hidden.select(1, 0)).to(at::kCPU, at::kFloat);
-    at::Tensor next = logits.argmax(-1);
+    const at::Tensor logits = decoder->Step(current, live);
+    at::Tensor allowed = logits;
+    if (step < options.min_new_tokens) {
+      allowed = logits.clone();
+      allowed.select(1, config.eos_token_id).fill_(kMinusInfinity);
+    }
+    at::Tensor next =
+        options.sampling.enabled()
+            ? SampleIds(WarpLogits(allowed, options.sampling), options.sampling, step)
+            : allowed.argmax(-1);
     next = at::where(live.squeeze(1), next, at::full_like(next, config.pad_token_id));
     for (int64_t b = 0; b < batch; ++b) {
       if (!live[b][0].item<bool>()) continue;
-      generated[static_cast<size_t>(b)].push_back(next[b].item<int64_t>());
+      generated[static_cast<size_t>(b)].ids.push_back(next[b].item<int64_t>());
     }
     live = live.logical_and((next != config.eos_token_id).unsqueeze(1));
+    for (size_t b = 0; b < options.row_max_new_tokens.size(); ++b) {
+      if (step + 1 >= options.row_max_new_tokens[b])
+        live[static_cast<int64_t>(b)] = false;
+    }
     if (options.on_step && !options.on_step(step, logits, next)) break;
     if (!live.any().item<bool>()) break;
     current = next.unsqueeze(1);
   }
   return generated;
+}
+
+// What the decoder runs next: the beams of every search, padding where one is done.
+struct NextBeams {
+  at::Tensor ids_R1, live_R1, source_R;
+};
+
+NextBeams NextOf(const std::vector<BeamSearch>& searches, int64_t num_beams,
+                 int64_t pad_token_id) {
+  const int64_t rows = static_cast<int64_t>(searches.size()) * num_beams;
+  NextBeams next{at::full({rows, 1}, pad_token_id, at::kLong),
+                 at::zeros({rows, 1}, at::kBool), at::arange(rows, at::kLong)};
+  for (int64_t r = 0; r < rows; ++r) {
+    const BeamSearch& search = searches[static_cast<size_t>(r / num_beams)];
+    if (search.done()) continue;
+    const BeamSearch::Beam& beam = search.running()[static_cast<size_t>(r % num_beams)];
+    next.ids_R1[r][0] = beam.ids.back();
+    next.live_R1[r][0] = true;
+    next.source_R[r] = r / num_beams * num_beams + beam.source;
+  }
+  return next;
+}
+
+std::vector<GeneratedSequence> SearchBeams(Decoder* decoder, const SwitchConfig& config,
+                                           const GenerationOptions& options) {
+  const int64_t beams = options.beams.num_beams, rows = decoder->rows();
+  std::vector<BeamSearch> searches(
+      static_cast<size_t>(rows / beams),
+      BeamSearch(options.beams, config.eos_token_id, options.max_new_tokens));
+  at::Tensor current = at::full({rows, 1}, config.decoder_start_token_id, at::kLong);
+  at::Tensor live = at::ones({rows, 1}, at::kBool);
+  for (int step = 0; step < options.max_new_tokens; ++step) {
+    const at::Tensor logits = decoder->Step(current, live);
+    at::Tensor log_probs = at::log_softmax(logits, -1).contiguous();
+    if (step < options.min_new_tokens) {
+      log_probs.select(1, config.eos_token_id).fill_(kMinusInfinity);
+    }
+    const auto values = static_cast<size_t>(beams * log_probs.size(1));
+    bool all_done = true;
+    for (size_t b = 0; b < searches.size(); ++b) {
+      searches[b].Step({log_probs.data_ptr<float>() + b * values, values});
+      all_done = all_done && searches[b].done();
+    }
+    const NextBeams next = NextOf(searches, beams, config.pad_token_id);
+    if (options.on_step) options.on_step(step, logits, next.ids_R1.squeeze(1));
+    if (all_done) break;
+    decoder->Reorder(next.source_R);
+    current = next.ids_R1;
+    live = next.live_R1;
+  }
+  std::vector<GeneratedSequence> generated;
+  for (const BeamSearch& search : searches) {
+    for (GeneratedSequence& best : search.Best(options.num_return_sequences)) {
+      generated.push_back(std::move(best));
+    }
+  }
+  return generated;
+}
+
+}  // namespace
+
+void GenerationOptions::Validate() const {
+  const auto refuse = [](const std::string& what, int value, const std::string& advice) {
+    throw UsageError(ErrorText(what, std::to_string(value), "use " + advice));
+  };
+  sampling.Validate();
+  if (max_new_tokens < 1) refuse("max_new_tokens", max_new_tokens, "1 or more");
+  if (min_new_tokens < 0 || min_new_tokens > max_new_tokens) {
+    refuse("min_new_tokens", min_new_tokens,
+           "0 to max_new_tokens, " + std::to_string(max_new_tokens));
+  }
+  if (beams.num_beams < 1) refuse("num_beams", beams.num_beams, "1 or more");
+  if (num_return_sequences < 1 || num_return_sequences > beams.num_beams) {
+    refuse("num_return_sequences", num_return_sequences,
+           "1 to num_beams, " + std::to_string(beams.num_beams));
+  }
+  if (beams.num_beams > 1 && sampling.enabled()) {
+    refuse("sampling and beams exclude each other; num_beams", beams.num_beams,
+           "num_beams=1 or temperature=0");
+  }
+}
+
+std::vector<GeneratedSequence> Generate(SwitchModel* model, const at::Tensor& ids_BS,
+                                        const at::Tensor& valid_BS,
+                                        const GenerationOptions& options) {
+  options.Validate();
+  const std::vector<uint64_t>& keys = options.sampling.row_keys;
+  if (!keys.empty() && static_cast<int64_t>(keys.size()) != ids_BS.size(0)) {
+    throw std::logic_error("Generate: one row key a prompt is needed");
+  }
+  const std::vector<int>& limits = options.row_max_new_tokens;
+  if (!limits.empty() && (static_cast<int64_t>(limits.size()) != ids_BS.size(0) ||
+                          options.beams.num_beams > 1)) {
+    throw std::logic_error("Generate: one limit a prompt is needed, and no beams");
+  }
+  const c10::NoGradGuard no_grad;
+  const SwitchConfig& config = model->config();
+  if (options.beams.num_beams > 1 &&
+      config.vocab_size < 2 * int64_t{options.beams.num_beams}) {
+    throw UsageError(ErrorText("num_beams is more than half of the vocabulary",
+                               std::to_string(options.beams.num_beams) + " of " +
+                                   std::to_string(config.vocab_size),
+                               "use fewer beams"));
+  }
+  Decoder decoder(model, ids_BS, valid_BS, options.beams.num_beams, options.forward);
+  return options.beams.num_beams > 1 ? SearchBeams(&decoder, config, options)
+                                     : ChooseTokenByToken(&decoder, config, options);
 }
 
 }  // namespace routecast

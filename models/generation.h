@@ -1,27 +1,42 @@
-// Greedy decoding, step by step, for a batch of right-padded prompts.
+// Decoding, step by step, for a batch of right-padded prompts of different lengths.
 #pragma once
 
 #include <functional>
 #include <vector>
 
+#include "models/beam_search.h"
+#include "models/sampling.h"
 #include "models/switch_model.h"
 
 namespace routecast {
 
+// Greedy unless a temperature or more than one beam is asked for.
 struct GenerationOptions {
   int max_new_tokens = 32;
-  ForwardOptions forward;
-  // Called after each step with the step's fp32 logits [B,V] and chosen ids [B] (both
-  // CPU). Returns false to stop early (a requested stop). May be empty.
-  std::function<bool(int step, const at::Tensor& logits_BV, const at::Tensor& ids_B)>
-      on_step;
+  int min_new_tokens = 0;  // end-of-sequence is forbidden before
+  // Of each row, below max_new_tokens: a row's length is then no matter of its batch.
+  // Empty: max_new_tokens for all. Not with beams.
+  std::vector<int> row_max_new_tokens{};
+  SamplingOptions sampling{};
+  BeamOptions beams{};
+  int num_return_sequences = 1;  // of each row, best first; at most beams.num_beams
+  // Observers see beams as rows of the decoder's passes, a prompt's beams side by side.
+  ForwardOptions forward{};
+  // Called after each step with the step's fp32 logits [R,V] and chosen ids [R] (both
+  // CPU; R rows, or rows * beams). Returns false to stop early (a requested stop): rows
+  // end as they are. May be empty. With beams it cannot stop: throw instead.
+  std::function<bool(int step, const at::Tensor& logits_RV, const at::Tensor& ids_R)>
+      on_step{};
+  // Throws UsageError naming the option that is out of range, or two that exclude each
+  // other (sampling and beams).
+  void Validate() const;
 };
 
-// One id list a row, ended by (and including) end-of-sequence where it came. Rows that
-// ended go on as padding, marked invalid to observers, until all have ended.
-std::vector<std::vector<int64_t>> GreedyDecode(SwitchModel* model,
-                                               const at::Tensor& ids_BS,
-                                               const at::Tensor& valid_BS,
-                                               const GenerationOptions& options);
+// num_return_sequences a row, row by row. Rows that ended go on as padding, marked
+// invalid to observers, until all have ended. A row's result is that of the row alone,
+// but for ties nearer than the rounding of matrix products of other shapes.
+std::vector<GeneratedSequence> Generate(SwitchModel* model, const at::Tensor& ids_BS,
+                                        const at::Tensor& valid_BS,
+                                        const GenerationOptions& options);
 
 }  // namespace routecast

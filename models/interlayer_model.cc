@@ -51,8 +51,8 @@ struct InterlayerNet {
 };
 
 InterlayerNet::InterlayerNet(const SpeculationConfig& c, ParameterMaker make)
-    : expert(
-          make.Normal("expert.embedding", {c.geometry.num_experts + 1, c.width}, kExpertStd)),
+    : expert(make.Normal("expert.embedding", {c.geometry.num_experts + 1, c.width},
+                         kExpertStd)),
       slot(make.Normal("slot.embedding",
                        {std::max(kPublishedSlots, 2 * c.context), c.width}, 0.02)),
       stack(make.Normal("stack.embedding", {2, c.width}, 0.02)),

@@ -242,17 +242,12 @@ at::Tensor OwnLinear(const at::Tensor& x, const at::Tensor& weight) {
   return out.to(x.scalar_type());
 }
 
-at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight, Activation activation) {
+at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t width = x.size(-1), rows = width > 0 ? x.numel() / width : 0;
-  if (!Pays(x, weight, rows)) {
-    const at::Tensor out = at::linear(x, weight);
-    return activation == Activation::kRelu ? at::relu(out) : out;
-  }
+  if (!Pays(x, weight, rows)) return at::linear(x, weight);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  at::Tensor out = OwnLinear(x.view({rows, width}), weight);
-  if (activation == Activation::kRelu) out.clamp_min_(0);
-  return out.view(shape);
+  return OwnLinear(x.view({rows, width}), weight).view(shape);
 }
 
 }  // namespace routecast

@@ -8,17 +8,13 @@
 
 namespace routecast {
 
-enum class Activation { kNone, kRelu };
-
 // x [...,D] weight [F,D]^T -> [...,F]; sums in float32 where x is bfloat16, rounded to
-// x's dtype, then the activation. Any thread. Gradients flow. Equal for equal numbers of
-// rows, whatever the number of threads.
-at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight,
-                  Activation activation = Activation::kNone);
+// x's dtype. Any thread. Gradients flow. Equal for equal numbers of rows, whatever the
+// number of threads.
+at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight);
 
 // The own loops, for tests: REQUIRES CPU, contiguous, float32 or bfloat16 of one kind, no
-// gradient, x [N,D]. A row's result is a function of the row and the
-// weight alone.
+// gradient, x [N,D]. A row's result is a function of the row and the weight alone.
 at::Tensor OwnLinear(const at::Tensor& x_ND, const at::Tensor& weight_FD);
 
 }  // namespace routecast

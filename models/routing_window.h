@@ -31,8 +31,8 @@ struct RoutingWindow {
   // float32 router input at source_layer; undefined = not available
   at::Tensor hidden_BTD;
   // Decoder: float32 router input of the token before at the last MoE layer, zeros where
-  // there is none; undefined = zeros, or not recorded. What the model is about to say next is in
-  // it.
+  // there is none; undefined = zeros, or not recorded. What the model is about to say
+  // next is in it.
   at::Tensor context_BTD;
   // Decoder: float32 router inputs of the encoder's last MoE layer over the S tokens that
   // the decoder attends to, and which of them are real; undefined = not available.

@@ -4,14 +4,7 @@
 #include <cmath>
 #include <limits>
 
-// One binary, the widest vectors of the machine it runs on. Sanitizers cannot run the
-// resolvers that this needs.
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define ROUTECAST_WIDE \
-  __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
-#else
-#define ROUTECAST_WIDE
-#endif
+#include "common/wide_loops.h"
 
 namespace routecast {
 namespace {

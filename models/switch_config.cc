@@ -1,5 +1,7 @@
 #include "models/switch_config.h"
 
+#include <iterator>
+
 #include "common/errors.h"
 
 namespace routecast {
@@ -31,11 +33,6 @@ class Reader {
     if (!json_[key].is_boolean()) Bad(key, json_[key].dump(), "true or false");
     *value = json_[key].get<bool>();
   }
-  void MustBe(const char* key, const Json& expected) const {
-    if (json_.contains(key) && json_[key] != expected) {
-      Bad(key, json_[key].dump(), expected.dump());
-    }
-  }
   [[noreturn]] void Bad(const std::string& key, const std::string& value,
                         const std::string& expected) const {
     throw DataError(ErrorText(what_ + ": " + key + " is not usable",
@@ -53,14 +50,60 @@ class Reader {
   std::string what_;
 };
 
-int SparseStep(int blocks, int sparse) { return sparse > 0 ? blocks / sparse : blocks; }
+constexpr const char* kRouterDtypes[] = {"float32", "float16", "bfloat16"};
+
+void ReadRouterDtype(const Json& json, const Reader& read, RouterDtype* dtype) {
+  if (!json.contains("router_dtype")) return;
+  for (size_t i = 0; i < std::size(kRouterDtypes); ++i) {
+    if (json["router_dtype"] == kRouterDtypes[i]) {
+      *dtype = static_cast<RouterDtype>(i);
+      return;
+    }
+  }
+  read.Bad("router_dtype", json["router_dtype"].dump(), "float32, float16 or bfloat16");
+}
+
+void ReadActivation(const Json& json, const Reader& read, SwitchConfig* c) {
+  if (json.contains("dense_act_fn")) {
+    const Json& name = json["dense_act_fn"];
+    const auto found =
+        name.is_string() ? FindActivation(name.get<std::string>()) : std::nullopt;
+    if (!found) read.Bad("dense_act_fn", name.dump(), "relu, gelu, gelu_new or silu");
+    c->activation = *found;
+  }
+  read.Bool("is_gated_act", &c->is_gated_act);
+  if (!json.contains("feed_forward_proj")) return;
+  // T5's one word for both. Two answers to one question are an error, not a choice.
+  const std::string act = ActivationName(c->activation);
+  const std::string said = (c->is_gated_act ? "gated-" : "") + act;
+  const Json& proj = json["feed_forward_proj"];
+  const bool t5_name = c->is_gated_act && act == "gelu_new" && proj == "gated-gelu";
+  if (proj != said && !t5_name) {
+    read.Bad("feed_forward_proj", proj.dump(),
+             said + " as dense_act_fn and is_gated_act say");
+  }
+}
+
+void ReadSparseStep(const Json& json, const Reader& read, const char* key,
+                    std::optional<int>* step) {
+  if (!json.contains(key)) return;
+  int value = 0;
+  read.Int(key, &value, 0);
+  *step = value;
+}
 
 }  // namespace
 
+int SwitchConfig::SparseStep(Stack stack) const {
+  const bool encoder = stack == Stack::kEncoder;
+  const std::optional<int>& step = encoder ? encoder_sparse_step : decoder_sparse_step;
+  if (step) return *step;
+  const int sparse = encoder ? num_sparse_encoder_layers : num_sparse_decoder_layers;
+  return sparse > 0 ? blocks(stack) / sparse : blocks(stack);
+}
+
 bool SwitchConfig::IsSparse(Stack stack, int block) const {
-  const int step = stack == Stack::kEncoder
-                       ? SparseStep(num_layers, num_sparse_encoder_layers)
-                       : SparseStep(num_decoder_layers, num_sparse_decoder_layers);
+  const int step = SparseStep(stack);
   return step > 0 && (step == 1 || block % step == 1);
 }
 
@@ -83,9 +126,6 @@ SwitchConfig SwitchConfig::FromJson(const Json& json, const std::string& what) {
              json.contains("model_type") ? json["model_type"].dump() : "absent",
              "\"switch_transformers\"");
   }
-  read.MustBe("dense_act_fn", "relu");
-  read.MustBe("is_gated_act", false);
-  read.MustBe("router_dtype", "float32");
   SwitchConfig c;
   read.Int("vocab_size", &c.vocab_size, 2, 1 << 24);
   read.Int("d_model", &c.d_model, 1);
@@ -98,9 +138,14 @@ SwitchConfig SwitchConfig::FromJson(const Json& json, const std::string& what) {
   read.Int("num_sparse_encoder_layers", &c.num_sparse_encoder_layers, 0, c.num_layers);
   read.Int("num_sparse_decoder_layers", &c.num_sparse_decoder_layers, 0,
            c.num_decoder_layers);
+  ReadSparseStep(json, read, "encoder_sparse_step", &c.encoder_sparse_step);
+  ReadSparseStep(json, read, "decoder_sparse_step", &c.decoder_sparse_step);
   read.Int("num_experts", &c.num_experts, 1, 65535);
-  read.Int("expert_capacity", &c.expert_capacity, 1);
+  read.Int("expert_capacity", &c.expert_capacity, 0);
   read.Bool("router_bias", &c.router_bias);
+  ReadRouterDtype(json, read, &c.router_dtype);
+  read.Bool("router_ignore_padding_tokens", &c.router_ignore_padding_tokens);
+  ReadActivation(json, read, &c);
   read.Number("router_jitter_noise", &c.router_jitter_noise);
   read.Number("router_z_loss_coef", &c.router_z_loss_coef);
   read.Number("router_aux_loss_coef", &c.router_aux_loss_coef);
@@ -115,7 +160,7 @@ SwitchConfig SwitchConfig::FromJson(const Json& json, const std::string& what) {
 }
 
 Json SwitchConfig::ToJson() const {
-  return Json{
+  Json json{
       {"architectures", {"SwitchTransformersForConditionalGeneration"}},
       {"model_type", "switch_transformers"},
       {"vocab_size", vocab_size},
@@ -130,15 +175,15 @@ Json SwitchConfig::ToJson() const {
       {"num_experts", num_experts},
       {"expert_capacity", expert_capacity},
       {"router_bias", router_bias},
-      {"router_dtype", "float32"},
-      {"router_ignore_padding_tokens", false},
+      {"router_dtype", kRouterDtypes[static_cast<size_t>(router_dtype)]},
+      {"router_ignore_padding_tokens", router_ignore_padding_tokens},
       {"router_jitter_noise", router_jitter_noise},
       {"router_z_loss_coef", router_z_loss_coef},
       {"router_aux_loss_coef", router_aux_loss_coef},
       {"relative_attention_num_buckets", relative_attention_num_buckets},
       {"relative_attention_max_distance", relative_attention_max_distance},
-      {"dense_act_fn", "relu"},
-      {"is_gated_act", false},
+      {"dense_act_fn", ActivationName(activation)},
+      {"is_gated_act", is_gated_act},
       {"dropout_rate", 0.0},
       {"layer_norm_epsilon", layer_norm_epsilon},
       {"initializer_factor", 1.0},
@@ -149,6 +194,9 @@ Json SwitchConfig::ToJson() const {
       {"decoder_start_token_id", decoder_start_token_id},
       {"use_cache", true},
   };
+  if (encoder_sparse_step) json["encoder_sparse_step"] = *encoder_sparse_step;
+  if (decoder_sparse_step) json["decoder_sparse_step"] = *decoder_sparse_step;
+  return json;
 }
 
 }  // namespace routecast

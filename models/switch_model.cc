@@ -8,7 +8,10 @@
 
 #include "common/errors.h"
 #include "common/random.h"
-#include "models/expert_execution.h"
+#include "models/linear.h"
+#include "models/relative_position.h"
+#include "models/rms_norm.h"
+#include "models/top1_router.h"
 
 namespace routecast {
 namespace {
@@ -32,28 +35,6 @@ const at::Tensor& Checked(const Parameters& parameters, const std::string& name,
   return tensor;
 }
 
-// T5's buckets of a relative position (key minus query). The order of operations decides
-// the bucket at the borders (distance 64 -> 14), so it is the reference's.
-at::Tensor Buckets(at::Tensor relative, bool bidirectional, int64_t buckets,
-                   int64_t max_distance) {
-  at::Tensor result = at::zeros_like(relative);
-  if (bidirectional) {
-    buckets /= 2;
-    result = (relative > 0).to(at::kLong) * buckets;
-    relative = relative.abs();
-  } else {
-    relative = -at::minimum(relative, at::zeros_like(relative));
-  }
-  const int64_t exact = buckets / 2;
-  at::Tensor large =
-      exact + (at::log(relative.to(at::kFloat) / static_cast<double>(exact)) /
-               std::log(static_cast<double>(max_distance) / static_cast<double>(exact)) *
-               static_cast<double>(buckets - exact))
-                  .to(at::kLong);
-  large = at::minimum(large, at::full_like(large, buckets - 1));
-  return result + at::where(relative < exact, relative, large);
-}
-
 double LowestOf(at::ScalarType type) {
   if (type == at::kHalf) return -65504.0;
   if (type == at::kBFloat16) return -3.3895313892515355e38;
@@ -71,15 +52,41 @@ at::Tensor Jitter(const at::Tensor& x, double jitter, uint64_t key) {
   at::Generator generator = at::detail::createCPUGenerator(key);
   const at::Tensor noise = at::empty(x.sizes(), at::kFloat)
                                .uniform_(1.0 - jitter, 1.0 + jitter, generator)
-                               .to(x.device());
+                               .to(x.device(), x.scalar_type());
   return x * noise;
+}
+
+at::ScalarType TypeOf(RouterDtype dtype) {
+  constexpr at::ScalarType kTypes[] = {at::kFloat, at::kHalf, at::kBFloat16};
+  return kTypes[static_cast<size_t>(dtype)];
+}
+
+// The reference's guard of fp16 after each residual: infinities become large numbers.
+at::Tensor Clamped(const at::Tensor& x) {
+  if (x.scalar_type() != at::kHalf) return x;
+  constexpr double kMax = 65504.0;
+  const double limit = at::isinf(x).any().item<bool>() ? kMax - 1000 : kMax;
+  return at::clamp(x, -limit, limit);
+}
+
+at::Tensor Counted(const at::Tensor& valid_BT, at::Device device,
+                   const ForwardOptions& options) {
+  return options.ignore_padding ? valid_BT.to(device) : at::Tensor();
 }
 
 }  // namespace
 
 SwitchModel::SwitchModel(SwitchConfig config, const Parameters& parameters,
                          ExpertExecutor* executor)
-    : config_(std::move(config)), geometry_(config_.geometry()), executor_(executor) {
+    : config_(std::move(config)),
+      geometry_(config_.geometry()),
+      router_type_(TypeOf(config_.router_dtype)),
+      executor_(executor) {
+  if (executor_->activation() != config_.activation) {
+    throw std::logic_error("the executor's activation is " +
+                           ActivationName(executor_->activation()) + ", the model's " +
+                           ActivationName(config_.activation));
+  }
   lm_head_ = Checked(parameters,
                      config_.tie_word_embeddings ? "shared.weight" : "lm_head.weight",
                      {config_.vocab_size, config_.d_model});
@@ -120,17 +127,9 @@ SwitchModel::StackWeights SwitchModel::LoadStack(Stack stack,
     block.ff_norm = Checked(parameters, ff + "layer_norm.weight", {d});
     if (config_.IsSparse(stack, i)) {
       block.moe_layer = moe_layer++;
-      block.router_weight = Checked(parameters, ff + "mlp.router.classifier.weight",
-                                    {config_.num_experts, d})
-                                .to(at::kFloat);
-      if (config_.router_bias) {
-        block.router_bias =
-            Checked(parameters, ff + "mlp.router.classifier.bias", {config_.num_experts})
-                .to(at::kFloat);
-      }
+      LoadRouter(ff, parameters, &block);
     } else {
-      block.wi = Checked(parameters, ff + "mlp.wi.weight", {config_.d_ff, d});
-      block.wo = Checked(parameters, ff + "mlp.wo.weight", {d, config_.d_ff});
+      LoadDense(ff, parameters, &block);
     }
     weights.blocks.push_back(std::move(block));
   }
@@ -142,15 +141,35 @@ SwitchModel::StackWeights SwitchModel::LoadStack(Stack stack,
   return weights;
 }
 
+void SwitchModel::LoadRouter(const std::string& layer, const Parameters& parameters,
+                             Block* block) const {
+  const std::string name = layer + "mlp.router.classifier.";
+  block->router_weight =
+      Checked(parameters, name + "weight", {config_.num_experts, config_.d_model})
+          .to(router_type_);
+  if (config_.router_bias) {
+    block->router_bias =
+        Checked(parameters, name + "bias", {config_.num_experts}).to(router_type_);
+  }
+}
+
+void SwitchModel::LoadDense(const std::string& layer, const Parameters& parameters,
+                            Block* block) const {
+  const int64_t d = config_.d_model, f = config_.d_ff;
+  const std::string wi = layer + (config_.is_gated_act ? "mlp.wi_0" : "mlp.wi");
+  block->dense.wi_FD = Checked(parameters, wi + ".weight", {f, d});
+  block->dense.wo_DF = Checked(parameters, layer + "mlp.wo.weight", {d, f});
+  if (config_.is_gated_act) {
+    block->dense.gate_FD = Checked(parameters, layer + "mlp.wi_1.weight", {f, d});
+  }
+}
+
 at::Tensor SwitchModel::Norm(const at::Tensor& x, const at::Tensor& weight) const {
-  // RMS norm; the variance in fp32, then the model's dtype, then the gain.
-  const at::Tensor variance = x.to(at::kFloat).pow(2).mean(-1, /*keepdim=*/true);
-  const at::Tensor normed = x * at::rsqrt(variance + config_.layer_norm_epsilon);
-  return weight * normed.to(weight.scalar_type());
+  return RmsNorm(x, weight, config_.layer_norm_epsilon);
 }
 
 at::Tensor SwitchModel::Heads(const at::Tensor& x, const at::Tensor& weight) const {
-  return at::linear(x, weight)
+  return Linear(x, weight)
       .view({x.size(0), x.size(1), config_.num_heads, config_.d_kv})
       .transpose(1, 2);
 }
@@ -164,7 +183,7 @@ at::Tensor SwitchModel::Attend(const at::Tensor& q, const at::Tensor& k,
       at::matmul(weights, v)
           .transpose(1, 2)
           .reshape({q.size(0), q.size(2), int64_t{config_.num_heads} * config_.d_kv});
-  return at::linear(out, o);
+  return Linear(out, o);
 }
 
 at::Tensor SwitchModel::PositionBias(const at::Tensor& table, int64_t queries,
@@ -173,8 +192,8 @@ at::Tensor SwitchModel::PositionBias(const at::Tensor& table, int64_t queries,
   const at::Tensor query = at::arange(queries, at::kLong).unsqueeze(1) + past;
   const at::Tensor key = at::arange(keys, at::kLong).unsqueeze(0);
   const at::Tensor buckets =
-      Buckets(key - query, bidirectional, config_.relative_attention_num_buckets,
-              config_.relative_attention_max_distance);
+      RelativeBuckets(key - query, bidirectional, config_.relative_attention_num_buckets,
+                      config_.relative_attention_max_distance);
   at::Tensor bias =
       at::embedding(table, buckets.to(table.device())).permute({2, 0, 1}).unsqueeze(0);
   if (!bidirectional) {
@@ -193,11 +212,12 @@ at::Tensor SwitchModel::Encode(const at::Tensor& ids_BS, const at::Tensor& valid
       PositionBias(encoder_.relative_bias, ids_BS.size(1), ids_BS.size(1), 0,
                    /*bidirectional=*/true) +
       KeyMask(valid_BS.to(device()), hidden);
+  const at::Tensor counted = Counted(valid_BS, device(), options);
   for (const Block& block : encoder_.blocks) {
     const at::Tensor x = Norm(hidden, block.self.norm);
-    hidden = hidden + Attend(Heads(x, block.self.q), Heads(x, block.self.k),
-                             Heads(x, block.self.v), bias, block.self.o);
-    hidden = hidden + FeedForward(block, hidden, options);
+    hidden = Clamped(hidden + Attend(Heads(x, block.self.q), Heads(x, block.self.k),
+                                     Heads(x, block.self.v), bias, block.self.o));
+    hidden = Clamped(hidden + FeedForward(block, hidden, counted, options));
   }
   hidden = Norm(hidden, encoder_.final_norm);
   if (options.observer) options.observer->OnPassEnd(pass);
@@ -218,6 +238,7 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
       PositionBias(decoder_.relative_bias, length, past + length, past,
                    /*bidirectional=*/false);
   const at::Tensor cross_bias = KeyMask(encoder_valid_BS.to(device()), hidden);
+  const at::Tensor counted = Counted(decoder_valid_BT, device(), options);
   if (cache) {
     for (auto* part :
          {&cache->self_key, &cache->self_value, &cache->cross_key, &cache->cross_value}) {
@@ -236,7 +257,7 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
       cache->self_key[i] = k;
       cache->self_value[i] = v;
     }
-    hidden = hidden + Attend(Heads(x, block.self.q), k, v, bias, block.self.o);
+    hidden = Clamped(hidden + Attend(Heads(x, block.self.q), k, v, bias, block.self.o));
 
     x = Norm(hidden, block.cross.norm);
     at::Tensor cross_k, cross_v;
@@ -251,9 +272,9 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
         cache->cross_value[i] = cross_v;
       }
     }
-    hidden = hidden +
-             Attend(Heads(x, block.cross.q), cross_k, cross_v, cross_bias, block.cross.o);
-    hidden = hidden + FeedForward(block, hidden, options);
+    hidden = Clamped(hidden + Attend(Heads(x, block.cross.q), cross_k, cross_v,
+                                     cross_bias, block.cross.o));
+    hidden = Clamped(hidden + FeedForward(block, hidden, counted, options));
   }
   if (cache) cache->length += static_cast<int>(length);
   hidden = Norm(hidden, decoder_.final_norm);
@@ -262,22 +283,24 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
 }
 
 at::Tensor SwitchModel::Logits(const at::Tensor& decoder_hidden) const {
-  if (!config_.tie_word_embeddings) return at::linear(decoder_hidden, lm_head_);
-  return at::linear(decoder_hidden * std::pow(static_cast<double>(config_.d_model), -0.5),
-                    lm_head_);
+  if (!config_.tie_word_embeddings) return Linear(decoder_hidden, lm_head_);
+  return Linear(decoder_hidden * std::pow(static_cast<double>(config_.d_model), -0.5),
+                lm_head_);
 }
 
 at::Tensor SwitchModel::FeedForward(const Block& block, const at::Tensor& hidden_BTD,
+                                    const at::Tensor& counted_BT,
                                     const ForwardOptions& options) {
   const at::Tensor normed = Norm(hidden_BTD, block.ff_norm);
-  if (block.moe_layer >= 0) return Sparse(block, normed, options);
-  return at::linear(at::relu(at::linear(normed, block.wi)), block.wo);
+  if (block.moe_layer >= 0) return Sparse(block, normed, counted_BT, options);
+  return ApplyFeedForward(config_.activation, block.dense, normed);
 }
 
 at::Tensor SwitchModel::Sparse(const Block& block, const at::Tensor& normed_BTD,
+                               const at::Tensor& counted_BT,
                                const ForwardOptions& options) {
   const int64_t batch = normed_BTD.size(0), length = normed_BTD.size(1);
-  at::Tensor router_input = normed_BTD.to(at::kFloat);
+  at::Tensor router_input = normed_BTD.to(router_type_);
   if (options.jitter > 0) {
     router_input =
         Jitter(router_input, options.jitter,
@@ -286,30 +309,18 @@ at::Tensor SwitchModel::Sparse(const Block& block, const at::Tensor& normed_BTD,
   LayerRouting routing;
   routing.layer = block.moe_layer;
   routing.input_BTD = normed_BTD;
-  routing.logits_BTE =
-      block.router_bias.defined()
-          ? at::linear(router_input, block.router_weight, block.router_bias)
-          : at::linear(router_input, block.router_weight);
-  // The argmax is taken where the reference takes it: on probabilities in the model's
-  // dtype, so bf16 can tie, and the lowest index wins.
-  const at::Tensor probs =
-      at::softmax(routing.logits_BTE, -1).to(normed_BTD.scalar_type());
-  routing.expert_ids_BT = probs.argmax(-1);
-  routing.gate_probs_BT =
-      probs.gather(-1, routing.expert_ids_BT.unsqueeze(-1)).squeeze(-1);
+  const Top1Choice choice = ChooseTop1(router_input, block.router_weight,
+                                       block.router_bias, normed_BTD.scalar_type());
+  routing.logits_BTE = choice.logits_BTE;
+  routing.expert_ids_BT = choice.expert_ids_BT;
+  routing.gate_probs_BT = choice.gate_probs_BT;
   if (options.routing_override) {
     options.routing_override->Replace(block.moe_layer, &routing.expert_ids_BT,
                                       &routing.gate_probs_BT);
   }
-  const bool may_drop = length > config_.expert_capacity;
-  if (may_drop) {
-    const at::Tensor one_hot = at::one_hot(routing.expert_ids_BT, config_.num_experts);
-    const at::Tensor position = (one_hot.cumsum(1) * one_hot).sum(-1);
-    routing.dropped_BT = position > config_.expert_capacity;
-  } else {
-    routing.dropped_BT =
-        at::zeros({batch, length}, normed_BTD.options().dtype(at::kBool));
-  }
+  const bool may_drop = counted_BT.defined() || length > config_.expert_capacity;
+  routing.dropped_BT = DroppedByCapacity(routing.expert_ids_BT, config_.num_experts,
+                                         config_.expert_capacity, counted_BT);
   if (options.observer) options.observer->OnRouting(routing);
 
   const at::Tensor tokens_ND = normed_BTD.reshape({batch * length, config_.d_model});
@@ -324,60 +335,13 @@ at::Tensor SwitchModel::Sparse(const Block& block, const at::Tensor& normed_BTD,
   // A dropped token contributes zero: the residual alone carries it.
   const at::Tensor kept =
       at::nonzero(routing.dropped_BT.reshape({-1}).logical_not()).squeeze(1);
+  if (kept.numel() == 0) return at::zeros_like(normed_BTD);
   const at::Tensor out = executor_->Run(block.moe_layer, tokens_ND.index_select(0, kept),
                                         ids_N.index_select(0, kept).to(at::kCPU)) *
                          gates_N.index_select(0, kept);
   return at::zeros_like(tokens_ND)
       .index_copy(0, kept, out.to(normed_BTD.scalar_type()))
       .view_as(normed_BTD);
-}
-
-std::vector<std::pair<std::string, std::vector<int64_t>>> ParameterShapes(
-    const SwitchConfig& c) {
-  const int64_t d = c.d_model, inner = int64_t{c.num_heads} * c.d_kv, f = c.d_ff;
-  std::vector<std::pair<std::string, std::vector<int64_t>>> shapes;
-  const auto add = [&](const std::string& name, std::vector<int64_t> shape) {
-    shapes.emplace_back(name, std::move(shape));
-  };
-  add("shared.weight", {c.vocab_size, d});
-  for (Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
-    for (int i = 0; i < c.blocks(stack); ++i) {
-      const std::string base = BlockName(stack, i);
-      const auto attention = [&](const std::string& layer, const std::string& kind) {
-        for (const char* part : {"q", "k", "v"}) {
-          add(base + layer + kind + "." + part + ".weight", {inner, d});
-        }
-        add(base + layer + kind + ".o.weight", {d, inner});
-      };
-      attention("0.", "SelfAttention");
-      if (i == 0) {
-        add(base + "0.SelfAttention.relative_attention_bias.weight",
-            {c.relative_attention_num_buckets, c.num_heads});
-      }
-      add(base + "0.layer_norm.weight", {d});
-      if (stack == Stack::kDecoder) {
-        attention("1.", "EncDecAttention");
-        add(base + "1.layer_norm.weight", {d});
-      }
-      const std::string ff = base + (stack == Stack::kEncoder ? "1." : "2.");
-      if (c.IsSparse(stack, i)) {
-        add(ff + "mlp.router.classifier.weight", {c.num_experts, d});
-        if (c.router_bias) add(ff + "mlp.router.classifier.bias", {c.num_experts});
-        for (int e = 0; e < c.num_experts; ++e) {
-          const std::string expert = ff + "mlp.experts.expert_" + std::to_string(e) + ".";
-          add(expert + "wi.weight", {f, d});
-          add(expert + "wo.weight", {d, f});
-        }
-      } else {
-        add(ff + "mlp.wi.weight", {f, d});
-        add(ff + "mlp.wo.weight", {d, f});
-      }
-      add(ff + "layer_norm.weight", {d});
-    }
-    add(std::string(StackName(stack)) + ".final_layer_norm.weight", {d});
-  }
-  if (!c.tie_word_embeddings) add("lm_head.weight", {c.vocab_size, d});
-  return shapes;
 }
 
 }  // namespace routecast

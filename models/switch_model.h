@@ -1,14 +1,14 @@
 // The Switch Transformer: encoder and decoder, T5 details exact, top-1 routing with
 // per-sequence capacity. Reference: transformers 5.23.0 (modeling_switch_transformers);
-// docs/architecture.md says where behaviour is decided. Shape letters: B sequences, S
-// source tokens, T target tokens, D model width, E experts, V vocabulary, H heads.
+// docs/switch_transformer.md says where behaviour is decided. Shape letters: B sequences,
+// S source tokens, T target tokens, D model width, E experts, V vocabulary, H heads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <vector>
 
-#include "models/expert_source.h"
+#include "models/expert_execution.h"
 #include "models/parameters.h"
 #include "models/routing_observer.h"
 #include "models/switch_config.h"
@@ -32,6 +32,9 @@ struct ForwardOptions {
   // a function of jitter_key, stack and layer only. 0 = off.
   double jitter = 0;
   uint64_t jitter_key = 0;
+  // Not the reference's: padding is routed to no expert and spends no capacity; observers
+  // see it as dropped. Off, padding is routed like any token.
+  bool ignore_padding = false;
 };
 
 // Keys and values of incremental decoding. Owned by the caller, one a batch.
@@ -47,7 +50,8 @@ struct DecoderCache {
 class SwitchModel {
  public:
   // `parameters` holds everything but, where the executor brings them, the experts.
-  // Throws DataError where a tensor is missing or has the wrong shape.
+  // Throws DataError where a tensor is missing or has the wrong shape, std::logic_error
+  // where the executor has another activation than the configuration.
   SwitchModel(SwitchConfig config, const Parameters& parameters,
               ExpertExecutor* executor);
   ~SwitchModel();
@@ -56,6 +60,7 @@ class SwitchModel {
   const MoeGeometry& geometry() const { return geometry_; }
   at::Device device() const;
   at::ScalarType dtype() const;
+  at::ScalarType router_type() const { return router_type_; }
 
   // ids int64 and valid bool [B,S] on the CPU -> hidden [B,S,D] (after the final norm).
   at::Tensor Encode(const at::Tensor& ids_BS, const at::Tensor& valid_BS,
@@ -77,8 +82,8 @@ class SwitchModel {
   struct Block {
     Attention self, cross;  // cross in the decoder only
     at::Tensor ff_norm;
-    at::Tensor wi, wo;                      // dense blocks
-    at::Tensor router_weight, router_bias;  // sparse blocks; fp32
+    ExpertWeights dense;                    // dense blocks
+    at::Tensor router_weight, router_bias;  // sparse blocks; in the router's dtype
     int moe_layer = -1;                     // global, -1 = dense
   };
   struct StackWeights {
@@ -95,13 +100,19 @@ class SwitchModel {
                     const at::Tensor& bias, const at::Tensor& o) const;
   at::Tensor PositionBias(const at::Tensor& table, int64_t queries, int64_t keys,
                           int64_t past, bool bidirectional) const;
+  // `counted_BT`: the tokens that are routed; undefined = all.
   at::Tensor FeedForward(const Block& block, const at::Tensor& hidden_BTD,
-                         const ForwardOptions& options);
+                         const at::Tensor& counted_BT, const ForwardOptions& options);
   at::Tensor Sparse(const Block& block, const at::Tensor& normed_BTD,
-                    const ForwardOptions& options);
+                    const at::Tensor& counted_BT, const ForwardOptions& options);
+  void LoadRouter(const std::string& layer, const Parameters& parameters,
+                  Block* block) const;
+  void LoadDense(const std::string& layer, const Parameters& parameters,
+                 Block* block) const;
 
   SwitchConfig config_;
   MoeGeometry geometry_;
+  at::ScalarType router_type_;
   ExpertExecutor* executor_;
   at::Tensor lm_head_;
   StackWeights encoder_, decoder_;

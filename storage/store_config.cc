@@ -67,6 +67,23 @@ MoeGeometry ReadGeometry(const Json& json, const std::string& where) {
   return g;
 }
 
+StoreSampling ReadSampling(const Json& json, const std::string& where) {
+  const Fields in(json, where);
+  const auto number = [&](const char* key) {
+    if (!in.At(key).is_number()) in.Fail(std::string(key) + " is not a number");
+    return in.At(key).get<double>();
+  };
+  StoreSampling s;
+  s.temperature = number("temperature");
+  s.top_k = in.Int("top_k", 0, 1 << 24);
+  s.top_p = number("top_p");
+  if (!(s.temperature > 0)) in.Fail("temperature is not above 0");
+  if (!(s.top_p > 0 && s.top_p <= 1)) in.Fail("top_p is not in (0, 1]");
+  if (!in.At("seed").is_number_unsigned()) in.Fail("seed is not a natural number");
+  s.seed = in.At("seed").get<uint64_t>();
+  return s;
+}
+
 }  // namespace
 
 bool StoreConfig::Records(const std::string& what) const {
@@ -102,6 +119,12 @@ Json StoreConfig::ToJson() const {
   json["max_sequences"] = max_sequences;
   json["batch_size"] = batch_size;
   json["noise_density"] = noise_density;
+  if (sampling.temperature > 0) {
+    json["sampling"] = {{"temperature", sampling.temperature},
+                        {"top_k", sampling.top_k},
+                        {"top_p", sampling.top_p},
+                        {"seed", sampling.seed}};
+  }
   json["seed"] = seed;
   json["compression"] = compression;
   return json;
@@ -144,6 +167,9 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   if (!in.At("noise_density").is_number()) in.Fail("noise_density is not a number");
   c.hidden_share = in.At("hidden_share").get<double>();
   c.noise_density = in.At("noise_density").get<double>();
+  if (json.contains("sampling")) {
+    c.sampling = ReadSampling(json["sampling"], where + " (sampling)");
+  }
   c.max_length = in.Int("max_length", 1, 1 << 24);
   c.max_sequences = in.Number("max_sequences", 0, int64_t{1} << 62);
   c.batch_size = in.Int("batch_size", 0, 1 << 24);

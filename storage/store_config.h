@@ -12,6 +12,15 @@ namespace routecast {
 
 inline constexpr int kStoreSchema = 1;
 
+// How tokens of Task::kGenerate were chosen. temperature 0 = greedily; such a store's
+// configuration does not speak of it.
+struct StoreSampling {
+  double temperature = 0;
+  int top_k = 0;     // 0 = all
+  double top_p = 1;  // 1 = all
+  uint64_t seed = 0;
+};
+
 struct StoreConfig {
   std::string model;              // as named at collection; for people
   std::string model_fingerprint;  // of configuration and weights
@@ -35,6 +44,7 @@ struct StoreConfig {
   int64_t max_sequences = 0;  // 0 = all
   int batch_size = 0;
   double noise_density = 0;  // share of masked tokens (denoise, generate)
+  StoreSampling sampling;
   uint64_t seed = 0;
   std::string compression = "none";  // of RocksDB's blocks: none or zstd
 

@@ -269,5 +269,35 @@ TEST_F(CollectTest, OtherTasksFillTheStacksTheyRun) {
   }
 }
 
+TEST_F(CollectTest, SampledTokensDependOnTheSeedAndNotOnTheRanks) {
+  const auto collect = [](int ranks, const std::string& store,
+                          std::vector<std::string> more) {
+    for (const char* flag : {"--task=generate", "--max_sequences=16", "--record=ids"}) {
+      more.push_back(flag);
+    }
+    return Collect(ranks, store, more);
+  };
+  const std::string hot = "--temperature=1.5", seed = "--sample_seed=2";
+  ASSERT_EQ(collect(1, "greedy", {}), 0);
+  ASSERT_EQ(collect(1, "sampled", {hot, seed}), 0);
+  ASSERT_EQ(collect(2, "sampled2", {hot, seed}), 0);
+  ASSERT_EQ(collect(1, "sampled3", {hot, "--sample_seed=3"}), 0);
+  const std::string sampled = Export("sampled");
+  EXPECT_TRUE(sampled == Export("sampled2"));
+  EXPECT_FALSE(sampled == Export("greedy"));
+  EXPECT_FALSE(sampled == Export("sampled3"));
+  // A store goes on only with the sampling that it was begun with.
+  EXPECT_EQ(collect(1, "sampled", {}), kExitUsage);
+  EXPECT_EQ(collect(1, "sampled", {hot, "--sample_seed=3"}), kExitUsage);
+  EXPECT_EQ(collect(1, "greedy", {hot}), kExitUsage);
+}
+
+TEST_F(CollectTest, SamplingFlagsThatDoNothingAreRefused) {
+  EXPECT_EQ(Collect(1, "none", {"--temperature=1"}), kExitUsage);  // denoise
+  EXPECT_EQ(Collect(1, "none", {"--task=generate", "--top_p=0.9"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "none", {"--task=generate", "--temperature=-1"}), kExitUsage);
+  EXPECT_FALSE(fs::exists(folder_ / "none"));
+}
+
 }  // namespace
 }  // namespace routecast

@@ -87,7 +87,7 @@ class PrefetchRuntimeTest : public testing::Test {
       hash.Add(ids);
       return true;
     };
-    GreedyDecode(&model, ids_, valid_, options);
+    Generate(&model, ids_, valid_, options);
     return hash.Hex();
   }
   std::string Resident() {
@@ -122,6 +122,14 @@ class PrefetchRuntimeTest : public testing::Test {
   std::shared_ptr<const ExpertFile> file_;
   at::Tensor ids_, valid_;
 };
+
+TEST_F(PrefetchRuntimeTest, ExpertsWithAGateAreRefused) {
+  SwitchConfig gated = checkpoint_.config;
+  gated.is_gated_act = true;
+  EXPECT_THROW(ExpertsOfCheckpoint(folder_ / "cache", folder_ / "model", gated,
+                                   checkpoint_.fingerprint, at::kFloat, true),
+               UsageError);
+}
 
 TEST_F(PrefetchRuntimeTest, EveryEvictionGivesTheResidentBits) {
   const std::string expected = Resident();

@@ -79,6 +79,24 @@ TEST_F(TraceStoreTest, RefusesAnotherConfigurationWithBothValues) {
   }
 }
 
+TEST_F(TraceStoreTest, SamplingIsPartOfWhatAStoreIs) {
+  StoreConfig sampled = config_;
+  sampled.sampling = {0.7, 5, 0.9, 11};
+  const auto differences = [](const StoreConfig& a, const StoreConfig& b) {
+    return Differences(a, b).size();
+  };
+  EXPECT_EQ(differences(config_, sampled), 1u);
+  EXPECT_EQ(differences(sampled, config_), 1u);
+  const StoreConfig read = StoreConfig::FromJson(sampled.ToJson(), "store.json");
+  EXPECT_EQ(differences(read, sampled), 0u);
+  sampled.sampling.seed = 12;
+  EXPECT_EQ(differences(read, sampled), 1u);
+  EXPECT_FALSE(config_.ToJson().contains("sampling"));
+  Json broken = sampled.ToJson();
+  broken["sampling"]["top_p"] = 0;
+  EXPECT_THROW(StoreConfig::FromJson(broken, "store.json"), DataError);
+}
+
 TEST_F(TraceStoreTest, RefusesAnotherSchemaWithBothValues) {
   Create();
   Json json = config_.ToJson();
