@@ -177,6 +177,7 @@ INSTANTIATE_TEST_SUITE_P(
         KeyCase{"top_k", [](StoreConfig* c) { c->top_k = 1; }, false},
         KeyCase{"task", [](StoreConfig* c) { c->task = Task::kEncode; }, false},
         KeyCase{"dtype", [](StoreConfig* c) { c->dtype = "bf16"; }, false},
+        KeyCase{"sampling", [](StoreConfig* c) { c->sampling.temperature = 1; }, false},
         KeyCase{"max_length", [](StoreConfig* c) { c->max_length = 9; }, false},
         KeyCase{"hidden_share", [](StoreConfig* c) { c->hidden_share = 1; }, false},
         KeyCase{"noise_density", [](StoreConfig* c) { c->noise_density = 1; }, false}),
