@@ -6,14 +6,33 @@
 #include "common/errors.h"
 #include "launch/main.h"
 #include "storage/export.h"
+#include "storage/import.h"
+#include "storage/merge.h"
 #include "storage/statistics.h"
+#include "storage/subset.h"
 #include "storage/verify.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
-DEFINE_string(store, "", "Folder of the trace store");
-DEFINE_string(format, "npz", "Of export: npz, jsonl, csv or safetensors");
-DEFINE_string(out, "", "Folder for what stats and export write");
+DECLARE_uint64(seed);
+DEFINE_string(store, "", "Folder of the trace store; repeatable for merge");
+DEFINE_string(
+    format, "npz",
+    "Of export: npz, jsonl, csv or safetensors; of import: npz, arrays, jsonl or "
+    "packed");
+DEFINE_string(in, "", "Of import: the file or folder with foreign routing");
+DEFINE_string(model, "imported", "Of import: name of the model that was traced");
+DEFINE_string(task, "generate",
+              "Of import: encode, denoise or generate, where the input does not say it");
+DEFINE_int32(num_experts, 0, "Of import: experts a MoE layer; 0 = the largest id + 1");
+DEFINE_int32(layers, 0, "Of import, packed: MoE layers");
+DEFINE_int32(experts_per_token, 0, "Of import, packed: experts a token uses");
+DEFINE_string(out, "",
+              "Folder for what stats and export write; the new store of merge, subset "
+              "and import");
+DEFINE_double(share, 0.1, "Of subset: share of the document groups, drawn by --seed");
+DEFINE_bool(renumber, false,
+            "Of merge: documents of further corpora get new ids above the first's");
 
 namespace routecast {
 namespace {
@@ -23,7 +42,10 @@ constexpr char kUsage[] =
     "  info    what the store is made of and how complete it is\n"
     "  verify  reads everything and checks every checksum; exit 3 where damage is found\n"
     "  stats   entropy, load and drops a layer: stats.json and load.csv into --out\n"
-    "  export  all traces in --format into --out, readable without this program";
+    "  export  all traces in --format into --out, readable without this program\n"
+    "  merge   stores of one model (--store more than once) into the new store --out\n"
+    "  subset  a --share of the documents, drawn by --seed, into the new store --out\n"
+    "  import  routing of other systems (--in, --format) into the new store --out";
 
 std::string RequireOut() {
   if (FLAGS_out.empty()) {
@@ -34,7 +56,7 @@ std::string RequireOut() {
 }
 
 void Info() {
-  const TraceReader reader(FLAGS_store);
+  const TraceReader reader(FLAGS_store, NeedTokens::kNo);
   const Json config = reader.config().ToJson();
   for (const auto& [key, value] : config.items()) {
     std::printf("%-22s %s\n", key.c_str(), value.dump().c_str());
@@ -74,16 +96,18 @@ void Verify() {
 
 void Stats() {
   const std::string out = RequireOut();
-  const StoreStatistics stats = ComputeStatistics(TraceReader(FLAGS_store));
+  const StoreStatistics stats =
+      ComputeStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
   std::printf("phase    layer  entropy  given previous  dropped  median prob\n");
   for (const LayerStatistics& s : stats.layers) {
     const std::string given =
         s.conditional_entropy_bits < 0
             ? "-"
             : std::to_string(s.conditional_entropy_bits).substr(0, 5);
-    std::printf("%-8s %5d  %7.3f  %14s  %6.2f%%  %11.3f\n", StackName(s.stack), s.layer,
-                s.entropy_bits, given.c_str(), 100 * s.dropped,
-                s.gate_probs.empty() ? 0.0 : s.gate_probs[3]);
+    const std::string prob =
+        s.gate_probs.empty() ? "-" : std::to_string(s.gate_probs[3]).substr(0, 5);
+    std::printf("%-8s %5d  %7.3f  %14s  %6.2f%%  %11s\n", StackName(s.stack), s.layer,
+                s.entropy_bits, given.c_str(), 100 * s.dropped, prob.c_str());
   }
   if (FLAGS_dry_run) return;
   RunRecord run(out, "routecast-trace stats", EffectiveFlags());
@@ -95,7 +119,7 @@ void Stats() {
 void Export() {
   const std::string out = RequireOut();
   ParseChoice("--format", FLAGS_format, {"npz", "jsonl", "csv", "safetensors"});
-  const TraceReader reader(FLAGS_store);
+  const TraceReader reader(FLAGS_store, NeedTokens::kNo);
   if (FLAGS_dry_run) {
     std::printf("%zu sequences would be written to %s\n", reader.sequences().size(),
                 out.c_str());
@@ -113,19 +137,98 @@ void Export() {
   run.Finish(kExitDone, {{"sequences", reader.sequences().size()}, {"files", files}});
 }
 
-void Run() {
-  const std::vector<std::string> verbs = {"info", "verify", "stats", "export"};
-  if (Arguments().empty()) {
-    throw UsageError(
-        ErrorText("a verb is missing", "", "use info, verify, stats or export"));
+// A sealed store gets its run.json when it is there: before that it has no folder.
+void Merge() {
+  const std::string out = RequireOut();
+  const std::vector<std::string> given = FlagValues("store");
+  const std::vector<fs::path> stores(given.begin(), given.end());
+  if (FLAGS_dry_run) {
+    std::printf("%zu stores would be merged into %s\n", stores.size(), out.c_str());
+    return;
   }
-  const int verb = ParseChoice("verb", Arguments()[0], verbs);
-  if (FLAGS_store.empty()) {
+  RunRecord run(out, "routecast-trace merge", EffectiveFlags());
+  const MergeReport report = MergeStores(stores, out, {.renumber = FLAGS_renumber});
+  run.Finish(kExitDone, {{"sequences", report.sequences}, {"repeated", report.repeated}});
+  if (FLAGS_quiet) return;
+  std::printf("%llu sequences; %llu were in several stores\n",
+              (unsigned long long)report.sequences, (unsigned long long)report.repeated);
+}
+
+void Subset() {
+  const std::string out = RequireOut();
+  const SubsetOptions options{.share = FLAGS_share, .seed = FLAGS_seed};
+  if (FLAGS_dry_run) {
+    std::printf("a share of %g of %s would be written to %s\n", options.share,
+                FLAGS_store.c_str(), out.c_str());
+    return;
+  }
+  RunRecord run(out, "routecast-trace subset", EffectiveFlags());
+  const uint64_t sequences = SubsetStore(FLAGS_store, out, options);
+  run.Finish(kExitDone, {{"sequences", sequences}});
+  if (!FLAGS_quiet) std::printf("%llu sequences\n", (unsigned long long)sequences);
+}
+
+void Import() {
+  const std::string out = RequireOut();
+  if (FLAGS_in.empty()) {
+    throw UsageError(ErrorText("--in is missing", "", "give what is to be imported"));
+  }
+  const ImportOptions options{.format = FLAGS_format,
+                              .model = FLAGS_model,
+                              .task = ParseTask(FLAGS_task),
+                              .num_experts = FLAGS_num_experts,
+                              .layers = FLAGS_layers,
+                              .experts_per_token = FLAGS_experts_per_token};
+  if (FLAGS_dry_run) {
+    std::printf("%s would be imported into %s\n", FLAGS_in.c_str(), out.c_str());
+    return;
+  }
+  RunRecord run(out, "routecast-trace import", EffectiveFlags());
+  const ImportReport report = ImportTraces(FLAGS_in, out, options);
+  run.Finish(kExitDone, {{"sequences", report.sequences}, {"tokens", report.tokens}});
+  if (FLAGS_quiet) return;
+  std::printf("%llu sequences, %llu tokens, %d layers of %d experts, %d a token\n",
+              (unsigned long long)report.sequences, (unsigned long long)report.tokens,
+              report.config.geometry.num_layers(), report.config.geometry.num_experts,
+              report.config.geometry.experts_per_token);
+}
+
+enum class Stores { kNone, kOne, kSeveral };
+struct Verb {
+  const char* name;
+  void (*run)();
+  Stores stores = Stores::kOne;
+};
+constexpr Verb kVerbs[] = {
+    {"info", Info},
+    {"verify", Verify},
+    {"stats", Stats},
+    {"export", Export},
+    {"merge", Merge, Stores::kSeveral},
+    {"subset", Subset},
+    {"import", Import, Stores::kNone},
+};
+
+void Run() {
+  std::vector<std::string> names;
+  for (const Verb& verb : kVerbs) names.push_back(verb.name);
+  if (Arguments().empty()) {
+    std::string all;
+    for (const auto& name : names) all += (all.empty() ? "" : ", ") + name;
+    throw UsageError(ErrorText("a verb is missing", "", "use one of " + all));
+  }
+  const Verb& verb = kVerbs[ParseChoice("verb", Arguments()[0], names)];
+  const size_t stores = FlagValues("store").size();
+  if (FLAGS_store.empty() && verb.stores != Stores::kNone) {
     throw UsageError(
         ErrorText("--store is missing", "", "give the trace store's folder"));
   }
-  void (*const runs[])() = {Info, Verify, Stats, Export};
-  runs[verb]();
+  if (stores > 1 && verb.stores == Stores::kOne) {
+    throw UsageError(ErrorText(std::string(verb.name) + " takes one store",
+                               std::to_string(stores) + " were given",
+                               "merge them first, or look at each"));
+  }
+  verb.run();
 }
 
 }  // namespace

@@ -95,10 +95,15 @@ class Part {
   explicit Part(const StoreConfig& config)
       : config_(config),
         encoder_(config.geometry.encoder_layers),
-        decoder_(config.geometry.decoder_layers) {}
+        decoder_(config.geometry.decoder_layers),
+        geometry_{config.geometry.encoder_layers, config.geometry.decoder_layers,
+                  config.geometry.num_experts, config.geometry.experts_per_token,
+                  config.geometry.d_model} {}
   void Add(const RoutingTrace& trace) {
     sequence_ids_.push_back(trace.sequence_id);
     document_ids_.push_back(trace.document_id);
+    group_ids_.push_back(trace.group_id);
+    tasks_.push_back(static_cast<uint8_t>(trace.task));
     encoder_.Add(trace.encoder);
     decoder_.Add(trace.decoder);
   }
@@ -108,6 +113,9 @@ class Part {
     const auto n = static_cast<int64_t>(sequence_ids_.size());
     Name("sequence_ids", sequence_ids_, {n});
     Name("document_ids", document_ids_, {n});
+    Name("group_ids", group_ids_, {n});
+    Name("tasks", tasks_, {n});
+    Name("geometry", geometry_, {static_cast<int64_t>(geometry_.size())});
     if (format == "npz") {
       WriteNpz(path, arrays_);
     } else {
@@ -147,12 +155,12 @@ class Part {
   void List(Stack stack, StackArrays& s) {
     const std::string prefix = std::string(StackName(stack)) + "_";
     const int64_t layers = config_.geometry.layers(stack);
-    const auto tokens = static_cast<int64_t>(s.token_ids.size());
+    const int64_t tokens = s.offsets.back();
     const auto filled = [&](const auto& plane) {
       return tokens == 0 || layers == 0 || !plane[0].empty();
     };
     Name(prefix + "offsets", s.offsets, {static_cast<int64_t>(s.offsets.size())});
-    Name(prefix + "token_ids", s.token_ids, {tokens});
+    if (config_.token_ids) Name(prefix + "token_ids", s.token_ids, {tokens});
     NamePlane(prefix + "expert_ids", s.expert_ids, {layers, tokens}, true);
     NamePlane(prefix + "gate_probs", s.gate_probs, {layers, tokens},
               config_.Records("probs") && filled(s.gate_probs));
@@ -160,7 +168,8 @@ class Part {
     NamePlane(prefix + "margins", s.margins, {layers, tokens}, filled(s.margins));
     const bool topk = config_.top_k > 0 && filled(s.topk_ids);
     NamePlane(prefix + "topk_ids", s.topk_ids, {layers, tokens, config_.top_k}, topk);
-    NamePlane(prefix + "topk_probs", s.topk_probs, {layers, tokens, config_.top_k}, topk);
+    NamePlane(prefix + "topk_probs", s.topk_probs, {layers, tokens, config_.top_k},
+              topk && filled(s.topk_probs));
     if (!config_.Records("hidden")) return;
     const auto hidden_tokens = static_cast<int64_t>(s.hidden_index.size());
     NamePlane(prefix + "hidden", s.hidden,
@@ -170,7 +179,9 @@ class Part {
 
   const StoreConfig& config_;
   StackArrays encoder_, decoder_;
-  std::vector<uint64_t> sequence_ids_, document_ids_;
+  std::vector<uint64_t> sequence_ids_, document_ids_, group_ids_;
+  std::vector<uint8_t> tasks_;
+  const std::vector<int64_t> geometry_;
   std::map<std::string, std::vector<uint16_t>> shorts_;
   std::map<std::string, std::vector<uint8_t>> bytes_;
   std::map<std::string, std::vector<float>> floats_;
@@ -232,8 +243,10 @@ Json Layers(const std::vector<T>& plane, const RoutingSpan& span) {
 }
 
 Json SpanJson(const RoutingSpan& span) {
-  Json json = {{"token_ids", span.token_ids},
-               {"expert_ids", Layers(span.expert_ids, span)}};
+  Json json = {{"expert_ids", Layers(span.expert_ids, span)}};
+  if (span.token_ids.size() == static_cast<size_t>(span.num_tokens)) {
+    json["token_ids"] = span.token_ids;
+  }
   if (!span.gate_probs.empty()) json["gate_probs"] = Layers(span.gate_probs, span);
   if (!span.dropped.empty()) json["dropped"] = Layers(span.dropped, span);
   if (!span.margins.empty()) json["margins"] = Layers(span.margins, span);
@@ -255,8 +268,9 @@ void WriteCsvRows(const RoutingTrace& trace, std::ofstream* out) {
       for (int t = 0; t < s.num_tokens; ++t) {
         const size_t i = static_cast<size_t>(l) * s.num_tokens + t;
         *out << trace.sequence_id << ',' << trace.document_id << ',' << StackName(stack)
-             << ',' << l << ',' << t << ',' << s.token_ids[t] << ',' << s.expert_ids[i]
-             << ',';
+             << ',' << l << ',' << t << ',';
+        if (!s.token_ids.empty()) *out << s.token_ids[t];
+        *out << ',' << s.expert_ids[i] << ',';
         if (!s.gate_probs.empty()) *out << s.gate_probs[i];
         *out << ',';
         if (!s.dropped.empty()) *out << int{s.dropped[i]};

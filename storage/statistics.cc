@@ -44,6 +44,8 @@ class Bf16Histogram {
 struct LayerCounters {
   std::vector<uint64_t> counts;
   std::unordered_map<uint32_t, uint64_t> pairs;  // previous expert << 16 | expert
+  std::vector<uint64_t> slots;
+  uint64_t followers = 0, repeats = 0;  // experts of tokens with one before; used before
   uint64_t dropped = 0, tokens = 0;
   Bf16Histogram probs, margins;
 };
@@ -59,11 +61,43 @@ double Entropy(const std::vector<uint64_t>& counts) {
   return bits;
 }
 
-void Count(const RoutingSpan& s, std::vector<LayerCounters>::iterator first) {
+// The experts that each token uses: `each` of them begin at `ids + i * step`.
+struct Slots {
+  const uint16_t* ids;
+  size_t step, each;
+};
+Slots SlotsOf(const RoutingSpan& s, int experts_per_token) {
+  if (experts_per_token > 1 && s.top_k >= experts_per_token) {
+    return {s.topk_ids.data(), static_cast<size_t>(s.top_k),
+            static_cast<size_t>(experts_per_token)};
+  }
+  return {s.expert_ids.data(), 1, 1};
+}
+
+void CountSlots(const RoutingSpan& s, const Slots& slots, size_t layer,
+                LayerCounters* c) {
+  const auto tokens = static_cast<size_t>(s.num_tokens);
+  if (slots.each > 1 && c->slots.empty()) c->slots.resize(c->counts.size());
+  for (size_t i = layer * tokens; i < (layer + 1) * tokens; ++i) {
+    const uint16_t* own = slots.ids + i * slots.step;
+    for (size_t k = 0; k < slots.each; ++k) {
+      if (slots.each > 1) ++c->slots[own[k]];
+      if (i == layer * tokens) continue;
+      const uint16_t* before = own - slots.step;
+      c->repeats += std::find(before, before + slots.each, own[k]) != before + slots.each;
+      ++c->followers;
+    }
+  }
+}
+
+void Count(const RoutingSpan& s, int experts_per_token,
+           std::vector<LayerCounters>::iterator first) {
+  const Slots slots = SlotsOf(s, experts_per_token);
   for (int l = 0; l < s.num_layers; ++l, ++first) {
     LayerCounters& c = *first;
     const size_t at = static_cast<size_t>(l) * s.num_tokens;
     c.tokens += static_cast<uint64_t>(s.num_tokens);
+    CountSlots(s, slots, static_cast<size_t>(l), &c);
     for (size_t i = at; i < at + s.num_tokens; ++i) {
       ++c.counts[s.expert_ids[i]];
       if (l > 0) {
@@ -81,6 +115,11 @@ LayerStatistics Finish(const LayerCounters& c, const LayerCounters* previous) {
   LayerStatistics s;
   s.tokens = c.tokens;
   s.counts = c.counts;
+  s.slot_counts = c.slots;
+  if (c.followers > 0) {
+    s.previous_token_recall =
+        static_cast<double>(c.repeats) / static_cast<double>(c.followers);
+  }
   s.entropy_bits = Entropy(c.counts);
   s.dropped =
       c.tokens ? static_cast<double>(c.dropped) / static_cast<double>(c.tokens) : 0;
@@ -127,8 +166,8 @@ StoreStatistics ComputeStatistics(const TraceReader& reader) {
   }
   reader.Scan(
       [&](RoutingTrace&& trace) {
-        Count(trace.encoder, counters.begin());
-        Count(trace.decoder, counters.begin() + g.encoder_layers);
+        Count(trace.encoder, g.experts_per_token, counters.begin());
+        Count(trace.decoder, g.experts_per_token, counters.begin() + g.encoder_layers);
       },
       WithHidden::kNo);
   for (int l = 0; l < g.num_layers(); ++l) {
@@ -164,6 +203,18 @@ Json StoreStatistics::ToJson() const {
                               : 0.0);
     }
     layer["load"] = load;
+    if (!s.slot_counts.empty()) {
+      const auto uses =
+          std::accumulate(s.slot_counts.begin(), s.slot_counts.end(), uint64_t{0});
+      Json slot_load = Json::array();
+      for (const uint64_t c : s.slot_counts) {
+        slot_load.push_back(static_cast<double>(c) / static_cast<double>(uses));
+      }
+      layer["slots"] = uses;
+      layer["slot_load"] = slot_load;
+    }
+    layer["previous_token_recall"] =
+        s.previous_token_recall < 0 ? Json(nullptr) : Json(s.previous_token_recall);
     layer["dropped"] = s.dropped;
     layer["percentiles"] = {{"gate_probs", Percentiles(s.gate_probs)},
                             {"margins", Percentiles(s.margins)}};

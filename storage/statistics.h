@@ -22,6 +22,12 @@ struct LayerStatistics {
   // first layer of a stack, which has none. A plug-in estimate: low where tokens < E*E.
   double conditional_entropy_bits = -1;
   double dropped = 0;  // share that capacity dropped
+  // Of models that route to k experts a token, where the store has them all: [E] uses of
+  // each expert in any of a token's k slots. Empty where k is 1 or only one is known.
+  std::vector<uint64_t> slot_counts;
+  // Share of a token's experts (all k, else its one) that the token before it in the
+  // sequence used too; negative where no token has one before it.
+  double previous_token_recall = -1;
   // At kPercentiles; empty where not recorded.
   std::vector<double> gate_probs, margins;
 };

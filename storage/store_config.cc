@@ -63,7 +63,7 @@ MoeGeometry ReadGeometry(const Json& json, const std::string& where) {
   g.decoder_layers = in.Int("decoder_layers", 0, 4096);
   g.num_experts = in.Int("num_experts", 1, 65536);
   g.experts_per_token = in.Int("experts_per_token", 1, 64);
-  g.d_model = in.Int("d_model", 1, 65536);
+  g.d_model = in.Int("d_model", 0, 65536);  // 0 = not known, of imported traces
   return g;
 }
 
@@ -105,6 +105,7 @@ Json StoreConfig::ToJson() const {
   json["experts_per_token"] = geometry.experts_per_token;
   json["record"] = record;
   json["top_k"] = top_k;
+  if (!token_ids) json["token_ids"] = false;
   json["data"] = data;
   json["task"] = TaskName(task);
   json["threads"] = threads;
@@ -146,6 +147,10 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   c.geometry = ReadGeometry(in.At("geometry"), where + " (geometry)");
   c.record = in.Texts("record");
   c.top_k = in.Int("top_k", 0, 64);
+  if (json.contains("token_ids")) {
+    if (!json["token_ids"].is_boolean()) in.Fail("token_ids is not true or false");
+    c.token_ids = json["token_ids"].get<bool>();
+  }
   c.data = in.Texts("data");
   try {
     c.task = ParseTask(in.Text("task"));

@@ -29,7 +29,9 @@ struct StoreConfig {
   MoeGeometry geometry;
   std::vector<std::string> record = {"ids"};  // ids, probs, topk, hidden
   int top_k = 0;                              // K stored a token; 0 without topk
-  std::vector<std::string> data;              // kind:path as given
+  // False in imported stores whose input had none; store.json says so only then.
+  bool token_ids = true;
+  std::vector<std::string> data;  // kind:path as given
   Task task = Task::kDenoise;
   int threads = 1;  // per rank; sums depend on it
   std::string dtype = "fp32";

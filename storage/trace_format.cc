@@ -18,7 +18,9 @@ enum Flag : uint8_t {
   kDroppedRecorded = 4,
   kDroppedBits = 8,
   kMargins = 16,
-  kAllFlags = 31,
+  kNoTokens = 32,
+  kTopkIdsOnly = 64,
+  kAllFlags = 127,
 };
 
 int IdBits(uint64_t num_experts) {
@@ -63,12 +65,15 @@ void RequireSize(bool fits, const char* plane) {
 void CheckSpan(const RoutingSpan& span, int num_experts) {
   const size_t n = static_cast<size_t>(span.num_tokens) * span.num_layers;
   const size_t k = n * span.top_k;
-  RequireSize(span.token_ids.size() == static_cast<size_t>(span.num_tokens), "token_ids");
+  RequireSize(span.token_ids.empty() ||
+                  span.token_ids.size() == static_cast<size_t>(span.num_tokens),
+              "token_ids");
   RequireSize(span.expert_ids.size() == n, "expert_ids");
   RequireSize(span.gate_probs.empty() || span.gate_probs.size() == n, "gate_probs");
   RequireSize(span.dropped.empty() || span.dropped.size() == n, "dropped");
   RequireSize(span.margins.empty() || span.margins.size() == n, "margins");
-  RequireSize(span.topk_ids.size() == k && span.topk_probs.size() == k, "topk");
+  RequireSize(span.topk_ids.size() == k, "topk_ids");
+  RequireSize(span.topk_probs.empty() || span.topk_probs.size() == k, "topk_probs");
   RequireSize(num_experts >= 1 && static_cast<uint64_t>(num_experts) <= kMaxExperts, "E");
   for (const uint16_t id : span.expert_ids) RequireSize(id < num_experts, "an expert id");
   for (const uint16_t id : span.topk_ids) RequireSize(id < num_experts, "a top-k id");
@@ -165,7 +170,9 @@ std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
   const int flags = (wide ? kWideTokens : 0) | (span.gate_probs.empty() ? 0 : kProbs) |
                     (span.dropped.empty() ? 0 : kDroppedRecorded) |
                     (any_dropped ? kDroppedBits : 0) |
-                    (span.margins.empty() ? 0 : kMargins);
+                    (span.margins.empty() ? 0 : kMargins) |
+                    (span.num_tokens > 0 && span.token_ids.empty() ? kNoTokens : 0) |
+                    (span.topk_ids.size() > span.topk_probs.size() ? kTopkIdsOnly : 0);
   std::string value;
   value.reserve(64 + span.token_ids.size() * 4 +
                 span.expert_ids.size() * (7 + 4 * span.top_k));
@@ -209,23 +216,24 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
   const uint64_t n = static_cast<uint64_t>(span.num_tokens) * span.num_layers;
   const uint64_t k = n * span.top_k;
   // The exact size follows from the dims: checked before any plane takes memory.
+  const uint64_t token_bytes = flags & kNoTokens ? 0 : flags & kWideTokens ? 4 : 2;
   const uint64_t expected =
-      (flags & kWideTokens ? 4u : 2u) * static_cast<uint64_t>(span.num_tokens) +
+      token_bytes * static_cast<uint64_t>(span.num_tokens) +
       PackedBytes(n, IdBits(experts)) + (flags & kProbs ? 2 * n : 0) +
       (flags & kDroppedBits ? PackedBytes(n, 1) : 0) + (flags & kMargins ? 2 * n : 0) +
-      (k > 0 ? PackedBytes(k, IdBits(experts)) + 2 * k : 0);
+      (k > 0 ? PackedBytes(k, IdBits(experts)) : 0) + (flags & kTopkIdsOnly ? 0 : 2 * k);
   if (expected != in.left()) {
     in.Fail("planes need " + std::to_string(expected) + " bytes, record has " +
             std::to_string(in.left()));
   }
-  ReadTokens(&in, flags & kWideTokens, &span);
+  if (!(flags & kNoTokens)) ReadTokens(&in, flags & kWideTokens, &span);
   ReadIds(&in, n, experts, &span.expert_ids);
   if (flags & kProbs) ReadFloats(&in, n, &span.gate_probs);
   if (flags & kDroppedRecorded) ReadDropped(&in, n, flags & kDroppedBits, &span.dropped);
   if (flags & kMargins) ReadFloats(&in, n, &span.margins);
   if (k > 0) {
     ReadIds(&in, k, experts, &span.topk_ids);
-    ReadFloats(&in, k, &span.topk_probs);
+    if (!(flags & kTopkIdsOnly)) ReadFloats(&in, k, &span.topk_probs);
   }
   return decoded;
 }

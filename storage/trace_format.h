@@ -41,12 +41,13 @@ bool DecodeKey(std::string_view key, RecordKind* kind, uint64_t* id);
 
 // Routing of one (sequence, stack), without router inputs:
 //   u8 version | u8 flags | u8 task | varint T | varint L | varint E | varint K
-//   token ids   u16 or u32 [T] (flag)
+//   token ids   u16 or u32 [T] (flag), absent where they are not known (flag)
 //   expert ids  bit-packed, ceil(log2 E) bits each, layer-major [L*T], padded to a byte
 //   gate probs  bf16 high bytes [L*T], then low bytes (flag)
 //   dropped     bits [L*T], absent when no token was dropped (flag)
 //   margins     bf16 high bytes, then low bytes (flag)
-//   top-k       ids bit-packed [L*T*K], probs bf16 high bytes, low bytes (K > 0)
+//   top-k       ids bit-packed [L*T*K], probs bf16 high bytes, low bytes (K > 0; probs
+//               absent where they are not known: flag)
 //   u64 checksum
 // REQUIRES the planes of `span` to have their sizes (std::logic_error otherwise: our
 // defect) and ids < num_experts. Floats are rounded to bf16.

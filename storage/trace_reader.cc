@@ -19,8 +19,9 @@ uint32_t TokensOf(const SequenceInfo& info, Stack stack) {
 
 // Decodes a routing record into `trace` and holds it against the index and the geometry.
 void DecodeInto(std::string_view key, std::string_view value, const std::string& where,
-                Stack stack, const SequenceInfo& info, const MoeGeometry& geometry,
+                Stack stack, const SequenceInfo& info, const StoreConfig& config,
                 RoutingTrace* trace) {
+  const MoeGeometry& geometry = config.geometry;
   DecodedSpan decoded = DecodeSpan(key, value, where);
   const bool fits =
       decoded.num_experts == geometry.num_experts &&
@@ -37,14 +38,26 @@ void DecodeInto(std::string_view key, std::string_view value, const std::string&
                                   std::to_string(geometry.num_experts),
                               "run routecast-trace verify"));
   }
+  if (decoded.span.token_ids.empty() == config.token_ids) {
+    throw DataError(ErrorText(where + ": record and store disagree",
+                              std::string("the record has ") +
+                                  (config.token_ids ? "no " : "") +
+                                  "token ids; store.json says otherwise",
+                              "run routecast-trace verify"));
+  }
   trace->task = decoded.task;
   (stack == Stack::kEncoder ? trace->encoder : trace->decoder) = std::move(decoded.span);
 }
 
 }  // namespace
 
-TraceReader::TraceReader(fs::path store)
+TraceReader::TraceReader(fs::path store, NeedTokens tokens)
     : path_(std::move(store)), config_(TraceStore::Open(path_)) {
+  if (tokens == NeedTokens::kYes && !config_.token_ids) {
+    throw UsageError(ErrorText(path_.string() + " has no token ids",
+                               "it was imported without them, and they are needed here",
+                               "import it with token ids, or use another store"));
+  }
   for (int shard = 0; shard < config_.num_shards; ++shard) {
     // A shard appears with its first chunk's owner; a store just created has none.
     if (!fs::exists(ShardPath(path_, shard)) && !fs::exists(ShardPath(path_, 0))) {
@@ -192,7 +205,7 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
         RoutingTrace& trace = traces[w.slot];
         if (family == Family::kRouting) {
           DecodeInto(keys[i], values[i].ToStringView(), where, w.stack,
-                     sequences_[w.index], config_.geometry, &trace);
+                     sequences_[w.index], config_, &trace);
         } else {
           DecodeHidden(keys[i], values[i].ToStringView(), where,
                        w.stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
@@ -242,7 +255,7 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
       const std::string where = Where(index, stack);
       Cursor* routing = value_at(index, stack, Family::kRouting, key, where);
       DecodeInto(key, routing->it->value().ToStringView(), where, stack,
-                 sequences_[index], config_.geometry, &trace);
+                 sequences_[index], config_, &trace);
       routing->it->Next();
       if (with_hidden == WithHidden::kNo || !sequences_[index].has_hidden) continue;
       Cursor* hidden = value_at(index, stack, Family::kHidden, key, where);

@@ -17,11 +17,14 @@ namespace routecast {
 
 class ShardDb;
 enum class WithHidden { kNo, kYes };
+// Whether a reader can do without token ids, which imported stores may not have.
+enum class NeedTokens { kNo, kYes };
 
 class TraceReader {
  public:
-  // Throws UsageError (no store, another schema), DataError (damage).
-  explicit TraceReader(fs::path store);
+  // Throws UsageError (no store, another schema, no token ids where they are required),
+  // DataError (damage).
+  explicit TraceReader(fs::path store, NeedTokens tokens = NeedTokens::kYes);
   ~TraceReader();
   TraceReader(const TraceReader&) = delete;
   TraceReader& operator=(const TraceReader&) = delete;

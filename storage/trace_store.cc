@@ -102,6 +102,9 @@ void ChunkWriter::AddSpan(const RoutingTrace& trace, Stack stack) {
     throw std::logic_error(
         "ChunkWriter: layers of the span differ from the store's geometry");
   }
+  if (span.token_ids.empty() == config_.token_ids) {
+    throw std::logic_error("ChunkWriter: token ids are not as store.json says");
+  }
   std::string key = EncodeKey(KindOf(stack), trace.sequence_id);
   if (span.hidden_width > 0) {
     std::string value = EncodeHidden(key, span);

@@ -82,7 +82,7 @@ class Verifier {
   }
 
   void CheckRecords() {
-    const TraceReader reader(store_);
+    const TraceReader reader(store_, NeedTokens::kNo);
     report_.chunks = reader.completed_chunks();
     for (const SequenceInfo& info : reader.sequences()) {
       const int stacks = (info.encoder_tokens > 0) + (info.decoder_tokens > 0);

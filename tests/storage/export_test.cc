@@ -31,9 +31,18 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
   const auto n = std::to_string(all.size());
   out["sequence_ids"] = {"<u8", n, ""};
   out["document_ids"] = {"<u8", n, ""};
+  out["group_ids"] = {"<u8", n, ""};
+  out["tasks"] = {"|u1", n, ""};
+  out["geometry"] = {"<i8", "5", ""};
+  for (const int number :
+       {shape.layers, shape.layers, shape.num_experts, 1, shape.width}) {
+    Put(&out["geometry"].bytes, static_cast<int64_t>(number));
+  }
   for (const auto& [id, trace] : all) {
     Put(&out["sequence_ids"].bytes, trace.sequence_id);
     Put(&out["document_ids"].bytes, trace.document_id);
+    Put(&out["group_ids"].bytes, trace.group_id);
+    Put(&out["tasks"].bytes, static_cast<uint8_t>(trace.task));
   }
   for (const std::string stack : {"encoder", "decoder"}) {
     const auto of = [&](const RoutingTrace& t) -> const RoutingSpan& {

@@ -65,6 +65,20 @@ TEST(TraceFormat, AbsentPlanesStayAbsent) {
   EXPECT_EQ(back.span, span);
 }
 
+TEST(TraceFormat, TokenIdsMayBeUnknown) {
+  RoutingSpan span = RandomSpan(5, {}, false);
+  span.token_ids.clear();
+  const std::string value = EncodeSpan(Key(), span, Task::kGenerate, 128);
+  EXPECT_EQ(DecodeSpan(Key(), value, "test").span, span);
+}
+
+TEST(TraceFormat, ProbabilitiesOfTheTopKMayBeUnknown) {
+  RoutingSpan span = RandomSpan(5, {}, false);
+  span.topk_probs.clear();
+  const std::string value = EncodeSpan(Key(), span, Task::kGenerate, 128);
+  EXPECT_EQ(DecodeSpan(Key(), value, "test").span, span);
+}
+
 template <typename Decode>
 void ExpectEveryFlipIsSeen(const std::string& value, const Decode& decode) {
   for (size_t i = 0; i < value.size(); ++i) {

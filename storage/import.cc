@@ -1,0 +1,196 @@
+#include "storage/import.h"
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+#include "common/byte_file.h"
+#include "common/errors.h"
+#include "storage/import_source.h"
+#include "storage/store_builder.h"
+
+namespace routecast {
+namespace {
+
+constexpr int kShards = 4;
+
+std::unique_ptr<ImportSource> OpenSource(const fs::path& path,
+                                         const ImportOptions& options) {
+  const int format =
+      ParseChoice("--format", options.format, {"npz", "arrays", "jsonl", "packed"});
+  if (!fs::exists(path)) {
+    throw UsageError(
+        ErrorText(path.string() + " does not exist", "", "name the input with --in"));
+  }
+  switch (format) {
+    case 0:
+      return OpenExportedArrays(path);
+    case 1:
+      return OpenRequestArrays(path, options.task);
+    case 2:
+      return OpenRequestLines(path, options.task);
+    default:
+      if (options.layers < 1 || options.experts_per_token < 1) {
+        throw UsageError(ErrorText(
+            "packed bytes do not say their shape",
+            "--layers=" + std::to_string(options.layers) +
+                " --experts_per_token=" + std::to_string(options.experts_per_token),
+            "give both"));
+      }
+      return OpenPacked(path, options.task, options.layers, options.experts_per_token);
+  }
+}
+
+// What all sequences of a store have in common, and how much there is.
+struct Planes {
+  bool token_ids = false, probs = false, dropped = false, margins = false,
+       topk_probs = false;
+  int top_k = 0;
+  bool operator==(const Planes&) const = default;
+};
+
+class Survey {
+ public:
+  void Add(const RoutingTrace& trace) {
+    if (sequences_ > 0 && trace.sequence_id <= last_id_) {
+      Refuse(trace, "its id is not above " + std::to_string(last_id_) + " before it");
+    }
+    last_id_ = trace.sequence_id;
+    ++sequences_;
+    if (sequences_ == 1) task_ = trace.task;
+    if (trace.encoder.num_tokens + trace.decoder.num_tokens == 0) {
+      Refuse(trace, "it has no token");
+    }
+    bool hidden = false;
+    for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+      const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+      if (span.num_tokens == 0) continue;
+      AddSpan(trace, stack, span);
+      hidden = hidden || span.hidden_width > 0;
+    }
+    const bool both = trace.encoder.num_tokens > 0 && trace.decoder.num_tokens > 0;
+    if (both && (trace.encoder.hidden_width > 0) != (trace.decoder.hidden_width > 0)) {
+      Refuse(trace, "router inputs in one stack only");
+    }
+    hidden_ += hidden;
+  }
+
+  StoreConfig Config(const ImportSource& source, const ImportOptions& options) const {
+    StoreConfig c;
+    const std::optional<MoeGeometry> stated = source.geometry();
+    c.geometry = stated.value_or(MoeGeometry{
+        layers_[0], layers_[1], 0, planes_ ? std::max(1, planes_->top_k) : 1, width_});
+    CheckGeometry(c.geometry, stated.has_value());
+    if (options.num_experts < 0 || options.num_experts > static_cast<int>(kMaxExperts)) {
+      throw UsageError(ErrorText("--num_experts=" + std::to_string(options.num_experts),
+                                 "not in [0, 65536]", "0 takes the input's"));
+    }
+    if (options.num_experts > 0) c.geometry.num_experts = options.num_experts;
+    if (c.geometry.num_experts == 0) c.geometry.num_experts = largest_id_ + 1;
+    if (largest_id_ >= c.geometry.num_experts) {
+      throw UsageError(ErrorText(
+          "expert id " + std::to_string(largest_id_) + " is in the input",
+          "the model has " + std::to_string(c.geometry.num_experts) + " experts",
+          "give the model's own --num_experts"));
+    }
+    c.model = options.model;
+    c.model_fingerprint =
+        Hex64(Hash64("import\n" + options.model + "\n" + c.ToJson()["geometry"].dump()));
+    std::string hashes;
+    for (const fs::path& file : source.files()) {
+      hashes += Hex64(HashFile(file)) + "\n";
+      c.data.push_back(options.format + ":" + file.filename().string());
+    }
+    c.corpus_fingerprint = Hex64(Hash64(hashes));
+    c.token_ids = planes_ && planes_->token_ids;
+    c.record = {"ids"};
+    if (hidden_ > 0) c.record.insert(c.record.begin(), "hidden");
+    if (planes_ && planes_->probs) c.record.push_back("probs");
+    if (planes_ && planes_->top_k > 0) c.record.push_back("topk");
+    c.top_k = planes_ ? planes_->top_k : 0;
+    c.task = task_;
+    c.dtype = "unknown";
+    c.device_kind = "unknown";
+    c.num_shards = kShards;
+    // What the input does not say; the same in every import, so that they merge.
+    c.hidden_share = hidden_ > 0 ? 1 : 0;
+    c.max_length = static_cast<int>(kMaxTokens);
+    return c;
+  }
+  uint64_t tokens() const { return tokens_; }
+
+ private:
+  [[noreturn]] static void Refuse(const RoutingTrace& trace, const std::string& why) {
+    RefuseImport("sequence " + std::to_string(trace.sequence_id), why);
+  }
+
+  void AddSpan(const RoutingTrace& trace, Stack stack, const RoutingSpan& s) {
+    const Planes planes{.token_ids = !s.token_ids.empty(),
+                        .probs = !s.gate_probs.empty(),
+                        .dropped = !s.dropped.empty(),
+                        .margins = !s.margins.empty(),
+                        .topk_probs = !s.topk_probs.empty(),
+                        .top_k = s.top_k};
+    if (!planes_) planes_ = planes;
+    if (planes != *planes_) {
+      Refuse(trace,
+             "its planes (token ids, probabilities, experts a token) are not those "
+             "of the sequences before it");
+    }
+    int& layers = layers_[static_cast<size_t>(stack)];
+    if (layers == 0) layers = s.num_layers;
+    if (s.num_layers != layers) {
+      Refuse(trace, std::to_string(s.num_layers) + " layers, sequences before it have " +
+                        std::to_string(layers));
+    }
+    if (s.hidden_width > 0) {
+      if (width_ == 0) width_ = s.hidden_width;
+      if (s.hidden_width != width_) Refuse(trace, "router inputs of another width");
+    }
+    for (const auto* ids : {&s.expert_ids, &s.topk_ids}) {
+      for (const uint16_t id : *ids) largest_id_ = std::max<int>(largest_id_, id);
+    }
+    tokens_ += static_cast<uint64_t>(s.num_tokens);
+  }
+
+  // What the input states must be what it holds.
+  void CheckGeometry(const MoeGeometry& g, bool stated) const {
+    if (!stated) return;
+    const bool fits = (layers_[0] == 0 || layers_[0] == g.encoder_layers) &&
+                      (layers_[1] == 0 || layers_[1] == g.decoder_layers) &&
+                      (width_ == 0 || width_ == g.d_model);
+    if (fits) return;
+    RefuseImport("the array \"geometry\"",
+                 "it says " + std::to_string(g.encoder_layers) + " + " +
+                     std::to_string(g.decoder_layers) + " layers of width " +
+                     std::to_string(g.d_model) + ", the sequences have " +
+                     std::to_string(layers_[0]) + " + " + std::to_string(layers_[1]) +
+                     " of " + std::to_string(width_));
+  }
+
+  std::optional<Planes> planes_;
+  int layers_[2] = {0, 0};
+  int largest_id_ = 0, width_ = 0;
+  uint64_t sequences_ = 0, last_id_ = 0, tokens_ = 0, hidden_ = 0;
+  Task task_ = Task::kGenerate;
+};
+
+}  // namespace
+
+ImportReport ImportTraces(const fs::path& path, const fs::path& out,
+                          const ImportOptions& options, StepObserver on_step) {
+  RequireNewStore(out);
+  const std::unique_ptr<ImportSource> source = OpenSource(path, options);
+  Survey survey;
+  source->Read([&](RoutingTrace&& trace) { survey.Add(trace); });
+  ImportReport report;
+  report.config = survey.Config(*source, options);
+  report.tokens = survey.tokens();
+  StoreBuilder builder(out, report.config, std::move(on_step));
+  source->Read([&](RoutingTrace&& trace) { builder.Add(trace); });
+  builder.Finish();
+  report.sequences = builder.num_sequences();
+  return report;
+}
+
+}  // namespace routecast

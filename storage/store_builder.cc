@@ -1,0 +1,91 @@
+#include "storage/store_builder.h"
+
+#include <stdexcept>
+
+#include "common/errors.h"
+#include "common/stop.h"
+
+namespace routecast {
+namespace {
+
+constexpr const char* kToken = "build";
+
+// Checked before SealedFolder makes (and empties) its temporary folder.
+const fs::path& NewStore(const fs::path& out) {
+  RequireNewStore(out);
+  return out;
+}
+
+}  // namespace
+
+void RequireNewStore(const fs::path& out) {
+  if (!fs::exists(out) || (fs::is_directory(out) && fs::is_empty(out))) return;
+  throw UsageError(ErrorText(out.string() + " is there already",
+                             "a store is made whole, into a new folder",
+                             "name another --out, or remove this one"));
+}
+
+void RequireComplete(const TraceReader& reader) {
+  if (reader.complete()) return;
+  throw UsageError(ErrorText(reader.path().string() + " is unfinished",
+                             std::to_string(reader.completed_chunks()) + " of " +
+                                 std::to_string(reader.config().num_chunks) +
+                                 " chunks are in it",
+                             "finish it: start its routecast-collect again"));
+}
+
+StoreBuilder::StoreBuilder(const fs::path& out, StoreConfig config, StepObserver on_step)
+    : config_(std::move(config)), on_step_(std::move(on_step)), folder_(NewStore(out)) {
+  MakeFolder(folder_.path() / "shards");
+  MakeFolder(folder_.path() / "staging");
+  config_.num_chunks = 0;
+  owner_ = std::make_unique<ShardOwner>(folder_.path(), config_, 0, 1, on_step_);
+}
+
+StoreBuilder::~StoreBuilder() = default;
+
+void StoreBuilder::Add(const RoutingTrace& trace) {
+  if (num_sequences_ > 0 && trace.sequence_id <= last_id_) {
+    throw std::logic_error("StoreBuilder: sequence ids must ascend");
+  }
+  if (StopRequested()) {
+    throw StoppedError(
+        "stopped; the new store is not there: start the same command again");
+  }
+  if (!chunk_) {
+    chunk_ = std::make_unique<ChunkWriter>(folder_.path(), config_,
+                                           static_cast<uint32_t>(config_.num_chunks),
+                                           kToken, on_step_);
+  }
+  chunk_->Add(trace);
+  last_id_ = trace.sequence_id;
+  ++num_sequences_;
+  if (chunk_->record_bytes() >= kBuiltChunkBytes) EndChunk();
+}
+
+void StoreBuilder::EndChunk() {
+  chunk_->Finish();
+  chunk_.reset();
+  owner_->Ingest(static_cast<uint32_t>(config_.num_chunks), kToken);
+  ++config_.num_chunks;
+}
+
+void StoreBuilder::CopyRouters(const fs::path& routers) {
+  fs::copy_file(routers, folder_.path() / "routers.safetensors");
+}
+
+void StoreBuilder::Finish() {
+  if (chunk_) EndChunk();
+  if (num_sequences_ == 0) {
+    throw UsageError(ErrorText("the new store would be empty",
+                               "no sequence is left for it",
+                               "take a larger share, or another input"));
+  }
+  owner_->Compact();
+  owner_.reset();  // closes the databases before their folder moves
+  WriteFileAtomic(folder_.path() / "store.json", config_.ToJson().dump(2) + "\n");
+  if (on_step_) on_step_("seal");
+  folder_.Commit();
+}
+
+}  // namespace routecast

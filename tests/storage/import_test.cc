@@ -1,0 +1,353 @@
+#include "storage/import.h"
+
+#include <gtest/gtest.h>
+#include <zstd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/errors.h"
+#include "storage/export.h"
+#include "storage/merge.h"
+#include "storage/npy.h"
+#include "storage/statistics.h"
+#include "storage/verify.h"
+#include "tests/storage/store_fixture.h"
+#include "tests/support/reference.h"
+
+namespace routecast {
+namespace {
+
+// ids [T,L,K] of the requests that these tests import.
+uint16_t IdAt(uint64_t t, uint64_t l, uint64_t k) {
+  return static_cast<uint16_t>((5 * t + 2 * l + k) % 30);
+}
+std::vector<uint8_t> Bytes(uint64_t tokens, uint64_t layers, uint64_t experts) {
+  std::vector<uint8_t> ids;
+  for (uint64_t t = 0; t < tokens; ++t) {
+    for (uint64_t l = 0; l < layers; ++l) {
+      for (uint64_t k = 0; k < experts; ++k)
+        ids.push_back(static_cast<uint8_t>(IdAt(t, l, k)));
+    }
+  }
+  return ids;
+}
+
+class ImportTest : public TraceStoreTest {
+ protected:
+  fs::path At(const std::string& name) const { return folder_.path() / name; }
+  ImportReport Import(const std::string& in, ImportOptions options) {
+    return ImportTraces(At(in), At("store"), options);
+  }
+  static std::vector<RoutingTrace> Read(const fs::path& store) {
+    std::vector<RoutingTrace> traces;
+    TraceReader(store, NeedTokens::kNo)
+        .Scan([&](RoutingTrace&& t) { traces.push_back(std::move(t)); },
+              WithHidden::kYes);
+    return traces;
+  }
+  std::string Exported(const fs::path& store, const std::string& format = "npz") {
+    const auto files =
+        ExportTraces(TraceReader(store, NeedTokens::kNo), At("export"), {format});
+    return ReadFile(files.at(0));
+  }
+  // The error of an import, whose kind is checked; nothing of a store may be left.
+  template <typename Error = DataError>
+  std::string ErrorOf(const std::string& in, const ImportOptions& options) {
+    try {
+      ImportTraces(At(in), At("refused"), options);
+    } catch (const Error& e) {
+      EXPECT_FALSE(fs::exists(At("refused")) || fs::exists(At("refused.tmp")));
+      EXPECT_LE(std::count(e.what(), e.what() + std::strlen(e.what()), '\n'), 2);
+      return e.what();
+    }
+    return "no error";
+  }
+  // Two requests of 3 and 2 tokens, 2 layers and 4 experts a token, with rows between.
+  void WritePacked(const std::string& rows = "0,3\n5,2\n") {
+    const auto ids = Bytes(7, 2, 4);
+    WriteFileAtomic(At("index_x.csv"), "row_offset,decode_tokens\n" + rows);
+    WriteFileAtomic(At("experts_x.u8"), std::string(ids.begin(), ids.end()));
+  }
+  const ImportOptions packed_{.format = "packed", .layers = 2, .experts_per_token = 4};
+};
+
+void ExpectRequest(const RoutingTrace& trace, int first, int tokens, int layers,
+                   int experts) {
+  const RoutingSpan& s = trace.decoder;
+  ASSERT_EQ(s.num_tokens, tokens);
+  ASSERT_EQ(s.num_layers, layers);
+  ASSERT_EQ(s.top_k, experts > 1 ? experts : 0);
+  for (int t = 0; t < tokens; ++t) {
+    for (int l = 0; l < layers; ++l) {
+      ASSERT_EQ(s.expert_ids[l * tokens + t], IdAt(first + t, l, 0));
+      for (int k = 0; k < s.top_k; ++k) {
+        ASSERT_EQ(s.topk_ids[(l * tokens + t) * experts + k], IdAt(first + t, l, k));
+      }
+    }
+  }
+}
+
+TEST_F(ImportTest, AnExportComesBackToTheLastByte) {
+  Fill();
+  const auto files = ExportTraces(TraceReader(store()), At("out"), {});
+  ImportTraces(files.at(0), At("back"), {});
+  EXPECT_EQ(Read(At("back")), Read(store()));
+  EXPECT_EQ(Exported(At("back")), ReadFile(files[0]));
+}
+
+TEST_F(ImportTest, PartsOfAnExportComeBack) {
+  Fill();
+  ASSERT_GT(ExportTraces(TraceReader(store()), At("out"), {"npz", 200'000}).size(), 2u);
+  ImportTraces(At("out"), At("back"), {});
+  EXPECT_EQ(Read(At("back")), Read(store()));
+}
+
+TEST_F(ImportTest, AnExportSaysItsGeometry) {
+  Fill();
+  const auto files = ExportTraces(TraceReader(store()), At("out"), {});
+  EXPECT_EQ(ImportTraces(files.at(0), At("back"), {}).config.geometry, config_.geometry);
+}
+
+TEST_F(ImportTest, PackedRowsAreRequests) {
+  WritePacked();
+  const ImportReport report = Import("index_x.csv", packed_);
+  EXPECT_EQ(report.tokens, 5u);
+  EXPECT_EQ(report.config.geometry.experts_per_token, 4);
+  const auto traces = Read(store());
+  ASSERT_EQ(traces.size(), 2u);
+  ExpectRequest(traces[0], 0, 3, 2, 4);
+  ExpectRequest(traces[1], 5, 2, 2, 4);
+}
+
+TEST_F(ImportTest, PackedRowsMayBeCompressed) {
+  WritePacked();
+  ImportTraces(At("index_x.csv"), At("plain"), packed_);
+  const std::string bytes = ReadFile(At("experts_x.u8"));
+  std::string zstd(ZSTD_compressBound(bytes.size()), '\0');
+  zstd.resize(ZSTD_compress(zstd.data(), zstd.size(), bytes.data(), bytes.size(), 1));
+  fs::remove(At("experts_x.u8"));
+  WriteFileAtomic(At("experts_x.u8.zst"), zstd);
+  Import("index_x.csv", packed_);
+  EXPECT_EQ(Read(store()), Read(At("plain")));
+}
+
+TEST_F(ImportTest, RowsBeyondTheFileAreRefused) {
+  WritePacked("0,3\n5,3\n");
+  const std::string error = ErrorOf("index_x.csv", packed_);
+  EXPECT_NE(error.find("ends at byte 56, 64 are needed"), std::string::npos) << error;
+}
+
+TEST_F(ImportTest, RowsOfTwoSequencesAreRefused) {
+  WritePacked("0,3\n2,2\n");
+  const std::string error = ErrorOf("index_x.csv", packed_);
+  EXPECT_NE(error.find("line 3"), std::string::npos) << error;
+}
+
+TEST_F(ImportTest, AWrongShapeShowsInRepeatedExperts) {
+  WritePacked("0,1\n");
+  ImportOptions swapped = packed_;
+  swapped.layers = 1;
+  swapped.experts_per_token = 8;
+  const std::string error = ErrorOf("index_x.csv", swapped);
+  EXPECT_NE(error.find("twice"), std::string::npos) << error;
+}
+
+TEST_F(ImportTest, PackedBytesNeedTheirShape) {
+  WritePacked();
+  EXPECT_NE(ErrorOf<UsageError>("index_x.csv", {.format = "packed"}).find("--layers=0"),
+            std::string::npos);
+}
+
+TEST_F(ImportTest, AnArrayIsARequest) {
+  const auto a = Bytes(3, 2, 4), b = Bytes(6, 2, 4);
+  const std::vector<uint32_t> tokens = {7, 8, 70000};
+  WriteNpz(At("in.npz"), {{"a", "|u1", {3, 2, 4}, a.data(), a.size()},
+                          {"a_token_ids", "<u4", {3}, tokens.data(), 12}});
+  Import("in.npz", {.format = "arrays"});
+  const auto traces = Read(store());
+  ASSERT_EQ(traces.size(), 1u);
+  ExpectRequest(traces[0], 0, 3, 2, 4);
+  EXPECT_EQ(traces[0].decoder.token_ids, tokens);
+}
+
+TEST_F(ImportTest, OneExpertATokenNeedsNoTopK) {
+  const auto a = Bytes(3, 2, 1);
+  WriteNpz(At("in.npz"), {{"a", "|u1", {3, 2, 1}, a.data(), a.size()}});
+  EXPECT_EQ(Import("in.npz", {.format = "arrays"}).config.top_k, 0);
+  ExpectRequest(Read(store()).at(0), 0, 3, 2, 1);
+}
+
+TEST_F(ImportTest, NumbersThatAreNoExpertAreRefused) {
+  const std::vector<int64_t> ids = {1, 2, 3, -1};
+  WriteNpz(At("in.npz"), {{"a", "<i8", {2, 1, 2}, ids.data(), 32}});
+  const std::string error = ErrorOf("in.npz", {.format = "arrays"});
+  EXPECT_NE(error.find("element 3 is negative"), std::string::npos) << error;
+}
+
+TEST_F(ImportTest, SequencesOfAnotherShapeAreRefused) {
+  const auto ids = Bytes(4, 3, 4);
+  WriteNpz(At("in.npz"), {{"a", "|u1", {2, 2, 4}, ids.data(), 16},
+                          {"b", "|u1", {2, 3, 4}, ids.data(), 24}});
+  const std::string error = ErrorOf("in.npz", {.format = "arrays"});
+  EXPECT_NE(error.find("sequence 1"), std::string::npos) << error;
+}
+
+TEST_F(ImportTest, NumPyFilesOfManyTypesAreRead) {
+  MakeFolder(At("npy"));
+  ASSERT_EQ(RunReference("write_routing.py", At("npy").string()), 0);
+  Import("npy", {.format = "arrays"});
+  const auto traces = Read(store());
+  ASSERT_EQ(traces.size(), 6u);
+  for (int i = 0; i < 6; ++i) ExpectRequest(traces[i], 0, i + 1, 2, 4);
+}
+
+TEST_F(ImportTest, LinesAreRequests) {
+  WriteFileAtomic(At("in.jsonl"),
+                  "{\"id\": \"x\", \"routing\": [[[0,1],[2,3]],[[5,6],[7,8]]], "
+                  "\"token_ids\": [9,10]}\n\n"
+                  "{\"routing\": [[[0,1],[2,3]]], \"token_ids\": [4]}");
+  Import("in.jsonl", {.format = "jsonl"});
+  const auto traces = Read(store());
+  ASSERT_EQ(traces.size(), 2u);
+  ExpectRequest(traces[0], 0, 2, 2, 2);
+  ExpectRequest(traces[1], 0, 1, 2, 2);
+  EXPECT_EQ(traces[0].decoder.token_ids, (std::vector<uint32_t>{9, 10}));
+}
+
+TEST_F(ImportTest, ProbabilitiesFollowTheirExperts) {
+  WriteFileAtomic(At("in.jsonl"),
+                  "{\"routing\": [[[1,0]]], \"probs\": [[[0.5,0.25]]]}\n");
+  EXPECT_TRUE(Import("in.jsonl", {.format = "jsonl"}).config.Records("probs"));
+  const RoutingSpan span = Read(store()).at(0).decoder;
+  EXPECT_EQ(span.gate_probs, std::vector<float>{0.5f});
+  EXPECT_EQ(span.topk_probs, (std::vector<float>{0.5f, 0.25f}));
+}
+
+struct BadLine {
+  const char *name, *line, *says;
+};
+std::ostream& operator<<(std::ostream& out, const BadLine& c) { return out << c.name; }
+class ImportLines : public ImportTest, public testing::WithParamInterface<BadLine> {};
+TEST_P(ImportLines, AreRefusedWithTheirPlace) {
+  WriteFileAtomic(At("in.jsonl"),
+                  "{\"routing\": [[[0,1]]]}\n" + std::string(GetParam().line) + "\n");
+  const std::string error = ErrorOf("in.jsonl", {.format = "jsonl"});
+  EXPECT_NE(error.find(GetParam().says), std::string::npos) << error;
+}
+INSTANTIATE_TEST_SUITE_P(
+    Bad, ImportLines,
+    testing::Values(BadLine{"NoJson", "nonsense", "line 2"},
+                    BadLine{"NoRouting", "{}", "line 2"},
+                    BadLine{"Flat", "{\"routing\": [1,2]}", "no list of lists of lists"},
+                    BadLine{"Empty", "{\"routing\": []}", "no list of lists of lists"},
+                    BadLine{"Ragged", "{\"routing\": [[[0,1]],[[0]]]}",
+                            "[1][0] has 1 entries, not 2"},
+                    BadLine{"Negative", "{\"routing\": [[[0,-1]]]}", "-1"},
+                    BadLine{"Large", "{\"routing\": [[[0,65536]]]}", "65536"},
+                    BadLine{"Twice", "{\"routing\": [[[3,3]]]}", "expert 3 twice"},
+                    BadLine{"Tokens", "{\"routing\": [[[0,1]]], \"token_ids\": [1,2]}",
+                            "list of 1"},
+                    BadLine{"Probs", "{\"routing\": [[[0,1]]], \"probs\": [[[0.5,2]]]}",
+                            "probability"},
+                    BadLine{"OtherK", "{\"routing\": [[[0,1,2]]]}", "sequence 1"},
+                    BadLine{"SomeTokens", "{\"routing\": [[[0,1]]], \"token_ids\": [1]}",
+                            "sequence 1"}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+TEST_F(ImportTest, TheNumberOfExpertsIsTheLargestIdsOrGiven) {
+  WritePacked();
+  EXPECT_EQ(Import("index_x.csv", packed_).config.geometry.num_experts, 30);
+  ImportOptions given = packed_;
+  given.num_experts = 32;
+  EXPECT_EQ(
+      ImportTraces(At("index_x.csv"), At("given"), given).config.geometry.num_experts,
+      32);
+}
+
+TEST_F(ImportTest, FewerExpertsThanIdsAreRefused) {
+  WritePacked();
+  ImportOptions given = packed_;
+  given.num_experts = 8;
+  EXPECT_NE(ErrorOf<UsageError>("index_x.csv", given).find("8 experts"),
+            std::string::npos);
+}
+
+TEST_F(ImportTest, AnEmptyInputIsRefused) {
+  WriteFileAtomic(At("in.jsonl"), "\n");
+  EXPECT_NE(ErrorOf<UsageError>("in.jsonl", {.format = "jsonl"}).find("empty"),
+            std::string::npos);
+}
+
+TEST_F(ImportTest, AStoreWithoutTokenIdsIsSound) {
+  WritePacked();
+  Import("index_x.csv", packed_);
+  const VerifyReport report = VerifyStore(store());
+  EXPECT_TRUE(report.sound()) << report.problems.at(0);
+}
+
+TEST_F(ImportTest, RecordsWithoutTheTokenIdsThatStoreJsonNamesAreDamage) {
+  WritePacked();
+  Import("index_x.csv", packed_);
+  Json json = ReadJsonFile(store() / "store.json");
+  json.erase("token_ids");
+  WriteFileAtomic(store() / "store.json", json.dump());
+  EXPECT_FALSE(VerifyStore(store()).sound());
+}
+
+TEST_F(ImportTest, ACollectedSequenceMustHaveTokenIds) {
+  Create();
+  RoutingTrace trace = RandomTrace(1, shape_);
+  trace.decoder.token_ids.clear();
+  EXPECT_THROW(ChunkWriter(store(), config_, 0, "t").Add(trace), std::logic_error);
+}
+
+TEST_F(ImportTest, AReaderThatNeedsTokenIdsIsToldThatThereAreNone) {
+  WritePacked();
+  Import("index_x.csv", packed_);
+  EXPECT_THROW(TraceReader{store()}, UsageError);
+}
+
+TEST_F(ImportTest, AnExportWithoutTokenIdsComesBack) {
+  WritePacked();
+  Import("index_x.csv", packed_);
+  const std::string exported = Exported(store());
+  EXPECT_EQ(exported.find("decoder_token_ids"), std::string::npos);
+  EXPECT_EQ(exported.find("decoder_topk_probs"), std::string::npos);
+  ImportTraces(At("export") / "traces.npz", At("back"), {});
+  EXPECT_EQ(Exported(At("back")), exported);
+}
+
+TEST_F(ImportTest, RowsOfTextWithoutTokenIdsLeaveThemOut) {
+  WritePacked();
+  Import("index_x.csv", packed_);
+  EXPECT_NE(Exported(store(), "csv").find("0,0,decoder,0,1,,5,,,\n"), std::string::npos);
+  const std::string lines = Exported(store(), "jsonl");
+  const Json first = ParseJson(lines.substr(0, lines.find('\n')), "line");
+  EXPECT_TRUE(first["decoder"].contains("expert_ids"));
+  EXPECT_FALSE(first["decoder"].contains("token_ids"));
+}
+
+TEST_F(ImportTest, ImportsOfOneModelMerge) {
+  WritePacked();
+  ImportTraces(At("index_x.csv"), At("a"), packed_);
+  WritePacked("1,2\n");
+  ImportOptions more = packed_;
+  more.num_experts = 30;
+  ImportTraces(At("index_x.csv"), At("b"), more);
+  EXPECT_EQ(MergeStores({At("a"), At("b")}, At("c"), {.renumber = true}).sequences, 3u);
+}
+
+TEST_F(ImportTest, StatisticsCountAllExpertsOfAToken) {
+  // One layer; tokens use {0,1}, {1,2}, {1,0}; then a sequence of {3,0} alone.
+  WriteFileAtomic(At("in.jsonl"),
+                  "{\"routing\": [[[0,1]],[[1,2]],[[1,0]]]}\n{\"routing\": [[[3,0]]]}\n");
+  Import("in.jsonl", {.format = "jsonl"});
+  const auto stats = ComputeStatistics(TraceReader(store(), NeedTokens::kNo));
+  EXPECT_EQ(stats.layers.at(0).slot_counts, (std::vector<uint64_t>{3, 3, 1, 1}));
+  EXPECT_EQ(stats.layers[0].counts, (std::vector<uint64_t>{1, 2, 0, 1}));
+  EXPECT_DOUBLE_EQ(stats.layers[0].previous_token_recall, 2.0 / 4);
+}
+
+}  // namespace
+}  // namespace routecast

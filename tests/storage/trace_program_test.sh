@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The verbs of routecast-trace as people type them: what they make, and what they refuse.
+set -uo pipefail
+trace=$ROUTECAST_BIN_DIR/routecast-trace
+[ -x "$trace" ] || { echo "routecast-trace is not built"; exit 77; }
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder" || exit 1
+failed=0
+fail() { echo "FAILED $*"; failed=1; }
+# expect CODE ARGUMENTS...: the exit code; output in `log`.
+expect() {
+  local wanted=$1
+  shift
+  "$trace" "$@" >log 2>&1
+  local code=$?
+  [ "$code" -eq "$wanted" ] || fail "routecast-trace $*: exit $code, not $wanted: $(cat log)"
+}
+says() { grep -q -- "$1" log || fail "\"$1\" is not said: $(cat log)"; }
+
+for i in 1 2 3 4 5 6 7 8 9 10 11 12; do echo "{\"routing\": [[[0,$i],[2,1]],[[$i,0],[3,2]]]}"; done >a.jsonl
+echo '{"routing": [[[12,1],[2,1]]]}' >b.jsonl
+
+expect 0 import --format=jsonl --in=a.jsonl --out=a --model=m
+says "12 sequences, 24 tokens, 2 layers of 13 experts, 2 a token"
+grep -q '"exit_status": 0' a/run.json || fail "import leaves no run.json"
+expect 0 import --format=jsonl --in=b.jsonl --out=b --model=m
+expect 0 info --store=a
+says "12 of\|12: "
+expect 0 verify --store=a
+expect 0 stats --store=a --out=stats
+grep -q '"slot_load"' stats/stats.json || fail "stats say nothing of slots"
+expect 0 export --store=a --out=exported
+expect 0 import --in=exported/traces.npz --out=again
+expect 0 export --store=again --out=exported2
+cmp -s exported/traces.npz exported2/traces.npz || fail "an export does not come back"
+
+expect 2 merge --store=a --store=b --out=c
+says "--renumber"
+expect 0 merge --store=a --store=b --out=c --renumber
+says "13 sequences; 0 were in several stores"
+expect 0 merge --store=a --store=a --out=d
+says "12 sequences; 12 were in several stores"
+expect 0 subset --store=a --share=0.5 --seed=3 --out=half
+expect 0 verify --store=half
+expect 2 subset --store=a --share=0.000001 --out=nothing
+says "larger --share"
+
+expect 2 merge --store=a --out=d
+says "is there already"
+expect 2 stats --store=a --store=b --out=stats
+says "takes one store"
+expect 2 import --format=jsonl --out=e
+says "--in is missing"
+expect 2 import --format=jsonl --in=nowhere --out=e
+says "does not exist"
+expect 2 import --format=jsons --in=a.jsonl --out=e
+says "jsonl"
+echo '{"routing": [[[0,0]]]}' >bad.jsonl
+expect 3 import --format=jsonl --in=bad.jsonl --out=e
+says "bad.jsonl: line 1"
+[ -e e ] && fail "a refused import leaves its folder"
+for verb in merge subset import; do
+  "$trace" "$verb" --dry_run --store=a --in=a.jsonl --format=jsonl --out=dry >log 2>&1 ||
+    fail "--dry_run $verb: $(cat log)"
+done
+[ -e dry ] && fail "--dry_run makes a folder"
+exit $failed
