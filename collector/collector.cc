@@ -280,7 +280,8 @@ void CollectOptions::Validate() const {
           "--expert_parallel is out of range", "use 1 to the number of ranks");
   require(temperature >= 0 && std::isfinite(temperature), "--temperature is out of range",
           "use 0 (greedy) or more");
-  require(top_k_sampling >= 0, "--top_k_sampling is negative", "use 0 for all tokens");
+  require(top_k_sampling >= 0 && top_k_sampling <= 1 << 24,
+          "--top_k_sampling is out of range", "use 0 (all tokens) to 16777216");
   require(top_p > 0 && top_p <= 1, "--top_p is out of range",
           "use more than 0, at most 1");
   require(temperature == 0 || task == Task::kGenerate,

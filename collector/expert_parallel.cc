@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <numeric>
 #include <thread>
 
@@ -33,7 +34,8 @@ ExpertParallelExecutor::ExpertParallelExecutor(const RankInfo& world, int group_
 ExpertParallelExecutor::~ExpertParallelExecutor() {
   int finalized = 0;
   MPI_Finalized(&finalized);
-  if (!finalized) MPI_Comm_free(&calls_);
+  // Unwinding: the others are not there to free it with.
+  if (!finalized && std::uncaught_exceptions() == 0) MPI_Comm_free(&calls_);
 }
 
 bool ExpertParallelExecutor::Serve() {

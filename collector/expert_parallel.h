@@ -30,10 +30,11 @@ inline int OwnerOf(int expert, int num_experts, int size) {
 class ExpertParallelExecutor final : public ExpertExecutor {
  public:
   // Every rank of the job makes one, with the same `group_size` (it divides the world).
-  // `local` runs the experts that this rank owns; borrowed.
+  // `local` runs the experts that this rank owns; borrowed. The deadline catches ranks
+  // that hang: between its rounds a rank may tokenize a large document or write a chunk.
   ExpertParallelExecutor(const RankInfo& world, int group_size, MoeGeometry geometry,
                          int d_model, at::ScalarType dtype, at::Device device,
-                         ExpertExecutor* local, double deadline_seconds = 45);
+                         ExpertExecutor* local, double deadline_seconds = 900);
   ~ExpertParallelExecutor() override;
 
   Activation activation() const override { return local_->activation(); }

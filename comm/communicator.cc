@@ -4,6 +4,7 @@
 #include <mpi.h>
 
 #include <chrono>
+#include <exception>
 #include <thread>
 
 #include "comm/mpi_session.h"
@@ -67,7 +68,9 @@ class MpiCommunicator final : public Communicator {
   ~MpiCommunicator() override {
     int finalized = 0;
     MPI_Finalized(&finalized);
-    if (comm_ != MPI_COMM_WORLD && !finalized) MPI_Comm_free(&comm_);
+    // Unwinding: the others are not there to free it with.
+    const bool alone = finalized || std::uncaught_exceptions() > 0;
+    if (comm_ != MPI_COMM_WORLD && !alone) MPI_Comm_free(&comm_);
   }
   RankInfo rank_info() const override { return rank_; }
 

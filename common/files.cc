@@ -101,8 +101,22 @@ uint64_t FreeBytes(const fs::path& path) {
   return static_cast<uint64_t>(info.f_bavail) * info.f_frsize;
 }
 
+namespace {
+// Without the slash at its end, which would put the temporary folder into the final one.
+fs::path Named(const fs::path& path) {
+  fs::path name = path.lexically_normal();
+  if (!name.has_filename()) name = name.parent_path();
+  if (!name.has_filename() || name.filename() == "." || name.filename() == "..") {
+    throw UsageError(ErrorText(path.string() + " cannot be made as a whole",
+                               "it is written beside itself and renamed",
+                               "give a folder by its name"));
+  }
+  return name;
+}
+}  // namespace
+
 SealedFolder::SealedFolder(fs::path final_path)
-    : final_(std::move(final_path)), temporary_(final_.string() + ".tmp") {
+    : final_(Named(final_path)), temporary_(final_.string() + ".tmp") {
   std::error_code error;
   fs::remove_all(temporary_, error);
   if (error) ThrowErrno(error.value(), "remove", temporary_);

@@ -106,6 +106,12 @@ void CheckpointWriter::Append(const void* data, size_t count) {
 }
 
 void CheckpointWriter::Finish(const SwitchConfig& config, at::ScalarType dtype) {
+  // Several files change: without a configuration nobody takes a mixture of old and new
+  // ones for a checkpoint. It is written last.
+  if (shards_.size() > 1 || fs::exists(folder_ / kIndex)) {
+    fs::remove(folder_ / "config.json");
+    fs::remove(folder_ / kIndex);
+  }
   for (const auto& shard : shards_) shard->Finish();
   if (shards_.size() > 1) {
     nlohmann::json map = nlohmann::json::object();

@@ -62,6 +62,12 @@ at::Tensor SampleIds(const at::Tensor& warped_BV, const SamplingOptions& options
     const auto row = static_cast<size_t>(b);
     const uint64_t key = options.row_keys.empty() ? row : options.row_keys.at(row);
     const double total = sum[b][vocabulary - 1];
+    if (!std::isfinite(total)) {
+      throw DataError(ErrorText("no token can be drawn",
+                                "the logits of row " + std::to_string(b) + ", step " +
+                                    std::to_string(step) + " are not finite",
+                                "use a wider --dtype, or a higher temperature"));
+    }
     const double drawn =
         ToUnit(Mix(options.seed, kSamplingKey, key, static_cast<uint64_t>(step))) * total;
     // drawn < total, so the search ends before the end; a token of probability 0 adds

@@ -231,6 +231,7 @@ MergeReport MergeStores(const std::vector<fs::path>& stores, const fs::path& out
   if (stores.empty()) {
     throw UsageError(ErrorText("nothing to merge", "", "give --store more than once"));
   }
+  for (const fs::path& store : stores) RequireApart(out, store);
   std::vector<Input> inputs;
   for (const fs::path& store : stores) inputs.emplace_back(store);
   const StoreConfig config = Prepare(options, &inputs);

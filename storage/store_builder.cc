@@ -25,6 +25,14 @@ void RequireNewStore(const fs::path& out) {
                              "name another --out, or remove this one"));
 }
 
+void RequireApart(const fs::path& out, const fs::path& input) {
+  const fs::path name = out.has_filename() ? out : out.parent_path();
+  std::error_code ignored;
+  if (!fs::equivalent(name.string() + ".tmp", input, ignored)) return;
+  throw UsageError(ErrorText(input.string() + " is where the new store would be built",
+                             "it would be emptied", "name another --out"));
+}
+
 void RequireComplete(const TraceReader& reader) {
   if (reader.complete()) return;
   throw UsageError(ErrorText(reader.path().string() + " is unfinished",

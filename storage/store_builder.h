@@ -42,6 +42,8 @@ class StoreBuilder {
 
 // UsageError where `out` cannot become a new store, before anything is read or written.
 void RequireNewStore(const fs::path& out);
+// Throws UsageError where `input` lies where `out` is built (OUT.tmp), which is emptied.
+void RequireApart(const fs::path& out, const fs::path& input);
 // A store that is merged or cut must have all its chunks. UsageError otherwise.
 void RequireComplete(const TraceReader& reader);
 

@@ -32,6 +32,7 @@ uint64_t SubsetStore(const fs::path& store, const fs::path& out,
                                "--share=0.1 takes a tenth of the documents"));
   }
   RequireNewStore(out);
+  RequireApart(out, store);
   const TraceReader reader(store, NeedTokens::kNo);
   RequireComplete(reader);
   std::vector<uint64_t> ids;

@@ -65,6 +65,16 @@ TEST_F(FilesTest, SealedFolderAppearsOnlyWhenCommitted) {
   EXPECT_EQ(ReadFile(folder_ / "out" / "f"), "2");
 }
 
+// "out/" is out: its temporary folder must not lie inside it.
+TEST_F(FilesTest, SealedFolderTakesANameWithASlash) {
+  SealedFolder folder(folder_ / "slash/");
+  EXPECT_FALSE(fs::exists(folder_ / "slash"));
+  WriteFileAtomic(folder.path() / "a", "1");
+  folder.Commit();
+  EXPECT_EQ(ReadFile(folder_ / "slash" / "a"), "1");
+  EXPECT_THROW(SealedFolder(fs::path(".")), UsageError);
+}
+
 TEST_F(FilesTest, SealedFolderReplacesAndDropsWhatAnEarlierRunLeft) {
   for (const char* text : {"1", "2"}) {
     fs::create_directories(folder_ / "out.tmp");

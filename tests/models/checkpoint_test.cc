@@ -7,6 +7,7 @@
 #include <sys/resource.h>
 
 #include <csignal>
+#include <fstream>
 
 #include "common/errors.h"
 #include "common/safetensors.h"
@@ -116,6 +117,21 @@ TEST_F(CheckpointTest, SavingAgainInAnotherFormLeavesNoOldWeights) {
   SaveCheckpoint(folder_, made_.config, made_.parameters, at::kFloat, 100'000);
   EXPECT_FALSE(fs::exists(folder_ / "model.safetensors"));
   ExpectSameParameters(Load());
+}
+
+// Saving over shards ends between two of them: names and shapes would fit, half of the
+// weights would be old.
+TEST_F(CheckpointTest, AnInterruptedSaveOverShardsIsNoCheckpoint) {
+  Save(false, 40'000);
+  const fs::path second = WeightFiles(folder_).files()[1];
+  fs::remove(second);
+  fs::create_directory(second);  // the rename onto it fails
+  std::ofstream(second / "in-the-way") << "x";
+  EXPECT_THROW(
+      SaveCheckpoint(folder_, made_.config, made_.parameters, at::kFloat, 40'000),
+      UsageError);
+  EXPECT_FALSE(fs::exists(folder_ / "config.json"));
+  EXPECT_THROW(Load(), UsageError);
 }
 
 TEST_F(CheckpointTest, TiedFilesMayHoldAnyOfTheFourNames) {

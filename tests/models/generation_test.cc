@@ -228,6 +228,19 @@ TEST(SampleIds, WhatIsLeftOutIsNeverDrawn) {
   }
 }
 
+// As of an overflow in fp16: an id beyond the vocabulary must not come out.
+TEST(SampleIds, LogitsThatAreNoNumbersAreRefusedByRowAndStep) {
+  at::Tensor logits = at::randn({3, 30});
+  logits[1][4] = std::nan("");
+  const SamplingOptions options{.temperature = 1, .seed = 5};
+  try {
+    SampleIds(WarpLogits(logits, options), options, 6);
+    FAIL() << "a token was drawn";
+  } catch (const DataError& e) {
+    EXPECT_NE(std::string(e.what()).find("row 1, step 6"), std::string::npos) << e.what();
+  }
+}
+
 TEST(WarpLogits, TopPKeepsTheFewestThatReachIt) {
   const at::Tensor logits = at::tensor({0.4, 0.3, 0.2, 0.1}).log().unsqueeze(0);
   const auto kept = [&](double p) {

@@ -261,6 +261,20 @@ TEST_F(MergeTest, AFolderThatIsThereIsKept) {
   EXPECT_EQ(Read(At("b")), Traces(2, 4));
 }
 
+// Its place is emptied before the result is built there.
+TEST_F(MergeTest, AStoreWhereTheResultIsBuiltIsKept) {
+  Make("out.tmp", Traces(0, 2));
+  EXPECT_THROW(MergeStores({At("out.tmp")}, At("out"), {}), UsageError);
+  EXPECT_THROW(MergeStores({At("out.tmp")}, At("out/"), {}), UsageError);
+  EXPECT_EQ(Read(At("out.tmp")), Traces(0, 2));
+}
+
+TEST_F(MergeTest, ANameWithASlashIsTheName) {
+  Make("a", Traces(0, 2));
+  MergeStores({At("a")}, At("out/"), {});
+  EXPECT_EQ(Read(At("out")), Traces(0, 2));
+}
+
 TEST_F(MergeTest, AnInterruptedMergeLeavesNothingAndStartsAgain) {
   struct Interrupted {};
   Make("a", Traces(0, 9));
