@@ -65,7 +65,7 @@ install_site() {  # install_site FOLDER LOCK_FILE
 # Compile jobs: cores, but 2.5 GB of memory each (a LibTorch translation unit takes 1.5-2 GB).
 build_jobs() {
   local cores memory_kb limit
-  cores=$(nproc)
+  cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # nproc heeds them
   memory_kb=$(awk '/^MemTotal/ {print $2}' /proc/meminfo)
   limit=$(cat /sys/fs/cgroup/memory.max 2>/dev/null || echo max)
   if [ "$limit" != max ] && [ $((limit / 1024)) -lt "$memory_kb" ]; then
