@@ -3,17 +3,14 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <chrono>
 #include <exception>
 #include <numeric>
-#include <thread>
 
-#include "common/errors.h"
+#include "comm/mpi_wait.h"
 
 namespace routecast {
 namespace {
 constexpr int kTag = 23;
-constexpr int kEagerPolls = 2000;  // then the core is offered to others
 }  // namespace
 
 ExpertParallelExecutor::ExpertParallelExecutor(const RankInfo& world, int group_size,
@@ -21,7 +18,8 @@ ExpertParallelExecutor::ExpertParallelExecutor(const RankInfo& world, int group_
                                                at::ScalarType dtype, at::Device device,
                                                ExpertExecutor* local,
                                                double deadline_seconds)
-    : geometry_(geometry),
+    : world_(world),
+      geometry_(geometry),
       rank_(world.rank % group_size),
       size_(group_size),
       none_0D_(at::empty({0, d_model}, at::TensorOptions(device).dtype(dtype))),
@@ -122,28 +120,9 @@ std::vector<ExpertParallelExecutor::Call> ExpertParallelExecutor::Meet(
               &requests[requests.size() - 2]);
     MPI_Isend(mine[at].data(), count, MPI_INT64_T, r, kTag, calls_, &requests.back());
   }
-  for (MPI_Request& request : requests) Await(&request, "expert exchange");
+  for (MPI_Request& request : requests)
+    WaitFor(&request, "expert exchange", world_, deadline_);
   return theirs;
-}
-
-void ExpertParallelExecutor::Await(MPI_Request* request, const char* what) const {
-  const auto start = std::chrono::steady_clock::now();
-  int done = 0;
-  for (int polls = 0;; ++polls) {
-    MPI_Test(request, &done, MPI_STATUS_IGNORE);
-    if (done) return;
-    if (polls < kEagerPolls) continue;
-    std::this_thread::yield();
-    const double waited =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    if (waited > deadline_) {
-      throw EnvironmentError(
-          ErrorText("rank " + std::to_string(rank_) + " of its expert group of " +
-                        std::to_string(size_) + ": " + what + " did not end",
-                    "waited " + std::to_string(static_cast<int>(waited)) + " s",
-                    "a rank hangs or died; start the same command again, it goes on"));
-    }
-  }
 }
 
 }  // namespace routecast

@@ -55,8 +55,8 @@ class ExpertParallelExecutor final : public ExpertExecutor {
   at::Tensor Round(int layer, const at::Tensor& rows_ND,
                    const std::vector<int64_t>& tokens_of_expert);
   at::Tensor RunFor(const Call& call, const at::Tensor& rows_ND);
-  void Await(MPI_Request* request, const char* what) const;
 
+  RankInfo world_;
   MoeGeometry geometry_;
   int rank_, size_;
   at::Tensor none_0D_;  // no rows

@@ -3,40 +3,15 @@
 #include <ATen/ATen.h>
 #include <mpi.h>
 
-#include <chrono>
 #include <exception>
-#include <thread>
 
 #include "comm/mpi_session.h"
+#include "comm/mpi_wait.h"
 #include "comm/nccl_communicator.h"
 #include "common/errors.h"
 
 namespace routecast {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-// Polls a request until it is done: MPI has no deadline of its own, and a rank that waits
-// for a dead peer would wait for ever.
-void WaitFor(MPI_Request* request, const char* call, const RankInfo& rank,
-             double deadline) {
-  const auto start = Clock::now();
-  int done = 0;
-  for (int polls = 0;; ++polls) {
-    MPI_Test(request, &done, MPI_STATUS_IGNORE);
-    if (done) return;
-    if (polls < 2000) continue;
-    std::this_thread::yield();
-    const double waited = std::chrono::duration<double>(Clock::now() - start).count();
-    if (waited > deadline) {
-      throw EnvironmentError(ErrorText(
-          "rank " + std::to_string(rank.rank) + " of " + std::to_string(rank.world) +
-              ": " + call + " did not end",
-          "waited " + std::to_string(static_cast<int>(waited)) + " s for a peer",
-          "a rank hangs or died; start the same command again, it goes on"));
-    }
-  }
-}
 
 class MpiReduce final : public PendingReduce {
  public:
