@@ -17,6 +17,7 @@
 #include "common/weight_files.h"
 #include "models/switch_config.h"
 #include "tests/common/torch_file_builder.h"
+#include "tests/support/mutation.h"
 
 namespace routecast {
 namespace {
@@ -28,53 +29,14 @@ uint64_t Rounds(uint64_t few) {
   return more ? std::strtoull(more, nullptr, 10) : few;
 }
 
-// One to six edits: flipped bits, bytes and words that are at the border of something,
-// removed, copied and cut stretches.
-std::string Mutate(std::string bytes, uint64_t seed) {
-  static const std::string kWords[] = {Raw<uint32_t>(0xffffffff),
-                                       Raw<uint64_t>(0),
-                                       Raw<uint32_t>(0x7fffffff),
-                                       Raw<uint16_t>(0xffff),
-                                       "[",
-                                       "{",
-                                       "\"",
-                                       "-1",
-                                       "1e99",
-                                       "(",
-                                       ".",
-                                       "R",
-                                       "\x8a"};
-  const uint64_t edits = 1 + ToRange(Mix(seed, 1), 6);
-  for (uint64_t e = 0; e < edits && !bytes.empty(); ++e) {
-    const auto draw = [&](uint64_t what, uint64_t n) {
-      return ToRange(Mix(seed, e, what), n);
-    };
-    const size_t at = draw(2, bytes.size());
-    const size_t length = std::min<size_t>(1 + draw(3, 24), bytes.size() - at);
-    switch (draw(4, 6)) {
-      case 0:
-        bytes[at] = static_cast<char>(bytes[at] ^ (1 << draw(5, 8)));
-        break;
-      case 1:
-        bytes[at] = static_cast<char>(draw(5, 256));
-        break;
-      case 2: {
-        const std::string& word = kWords[draw(5, std::size(kWords))];
-        bytes.replace(at, std::min(word.size(), bytes.size() - at), word);
-        break;
-      }
-      case 3:
-        bytes.erase(at, length);
-        break;
-      case 4:
-        bytes.insert(draw(5, bytes.size()), bytes.substr(at, length));
-        break;
-      case 5:
-        bytes.resize(at);
-        break;
-    }
-  }
-  return bytes;
+// Words: what is at the border of something.
+std::string Mutate(const std::string& bytes, uint64_t seed) {
+  static const MutationOptions kOptions{
+      6,
+      24,
+      {Raw<uint32_t>(0xffffffff), Raw<uint64_t>(0), Raw<uint32_t>(0x7fffffff),
+       Raw<uint16_t>(0xffff), "[", "{", "\"", "-1", "1e99", "(", ".", "R", "\x8a"}};
+  return Mutate(bytes, seed, kOptions);
 }
 
 // Runs `read` over mutations of `good`; it may throw only a DataError of three lines.

@@ -16,41 +16,17 @@
 #include "corpus/readers.h"
 #include "corpus/tokenizer.h"
 #include "tests/corpus/test_folder.h"
+#include "tests/support/mutation.h"
 
 namespace routecast {
 namespace {
 
-// One to eight random edits: flipped bits, cut, copied, removed and inserted stretches.
-std::string Mutate(std::string bytes, uint64_t seed) {
-  const uint64_t edits = 1 + ToRange(Mix(seed, 1), 8);
-  for (uint64_t e = 0; e < edits && !bytes.empty(); ++e) {
-    const auto draw = [&](uint64_t what, uint64_t n) {
-      return ToRange(Mix(seed, e, what), n);
-    };
-    const size_t at = draw(2, bytes.size());
-    const size_t length = std::min<size_t>(1 + draw(3, 16), bytes.size() - at);
-    switch (draw(4, 6)) {
-      case 0:
-        bytes[at] = static_cast<char>(bytes[at] ^ (1 << draw(5, 8)));
-        break;
-      case 1:
-        bytes[at] = static_cast<char>(draw(5, 256));
-        break;
-      case 2:
-        bytes.erase(at, length);
-        break;
-      case 3:
-        bytes.insert(draw(5, bytes.size()), bytes.substr(at, length));
-        break;
-      case 4:
-        bytes.insert(at, length, "\t\n\"{}[]=\\ \xFF\0"[draw(5, 12)]);
-        break;
-      case 5:
-        bytes.resize(at);
-        break;
-    }
-  }
-  return bytes;
+std::string Mutate(const std::string& bytes, uint64_t seed) {
+  static const MutationOptions kOptions{8,
+                                        16,
+                                        {"\t", "\n", "\"", "{", "}", "[", "]", "=", "\\",
+                                         " ", "\xFF", std::string(1, '\0')}};
+  return Mutate(bytes, seed, kOptions);
 }
 
 bool IsValidUtf8(const std::string& text) {

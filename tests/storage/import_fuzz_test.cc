@@ -15,41 +15,15 @@
 #include "storage/npy.h"
 #include "storage/npy_reader.h"
 #include "tests/storage/store_fixture.h"
+#include "tests/support/mutation.h"
 
 namespace routecast {
 namespace {
 
-// One to four random edits: flipped bits, other bytes, removed, copied and cut stretches.
-std::string Mutate(std::string bytes, uint64_t seed) {
-  const uint64_t edits = 1 + ToRange(Mix(seed, 1), 4);
-  for (uint64_t e = 0; e < edits && !bytes.empty(); ++e) {
-    const auto draw = [&](uint64_t what, uint64_t n) {
-      return ToRange(Mix(seed, e, what), n);
-    };
-    const size_t at = draw(2, bytes.size());
-    const size_t length = std::min<size_t>(1 + draw(3, 8), bytes.size() - at);
-    switch (draw(4, 6)) {
-      case 0:
-        bytes[at] = static_cast<char>(bytes[at] ^ (1 << draw(5, 8)));
-        break;
-      case 1:
-        bytes[at] = static_cast<char>(draw(5, 256));
-        break;
-      case 2:
-        bytes.erase(at, length);
-        break;
-      case 3:
-        bytes.insert(draw(5, bytes.size()), bytes.substr(at, length));
-        break;
-      case 4:
-        bytes.replace(at, length, length, "0129,[]{}()'\"\xFF"[draw(5, 14)]);
-        break;
-      case 5:
-        bytes.resize(at);
-        break;
-    }
-  }
-  return bytes;
+std::string Mutate(const std::string& bytes, uint64_t seed) {
+  static const MutationOptions kOptions{
+      4, 8, {"0", "1", "2", "9", ",", "[", "]", "{", "}", "(", ")", "'", "\"", "\xFF"}};
+  return Mutate(bytes, seed, kOptions);
 }
 
 class ImportFuzz : public TraceStoreTest {
