@@ -44,5 +44,10 @@ error=$( (install_site "$bad" bad.txt) 2>&1 >/dev/null)
 code=$?
 [ $code -eq 4 ] || fail "a wrong hash gave exit $code: $error"
 [ ! -e "$bad/.sealed" ] || fail "a wrong hash was installed"
-[ "$(build_jobs)" -ge 1 ] && [ "$(build_jobs)" -le "$(nproc)" ] || fail "build_jobs"
+# nproc heeds OpenMP's variables, which say nothing of how many compilers may run.
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+jobs=$(build_jobs)
+[ "$jobs" -ge 1 ] && [ "$jobs" -le "$cores" ] || fail "$jobs compile jobs on $cores cores"
+[ "$(OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 build_jobs)" = "$jobs" ] ||
+  fail "OMP_NUM_THREADS changed the compile jobs"
 exit $failed
