@@ -3,26 +3,66 @@
 
 #include <cstdio>
 #include <optional>
+#include <sstream>
 
 #include "comm/mpi_session.h"
 #include "common/errors.h"
 #include "common/run_record.h"
 #include "launch/flags.h"
 #include "launch/main.h"
-#include "trainer/speculation_trainer.h"
+#include "trainer/leaderboard.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
 DECLARE_uint64(seed);
 DEFINE_string(store, "", "Trace store to learn from");
-DEFINE_string(kind, "hidden", "Kind of model: hidden, interlayer");
+DEFINE_string(kind, "hidden",
+              "Kind of model: hidden, stale_correction, interlayer, multiscale, moe, "
+              "ensemble, contextual, transformer, hierarchical, simple, lstm, attention, "
+              "conv1d or legacy_multiscale; docs/speculation.md says what each is");
 DEFINE_string(out, "", "Folder of the new speculation model");
 DEFINE_int32(epochs, 8, "Epochs at most; early stopping may end before");
 DEFINE_int64(steps, 0, "Training steps at most, instead of --epochs; 0 = by --epochs");
 DEFINE_int32(global_batch, 64, "Windows a step over all ranks");
 DEFINE_int32(micro_batch, 16, "Windows a forward pass");
 DEFINE_double(learning_rate, 0, "Peak learning rate; 0 = the kind's");
-DEFINE_int32(patience, 5, "Validations without a better loss before it stops; 0 = never");
+DEFINE_int32(width, 0, "Width of the model; 0 = the kind's, as the next five");
+DEFINE_int32(heads, 0, "Attention heads");
+DEFINE_int32(ff, 0, "Inner width; follows --width where it is not said");
+DEFINE_int32(layers, 0, "Layers or blocks");
+DEFINE_int32(context, 0, "Newest layers of a token whose experts are seen");
+DEFINE_double(dropout, -1, "Share of activations; below 0 = the kind's");
+DEFINE_string(
+    members, "",
+    "Members of an ensemble, e.g. interlayer:width=512,heads=16,lr=5e-5;hidden*2");
+DEFINE_string(combine, "probabilities",
+              "How an ensemble mixes: probabilities, logits, vote");
+DEFINE_string(schedule, "cosine",
+              "Learning rate: cosine, restarts, plateau, constant, one_cycle");
+DEFINE_int32(warmup_steps, 100, "Linear warm-up, at most a tenth of the run");
+DEFINE_double(last_rate, 0.02, "Share of the peak rate where a schedule ends");
+DEFINE_int64(restart_steps, 0, "First wave of --schedule=restarts; 0 = a fifth");
+DEFINE_double(restart_growth, 2, "Each wave is so many times as long as the last");
+DEFINE_double(plateau_factor, 0.5, "What --schedule=plateau multiplies the rate by");
+DEFINE_int32(plateau_patience, 2, "After so many validations without a better one");
+DEFINE_double(weight_decay, 0.01, "Of matrices, decoupled");
+DEFINE_double(clip_norm, 1, "Largest norm of a member's gradient");
+DEFINE_double(beta1, 0.9, "Decay of AdamW's first moment");
+DEFINE_double(beta2, 0.99, "Decay of AdamW's second moment");
+DEFINE_double(label_smoothing, 0, "Share of a label that all experts get");
+DEFINE_double(ema, 0, "Decay of averaged parameters, which are then kept; 0 = none");
+DEFINE_double(confidence_weight, 0.1, "Of the loss of 'my top-1 is right'");
+DEFINE_double(set_weight, 0, "Of the encoder's set prediction in the loss");
+DEFINE_double(distill_weight, 0,
+              "Share of the loss towards the routers' own top-k (--record=topk)");
+DEFINE_double(distill_temperature, 1, "Of --distill_weight");
+DEFINE_double(augment_layers, 0, "Chance that a known layer is hidden in training");
+DEFINE_double(augment_parts, 0, "Chance that a part of a sequence is taken");
+DEFINE_double(augment_permutation, 0, "Chance that experts are relabelled (ablation)");
+DEFINE_double(augment_mask, 0, "Share of tokens whose routing is hidden in training");
+DEFINE_double(augment_unmasked, 1, "Weight of the other tokens' labels then");
+DEFINE_string(monitor, "loss", "What validation must better: loss or top1");
+DEFINE_int32(patience, 5, "Validations without a better one before it stops; 0 = never");
 DEFINE_int32(validate_every, 0, "Steps between validations; 0 = eight a run or more");
 DEFINE_uint64(validation_sequences, 256, "Sequences a source layer; 0 = all");
 DEFINE_uint64(test_sequences, 0, "Sequences a source layer; 0 = all");
@@ -33,6 +73,13 @@ DEFINE_string(resume, "auto",
               "auto: go on with an unfinished run in --out; never: start anew; or the "
               "folder of an unfinished run");
 DEFINE_bool(deterministic, true, "Refuse operations whose result may differ by run");
+DEFINE_string(leaderboard, "",
+              "Makes one table in --out of these, comma-separated: kinds (trained over "
+              "--seeds seeds), folders of finished runs, or all");
+DEFINE_int32(seeds, 3, "Seeds a kind of --leaderboard, from --seed on");
+DEFINE_double(pass_us, 0,
+              "Microseconds of one token through the decoder: kinds whose questions take "
+              "more than 5 % of it are marked; 0 = not known");
 DEFINE_int64(stop_after, 0, "Save, end with 75 after this step; 0 = run to the end");
 
 namespace routecast {
@@ -52,7 +99,25 @@ SpeculationJob Validate() {
   o.steps = FLAGS_steps;
   o.global_batch = FLAGS_global_batch;
   o.micro_batch = FLAGS_micro_batch;
-  o.learning_rate = FLAGS_learning_rate;
+  o.sizes = {FLAGS_width,  FLAGS_heads,   FLAGS_ff,
+             FLAGS_layers, FLAGS_context, FLAGS_dropout};
+  o.members = FLAGS_members;
+  o.combine = FLAGS_combine;
+  o.training = {FLAGS_learning_rate, FLAGS_weight_decay, FLAGS_clip_norm,
+                FLAGS_label_smoothing};
+  o.schedule = {FLAGS_schedule,        FLAGS_warmup_steps,   FLAGS_last_rate,
+                FLAGS_restart_steps,   FLAGS_restart_growth, FLAGS_plateau_factor,
+                FLAGS_plateau_patience};
+  o.beta1 = FLAGS_beta1;
+  o.beta2 = FLAGS_beta2;
+  o.ema = FLAGS_ema;
+  o.confidence_weight = FLAGS_confidence_weight;
+  o.set_weight = FLAGS_set_weight;
+  o.distill_weight = FLAGS_distill_weight;
+  o.distill_temperature = FLAGS_distill_temperature;
+  o.augment = {FLAGS_augment_layers, FLAGS_augment_parts, FLAGS_augment_permutation,
+               FLAGS_augment_mask, FLAGS_augment_unmasked};
+  o.monitor = FLAGS_monitor;
   o.patience = FLAGS_patience;
   o.validate_every = FLAGS_validate_every;
   o.validation_sequences = FLAGS_validation_sequences;
@@ -65,6 +130,7 @@ SpeculationJob Validate() {
   if (FLAGS_out.empty())
     throw UsageError("--out is missing\n  give a folder for the model");
   job.out = FLAGS_out;
+  job.store = FLAGS_store;
   job.resume = FLAGS_resume;
   job.stop_after = FLAGS_stop_after;
   return job;
@@ -76,10 +142,29 @@ std::vector<RouterWeights> RoutersOf(const TraceReader& reader) {
   return ReadRouters(reader.routers_path(), reader.config().geometry);
 }
 
+LeaderboardJob Leaderboard(const SpeculationJob& run) {
+  LeaderboardJob job;
+  job.run = run;
+  job.seeds = FLAGS_seeds;
+  job.pass_us = FLAGS_pass_us;
+  std::stringstream entries(FLAGS_leaderboard);
+  for (std::string entry; std::getline(entries, entry, ',');) {
+    if (entry.find('/') == std::string::npos && entry != "all" && !fs::exists(entry)) {
+      ParseChoice("--leaderboard", entry, SpeculationKinds());
+    }
+    job.entries.push_back(entry);
+  }
+  if (FLAGS_seeds < 1 || FLAGS_seeds > 100) {
+    throw UsageError("--seeds must be 1 to 100\n  it is " + std::to_string(FLAGS_seeds));
+  }
+  return job;
+}
+
 void Run(int argc, char** argv) {
   SpeculationJob job = Validate();
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
+  data_options.keep_top_k = job.options.distill_weight > 0;
   MpiSession session(&argc, &argv);
   SetAbortHook([](int code) { MpiSession::Abort(code); });
   const RankInfo rank = session.rank_info();
@@ -91,6 +176,11 @@ void Run(int argc, char** argv) {
 
   const auto reader = std::make_shared<const TraceReader>(FLAGS_store);
   data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world);
+  if (data_options.keep_top_k && reader->config().top_k == 0) {
+    throw UsageError(ErrorText("--distill_weight needs the routers' top-k",
+                               FLAGS_store + " was recorded without it",
+                               "collect with --record=ids,topk"));
+  }
   TraceDataset dataset(reader, data_options);
   if (FLAGS_dry_run) {
     const std::string plan = DescribeSpeculation(job, &dataset, rank.world);
@@ -106,8 +196,16 @@ void Run(int argc, char** argv) {
     record->WriteStart();
   }
   try {
-    const SpeculationResult result =
-        TrainSpeculation(job, &dataset, RoutersOf(*reader), comm.get());
+    const auto routers = RoutersOf(*reader);
+    if (!FLAGS_leaderboard.empty()) {
+      const Json board = MakeLeaderboard(Leaderboard(job), &dataset, routers, comm.get());
+      if (!record) return;
+      record->Finish(kExitDone, {{"rows", board["rows"].size()}});
+      std::printf("%s%s\n", LeaderboardText(board).c_str(),
+                  (job.out / "leaderboard.html").c_str());
+      return;
+    }
+    const SpeculationResult result = TrainSpeculation(job, &dataset, routers, comm.get());
     if (!record) return;
     record->Finish(kExitDone, {{"validation", result.results["validation"]},
                                {"scores", result.results["scores"]}});

@@ -6,60 +6,54 @@
 #include <algorithm>
 
 #include "models/baseline_predictors.h"
-#include "models/speculation_kinds.h"
 
 namespace routecast {
 
-HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker make)
-    : token(make.Normal("token.embedding", {c.vocab_size, kTokenWidth}, 0.02)),
-      token_in(&make, "token.linear", kTokenWidth, c.width),
-      source(
-          make.Normal("source.embedding", {c.geometry.num_layers() + 2, c.width}, 0.02)),
-      own(make.Normal("own_experts.embedding", {c.geometry.num_keys() + 1, c.width},
-                      0.02)),
-      previous(make.Normal(
-          "previous_experts.embedding",
-          {c.geometry.decoder_layers * c.geometry.num_experts + 1, c.width}, 0.02)),
-      lead(make.Normal(
-          "lead.embedding",
-          {std::max(c.geometry.encoder_layers, c.geometry.decoder_layers), c.width},
-          0.02)),
-      norm(&make, "norm", c.width),
-      output(make.Xavier("output.weight",
-                         {c.geometry.num_layers(), c.geometry.num_experts, c.width})),
-      output_bias(make.Constant("output.bias",
-                                {c.geometry.num_layers(), c.geometry.num_experts}, 0)),
-      confidence(&make, "confidence", c.width, 1) {
+HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker* make)
+    : token(make, "token.embedding", c.vocab_size, kTokenWidth, 0.02),
+      token_in(make, "token.linear", kTokenWidth, c.width),
+      source(make, "source.embedding", c.geometry.num_layers() + 2, c.width, 0.02),
+      own(make, "own_experts.embedding", c.geometry.num_keys() + 1, c.width, 0.02),
+      previous(make, "previous_experts.embedding",
+               c.geometry.decoder_layers * c.geometry.num_experts + 1, c.width, 0.02),
+      lead(make, "lead.embedding",
+           std::max(c.geometry.encoder_layers, c.geometry.decoder_layers), c.width, 0.02),
+      norm(make, "norm", c.width),
+      output(make->Xavier("output.weight",
+                          {c.geometry.num_layers(), c.geometry.num_experts, c.width})),
+      output_bias(make->Constant("output.bias",
+                                 {c.geometry.num_layers(), c.geometry.num_experts}, 0)),
+      confidence(make, "confidence", c.width, 1) {
   if (c.hidden_width > 0) {
     for (int i = 0; i < NumStates(c.geometry); ++i) {
-      state.emplace_back(&make, "state." + std::to_string(i), c.hidden_width, c.width);
+      state.emplace_back(make, "state." + std::to_string(i), c.hidden_width, c.width);
     }
-    no_state.push_back(make.Normal("state.absent", {c.width}, 0.02));
-    context.emplace_back(&make, "context", c.hidden_width, c.width);
+    no_state.push_back(make->Normal("state.absent", {c.width}, 0.02));
+    context.emplace_back(make, "context", c.hidden_width, c.width);
     if (c.geometry.encoder_layers > 0 && c.geometry.decoder_layers > 0 && c.layers > 0) {
-      reader.emplace_back(&make, c.hidden_width, c.width, c.heads);
+      reader.emplace_back(make, c.hidden_width, c.width, c.heads);
     }
   }
   if (c.neighbours > 0) {
-    neighbours.push_back(make.Xavier("neighbours.weight",
-                                     {2 * int64_t{c.neighbours}, c.width, kTokenWidth}));
+    neighbours.push_back(make->Xavier("neighbours.weight",
+                                      {2 * int64_t{c.neighbours}, c.width, kTokenWidth}));
   }
-  if (c.next_token) next.emplace_back(&make, c.width, kTokenWidth, c.vocab_size);
+  if (c.next_token) next.emplace_back(make, c.width, kTokenWidth, c.vocab_size);
   for (int i = 0; i < c.layers; ++i) {
-    blocks.emplace_back(&make, "block." + std::to_string(i), c.width, c.ff);
+    blocks.emplace_back(make, "block." + std::to_string(i), c.width, c.ff);
   }
 }
 
 // Sum over layers of the embeddings of (layer, expert); first_layer is the table's layer
 // of column 0.
-at::Tensor HiddenModel::Experts(const at::Tensor& table, const at::Tensor& ids_BTL,
+at::Tensor HiddenModel::Experts(const EmbeddingLayer& table, const at::Tensor& ids_BTL,
                                 int first_layer) const {
   const int64_t experts = config_.geometry.num_experts;
   const auto layers =
       at::arange(first_layer, first_layer + ids_BTL.size(2), ids_BTL.options());
   const auto rows =
-      (ids_BTL + layers * experts).masked_fill(ids_BTL.eq(experts), table.size(0) - 1);
-  return at::embedding(table, rows).sum(2);
+      (ids_BTL + layers * experts).masked_fill(ids_BTL.eq(experts), table.rows() - 1);
+  return table(rows).sum(2);
 }
 
 // Row t holds token t + offset; the padding id beyond the ends.
@@ -75,17 +69,16 @@ at::Tensor Shifted(const at::Tensor& ids_BT, int64_t offset) {
 
 at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
   const MoeGeometry& g = config_.geometry;
-  const int source_row = SourceRow(window);
-  auto x = net_.token_in(at::embedding(net_.token, window.token_ids_BT)) +
-           net_.source.select(0, source_row);
+  auto x = AddRow(net_.token_in(net_.token(window.token_ids_BT)),
+                  net_.source.Row(SourceRow(window)));
   for (int i = 0; i < NumNeighbours(window.stack); ++i) {
-    x = x +
-        at::linear(at::embedding(net_.token, Shifted(window.token_ids_BT, OffsetOf(i))),
-                   net_.neighbours[0].select(0, i));
+    const at::Tensor& weight = net_.neighbours[0];
+    x = x + Product(net_.token(Shifted(window.token_ids_BT, OffsetOf(i))),
+                    weight.select(weight.dim() - 3, i));
   }
   if (!net_.state.empty()) {
-    const bool known = window.hidden_BTD.defined();
-    x = x + (known ? StateOf(window)(window.hidden_BTD) : net_.no_state[0]);
+    x = window.hidden_BTD.defined() ? x + StateOf(window)(window.hidden_BTD)
+                                    : AddRow(x, net_.no_state[0]);
     if (window.stack == Stack::kDecoder) {
       // Not known is as before the first token.
       const auto& ids = window.token_ids_BT;
@@ -117,10 +110,18 @@ at::Tensor HiddenModel::Logits(const at::Tensor& z_HND,
   const MoeGeometry& g = config_.geometry;
   const int64_t base = g.GlobalLayer(window.stack, 0);
   const int64_t after = NumSameToken(window);
+  const int64_t E = g.num_experts, M = members(), rows = z_HND.size(1);
   const auto part = [&](int64_t first_lead, int64_t first_target, int64_t count) {
-    return at::baddbmm(net_.output_bias.narrow(0, first_target, count).unsqueeze(1),
-                       z_HND.narrow(0, first_lead, count),
-                       net_.output.narrow(0, first_target, count).transpose(1, 2));
+    // Leads, then members, are the batch of the product.
+    const auto of_members = [&](const at::Tensor& all, int64_t axis) {
+      const auto some = all.narrow(axis, first_target, count);
+      return M == 1 ? some : some.transpose(0, 1).flatten(0, 1);
+    };
+    const auto weight = of_members(net_.output, net_.output.dim() - 3);
+    const auto bias = of_members(net_.output_bias, net_.output_bias.dim() - 2);
+    const auto z = z_HND.narrow(0, first_lead, count).reshape({count * M, rows / M, -1});
+    return at::baddbmm(bias.unsqueeze(1), z, weight.transpose(1, 2))
+        .view({count, rows, E});
   };
   const int64_t wrapped = z_HND.size(0) - after;
   if (wrapped == 0) return part(0, base + window.source_layer + 1, after);
@@ -135,13 +136,11 @@ void HiddenModel::AddPriors() {
   Priors priors;
   priors.token = at::zeros({config_.vocab_size, g.num_keys()});
   priors.markov = at::zeros({layers * (experts + 1), layers * experts});
-  priors.gain = at::ones({g.num_layers() + 2});
-  if (config_.next_token) priors.next_gain = at::full({g.num_layers() + 2}, 0.3);
   constants_.Add("prior.token", priors.token);
   constants_.Add("prior.markov", priors.markov);
-  parameters_.Add("prior.gain", priors.gain.requires_grad_());
+  priors.gain = make_.Constant("prior.gain", {g.num_layers() + 2}, 1);
   if (config_.next_token) {
-    parameters_.Add("prior.next_gain", priors.next_gain.requires_grad_());
+    priors.next_gain = make_.Constant("prior.next_gain", {g.num_layers() + 2}, 0.3);
   }
   net_.priors.push_back(std::move(priors));
 }
@@ -195,10 +194,13 @@ at::Tensor HiddenModel::PriorLogits(const RoutingWindow& window, int64_t leads,
                         .view({B, T, L, E})
                         .narrow(2, after, leads - after));
   }
-  const int row = SourceRow(window);
-  at::Tensor logits = at::cat(parts, 2) * priors.gain[row];
+  const auto scaled = [&](const at::Tensor& x, const at::Tensor& gains) {
+    const auto gain = gains.select(-1, SourceRow(window)).view({members(), 1});
+    return (x.reshape({members(), -1}) * gain).view(x.sizes());
+  };
+  at::Tensor logits = scaled(at::cat(parts, 2), priors.gain);
   if (!next_BTV.defined()) return logits;
-  at::Tensor counts = NextTokenCounts(next_BTV, leads - after) * priors.next_gain[row];
+  at::Tensor counts = scaled(NextTokenCounts(next_BTV, leads - after), priors.next_gain);
   if (after > 0) {
     counts = at::cat({at::zeros({B, T, after, E}, counts.options()), counts}, 2);
   }
@@ -222,20 +224,15 @@ at::Tensor HiddenModel::NextTokenCounts(const at::Tensor& next_BTV,
       {next_BTV.size(0), next_BTV.size(1), layers, g.num_experts});
 }
 
-SpeculationOutput HiddenModel::Forward(const RoutingWindow& window,
-                                       uint64_t dropout_key) {
+SpeculationOutput HiddenModel::Compute(const RoutingWindow& window,
+                                       KeyedDropout* dropout) {
   const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
   const int64_t H = NumLeads(window.stack, window.source_layer);
   const int64_t E = config_.geometry.num_experts;
-  if (H == 0 || B * T == 0) {
-    const auto options = net_.token.options().requires_grad(false);
-    return {at::zeros({B, T, H, E}, options), at::zeros({B, T, H}, options), {}};
-  }
-  if (Few(window, dropout_key)) return FewForward(window, 0);
-  KeyedDropout dropout(config_.dropout, dropout_key);
-  auto x = dropout(Features(window).view({B * T, config_.width}));
+  if (!dropout->active() && Few(window)) return FewForward(window, 0);
+  auto x = (*dropout)(Features(window).view({B * T, config_.width}));
   for (size_t i = 0; i < net_.blocks.size(); ++i) {
-    x = net_.blocks[i](x, &dropout);
+    x = net_.blocks[i](x, dropout);
     if (i > 0 || net_.reader.empty() || !window.source_BSD.defined()) continue;
     const SourceReader& reader = net_.reader[0];
     const at::Tensor mask =
@@ -243,24 +240,26 @@ SpeculationOutput HiddenModel::Forward(const RoutingWindow& window,
     const at::Tensor read = reader.attention(
         reader.query_norm(x).view({B, T, config_.width}),
         reader.Memory(window.source_BSD), mask.unsqueeze(1).unsqueeze(1));
-    x = x + dropout(read.reshape({B * T, config_.width}));
+    x = x + (*dropout)(read.reshape({B * T, config_.width}));
   }
   const at::Tensor y = net_.norm(x);
-  const auto z = y.unsqueeze(0) + net_.lead.narrow(0, 0, H).unsqueeze(1);
+  std::vector<at::Tensor> by_lead;
+  for (int64_t h = 0; h < H; ++h) by_lead.push_back(AddRow(y, net_.lead.Row(h)));
+  const auto z = at::stack(by_lead);  // [H,B*T,D]
   auto logits = Logits(z, window).transpose(0, 1).reshape({B, T, H, E});
   at::Tensor next;
   if (GuessesNext(window, H)) {
-    next = at::linear(net_.next[0].query(y), net_.token, net_.next[0].bias)
+    next = AddRow(Product(net_.next[0].query(y), net_.token.weight), net_.next[0].bias)
                .view({B, T, config_.vocab_size});
   }
   if (!net_.priors.empty()) logits = logits + PriorLogits(window, H, next);
-  return {logits, at::sigmoid(net_.confidence(z)).squeeze(2).t().reshape({B, T, H}),
-          next};
+  const auto confidence = net_.confidence(z.transpose(0, 1)).squeeze(2);
+  return {logits, at::sigmoid(confidence).reshape({B, T, H}), next};
 }
 
-std::unique_ptr<SpeculationModel> MakeHiddenModel(const SpeculationConfig& config,
-                                                  uint64_t seed) {
-  return std::make_unique<HiddenModel>(config, seed);
+std::unique_ptr<SpeculationModel> MakeHidden(const SpeculationConfig& config,
+                                             const std::vector<uint64_t>& seeds) {
+  return std::make_unique<HiddenModel>(config, seeds);
 }
 
 }  // namespace routecast

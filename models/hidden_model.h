@@ -9,8 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "models/speculation_layers.h"
-#include "models/speculation_model.h"
+#include "models/trunk_model.h"
 
 namespace routecast {
 
@@ -44,7 +43,7 @@ struct Priors {
   at::Tensor token;   // [V,layers * E]: of the experts, given the own token's id
   at::Tensor markov;  // [L * (E + 1),L * E], L of the decoder: of the experts at each
                       // lead from (source layer, its expert); zeros where that is unknown
-  at::Tensor gain;    // [layers + 2], parameter
+  at::Tensor gain;    // [layers + 2], parameter; of each member
   // [layers + 2], parameter: of the counts of the next token, mixed over the guesses at
   // its id; defined where those are a feature
   at::Tensor next_gain;
@@ -79,7 +78,7 @@ struct NextToken {
 struct HiddenNet {
   static constexpr int kTokenWidth = 64;
   static constexpr int kGuesses = 16;  // likeliest next tokens whose counts are mixed
-  HiddenNet(const SpeculationConfig& c, ParameterMaker make);
+  HiddenNet(const SpeculationConfig& c, ParameterMaker* make);
   // Source layers of both stacks; nothing lies ahead of the encoder's last one.
   static int NumStates(const MoeGeometry& g) {
     return std::max(0, g.encoder_layers - 1) + g.decoder_layers;
@@ -89,32 +88,36 @@ struct HiddenNet {
   std::vector<StateInput> state, context;
   std::vector<at::Tensor> no_state;  // [width], with `state`: in place of an unknown one
   std::vector<SourceReader> reader;  // one or none; read after the first block
-  at::Tensor token;                  // [V,kTokenWidth]
+  EmbeddingLayer token;              // V rows of kTokenWidth
   LinearLayer token_in;
   std::vector<Priors> priors;   // one or none
   std::vector<NextToken> next;  // one or none; one only where priors are
   // [2 n,width,kTokenWidth]: of the tokens n..1 to the left, then 1..n to the right,
   // which the decoder does not see. None where neighbours are not a feature.
   std::vector<at::Tensor> neighbours;
-  at::Tensor source;         // [layers + 2,width]: each stack's sources from -1 on
-  at::Tensor own, previous;  // [layers * E + 1,width]; the last row is "unknown"
-  at::Tensor lead;           // [most leads,width]
+  EmbeddingLayer source;         // layers + 2 rows: each stack's sources from -1 on
+  EmbeddingLayer own, previous;  // layers * E + 1 rows; the last one is "unknown"
+  EmbeddingLayer lead;           // a row a lead
   std::vector<ResidualBlock> blocks;
   NormLayer norm;
   at::Tensor output, output_bias;  // [layers,E,width], [layers,E]: by target layer
   LinearLayer confidence;
 };
 
-class HiddenModel final : public SpeculationModel {
+class HiddenModel final : public TrunkModel {
  public:
-  HiddenModel(const SpeculationConfig& config, uint64_t seed)
-      : SpeculationModel(config), net_(config, ParameterMaker(&parameters_, seed)) {
+  HiddenModel(const SpeculationConfig& config, const std::vector<uint64_t>& seeds)
+      : TrunkModel(config, static_cast<int64_t>(seeds.size())),
+        make_(&parameters_, seeds),
+        net_(config, &make_) {
     if (config.priors) AddPriors();
   }
   void FitPriors(const BaselineTables& tables) override;
   int history_tokens() const override { return 1 + std::max(1, config_.neighbours); }
-  SpeculationOutput Forward(const RoutingWindow& window, uint64_t dropout_key) override;
   SpeculationOutput ForwardLast(const RoutingWindow& window) override;
+
+ protected:
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override;
 
  private:
   void AddPriors();
@@ -151,10 +154,10 @@ class HiddenModel final : public SpeculationModel {
     return i < config_.neighbours ? i - config_.neighbours : i - config_.neighbours + 1;
   }
   at::Tensor Features(const RoutingWindow& window) const;
-  at::Tensor Experts(const at::Tensor& table, const at::Tensor& ids_BTL,
+  at::Tensor Experts(const EmbeddingLayer& table, const at::Tensor& ids_BTL,
                      int first_layer) const;
   at::Tensor Logits(const at::Tensor& z_HND, const RoutingWindow& window) const;
-  bool Few(const RoutingWindow& window, uint64_t dropout_key) const;
+  bool Few(const RoutingWindow& window) const;
   // Of the window's tokens from `first` on, sequence by sequence: b * T + t.
   static std::vector<int64_t> RowsFrom(const RoutingWindow& window, int64_t first);
   void AddTokens(const RoutingWindow& window, const std::vector<int64_t>& rows,
@@ -166,6 +169,7 @@ class HiddenModel final : public SpeculationModel {
                   std::vector<float>* x);
   SpeculationOutput FewForward(const RoutingWindow& window, int64_t first);
 
+  ParameterMaker make_;
   HiddenNet net_;
   // Keys and values of the source that was served last: one for all steps of a sequence.
   struct ServedSource {

@@ -57,8 +57,8 @@ void HiddenModel::AddNextTokenCounts(const float* y, int64_t layers, float gain,
   std::vector<float> query(HiddenNet::kTokenWidth), score(static_cast<size_t>(V));
   DenseRows(y, 1, config_.width, Data(next.query.weight), Data(next.query.bias),
             HiddenNet::kTokenWidth, query.data());
-  DenseRows(query.data(), 1, HiddenNet::kTokenWidth, Data(net_.token), Data(next.bias), V,
-            score.data());
+  DenseRows(query.data(), 1, HiddenNet::kTokenWidth, Data(net_.token.weight),
+            Data(next.bias), V, score.data());
   std::vector<int> ids(score.size());
   std::iota(ids.begin(), ids.end(), 0);
   std::partial_sort(ids.begin(), ids.begin() + K, ids.end(), [&](int a, int b) {
@@ -81,13 +81,13 @@ void HiddenModel::AddNextTokenCounts(const float* y, int64_t layers, float gain,
 }
 
 SpeculationOutput HiddenModel::ForwardLast(const RoutingWindow& window) {
-  if (NumLeads(window.stack, window.source_layer) == 0 || !Few(window, 0)) {
+  if (NumLeads(window.stack, window.source_layer) == 0 || !Few(window)) {
     return SpeculationModel::ForwardLast(window);
   }
   return FewForward(window, window.token_ids_BT.size(1) - 1);
 }
 
-bool HiddenModel::Few(const RoutingWindow& window, uint64_t dropout_key) const {
+bool HiddenModel::Few(const RoutingWindow& window) const {
   const auto plain = [](const at::Tensor& states) {
     return !states.defined() || (states.is_contiguous() && states.dtype() == at::kFloat);
   };
@@ -95,8 +95,8 @@ bool HiddenModel::Few(const RoutingWindow& window, uint64_t dropout_key) const {
       window.token_ids_BT.is_contiguous() && window.experts_BTL.is_contiguous() &&
       plain(window.hidden_BTD) && plain(window.context_BTD) && plain(window.source_BSD) &&
       (!window.source_BSD.defined() || window.source_valid_BS.is_contiguous());
-  return contiguous && dropout_key == 0 && !c10::GradMode::is_enabled() &&
-         window.token_ids_BT.numel() <= kFewRows && net_.token.is_cpu();
+  return contiguous && members() == 1 && !c10::GradMode::is_enabled() &&
+         window.token_ids_BT.numel() <= kFewRows && net_.token.weight.is_cpu();
 }
 
 // Adds the embeddings of the experts that row (b, t) may see.
@@ -105,10 +105,10 @@ void HiddenModel::AddExperts(const RoutingWindow& window, int64_t row, float* x)
   const int64_t L = window.experts_BTL.size(2), T = window.token_ids_BT.size(1);
   const int64_t D = config_.width, E = g.num_experts;
   const int64_t* ids = window.experts_BTL.const_data_ptr<int64_t>() + row * L;
-  const auto add = [&](const at::Tensor& table, int64_t layer, int64_t id) {
+  const auto add = [&](const EmbeddingLayer& table, int64_t layer, int64_t id) {
     TORCH_CHECK(id >= 0 && id <= E, "an expert id out of range");
-    const int64_t at = id == E ? table.size(0) - 1 : layer * E + id;
-    AddValues(Data(table) + at * D, static_cast<int>(D), x);
+    const int64_t at = id == E ? table.rows() - 1 : layer * E + id;
+    AddValues(Data(table.weight) + at * D, static_cast<int>(D), x);
   };
   for (int l = 0; l <= window.source_layer; ++l) {
     add(net_.own, g.GlobalLayer(window.stack, l), ids[l]);
@@ -139,8 +139,8 @@ void HiddenModel::AddTokens(const RoutingWindow& window, const std::vector<int64
       const int64_t t = rows[r] % T + offset;
       const int64_t id = t >= 0 && t < T ? ids[rows[r] + offset] : 0;
       TORCH_CHECK(id >= 0 && id < config_.vocab_size, "a token id out of range");
-      std::copy_n(Data(net_.token) + id * HiddenNet::kTokenWidth, HiddenNet::kTokenWidth,
-                  tokens.data() + r * HiddenNet::kTokenWidth);
+      std::copy_n(Data(net_.token.weight) + id * HiddenNet::kTokenWidth,
+                  HiddenNet::kTokenWidth, tokens.data() + r * HiddenNet::kTokenWidth);
     }
   };
   embed(0);
@@ -187,7 +187,7 @@ std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window,
   }
   for (size_t r = 0; r < rows.size(); ++r) {
     float* row = x.data() + r * size_t(D);
-    AddValues(Data(net_.source) + source_row * D, D, row);
+    AddValues(Data(net_.source.weight) + source_row * D, D, row);
     AddExperts(window, rows[r], row);
   }
   return x;
@@ -257,7 +257,7 @@ SpeculationOutput HiddenModel::FewForward(const RoutingWindow& window, int64_t f
     float* row = logits.data_ptr<float>() + int64_t{r} * H * E;
     for (int h = 0; h < H; ++h) {
       std::copy_n(x.data() + size_t(r) * D, D, y.data());
-      AddValues(Data(net_.lead) + size_t(h) * D, D, y.data());
+      AddValues(Data(net_.lead.weight) + size_t(h) * D, D, y.data());
       const int64_t target =
           config_.geometry.GlobalLayer(window.stack, (window.source_layer + 1 + h) % L);
       DenseRows(y.data(), 1, D, Data(net_.output) + target * E * D,

@@ -73,6 +73,18 @@ std::string DtypeName(at::ScalarType type) {
   throw std::logic_error("no safetensors name for this dtype");
 }
 
+at::Tensor ParameterSlice::Part(const at::Tensor& of) const {
+  return index < 0 ? of : of.select(0, index);
+}
+
+at::Tensor ParameterSlice::Gradient() const { return Part(whole.grad()); }
+
+std::vector<ParameterSlice> SlicesOf(const Parameters& parameters) {
+  std::vector<ParameterSlice> slices;
+  for (const auto& [name, tensor] : parameters.items()) slices.push_back({name, tensor});
+  return slices;
+}
+
 at::Tensor ReadTensor(const ByteFile& file, const TensorEntry& entry,
                       at::ScalarType dtype) {
   const at::ScalarType stored = TypeOf(entry.dtype, file.path().string());

@@ -31,6 +31,19 @@ class Parameters {
   std::unordered_map<std::string, size_t> index_;
 };
 
+// A parameter, or one member's part of one that several models share (its first
+// dimension): what an optimizer and a gradient's norm work on.
+struct ParameterSlice {
+  std::string name;
+  at::Tensor whole;
+  int64_t index = -1;  // -1 = the whole tensor
+  // Views. Gradient() REQUIRES that there is one.
+  at::Tensor Value() const { return Part(whole); }
+  at::Tensor Gradient() const;
+  at::Tensor Part(const at::Tensor& of) const;  // of a tensor of the same shape
+};
+std::vector<ParameterSlice> SlicesOf(const Parameters& parameters);  // whole ones
+
 // Reads one tensor, converted to `dtype` where it is of floating point (as stored where
 // Undefined). Takes the tensor's own memory and a small buffer; a tensor with strides
 // takes its span of the file beside it. Throws DataError (a type that no model uses).

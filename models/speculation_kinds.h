@@ -1,19 +1,55 @@
-// The kinds behind MakeSpeculationModel (which checks the configuration first).
+// The kinds of speculation models, one row each: what a kind sees, its usual sizes, and
+// how it is made. A new kind is a file of its own and a row in speculation_kinds.cc.
 #pragma once
 
 #include <memory>
+#include <string>
+#include <vector>
 
-#include "models/speculation_model.h"
+#include "models/speculation_config.h"
 
 namespace routecast {
 
-// Context of expert ids alone: the published inter-layer model with a padding id, a slot
-// mask, embeddings of stack, source layer and lead, and all leads in one pass.
-std::unique_ptr<SpeculationModel> MakeInterlayerModel(const SpeculationConfig& config,
-                                                      uint64_t seed);
-// The router's input at the source layer with the token and its experts: small enough to
-// predict between two layers.
-std::unique_ptr<SpeculationModel> MakeHiddenModel(const SpeculationConfig& config,
-                                                  uint64_t seed);
+class SpeculationModel;
+
+enum class RouterInputs { kNever, kOptional, kRequired };
+
+// One seed a member: several make several models of one shape in one (see
+// speculation_layers.h), whose Forward returns the members one after another.
+using MakeKind = std::unique_ptr<SpeculationModel> (*)(
+    const SpeculationConfig& config, const std::vector<uint64_t>& seeds);
+
+struct SpeculationKind {
+  const char* name;
+  RouterInputs router_inputs;
+  bool token_ids;                     // needs a vocabulary
+  double learning_rate;               // peak, unless told otherwise
+  void (*sizes)(SpeculationConfig*);  // fills in what suits the geometry
+  MakeKind make;                      // null: see ensemble_model.h
+};
+
+std::vector<std::string> SpeculationKinds();
+// REQUIRES a name of SpeculationKinds().
+const SpeculationKind& KindOf(const std::string& name);
+// Counts that a kind with priors keeps beside its weights.
+double PriorElements(const SpeculationConfig& config);
+
+// One function for the name of each file <name>_model.cc.
+std::unique_ptr<SpeculationModel> MakeHidden(const SpeculationConfig& config,
+                                             const std::vector<uint64_t>& seeds);
+// `interlayer`, and `moe` with experts in place of two of its feed-forward layers.
+std::unique_ptr<SpeculationModel> MakeInterlayer(const SpeculationConfig& config,
+                                                 const std::vector<uint64_t>& seeds);
+std::unique_ptr<SpeculationModel> MakeMultiscale(const SpeculationConfig& config,
+                                                 const std::vector<uint64_t>& seeds);
+// contextual, transformer, hierarchical.
+std::unique_ptr<SpeculationModel> MakeGating(const SpeculationConfig& config,
+                                             const std::vector<uint64_t>& seeds);
+// simple, lstm, attention, conv1d, legacy_multiscale.
+std::unique_ptr<SpeculationModel> MakeLegacy(const SpeculationConfig& config,
+                                             const std::vector<uint64_t>& seeds);
+// stale_correction.
+std::unique_ptr<SpeculationModel> MakeStaleCorrection(const SpeculationConfig& config,
+                                                      const std::vector<uint64_t>& seeds);
 
 }  // namespace routecast

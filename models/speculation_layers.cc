@@ -10,39 +10,88 @@
 
 namespace routecast {
 
-at::Generator ParameterMaker::NextStream() {
-  return at::detail::createCPUGenerator(Mix(seed_, ++count_));
-}
-
 at::Tensor ParameterMaker::Leaf(const std::string& name, at::Tensor tensor) {
   tensor.set_requires_grad(true);
   parameters_->Add(name, tensor);
   return tensor;
 }
 
-at::Tensor ParameterMaker::Xavier(const std::string& name, std::vector<int64_t> shape) {
+template <typename Fill>
+at::Tensor ParameterMaker::Draw(const std::string& name,
+                                const std::vector<int64_t>& shape, const Fill& fill) {
+  ++count_;
+  std::vector<at::Tensor> members;
+  for (const uint64_t seed : seeds_) {
+    members.push_back(at::empty(shape));
+    fill(members.back(), at::detail::createCPUGenerator(Mix(seed, count_)));
+  }
+  return Leaf(name, members.size() == 1 ? members[0] : at::stack(members));
+}
+
+at::Tensor ParameterMaker::Xavier(const std::string& name, std::vector<int64_t> shape,
+                                  double gain) {
   const double fans = static_cast<double>(shape.end()[-1] + shape.end()[-2]);
-  const double bound = std::sqrt(6.0 / fans);
-  return Leaf(name, at::empty(shape).uniform_(-bound, bound, NextStream()));
+  const double bound = gain * std::sqrt(6.0 / fans);
+  return Draw(name, shape, [&](at::Tensor& t, const at::Generator& stream) {
+    t.uniform_(-bound, bound, stream);
+  });
 }
 
 at::Tensor ParameterMaker::Normal(const std::string& name, std::vector<int64_t> shape,
                                   double deviation) {
-  return Leaf(name, at::empty(shape).normal_(0, deviation, NextStream()));
+  return Draw(name, shape, [&](at::Tensor& t, const at::Generator& stream) {
+    t.normal_(0, deviation, stream);
+  });
 }
 
 at::Tensor ParameterMaker::Constant(const std::string& name, std::vector<int64_t> shape,
                                     double value) {
+  if (members() > 1) shape.insert(shape.begin(), members());
   return Leaf(name, at::full(shape, value, at::kFloat));
 }
 
+namespace {
+
+// [M * ..,D] -> [M,..,D] as one dimension between.
+at::Tensor ByMember(const at::Tensor& x, int64_t members) {
+  return x.reshape({members, -1, x.size(-1)});
+}
+
+at::Tensor WithWidth(const at::Tensor& y, const at::Tensor& x, int64_t width) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = width;
+  return y.view(sizes);
+}
+
+}  // namespace
+
+at::Tensor AddRow(const at::Tensor& x, const at::Tensor& row) {
+  if (row.dim() == 1) return x + row;
+  return (ByMember(x, row.size(0)) + row.unsqueeze(1)).view(x.sizes());
+}
+
+at::Tensor AddRows(const at::Tensor& x, const at::Tensor& rows) {
+  if (rows.dim() == 2) return x + rows;
+  const auto grouped = x.reshape({rows.size(0), -1, x.size(-2), x.size(-1)});
+  return (grouped + rows.unsqueeze(1)).view(x.sizes());
+}
+
+at::Tensor Product(const at::Tensor& x, const at::Tensor& weight) {
+  if (weight.dim() == 2) return at::linear(x, weight);
+  const auto y = at::bmm(ByMember(x, weight.size(0)), weight.transpose(1, 2));
+  return WithWidth(y, x, weight.size(1));
+}
+
 LinearLayer::LinearLayer(ParameterMaker* make, const std::string& name, int64_t in,
-                         int64_t out)
-    : weight(make->Xavier(name + ".weight", {out, in})),
+                         int64_t out, double gain)
+    : weight(make->Xavier(name + ".weight", {out, in}, gain)),
       bias(make->Constant(name + ".bias", {out}, 0)) {}
 
 at::Tensor LinearLayer::operator()(const at::Tensor& x) const {
-  return at::linear(x, weight, bias);
+  if (weight.dim() == 2) return at::linear(x, weight, bias);
+  const auto y =
+      at::baddbmm(bias.unsqueeze(1), ByMember(x, weight.size(0)), weight.transpose(1, 2));
+  return WithWidth(y, x, weight.size(1));
 }
 
 NormLayer::NormLayer(ParameterMaker* make, const std::string& name, int64_t width)
@@ -50,16 +99,43 @@ NormLayer::NormLayer(ParameterMaker* make, const std::string& name, int64_t widt
       bias(make->Constant(name + ".bias", {width}, 0)) {}
 
 at::Tensor NormLayer::operator()(const at::Tensor& x) const {
-  return at::layer_norm(x, weight.sizes(), weight, bias, 1e-5);
+  constexpr double kEpsilon = 1e-5;
+  if (weight.dim() == 1) {
+    return at::layer_norm(x, weight.sizes(), weight, bias, kEpsilon);
+  }
+  const auto normed =
+      ByMember(at::layer_norm(x, {x.size(-1)}, {}, {}, kEpsilon), weight.size(0));
+  return at::addcmul(bias.unsqueeze(1), normed, weight.unsqueeze(1)).view(x.sizes());
+}
+
+at::Tensor EmbeddingLayer::operator()(const at::Tensor& ids) const {
+  if (weight.dim() == 2) return at::embedding(weight, ids);
+  const int64_t members = weight.size(0), rows = weight.size(1);
+  const auto first = at::arange(members, ids.options()).mul(rows).unsqueeze(1);
+  const auto all = (ids.reshape({members, -1}) + first).view(ids.sizes());
+  return at::embedding(weight.view({members * rows, -1}), all);
+}
+
+at::Tensor EmbeddingLayer::Row(int64_t row) const {
+  return weight.select(weight.dim() - 2, row);
+}
+
+at::Tensor EmbeddingLayer::Rows(int64_t first, int64_t count) const {
+  return weight.narrow(weight.dim() - 2, first, count);
+}
+
+at::Tensor AdditiveMask(const at::Tensor& may_attend) {
+  return at::zeros(may_attend.sizes(), may_attend.options().dtype(at::kFloat))
+      .masked_fill(may_attend.logical_not(), kMasked);
 }
 
 AttentionLayer::AttentionLayer(ParameterMaker* make, const std::string& name,
-                               int64_t width, int heads)
+                               int64_t width, int heads, double gain)
     : heads(heads),
-      q(make, name + ".q", width, width),
-      k(make, name + ".k", width, width),
-      v(make, name + ".v", width, width),
-      out(make, name + ".out", width, width) {}
+      q(make, name + ".q", width, width, gain),
+      k(make, name + ".k", width, width, gain),
+      v(make, name + ".v", width, width, gain),
+      out(make, name + ".out", width, width, gain) {}
 
 at::Tensor AttentionLayer::operator()(const at::Tensor& query, const at::Tensor& memory,
                                       const at::Tensor& mask) const {
@@ -74,17 +150,49 @@ at::Tensor AttentionLayer::operator()(const at::Tensor& query, const at::Tensor&
 
 at::Tensor KeyedDropout::operator()(const at::Tensor& x) {
   ++uses_;
-  if (key_ == 0 || probability_ == 0) return x;
-  // A generator of the device's kind with a state of its own: nothing global is touched.
-  auto generator = at::globalContext().defaultGenerator(x.device()).clone();
-  generator.set_current_seed(Mix(key_, uses_));
+  if (keys_[0] == 0 || probability_ == 0) return x;
   at::Tensor kept;
   {
     c10::NoGradGuard no_grad;
-    kept = at::empty_like(x).bernoulli_(1 - probability_, generator);
+    kept = at::empty_like(x);
+    const auto members = static_cast<int64_t>(keys_.size());
+    for (int64_t m = 0; m < members; ++m) {
+      // A generator of the device's kind with a state of its own: nothing global is
+      // touched.
+      auto generator = at::globalContext().defaultGenerator(x.device()).clone();
+      generator.set_current_seed(Mix(keys_[static_cast<size_t>(m)], uses_));
+      kept.narrow(0, m * (x.size(0) / members), x.size(0) / members)
+          .bernoulli_(1 - probability_, generator);
+    }
     kept.mul_(1 / (1 - probability_));
   }
   return x * kept;
+}
+
+at::Tensor AttentionBlock::operator()(const at::Tensor& x, const at::Tensor& mask,
+                                      KeyedDropout* dropout) const {
+  return norm(x + (*dropout)(attention(x, x, mask)));
+}
+
+at::Tensor EncoderLayer::operator()(const at::Tensor& x, const at::Tensor& mask,
+                                    KeyedDropout* dropout) const {
+  const auto y = attention(x, mask, dropout);
+  const auto inner = relu ? at::relu(in(y)) : at::gelu(in(y));
+  return out_norm(y + (*dropout)(out((*dropout)(inner))));
+}
+
+at::Tensor LstmLayer::operator()(const at::Tensor& x_BTI) const {
+  const int64_t B = x_BTI.size(0), T = x_BTI.size(1), width = state.weight.size(-1);
+  const auto inputs = input(x_BTI);
+  auto h = at::zeros({B, 1, width}, x_BTI.options()), c = h;
+  std::vector<at::Tensor> outputs;
+  for (int64_t t = 0; t < T; ++t) {
+    const auto gates = (inputs.narrow(1, t, 1) + state(h)).chunk(4, 2);
+    c = at::sigmoid(gates[1]) * c + at::sigmoid(gates[0]) * at::tanh(gates[2]);
+    h = at::sigmoid(gates[3]) * at::tanh(c);
+    outputs.push_back(h);
+  }
+  return at::cat(outputs, 1);
 }
 
 }  // namespace routecast

@@ -1,5 +1,10 @@
 // What speculation models are made of: layers over plain tensors, and dropout as a
 // function of a key. D model width.
+//
+// M models of one shape may live in one set of layers. Each parameter then has a leading
+// dimension M, activations hold the members one after another in their first dimension
+// ([M * B, ..]), and every product is one batched product. What has no parameters needs
+// not know: members never mix. M = 1 has no leading dimension.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -12,26 +17,39 @@
 
 namespace routecast {
 
-// Adds seeded leaf parameters to a model, each from its own stream.
+// Adds seeded leaf parameters to a model, each from its own stream. A member's values are
+// those that a model of its own with the member's seed would have.
 class ParameterMaker {
  public:
-  ParameterMaker(Parameters* parameters, uint64_t seed)
-      : parameters_(parameters), seed_(seed) {}
-  at::Tensor Xavier(const std::string& name, std::vector<int64_t> shape);  // last two
+  ParameterMaker(Parameters* parameters, std::vector<uint64_t> seeds)
+      : parameters_(parameters), seeds_(std::move(seeds)) {}
+  at::Tensor Xavier(const std::string& name, std::vector<int64_t> shape,
+                    double gain = 1);  // fans: the last two dimensions
   at::Tensor Normal(const std::string& name, std::vector<int64_t> shape,
                     double deviation);
   at::Tensor Constant(const std::string& name, std::vector<int64_t> shape, double value);
+  int64_t members() const { return static_cast<int64_t>(seeds_.size()); }
 
  private:
-  at::Generator NextStream();
+  template <typename Fill>
+  at::Tensor Draw(const std::string& name, const std::vector<int64_t>& shape,
+                  const Fill& fill);
   at::Tensor Leaf(const std::string& name, at::Tensor tensor);
   Parameters* parameters_;
-  uint64_t seed_;
+  std::vector<uint64_t> seeds_;
   uint64_t count_ = 0;
 };
 
+// x + row, a parameter [D] (members: [M,D]) for every row of x [M * .., D].
+at::Tensor AddRow(const at::Tensor& x, const at::Tensor& row);
+// x + rows, parameters [R,D] (members: [M,R,D]) for x [M * .., R, D].
+at::Tensor AddRows(const at::Tensor& x, const at::Tensor& rows);
+// x [M * ..,in] times weight [out,in] (members: [M,out,in]) transposed.
+at::Tensor Product(const at::Tensor& x, const at::Tensor& weight);
+
 struct LinearLayer {
-  LinearLayer(ParameterMaker* make, const std::string& name, int64_t in, int64_t out);
+  LinearLayer(ParameterMaker* make, const std::string& name, int64_t in, int64_t out,
+              double gain = 1);
   at::Tensor operator()(const at::Tensor& x) const;
   at::Tensor weight, bias;
 };
@@ -42,11 +60,25 @@ struct NormLayer {
   at::Tensor weight, bias;
 };
 
+struct EmbeddingLayer {
+  EmbeddingLayer(ParameterMaker* make, const std::string& name, int64_t rows,
+                 int64_t width, double deviation)
+      : weight(make->Normal(name, {rows, width}, deviation)) {}
+  at::Tensor operator()(const at::Tensor& ids) const;   // [M * .., D]
+  at::Tensor Row(int64_t row) const;                    // for AddRow
+  at::Tensor Rows(int64_t first, int64_t count) const;  // for AddRows
+  int64_t rows() const { return weight.size(-2); }
+  at::Tensor weight;
+};
+
 // Multi-head attention; mask is added to the scores, broadcastable to [B,A,Q,K], finite
 // (kMasked), so that a row without keys gives a finite value instead of NaN.
 inline constexpr double kMasked = -1e9;
+// Of a bool tensor: true = may attend, the one meaning of a mask here.
+at::Tensor AdditiveMask(const at::Tensor& may_attend);
 struct AttentionLayer {
-  AttentionLayer(ParameterMaker* make, const std::string& name, int64_t width, int heads);
+  AttentionLayer(ParameterMaker* make, const std::string& name, int64_t width, int heads,
+                 double gain = 1);
   // query [B,Q,D], memory [B,K,D] (keys and values), mask undefined = none.
   at::Tensor operator()(const at::Tensor& query, const at::Tensor& memory,
                         const at::Tensor& mask) const;
@@ -54,16 +86,59 @@ struct AttentionLayer {
   LinearLayer q, k, v, out;
 };
 
-// The i-th use in a forward pass draws from the stream (key, i); key 0 = identity.
+// The i-th use in a forward pass draws from the stream (key, i); key 0 = identity. With
+// several keys the first dimension holds as many members, each with a stream of its own.
 class KeyedDropout {
  public:
-  KeyedDropout(double probability, uint64_t key) : probability_(probability), key_(key) {}
+  KeyedDropout(double probability, uint64_t key)
+      : KeyedDropout(probability, std::vector{key}) {}
+  KeyedDropout(double probability, std::vector<uint64_t> keys)
+      : probability_(probability), keys_(std::move(keys)) {}
   at::Tensor operator()(const at::Tensor& x);
+  bool active() const { return keys_[0] != 0; }  // false: serving
 
  private:
   double probability_;
-  uint64_t key_;
+  std::vector<uint64_t> keys_;
   uint64_t uses_ = 0;
+};
+
+// x + attention over itself, normed.
+struct AttentionBlock {
+  AttentionBlock(ParameterMaker* make, const std::string& name, int64_t width, int heads,
+                 double gain = 1)
+      : attention(make, name + ".attention", width, heads, gain),
+        norm(make, name + ".attention_norm", width) {}
+  at::Tensor operator()(const at::Tensor& x, const at::Tensor& mask,
+                        KeyedDropout* dropout) const;
+  AttentionLayer attention;
+  NormLayer norm;
+};
+
+// A post-norm encoder layer: attention, then D -> F -> D with GELU (exact) or ReLU.
+struct EncoderLayer {
+  EncoderLayer(ParameterMaker* make, const std::string& name, int64_t width, int heads,
+               int64_t ff, bool relu = false, double gain = 1)
+      : attention(make, name, width, heads, gain),
+        in(make, name + ".in", width, ff, gain),
+        out(make, name + ".out", ff, width, gain),
+        out_norm(make, name + ".out_norm", width),
+        relu(relu) {}
+  at::Tensor operator()(const at::Tensor& x, const at::Tensor& mask,
+                        KeyedDropout* dropout) const;
+  AttentionBlock attention;
+  LinearLayer in, out;
+  NormLayer out_norm;
+  bool relu;
+};
+
+// One layer of a long short-term memory over the tokens, from the first on.
+struct LstmLayer {
+  LstmLayer(ParameterMaker* make, const std::string& name, int64_t in, int64_t width)
+      : input(make, name + ".input", in, 4 * width),
+        state(make, name + ".state", width, 4 * width) {}
+  at::Tensor operator()(const at::Tensor& x_BTI) const;  // [B,T,width]
+  LinearLayer input, state;
 };
 
 }  // namespace routecast

@@ -14,28 +14,13 @@
 #include "common/run_record.h"
 #include "models/parameters.h"
 #include "models/routing_window.h"
+#include "models/speculation_config.h"
+#include "models/speculation_kinds.h"
 
 namespace routecast {
 
 class BaselineTables;
-
-struct SpeculationConfig {
-  std::string kind;      // one of SpeculationKinds()
-  MoeGeometry geometry;  // of the model whose routing is learnt
-  int vocab_size = 0;    // `interlayer` sees no token ids
-  int hidden_width = 0;  // D; 0 = the router's input is not a feature
-  int width = 0, heads = 0, ff = 0, layers = 0;
-  int context = 0;          // W: the newest layers that `interlayer` sees of a token
-  int neighbours = 0;       // tokens on each side (decoder: left) whose ids `hidden` sees
-  bool priors = false;      // starts from the counts of the train part
-  bool next_token = false;  // `hidden` guesses the decoder's next token; needs priors
-  double dropout = 0;       // training only
-
-  Json ToJson() const;
-  // Throws DataError naming `what`, the key and the value; every size is bounded.
-  static SpeculationConfig FromJson(const Json& json, const std::string& what);
-  bool operator==(const SpeculationConfig&) const = default;
-};
+struct RouterWeights;
 
 struct SpeculationOutput {
   // H = NumLeads(stack, source layer); [.., h, ..] is lead h + 1. float32.
@@ -44,6 +29,9 @@ struct SpeculationOutput {
   // Scores of the next token's id, where the model guesses it in training; else
   // undefined.
   at::Tensor next_token_BTV{};
+  // A loss of the model's own, summed over the tokens of the batch; [members] where
+  // several models compute as one. Else undefined.
+  at::Tensor own_loss{};
 };
 
 // Both stacks in one model. Thread rule: one thread at a time. Rows of padding are
@@ -60,12 +48,21 @@ class SpeculationModel {
   const Parameters& constants() const { return constants_; }
   // Sets the constants from the counts of the train part; before training.
   virtual void FitPriors(const BaselineTables&) {}
+  // Sets the constants from the traced model's routers, by global layer; before training.
+  // Throws UsageError where a kind needs them and there are none.
+  virtual void FitRouters(const std::vector<RouterWeights>&) {}
   // How many of the newest tokens of a decoder window matter to its last row.
   virtual int history_tokens() const = 0;
   // REQUIRES tensors of the window on the parameters' device. dropout_key 0 = no dropout
   // (serving); otherwise masks are functions of (key, layer) and the batch's shape only.
   virtual SpeculationOutput Forward(const RoutingWindow& window,
                                     uint64_t dropout_key) = 0;
+  // What is trained: one output a member, each with a loss of its own. One for all kinds
+  // but `ensemble`.
+  virtual std::vector<SpeculationOutput> ForwardMembers(const RoutingWindow& window,
+                                                        uint64_t dropout_key);
+  // Each member's parameters. Together they are parameters(), once each.
+  virtual std::vector<std::vector<ParameterSlice>> MemberParameters() const;
   // Forward(window, 0) of the newest token alone, T = 1: what serving a decoder needs.
   virtual SpeculationOutput ForwardLast(const RoutingWindow& window);
   // Leads predicted from a source are 1..NumLeads; encoder: L-1-source; decoder: L
@@ -76,11 +73,12 @@ class SpeculationModel {
 
  protected:
   explicit SpeculationModel(SpeculationConfig config) : config_(std::move(config)) {}
+  // Leads of a window that has none, or no tokens.
+  SpeculationOutput NoOutput(const RoutingWindow& window) const;
   SpeculationConfig config_;
   Parameters parameters_, constants_;
 };
 
-std::vector<std::string> SpeculationKinds();  // "hidden", "interlayer"
 // Seeded parameters on the CPU. Throws UsageError naming the nearest kind.
 std::unique_ptr<SpeculationModel> MakeSpeculationModel(const SpeculationConfig& config,
                                                        uint64_t seed);
@@ -89,9 +87,6 @@ std::unique_ptr<SpeculationModel> MakeSpeculationModel(const SpeculationConfig& 
 SpeculationConfig DefaultSpeculationConfig(const std::string& kind,
                                            const MoeGeometry& geometry, int vocab_size,
                                            int hidden_width);
-// Number of leads of a geometry from a source.
-int NumLeadsOf(const MoeGeometry& geometry, Stack stack, int source_layer);
-
 // softmax(logits / temperature), fitted on validation data; 1 where nothing was fitted.
 struct Calibration {
   std::map<std::tuple<Stack, int, int>, double> temperatures;  // stack, source, lead

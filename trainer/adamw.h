@@ -14,12 +14,22 @@ struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.99, epsilon = 1e-8, weight_decay = 0.01;
 };
 
+// Parameters that are stepped alike, e.g. one member of an ensemble.
+struct AdamWGroup {
+  std::vector<ParameterSlice> parameters;
+  double weight_decay = 0.01;
+};
+
 class AdamW {
  public:
   // Weight decay acts on matrices only: not on norms, biases and position tables of one
   // dimension. Shares the parameters; gradients are read from .grad().
   AdamW(const Parameters& parameters, AdamWOptions options);
+  // Groups with a weight decay of their own (that of `options` is not read).
+  AdamW(const std::vector<AdamWGroup>& groups, AdamWOptions options);
   void Step(double learning_rate);
+  // One learning rate a group, in the constructor's order.
+  void Step(const std::vector<double>& learning_rates);
   // Moments and step counts as named tensors, for checkpoints; Load REQUIRES the same
   // names.
   Parameters State() const;
@@ -27,12 +37,14 @@ class AdamW {
 
  private:
   struct Group {
+    size_t rate = 0;  // which learning rate
     double weight_decay = 0;
-    std::vector<std::string> names;
-    std::vector<at::Tensor> parameters, first, second, steps;
+    std::vector<ParameterSlice> slices;
+    std::vector<at::Tensor> first, second, steps;
   };
+  void Add(const std::vector<ParameterSlice>& slices, size_t rate, double weight_decay);
   AdamWOptions options_;
-  Group groups_[2];
+  std::vector<Group> groups_;
 };
 
 }  // namespace routecast

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/random.h"
+#include "trainer/speculation_sets.h"
 
 namespace routecast {
 namespace {
@@ -21,6 +22,42 @@ std::vector<std::shared_ptr<const RoutingTrace>> TracesOf(const MicroBatch& micr
   return dataset->Read(micro.sequences, SeesRouterInputs(micro.stack, micro.source_layer)
                                             ? hidden
                                             : WithHidden::kNo);
+}
+
+// What the router itself thought, at the place of each label. Traces without it leave the
+// batch without a teacher.
+void AddTeacher(const std::vector<std::shared_ptr<const RoutingTrace>>& traces,
+                const MicroBatch& micro, SpeculationBatch* batch) {
+  const auto span_of = [&](const RoutingTrace& trace) -> const RoutingSpan& {
+    return micro.stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+  };
+  int64_t most = 0;
+  for (const auto& trace : traces) {
+    const RoutingSpan& span = span_of(*trace);
+    if (span.top_k == 0 || span.topk_probs.empty()) return;
+    most = std::max<int64_t>(most, span.top_k);
+  }
+  const auto& labels = batch->labels_BTH;
+  const int64_t T = labels.size(1), H = labels.size(2);
+  batch->teacher_ids_BTHK = at::zeros({labels.size(0), T, H, most}, at::kLong);
+  batch->teacher_probs_BTHK = at::zeros({labels.size(0), T, H, most});
+  int64_t* ids = batch->teacher_ids_BTHK.data_ptr<int64_t>();
+  float* probs = batch->teacher_probs_BTHK.data_ptr<float>();
+  for (size_t b = 0; b < traces.size(); ++b) {
+    const RoutingSpan& span = span_of(*traces[b]);
+    const int64_t tokens = span.num_tokens, layers = span.num_layers, k = span.top_k;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t lead = 1; lead <= H; ++lead) {
+        const int64_t target = micro.source_layer + lead;
+        const int64_t token = t + target / layers;  // the encoder has no leads past it
+        if (token >= tokens) continue;
+        const size_t from = static_cast<size_t>(((target % layers) * tokens + token) * k);
+        const int64_t to = ((static_cast<int64_t>(b) * T + t) * H + lead - 1) * most;
+        std::copy_n(span.topk_ids.begin() + static_cast<int64_t>(from), k, ids + to);
+        std::copy_n(span.topk_probs.begin() + static_cast<int64_t>(from), k, probs + to);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -55,6 +92,7 @@ SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dat
     }
   }
   batch.num_labels = batch.labels_BTH.ne(kIgnore).sum().item<int64_t>();
+  if (dataset->keeps_top_k()) AddTeacher(traces, micro, &batch);
   return batch;
 }
 
@@ -132,53 +170,107 @@ std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
   return batches;
 }
 
+namespace {
+
+// KL(teacher || student) a row, of the router's top-k with the rest spread evenly over
+// the other experts; both at `temperature`.
+at::Tensor Distillation(const at::Tensor& logits_NE, const at::Tensor& ids_NK,
+                        const at::Tensor& probs_NK, double temperature) {
+  const int64_t experts = logits_NE.size(1), k = ids_NK.size(1);
+  const auto left = (1 - probs_NK.sum(1, true)).clamp_min(0) /
+                    static_cast<double>(std::max<int64_t>(1, experts - k));
+  auto teacher = left.expand({-1, experts}).contiguous().scatter(1, ids_NK, probs_NK);
+  teacher = teacher.clamp_min(1e-8).pow(1 / temperature);
+  teacher = teacher / teacher.sum(1, true);
+  const auto student = at::log_softmax(logits_NE / temperature, 1);
+  return (teacher * (teacher.log() - student)).sum(1) * (temperature * temperature);
+}
+
+at::Tensor NextTokenLoss(const SpeculationOutput& output, const SpeculationBatch& batch) {
+  const int64_t tokens = batch.window.token_ids_BT.size(1);
+  const auto next = [&](const at::Tensor& x) { return x.narrow(1, 1, tokens - 1); };
+  const at::Tensor ids =
+      next(batch.window.token_ids_BT)
+          .masked_fill(next(batch.window.valid_BT).logical_not(), kIgnore)
+          .to(output.next_token_BTV.device());
+  return at::cross_entropy_loss(
+      output.next_token_BTV.narrow(1, 0, tokens - 1).flatten(0, 1), ids.flatten(), {},
+      at::Reduction::Sum, kIgnore);
+}
+
+void RequireFinite(const at::Tensor& total, const SpeculationBatch& batch) {
+  if (std::isfinite(total.item<double>())) return;
+  throw std::logic_error("the loss is not finite in micro-batch " +
+                         std::to_string(batch.id) + " (" + StackName(batch.window.stack) +
+                         ", source layer " + std::to_string(batch.window.source_layer) +
+                         ")");
+}
+
+}  // namespace
+
 LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
-                         double confidence_weight, double next_token_weight) {
+                         const LossWeights& weights) {
   const int64_t experts = output.logits_BTHE.size(-1);
-  const at::Tensor labels = batch.labels_BTH.to(output.logits_BTHE.device()).flatten();
+  const auto device = output.logits_BTHE.device();
+  const at::Tensor labels = batch.labels_BTH.to(device).flatten();
   const at::Tensor rows = labels.ne(kIgnore).nonzero().squeeze(1);
   const at::Tensor logits =
       output.logits_BTHE.reshape({-1, experts}).index_select(0, rows);
   const at::Tensor truth = labels.index_select(0, rows);
-  const at::Tensor cross_entropy =
-      at::cross_entropy_loss(logits, truth, {}, at::Reduction::Sum);
+  at::Tensor weight;
+  if (batch.weights_BT.defined()) {
+    weight = batch.weights_BT.to(device)
+                 .unsqueeze(2)
+                 .expand(batch.labels_BTH.sizes())
+                 .flatten()
+                 .index_select(0, rows);
+  }
+  const auto sum = [&](const at::Tensor& x) {
+    return weight.defined() ? (x * weight).sum() : x.sum();
+  };
+  at::Tensor routing = sum(at::cross_entropy_loss(logits, truth, {}, at::Reduction::None,
+                                                  kIgnore, weights.label_smoothing));
+  if (weights.distill > 0 && batch.teacher_ids_BTHK.defined()) {
+    const int64_t k = batch.teacher_ids_BTHK.size(3);
+    const auto teacher = [&](const at::Tensor& x) {
+      return x.to(device).reshape({-1, k}).index_select(0, rows);
+    };
+    routing = routing * (1 - weights.distill) +
+              weights.distill * sum(Distillation(logits, teacher(batch.teacher_ids_BTHK),
+                                                 teacher(batch.teacher_probs_BTHK),
+                                                 weights.distill_temperature));
+  }
   LossSums sums;
   sums.labels = rows.size(0);
-  sums.total = cross_entropy;
+  sums.total = routing;
   const at::Tensor scores = logits.detach();
   const at::Tensor ahead =
       scores.gt(scores.gather(1, truth.unsqueeze(1))).sum(1);  // experts above the true
   const at::Tensor right = ahead.eq(0).to(at::kFloat);
-  if (confidence_weight > 0 && output.confidence_BTH.defined()) {
+  if (weights.confidence > 0 && output.confidence_BTH.requires_grad()) {
     const at::Tensor confidence =
         output.confidence_BTH.flatten().index_select(0, rows).clamp(
             1 - kLargestConfidence, kLargestConfidence);
-    sums.total =
-        sums.total + confidence_weight * at::binary_cross_entropy(confidence, right, {},
-                                                                  at::Reduction::Sum);
+    sums.total = sums.total +
+                 weights.confidence * sum(at::binary_cross_entropy(confidence, right, {},
+                                                                   at::Reduction::None));
   }
-  const int64_t tokens = batch.window.token_ids_BT.size(1);
-  if (next_token_weight > 0 && output.next_token_BTV.defined() && tokens > 1) {
-    const auto next = [&](const at::Tensor& x) { return x.narrow(1, 1, tokens - 1); };
-    const at::Tensor ids =
-        next(batch.window.token_ids_BT)
-            .masked_fill(next(batch.window.valid_BT).logical_not(), kIgnore)
-            .to(output.next_token_BTV.device());
-    sums.total =
-        sums.total + next_token_weight *
-                         at::cross_entropy_loss(
-                             output.next_token_BTV.narrow(1, 0, tokens - 1).flatten(0, 1),
-                             ids.flatten(), {}, at::Reduction::Sum, kIgnore);
+  if (weights.next_token > 0 && output.next_token_BTV.defined() &&
+      batch.window.token_ids_BT.size(1) > 1) {
+    sums.total = sums.total + weights.next_token * NextTokenLoss(output, batch);
   }
-  sums.cross_entropy = cross_entropy.item<double>();
+  if (weights.set > 0 && batch.window.stack == Stack::kEncoder) {
+    sums.total = sums.total +
+                 weights.set * SetLoss(output.logits_BTHE, batch.labels_BTH.to(device));
+  }
+  if (output.own_loss.defined() && output.logits_BTHE.requires_grad()) {
+    sums.total = sums.total + output.own_loss.sum();
+  }
+  sums.cross_entropy =
+      at::cross_entropy_loss(scores, truth, {}, at::Reduction::Sum).item<double>();
   sums.top1 = right.sum().item<double>();
   sums.top4 = ahead.lt(4).sum().item<double>();
-  if (!std::isfinite(sums.total.item<double>())) {
-    throw std::logic_error("the loss is not finite in micro-batch " +
-                           std::to_string(batch.id) + " (" +
-                           StackName(batch.window.stack) + ", source layer " +
-                           std::to_string(batch.window.source_layer) + ")");
-  }
+  RequireFinite(sums.total, batch);
   return sums;
 }
 

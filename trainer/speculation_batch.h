@@ -17,6 +17,10 @@ struct SpeculationBatch {
   RoutingWindow window;     // on the CPU; To() gives the device's
   at::Tensor labels_BTH;    // int64, -100 = does not count; [.., h] is lead h + 1
   at::Tensor documents_BT;  // int64, the bits of the document's id
+  at::Tensor weights_BT;    // float32, of the tokens' labels in training; undefined = 1
+  // The router's own top-k at the label's place, and how probable it found each; 0 where
+  // there is no label. Undefined where they are not asked for or not recorded.
+  at::Tensor teacher_ids_BTHK, teacher_probs_BTHK;
   uint64_t id = 0;
   int64_t num_labels = 0;  // that count, over all leads
 };
@@ -47,11 +51,18 @@ struct LossSums {
   double cross_entropy = 0, top1 = 0, top4 = 0;  // sums over labels
   int64_t labels = 0;
 };
-// Cross-entropy of the routing plus `confidence_weight` times the binary cross-entropy of
-// the confidence against "the top-1 is right", and `next_token_weight` times the next
-// token's cross-entropy where the model guesses its id. Throws std::logic_error naming
-// the batch where a value is not finite.
+struct LossWeights {
+  double confidence = 0;  // of the binary cross-entropy of "the top-1 is right"
+  double next_token = 0;  // of the next token's id, where the model guesses it
+  double set = 0;         // of the encoder's set prediction (speculation_sets.h)
+  double distill = 0;     // share of the loss that is towards the router's own top-k
+  double distill_temperature = 1;
+  double label_smoothing = 0;
+};
+// Cross-entropy of the routing and what the weights add to it; cross_entropy and top1 are
+// of the plain labels. Throws std::logic_error naming the batch where a value is not
+// finite.
 LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
-                         double confidence_weight, double next_token_weight);
+                         const LossWeights& weights);
 
 }  // namespace routecast

@@ -69,24 +69,53 @@ double Vertex(double a, double b, double c) {
 
 }  // namespace
 
-ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
-                          Communicator* comm) {
+namespace {
+
+// One row of sums a column of `outputs`: cross-entropy, top-1, top-4, labels.
+template <typename Outputs>
+std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
+                                    Communicator* comm, const Outputs& outputs) {
   const c10::NoGradGuard no_grad;
-  double sums[4] = {0, 0, 0, 0};
+  std::vector<double> sums(4 * columns, 0);
   for (const MicroBatch* micro : Mine(data, comm)) {
     const SpeculationBatch batch =
         MakeSpeculationBatch(*micro, data.dataset, data.hidden);
     if (batch.num_labels == 0) continue;
-    const LossSums loss = SpeculationLoss(
-        model->Forward(WindowTo(batch.window, data.device), 0), batch, 0, 0);
-    sums[0] += loss.cross_entropy;
-    sums[1] += loss.top1;
-    sums[2] += loss.top4;
-    sums[3] += static_cast<double>(loss.labels);
+    const std::vector<SpeculationOutput> all =
+        outputs(WindowTo(batch.window, data.device));
+    for (size_t i = 0; i < columns; ++i) {
+      const LossSums loss = SpeculationLoss(all.at(i), batch, {});
+      sums[4 * i] += loss.cross_entropy;
+      sums[4 * i + 1] += loss.top1;
+      sums[4 * i + 2] += loss.top4;
+      sums[4 * i + 3] += static_cast<double>(loss.labels);
+    }
   }
   comm->AllReduceSum(sums);
-  const double n = std::max(1.0, sums[3]);
-  return {sums[0] / n, sums[1] / n, sums[2] / n, static_cast<int64_t>(sums[3])};
+  std::vector<ValidationScores> scores;
+  for (size_t i = 0; i < columns; ++i) {
+    const double n = std::max(1.0, sums[4 * i + 3]);
+    scores.push_back({sums[4 * i] / n, sums[4 * i + 1] / n, sums[4 * i + 2] / n,
+                      static_cast<int64_t>(sums[4 * i + 3])});
+  }
+  return scores;
+}
+
+}  // namespace
+
+ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
+                          Communicator* comm) {
+  return Score(1, data, comm, [&](const RoutingWindow& window) {
+    return std::vector<SpeculationOutput>{model->Forward(window, 0)};
+  })[0];
+}
+
+std::vector<ValidationScores> ValidateMembers(SpeculationModel* model,
+                                              const EvaluationData& data,
+                                              Communicator* comm) {
+  return Score(
+      model->MemberParameters().size(), data, comm,
+      [&](const RoutingWindow& window) { return model->ForwardMembers(window, 0); });
 }
 
 Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
@@ -268,6 +297,21 @@ std::vector<LeadScores> Gather(const Accumulators& mine, uint64_t seed,
 
 }  // namespace
 
+namespace {
+
+// Frequencies of the targets of an encoder's leads, [H,E].
+at::Tensor FrequencyOf(const BaselineTables& tables, const MicroBatch& micro, int leads) {
+  const int experts = tables.geometry().num_experts;
+  at::Tensor all = at::empty({leads, experts});
+  for (int lead = 1; lead <= leads; ++lead) {
+    tables.Frequency(micro.source_layer + lead,
+                     all.data_ptr<float>() + int64_t{lead - 1} * experts);
+  }
+  return all;
+}
+
+}  // namespace
+
 TestScores Test(SpeculationModel* model, const Calibration& calibration,
                 const std::shared_ptr<const BaselineTables>& tables,
                 const std::vector<RouterWeights>& routers, const EvaluationData& data,
@@ -278,7 +322,8 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
     if (name == "stale_gate" && routers.empty()) continue;
     baselines.push_back(MakeBaseline(name, tables, data.dataset->geometry(), routers));
   }
-  Accumulators model_sums = MakeAccumulators(data);
+  Accumulators model_sums = MakeAccumulators(data), raw_sums = model_sums;
+  SetAccumulator sets;
   std::vector<Accumulators> baseline_sums(baselines.size(), model_sums);
   // The stale gate needs router inputs even where the model does not.
   const WithHidden hidden = routers.empty() ? data.hidden : WithHidden::kYes;
@@ -288,10 +333,18 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
     if (data.hidden == WithHidden::kNo) ForgetRouterInputs(&seen);
     const SpeculationOutput out = model->Forward(WindowTo(seen, data.device), 0);
     const int leads = static_cast<int>(batch.labels_BTH.size(2));
+    std::vector<at::Tensor> calibrated;
     for (int lead = 1; lead <= leads; ++lead) {
       const double t = calibration.Temperature(micro->stack, micro->source_layer, lead);
-      AddRows(&model_sums, (out.logits_BTHE.select(2, lead - 1) / t).softmax(-1), batch,
-              lead);
+      const at::Tensor logits = out.logits_BTHE.select(2, lead - 1);
+      const at::Tensor probs = (logits / t).softmax(-1);
+      AddRows(&model_sums, probs, batch, lead);
+      AddRows(&raw_sums, logits.softmax(-1), batch, lead);
+      calibrated.push_back(probs);
+    }
+    if (micro->stack == Stack::kEncoder && leads > 0) {
+      sets.Add(micro->source_layer, at::stack(calibrated, 2).cpu(), batch.labels_BTH,
+               FrequencyOf(*tables, *micro, leads));
     }
     for (size_t b = 0; b < baselines.size(); ++b) {
       if (baselines[b]->needs_hidden() && !batch.window.hidden_BTD.defined()) continue;
@@ -304,6 +357,11 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   }
   TestScores scores;
   scores.model = Gather(model_sums, seed, comm);
+  scores.uncalibrated = Gather(raw_sums, seed, comm);
+  const int encoder_layers = data.dataset->geometry().encoder_layers;
+  std::vector<double> set_sums = sets.Sums(encoder_layers);
+  comm->AllReduceSum(set_sums);
+  scores.sets = SetAccumulator::Scores(set_sums, encoder_layers);
   for (size_t b = 0; b < baselines.size(); ++b) {
     scores.baselines.emplace_back(baselines[b]->name(),
                                   Gather(baseline_sums[b], seed, comm));

@@ -11,6 +11,7 @@
 #include "models/baseline_predictors.h"
 #include "models/speculation_metrics.h"
 #include "trainer/speculation_batch.h"
+#include "trainer/speculation_sets.h"
 
 namespace routecast {
 
@@ -28,6 +29,11 @@ struct ValidationScores {
 };
 ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
                           Communicator* comm);
+
+// Each member's own, in the order of ForwardMembers.
+std::vector<ValidationScores> ValidateMembers(SpeculationModel* model,
+                                              const EvaluationData& data,
+                                              Communicator* comm);
 
 // Temperature of each (stack, source, lead) by the least negative log-likelihood: a grid
 // in log temperature, refined by a parabola through the best three.
@@ -57,6 +63,8 @@ StaleControl CheckStaleGate(const std::vector<RouterWeights>& routers,
 
 struct TestScores {
   std::vector<LeadScores> model;
+  std::vector<LeadScores> uncalibrated;  // the same without temperatures
+  std::vector<SetScores> sets;           // of the encoder's sequences
   // By baseline name, in the order of BaselineNames(); leads that a baseline cannot
   // predict are left out.
   std::vector<std::pair<std::string, std::vector<LeadScores>>> baselines;

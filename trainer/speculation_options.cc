@@ -1,15 +1,16 @@
 #include "trainer/speculation_options.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
-#include <numbers>
 
 #include "common/errors.h"
+#include "models/speculation_kinds.h"
 
 namespace routecast {
 namespace {
 
-constexpr double kLastShare = 0.02;
+constexpr int kMostMembers = 64;
 
 void RequirePositive(const char* flag, double value) {
   if (value > 0 && std::isfinite(value)) return;
@@ -21,21 +22,168 @@ void RequireNotNegative(const char* flag, double value) {
   throw UsageError(ErrorText(std::string(flag) + " must be 0 or more",
                              "it is " + std::to_string(value), ""));
 }
+void RequireBelowOne(const char* flag, double value) {
+  if (value >= 0 && value < 1) return;
+  throw UsageError(ErrorText(std::string(flag) + " must be 0 or more and below 1",
+                             "it is " + std::to_string(value), ""));
+}
+
+void ValidateTraining(const MemberOptions& o) {
+  RequireNotNegative("--learning_rate", o.learning_rate);
+  RequireNotNegative("--weight_decay", o.weight_decay);
+  RequirePositive("--clip_norm", o.clip_norm);
+  RequireBelowOne("--label_smoothing", o.label_smoothing);
+}
+
+void ValidateSizes(const ModelSizes& s) {
+  RequireNotNegative("--width", s.width);
+  RequireNotNegative("--heads", s.heads);
+  RequireNotNegative("--ff", s.ff);
+  RequireNotNegative("--layers", s.layers);
+  RequireNotNegative("--context", s.context);
+  if (s.dropout >= 0) RequireBelowOne("--dropout", s.dropout);
+}
+
+std::vector<std::string> Split(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  size_t begin = 0;
+  for (size_t end; (end = text.find(separator, begin)) != std::string::npos;
+       begin = end + 1) {
+    parts.push_back(text.substr(begin, end - begin));
+  }
+  parts.push_back(text.substr(begin));
+  return parts;
+}
+
+[[noreturn]] void BadMember(const std::string& member, const std::string& why) {
+  throw UsageError(ErrorText("--members: " + member.substr(0, 80), why,
+                             "e.g. interlayer:width=512,heads=16,lr=5e-5;hidden*2"));
+}
+
+double NumberOf(const std::string& member, const std::string& text) {
+  double value = 0;
+  const auto [end, error] =
+      std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || !(value >= 0) ||
+      value > 1e9) {
+    BadMember(member, text.substr(0, 40) + " is not a number of 0 or more");
+  }
+  return value;
+}
+
+void SetField(const std::string& member, const std::string& assignment,
+              MemberSpec* spec) {
+  const size_t equals = assignment.find('=');
+  if (equals == std::string::npos) BadMember(member, assignment + " has no value");
+  const double value = NumberOf(member, assignment.substr(equals + 1));
+  const auto whole = static_cast<int>(value);
+  ModelSizes& s = spec->sizes;
+  MemberOptions& o = spec->options;
+  switch (ParseChoice("--members", assignment.substr(0, equals),
+                      {"width", "heads", "ff", "layers", "context", "dropout", "lr",
+                       "decay", "clip", "smoothing"})) {
+    case 0:
+      s.width = whole;
+      break;
+    case 1:
+      s.heads = whole;
+      break;
+    case 2:
+      s.ff = whole;
+      break;
+    case 3:
+      s.layers = whole;
+      break;
+    case 4:
+      s.context = whole;
+      break;
+    case 5:
+      s.dropout = value;
+      break;
+    case 6:
+      o.learning_rate = value;
+      break;
+    case 7:
+      o.weight_decay = value;
+      break;
+    case 8:
+      o.clip_norm = value;
+      break;
+    default:
+      o.label_smoothing = value;
+  }
+}
 
 }  // namespace
 
+std::vector<MemberSpec> ParseMembers(const std::string& text,
+                                     const MemberOptions& defaults) {
+  std::vector<MemberSpec> members;
+  if (text.empty()) return members;
+  std::vector<std::string> kinds = SpeculationKinds();
+  std::erase(kinds, "ensemble");
+  for (const std::string& member : Split(text, ';')) {
+    const size_t colon = member.find(':');
+    std::string kind = member.substr(0, colon);
+    int count = 1;
+    if (const size_t star = kind.find('*'); star != std::string::npos) {
+      const double number = NumberOf(member, kind.substr(star + 1));
+      if (number < 1 || number > kMostMembers) {
+        BadMember(member, "1 to " + std::to_string(kMostMembers) + " of a kind");
+      }
+      count = static_cast<int>(number);
+      kind.resize(star);
+    }
+    MemberSpec spec;
+    spec.kind = kinds[static_cast<size_t>(ParseChoice("--members", kind, kinds))];
+    spec.options = defaults;
+    if (colon != std::string::npos) {
+      for (const std::string& field : Split(member.substr(colon + 1), ',')) {
+        SetField(member, field, &spec);
+      }
+    }
+    ValidateSizes(spec.sizes);
+    ValidateTraining(spec.options);
+    members.insert(members.end(), static_cast<size_t>(count), spec);
+  }
+  if (members.size() > static_cast<size_t>(kMostMembers)) {
+    BadMember(text, "more than " + std::to_string(kMostMembers) + " members");
+  }
+  return members;
+}
+
+Json ModelSizes::ToJson() const {
+  return {{"width", width},   {"heads", heads},     {"ff", ff},
+          {"layers", layers}, {"context", context}, {"dropout", dropout}};
+}
+
+Json MemberOptions::ToJson() const {
+  return {{"learning_rate", learning_rate},
+          {"weight_decay", weight_decay},
+          {"clip_norm", clip_norm},
+          {"label_smoothing", label_smoothing}};
+}
+
 Json SpeculationOptions::ToJson() const {
   return {{"kind", kind},
+          {"sizes", sizes.ToJson()},
+          {"members", members},
+          {"combine", combine},
           {"epochs", epochs},
           {"steps", steps},
           {"global_batch", global_batch},
           {"micro_batch", micro_batch},
-          {"learning_rate", learning_rate},
-          {"warmup_steps", warmup_steps},
-          {"weight_decay", weight_decay},
-          {"clip_norm", clip_norm},
+          {"training", training.ToJson()},
+          {"schedule", schedule.ToJson()},
+          {"betas", {beta1, beta2}},
+          {"ema", ema},
           {"confidence_weight", confidence_weight},
           {"next_token_weight", next_token_weight},
+          {"set_weight", set_weight},
+          {"distill_weight", distill_weight},
+          {"distill_temperature", distill_temperature},
+          {"augment", augment.ToJson()},
+          {"monitor", monitor},
           {"patience", patience},
           {"validate_every", validate_every},
           {"log_every", log_every},
@@ -54,26 +202,29 @@ void SpeculationOptions::Validate() const {
         "--global_batch must be a multiple of --micro_batch",
         std::to_string(global_batch) + " and " + std::to_string(micro_batch), ""));
   }
-  RequireNotNegative("--learning_rate", learning_rate);
-  RequireNotNegative("--warmup_steps", warmup_steps);
-  RequireNotNegative("--weight_decay", weight_decay);
-  RequirePositive("--clip_norm", clip_norm);
+  ValidateSizes(sizes);
+  ValidateTraining(training);
+  schedule.Validate();
+  augment.Validate();
+  if (!members.empty() && kind != "ensemble") {
+    throw UsageError(ErrorText("--members are those of --kind=ensemble", "--kind=" + kind,
+                               "leave one of the two out"));
+  }
+  ParseMembers(members, training);
+  ParseChoice("--combine", combine, {"probabilities", "logits", "vote"});
+  ParseChoice("--monitor", monitor, {"loss", "top1"});
+  RequireBelowOne("--beta1", beta1);
+  RequireBelowOne("--beta2", beta2);
+  RequireBelowOne("--ema", ema);
+  RequireNotNegative("--set_weight", set_weight);
+  if (!(distill_weight >= 0 && distill_weight <= 1)) {
+    throw UsageError(ErrorText("--distill_weight must be 0 to 1",
+                               "it is " + std::to_string(distill_weight), ""));
+  }
+  RequirePositive("--distill_temperature", distill_temperature);
   RequireNotNegative("--patience", patience);
   RequireNotNegative("--validate_every", validate_every);
   RequirePositive("--log_every", log_every);
-}
-
-double SpeculationLearningRate(const SpeculationOptions& options, int64_t step,
-                               int64_t steps) {
-  const auto warmup = std::min<int64_t>(options.warmup_steps, steps / 10 + 1);
-  if (step < warmup) {
-    return options.learning_rate * static_cast<double>(step + 1) /
-           static_cast<double>(warmup);
-  }
-  const double done = static_cast<double>(step - warmup) /
-                      static_cast<double>(std::max<int64_t>(1, steps - warmup));
-  const double cosine = 0.5 * (1 + std::cos(std::numbers::pi * std::min(1.0, done)));
-  return options.learning_rate * (kLastShare + (1 - kLastShare) * cosine);
 }
 
 }  // namespace routecast

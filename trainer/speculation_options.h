@@ -3,26 +3,65 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "common/run_record.h"
+#include "trainer/augmentation.h"
+#include "trainer/learning_schedule.h"
 
 namespace routecast {
 
+// Sizes that replace the kind's own; 0 (dropout: below 0) = the kind's.
+struct ModelSizes {
+  int width = 0, heads = 0, ff = 0, layers = 0, context = 0;
+  double dropout = -1;
+  Json ToJson() const;
+};
+
+// What one model is trained by; each member of an ensemble has its own.
+struct MemberOptions {
+  double learning_rate = 0;  // peak; 0 = the kind's
+  double weight_decay = 0.01;
+  double clip_norm = 1.0;  // of the member's gradient
+  double label_smoothing = 0;
+  Json ToJson() const;
+};
+
+// A member as --members writes it: kind, and what differs from the run's options.
+struct MemberSpec {
+  std::string kind;
+  ModelSizes sizes;
+  MemberOptions options;
+};
+// "interlayer:width=512,heads=16,lr=5e-5;interlayer*2": kinds with sizes (width heads ff
+// layers context dropout) and options (lr decay clip smoothing); *N = N alike but for
+// their seeds. `defaults` fill in what is not said. UsageError naming what is wrong.
+std::vector<MemberSpec> ParseMembers(const std::string& text,
+                                     const MemberOptions& defaults);
+
 struct SpeculationOptions {
   std::string kind = "hidden";
-  int epochs = 8;            // at most; early stopping may end before
-  int64_t steps = 0;         // > 0: exactly this many at most, instead of epochs
-  int global_batch = 64;     // windows a step over all ranks
-  int micro_batch = 16;      // windows a forward pass: the compute unit at any world size
-  double learning_rate = 0;  // peak; 0 = the kind's
-  int warmup_steps = 100;    // linear, at most a tenth of the run; then cosine
-  double weight_decay = 0.01;
-  double clip_norm = 1.0;
+  ModelSizes sizes;
+  std::string members;                    // of an ensemble; empty = the kind's own three
+  std::string combine = "probabilities";  // or logits, vote: how members are mixed
+  int epochs = 8;                         // at most; early stopping may end before
+  int64_t steps = 0;      // > 0: exactly this many at most, instead of epochs
+  int global_batch = 64;  // windows a step over all ranks
+  int micro_batch = 16;   // windows a forward pass: the compute unit at any world size
+  MemberOptions training;
+  LearningSchedule schedule;
+  double beta1 = 0.9, beta2 = 0.99;  // of AdamW
+  double ema = 0;  // decay of the averaged parameters that are kept; 0 = the last ones
   double confidence_weight = 0.1;  // of the confidence's loss
   double next_token_weight = 1;    // of the next token's, where a kind guesses it
-  int patience = 5;                // validations without a better loss; 0 = never stop
-  int validate_every = 0;          // steps; 0 = an epoch, at least 8 times a run
-  int log_every = 20;              // steps
+  double set_weight = 0;           // of the encoder's set prediction
+  double distill_weight = 0;  // share of the loss that is towards the router's own top-k
+  double distill_temperature = 1;
+  AugmentOptions augment;
+  std::string monitor = "loss";  // what validation must better: loss or top1
+  int patience = 5;              // validations without a better one; 0 = never stop
+  int validate_every = 0;        // steps; 0 = an epoch, at least 8 times a run
+  int log_every = 20;            // steps
   uint64_t validation_sequences = 256;  // a (stack, source layer); 0 = all
   uint64_t test_sequences = 0;          // a (stack, source layer); 0 = all
   uint64_t seed = 1;
@@ -31,10 +70,5 @@ struct SpeculationOptions {
   // Throws UsageError naming the flag.
   void Validate() const;
 };
-
-// Learning rate of `step` (from 0) of `steps`: linear warm-up, then a cosine to a
-// fiftieth.
-double SpeculationLearningRate(const SpeculationOptions& options, int64_t step,
-                               int64_t steps);
 
 }  // namespace routecast

@@ -63,6 +63,15 @@ Json ResultsJson(const SpeculationReport& r) {
                  {"samples", r.validation.labels}}},
                {"scores", Entries(r.test.model)},
                {"baselines", baselines}};
+  for (const SetScores& set : r.test.sets) json["sets"].push_back(set.ToJson());
+  for (const ValidationScores& member : r.members) {
+    json["members"].push_back({{"validation_loss", member.loss},
+                               {"validation_top1", member.top1},
+                               {"validation_top4", member.top4}});
+  }
+  for (size_t i = 0; i < r.test.uncalibrated.size(); ++i) {
+    json["scores"][i]["ece_uncalibrated"] = r.test.uncalibrated[i].ece;
+  }
   if (r.has_control) {
     json["stale_gate_control"] = {{"accuracy", r.control.share()},
                                   {"tokens", r.control.tokens},

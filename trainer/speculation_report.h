@@ -17,6 +17,7 @@ struct SpeculationReport {
   int64_t steps = 0, best_step = 0;
   Json split;  // TraceDataset::SplitJson()
   ValidationScores validation;
+  std::vector<ValidationScores> members;  // of an ensemble, each alone
   TestScores test;
   StaleControl control;
   bool has_control = false;  // router inputs were there to check

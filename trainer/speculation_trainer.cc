@@ -13,35 +13,24 @@
 #include "common/progress.h"
 #include "common/random.h"
 #include "common/stop.h"
-#include "trainer/adamw.h"
+#include "models/ensemble_model.h"
+#include "trainer/augmentation.h"
 #include "trainer/gradient_reducer.h"
+#include "trainer/member_optimizer.h"
+#include "trainer/model_setup.h"
 #include "trainer/speculation_report.h"
+#include "trainer/tensorboard_events.h"
 #include "trainer/train_state.h"
 
 namespace routecast {
 namespace {
 
+constexpr uint64_t kAugmentStream = 0x61756721ULL;
 constexpr uint64_t kDropoutStream = 0x64726f70ULL;
 constexpr uint64_t kValidationStream = 0x76616cULL;
 constexpr uint64_t kTestStream = 0x74657374ULL;
 constexpr int kEvaluationsPerRun = 8;
 constexpr int kEvaluationMicroBatch = 32;
-
-WithHidden HiddenOf(const SpeculationConfig& config) {
-  return config.hidden_width > 0 ? WithHidden::kYes : WithHidden::kNo;
-}
-
-SpeculationConfig ConfigOf(const SpeculationJob& job, TraceDataset* dataset) {
-  const bool hidden = job.options.kind == "hidden";
-  if (hidden && !dataset->any_hidden()) {
-    throw UsageError(
-        ErrorText("--kind=hidden needs router inputs; the store has none", "",
-                  "collect with --record=ids,hidden, or use --kind=interlayer"));
-  }
-  return DefaultSpeculationConfig(job.options.kind, dataset->geometry(),
-                                  static_cast<int>(dataset->vocab_size()),
-                                  hidden ? dataset->geometry().d_model : 0);
-}
 
 // What the traces are, for "the same run".
 std::string FingerprintOf(const TraceDataset& dataset) {
@@ -53,22 +42,17 @@ std::string FingerprintOf(const TraceDataset& dataset) {
   return Hex64(hash);
 }
 
-SpeculationOptions Effective(SpeculationOptions o) {
-  if (o.learning_rate == 0) o.learning_rate = o.kind == "interlayer" ? 1e-3 : 6e-3;
-  return o;
-}
-
 class SpeculationTrainer {
  public:
   SpeculationTrainer(const SpeculationJob& job, TraceDataset* dataset,
                      const std::vector<RouterWeights>& routers, Communicator* comm)
       : job_(job),
-        options_(Effective(job.options)),
+        options_(job.options),
         dataset_(dataset),
         routers_(routers),
         comm_(comm),
         rank_(comm->rank_info()),
-        config_(ConfigOf(job, dataset)),
+        config_(ConfigOf(job.options, dataset)),
         hidden_(HiddenOf(config_)),
         sampler_(GroupsOf(*dataset, SplitPart::kTrain, hidden_),
                  {options_.seed, options_.micro_batch, options_.global_batch}),
@@ -82,10 +66,15 @@ class SpeculationTrainer {
             ? options_.validate_every
             : std::max<int64_t>(1, std::min(per_epoch, steps_ / kEvaluationsPerRun));
     model_->To(job.device);
-    AdamWOptions adamw;
-    adamw.weight_decay = options_.weight_decay;
-    optimizer_.emplace(model_->parameters(), adamw);
+    weights_ = {options_.confidence_weight,   options_.next_token_weight,
+                options_.set_weight,          options_.distill_weight,
+                options_.distill_temperature, 0};
+    for (const MemberOptions& o : TrainingOf(options_, config_)) {
+      smoothing_.push_back(o.label_smoothing);
+    }
     reducer_.emplace(model_->parameters().tensors(), comm, job.bucket_bytes);
+    optimizer_.emplace(*model_, TrainingOf(options_, config_), options_.beta1,
+                       options_.beta2, options_.ema);
   }
 
   SpeculationResult Run() {
@@ -93,6 +82,7 @@ class SpeculationTrainer {
     Resume();
     tables_ = FitBaselines(dataset_, job_.out, job_.out / "baselines.safetensors", comm_);
     model_->FitPriors(*tables_);
+    model_->FitRouters(routers_);
     OpenMetrics();
     Progress progress("train " + options_.kind, "steps", static_cast<uint64_t>(steps_),
                       job_.quiet || !rank_.is_root());
@@ -149,9 +139,11 @@ class SpeculationTrainer {
     }
     if (!state) return;
     CheckSameConfiguration(state->configuration, Configuration(), job_.out);
-    LoadTrainState(from, state->step, model_->parameters(), &*optimizer_);
+    LoadTrainState(from, state->step, TrainedTensors(), &optimizer_->adamw());
     step_ = state->step;
-    best_loss_ = state->extra.at("best_loss");
+    best_score_ = state->extra.at("best_score");
+    lowered_ = state->extra.at("lowered");
+    since_lowered_ = state->extra.at("since_lowered");
     best_step_ = state->extra.at("best_step");
     worse_ = state->extra.at("worse");
     loss_sum_ = state->extra.at("loss_sum");
@@ -166,6 +158,7 @@ class SpeculationTrainer {
     const fs::path file = job_.out / "metrics.jsonl";
     if (step_ > 0) TruncateJsonLines(file, "step", step_);
     metrics_.emplace(file, step_ > 0);
+    events_.emplace(job_.out / "tensorboard", step_ + 1);
   }
 
   // One step of the global batch: fixed micro-batches dealt to ranks, gradients summed
@@ -179,15 +172,12 @@ class SpeculationTrainer {
     reducer_->BeginStep();
     for (size_t i = 0; i < mine.size(); ++i) {
       if (i + 1 == mine.size()) reducer_->LastBackward();
-      const SpeculationBatch batch = MakeSpeculationBatch(mine[i], dataset_, hidden_);
-      const SpeculationOutput output =
-          model_->Forward(WindowTo(batch.window, job_.device),
-                          Mix(options_.seed, kDropoutStream, batch.id));
-      const LossSums loss = SpeculationLoss(output, batch, options_.confidence_weight,
-                                            options_.next_token_weight);
-      loss.total.backward();
-      sums[0] += loss.total.item<double>();
-      sums[1] += static_cast<double>(loss.labels);
+      SpeculationBatch batch = MakeSpeculationBatch(mine[i], dataset_, hidden_);
+      Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch);
+      const at::Tensor loss = Loss(batch);
+      loss.backward();
+      sums[0] += loss.item<double>() / static_cast<double>(smoothing_.size());
+      sums[1] += static_cast<double>(batch.num_labels);
       sums[2] += static_cast<double>(mine[i].sequences.size());
     }
     sums[3] = StopRequested() || step_ + 1 == job_.stop_after ? 1 : 0;
@@ -195,14 +185,8 @@ class SpeculationTrainer {
     comm_->AllReduceSum(sums);
     const double labels = std::max(1.0, sums[1]);
     reducer_->Scale(1 / labels);
-    const double norm = reducer_->GradientNorm();
-    if (!std::isfinite(norm)) {
-      throw std::logic_error("the gradient is not finite at step " +
-                             std::to_string(step_));
-    }
-    if (norm > options_.clip_norm) reducer_->Scale(options_.clip_norm / norm);
-    const double rate = SpeculationLearningRate(options_, step_, steps_);
-    optimizer_->Step(rate);
+    const double share = options_.schedule.Share(step_, steps_, lowered_);
+    const double norm = optimizer_->Step(share);
     ++step_;
     stop_ = sums[3] > 0;
     samples_ += static_cast<int64_t>(sums[2]);
@@ -211,9 +195,34 @@ class SpeculationTrainer {
     loss_sum_ += losses_.back();
     ++loss_steps_;
     if (step_ % options_.log_every == 0 || step_ == steps_) {
-      LogStep(rate, norm, process_samples_ / std::max(1e-9, seconds));
+      LogStep(optimizer_->LearningRate(share), norm,
+              process_samples_ / std::max(1e-9, seconds));
     }
     return losses_.back();
+  }
+
+  // Of all members, each by its own output.
+  at::Tensor Loss(const SpeculationBatch& batch) {
+    const auto outputs =
+        model_->ForwardMembers(WindowTo(batch.window, job_.device),
+                               Mix(options_.seed, kDropoutStream, batch.id));
+    at::Tensor total;
+    for (size_t m = 0; m < outputs.size(); ++m) {
+      LossWeights weights = weights_;
+      weights.label_smoothing = smoothing_[m];
+      const at::Tensor loss = SpeculationLoss(outputs[m], batch, weights).total;
+      total = m == 0 ? loss : total + loss;
+    }
+    return total;
+  }
+
+  // What a checkpoint holds beside the optimizer's moments.
+  Parameters TrainedTensors() const {
+    Parameters all = model_->parameters();
+    for (const auto& [name, tensor] : optimizer_->averages().items()) {
+      all.Add("average." + name, tensor);
+    }
+    return all;
   }
 
   double Epoch() const {
@@ -231,17 +240,23 @@ class SpeculationTrainer {
                      {"learning_rate", rate},
                      {"grad_norm", norm},
                      {"samples_per_second", samples_per_second}});
+    events_->Write(step_, {{"train/loss", loss},
+                           {"train/learning_rate", rate},
+                           {"train/grad_norm", norm},
+                           {"train/samples_per_second", samples_per_second}});
   }
   std::string Note(double loss) const {
     char text[96];
     std::snprintf(text, sizeof text, "loss %.3f, best %.3f (ln E %.3f)", loss,
-                  best_step_ > 0 ? best_loss_ : 0.0,
+                  best_step_ > 0 ? best_score_ : 0.0,
                   std::log(double(config_.geometry.num_experts)));
     return text;
   }
 
-  // Early stopping: the parameters of the best validation are what is kept.
+  // Early stopping: the parameters of the best validation are what is kept; of averaged
+  // ones where averages are.
   void ValidateAndSave() {
+    optimizer_->SwapAverages();
     const ValidationScores scores = Validate(model_.get(), validation_, comm_);
     if (metrics_) {
       metrics_->Write({{"step", step_},
@@ -250,18 +265,27 @@ class SpeculationTrainer {
                        {"valid_loss", scores.loss},
                        {"top1", scores.top1},
                        {"top4", scores.top4}});
+      events_->Write(step_, {{"valid/loss", scores.loss},
+                             {"valid/top1", scores.top1},
+                             {"valid/top4", scores.top4}});
     }
-    if (best_step_ == 0 || scores.loss < best_loss_) {
-      best_loss_ = scores.loss;
+    const double score = options_.monitor == "top1" ? -scores.top1 : scores.loss;
+    if (best_step_ == 0 || score < best_score_) {
+      best_score_ = score;
       best_step_ = step_;
-      worse_ = 0;
+      worse_ = since_lowered_ = 0;
       best_ = Parameters();
       for (const auto& [name, tensor] : model_->parameters().items()) {
         best_.Add(name, tensor.detach().clone());
       }
     } else {
       ++worse_;
+      if (++since_lowered_ >= options_.schedule.plateau_patience) {
+        ++lowered_;
+        since_lowered_ = 0;
+      }
     }
+    optimizer_->SwapAverages();
     exhausted_ = options_.patience > 0 && worse_ >= options_.patience;
     Save();
   }
@@ -277,11 +301,16 @@ class SpeculationTrainer {
       if (best_step_ > 0 && !fs::exists(BestFile(StateFolder(), best_step_))) {
         WriteParameters(BestFile(StateFolder(), best_step_), best_, at::kFloat);
       }
-      const Json extra = {{"best_loss", best_loss_},   {"best_step", best_step_},
-                          {"worse", worse_},           {"loss_sum", loss_sum_},
-                          {"loss_steps", loss_steps_}, {"samples", samples_}};
-      SaveTrainState(StateFolder(), {step_, Configuration(), extra}, model_->parameters(),
-                     *optimizer_);
+      const Json extra = {{"best_score", best_score_},
+                          {"best_step", best_step_},
+                          {"worse", worse_},
+                          {"lowered", lowered_},
+                          {"since_lowered", since_lowered_},
+                          {"loss_sum", loss_sum_},
+                          {"loss_steps", loss_steps_},
+                          {"samples", samples_}};
+      SaveTrainState(StateFolder(), {step_, Configuration(), extra}, TrainedTensors(),
+                     optimizer_->adamw());
       RemoveOldBests();
     }
     comm_->Barrier();
@@ -317,6 +346,7 @@ class SpeculationTrainer {
     report.steps = step_;
     report.best_step = best_step_;
     report.split = dataset_->SplitJson();
+    report.members = WeighMembers();
     report.validation = Validate(model_.get(), validation_, comm_);
     report.has_control = control.tokens > 0;
     report.control = control;
@@ -339,6 +369,16 @@ class SpeculationTrainer {
     return result;
   }
 
+  // An ensemble's members count by their validation top-1; no member, no scores.
+  std::vector<ValidationScores> WeighMembers() {
+    if (config_.members.empty()) return {};
+    const auto scores = ValidateMembers(model_.get(), validation_, comm_);
+    std::vector<double> weights;
+    for (const ValidationScores& s : scores) weights.push_back(s.top1 + 1e-9);
+    SetMemberWeights(model_.get(), weights);
+    return scores;
+  }
+
   const SpeculationJob job_;
   const SpeculationOptions options_;
   TraceDataset* dataset_;
@@ -351,17 +391,21 @@ class SpeculationTrainer {
   EvaluationData validation_;
   std::unique_ptr<SpeculationModel> model_;
   std::shared_ptr<const BaselineTables> tables_;  // of the train part
-  std::optional<AdamW> optimizer_;
   std::optional<GradientReducer> reducer_;
-  std::optional<JsonLines> metrics_;  // rank 0
+  std::optional<MemberOptimizer> optimizer_;
+  LossWeights weights_;
+  std::vector<double> smoothing_;            // of each member's labels
+  std::optional<JsonLines> metrics_;         // rank 0
+  std::optional<TensorboardEvents> events_;  // rank 0
   int64_t steps_ = 0, validate_every_ = 1;
 
   // What a checkpoint holds beside the tensors.
   int64_t step_ = 0, samples_ = 0;
-  double best_loss_ = 0;
+  double best_score_ = 0;  // of validation, less is better
   int64_t best_step_ = 0;  // 0 = not validated yet
   Parameters best_;
-  int worse_ = 0;  // validations since the best
+  int worse_ = 0;                        // validations since the best
+  int lowered_ = 0, since_lowered_ = 0;  // times a plateau was hit, validations since
   double loss_sum_ = 0;
   int64_t loss_steps_ = 0;
 
@@ -382,8 +426,8 @@ SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* data
 
 std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
                                 int world) {
-  const SpeculationOptions o = Effective(job.options);
-  const SpeculationConfig config = ConfigOf(job, dataset);
+  const SpeculationOptions& o = job.options;
+  const SpeculationConfig config = ConfigOf(o, dataset);
   const WindowSampler sampler(GroupsOf(*dataset, SplitPart::kTrain, HiddenOf(config)),
                               {o.seed, o.micro_batch, o.global_batch});
   const int64_t elements =

@@ -16,6 +16,7 @@ namespace routecast {
 
 struct SpeculationJob {
   SpeculationOptions options;
+  std::string store;  // what reports call the traces
   // Becomes a speculation model's folder (config.json, model.safetensors) with
   // baselines.safetensors, results.json and metrics.jsonl; holds state/ while training.
   fs::path out;

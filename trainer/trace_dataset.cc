@@ -18,9 +18,10 @@ uint64_t BytesOf(const RoutingSpan& s) {
 }
 
 // Training looks at ids, drops and router inputs; the rest would only fill memory.
-void DropUnused(RoutingSpan* span) {
+void DropUnused(RoutingSpan* span, bool keep_top_k) {
   span->gate_probs = {};
   span->margins = {};
+  if (keep_top_k) return;
   span->topk_ids = {};
   span->topk_probs = {};
   span->top_k = 0;
@@ -42,8 +43,9 @@ TraceDataset::TraceDataset(std::shared_ptr<const TraceReader> reader,
   kept_.resize(sequences_.size());
 }
 
-TraceDataset::TraceDataset(std::vector<RoutingTrace> traces, MoeGeometry geometry)
-    : geometry_(geometry) {
+TraceDataset::TraceDataset(std::vector<RoutingTrace> traces, MoeGeometry geometry,
+                           TraceDatasetOptions options)
+    : options_(options), geometry_(geometry) {
   for (RoutingTrace& t : traces) {
     SequenceInfo info;
     info.sequence_id = t.sequence_id;
@@ -114,8 +116,8 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
   if (missing.empty()) return found;
   std::vector<RoutingTrace> read = reader_->ReadMany(ids, with_hidden);
   for (size_t m = 0; m < missing.size(); ++m) {
-    DropUnused(&read[m].encoder);
-    DropUnused(&read[m].decoder);
+    DropUnused(&read[m].encoder, options_.keep_top_k);
+    DropUnused(&read[m].decoder, options_.keep_top_k);
     found[missing[m]] = std::make_shared<const RoutingTrace>(std::move(read[m]));
     Keep(sequences[missing[m]], hidden, found[missing[m]]);
   }

@@ -17,6 +17,7 @@ struct TraceDatasetOptions {
   // Records that are kept in memory once read; what does not fit is read each time it is
   // needed. Per rank.
   uint64_t cache_bytes = uint64_t{1} << 30;
+  bool keep_top_k = false;  // the routers' top-k, where recorded: what distillation needs
 };
 
 // Thread rule: one thread at a time. `uint32_t` sequences are indices into sequences().
@@ -25,13 +26,15 @@ class TraceDataset {
   // Throws UsageError where the store has no sequence, and what TraceReader throws.
   TraceDataset(std::shared_ptr<const TraceReader> reader, TraceDatasetOptions options);
   // Of traces in memory.
-  TraceDataset(std::vector<RoutingTrace> traces, MoeGeometry geometry);
+  TraceDataset(std::vector<RoutingTrace> traces, MoeGeometry geometry,
+               TraceDatasetOptions options = {});
 
   const MoeGeometry& geometry() const { return geometry_; }
   const std::vector<SequenceInfo>& sequences() const { return sequences_; }
   SplitPart part(uint32_t sequence) const { return parts_[sequence]; }
   uint32_t length(uint32_t sequence, Stack stack) const;
   bool any_hidden() const;
+  bool keeps_top_k() const { return options_.keep_top_k; }
   // The largest token id of the store plus one: the smallest vocabulary that covers it.
   // Reads every record, once.
   int64_t vocab_size();

@@ -1,4 +1,4 @@
-// Both kinds: shapes, causality, padding, dropout, files, configurations.
+// Every kind: shapes, causality, padding, dropout, files, configurations.
 #include "models/speculation_model.h"
 
 #include <c10/core/GradMode.h>
@@ -73,7 +73,11 @@ TEST_P(SpeculationKindTest, DecoderSeesNoLaterToken) {
       changed.context_BTD = window.context_BTD.clone();
       changed.context_BTD.narrow(1, t + 1, 5 - t).neg_();
       const auto got = model_->Forward(changed, 0).logits_BTHE;
-      EXPECT_TRUE(at::equal(got.narrow(1, 0, t + 1), expected.narrow(1, 0, t + 1)))
+      const auto seen = got.narrow(1, 0, t + 1), same = expected.narrow(1, 0, t + 1);
+      // `moe` multiplies the rows of one expert together: how many those are depends on
+      // the later tokens, and with it how a product rounds.
+      EXPECT_TRUE(GetParam() == "moe" ? at::allclose(seen, same, 1e-5, 1e-6)
+                                      : at::equal(seen, same))
           << "source " << s << " token " << t;
       // The last row must react, unless what changed is its own and not known at -1.
       if (t < 4) {

@@ -26,14 +26,14 @@ TEST(SpeculationLoss, AddsTheNextTokensWhereTheModelGuessesThem) {
   batch.labels_BTH[0][1][0] = 2;
   SpeculationOutput output;
   output.logits_BTHE = at::randn({2, 3, 1, 4});
-  const double routing = SpeculationLoss(output, batch, 0, 0.5).total.item<double>();
+  const double routing = SpeculationLoss(output, batch, {0, 0.5}).total.item<double>();
   EXPECT_NEAR(routing, CrossEntropy(output.logits_BTHE[0][1][0], 2), 1e-5);
   output.next_token_BTV = at::randn({2, 3, 5});
   // Of the first sequence both successors, of the second one; the padding has none.
   const double next = CrossEntropy(output.next_token_BTV[0][0], 1) +
                       CrossEntropy(output.next_token_BTV[0][1], 4) +
                       CrossEntropy(output.next_token_BTV[1][0], 0);
-  const LossSums sums = SpeculationLoss(output, batch, 0, 0.5);
+  const LossSums sums = SpeculationLoss(output, batch, {0, 0.5});
   EXPECT_NEAR(sums.total.item<double>(), routing + 0.5 * next, 1e-5);
   EXPECT_NEAR(sums.cross_entropy, routing, 1e-5);  // what is reported is the routing's
 }

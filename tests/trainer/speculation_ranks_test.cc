@@ -26,6 +26,10 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
     TraceDataset dataset(traces.traces, traces.geometry);
     SpeculationJob job;
     job.options.kind = kind;
+    if (kind == "ensemble") {
+      job.options.members = "interlayer*2:width=16,heads=2,layers=1;simple";
+      job.options.augment.layer_dropout = 0.2;
+    }
     job.options.steps = steps(kind);
     job.options.validation_sequences = 8;
     job.options.test_sequences = 8;
@@ -41,7 +45,7 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
         TrainSpeculation(job, &dataset, traces.routers, with);
     return result;
   };
-  for (const std::string kind : {"hidden", "interlayer"}) {
+  for (const std::string kind : {"hidden", "interlayer", "ensemble"}) {
     const SpeculationResult many = train(kind, "_many", comm.get());
     LocalCommunicator alone;
     const SpeculationResult one =

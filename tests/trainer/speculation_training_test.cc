@@ -5,13 +5,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <sstream>
 
 #include "common/errors.h"
 #include "models/predictor_factory.h"
 #include "tests/trainer/synthetic_traces.h"
-#include "trainer/speculation_trainer.h"
+#include "trainer/leaderboard.h"
 
 namespace routecast {
 namespace {
@@ -77,6 +78,105 @@ TEST_F(SpeculationTraining, StopsAndGoesOnWithEqualBits) {
                            expected.losses.begin() + 19));
     EXPECT_FALSE(fs::exists(parts.out / "state"));
   }
+}
+
+// Everything that a checkpoint has to hold: members' moments, averages, what the plateau
+// counted; and everything that must be a function of the step: drops, masks, parts.
+TEST_F(SpeculationTraining, AnEnsembleWithAllOptionsGoesOnWithEqualBits) {
+  const SyntheticTraces traces = Traces(60);
+  const auto configure = [&](const std::string& name) {
+    SpeculationJob job = Job(name, "ensemble");
+    job.options.members =
+        "interlayer*2:width=16,heads=2,layers=1,lr=2e-3;hidden:width=16,heads=2,clip=0.1";
+    job.options.schedule.name = "plateau";
+    job.options.schedule.plateau_patience = 1;
+    job.options.ema = 0.9;
+    job.options.set_weight = 0.1;
+    job.options.monitor = "top1";
+    job.options.validate_every = 4;
+    job.options.augment = {0.2, 0.3, 0.1, 0.15, 0.5};
+    return job;
+  };
+  const SpeculationJob whole = configure("whole");
+  const SpeculationResult expected = Train(whole, traces);
+  SpeculationJob parts = configure("parts");
+  for (const int64_t stop : {3, 10, 19}) {
+    parts.stop_after = stop;
+    EXPECT_THROW(Train(parts, traces), StoppedError);
+  }
+  parts.stop_after = 0;
+  const SpeculationResult result = Train(parts, traces);
+  EXPECT_EQ(Weights(parts), Weights(whole));
+  EXPECT_EQ(result.results.dump(), expected.results.dump());
+  // Members are weighed by validation, and each is scored alone.
+  EXPECT_EQ(expected.results["members"].size(), 3u);
+  const auto saved = LoadSpeculationModel(whole.out);
+  double sum = 0;
+  for (const double w : saved.model->config().weights) sum += w;
+  EXPECT_NEAR(sum, 1, 1e-9);
+}
+
+class EveryKindTrains : public SpeculationTraining,
+                        public testing::WithParamInterface<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Kinds, EveryKindTrains, testing::ValuesIn(SpeculationKinds()),
+                         [](const auto& info) { return info.param; });
+
+TEST_P(EveryKindTrains, WithoutNaNAndIsServed) {
+  const SyntheticTraces traces = Traces(40);
+  SpeculationJob job = Job("run", GetParam());
+  job.out = folder_.string() + "_" + GetParam();
+  job.options.steps = 8;
+  job.options.sizes = {16, 2, 32, 1, 0, -1};
+  if (GetParam() == "contextual" || GetParam() == "transformer" ||
+      GetParam() == "hierarchical") {
+    job.options.sizes = {24, 2, 32, 1, 0, -1};  // the width is the state's
+  }
+  const SpeculationResult result = Train(job, traces);
+  for (const double loss : result.losses) EXPECT_TRUE(std::isfinite(loss));
+  EXPECT_EQ(result.results["scores"].size(), 3u + 2 + 1 + 4 * 3);
+  EXPECT_EQ(result.results["sets"].size(), 3u + 2 + 1);
+  const auto predictor = LoadPredictor(job.out.string(), traces.geometry, "", {});
+  RoutingWindow window = WindowOf(traces.traces[0], Stack::kDecoder, 1, 8);
+  if (!predictor->needs_hidden()) ForgetRouterInputs(&window);
+  const auto probs = *predictor->Predict(window, 1);
+  EXPECT_TRUE(at::allclose(probs.sum(-1), at::ones_like(probs.sum(-1)), 1e-4, 1e-4));
+  fs::remove_all(job.out);
+}
+
+TEST_F(SpeculationTraining, ALeaderboardTrainsWhatIsMissing) {
+  const SyntheticTraces traces = Traces(60);
+  LeaderboardJob job;
+  job.run = Job("board");
+  job.run.options.steps = 4;
+  job.run.options.sizes = {16, 2, 32, 1, 0, -1};
+  job.entries = {"simple", "interlayer"};
+  job.seeds = 2;
+  job.pass_us = 1;
+  const auto make = [&] {
+    TraceDataset dataset(traces.traces, traces.geometry);
+    LocalCommunicator comm;
+    return MakeLeaderboard(job, &dataset, traces.routers, &comm);
+  };
+  const Json board = make();
+  int models = 0, baselines = 0;
+  for (const Json& row : board["rows"]) {
+    row.contains("baseline") ? ++baselines : ++models;
+    if (row.contains("baseline")) continue;
+    EXPECT_EQ(row["seeds"], Json({1, 2}));
+    EXPECT_TRUE(row["offline_only"].get<bool>());  // of a pass of one microsecond
+  }
+  EXPECT_EQ(models, 2);
+  EXPECT_EQ(baselines, 9);
+  EXPECT_EQ(ReadJsonFile(job.run.out / "leaderboard.json"), board);
+  EXPECT_THAT(ReadFile(job.run.out / "leaderboard.html"), testing::HasSubstr("simple"));
+  EXPECT_THAT(ReadFile(job.run.out / "leaderboard.csv"), testing::HasSubstr("markov"));
+  // Finished runs are read, not trained again; a finished folder is an entry, too.
+  const auto written = fs::last_write_time(job.run.out / "simple/seed-1/results.json");
+  job.entries = {"simple", (job.run.out / "interlayer/seed-2").string()};
+  EXPECT_EQ(make()["rows"].size(), 2u + 9);
+  EXPECT_EQ(fs::last_write_time(job.run.out / "simple/seed-1/results.json"), written);
+  job.entries = {(folder_ / "nothing").string()};
+  EXPECT_THROW(make(), UsageError);
 }
 
 TEST_F(SpeculationTraining, RefusesAnotherConfigurationInTheSameFolder) {

@@ -18,7 +18,8 @@ class TrainPipeline : public testing::Test {
     ASSERT_EQ(
         RunProgram({Bin("routecast-collect"), "--quiet", "--threads=1", "--device=cpu",
                     "--num_shards=2", "--max_length=48", "--max_sequences=400",
-                    "--hidden_share=1", "--model=" + (folder_ / "model").string(),
+                    "--hidden_share=1", "--record=ids,probs,topk,hidden",
+                    "--model=" + (folder_ / "model").string(),
                     "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text",
                     "--cache=" + (folder_ / "cache").string(),
                     "--store=" + (folder_ / "store").string()}),
@@ -69,6 +70,35 @@ TEST_F(TrainPipeline, KilledItGoesOnToTheSameScores) {
             128 + SIGKILL);
   ASSERT_EQ(RunProgram(Command("killed")), 0);
   EXPECT_EQ(ReadJsonFile(folder_ / "killed" / "results.json"), Golden());
+}
+
+TEST_F(TrainPipeline, EveryConfigurationThatIsShippedFitsTheProgram) {
+  int count = 0;
+  for (const auto& entry : fs::directory_iterator(
+           fs::path(EnvOr("ROUTECAST_SOURCE_DIR", ".")) / "configs/speculation")) {
+    EXPECT_EQ(RunProgram({Bin("routecast-train"), "--quiet", "--dry_run",
+                          "--flagfile=" + entry.path().string(),
+                          "--store=" + (folder_ / "store").string(),
+                          "--out=" + (folder_ / "dry").string()}),
+              0)
+        << entry.path();
+    ++count;
+  }
+  EXPECT_GE(count, 9);
+  EXPECT_FALSE(fs::exists(folder_ / "dry"));
+}
+
+TEST_F(TrainPipeline, ALeaderboardIsOneCommand) {
+  const fs::path out = folder_ / "board";
+  ASSERT_EQ(RunProgram(UnderMpirun(
+                2, {Bin("routecast-train"), "--quiet", "--threads=1", "--device=cpu",
+                    "--leaderboard=hidden,simple", "--seeds=1", "--steps=6",
+                    "--global_batch=16", "--micro_batch=8", "--validation_sequences=16",
+                    "--distill_weight=0.5", "--store=" + (folder_ / "store").string(),
+                    "--out=" + out.string()})),
+            0);
+  EXPECT_EQ(ReadJsonFile(out / "leaderboard.json")["rows"].size(), 2u + 9);
+  EXPECT_TRUE(fs::exists(out / "leaderboard.html"));
 }
 
 }  // namespace

@@ -1,0 +1,43 @@
+// What a token may look at among expert ids: the rows that models of expert ids attend
+// to. B sequences, T tokens, W context layers, R rows a token, E experts, D width.
+#pragma once
+
+#include "models/routing_window.h"
+#include "models/speculation_layers.h"
+
+namespace routecast {
+
+// Encoder: R = W, the token's own newest W layers. Decoder: R = 2 W, the previous token's
+// last W layers before them, so that every row of token t holds only what is known at (t,
+// source layer), and a mask over tokens suffices for causality. Oldest first,
+// right-aligned.
+struct ExpertSlots {
+  at::Tensor ids_BTR;    // int64, E = padding
+  at::Tensor valid_BTR;  // bool
+};
+ExpertSlots SlotsOf(const RoutingWindow& window, int context);
+
+// The newest `count` layers that are known at each token, newest last: the own token's up
+// to the source, before them in the decoder the previous token's. [B,T,count], E = none.
+at::Tensor NewestExperts(const RoutingWindow& window, int count);
+
+// Additive mask [B,1,1 or T*R,T*R] over all rows of all tokens, token-major: real rows,
+// and in the decoder none of a later token.
+at::Tensor SlotMask(const ExpertSlots& slots, Stack stack);
+// Additive mask [B,1,1 or T,T] over tokens, with the same rules.
+at::Tensor TokenMask(const RoutingWindow& window);
+
+// Fixed sinusoid of rows 0..rows-1: sin at even columns, cos at odd ones, base 10000.
+at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options);
+
+// What is known of the tokens around: encoder, the mean over real tokens [B,1,D];
+// decoder, the mean over the tokens up to each [B,T,D].
+at::Tensor SequenceMean(const at::Tensor& x_BTD, const RoutingWindow& window);
+
+// 1 at the expert's place, zeros where it is unknown. [.., E] float32.
+at::Tensor OneHotExperts(const at::Tensor& ids, int64_t num_experts);
+
+// Every tensor of the window repeated for M members, one after another.
+RoutingWindow ForMembers(const RoutingWindow& window, int64_t members);
+
+}  // namespace routecast

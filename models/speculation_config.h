@@ -1,0 +1,43 @@
+// Which speculation model: kind, sizes, and the geometry whose routing it learns. No
+// LibTorch.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/routing.h"
+#include "common/run_record.h"
+
+namespace routecast {
+
+struct SpeculationConfig {
+  std::string kind;      // one of SpeculationKinds()
+  MoeGeometry geometry;  // of the model whose routing is learnt
+  int vocab_size = 0;    // 0 = token ids are not a feature
+  int hidden_width = 0;  // D; 0 = the router's input is not a feature
+  int width = 0, heads = 0, ff = 0, layers = 0;
+  int context = 0;          // W: the newest layers of a token whose experts are seen
+  int neighbours = 0;       // tokens on each side (decoder: left) whose ids `hidden` sees
+  bool priors = false;      // starts from the counts of the train part
+  bool next_token = false;  // `hidden` guesses the decoder's next token; needs priors
+  double dropout = 0;       // training only
+
+  // `ensemble` alone: what it is made of, and the weights of its members, which sum to 1;
+  // `combine` is probabilities, logits or vote.
+  std::vector<SpeculationConfig> members;
+  std::vector<double> weights;
+  std::string combine;
+
+  Json ToJson() const;
+  // Throws DataError naming `what`, the key and the value; every size is bounded.
+  static SpeculationConfig FromJson(const Json& json, const std::string& what);
+  bool operator==(const SpeculationConfig&) const = default;
+};
+
+// Why the configuration cannot be, as "key=value, expected ..."; empty where it can.
+std::string ProblemOf(const SpeculationConfig& config);
+
+// Number of leads of a geometry from a source.
+int NumLeadsOf(const MoeGeometry& geometry, Stack stack, int source_layer);
+
+}  // namespace routecast

@@ -1,0 +1,236 @@
+// Published sizes of every kind, and members of one shape in one model: equal to models
+// of their own.
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <gtest/gtest.h>
+
+#include "common/errors.h"
+#include "models/baseline_predictors.h"
+#include "models/checkpoint.h"
+#include "models/ensemble_model.h"
+#include "models/trunk_model.h"
+#include "speculation_test_support.h"
+
+namespace routecast {
+namespace {
+
+// What was published, without our additions, for one target layer.
+int64_t PublishedParameters(const std::string& kind, int width_of_state, int experts,
+                            int width = 0, int heads = 0, int layers = 0) {
+  MoeGeometry g{1, 0, experts, 1, width_of_state};
+  SpeculationConfig c = DefaultSpeculationConfig(kind, g, 0, width_of_state);
+  if (width > 0) {
+    c.width = width;
+    c.heads = heads;
+    c.ff = 4 * width;
+    c.layers = layers;
+  }
+  c.priors = false;
+  const auto model = MakeSpeculationModel(c, 1);
+  int64_t count = 0;
+  for (const auto& [name, tensor] : model->parameters().items()) {
+    if (name.rfind("ours.", 0) != 0) count += tensor.numel();
+  }
+  return count;
+}
+
+// Ours in `interlayer`: rows for padding, stacks, sources and leads.
+int64_t InterlayerParameters(const std::string& kind, int width, int heads, int layers) {
+  return PublishedParameters(kind, 768, 128, width, heads, layers) -
+         int64_t{width} * (1 + 2 + 2 + 1);
+}
+
+TEST(SpeculationKindsTest, InterlayerSizesAreThePublished) {
+  EXPECT_EQ(InterlayerParameters("interlayer", 256, 8, 4), 4624769);
+  EXPECT_EQ(InterlayerParameters("interlayer", 512, 16, 6), 24532609);
+  EXPECT_EQ(InterlayerParameters("interlayer", 320, 10, 5), 8416769);
+  EXPECT_EQ(InterlayerParameters("interlayer", 384, 12, 5), 12078465);
+  EXPECT_EQ(InterlayerParameters("interlayer", 384, 12, 4), 10304001);
+}
+
+TEST(SpeculationKindsTest, MixtureSizesAreThePublished) {
+  EXPECT_EQ(InterlayerParameters("moe", 256, 8, 4), 11986817);
+}
+
+TEST(SpeculationKindsTest, MultiscaleSizesAreThePublished) {
+  EXPECT_EQ(PublishedParameters("multiscale", 768, 128), 24799044);
+}
+
+TEST(SpeculationKindsTest, LegacySizesAreThePublished) {
+  EXPECT_EQ(PublishedParameters("simple", 512, 128), 196992);
+  EXPECT_EQ(PublishedParameters("lstm", 512, 128), 362880);
+  EXPECT_EQ(PublishedParameters("attention", 512, 128), 164736);
+  EXPECT_EQ(PublishedParameters("conv1d", 512, 128), 120752);
+  EXPECT_EQ(PublishedParameters("legacy_multiscale", 512, 128), 311936);
+}
+
+TEST(SpeculationKindsTest, GatingSizesAreThePublished) {
+  EXPECT_EQ(PublishedParameters("contextual", 512, 8), 2567689);
+  EXPECT_EQ(PublishedParameters("contextual", 512, 128), 2659969);
+  EXPECT_EQ(PublishedParameters("contextual", 768, 128), 5710209);
+  EXPECT_EQ(PublishedParameters("hierarchical", 512, 128), 2824195);
+  // Published with an embedding of six layers, which are ours here (source layers).
+  EXPECT_EQ(PublishedParameters("transformer", 512, 128), 10315905 - 6 * 512);
+}
+
+class StackedKindTest : public testing::TestWithParam<std::string> {};
+std::vector<std::string> Stackable() {
+  auto kinds = SpeculationKinds();
+  std::erase(kinds, "ensemble");
+  return kinds;
+}
+INSTANTIATE_TEST_SUITE_P(Kinds, StackedKindTest, testing::ValuesIn(Stackable()),
+                         [](const auto& info) { return info.param; });
+
+RoutingWindow SomeWindow(Stack stack, int source) {
+  const MoeGeometry g = SmallGeometry();
+  return BatchWindows({WindowOf(RandomTrace(g, 6, 5, 1), stack, source, 5),
+                       WindowOf(RandomTrace(g, 4, 3, 2), stack, source, 5)});
+}
+
+void FillConstants(SpeculationModel* model) {
+  const c10::NoGradGuard no_grad;
+  at::manual_seed(5);
+  for (const auto& [name, tensor] : model->constants().items()) tensor.normal_();
+}
+
+// Outputs and gradients, with dropout, in both stacks.
+TEST_P(StackedKindTest, MembersEqualModelsOfTheirOwn) {
+  const SpeculationConfig config = SmallSpeculation(GetParam());
+  const std::vector<uint64_t> seeds = {7, 8, 9};
+  const auto all = KindOf(config.kind).make(config, seeds);
+  FillConstants(all.get());
+  std::vector<std::unique_ptr<SpeculationModel>> alone;
+  for (const uint64_t seed : seeds) {
+    alone.push_back(MakeSpeculationModel(config, seed));
+    FillConstants(alone.back().get());
+  }
+  const std::pair<Stack, int> windows[] = {{Stack::kEncoder, -1},
+                                           {Stack::kEncoder, 1},
+                                           {Stack::kDecoder, -1},
+                                           {Stack::kDecoder, 2}};
+  uint64_t key = 100;
+  for (const auto& [stack, source] : windows) {
+    const RoutingWindow window = SomeWindow(stack, source);
+    ++key;
+    const auto together = all->Forward(window, key);
+    together.logits_BTHE.square().sum().backward();
+    const int64_t B = window.token_ids_BT.size(0);
+    for (int64_t m = 0; m < 3; ++m) {
+      const auto own = alone[size_t(m)]->Forward(window, MemberKey(key, m));
+      own.logits_BTHE.square().sum().backward();
+      const auto part = together.logits_BTHE.narrow(0, m * B, B);
+      EXPECT_TRUE(at::allclose(part, own.logits_BTHE, 1e-4, 1e-5))
+          << StackName(stack) << source << " member " << m << " "
+          << (part - own.logits_BTHE).abs().max().item<float>();
+      EXPECT_TRUE(at::allclose(together.confidence_BTH.narrow(0, m * B, B),
+                               own.confidence_BTH, 1e-4, 1e-5));
+    }
+  }
+  for (const auto& [name, tensor] : all->parameters().items()) {
+    if (!tensor.grad().defined()) continue;
+    for (int64_t m = 0; m < 3; ++m) {
+      const auto& own = alone[size_t(m)]->parameters().Get(name);
+      EXPECT_TRUE(at::equal(tensor[m], own)) << name;
+      EXPECT_TRUE(at::allclose(tensor.grad()[m], own.grad(), 1e-3, 1e-4)) << name;
+    }
+  }
+}
+
+// Every row of attention has a key: full, padded and single-token batches are finite.
+TEST(SpeculationKindsTest, MultiscaleIsFiniteOnEveryBatch) {
+  const auto model = MakeSpeculationModel(SmallSpeculation("multiscale"), 3);
+  const MoeGeometry g = SmallGeometry();
+  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    for (int source = -1; source < g.layers(stack) - 1; ++source) {
+      for (const auto& window :
+           {WindowOf(RandomTrace(g, 6, 6, 1), stack, source, 5),
+            BatchWindows({WindowOf(RandomTrace(g, 9, 9, 1), stack, source, 5),
+                          WindowOf(RandomTrace(g, 1, 1, 2), stack, source, 5)}),
+            WindowOf(RandomTrace(g, 1, 1, 3), stack, source, 5)}) {
+        const auto out = model->Forward(window, 4);
+        EXPECT_TRUE(at::isfinite(out.logits_BTHE).all().item<bool>());
+        (out.logits_BTHE.square().sum() + out.confidence_BTH.sum()).backward();
+      }
+    }
+  }
+  for (const auto& [name, tensor] : model->parameters().items()) {
+    EXPECT_TRUE(at::isfinite(tensor.grad()).all().item<bool>()) << name;
+  }
+}
+
+// The original's defect: a mask that says "valid" taken for one that says "ignore" leaves
+// no key at all, and softmax over nothing is no number. With finite masks it is the mean.
+TEST(SpeculationKindsTest, AMaskWithoutKeysIsFiniteWhereInfinityIsNot) {
+  const auto none = at::zeros({1, 1, 1, 4}, at::kBool);
+  const auto scores = at::randn({1, 1, 3, 4});
+  const auto inverted =
+      at::zeros({1, 1, 1, 4})
+          .masked_fill(none.logical_not(), -std::numeric_limits<double>::infinity());
+  EXPECT_TRUE(at::isnan(at::softmax(scores + inverted, -1)).all().item<bool>());
+  EXPECT_TRUE(
+      at::isfinite(at::softmax(scores + AdditiveMask(none), -1)).all().item<bool>());
+}
+
+TEST(EnsembleModelTest, MixesItsMembersByWeight) {
+  const c10::NoGradGuard no_grad;
+  SpeculationConfig config = SmallSpeculation("ensemble");
+  const RoutingWindow window = SomeWindow(Stack::kDecoder, 1);
+  for (const std::string combine : {"probabilities", "logits", "vote"}) {
+    config.combine = combine;
+    const auto model = MakeSpeculationModel(config, 7);
+    FillConstants(model.get());
+    SetMemberWeights(model.get(), {3, 2, 5});
+    const auto members = model->ForwardMembers(window, 0);
+    at::Tensor expected;
+    for (size_t m = 0; m < 3; ++m) {
+      const auto& logits = members[m].logits_BTHE;
+      const auto say = combine == "logits" ? logits
+                       : combine == "vote"
+                           ? at::one_hot(logits.argmax(-1), 5).to(at::kFloat)
+                           : at::softmax(logits, -1);
+      const auto part = say * std::vector<double>{.3, .2, .5}[m];
+      expected = m == 0 ? part : expected + part;
+    }
+    const auto got = model->Forward(window, 0).logits_BTHE;
+    EXPECT_TRUE(at::allclose(combine == "logits" ? got : got.exp(), expected, 1e-4, 2e-6))
+        << combine;
+  }
+}
+
+// Two members of one shape are one model with a leading dimension; the third its own.
+TEST(EnsembleModelTest, MembersOfOneShapeShareTheirProducts) {
+  const auto model = MakeSpeculationModel(SmallSpeculation("ensemble"), 7);
+  EXPECT_EQ(model->parameters().Get("group.0.head.out.weight").dim(), 3);
+  EXPECT_EQ(model->parameters().Get("group.1.head.out.weight").dim(), 2);
+  // Every parameter belongs to one member, and only to one.
+  int64_t elements = 0;
+  for (const auto& member : model->MemberParameters()) {
+    for (const ParameterSlice& slice : member) elements += slice.Value().numel();
+  }
+  EXPECT_EQ(elements, model->parameters().num_elements());
+}
+
+TEST(StaleCorrectionTest, WithoutACorrectionItIsTheStaleGate) {
+  const c10::NoGradGuard no_grad;
+  const MoeGeometry g = SmallGeometry();
+  at::manual_seed(3);
+  std::vector<RouterWeights> routers;
+  for (int l = 0; l < g.num_layers(); ++l) {
+    routers.push_back({at::randn({5, 6}), at::randn({5}), at::rand({6}) + 0.5});
+  }
+  const auto model = MakeSpeculationModel(SmallSpeculation("stale_correction"), 1);
+  model->FitRouters(routers);
+  model->parameters().Get("up").zero_();
+  const auto gate = MakeBaseline("stale_gate", nullptr, g, routers);
+  const auto window = WindowOf(RandomTrace(g, 6, 5, 1), Stack::kEncoder, 1, 5);
+  const auto got = at::softmax(model->Forward(window, 0).logits_BTHE, -1);
+  for (int lead = 1; lead <= 2; ++lead) {
+    EXPECT_TRUE(
+        at::allclose(got.select(2, lead - 1), *gate->Predict(window, lead), 1e-4, 1e-6));
+  }
+  EXPECT_THROW(model->FitRouters({}), UsageError);
+}
+
+}  // namespace
+}  // namespace routecast

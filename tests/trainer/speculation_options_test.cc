@@ -1,0 +1,415 @@
+// Schedules, members, augmentations and sets: what training options mean.
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "common/errors.h"
+#include "models/ensemble_model.h"
+#include "trainer/augmentation.h"
+#include "trainer/leaderboard.h"
+#include "trainer/member_optimizer.h"
+#include "trainer/speculation_sets.h"
+
+namespace routecast {
+namespace {
+
+LearningSchedule Schedule(const std::string& name) {
+  LearningSchedule s;
+  s.name = name;
+  s.warmup_steps = 10;
+  return s;
+}
+
+TEST(LearningScheduleTest, CosineEndsAtItsLastShare) {
+  const LearningSchedule s = Schedule("cosine");
+  EXPECT_DOUBLE_EQ(s.Share(0, 1000, 0), 0.1);
+  EXPECT_DOUBLE_EQ(s.Share(9, 1000, 0), 1);
+  EXPECT_DOUBLE_EQ(s.Share(10, 1000, 0), 1);
+  EXPECT_NEAR(s.Share(505, 1000, 0), 0.51, 1e-9);
+  EXPECT_NEAR(s.Share(1000, 1000, 0), 0.02, 1e-9);
+}
+
+TEST(LearningScheduleTest, RestartsGrow) {
+  LearningSchedule s = Schedule("restarts");
+  s.restart_steps = 100;
+  s.last_share = 0;
+  EXPECT_DOUBLE_EQ(s.Share(10, 1000, 0), 1);
+  EXPECT_NEAR(s.Share(60, 1000, 0), 0.5, 1e-9);
+  EXPECT_DOUBLE_EQ(s.Share(110, 1000, 0), 1);  // second wave, of 200
+  EXPECT_NEAR(s.Share(210, 1000, 0), 0.5, 1e-9);
+  EXPECT_DOUBLE_EQ(s.Share(310, 1000, 0), 1);  // third, of 400
+}
+
+TEST(LearningScheduleTest, PlateausLowerAndOneCycleRises) {
+  const LearningSchedule plateau = Schedule("plateau");
+  EXPECT_DOUBLE_EQ(plateau.Share(500, 1000, 0), 1);
+  EXPECT_DOUBLE_EQ(plateau.Share(500, 1000, 2), 0.25);
+  EXPECT_DOUBLE_EQ(plateau.Share(500, 1000, 20), 0.02);
+  const LearningSchedule cycle = Schedule("one_cycle");
+  EXPECT_NEAR(cycle.Share(0, 1000, 0), 1.0 / 25, 1e-9);
+  EXPECT_NEAR(cycle.Share(100, 1000, 0), 1, 1e-9);
+  EXPECT_NEAR(cycle.Share(1000, 1000, 0), 1.0 / 250000, 1e-9);
+  EXPECT_DOUBLE_EQ(Schedule("constant").Share(999, 1000, 0), 1);
+}
+
+TEST(MembersTest, AreParsed) {
+  MemberOptions defaults;
+  defaults.clip_norm = 0.7;
+  const auto members = ParseMembers(
+      "interlayer:width=512,heads=16,lr=5e-5,smoothing=0.1;hidden*2:dropout=0.2",
+      defaults);
+  ASSERT_EQ(members.size(), 3u);
+  EXPECT_EQ(members[0].kind, "interlayer");
+  EXPECT_EQ(members[0].sizes.width, 512);
+  EXPECT_EQ(members[0].sizes.heads, 16);
+  EXPECT_DOUBLE_EQ(members[0].options.learning_rate, 5e-5);
+  EXPECT_DOUBLE_EQ(members[0].options.label_smoothing, 0.1);
+  EXPECT_DOUBLE_EQ(members[0].options.clip_norm, 0.7);
+  EXPECT_EQ(members[2].kind, "hidden");
+  EXPECT_DOUBLE_EQ(members[2].sizes.dropout, 0.2);
+}
+
+TEST(MembersTest, MistakesAreNamed) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"hiden", "hidden"},          {"hidden:widht=3", "width"},
+      {"hidden:width", "no value"}, {"hidden:width=x", "not a number"},
+      {"hidden*0", "1 to 64"},      {"ensemble", "ensemble"},
+      {"hidden*65", "1 to 64"},     {"hidden:smoothing=1", "below 1"}};
+  for (const auto& [text, expected] : cases) {
+    try {
+      ParseMembers(text, {});
+      ADD_FAILURE() << text;
+    } catch (const UsageError& e) {
+      EXPECT_THAT(e.what(), testing::HasSubstr(expected)) << text;
+    }
+  }
+}
+
+// Two sequences of a decoder of 3 layers and 5 experts.
+SpeculationBatch Batch() {
+  SpeculationBatch batch;
+  RoutingWindow& w = batch.window;
+  w.stack = Stack::kDecoder;
+  w.source_layer = 1;
+  w.num_layers = 3;
+  w.num_experts = 5;
+  w.token_ids_BT = at::arange(48).view({2, 24});
+  w.valid_BT = at::ones({2, 24}, at::kBool);
+  w.valid_BT[1].narrow(0, 12, 12).fill_(false);
+  w.experts_BTL = at::arange(2 * 24 * 3).view({2, 24, 3}).remainder(5);
+  w.hidden_BTD = at::rand({2, 24, 4}) + 1;
+  batch.labels_BTH = at::arange(2 * 24 * 3).view({2, 24, 3}).remainder(5);
+  batch.labels_BTH[1].narrow(0, 12, 12).fill_(-100);
+  batch.documents_BT = at::ones({2, 24}, at::kLong);
+  return batch;
+}
+
+TEST(AugmentationTest, IsAFunctionOfItsKey) {
+  AugmentOptions options;
+  options.layer_dropout = options.mask = 0.4;
+  options.subsequence = options.permutation = 0.5;
+  SpeculationBatch a = Batch(), b = Batch();
+  Augment(options, 7, &a);
+  at::manual_seed(1);
+  Augment(options, 7, &b);
+  EXPECT_TRUE(at::equal(a.window.experts_BTL, b.window.experts_BTL));
+  EXPECT_TRUE(at::equal(a.labels_BTH, b.labels_BTH));
+  SpeculationBatch c = Batch();
+  Augment(options, 8, &c);
+  EXPECT_FALSE(at::equal(a.window.experts_BTL, c.window.experts_BTL));
+}
+
+TEST(AugmentationTest, NothingIsChangedWithoutOptions) {
+  SpeculationBatch batch = Batch();
+  const SpeculationBatch before = batch;
+  Augment({}, 7, &batch);
+  EXPECT_TRUE(batch.window.experts_BTL.is_same(before.window.experts_BTL));
+  EXPECT_FALSE(batch.weights_BT.defined());
+}
+
+TEST(AugmentationTest, TheNewestLayerStays) {
+  AugmentOptions options;
+  options.layer_dropout = 0.99;
+  SpeculationBatch batch = Batch();
+  const auto before = batch.window.experts_BTL.clone();
+  Augment(options, 3, &batch);
+  EXPECT_TRUE(at::equal(batch.window.experts_BTL.select(2, 1), before.select(2, 1)));
+  EXPECT_TRUE(batch.window.experts_BTL.select(2, 0).eq(5).any().item<bool>());
+}
+
+TEST(AugmentationTest, PartsMoveLabelsWithTokens) {
+  AugmentOptions options;
+  options.subsequence = 1;
+  SpeculationBatch batch = Batch();
+  Augment(options, 5, &batch);
+  for (int b = 0; b < 2; ++b) {
+    const auto valid = batch.window.valid_BT[b];
+    const int64_t count = valid.sum().item<int64_t>();
+    ASSERT_GE(count, 8);
+    const int64_t first = batch.window.token_ids_BT[b][0].item<int64_t>() - 24 * b;
+    const SpeculationBatch whole = Batch();
+    EXPECT_TRUE(at::equal(batch.window.experts_BTL[b].narrow(0, 0, count),
+                          whole.window.experts_BTL[b].narrow(0, first, count)));
+    EXPECT_TRUE(at::equal(batch.labels_BTH[b].narrow(0, 0, count - 1),
+                          whole.labels_BTH[b].narrow(0, first, count - 1)));
+    // Leads into the token after the part count no more: 1 own layer is left of 3.
+    if (first + count < (b == 0 ? 24 : 12)) {
+      EXPECT_EQ(batch.labels_BTH[b][count - 1][1].item<int>(), -100);
+      EXPECT_NE(batch.labels_BTH[b][count - 1][0].item<int>(), -100);
+    }
+    EXPECT_TRUE(
+        batch.labels_BTH[b].narrow(0, count, 24 - count).eq(-100).all().item<bool>());
+  }
+}
+
+TEST(AugmentationTest, RelabellingIsConsistent) {
+  AugmentOptions options;
+  options.permutation = 1;
+  SpeculationBatch batch = Batch();
+  batch.window.experts_BTL[0][0][0] = 5;  // unknown stays unknown
+  const auto ids = batch.window.experts_BTL.clone(), labels = batch.labels_BTH.clone();
+  Augment(options, 5, &batch);
+  std::vector<int64_t> name(5, -1);
+  for (int64_t i = 1; i < ids[0].numel(); ++i) {
+    const auto from = ids[0].flatten()[i].item<int64_t>();
+    const auto to = batch.window.experts_BTL[0].flatten()[i].item<int64_t>();
+    if (name[size_t(from)] < 0) name[size_t(from)] = to;
+    EXPECT_EQ(name[size_t(from)], to);
+    EXPECT_EQ(batch.labels_BTH[0].flatten()[i].item<int64_t>(),
+              name[size_t(labels[0].flatten()[i].item<int64_t>())]);
+  }
+  EXPECT_EQ(batch.window.experts_BTL[0][0][0].item<int>(), 5);
+  EXPECT_EQ(batch.labels_BTH[1][20][0].item<int>(), -100);
+}
+
+TEST(AugmentationTest, MaskedTokensAreHiddenAndWeighed) {
+  AugmentOptions options;
+  options.mask = 0.5;
+  options.unmasked_weight = 0.1;
+  SpeculationBatch batch = Batch();
+  Augment(options, 5, &batch);
+  const auto masked = batch.window.experts_BTL.eq(5).all(2);
+  EXPECT_GT(masked.sum().item<int>(), 10);
+  EXPECT_LT(masked.sum().item<int>(), 38);
+  EXPECT_TRUE(at::allclose(batch.weights_BT, at::where(masked, 1.0, 0.1).to(at::kFloat)));
+  EXPECT_TRUE(batch.window.hidden_BTD.abs().sum(2).eq(0).eq(masked).all().item<bool>());
+}
+
+// Against counting by hand.
+TEST(SpeculationSetsTest, AreScoredLikeSets) {
+  at::manual_seed(4);
+  const auto probs = at::softmax(3 * at::randn({3, 7, 2, 6}), -1);
+  auto labels = at::randint(0, 6, {3, 7, 2}, at::kLong);
+  labels[2].narrow(0, 4, 3).fill_(-100);
+  const auto frequency = at::softmax(at::randn({2, 6}), -1);
+  SetAccumulator accumulator;
+  accumulator.Add(-1, probs, labels, frequency);
+  const auto scores = SetAccumulator::Scores(accumulator.Sums(2), 2);
+  ASSERT_EQ(scores.size(), 2u);
+  for (int lead = 1; lead <= 2; ++lead) {
+    double recall = 0, precision = 0, size = 0, frequent = 0;
+    for (int b = 0; b < 3; ++b) {
+      std::vector<std::pair<double, int>> likely, common;
+      double expected = 0;
+      std::vector<bool> needed(6);
+      for (int e = 0; e < 6; ++e) {
+        double none = 1;
+        for (int t = 0; t < 7; ++t) {
+          if (labels[b][t][lead - 1].item<int>() < 0) continue;
+          none *= 1 - probs[b][t][lead - 1][e].item<double>();
+          needed[size_t(e)] =
+              needed[size_t(e)] || labels[b][t][lead - 1].item<int>() == e;
+        }
+        likely.emplace_back(-(1 - none), e);
+        common.emplace_back(-frequency[lead - 1][e].item<double>(), e);
+        expected += 1 - none;
+      }
+      std::sort(likely.begin(), likely.end());
+      std::sort(common.begin(), common.end());
+      const int held = static_cast<int>(std::ceil(expected - 1e-6));
+      int hits = 0, common_hits = 0, total = 0;
+      for (int i = 0; i < held; ++i) {
+        hits += needed[size_t(likely[size_t(i)].second)];
+        common_hits += needed[size_t(common[size_t(i)].second)];
+      }
+      for (const bool n : needed) total += n;
+      recall += double(hits) / total / 3;
+      precision += double(hits) / held / 3;
+      size += held / 3.0;
+      frequent += double(common_hits) / total / 3;
+    }
+    const SetScores& s = scores[size_t(lead - 1)];
+    EXPECT_NEAR(s.recall, recall, 1e-6);
+    EXPECT_NEAR(s.precision, precision, 1e-6);
+    EXPECT_NEAR(s.size, size, 1e-6);
+    EXPECT_NEAR(s.frequency_recall, frequent, 1e-6);
+    EXPECT_EQ(s.sequences, 3);
+  }
+}
+
+TEST(SpeculationSetsTest, TheLossIsFiniteAndPrefersTheTrueSet) {
+  auto labels = at::zeros({1, 3, 1}, at::kLong);
+  labels[0][1][0] = 2;
+  labels[0][2][0] = -100;
+  const auto right = at::one_hot(labels.clamp_min(0), 4).to(at::kFloat) * 30;
+  const auto wrong = at::one_hot(labels.clamp_min(0) + 1, 4).to(at::kFloat) * 30;
+  auto logits = right.clone().requires_grad_();
+  const auto loss = SetLoss(logits, labels);
+  loss.backward();
+  EXPECT_TRUE(at::isfinite(logits.grad()).all().item<bool>());
+  EXPECT_LT(loss.item<double>(), 0.1);
+  EXPECT_GT(SetLoss(wrong, labels).item<double>(), 5);
+}
+
+SpeculationConfig TinyEnsemble() {
+  const MoeGeometry g{3, 2, 5, 1, 6};
+  SpeculationConfig c = DefaultSpeculationConfig("ensemble", g, 11, 0);
+  for (SpeculationConfig& m : c.members) {
+    m.width = 8;
+    m.heads = 2;
+    m.ff = 16;
+    m.layers = 1;
+    m.dropout = 0;
+    m.priors = false;
+  }
+  return c;
+}
+
+RoutingWindow TinyWindow() {
+  RoutingWindow w;
+  w.stack = Stack::kDecoder;
+  w.source_layer = 0;
+  w.num_layers = 2;
+  w.num_experts = 5;
+  w.token_ids_BT = at::arange(8).view({2, 4});
+  w.valid_BT = at::ones({2, 4}, at::kBool);
+  w.experts_BTL = at::arange(16).view({2, 4, 2}).remainder(5);
+  return w;
+}
+
+// Members with rates, decays and clips of their own, stepped together, end as each does
+// alone: losses within 1e-5 over 20 steps.
+TEST(MemberOptimizerTest, MembersStepAsTheyWouldAlone) {
+  const SpeculationConfig config = TinyEnsemble();
+  std::vector<MemberOptions> training = {
+      {3e-3, 0.1, 0.05, 0}, {1e-2, 0, 1, 0}, {1e-3, 0.2, 0.01, 0}};
+  const auto together = MakeSpeculationModel(config, 9);
+  std::vector<std::unique_ptr<SpeculationModel>> alone;
+  std::vector<MemberOptimizer> optimizers;
+  for (int64_t m = 0; m < 3; ++m) {
+    alone.push_back(MakeSpeculationModel(config.members[size_t(m)], MemberSeed(9, m)));
+    optimizers.emplace_back(*alone.back(), std::vector{training[size_t(m)]}, .9, .99, 0);
+  }
+  MemberOptimizer optimizer(*together, training, .9, .99, 0);
+  const auto labels = at::arange(16).view({2, 4, 2}).remainder(5);
+  const auto loss_of = [&](const SpeculationOutput& out) {
+    return at::cross_entropy_loss(out.logits_BTHE.reshape({-1, 5}), labels.flatten());
+  };
+  const auto clear = [](const SpeculationModel& model) {
+    for (const auto& [name, tensor] : model.parameters().items()) {
+      at::Tensor(tensor).mutable_grad() = at::zeros_like(tensor);
+    }
+  };
+  for (int step = 0; step < 20; ++step) {
+    clear(*together);
+    const auto outputs = together->ForwardMembers(TinyWindow(), 0);
+    at::Tensor total;
+    std::vector<double> losses;
+    for (const auto& out : outputs) {
+      const auto loss = loss_of(out);
+      losses.push_back(loss.item<double>());
+      total = total.defined() ? total + loss : loss;
+    }
+    total.backward();
+    optimizer.Step(1);
+    for (size_t m = 0; m < 3; ++m) {
+      clear(*alone[m]);
+      const auto loss = loss_of(alone[m]->Forward(TinyWindow(), 0));
+      EXPECT_NEAR(losses[m], loss.item<double>(), 1e-5 * loss.item<double>())
+          << "member " << m << " step " << step;
+      loss.backward();
+      optimizers[m].Step(1);
+    }
+  }
+}
+
+TEST(MemberOptimizerTest, ABrokenGradientIsNamedAndChangesNothing) {
+  const auto model = MakeSpeculationModel(TinyEnsemble(), 9);
+  MemberOptimizer optimizer(*model, std::vector<MemberOptions>(3), .9, .99, 0);
+  for (const auto& [name, tensor] : model->parameters().items()) {
+    at::Tensor(tensor).mutable_grad() = at::zeros_like(tensor);
+  }
+  const auto& broken = model->parameters().Get("group.0.head.mid.bias");
+  const auto before = broken.detach().clone();
+  broken.grad().fill_(NAN);
+  try {
+    optimizer.Step(1);
+    FAIL();
+  } catch (const std::logic_error& e) {
+    EXPECT_THAT(e.what(), testing::HasSubstr("head.mid.bias"));
+  }
+  EXPECT_TRUE(at::equal(broken, before));
+}
+
+TEST(MemberOptimizerTest, AveragesFollowAndSwap) {
+  const c10::NoGradGuard no_grad;
+  const auto model = MakeSpeculationModel(TinyEnsemble(), 9);
+  MemberOptimizer optimizer(*model, std::vector<MemberOptions>(3, {0.1, 0, 1, 0}), .9,
+                            .99, 0.75);
+  for (const auto& [name, tensor] : model->parameters().items()) {
+    at::Tensor(tensor).mutable_grad() = at::ones_like(tensor);
+  }
+  const auto& w = model->parameters().Get("group.0.norm.bias");
+  const auto start = w.detach().clone();
+  optimizer.Step(1);
+  const auto one = w.detach().clone();
+  optimizer.Step(1);
+  const auto two = w.detach().clone();
+  const auto expected = (start * .75 + one * .25) * .75 + two * .25;
+  optimizer.SwapAverages();
+  EXPECT_TRUE(at::allclose(w, expected, 1e-5, 1e-6));
+  optimizer.SwapAverages();
+  EXPECT_TRUE(at::equal(w, two));
+}
+
+Json Results(uint64_t seed, double top1) {
+  return {{"kind", "hidden"},
+          {"seed", seed},
+          {"parameters", 100},
+          {"validation", {{"loss", 1.0}}},
+          {"scores",
+           {{{"phase", "decoder"},
+             {"layer", 0},
+             {"lead", 1},
+             {"top1", top1},
+             {"top4", 0.9},
+             {"cross_entropy", 1.5},
+             {"ece", 0.02},
+             {"ci95", {top1 - 0.01, top1 + 0.02}}}}}};
+}
+
+TEST(LeaderboardTest, SeedsAreAveragedAndIntervalsCoverThem) {
+  const Json row =
+      LeaderboardRow("hidden", {Results(1, .5), Results(2, .6)}, 200, 20000, 4);
+  EXPECT_NEAR(row["scores"][0]["top1"].get<double>(), .55, 1e-9);
+  EXPECT_NEAR(row["scores"][0]["ci95"][0].get<double>(), .49, 1e-9);
+  EXPECT_NEAR(row["scores"][0]["ci95"][1].get<double>(), .62, 1e-9);
+  EXPECT_NEAR(row["decoder_next_top1"].get<double>(), .55, 1e-9);
+  EXPECT_TRUE(row["encoder_next_top1"].is_null());
+  EXPECT_FALSE(row["offline_only"].get<bool>());  // 4 x 200 us of 20 ms are 4 %
+}
+
+TEST(LeaderboardTest, SlowKindsAreOfflineOnly) {
+  const auto offline = [](double us, double pass) {
+    return LeaderboardRow("x", {Results(1, .5)}, us, pass, 4)["offline_only"];
+  };
+  EXPECT_TRUE(offline(251, 20000).get<bool>());
+  EXPECT_FALSE(offline(249, 20000).get<bool>());
+  EXPECT_TRUE(offline(251, 0).is_null());  // the pass is not known
+}
+
+}  // namespace
+}  // namespace routecast

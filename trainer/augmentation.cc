@@ -1,0 +1,147 @@
+#include "trainer/augmentation.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "common/errors.h"
+#include "common/random.h"
+
+namespace routecast {
+namespace {
+
+constexpr int64_t kShortest = 8;
+enum Stream : uint64_t { kLayer = 1, kPart, kPermute, kMask };
+
+// In [0, 1), by everything that tells one draw from another.
+template <typename... Values>
+double Draw(uint64_t key, Stream stream, Values... values) {
+  return ToUnit(
+      Mix(key, static_cast<uint64_t>(stream), static_cast<uint64_t>(values)...));
+}
+
+// Known layers but the newest one become unknown.
+void DropLayers(double share, uint64_t key, SpeculationBatch* batch) {
+  RoutingWindow& w = batch->window;
+  const int64_t known = w.stack == Stack::kEncoder ? w.source_layer : w.num_layers - 1;
+  for (int64_t b = 0; b < w.experts_BTL.size(0); ++b) {
+    for (int64_t l = 0; l < known; ++l) {
+      if (l == w.source_layer || Draw(key, kLayer, b, l) >= share) continue;
+      w.experts_BTL.select(0, b).select(1, l).fill_(w.num_experts);
+    }
+  }
+}
+
+// Row b of x becomes its columns [first, first + count), the rest `padding`.
+void Shift(const at::Tensor& x, int64_t b, int64_t first, int64_t count, double padding) {
+  if (!x.defined()) return;
+  const auto row = x.select(0, b);
+  const auto kept = row.narrow(0, first, count).clone();
+  row.fill_(padding);
+  row.narrow(0, 0, count).copy_(kept);
+}
+
+void TakeParts(double share, uint64_t key, SpeculationBatch* batch) {
+  RoutingWindow& w = batch->window;
+  for (int64_t b = 0; b < w.valid_BT.size(0); ++b) {
+    const int64_t tokens = w.valid_BT.select(0, b).sum().item<int64_t>();
+    if (tokens <= kShortest || Draw(key, kPart, b, 0) >= share) continue;
+    const auto span = [&](int64_t values, int which) {
+      return static_cast<int64_t>(Draw(key, kPart, b, which) *
+                                  static_cast<double>(values));
+    };
+    const int64_t count = kShortest + span(tokens - kShortest + 1, 1);
+    const int64_t first = span(tokens - count + 1, 2);
+    Shift(w.token_ids_BT, b, first, count, 0);
+    Shift(w.valid_BT, b, first, count, 0);
+    Shift(w.experts_BTL, b, first, count, w.num_experts);
+    Shift(w.hidden_BTD, b, first, count, 0);
+    Shift(w.context_BTD, b, first, count, 0);
+    Shift(batch->labels_BTH, b, first, count, -100);
+    Shift(batch->documents_BT, b, first, count, 0);
+    // The token after the part is not seen any more: its layers are no leads of the last.
+    if (w.stack == Stack::kDecoder && first + count < tokens) {
+      const int64_t own = w.num_layers - 1 - w.source_layer;
+      const auto last = batch->labels_BTH.select(0, b).select(0, count - 1);
+      last.narrow(0, own, last.size(0) - own).fill_(-100);
+    }
+  }
+}
+
+void PermuteExperts(double share, uint64_t key, SpeculationBatch* batch) {
+  RoutingWindow& w = batch->window;
+  const auto experts = static_cast<uint64_t>(w.num_experts);
+  for (int64_t b = 0; b < w.experts_BTL.size(0); ++b) {
+    if (Draw(key, kPermute, b) >= share) continue;
+    const Permutation permutation(experts,
+                                  Mix(key, kPermute, static_cast<uint64_t>(b), 1));
+    auto names = at::empty({w.num_experts + 1}, at::kLong);
+    for (uint64_t e = 0; e < experts; ++e) {
+      names[static_cast<int64_t>(e)] = static_cast<int64_t>(permutation(e));
+    }
+    names[w.num_experts] = w.num_experts;  // unknown stays unknown
+    const auto ids = w.experts_BTL.select(0, b);
+    ids.copy_(names.index_select(0, ids.flatten()).view(ids.sizes()));
+    const auto labels = batch->labels_BTH.select(0, b);
+    const auto counts = labels.ge(0);
+    const auto renamed =
+        names.index_select(0, labels.clamp_min(0).flatten()).view(labels.sizes());
+    labels.copy_(at::where(counts, renamed, labels));
+  }
+}
+
+void MaskTokens(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch) {
+  RoutingWindow& w = batch->window;
+  batch->weights_BT = at::full(w.valid_BT.sizes(), options.unmasked_weight, at::kFloat);
+  for (int64_t b = 0; b < w.valid_BT.size(0); ++b) {
+    for (int64_t t = 0; t < w.valid_BT.size(1); ++t) {
+      if (Draw(key, kMask, b, t) >= options.mask) continue;
+      w.experts_BTL.select(0, b).select(0, t).fill_(w.num_experts);
+      if (w.hidden_BTD.defined()) w.hidden_BTD.select(0, b).select(0, t).zero_();
+      if (w.context_BTD.defined()) w.context_BTD.select(0, b).select(0, t).zero_();
+      batch->weights_BT.select(0, b).select(0, t).fill_(1);
+    }
+  }
+}
+
+}  // namespace
+
+Json AugmentOptions::ToJson() const {
+  return {{"layer_dropout", layer_dropout},
+          {"subsequence", subsequence},
+          {"permutation", permutation},
+          {"mask", mask},
+          {"unmasked_weight", unmasked_weight}};
+}
+
+void AugmentOptions::Validate() const {
+  const auto share = [](const char* flag, double value, bool one) {
+    if (value >= 0 && (one ? value <= 1 : value < 1)) return;
+    throw UsageError(ErrorText(
+        std::string(flag) + " must be 0 or more and " + (one ? "at most 1" : "below 1"),
+        "it is " + std::to_string(value), ""));
+  };
+  share("--augment_layers", layer_dropout, false);
+  share("--augment_parts", subsequence, true);
+  share("--augment_permutation", permutation, true);
+  share("--augment_mask", mask, false);
+  share("--augment_unmasked", unmasked_weight, true);
+}
+
+void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch) {
+  if (!options.any()) return;
+  // Windows may share memory with what the data set keeps.
+  for (at::Tensor* x :
+       {&batch->window.token_ids_BT, &batch->window.valid_BT, &batch->window.experts_BTL,
+        &batch->window.hidden_BTD, &batch->window.context_BTD}) {
+    if (x->defined()) *x = x->clone();
+  }
+  if (options.subsequence > 0) TakeParts(options.subsequence, key, batch);
+  if (options.permutation > 0) PermuteExperts(options.permutation, key, batch);
+  if (options.layer_dropout > 0) DropLayers(options.layer_dropout, key, batch);
+  if (options.mask > 0) MaskTokens(options, key, batch);
+  batch->num_labels = batch->labels_BTH.ne(-100).sum().item<int64_t>();
+}
+
+}  // namespace routecast

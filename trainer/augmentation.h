@@ -1,0 +1,31 @@
+// Changes to training windows that ask a model for more than the recorded order of
+// things. Each is a pure function of (key, sequence in the batch); validation and test
+// never see them. Labels move with what they belong to.
+#pragma once
+
+#include "trainer/speculation_batch.h"
+
+namespace routecast {
+
+struct AugmentOptions {
+  double layer_dropout = 0;  // probability of hiding a known layer of a sequence; the
+                             // newest one stays
+  double subsequence = 0;    // probability of a contiguous part of a sequence, 8 tokens
+                             // or more
+  double permutation = 0;    // probability of relabelling the experts, inputs and labels
+                             // alike; destroys what an id means: for ablation
+  double mask = 0;           // share of tokens whose routing and state are hidden; the
+  double unmasked_weight = 1;  // others' labels then count by this much
+  bool any() const {
+    return layer_dropout > 0 || subsequence > 0 || permutation > 0 || mask > 0;
+  }
+
+  Json ToJson() const;
+  void Validate() const;  // UsageError naming the flag
+};
+
+// `key` is of the micro-batch. Afterwards batch->weights_BT is defined where labels do
+// not count alike.
+void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch);
+
+}  // namespace routecast

@@ -1,0 +1,342 @@
+#include "trainer/leaderboard.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "common/errors.h"
+#include "models/predictor_factory.h"
+#include "report/html_report.h"
+#include "report/table.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kServableShare = 0.05;  // of the pass
+constexpr int kTimedCalls = 40;
+
+struct Entry {
+  std::string name;
+  std::vector<fs::path> folders;  // one a seed
+};
+
+bool IsKind(const std::string& name) {
+  const auto kinds = SpeculationKinds();
+  return std::find(kinds.begin(), kinds.end(), name) != kinds.end();
+}
+
+std::vector<std::string> EntriesOf(const LeaderboardJob& job, const TraceDataset& dataset,
+                                   bool routers) {
+  if (job.entries != std::vector<std::string>{"all"}) return job.entries;
+  std::vector<std::string> kinds;
+  for (const std::string& kind : SpeculationKinds()) {
+    const bool reads = KindOf(kind).router_inputs != RouterInputs::kNever;
+    if (reads && !dataset.any_hidden()) continue;
+    if (kind == "stale_correction" && !routers) continue;
+    kinds.push_back(kind);
+  }
+  return kinds;
+}
+
+// True where the folder holds a finished run of these options.
+bool Finished(const fs::path& folder, const SpeculationOptions& options) {
+  if (!fs::exists(folder / "results.json") || !fs::exists(folder / "config.json")) {
+    return false;
+  }
+  const Json config = ReadJsonFile(folder / "config.json");
+  return config.contains("extra") && config["extra"].contains("options") &&
+         config["extra"]["options"] == options.ToJson();
+}
+
+// The middle of the times of one question to the model: a decoder token with what it
+// needs of the tokens before, from every source layer in turn.
+double PredictMicroseconds(const fs::path& folder, TraceDataset* dataset) {
+  const c10::NoGradGuard no_grad;
+  auto saved = LoadSpeculationModel(folder);
+  const MoeGeometry& g = dataset->geometry();
+  const Stack stack = g.decoder_layers > 0 ? Stack::kDecoder : Stack::kEncoder;
+  const WithHidden hidden =
+      saved.model->config().hidden_width > 0 ? WithHidden::kYes : WithHidden::kNo;
+  auto sequences = dataset->Select(SplitPart::kTest, stack, hidden);
+  if (sequences.empty()) sequences = dataset->Select(SplitPart::kTrain, stack, hidden);
+  if (sequences.empty()) return std::numeric_limits<double>::quiet_NaN();
+  const auto trace = dataset->Read({&sequences[0], 1}, hidden)[0];
+  std::vector<double> times;
+  for (int i = 0; i < kTimedCalls; ++i) {
+    const int source = i % g.layers(stack) - (stack == Stack::kEncoder ? 1 : 0);
+    RoutingWindow window = WindowOf(*trace, stack, source, g.num_experts);
+    if (hidden == WithHidden::kNo) ForgetRouterInputs(&window);
+    const int64_t tokens = window.token_ids_BT.size(1);
+    const int64_t kept = std::min<int64_t>(tokens, saved.model->history_tokens());
+    for (at::Tensor* x : {&window.token_ids_BT, &window.valid_BT, &window.experts_BTL,
+                          &window.hidden_BTD, &window.context_BTD}) {
+      if (x->defined()) *x = x->narrow(1, tokens - kept, kept).contiguous();
+    }
+    const auto start = std::chrono::steady_clock::now();
+    saved.model->ForwardLast(window);
+    const std::chrono::duration<double, std::micro> us =
+        std::chrono::steady_clock::now() - start;
+    times.push_back(us.count());
+  }
+  std::nth_element(times.begin(), times.begin() + kTimedCalls / 2, times.end());
+  return times[kTimedCalls / 2];
+}
+
+using Place = std::tuple<std::string, int, int>;  // phase, layer, lead
+
+// Mean over seeds; the interval reaches from the lowest to the highest end of the seeds'
+// intervals over documents.
+Json Merged(const std::vector<const Json*>& lists) {
+  struct Sum {
+    double top1 = 0, top4 = 0, cross_entropy = 0, ece = 0, low = 1, high = 0;
+    double least = 1, most = 0;
+    int seeds = 0;
+  };
+  std::map<Place, Sum> sums;
+  for (const Json* list : lists) {
+    for (const Json& s : *list) {
+      Sum& sum = sums[Place(s.at("phase").get<std::string>(), s.at("layer").get<int>(),
+                            s.at("lead").get<int>())];
+      const double top1 = s.at("top1").get<double>();
+      sum.top1 += top1;
+      sum.top4 += s.at("top4").get<double>();
+      sum.cross_entropy += s.at("cross_entropy").get<double>();
+      sum.ece += s.at("ece").get<double>();
+      sum.low = std::min(sum.low, s.at("ci95").at(0).get<double>());
+      sum.high = std::max(sum.high, s.at("ci95").at(1).get<double>());
+      sum.least = std::min(sum.least, top1);
+      sum.most = std::max(sum.most, top1);
+      ++sum.seeds;
+    }
+  }
+  Json merged = Json::array();
+  for (const auto& [place, s] : sums) {
+    const auto& [phase, layer, lead] = place;
+    merged.push_back({{"phase", phase},
+                      {"layer", layer},
+                      {"lead", lead},
+                      {"top1", s.top1 / s.seeds},
+                      {"top4", s.top4 / s.seeds},
+                      {"cross_entropy", s.cross_entropy / s.seeds},
+                      {"ece", s.ece / s.seeds},
+                      {"ci95", {s.low, s.high}},
+                      {"seed_range", {s.least, s.most}}});
+  }
+  return merged;
+}
+
+// Mean of `key` over a phase's places of lead 1 (or of all leads).
+Json MeanOf(const Json& scores, const std::string& phase, bool only_next,
+            const char* key) {
+  double sum = 0;
+  int count = 0;
+  for (const Json& s : scores) {
+    if (s.at("phase") != phase || (only_next && s.at("lead") != 1)) continue;
+    sum += s.at(key).get<double>();
+    ++count;
+  }
+  return count > 0 ? Json(sum / count) : Json();
+}
+
+void AddSummary(Json* row) {
+  const Json scores = (*row)["scores"];  // adding keys moves what they hold
+  for (const char* phase : {"encoder", "decoder"}) {
+    const std::string name = phase;
+    (*row)[name + "_next_top1"] = MeanOf(scores, name, true, "top1");
+    (*row)[name + "_next_top4"] = MeanOf(scores, name, true, "top4");
+    (*row)[name + "_top1"] = MeanOf(scores, name, false, "top1");
+  }
+}
+
+}  // namespace
+
+Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
+                    double predict_us, double pass_us, int questions_a_pass) {
+  std::vector<const Json*> lists;
+  Json seeds = Json::array();
+  double loss = 0;
+  for (const Json& r : results) {
+    lists.push_back(&r.at("scores"));
+    seeds.push_back(r.at("seed"));
+    loss += r.at("validation").at("loss").get<double>();
+  }
+  Json row = {{"kind", name},
+              {"parameters", results.at(0).at("parameters")},
+              {"seeds", seeds},
+              {"validation_loss", loss / static_cast<double>(results.size())},
+              {"predict_us", nullptr},
+              {"offline_only", nullptr},
+              {"scores", Merged(lists)}};
+  if (std::isfinite(predict_us)) row["predict_us"] = predict_us;
+  if (std::isfinite(predict_us) && pass_us > 0) {
+    row["offline_only"] = predict_us * questions_a_pass > kServableShare * pass_us;
+  }
+  AddSummary(&row);
+  return row;
+}
+
+namespace {
+
+Json ReadResults(const fs::path& folder, const Json& split) {
+  if (!fs::exists(folder / "results.json")) {
+    throw UsageError(ErrorText(folder.string() + " holds no finished run",
+                               "results.json is not there",
+                               "name a kind, or the --out of routecast-train"));
+  }
+  Json results = ReadJsonFile(folder / "results.json");
+  if (!results.contains("split") || results["split"] != split) {
+    throw UsageError(ErrorText(folder.string() + " was trained on another store",
+                               "its documents are split otherwise",
+                               "train it on this store, or leave it out"));
+  }
+  return results;
+}
+
+void TrainEntry(const LeaderboardJob& job, const Entry& entry, TraceDataset* dataset,
+                const std::vector<RouterWeights>& routers, Communicator* comm) {
+  for (size_t i = 0; i < entry.folders.size(); ++i) {
+    SpeculationJob run = job.run;
+    run.options.kind = entry.name;
+    run.options.seed = job.run.options.seed + i;
+    run.out = entry.folders[i];
+    if (Finished(run.out, run.options)) continue;
+    TrainSpeculation(run, dataset, routers, comm);
+  }
+}
+
+void AddBaselines(const std::vector<Json>& results, Json* rows) {
+  for (const auto& [name, scores] : results.at(0).at("baselines").items()) {
+    Json row = {{"kind", name},           {"parameters", nullptr},
+                {"seeds", Json::array()}, {"validation_loss", nullptr},
+                {"predict_us", nullptr},  {"offline_only", nullptr},
+                {"baseline", true},       {"scores", Merged({&scores})}};
+    AddSummary(&row);
+    rows->push_back(row);
+  }
+}
+
+}  // namespace
+
+Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
+                     const std::vector<RouterWeights>& routers, Communicator* comm) {
+  const Json split = dataset->SplitJson();
+  std::vector<Entry> entries;
+  for (const std::string& name : EntriesOf(job, *dataset, !routers.empty())) {
+    Entry entry{name, {}};
+    for (int i = 0; IsKind(name) && i < job.seeds; ++i) {
+      const uint64_t seed = job.run.options.seed + static_cast<uint64_t>(i);
+      entry.folders.push_back(job.run.out / name / ("seed-" + std::to_string(seed)));
+    }
+    if (entry.folders.empty()) entry.folders.push_back(name);
+    entries.push_back(entry);
+  }
+  for (const Entry& entry : entries) {  // wrong folders before anything is trained
+    if (!IsKind(entry.name)) ReadResults(entry.folders[0], split);
+  }
+  for (const Entry& entry : entries) {
+    if (IsKind(entry.name)) TrainEntry(job, entry, dataset, routers, comm);
+  }
+  Json board = {{"store", job.run.store}, {"split", split}, {"rows", Json::array()}};
+  if (job.pass_us > 0) board["pass_us"] = job.pass_us;
+  const MoeGeometry& g = dataset->geometry();
+  const int questions = g.decoder_layers > 0 ? g.decoder_layers + 1 : g.encoder_layers;
+  std::vector<Json> last;
+  for (const Entry& entry : entries) {
+    std::vector<Json> results;
+    for (const fs::path& f : entry.folders) results.push_back(ReadResults(f, split));
+    const double us =
+        comm->rank_info().is_root() ? PredictMicroseconds(entry.folders[0], dataset) : 0;
+    const std::string name = IsKind(entry.name)
+                                 ? entry.name
+                                 : results[0].at("kind").get<std::string>() + " (" +
+                                       fs::path(entry.name).filename().string() + ")";
+    board["rows"].push_back(LeaderboardRow(name, results, us, job.pass_us, questions));
+    last = results;
+  }
+  if (!last.empty()) AddBaselines(last, &board["rows"]);
+  const char* key = g.decoder_layers > 0 ? "decoder_top1" : "encoder_top1";
+  std::vector<Json> rows = board["rows"];
+  std::stable_sort(rows.begin(), rows.end(), [&](const Json& a, const Json& b) {
+    const auto value = [&](const Json& r) {
+      return r[key].is_number() ? r[key].get<double>() : -1;
+    };
+    return value(a) > value(b);
+  });
+  board["rows"] = rows;
+  if (comm->rank_info().is_root()) {
+    WriteFileAtomic(job.run.out / "leaderboard.csv", LeaderboardCsv(board));
+    WriteFileAtomic(job.run.out / "leaderboard.html", LeaderboardHtml(board));
+    WriteFileAtomic(job.run.out / "leaderboard.json", board.dump(2) + "\n");
+  }
+  comm->Barrier();
+  return board;
+}
+
+namespace {
+
+std::string Share(const Json& value) {
+  return value.is_number() ? Fixed(100 * value.get<double>(), 1) : "-";
+}
+
+Table TableOf(const Json& board) {
+  Table table({"<kind", "parameters", "seeds", "valid. loss", "dec next top-1",
+               "dec next top-4", "dec all top-1", "enc next top-1", "enc all top-1", "us",
+               "<serve"});
+  for (const Json& r : board.at("rows")) {
+    const bool baseline = r.contains("baseline");
+    const Json& us = r.at("predict_us");
+    const Json& offline = r.at("offline_only");
+    table.AddRow(
+        {r.at("kind").get<std::string>() + (baseline ? " (baseline)" : ""),
+         r.at("parameters").is_number()
+             ? std::to_string(r.at("parameters").get<int64_t>())
+             : "-",
+         baseline ? "-" : std::to_string(r.at("seeds").size()),
+         r.at("validation_loss").is_number()
+             ? Fixed(r.at("validation_loss").get<double>(), 3)
+             : "-",
+         Share(r.at("decoder_next_top1")), Share(r.at("decoder_next_top4")),
+         Share(r.at("decoder_top1")), Share(r.at("encoder_next_top1")),
+         Share(r.at("encoder_top1")), us.is_number() ? Fixed(us.get<double>(), 0) : "-",
+         offline.is_boolean() ? (offline.get<bool>() ? "offline only" : "yes") : "-"});
+  }
+  return table;
+}
+
+}  // namespace
+
+std::string LeaderboardText(const Json& board) { return TableOf(board).ToText(); }
+std::string LeaderboardCsv(const Json& board) { return TableOf(board).ToCsv(); }
+
+std::string LeaderboardHtml(const Json& board) {
+  HtmlReport page("Speculation models", board.at("store").get<std::string>());
+  page.Section("All kinds");
+  page.Paragraph(
+      "Test documents, %; means over layers, leads and seeds. us: one question for one "
+      "decoder token on the machine that made this table.");
+  page.AddTable(TableOf(board), "best first");
+  page.Section("Single places");
+  page.Paragraph(
+      "95 %: from the lowest to the highest end of the seeds' intervals over documents.");
+  for (const Json& r : board.at("rows")) {
+    Table places({"<phase", "layer", "lead", "top-1", "95 %", "over seeds", "top-4",
+                  "nats", "ECE"});
+    for (const Json& s : r.at("scores")) {
+      places.AddRow({s.at("phase"), std::to_string(s.at("layer").get<int>()),
+                     std::to_string(s.at("lead").get<int>()), Share(s.at("top1")),
+                     Share(s.at("ci95")[0]) + "-" + Share(s.at("ci95")[1]),
+                     Share(s.at("seed_range")[0]) + "-" + Share(s.at("seed_range")[1]),
+                     Share(s.at("top4")), Fixed(s.at("cross_entropy").get<double>(), 3),
+                     Fixed(100 * s.at("ece").get<double>(), 1)});
+    }
+    page.Details(r.at("kind"), places);
+  }
+  return page.Finish();
+}
+
+}  // namespace routecast

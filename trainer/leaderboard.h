@@ -1,0 +1,39 @@
+// One table of many models on one store, each over several seeds, beside the baselines:
+// leaderboard.json, .csv and .html. Thread rule: one thread a rank; every rank makes the
+// same calls.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "trainer/speculation_trainer.h"
+
+namespace routecast {
+
+struct LeaderboardJob {
+  // Kinds, which are trained into OUT/KIND/seed-N, or folders of finished runs; "all" =
+  // every kind that the store can serve.
+  std::vector<std::string> entries;
+  int seeds = 3;
+  double pass_us = 0;  // one token through the decoder; 0 = not known
+  // What every run is trained by, but kind, seed and folder; `out` is the table's folder.
+  SpeculationJob run;
+};
+
+// A finished run of the same options is not trained again, an unfinished one goes on.
+// Returns leaderboard.json's content. Throws what TrainSpeculation throws; UsageError
+// where a folder holds no finished run or one of another store.
+Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
+                     const std::vector<RouterWeights>& routers, Communicator* comm);
+
+// The table for people: a row a model, best first.
+std::string LeaderboardText(const Json& leaderboard);
+std::string LeaderboardCsv(const Json& leaderboard);
+std::string LeaderboardHtml(const Json& leaderboard);
+
+// Rows of results.json files: one a (name, parameters), the mean of its seeds. Exposed
+// for tests.
+Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
+                    double predict_us, double pass_us, int questions_a_pass);
+
+}  // namespace routecast

@@ -1,0 +1,73 @@
+#include "trainer/learning_schedule.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kCycleUp = 0.1, kCycleFirst = 1.0 / 25, kCycleLast = 1.0 / 250000;
+
+// From 1 to `last` as `done` goes from 0 to 1.
+double Cosine(double done, double last) {
+  const double wave = 0.5 * (1 + std::cos(std::numbers::pi * std::clamp(done, 0.0, 1.0)));
+  return last + (1 - last) * wave;
+}
+
+double OneCycle(double done) {
+  if (done < kCycleUp) return 1 - (Cosine(done / kCycleUp, 0) * (1 - kCycleFirst));
+  return Cosine((done - kCycleUp) / (1 - kCycleUp), kCycleLast);
+}
+
+}  // namespace
+
+Json LearningSchedule::ToJson() const {
+  return {{"name", name},
+          {"warmup_steps", warmup_steps},
+          {"last_share", last_share},
+          {"restart_steps", restart_steps},
+          {"restart_growth", restart_growth},
+          {"plateau_factor", plateau_factor},
+          {"plateau_patience", plateau_patience}};
+}
+
+void LearningSchedule::Validate() const {
+  ParseChoice("--schedule", name,
+              {"cosine", "restarts", "plateau", "constant", "one_cycle"});
+  const auto require = [](bool good, const char* flag, const std::string& values) {
+    if (!good)
+      throw UsageError(ErrorText(std::string(flag) + " is out of range", values, ""));
+  };
+  require(warmup_steps >= 0, "--warmup_steps", "0 or more");
+  require(last_share >= 0 && last_share <= 1, "--last_rate", "0 to 1");
+  require(restart_steps >= 0, "--restart_steps", "0 or more");
+  require(restart_growth >= 1 && restart_growth <= 10, "--restart_growth", "1 to 10");
+  require(plateau_factor > 0 && plateau_factor < 1, "--plateau_factor",
+          "above 0, below 1");
+  require(plateau_patience > 0, "--plateau_patience", "1 or more");
+}
+
+double LearningSchedule::Share(int64_t step, int64_t steps, int lowered) const {
+  const auto total = static_cast<double>(std::max<int64_t>(1, steps));
+  if (name == "one_cycle") return OneCycle(static_cast<double>(step) / total);
+  const auto warmup = std::min<int64_t>(warmup_steps, steps / 10 + 1);
+  if (step < warmup) return static_cast<double>(step + 1) / static_cast<double>(warmup);
+  if (name == "constant") return 1;
+  if (name == "plateau") return std::max(last_share, std::pow(plateau_factor, lowered));
+  auto at = static_cast<double>(step - warmup);
+  if (name == "restarts") {
+    double wave =
+        restart_steps > 0 ? static_cast<double>(restart_steps) : std::max(1.0, total / 5);
+    while (at >= wave) {
+      at -= wave;
+      wave *= restart_growth;
+    }
+    return Cosine(at / wave, last_share);
+  }
+  return Cosine(at / std::max(1.0, total - static_cast<double>(warmup)), last_share);
+}
+
+}  // namespace routecast

@@ -1,0 +1,83 @@
+#include "trainer/model_setup.h"
+
+#include <algorithm>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+void Apply(const ModelSizes& sizes, SpeculationConfig* c) {
+  if (sizes.width > 0) c->width = sizes.width;
+  if (sizes.heads > 0) c->heads = sizes.heads;
+  // The inner width follows the width where it is not said.
+  if (sizes.ff > 0) {
+    c->ff = sizes.ff;
+  } else if (sizes.width > 0) {
+    c->ff = (c->kind == "hidden" ? 2 : 4) * c->width;
+  }
+  if (sizes.layers > 0) c->layers = sizes.layers;
+  if (sizes.context > 0) c->context = sizes.context;
+  if (sizes.dropout >= 0) c->dropout = sizes.dropout;
+}
+
+SpeculationConfig MemberConfig(const std::string& kind, const ModelSizes& sizes,
+                               TraceDataset* dataset) {
+  const bool reads = KindOf(kind).router_inputs != RouterInputs::kNever;
+  if (reads && !dataset->any_hidden()) {
+    throw UsageError(
+        ErrorText("--kind=" + kind + " needs router inputs; the store has none", "",
+                  "collect with --record=ids,hidden, or use --kind=interlayer"));
+  }
+  SpeculationConfig config = DefaultSpeculationConfig(
+      kind, dataset->geometry(), static_cast<int>(dataset->vocab_size()),
+      reads ? dataset->geometry().d_model : 0);
+  Apply(sizes, &config);
+  return config;
+}
+
+}  // namespace
+
+SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
+  SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
+  if (options.kind == "ensemble") {
+    config.combine = options.combine;
+    const auto members = ParseMembers(options.members, options.training);
+    if (!members.empty()) config.members.clear();
+    for (const MemberSpec& member : members) {
+      config.members.push_back(MemberConfig(member.kind, member.sizes, dataset));
+    }
+    config.weights.assign(config.members.size(),
+                          1.0 / static_cast<double>(config.members.size()));
+    config.hidden_width = 0;
+    for (const SpeculationConfig& member : config.members) {
+      config.hidden_width = std::max(config.hidden_width, member.hidden_width);
+    }
+  }
+  if (const std::string problem = ProblemOf(config); !problem.empty()) {
+    throw UsageError(ErrorText("--kind=" + options.kind + " has no such sizes", problem,
+                               "change --width, --heads, --ff, --layers or --context"));
+  }
+  return config;
+}
+
+std::vector<MemberOptions> TrainingOf(const SpeculationOptions& options,
+                                      const SpeculationConfig& config) {
+  std::vector<MemberOptions> training;
+  for (const MemberSpec& member : ParseMembers(options.members, options.training)) {
+    training.push_back(member.options);
+  }
+  if (training.empty()) {
+    training.assign(std::max<size_t>(1, config.members.size()), options.training);
+  }
+  for (size_t m = 0; m < training.size(); ++m) {
+    const std::string& kind =
+        config.members.empty() ? config.kind : config.members[m].kind;
+    if (training[m].learning_rate == 0) {
+      training[m].learning_rate = KindOf(kind).learning_rate;
+    }
+  }
+  return training;
+}
+
+}  // namespace routecast

@@ -1,0 +1,23 @@
+// From options and traces to the model that is to be trained.
+#pragma once
+
+#include <vector>
+
+#include "models/speculation_model.h"
+#include "trainer/speculation_options.h"
+#include "trainer/trace_dataset.h"
+
+namespace routecast {
+
+// UsageError where the kind needs router inputs that the store has not.
+SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset);
+// What each member is trained by, in the order of the configuration's members; one where
+// there are none. Learning rates are filled in.
+std::vector<MemberOptions> TrainingOf(const SpeculationOptions& options,
+                                      const SpeculationConfig& config);
+
+inline WithHidden HiddenOf(const SpeculationConfig& config) {
+  return config.hidden_width > 0 ? WithHidden::kYes : WithHidden::kNo;
+}
+
+}  // namespace routecast

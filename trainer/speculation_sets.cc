@@ -1,0 +1,104 @@
+#include "trainer/speculation_sets.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+namespace routecast {
+namespace {
+
+constexpr double kLargest = 1 - 1e-6;
+enum Value { kRecall, kPrecision, kSize, kTrueSize, kFrequencyRecall, kSequences };
+
+}  // namespace
+
+at::Tensor LogUnneeded(const at::Tensor& probs_BTHE, const at::Tensor& counts_BTH) {
+  const auto counts = counts_BTH.unsqueeze(3).to(at::kFloat);
+  return (at::log1p(-probs_BTHE.clamp_max(kLargest)) * counts).sum(1);
+}
+
+at::Tensor NeededExperts(const at::Tensor& labels_BTH, int64_t num_experts) {
+  const auto counts = labels_BTH.ge(0).unsqueeze(3);
+  const auto one_hot = at::one_hot(labels_BTH.clamp_min(0), num_experts);
+  return one_hot.logical_and(counts).any(1).to(at::kFloat);
+}
+
+at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTH) {
+  const auto counts = labels_BTH.ge(0);
+  const auto unneeded =
+      LogUnneeded(at::softmax(logits_BTHE, -1), counts).clamp_max(-1e-6);
+  const auto needed = NeededExperts(labels_BTH, logits_BTHE.size(3));
+  const auto loss = needed * at::log(-at::expm1(unneeded)) + (1 - needed) * unneeded;
+  return -(loss.mean(2) * counts.sum(1).to(at::kFloat)).sum();
+}
+
+Json SetScores::ToJson() const {
+  return {{"phase", "encoder"},     {"layer", layer},
+          {"lead", lead},           {"recall", recall},
+          {"precision", precision}, {"size", size},
+          {"true_size", true_size}, {"frequency_recall", frequency_recall},
+          {"sequences", sequences}};
+}
+
+void SetAccumulator::Add(int layer, const at::Tensor& probs_BTHE,
+                         const at::Tensor& labels_BTH, const at::Tensor& frequency_HE) {
+  const int64_t E = probs_BTHE.size(3);
+  const auto counts = labels_BTH.ge(0);
+  const auto likely = -at::expm1(LogUnneeded(probs_BTHE, counts));  // [B,H,E]
+  const auto needed = NeededExperts(labels_BTH, E);
+  const auto budget = likely.sum(2).ceil().clamp(1, static_cast<double>(E));
+  // Rank of each expert from 0; the set is those below the budget.
+  const auto taken = [&](const at::Tensor& score) {
+    const auto order = score.argsort(/*stable=*/true, 2, /*descending=*/true);
+    return order.argsort(/*stable=*/true, 2, false).lt(budget.unsqueeze(2));
+  };
+  const auto ours = taken(likely).to(at::kFloat);
+  const auto frequent = taken(frequency_HE.unsqueeze(0).expand_as(likely)).to(at::kFloat);
+  for (int64_t b = 0; b < likely.size(0); ++b) {
+    for (int64_t h = 0; h < likely.size(1); ++h) {
+      const auto truth = needed[b][h];
+      const double size = truth.sum().item<double>();
+      if (size == 0) continue;
+      const double hits = (ours[b][h] * truth).sum().item<double>();
+      const double held = budget[b][h].item<double>();
+      auto& sums = sums_[{layer, static_cast<int>(h) + 1}];
+      sums[kRecall] += hits / size;
+      sums[kPrecision] += hits / held;
+      sums[kSize] += held;
+      sums[kTrueSize] += size;
+      sums[kFrequencyRecall] += (frequent[b][h] * truth).sum().item<double>() / size;
+      sums[kSequences] += 1;
+    }
+  }
+}
+
+std::vector<double> SetAccumulator::Sums(int layers) const {
+  std::vector<double> all;
+  for (int layer = -1; layer < layers - 1; ++layer) {
+    for (int lead = 1; lead <= layers - 1 - layer; ++lead) {
+      const auto it = sums_.find({layer, lead});
+      for (int v = 0; v < kValues; ++v) {
+        all.push_back(it == sums_.end() ? 0 : it->second[static_cast<size_t>(v)]);
+      }
+    }
+  }
+  return all;
+}
+
+std::vector<SetScores> SetAccumulator::Scores(const std::vector<double>& sums,
+                                              int layers) {
+  std::vector<SetScores> scores;
+  const double* at = sums.data();
+  for (int layer = -1; layer < layers - 1; ++layer) {
+    for (int lead = 1; lead <= layers - 1 - layer; ++lead, at += kValues) {
+      const double n = at[kSequences];
+      if (n == 0) continue;
+      scores.push_back({layer, lead, at[kRecall] / n, at[kPrecision] / n, at[kSize] / n,
+                        at[kTrueSize] / n, at[kFrequencyRecall] / n,
+                        static_cast<int64_t>(n)});
+    }
+  }
+  return scores;
+}
+
+}  // namespace routecast

@@ -1,0 +1,55 @@
+// The encoder's question: which experts does a layer need for all tokens of a sequence?
+// An expert is needed where one token needs it: P(e) = 1 - prod over tokens (1 - p_te).
+// B sequences, T tokens, H leads, E experts.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "common/routing.h"
+#include "common/run_record.h"
+
+namespace routecast {
+
+// log(1 - P(e)) [B,H,E] over the tokens that `counts_BTH` says, with p <= 1 - 1e-6.
+at::Tensor LogUnneeded(const at::Tensor& probs_BTHE, const at::Tensor& counts_BTH);
+// The experts of the labels (-100 = none), as 0 and 1. [B,H,E] float32.
+at::Tensor NeededExperts(const at::Tensor& labels_BTH, int64_t num_experts);
+// Binary cross-entropy of P(e) against the true set, a mean over experts, times the
+// sequence's labels, so that it weighs like the loss of as many tokens; summed.
+at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTH);
+
+// Scores of ranked sets over sequences, one a (source layer, lead) of the encoder.
+// The predicted set holds the ceil(sum P) experts of the largest P.
+struct SetScores {
+  int layer = 0, lead = 0;
+  double recall = 0;  // of the true set, mean over sequences
+  double precision = 0;
+  double size = 0, true_size = 0;  // means
+  double frequency_recall = 0;  // of as many experts, ranked by the train part's counts
+  int64_t sequences = 0;
+  Json ToJson() const;
+};
+
+// Thread rule: one thread at a time.
+class SetAccumulator {
+ public:
+  // probs [B,T,H,E] of one source layer; frequency_HE: of the leads' targets.
+  void Add(int layer, const at::Tensor& probs_BTHE, const at::Tensor& labels_BTH,
+           const at::Tensor& frequency_HE);
+  // Sums as numbers, for a reduction over ranks; in the order of Keys of `most` sources
+  // and leads.
+  std::vector<double> Sums(int layers) const;
+  static std::vector<SetScores> Scores(const std::vector<double>& sums, int layers);
+
+ private:
+  static constexpr int kValues = 6;
+  std::map<std::pair<int, int>, std::array<double, kValues>> sums_;
+};
+
+}  // namespace routecast
