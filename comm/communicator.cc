@@ -5,6 +5,7 @@
 
 #include <exception>
 
+#include "comm/call_watch.h"
 #include "comm/mpi_session.h"
 #include "comm/mpi_wait.h"
 #include "comm/nccl_communicator.h"
@@ -15,18 +16,22 @@ namespace {
 
 class MpiReduce final : public PendingReduce {
  public:
-  MpiReduce(const at::Tensor& tensor, MPI_Comm comm, const RankInfo& rank,
+  MpiReduce(const at::Tensor& tensor, MPI_Comm comm, std::shared_ptr<CallWatch> watch,
             double deadline)
-      : tensor_(tensor), rank_(rank), deadline_(deadline) {
+      : tensor_(tensor),
+        watch_(std::move(watch)),
+        call_(watch_->Begin("all-reduce", tensor.nbytes())),
+        deadline_(deadline) {
     MPI_Iallreduce(MPI_IN_PLACE, tensor_.data_ptr(), static_cast<int>(tensor_.numel()),
                    tensor_.scalar_type() == at::kDouble ? MPI_DOUBLE : MPI_FLOAT, MPI_SUM,
                    comm, &request_);
   }
-  void Wait() override { WaitFor(&request_, "all-reduce", rank_, deadline_); }
+  void Wait() override { WaitFor(&request_, watch_.get(), call_, deadline_); }
 
  private:
   at::Tensor tensor_;
-  RankInfo rank_;
+  std::shared_ptr<CallWatch> watch_;
+  uint64_t call_;
   double deadline_;
   MPI_Request request_ = MPI_REQUEST_NULL;
 };
@@ -38,8 +43,9 @@ constexpr double kBarrierDeadlines = 20;
 class MpiCommunicator final : public Communicator {
  public:
   // `comm` is freed with the object unless it is the world's.
-  MpiCommunicator(MPI_Comm comm, RankInfo rank, double deadline)
-      : comm_(comm), rank_(rank), deadline_(deadline) {}
+  MpiCommunicator(MPI_Comm comm, RankInfo rank, double deadline,
+                  std::shared_ptr<CallWatch> watch)
+      : comm_(comm), rank_(rank), deadline_(deadline), watch_(std::move(watch)) {}
   ~MpiCommunicator() override {
     int finalized = 0;
     MPI_Finalized(&finalized);
@@ -56,26 +62,29 @@ class MpiCommunicator final : public Communicator {
       throw std::logic_error(
           "all-reduce needs a contiguous float32 or float64 tensor on the CPU");
     }
-    return std::make_unique<MpiReduce>(tensor, comm_, rank_, deadline_);
+    return std::make_unique<MpiReduce>(tensor, comm_, watch_, deadline_);
   }
   void AllReduceSum(std::span<double> values) override {
+    const uint64_t call = watch_->Begin("all-reduce of doubles", values.size_bytes());
     MPI_Request request;
     MPI_Iallreduce(MPI_IN_PLACE, values.data(), static_cast<int>(values.size()),
                    MPI_DOUBLE, MPI_SUM, comm_, &request);
-    WaitFor(&request, "all-reduce of doubles", rank_, deadline_);
+    WaitFor(&request, watch_.get(), call, deadline_);
   }
   void Broadcast(const at::Tensor& tensor, int root) override {
+    const uint64_t call = watch_->Begin("broadcast", tensor.nbytes());
     MPI_Request request;
     MPI_Ibcast(tensor.data_ptr(), static_cast<int>(tensor.nbytes()), MPI_BYTE, root,
                comm_, &request);
-    WaitFor(&request, "broadcast", rank_, deadline_);
+    WaitFor(&request, watch_.get(), call, deadline_);
   }
   std::vector<std::string> AllGather(const std::string& bytes) override {
     std::vector<int> sizes(static_cast<size_t>(rank_.world));
     const int size = static_cast<int>(bytes.size());
+    uint64_t call = watch_->Begin("all-gather of sizes", sizeof size);
     MPI_Request request;
     MPI_Iallgather(&size, 1, MPI_INT, sizes.data(), 1, MPI_INT, comm_, &request);
-    WaitFor(&request, "all-gather", rank_, deadline_);
+    WaitFor(&request, watch_.get(), call, deadline_);
     std::vector<int> offsets(sizes.size());
     int total = 0;
     for (size_t r = 0; r < sizes.size(); ++r) {
@@ -83,9 +92,10 @@ class MpiCommunicator final : public Communicator {
       total += sizes[r];
     }
     std::string all(static_cast<size_t>(total), '\0');
+    call = watch_->Begin("all-gather", bytes.size());
     MPI_Iallgatherv(bytes.data(), size, MPI_BYTE, all.data(), sizes.data(),
                     offsets.data(), MPI_BYTE, comm_, &request);
-    WaitFor(&request, "all-gather", rank_, deadline_);
+    WaitFor(&request, watch_.get(), call, deadline_);
     std::vector<std::string> parts;
     for (size_t r = 0; r < sizes.size(); ++r) {
       parts.push_back(
@@ -113,11 +123,12 @@ class MpiCommunicator final : public Communicator {
     }
     const at::Tensor out = at::cat(send, 0);
     const at::Tensor in = at::empty({received, width}, out.options());
+    const uint64_t call = watch_->Begin("all-to-all", out.nbytes());
     MPI_Request request;
     MPI_Ialltoallv(out.const_data_ptr(), to.data(), to_at.data(), row,
                    in.mutable_data_ptr(), from.data(), from_at.data(), row, comm_,
                    &request);
-    WaitFor(&request, "all-to-all", rank_, deadline_);
+    WaitFor(&request, watch_.get(), call, deadline_);
     MPI_Type_free(&row);
     std::vector<at::Tensor> parts;
     for (size_t r = 0; r < world; ++r) {
@@ -126,15 +137,17 @@ class MpiCommunicator final : public Communicator {
     return parts;
   }
   void Barrier() override {
+    const uint64_t call = watch_->Begin("barrier", 0);
     MPI_Request request;
     MPI_Ibarrier(comm_, &request);
-    WaitFor(&request, "barrier", rank_, kBarrierDeadlines * deadline_);
+    WaitFor(&request, watch_.get(), call, kBarrierDeadlines * deadline_);
   }
 
  private:
   MPI_Comm comm_;
   RankInfo rank_;
   double deadline_;
+  std::shared_ptr<CallWatch> watch_;  // reductions under way hold it, too
 };
 
 class DoneReduce final : public PendingReduce {
@@ -149,13 +162,15 @@ std::unique_ptr<PendingReduce> LocalCommunicator::StartAllReduceSum(const at::Te
 }
 
 std::unique_ptr<Communicator> MakeCommunicator(const MpiSession& session,
-                                               at::Device device,
-                                               double deadline_seconds) {
+                                               at::Device device, double deadline_seconds,
+                                               const fs::path& watch_folder) {
   const RankInfo rank = session.rank_info();
   if (rank.world == 1) return std::make_unique<LocalCommunicator>();
-  auto mpi = std::make_unique<MpiCommunicator>(MPI_COMM_WORLD, rank, deadline_seconds);
+  auto watch = std::make_shared<CallWatch>(rank, watch_folder);
+  auto mpi =
+      std::make_unique<MpiCommunicator>(MPI_COMM_WORLD, rank, deadline_seconds, watch);
   if (device.is_cpu()) return mpi;
-  return MakeNcclCommunicator(std::move(mpi), device, deadline_seconds);
+  return MakeNcclCommunicator(std::move(mpi), device, deadline_seconds, watch);
 }
 
 std::unique_ptr<Communicator> MakeGroupCommunicator(const RankInfo& world, int group_size,
@@ -170,9 +185,10 @@ std::unique_ptr<Communicator> MakeGroupCommunicator(const RankInfo& world, int g
   rank.world = group_size;
   MPI_Comm comm;
   MPI_Comm_split(MPI_COMM_WORLD, world.rank / group_size, world.rank, &comm);
-  auto mpi = std::make_unique<MpiCommunicator>(comm, rank, deadline_seconds);
+  auto watch = std::make_shared<CallWatch>(rank, fs::path());
+  auto mpi = std::make_unique<MpiCommunicator>(comm, rank, deadline_seconds, watch);
   if (device.is_cpu()) return mpi;
-  return MakeNcclCommunicator(std::move(mpi), device, deadline_seconds);
+  return MakeNcclCommunicator(std::move(mpi), device, deadline_seconds, watch);
 }
 
 }  // namespace routecast

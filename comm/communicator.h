@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "common/files.h"
 #include "common/rank.h"
 
 namespace routecast {
@@ -74,9 +75,12 @@ class MpiSession;
 // CPU: MPI. CUDA: NCCL, bootstrapped over MPI (EnvironmentError in a build without CUDA).
 // A world of one gets a LocalCommunicator. `deadline_seconds` bounds every wait for
 // peers; a barrier, which waits for what one rank does alone, may take 20 times as long.
+// Ranks that wait longer leave their last calls in `watch_folder` (call_watch.h), by
+// which the missing one is named; empty = none.
 std::unique_ptr<Communicator> MakeCommunicator(const MpiSession& session,
                                                at::Device device,
-                                               double deadline_seconds = 45);
+                                               double deadline_seconds = 45,
+                                               const fs::path& watch_folder = {});
 // The same among `group_size` consecutive ranks (rank / group_size names the group).
 // Every rank of the job calls it. REQUIRES that group_size divides the world.
 std::unique_ptr<Communicator> MakeGroupCommunicator(const RankInfo& world, int group_size,

@@ -28,24 +28,27 @@ class NcclCommunicator;
 
 class NcclReduce final : public PendingReduce {
  public:
-  NcclReduce(NcclCommunicator* owner, at::Tensor tensor)
-      : owner_(owner), tensor_(std::move(tensor)) {}
+  NcclReduce(NcclCommunicator* owner, at::Tensor tensor, uint64_t call)
+      : owner_(owner), tensor_(std::move(tensor)), call_(call) {}
   void Wait() override;
   at::cuda::CUDAEvent done;
 
  private:
   NcclCommunicator* owner_;
   at::Tensor tensor_;
+  uint64_t call_;
 };
 
 // Own stream: reductions overlap backward. One communicator a controlling thread.
 class NcclCommunicator final : public Communicator {
  public:
-  NcclCommunicator(std::unique_ptr<Communicator> host, at::Device device, double deadline)
+  NcclCommunicator(std::unique_ptr<Communicator> host, at::Device device, double deadline,
+                   std::shared_ptr<CallWatch> watch)
       : host_(std::move(host)),
         rank_(host_->rank_info()),
         device_(device),
         deadline_(deadline),
+        watch_(std::move(watch)),
         guard_(device),
         stream_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true)) {
     ncclUniqueId id = {};
@@ -67,7 +70,8 @@ class NcclCommunicator final : public Communicator {
   RankInfo rank_info() const override { return rank_; }
 
   std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor& tensor) override {
-    auto pending = std::make_unique<NcclReduce>(this, tensor);
+    auto pending = std::make_unique<NcclReduce>(
+        this, tensor, watch_->Begin("NCCL all-reduce", tensor.nbytes()));
     at::cuda::CUDAEvent ready;
     ready.record(c10::cuda::getCurrentCUDAStream());
     ready.block(stream_);
@@ -81,6 +85,7 @@ class NcclCommunicator final : public Communicator {
   }
   void AllReduceSum(std::span<double> values) override { host_->AllReduceSum(values); }
   void Broadcast(const at::Tensor& tensor, int root) override {
+    const uint64_t call = watch_->Begin("NCCL broadcast", tensor.nbytes());
     at::cuda::CUDAEvent ready, done;
     ready.record(c10::cuda::getCurrentCUDAStream());
     ready.block(stream_);
@@ -88,10 +93,11 @@ class NcclCommunicator final : public Communicator {
                         root, comm_, stream_),
           "broadcast");
     done.record(stream_);
-    Await(done, "broadcast");
+    Await(done, call);
   }
   std::vector<at::Tensor> AllToAll(const std::vector<at::Tensor>& send,
                                    std::span<const int64_t> counts) override {
+    const uint64_t call = watch_->Begin("NCCL all-to-all", 0);
     at::cuda::CUDAEvent ready, done;
     ready.record(c10::cuda::getCurrentCUDAStream());
     std::vector<at::Tensor> parts;
@@ -113,7 +119,7 @@ class NcclCommunicator final : public Communicator {
     }
     Check(ncclGroupEnd(), "all-to-all");
     done.record(stream_);
-    Await(done, "all-to-all");  // so that nobody frees or overwrites what still travels
+    Await(done, call);  // so that nobody frees or overwrites what still travels
     return parts;
   }
   std::vector<std::string> AllGather(const std::string& bytes) override {
@@ -122,19 +128,23 @@ class NcclCommunicator final : public Communicator {
   void Barrier() override { host_->Barrier(); }
 
   // Polls the event and NCCL's asynchronous error up to the deadline.
-  void Await(at::cuda::CUDAEvent& event, const char* call) {
+  void Await(at::cuda::CUDAEvent& event, uint64_t call) {
     const auto start = Clock::now();
     while (!event.query()) {
       ncclResult_t state = ncclSuccess;
       ncclCommGetAsyncError(comm_, &state);
       const double waited = std::chrono::duration<double>(Clock::now() - start).count();
-      if ((state != ncclSuccess && state != ncclInProgress) || waited > deadline_) {
-        Abort(call, state != ncclSuccess
-                        ? ncclGetErrorString(state)
-                        : "waited " + std::to_string(int(waited)) + " s for a peer");
+      if (state != ncclSuccess && state != ncclInProgress) {
+        Abort("call " + std::to_string(call), ncclGetErrorString(state));
+      }
+      if (waited > deadline_) {
+        ncclCommAbort(comm_);
+        comm_ = nullptr;
+        throw watch_->Overdue(call, waited);
       }
       std::this_thread::yield();
     }
+    watch_->End(call);
   }
 
  private:
@@ -161,22 +171,24 @@ class NcclCommunicator final : public Communicator {
   RankInfo rank_;
   at::Device device_;
   double deadline_;
+  std::shared_ptr<CallWatch> watch_;
   c10::cuda::CUDAGuard guard_;
   c10::cuda::CUDAStream stream_;
   ncclComm_t comm_ = nullptr;
 };
 
 void NcclReduce::Wait() {
-  owner_->Await(done, "all-reduce");
+  owner_->Await(done, call_);
   done.block(c10::cuda::getCurrentCUDAStream());
 }
 
 }  // namespace
 
 std::unique_ptr<Communicator> MakeNcclCommunicator(
-    std::unique_ptr<Communicator> bootstrap, at::Device device, double deadline_seconds) {
+    std::unique_ptr<Communicator> bootstrap, at::Device device, double deadline_seconds,
+    std::shared_ptr<CallWatch> watch) {
   return std::make_unique<NcclCommunicator>(std::move(bootstrap), device,
-                                            deadline_seconds);
+                                            deadline_seconds, std::move(watch));
 }
 
 }  // namespace routecast

@@ -4,7 +4,8 @@
 namespace routecast {
 
 std::unique_ptr<Communicator> MakeNcclCommunicator(std::unique_ptr<Communicator>,
-                                                   at::Device, double) {
+                                                   at::Device, double,
+                                                   std::shared_ptr<CallWatch>) {
   throw EnvironmentError(ErrorText("this build has no CUDA, so no NCCL", "",
                                    "use --device=cpu, or build where nvcc is found"));
 }

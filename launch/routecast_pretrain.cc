@@ -84,6 +84,8 @@ PretrainJob Validate() {
   return job;
 }
 
+constexpr double kDeadlineSeconds = 45;  // that a rank waits for the others
+
 void Run(int argc, char** argv) {
   PretrainJob job = Validate();
   MpiSession session(&argc, &argv);
@@ -91,7 +93,8 @@ void Run(int argc, char** argv) {
   const RankInfo rank = session.rank_info();
   const at::Device device = ParseDevice(FLAGS_device, rank.local_rank);
   SetComputeThreads(ThreadsPerRank(rank.local_world));
-  const auto comm = MakeCommunicator(session, device);
+  const auto comm =
+      MakeCommunicator(session, device, kDeadlineSeconds, job.out / "watchdog");
   job.device = device;
   job.quiet = job.quiet || !rank.is_root();
 

@@ -11,6 +11,7 @@
 #include "launch/flags.h"
 #include "launch/main.h"
 #include "trainer/leaderboard.h"
+#include "trainer/search.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
@@ -80,6 +81,12 @@ DEFINE_int32(seeds, 3, "Seeds a kind of --leaderboard, from --seed on");
 DEFINE_double(pass_us, 0,
               "Microseconds of one token through the decoder: kinds whose questions take "
               "more than 5 % of it are marked; 0 = not known");
+DEFINE_string(
+    search, "",
+    "JSON file of a search space: successive halving over its trials, each on a "
+    "rank of its own; docs/speculation.md has an example");
+DEFINE_double(collective_deadline, 45,
+              "Seconds a rank waits for the others before the job ends and names them");
 DEFINE_int64(stop_after, 0, "Save, end with 75 after this step; 0 = run to the end");
 
 namespace routecast {
@@ -133,6 +140,9 @@ SpeculationJob Validate() {
   job.store = FLAGS_store;
   job.resume = FLAGS_resume;
   job.stop_after = FLAGS_stop_after;
+  if (!(FLAGS_collective_deadline >= 1)) {
+    throw UsageError("--collective_deadline must be 1 or more seconds");
+  }
   return job;
 }
 
@@ -141,6 +151,13 @@ std::vector<RouterWeights> RoutersOf(const TraceReader& reader) {
   if (!fs::exists(reader.routers_path())) return {};
   return ReadRouters(reader.routers_path(), reader.config().geometry);
 }
+
+SearchSpace SpaceOf(const fs::path& file) {
+  return SearchSpace::FromJson(ReadJsonFile(file), file.string());
+}
+
+// Trials of one rank may take much longer than another's.
+constexpr double kSearchDeadline = 24 * 3600;
 
 LeaderboardJob Leaderboard(const SpeculationJob& run) {
   LeaderboardJob job;
@@ -171,7 +188,10 @@ void Run(int argc, char** argv) {
   job.device = ParseDevice(FLAGS_device, rank.local_rank);
   SetComputeThreads(ThreadsPerRank(rank.local_world));
   job.deterministic = FLAGS_deterministic;
-  const auto comm = MakeCommunicator(session, job.device);
+  const auto comm =
+      MakeCommunicator(session, job.device,
+                       FLAGS_search.empty() ? FLAGS_collective_deadline : kSearchDeadline,
+                       job.out / "watchdog");
   job.quiet = FLAGS_quiet || !rank.is_root();
 
   const auto reader = std::make_shared<const TraceReader>(FLAGS_store);

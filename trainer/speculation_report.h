@@ -5,6 +5,7 @@
 #include <string>
 
 #include "models/speculation_model.h"
+#include "trainer/knn_estimate.h"
 #include "trainer/speculation_evaluation.h"
 #include "trainer/speculation_options.h"
 
@@ -19,6 +20,7 @@ struct SpeculationReport {
   ValidationScores validation;
   std::vector<ValidationScores> members;  // of an ensemble, each alone
   TestScores test;
+  std::vector<KnnEstimate> neighbours;
   StaleControl control;
   bool has_control = false;  // router inputs were there to check
 };

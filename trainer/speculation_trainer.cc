@@ -355,6 +355,9 @@ class SpeculationTrainer {
         Part(SplitPart::kTest, options_.test_sequences, kTestStream);
     report.test =
         Test(model_.get(), calibration, tables_, routers_, test, options_.seed, comm_);
+    if (rank_.is_root()) {
+      report.neighbours = EstimateByNeighbours(dataset_, options_.seed);
+    }
     SpeculationResult result;
     result.results = ResultsJson(report);
     result.table = ResultsTable(report, config_.geometry.num_experts);

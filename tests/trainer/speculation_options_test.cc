@@ -9,8 +9,10 @@
 #include "common/errors.h"
 #include "models/ensemble_model.h"
 #include "trainer/augmentation.h"
+#include "trainer/knn_estimate.h"
 #include "trainer/leaderboard.h"
 #include "trainer/member_optimizer.h"
+#include "trainer/search.h"
 #include "trainer/speculation_sets.h"
 
 namespace routecast {
@@ -373,6 +375,104 @@ TEST(MemberOptimizerTest, AveragesFollowAndSwap) {
   EXPECT_TRUE(at::allclose(w, expected, 1e-5, 1e-6));
   optimizer.SwapAverages();
   EXPECT_TRUE(at::equal(w, two));
+}
+
+// Against distances one by one.
+TEST(KnnEstimateTest, FindsTheNearest) {
+  at::manual_seed(2);
+  const auto train = at::randn({50, 4}), test = at::randn({9, 4});
+  const auto a = at::randint(0, 3, {50}, at::kLong),
+             b = at::randint(0, 3, {9}, at::kLong);
+  double right = 0, right32 = 0;
+  for (int i = 0; i < 9; ++i) {
+    std::vector<std::pair<double, int>> all;
+    for (int j = 0; j < 50; ++j) {
+      all.emplace_back((train[j] - test[i]).square().sum().item<double>(), j);
+    }
+    std::sort(all.begin(), all.end());
+    std::vector<int> votes(3);
+    for (int k = 0; k < 32; ++k) ++votes[a[all[size_t(k)].second].item<int64_t>()];
+    right += a[all[0].second].item<int>() == b[i].item<int>();
+    right32 +=
+        std::max_element(votes.begin(), votes.end()) - votes.begin() == b[i].item<int>();
+  }
+  const KnnEstimate e = ByNeighbours(train, a, test, b, 3);
+  EXPECT_NEAR(e.top1_nearest, right / 9, 1e-9);
+  EXPECT_NEAR(e.top1_of_32, right32 / 9, 1e-9);
+}
+
+TEST(KnnEstimateTest, TheBoundIsCoverAndHarts) {
+  // Two experts, an error of .18 = 2 p (1 - p) for p = .1: nobody is right above .9.
+  const auto vectors = at::arange(100).to(at::kFloat).unsqueeze(1);
+  auto labels = at::zeros({100}, at::kLong);
+  auto truth = labels.clone();
+  truth.narrow(0, 0, 18).fill_(1);
+  EXPECT_NEAR(ByNeighbours(vectors, labels, vectors, truth, 2).bayes_bound, 0.9, 1e-6);
+  EXPECT_EQ(
+      ByNeighbours(vectors, labels, vectors, at::ones({100}, at::kLong), 2).bayes_bound,
+      1);
+}
+
+Json Space() {
+  return Json::parse(R"({"trials": 9, "factor": 3, "rungs": 3, "space": {
+      "learning_rate": {"log": [1e-4, 1e-2]}, "layers": {"int": [1, 3]},
+      "dropout": {"uniform": [0, 0.3]}, "width": [64, 128]}})");
+}
+
+TEST(SearchTest, DrawsAreAFunctionOfSeedAndTrial) {
+  const SearchSpace space = SearchSpace::FromJson(Space(), "test");
+  EXPECT_EQ(space.Draw(1, 3), space.Draw(1, 3));
+  EXPECT_NE(space.Draw(1, 3), space.Draw(1, 4));
+  EXPECT_NE(space.Draw(1, 3), space.Draw(2, 3));
+  int below = 0;
+  std::vector<int> layers(4);
+  for (int t = 0; t < 300; ++t) {
+    const auto values = space.Draw(1, t);
+    EXPECT_TRUE(values.at("width") == 64 || values.at("width") == 128);
+    EXPECT_GE(values.at("learning_rate"), 1e-4);
+    EXPECT_LE(values.at("learning_rate"), 1e-2);
+    below += values.at("learning_rate") < 1e-3;
+    ++layers.at(static_cast<size_t>(values.at("layers")));
+  }
+  EXPECT_NEAR(below, 150, 40);  // even in the logarithm
+  for (int n = 1; n <= 3; ++n) EXPECT_NEAR(layers[size_t(n)], 100, 35);
+}
+
+TEST(SearchTest, EachRungHasAFactorMoreSteps) {
+  EXPECT_EQ(RungSteps(900, 0, 3, 3), 100);
+  EXPECT_EQ(RungSteps(900, 1, 3, 3), 300);
+  EXPECT_EQ(RungSteps(900, 2, 3, 3), 900);
+  EXPECT_EQ(RungSteps(2, 0, 3, 3), 1);
+}
+
+TEST(SearchTest, EverySearchableNameSetsSomething) {
+  for (const std::string& name : SearchableNames()) {
+    SpeculationOptions options;
+    SetOption(name, 0.0625 * 1024, &options);
+    EXPECT_NE(options.ToJson(), SpeculationOptions().ToJson()) << name;
+  }
+}
+
+TEST(SearchTest, MistakesInTheSpaceAreNamed) {
+  const std::pair<const char*, const char*> cases[] = {
+      {R"({})", "space"},
+      {R"({"space": {}})", "space"},
+      {R"({"space": {"learning_rat": [1]}})", "learning_rate"},
+      {R"({"space": {"width": []}})", "list of numbers"},
+      {R"({"space": {"width": ["x"]}})", "holds"},
+      {R"({"space": {"width": {"log": [0, 1]}}})", "above 0"},
+      {R"({"space": {"width": {"log": [2, 1]}}})", "lower first"},
+      {R"({"space": {"width": {"lag": [1, 2]}}})", "log"},
+      {R"({"trials": 0, "space": {"width": [1]}})", "trials"},
+      {R"({"rungs": 99, "space": {"width": [1]}})", "rungs"}};
+  for (const auto& [text, expected] : cases) {
+    try {
+      SearchSpace::FromJson(Json::parse(text), "space.json");
+      ADD_FAILURE() << text;
+    } catch (const UsageError& e) {
+      EXPECT_THAT(e.what(), testing::HasSubstr(expected)) << text;
+    }
+  }
 }
 
 Json Results(uint64_t seed, double top1) {

@@ -13,6 +13,7 @@
 #include "models/predictor_factory.h"
 #include "tests/trainer/synthetic_traces.h"
 #include "trainer/leaderboard.h"
+#include "trainer/search.h"
 
 namespace routecast {
 namespace {
@@ -177,6 +178,42 @@ TEST_F(SpeculationTraining, ALeaderboardTrainsWhatIsMissing) {
   EXPECT_EQ(fs::last_write_time(job.run.out / "simple/seed-1/results.json"), written);
   job.entries = {(folder_ / "nothing").string()};
   EXPECT_THROW(make(), UsageError);
+}
+
+TEST_F(SpeculationTraining, ASearchKeepsTheBetterTrialsAndGoesOn) {
+  const SyntheticTraces traces = Traces(60);
+  SearchJob job;
+  job.space = SearchSpace::FromJson(Json::parse(R"({"trials": 4, "factor": 2, "rungs": 2,
+                      "space": {"learning_rate": {"log": [1e-4, 1e-2]}}})"),
+                                    "space");
+  job.run = Job("search", "simple");
+  job.run.options.steps = 8;
+  job.run.options.sizes = {16, 2, 32, 1, 0, -1};
+  const auto search = [&] {
+    TraceDataset dataset(traces.traces, traces.geometry);
+    LocalCommunicator comm;
+    return Search(job, &dataset, traces.routers, &comm);
+  };
+  const Json found = search();
+  ASSERT_EQ(found["trials"].size(), 4u);
+  for (size_t i = 0; i < 4; ++i) {
+    const Json& rungs = found["trials"][i]["rungs"];
+    ASSERT_EQ(rungs.size(), i < 2 ? 2u : 1u);
+    EXPECT_EQ(rungs[0]["steps"], 4);
+  }
+  const auto loss = [&](size_t i, size_t rung) {
+    return found["trials"][i]["rungs"][rung]["validation_loss"].get<double>();
+  };
+  EXPECT_LE(loss(0, 1), loss(1, 1));
+  EXPECT_LE(std::max(loss(0, 0), loss(1, 0)), std::min(loss(2, 0), loss(3, 0)));
+  EXPECT_THAT(ReadFile(job.run.out / "best.flags"),
+              testing::HasSubstr("--learning_rate="));
+  // What is finished is read; what is missing is made again, with the same result.
+  const fs::path kept = job.run.out / "rung-0/trial-0001/results.json";
+  const auto written = fs::last_write_time(kept);
+  fs::remove_all(job.run.out / "rung-0/trial-0002");
+  EXPECT_EQ(search(), found);
+  EXPECT_EQ(fs::last_write_time(kept), written);
 }
 
 TEST_F(SpeculationTraining, RefusesAnotherConfigurationInTheSameFolder) {

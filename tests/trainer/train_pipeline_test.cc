@@ -2,6 +2,8 @@
 // stopped by a signal, killed, started again.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "common/errors.h"
 #include "tests/support/process.h"
 #include "tests/support/tiny_checkpoint.h"
@@ -70,6 +72,35 @@ TEST_F(TrainPipeline, KilledItGoesOnToTheSameScores) {
             128 + SIGKILL);
   ASSERT_EQ(RunProgram(Command("killed")), 0);
   EXPECT_EQ(ReadJsonFile(folder_ / "killed" / "results.json"), Golden());
+}
+
+// A rank that is stopped, not dead: the others' deadline ends the job, its number is
+// said, and the run goes on to the same scores.
+TEST_F(TrainPipeline, AHungRankIsNamedAndTheRunGoesOn) {
+  const fs::path out = folder_ / "hung", script = folder_ / "hang.sh";
+  WriteFileAtomic(script,
+                  "if [ \"$OMPI_COMM_WORLD_RANK\" = 1 ]; then\n"
+                  "  (until [ -e " +
+                      (out / "state").string() +
+                      " ]; do sleep 0.02; done; kill -STOP $$) &\n"
+                      "fi\nexec \"$@\"\n");
+  auto command = Command("hung");
+  const auto program = std::find(command.begin(), command.end(), Bin("routecast-train"));
+  command.insert(command.insert(program, script.string()), "bash");
+  std::string line;
+  for (const std::string& word : command) line += "'" + word + "' ";
+  line += "--collective_deadline=2 2> '" + (folder_ / "hung.err").string() + "'";
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_NE(RunProgram({"bash", "-c", line}), 0);
+  WaitForOrphans();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(60));
+  const std::string error = ReadFile(folder_ / "hung.err");
+  EXPECT_NE(error.find("rank 1 did not come to it and does not answer"),
+            std::string::npos)
+      << error;
+  EXPECT_FALSE(ReadFile(out / "watchdog" / "rank-0.jsonl").empty());
+  ASSERT_EQ(RunProgram(Command("hung")), 0);
+  EXPECT_EQ(ReadJsonFile(out / "results.json"), Golden());
 }
 
 TEST_F(TrainPipeline, EveryConfigurationThatIsShippedFitsTheProgram) {
