@@ -10,7 +10,7 @@
 #include <cstdio>
 
 #include "evaluator/foresight.h"
-#include "evaluator/prefetch_simulation.h"
+#include "evaluator/policy_simulation.h"
 #include "models/predictor_factory.h"
 #include "storage/trace_reader.h"
 
@@ -41,49 +41,10 @@ struct Play {
   size_t counted_from = 0, tokens = 0;
 };
 
-// The visits of the decoder's passes over one sequence, with what `foresight` says.
-void AddSequence(const RoutingTrace& trace, const MoeGeometry& g, Foresight* foresight,
-                 Play* play) {
-  const RoutingSpan& span = trace.decoder;
-  std::vector<at::Tensor> hidden;
-  const RoutingWindow source = WindowOf(trace, Stack::kDecoder, -1, g.num_experts);
-  for (int l = 0; l < g.decoder_layers; ++l) {
-    hidden.push_back(
-        WindowOf(trace, Stack::kDecoder, l, g.num_experts).hidden_BTD.contiguous());
-  }
-  for (int t = 0; t < std::min(span.num_tokens, FLAGS_tokens); ++t) {
-    PassInfo pass;
-    pass.stack = Stack::kDecoder;
-    pass.token_ids_BT = at::full({1, 1}, int64_t{span.token_ids[size_t(t)]}, at::kLong);
-    pass.valid_BT = at::ones({1, 1}, at::kBool);
-    pass.first_position = t;
-    pass.source_BSD = source.source_BSD;
-    pass.source_valid_BS = source.source_valid_BS;
-    const auto at_begin = foresight->AtPassBegin(pass);
-    for (int l = 0; l < g.decoder_layers; ++l) {
-      SimulatedVisit visit;
-      visit.layer = g.GlobalLayer(Stack::kDecoder, l);
-      const int expert = span.expert_ids[size_t(l) * size_t(span.num_tokens) + size_t(t)];
-      visit.experts = {expert};
-      visit.seconds_before = (l == 0 ? FLAGS_head_ms : FLAGS_gap_ms) / 1e3;
-      visit.begins_pass = l == 0;
-      visit.seconds_in_pass = l == 0 ? FLAGS_gap_ms / 1e3 : 0;
-      visit.seconds_expert = FLAGS_expert_ms / 1e3;
-      visit.seconds_predict = FLAGS_predict_ms / 1e3;
-      if (l == 0) visit.at_pass_begin = at_begin;
-      LayerRouting routing;
-      routing.layer = visit.layer;
-      routing.input_BTD = hidden[size_t(l)].narrow(1, t, 1).contiguous();
-      routing.expert_ids_BT = at::full({1, 1}, expert, at::kLong);
-      visit.at_layer = foresight->AtLayer(routing);
-      play->visits.push_back(std::move(visit));
-    }
-    ++play->tokens;
-  }
-}
-
 Play Record(const TraceReader& reader, const MoeGeometry& g, Foresight* foresight) {
   const SplitPart part = FLAGS_part == "test" ? SplitPart::kTest : SplitPart::kValidation;
+  const StepCosts costs{FLAGS_gap_ms / 1e3, FLAGS_expert_ms / 1e3, FLAGS_head_ms / 1e3,
+                        FLAGS_predict_ms / 1e3};
   Play play;
   int count = 0;
   for (const SequenceInfo& info : reader.sequences()) {
@@ -91,26 +52,13 @@ Play Record(const TraceReader& reader, const MoeGeometry& g, Foresight* foresigh
       continue;
     }
     if (count == 4) play.counted_from = play.visits.size();  // the cache fills
-    AddSequence(reader.Read(info.sequence_id, WithHidden::kYes), g, foresight, &play);
+    const size_t before = play.visits.size();
+    AppendVisits(reader.Read(info.sequence_id, WithHidden::kYes), g, FLAGS_tokens, costs,
+                 foresight, &play.visits);
+    play.tokens += (play.visits.size() - before) / size_t(g.decoder_layers);
     if (++count == FLAGS_sequences) break;
   }
   return play;
-}
-
-std::vector<SimulatedVisit> TellFuture(std::vector<SimulatedVisit> visits,
-                                       int num_experts, size_t horizon) {
-  for (size_t i = 0; i < visits.size(); ++i) {
-    visits[i].at_pass_begin.clear();
-    visits[i].at_layer.clear();
-    for (size_t d = 1; d <= horizon && i + d < visits.size(); ++d) {
-      LayerForecast forecast{visits[i + d].layer, int(d),
-                             std::vector<float>(size_t(num_experts), 0.f)};
-      for (int e : visits[i + d].experts) forecast.probabilities[size_t(e)] = 1;
-      visits[i].at_layer.push_back(std::move(forecast));
-    }
-    visits[i].seconds_predict = 0;
-  }
-  return visits;
 }
 
 void Print(const char* name, const SimulationResult& r, double base, size_t uses) {
@@ -201,7 +149,7 @@ int Main() {
   far.max_lead = 12;
   for (const size_t horizon : {1, 2, 3, 12}) {
     Print(("oracle " + std::to_string(horizon)).c_str(),
-          run(far, TellFuture(play.visits, g.num_experts, horizon)), lru.seconds, uses);
+          run(far, WithOracle(play.visits, g.num_experts, horizon)), lru.seconds, uses);
   }
   std::printf("goal       %6.3fx\n", 1 + 0.8 * (lru.seconds / compute - 1));
   return 0;

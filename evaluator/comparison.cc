@@ -335,6 +335,16 @@ void Comparison::RunRound(int round, bool measured) {
   }
 }
 
+void Comparison::DrawRound(int round) {
+  for (const auto& row : rows_) {
+    options_.timeline->BeginProcess(row->policy + " / " + row->predictor + " / " +
+                                    row->eviction);
+    row->runtime->SetTimeline(options_.timeline);
+    RunRow(row.get(), round, false);
+    row->runtime->SetTimeline(nullptr);
+  }
+}
+
 RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   const int s = static_cast<int>(phase);
   const PhaseStats stats = row.runtime->stats(phase);
@@ -422,6 +432,12 @@ ComparisonResult Comparison::Run() {
   // leave the link slow and the bound high.
   peak_ = std::max(peak_, engine_->MeasurePeak(options_.peak_seconds));
 
+  ComparisonResult result = Result();
+  if (options_.timeline) DrawRound(rounds);
+  return result;
+}
+
+ComparisonResult Comparison::Result() {
   ComparisonResult result;
   size_t baseline = 0;
   while (rows_[baseline]->eviction != "lru") ++baseline;

@@ -12,6 +12,7 @@
 #include "evaluator/disk_transfer_engine.h"
 #include "evaluator/expert_file.h"
 #include "evaluator/prefetch_runtime.h"
+#include "evaluator/timeline.h"
 #include "evaluator/workload.h"
 #include "models/expert_predictor.h"
 
@@ -31,6 +32,8 @@ struct ComparisonOptions {
   bool oracle = true, resident = true, uncached = true;
   bool synthetic_weights = false;     // label only
   at::ScalarType dtype = at::kFloat;  // of the experts on disk
+  // One more round, not measured, is written there; null = none. Outlives the comparison.
+  Timeline* timeline = nullptr;
   bool quiet = false;
 };
 
@@ -65,7 +68,9 @@ class Comparison {
   void MakeRows();
   void RunRound(int round, bool measured);
   void RunRow(Row* row, int round, bool measured);
+  void DrawRound(int round);  // into the timeline, a process a row
   std::vector<OracleForesight::Visit> AllVisits(size_t* counted_from) const;
+  ComparisonResult Result();
   RowResult Summarise(const Row& row, Stack phase) const;
   void AddBounds(std::vector<RowResult>* rows) const;
   int SegmentOf(int round) const { return round % workload_->num_segments(); }

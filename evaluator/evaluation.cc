@@ -12,6 +12,7 @@
 #include "common/stop.h"
 #include "corpus/tokenizer.h"
 #include "evaluator/expert_store.h"
+#include "evaluator/predictor_set.h"
 #include "evaluator/replay.h"
 #include "models/predictor_factory.h"
 #include "report/evaluation_report.h"
@@ -21,8 +22,6 @@ namespace routecast {
 namespace {
 
 constexpr int kLeastReplayTokens = 4;
-const std::vector<std::string> kComparedBaselines = {"frequency", "token_table", "markov",
-                                                     "stale_gate"};
 
 // Everything that a comparison borrows.
 struct Setting {
@@ -41,20 +40,8 @@ bool RunsDecoder(const EvaluationOptions& o) {
 }
 
 std::vector<std::string> PredictorsOf(const EvaluationOptions& options) {
-  std::vector<std::string> names = options.predictor;
-  // --compare shows the simple baselines beside what is asked for, where they can be
-  // fitted.
-  if (options.compare && !options.store.empty()) {
-    const std::vector<std::string> known = BaselineNames();
-    for (auto it = kComparedBaselines.rbegin(); it != kComparedBaselines.rend(); ++it) {
-      const bool there = std::find(names.begin(), names.end(), *it) != names.end();
-      const bool exists = std::find(known.begin(), known.end(), *it) != known.end();
-      if (!there && exists) names.insert(names.begin(), *it);
-    }
-  }
-  std::erase(names, "none");
-  std::erase(names, "oracle");  // a row of its own
-  return names;
+  const bool shown = options.compare && !options.store.empty();
+  return WithBaselines(options.predictor, shown ? options.baselines : "none");
 }
 
 // Test-part sequences that serve, ascending by id.
@@ -84,62 +71,10 @@ std::vector<uint64_t> TestSequences(const TraceReader& reader,
       "--predictor=none"));
 }
 
-std::vector<RouterWeights> StoredRouters(const TraceReader& reader) {
-  std::vector<RouterWeights> routers;
-  if (!fs::exists(reader.routers_path())) return routers;
-  const Parameters all = ReadParameters(reader.routers_path(), at::kFloat);
-  for (int layer = 0; layer < reader.config().geometry.num_layers(); ++layer) {
-    const std::string name = "layer." + std::to_string(layer) + ".";
-    RouterWeights router;
-    router.weight_ED = all.Get(name + "weight");
-    if (all.Has(name + "bias")) router.bias_E = all.Get(name + "bias");
-    router.norm_gain_D = all.Get(name + "norm_gain");
-    routers.push_back(router);
-  }
-  return routers;
-}
-
-// Counts of the train part: what the simple baselines predict from.
-std::shared_ptr<const BaselineTables> FitTables(const TraceReader& reader, bool quiet) {
-  std::vector<uint64_t> train;
-  for (const SequenceInfo& info : reader.sequences()) {
-    if (SplitOf(info.group_id) == SplitPart::kTrain) train.push_back(info.sequence_id);
-  }
-  const std::vector<RoutingTrace> traces = reader.ReadMany(train, WithHidden::kNo);
-  uint32_t vocab = 0;
-  for (const RoutingTrace& trace : traces) {
-    for (uint32_t id : trace.encoder.token_ids) vocab = std::max(vocab, id);
-    for (uint32_t id : trace.decoder.token_ids) vocab = std::max(vocab, id);
-  }
-  // Token ids beyond those seen in training may come in the test part.
-  auto tables = std::make_shared<BaselineTables>(
-      reader.config().geometry, static_cast<int>(std::max(vocab + 1, 32128u)));
-  for (const RoutingTrace& trace : traces) tables->Fit(trace);
-  if (!quiet) std::fprintf(stderr, "baselines: %zu train sequences\n", traces.size());
-  return tables;
-}
-
 void LoadPredictors(const EvaluationOptions& options, const MoeGeometry& geometry,
                     const std::vector<RouterWeights>& routers, Setting* setting) {
-  std::shared_ptr<const BaselineTables> tables;
-  const std::vector<std::string> baselines = BaselineNames();
-  for (const std::string& name : PredictorsOf(options)) {
-    const bool asked = std::find(options.predictor.begin(), options.predictor.end(),
-                                 name) != options.predictor.end();
-    if (name == "stale_gate" && routers.empty() && !asked) continue;
-    if (std::find(baselines.begin(), baselines.end(), name) == baselines.end()) {
-      setting->predictors.push_back(LoadPredictor(name, geometry, "", routers));
-      continue;
-    }
-    if (name != "stale_gate" && !tables) {
-      if (!setting->reader) {
-        throw UsageError(ErrorText("--predictor=" + name + " counts recorded routing", "",
-                                   "give --store=STORE as well"));
-      }
-      tables = FitTables(*setting->reader, options.quiet);
-    }
-    setting->predictors.push_back(MakeBaseline(name, tables, geometry, routers));
-  }
+  setting->predictors = MakePredictors(PredictorsOf(options), options.predictor, geometry,
+                                       routers, setting->reader.get(), options.quiet);
 }
 
 bool NeedHidden(const Setting& setting) {
@@ -327,6 +262,11 @@ void ValidateEvaluation(const EvaluationOptions& options) {
     throw UsageError(ErrorText("--eviction=belady knows the future", "",
                                "its bytes stand in every row; choose lru"));
   }
+  ParseChoice("--baselines", options.baselines, {"none", "simple", "all"});
+  if (options.timeline && options.out.empty()) {
+    throw UsageError(ErrorText("--timeline needs --out", "timeline.json is written there",
+                               "give --out=FOLDER"));
+  }
   ParseChoice("--phase", options.phase, {"decoder", "encoder", "both"});
   ParseChoice("--link", options.link, {"auto", "native", "emulated"});
   ParseDtype("--dtype", options.dtype);
@@ -367,8 +307,10 @@ Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
   }
   std::vector<ExpertPredictor*> predictors;
   for (const auto& predictor : setting.predictors) predictors.push_back(predictor.get());
-  Comparison comparison(setting.workload.get(), setting.file, predictors,
-                        ComparisonOf(options, *setting.file));
+  ComparisonOptions comparing = ComparisonOf(options, *setting.file);
+  Timeline timeline;
+  if (options.timeline && !options.out.empty()) comparing.timeline = &timeline;
+  Comparison comparison(setting.workload.get(), setting.file, predictors, comparing);
   ComparisonResult result;
   try {
     result = comparison.Run();
@@ -379,6 +321,7 @@ Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
   std::printf("%s", ComparisonTable(result).c_str());
   const Json headline = Headline(result);
   WriteOutputs(options, result);
+  if (comparing.timeline) timeline.Write(options.out / "timeline.json");
   if (record) record->Finish(result.lossless ? kExitDone : kExitDefect, headline);
   if (!result.lossless) throw std::logic_error("two rows put out different bits");
   return headline;

@@ -24,8 +24,10 @@ struct EvaluationOptions {             // one field a flag of the same name
   int max_new_tokens = 16;  // decoder steps a segment
   int rounds = 20;          // interleaved, measured
   int warmup_rounds = 3;
-  bool compare = false;  // the rows of docs/metrics.md; else LRU and predictors
-  fs::path out;          // results.json, run.json, report.html; empty: none
+  bool compare = false;           // the rows of docs/metrics.md; else LRU and predictors
+  std::string baselines = "all";  // of compare: all, simple or none
+  bool timeline = false;          // writes timeline.json, of one more round
+  fs::path out;                   // results.json, run.json, report.html; empty: none
   std::vector<fs::path> report_with;  // other runs' folders that the report shows as well
   fs::path cache;                     // expert files; empty: the user's cache folder
   std::string device = "auto", dtype = "fp32";

@@ -181,6 +181,7 @@ void PrefetchPlanner::Evict(ExpertKey key) {
   if (unused) ledger_.bytes_wasted += options_.expert_bytes;
   unused = 0;
   cache_->Drop(key);
+  evicted_.push_back(key);
 }
 
 TransferOrder PrefetchPlanner::Launch(ExpertKey key, bool demand, long visit) {
@@ -196,6 +197,7 @@ PlannerActions PrefetchPlanner::Poll() {
   CancelWrong(&actions);
   StartDemands(&actions);
   if (demands_.empty()) StartSpeculations(&actions);
+  actions.evicted.swap(evicted_);
   return actions;
 }
 

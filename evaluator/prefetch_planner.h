@@ -66,6 +66,7 @@ struct PlannerActions {
   std::vector<TransferOrder> start;  // in this order
   std::vector<uint64_t> promote;     // speculations that a demand joined
   std::vector<uint64_t> cancel;      // speculations that turned out wrong; best effort
+  std::vector<ExpertKey> evicted;    // since the last Poll, for those who watch
 };
 
 enum class TransferOutcome { kArrived, kCancelled, kFailed };
@@ -169,6 +170,7 @@ class PrefetchPlanner {
   std::vector<Flight> flights_;         // in starting order
   std::vector<uint8_t> unused_;         // by key: prefetched and not used yet
   std::vector<uint64_t> promotions_;
+  std::vector<ExpertKey> evicted_;
   std::optional<ExpertKey> failed_;
   uint64_t next_id_ = 1;
   double stall_ = 0, transfer_seconds_ = 0, last_done_ = -1;

@@ -18,6 +18,10 @@ PlannerOptions Filled(PlannerOptions options, const ExpertFileSpec& spec,
   return options;
 }
 
+std::string NameOf(ExpertKey key) {
+  return "layer " + std::to_string(key.layer) + " expert " + std::to_string(key.expert);
+}
+
 }  // namespace
 
 PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* engine,
@@ -47,6 +51,12 @@ void PrefetchRuntime::Act() {
   const PlannerActions actions = planner_.Poll();
   for (uint64_t id : actions.promote) engine_->Promote(id);
   for (uint64_t id : actions.cancel) engine_->Cancel(id);
+  if (timeline_) {
+    for (const TransferOrder& o : actions.start) watched_[o.id] = {o, clock_.Now()};
+    for (const ExpertKey key : actions.evicted) {
+      timeline_->Mark(Timeline::Track::kCache, "evict " + NameOf(key), clock_.Now());
+    }
+  }
   for (const TransferOrder& order : actions.start) engine_->Start(order);
   held_peak_ = std::max(held_peak_, cache_.num_slots() - cache_.free_slots());
 }
@@ -59,10 +69,29 @@ void PrefetchRuntime::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
     restoring_.erase(restored);
     restore_failed_ = restore_failed_ || outcome != TransferOutcome::kArrived;
   } else {
+    if (timeline_) WatchTransfer(id, outcome);
     planner_.OnDone(id, outcome, bytes);
     if (active_) Act();
   }
   arrived_.notify_all();
+}
+
+void PrefetchRuntime::SetTimeline(Timeline* timeline) {
+  const std::lock_guard lock(mutex_);
+  timeline_ = timeline;
+  watched_.clear();
+}
+
+void PrefetchRuntime::WatchTransfer(uint64_t id, TransferOutcome outcome) {
+  const auto found = watched_.find(id);
+  if (found == watched_.end()) return;
+  const auto& [order, started] = found->second;
+  const char* how = outcome == TransferOutcome::kArrived     ? "arrived"
+                    : outcome == TransferOutcome::kCancelled ? "cancelled"
+                                                             : "failed";
+  timeline_->Span(Timeline::Track::kLink, NameOf(order.key), started, clock_.Now(),
+                  {{"for", order.demand ? "demand" : "speculation"}, {"outcome", how}});
+  watched_.erase(found);
 }
 
 bool PrefetchRuntime::Speculating() const {
@@ -83,7 +112,12 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
     return;
   }
   const std::vector<LayerForecast> forecasts = foresight_->AtPassBegin(pass);
-  predict_ += clock_.Now() - pass_begin_;
+  const double asked = clock_.Now();
+  predict_ += asked - pass_begin_;
+  if (timeline_) {
+    timeline_->Span(Timeline::Track::kPredictor, "ask at the pass' begin", pass_begin_,
+                    asked);
+  }
   Foresee(forecasts);
 }
 
@@ -117,7 +151,12 @@ void PrefetchRuntime::Begin(int layer, std::span<const int> experts) {
   } else {
     foresight_->Skip(pending_);
   }
-  predict_ += clock_.Now() - from;
+  const double asked = clock_.Now();
+  predict_ += asked - from;
+  if (timeline_ && !forecasts.empty()) {
+    timeline_->Span(Timeline::Track::kPredictor, "ask at layer " + std::to_string(layer),
+                    from, asked);
+  }
   if (!forecasts.empty()) Foresee(forecasts);
 }
 
@@ -139,19 +178,31 @@ ExpertLease PrefetchRuntime::Next() {
     const double waited = clock_.Now() - from;
     stall_ += waited;
     planner_.AddStall(waited);
+    if (timeline_) {
+      timeline_->Span(Timeline::Track::kWaiting, "for " + NameOf(*key), from,
+                      from + waited);
+    }
   }
   const int slot = cache_.slot(*key);
-  return {key->expert, slots_[static_cast<size_t>(slot)], [this, key] { Release(*key); }};
+  return {key->expert, slots_[static_cast<size_t>(slot)],
+          [this, key, taken = clock_.Now()] { Release(*key, taken); }};
 }
 
-void PrefetchRuntime::Release(ExpertKey key) {
+void PrefetchRuntime::Release(ExpertKey key, double taken) {
   std::lock_guard lock(mutex_);
+  if (timeline_) {
+    timeline_->Span(Timeline::Track::kModel, NameOf(key), taken, clock_.Now());
+  }
   planner_.Release(key);
   Act();
 }
 
 void PrefetchRuntime::OnPassEnd(const PassInfo&) {
   const double seconds = clock_.Now() - pass_begin_;
+  if (timeline_) {
+    timeline_->Span(Timeline::Track::kModel, StackName(stack_), pass_begin_,
+                    pass_begin_ + seconds);
+  }
   if (foresight_ && options_.planner.policy.auto_off) {
     // What speculation changes, without the noise of computing: waiting, and asking.
     gauges_[static_cast<int>(stack_)].Record(stall_ + predict_);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "evaluator/expert_file.h"
 #include "evaluator/foresight.h"
 #include "evaluator/prefetch_planner.h"
+#include "evaluator/timeline.h"
 #include "evaluator/transfer_engine.h"
 #include "models/expert_source.h"
 #include "models/routing_observer.h"
@@ -80,13 +82,16 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   // The visits since the last TakeVisits, in order (what an oracle is told).
   std::vector<OracleForesight::Visit> TakeVisits();
   Foresight* foresight() { return foresight_.get(); }
+  // What happens from now on is written there; null = nowhere. While nothing runs.
+  void SetTimeline(Timeline* timeline);
   // For tests that damage it: the memory of the slot that holds `key`, null where absent.
   std::byte* MemoryOf(ExpertKey key);
 
  private:
   void Act();  // lock held: polls the planner and drives the engine
+  void WatchTransfer(uint64_t id, TransferOutcome outcome);  // lock held
   void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
-  void Release(ExpertKey key);
+  void Release(ExpertKey key, double taken);
   void Foresee(const std::vector<LayerForecast>& forecasts);
   void WaitIdle(std::unique_lock<std::mutex>* lock);
   bool Speculating() const;
@@ -114,6 +119,12 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   bool restore_failed_ = false;
   uint64_t next_restore_ = uint64_t{1} << 62;  // ids apart from the planner's
   std::vector<OracleForesight::Visit> visits_;
+  Timeline* timeline_ = nullptr;
+  struct WatchedTransfer {
+    TransferOrder order;
+    double started = 0;
+  };
+  std::map<uint64_t, WatchedTransfer> watched_;  // under way, where a timeline is kept
 };
 
 }  // namespace routecast

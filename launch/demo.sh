@@ -133,7 +133,7 @@ run_demo() {
   step evaluate "generation under a 25 % budget" "$root/launch/evaluate.sh" --compare \
     --model="$checkpoint" --store="$out/store-generate" --predictor="$runs" "${rows[@]}" \
     --out="$out/evaluate"
-  step replay "replay at full-size geometry, and the report" "$root/launch/evaluate.sh" \
+  step replay "replay at full-size geometry, and the report" "$root/launch/evaluate.sh" --baselines=simple \
     --compare --store="$out/store-generate" --predictor="$runs" "${rows[@]}" \
     --out="$out/replay" \
     --report_with="$out/evaluate,$runs,$out/stats,$out/pretrain,$checkpoint"

@@ -9,6 +9,11 @@
 #include "common/errors.h"
 #include "common/model_folder.h"
 #include "evaluator/evaluation.h"
+#include "evaluator/expert_store.h"
+#include "evaluator/policy_simulation.h"
+#include "evaluator/predictor_set.h"
+#include "evaluator/quality.h"
+#include "evaluator/status.h"
 #include "launch/flags.h"
 #include "launch/main.h"
 
@@ -29,7 +34,15 @@ DEFINE_string(policy, "auto", "on_demand, multi_look, top_k, intelligent or auto
 DEFINE_string(eviction, "lru", "none, lru, lfu, lfru, least_stale or phase_aware");
 DEFINE_string(expert_budget, "25%",
               "expert memory: a share of the experts that run, or bytes");
-DEFINE_string(mode, "generate", "generate (with --model, or a replay of --store)");
+DEFINE_string(mode, "generate",
+              "generate (with --model, or a replay of --store), quality (predictors on "
+              "--store), simulate (policies on --store under --profile), transfer "
+              "(measures the disk), status (what there is below --in)");
+DEFINE_string(profile, "rtx3090",
+              "device of --mode=simulate: rtx3090, or a file of --mode=transfer");
+DEFINE_int32(sequences, 200, "test sequences of --mode=quality and simulate, at most");
+DEFINE_double(question_us, 200, "cost of a question in --mode=simulate");
+DEFINE_string(in, ".", "folder that --mode=status looks into");
 DEFINE_string(phase, "decoder", "stacks of a replay: decoder, encoder or both");
 DEFINE_string(link, "auto",
               "native, emulated (paced), or auto: paced where the bound is < 1.5");
@@ -39,6 +52,9 @@ DEFINE_int32(rounds, 20, "interleaved measured rounds");
 DEFINE_int32(warmup_rounds, 3, "rounds before them that are not measured");
 DEFINE_bool(compare, false,
             "all rows: no cache, LRU, baselines, predictors, oracle, resident");
+DEFINE_string(baselines, "all", "baselines of --compare: all, simple or none");
+DEFINE_bool(timeline, false,
+            "writes timeline.json for Perfetto: one more round of every row");
 DEFINE_string(out, "", "folder for results.json, run.json, table.txt and report.html");
 DEFINE_string(report_with, "",
               "comma list of other output folders that report.html shows");
@@ -54,7 +70,8 @@ constexpr char kUsage[] =
     "  routecast-evaluate --compare --model=FOLDER --store=STORE --predictor=RUN "
     "--out=FOLDER\n"
     "  routecast-evaluate --compare --store=STORE --predictor=RUN --out=FOLDER   "
-    "(replay)";
+    "(replay)\n"
+    "  routecast-evaluate --mode=status --in=FOLDER";
 
 std::vector<std::string> List(const std::string& text) {
   std::vector<std::string> items;
@@ -84,6 +101,8 @@ EvaluationOptions OptionsFromFlags() {
   options.rounds = FLAGS_rounds;
   options.warmup_rounds = FLAGS_warmup_rounds;
   options.compare = FLAGS_compare;
+  options.baselines = FLAGS_baselines;
+  options.timeline = FLAGS_timeline;
   options.out = FLAGS_out;
   options.cache = FLAGS_cache;
   options.device = FLAGS_device;
@@ -94,14 +113,125 @@ EvaluationOptions OptionsFromFlags() {
   return options;
 }
 
-void Run() {
-  ParseChoice("--mode", FLAGS_mode, {"generate"});
-  // One core is left to the threads that bring experts.
-  const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  at::set_num_threads(FLAGS_threads > 0 ? FLAGS_threads : std::max(1, cores - 1));
+// Prints and, where there is an --out, keeps.
+void Report(const std::string& text, const std::string& file, const Json& json) {
+  std::printf("%s", text.c_str());
+  if (FLAGS_out.empty()) return;
+  const fs::path out = FLAGS_out;
+  MakeFolder(out);
+  RunRecord record(out, "routecast-evaluate", EffectiveFlags());
+  record.WriteStart();
+  WriteFileAtomic(out / file, json.dump(1) + "\n");
+  record.Finish(kExitDone, {{"mode", FLAGS_mode}});
+}
+
+TraceReader OpenStore() {
+  if (FLAGS_store.empty()) {
+    throw UsageError(ErrorText("--mode=" + FLAGS_mode + " works on recorded routing", "",
+                               "give --store=STORE"));
+  }
+  return TraceReader(FLAGS_store);
+}
+
+std::vector<std::unique_ptr<ExpertPredictor>> Predictors(const TraceReader& reader) {
+  const std::vector<std::string> asked = List(FLAGS_predictor);
+  return MakePredictors(WithBaselines(asked, FLAGS_baselines), asked,
+                        reader.config().geometry, StoredRouters(reader), &reader,
+                        FLAGS_quiet);
+}
+
+void RequireSequences() {
+  if (FLAGS_sequences < 1 || FLAGS_max_new_tokens < 1) {
+    throw UsageError(
+        ErrorText("--sequences and --max_new_tokens are at least 1", "", ""));
+  }
+}
+
+void Quality() {
+  RequireSequences();
+  const TraceReader reader = OpenStore();
+  const auto predictors = Predictors(reader);
+  if (FLAGS_dry_run) {
+    std::printf("quality: %zu predictors, %d sequences at most\n", predictors.size(),
+                FLAGS_sequences);
+    return;
+  }
+  QualityOptions options;
+  options.sequences = FLAGS_sequences;
+  options.tokens = FLAGS_max_new_tokens;
+  options.seed = FLAGS_seed;
+  options.quiet = FLAGS_quiet;
+  const auto all = MeasureQuality(reader, predictors, options);
+  Json json = {{"store", FLAGS_store}, {"predictors", Json::array()}};
+  for (const auto& quality : all) json["predictors"].push_back(quality.ToJson());
+  Report(QualityTable(all), "quality.json", json);
+}
+
+void Simulate() {
+  RequireSequences();
+  PolicySimulationOptions options;
+  options.policies = List(FLAGS_policy);
+  options.evictions = List(FLAGS_eviction);
+  for (const auto& policy : options.policies) ParsePolicy(policy);
+  for (const auto& eviction : options.evictions) ParseEviction(eviction);
+  options.sequences = FLAGS_sequences;
+  options.tokens = FLAGS_max_new_tokens;
+  options.question_seconds = FLAGS_question_us * 1e-6;
+  constexpr uint64_t kWhole = 1'000'000;  // of a share
+  options.budget_share =
+      static_cast<double>(ParseBudget(FLAGS_expert_budget, kWhole)) / kWhole;
+  if (!(options.budget_share <= 1) || !(FLAGS_question_us >= 0)) {
+    throw UsageError(
+        ErrorText("--mode=simulate takes a share as --expert_budget and "
+                  "--question_us of 0 or more",
+                  FLAGS_expert_budget, "e.g. --expert_budget=25%"));
+  }
+  const DeviceProfile profile = FindProfile(FLAGS_profile);
+  const TraceReader reader = OpenStore();
+  const auto predictors = Predictors(reader);
+  if (FLAGS_dry_run) {
+    std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",
+                predictors.size(), options.policies.size(), options.evictions.size(),
+                profile.name.c_str());
+    return;
+  }
+  const auto result = SimulatePolicies(reader, predictors, profile, options);
+  Report(PolicyTable(result), "simulation.json", result.ToJson());
+}
+
+void Transfer() {
+  TransferOptions options;
+  options.folder = ExpertCacheFolder(FLAGS_cache);
+  options.quiet = FLAGS_quiet;
+  if (FLAGS_dry_run) {
+    std::printf("transfer: a scratch file of %s in %s\n",
+                FormatBytes(options.file_bytes).c_str(), options.folder.c_str());
+    return;
+  }
+  const DeviceProfile profile = MeasureDisk(options);
+  Report(ProfileTable(profile), "device_profile.json", profile.ToJson());
+}
+
+void Status() {
+  const Json machine = MachineStatus();
+  const auto artefacts = FindArtefacts(FLAGS_in);
+  Report(StatusText(machine, artefacts), "status.json", StatusJson(machine, artefacts));
+}
+
+void Generate() {
   const EvaluationOptions options = OptionsFromFlags();
   ValidateEvaluation(options);
   Evaluate(options, EffectiveFlags());
+}
+
+void Run() {
+  constexpr void (*kModes[])() = {Generate, Quality, Simulate, Transfer, Status};
+  const int mode = ParseChoice("--mode", FLAGS_mode,
+                               {"generate", "quality", "simulate", "transfer", "status"});
+  // One core is left to the threads that bring experts.
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  at::set_num_threads(FLAGS_threads > 0 ? FLAGS_threads : std::max(1, cores - 1));
+  kModes[mode]();
 }
 
 }  // namespace

@@ -5,11 +5,13 @@
 #include <ATen/ATen.h>
 #include <unistd.h>
 
+#include <map>
+#include <set>
+
 #include "common/errors.h"
 #include "gtest/gtest.h"
 #include "storage/trace_reader.h"
-#include "storage/trace_store.h"
-#include "tests/evaluator/synthetic_traces.h"
+#include "tests/evaluator/synthetic_store.h"
 #include "tests/models/switch_test_support.h"
 
 namespace routecast {
@@ -23,41 +25,9 @@ class EvaluationTest : public testing::Test {
     fs::create_directories(folder_ / "model");
     const Checkpoint made = RandomCheckpoint(SmallConfig(), 3);
     SaveCheckpoint(folder_ / "model", made.config, made.parameters, at::kFloat);
-    WriteStore(made.config);
+    WriteSyntheticStore(folder_ / "store", made.config);
   }
   static void TearDownTestSuite() { fs::remove_all(folder_); }
-
-  // 60 sequences of the small model's geometry, router inputs as wide as the model.
-  static void WriteStore(const SwitchConfig& model) {
-    SyntheticTraceOptions traces;
-    traces.geometry = model.geometry();
-    traces.leads = model.d_model / model.num_experts;
-    traces.tokens = 6;
-    traces.source_tokens = 9;
-    StoreConfig config;
-    config.geometry = model.geometry();
-    config.record = {"ids", "probs", "hidden"};
-    config.hidden_share = 1;
-    config.num_shards = 1;
-    config.num_chunks = 1;
-    config.max_sequences = 60;
-    config.batch_size = 4;
-    config.model_fingerprint = config.tokenizer_fingerprint = config.corpus_fingerprint =
-        "1";
-    TraceStore::CreateOrOpen(folder_ / "store", config);
-    ChunkWriter writer(folder_ / "store", config, 0, "t");
-    for (RoutingTrace& trace : SyntheticTraces(traces, 60, 5)) {
-      trace.document_id = trace.group_id = trace.sequence_id;
-      for (RoutingSpan* span : {&trace.encoder, &trace.decoder}) {
-        span->dropped.assign(span->expert_ids.size(), 0);
-        span->margins.assign(span->expert_ids.size(), 1.f);
-        for (uint32_t& id : span->token_ids) id %= 90;
-      }
-      writer.Add(trace);
-    }
-    writer.Finish();
-    ShardOwner(folder_ / "store", config, 0, 1).Ingest(0, "t");
-  }
 
   EvaluationOptions Options() const {
     EvaluationOptions options;
@@ -115,6 +85,50 @@ TEST_F(EvaluationTest, GenerateComparesBothStacks) {
   }
   EXPECT_EQ(encoder, decoder);
   EXPECT_GE(encoder, 6);
+}
+
+// One more round of every row, for Perfetto.
+TEST_F(EvaluationTest, ATimelineShowsEveryRow) {
+  EvaluationOptions options = Options();
+  options.out = folder_ / "drawn";
+  options.baselines = "simple";
+  options.timeline = true;
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  const Json timeline = ReadJsonFile(options.out / "timeline.json");
+  std::map<int, std::string> processes;
+  std::map<int, std::set<std::string>> tracks;
+  for (const Json& e : timeline["traceEvents"]) {
+    if (e["name"] == "process_name") processes[e["pid"]] = e["args"]["name"];
+    if (e.contains("cat")) tracks[e["pid"]].insert(e["cat"].get<std::string>());
+  }
+  EXPECT_EQ(processes.size(), ReadJsonFile(options.out / "results.json")["rows"].size());
+  for (const auto& [process, name] : processes) {
+    EXPECT_TRUE(tracks[process].count("model")) << name;
+    EXPECT_EQ(tracks[process].count("link"), name.find("resident") == std::string::npos)
+        << name;
+  }
+}
+
+TEST_F(EvaluationTest, EveryBaselineHasARowUnlessFewerAreAskedFor) {
+  EvaluationOptions options = Options();
+  const auto predictors = [&](const char* baselines) {
+    options.baselines = baselines;
+    options.out = folder_ / (std::string("rows_") + baselines);
+    Evaluate(options, Json::object());
+    std::set<std::string> names;
+    const Json results = ReadJsonFile(options.out / "results.json");
+    for (const Json& row : results["rows"]) {
+      names.insert(row["predictor"].get<std::string>());
+    }
+    return names;
+  };
+  const auto all = predictors("all");
+  for (const char* name : {"frequency", "token_table", "markov", "previous_token",
+                           "layer_minus_1", "multi_layer", "pattern", "adaptive"}) {
+    EXPECT_TRUE(all.count(name)) << name;
+  }
+  EXPECT_EQ(predictors("none"), (std::set<std::string>{"none", "oracle"}));
 }
 
 TEST_F(EvaluationTest, DryRunWritesNothing) {

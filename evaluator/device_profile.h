@@ -1,0 +1,59 @@
+// What a device can do, as the simulator needs it: a link, memory that weights stream
+// from, and the sweep that they were read from. Torch-free but for measuring compute.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/files.h"
+#include "common/run_record.h"
+
+namespace routecast {
+
+struct TransferPoint {
+  uint64_t bytes = 0;
+  int threads = 1;
+  bool direct = true;
+  bool with_compute = false;  // while every other core streams memory
+  double seconds = 0;         // median of one transfer
+  double spread = 0;          // interquartile range
+  int repeats = 0;
+  double bytes_per_second() const { return static_cast<double>(bytes) / seconds; }
+};
+
+struct DeviceProfile {
+  std::string name;
+  bool emulated = false;  // from a data sheet, not measured here
+  double link_bytes_per_second = 0, link_fixed_seconds = 0;
+  double memory_bytes_per_second = 0;  // weights of a batch of one stream at this rate
+  uint64_t bytes_at_90_percent = 0;    // smallest transfer at 90 % of the peak
+  double memory_share_with_transfers = 1;  // of the memory rate, while the link is busy
+  std::vector<TransferPoint> sweep;
+  Json ToJson() const;
+  // DataError naming `what` and the key.
+  static DeviceProfile FromJson(const Json& json, const std::string& what);
+};
+
+// rtx3090 (25 GB/s over PCIe 4 x16, 936 GB/s: data sheet), or a device_profile.json or a
+// folder that holds one. UsageError naming what there is.
+DeviceProfile FindProfile(const std::string& name_or_file);
+
+struct TransferOptions {
+  fs::path folder;  // a scratch file of file_bytes is written there, and removed
+  uint64_t file_bytes = uint64_t{1} << 29;
+  uint64_t smallest = 64 << 10, largest = 256 << 20;
+  double seconds_a_point = 0.3;
+  bool quiet = false;
+};
+// Reads a scratch file at 64 KiB to 256 MiB (a factor of four apart) with 1, 2 and 4
+// threads, direct and through the page cache, alone and beside a core that streams
+// memory. EnvironmentError where the folder cannot hold the file.
+DeviceProfile MeasureDisk(const TransferOptions& options);
+std::string ProfileTable(const DeviceProfile& profile);
+
+// seconds = fixed + bytes / rate, the line of least squared relative errors through the
+// points. Exposed for tests. REQUIRES two sizes.
+void FitLink(const std::vector<TransferPoint>& points, double* fixed_seconds,
+             double* bytes_per_second);
+
+}  // namespace routecast

@@ -1,0 +1,308 @@
+#include "evaluator/policy_simulation.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "common/errors.h"
+#include "models/routing_window.h"
+#include "report/table.h"
+
+namespace routecast {
+namespace {
+
+constexpr size_t kOracleHorizon = 12;
+constexpr uint64_t kChunk = 1 << 20;
+constexpr double kBytesAWeight = 4;
+
+struct Recording {
+  std::vector<SimulatedVisit> visits;
+  size_t counted_from = 0, tokens = 0;
+};
+
+std::vector<uint64_t> SequencesOf(const TraceReader& reader,
+                                  const PolicySimulationOptions& options, bool hidden) {
+  std::vector<uint64_t> ids;
+  for (const SequenceInfo& info : reader.sequences()) {
+    if (SplitOf(info.group_id) != options.part || info.decoder_tokens < 4) continue;
+    if (hidden && !info.has_hidden) continue;
+    ids.push_back(info.sequence_id);
+    if (ids.size() == static_cast<size_t>(options.sequences)) break;
+  }
+  if (ids.size() <= static_cast<size_t>(options.warmup_sequences)) {
+    throw UsageError(
+        ErrorText("the store has too few decoder sequences" +
+                      std::string(hidden ? " with router inputs" : "") + " in this part",
+                  std::to_string(ids.size()) + " found, more than " +
+                      std::to_string(options.warmup_sequences) + " are needed",
+                  "collect more, with --record=ids,probs,hidden"));
+  }
+  return ids;
+}
+
+class Playground {
+ public:
+  Playground(const TraceReader& reader, const DeviceProfile& profile,
+             const PolicySimulationOptions& options, bool hidden)
+      : reader_(reader),
+        options_(options),
+        g_(reader.config().geometry),
+        costs_(CostsOf(profile, options)),
+        ids_(SequencesOf(reader, options, hidden)),
+        hidden_(hidden) {
+    slots_ = std::max(
+        2, static_cast<int>(options.budget_share * g_.decoder_layers * g_.num_experts));
+    planner_.expert_bytes = static_cast<uint64_t>(2 * kBytesAWeight * options.d_model *
+                                                  static_cast<double>(options.d_ff));
+    planner_.engine_can_cancel = true;
+    planner_.late_allowance = 0.95;
+    planner_.link_bytes_per_second = profile.link_bytes_per_second;
+    link_.expert_bytes = planner_.expert_bytes;
+    link_.chunk_bytes = kChunk;
+    link_.bytes_per_second = profile.link_bytes_per_second;
+    link_.fixed_seconds = profile.link_fixed_seconds;
+  }
+
+  Recording Record(ExpertPredictor* predictor, int max_lead) const {
+    Recording recording;
+    std::unique_ptr<PredictorForesight> foresight;
+    if (predictor) {
+      foresight = std::make_unique<PredictorForesight>(predictor, g_, max_lead);
+    }
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      if (i == static_cast<size_t>(options_.warmup_sequences)) {
+        recording.counted_from = recording.visits.size();
+      }
+      const RoutingTrace trace =
+          reader_.Read(ids_[i], hidden_ ? WithHidden::kYes : WithHidden::kNo);
+      AppendVisits(trace, g_, options_.tokens, costs_, foresight.get(),
+                   &recording.visits);
+    }
+    const size_t counted = recording.visits.size() - recording.counted_from;
+    recording.tokens = counted / static_cast<size_t>(g_.decoder_layers);
+    return recording;
+  }
+
+  SimulatedRow Run(const std::string& predictor, const std::string& policy,
+                   const std::string& eviction, const Recording& recording,
+                   SpeculationPolicy settings) const {
+    PlannerOptions planner = planner_;
+    planner.policy = settings;
+    const auto start = std::chrono::steady_clock::now();
+    const SimulationResult r =
+        SimulatePrefetch(g_, slots_, ParseEviction(eviction), planner, link_,
+                         recording.visits, recording.counted_from);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    const TransferLedger& l = r.ledger;
+    SimulatedRow row;
+    row.predictor = predictor;
+    row.policy = policy;
+    row.eviction = eviction;
+    row.tokens_per_second = static_cast<double>(recording.tokens) / r.seconds;
+    row.hit_rate = static_cast<double>(l.hits) / static_cast<double>(l.uses);
+    row.stall_seconds = r.stall_seconds;
+    row.seconds = r.seconds;
+    row.bytes_useful = l.bytes_useful;
+    row.bytes_late = l.bytes_late;
+    row.bytes_wasted = l.bytes_wasted;
+    row.visits_per_second = static_cast<double>(recording.visits.size()) / took.count();
+    return row;
+  }
+
+  // The model's own work over the counted visits.
+  double ComputeSeconds(const Recording& recording) const {
+    double seconds = 0;
+    for (size_t i = recording.counted_from; i < recording.visits.size(); ++i) {
+      const SimulatedVisit& v = recording.visits[i];
+      seconds += v.seconds_before + v.seconds_in_pass +
+                 static_cast<double>(v.experts.size()) * v.seconds_expert;
+    }
+    return seconds;
+  }
+  int slots() const { return slots_; }
+  const MoeGeometry& geometry() const { return g_; }
+
+ private:
+  const TraceReader& reader_;
+  const PolicySimulationOptions& options_;
+  MoeGeometry g_;
+  StepCosts costs_;
+  std::vector<uint64_t> ids_;
+  bool hidden_;
+  int slots_ = 2;
+  PlannerOptions planner_;
+  SimulatedLinkOptions link_;
+};
+
+}  // namespace
+
+StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o) {
+  const double second_a_weight = kBytesAWeight / profile.memory_bytes_per_second;
+  const double d = o.d_model, f = o.d_ff;
+  StepCosts costs;
+  // Two blocks, one of them sparse: self- and cross-attention (4 d^2 each) in both, one
+  // dense feed-forward layer.
+  costs.between_layers = (2 * 2 * 4 * d * d + 2 * d * f) * second_a_weight;
+  costs.expert = 2 * d * f * second_a_weight;
+  costs.head = d * o.vocab_size * second_a_weight;
+  costs.question = o.question_seconds;
+  return costs;
+}
+
+void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
+                  const StepCosts& costs, Foresight* foresight,
+                  std::vector<SimulatedVisit>* visits) {
+  const RoutingSpan& span = trace.decoder;
+  const bool hidden = span.hidden_width > 0 && !span.hidden.empty();
+  const RoutingWindow source = WindowOf(trace, Stack::kDecoder, -1, g.num_experts);
+  std::vector<at::Tensor> states(static_cast<size_t>(g.decoder_layers));
+  for (int l = 0; hidden && l < g.decoder_layers; ++l) {
+    states[static_cast<size_t>(l)] =
+        WindowOf(trace, Stack::kDecoder, l, g.num_experts).hidden_BTD.contiguous();
+  }
+  for (int t = 0; t < std::min(span.num_tokens, tokens); ++t) {
+    std::vector<LayerForecast> at_begin;
+    if (foresight) {
+      PassInfo pass;
+      pass.stack = Stack::kDecoder;
+      pass.token_ids_BT = source.token_ids_BT.narrow(1, t, 1).contiguous();
+      pass.valid_BT = at::ones({1, 1}, at::kBool);
+      pass.first_position = t;
+      pass.source_BSD = source.source_BSD;
+      pass.source_valid_BS = source.source_valid_BS;
+      at_begin = foresight->AtPassBegin(pass);
+    }
+    for (int l = 0; l < g.decoder_layers; ++l) {
+      SimulatedVisit visit;
+      visit.layer = g.GlobalLayer(Stack::kDecoder, l);
+      const int expert =
+          span.expert_ids[static_cast<size_t>(l) * static_cast<size_t>(span.num_tokens) +
+                          static_cast<size_t>(t)];
+      visit.experts = {expert};
+      visit.seconds_before = l == 0 ? costs.head : costs.between_layers;
+      visit.begins_pass = l == 0;
+      visit.seconds_in_pass = l == 0 ? costs.between_layers : 0;
+      visit.seconds_expert = costs.expert;
+      visit.seconds_predict = foresight ? costs.question : 0;
+      if (l == 0) visit.at_pass_begin = std::move(at_begin);
+      if (foresight) {
+        LayerRouting routing;
+        routing.layer = visit.layer;
+        if (hidden) {
+          routing.input_BTD = states[static_cast<size_t>(l)].narrow(1, t, 1).contiguous();
+        }
+        routing.expert_ids_BT = at::full({1, 1}, expert, at::kLong);
+        visit.at_layer = foresight->AtLayer(routing);
+      }
+      visits->push_back(std::move(visit));
+    }
+  }
+}
+
+std::vector<SimulatedVisit> WithOracle(std::vector<SimulatedVisit> visits,
+                                       int num_experts, size_t horizon) {
+  for (size_t i = 0; i < visits.size(); ++i) {
+    visits[i].at_pass_begin.clear();
+    visits[i].at_layer.clear();
+    visits[i].seconds_predict = 0;
+    for (size_t d = 1; d <= horizon && i + d < visits.size(); ++d) {
+      LayerForecast forecast{visits[i + d].layer, static_cast<int>(d),
+                             std::vector<float>(static_cast<size_t>(num_experts), 0.f)};
+      for (const int e : visits[i + d].experts) {
+        forecast.probabilities[static_cast<size_t>(e)] = 1;
+      }
+      visits[i].at_layer.push_back(std::move(forecast));
+    }
+  }
+  return visits;
+}
+
+PolicySimulationResult SimulatePolicies(
+    const TraceReader& reader,
+    const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
+    const DeviceProfile& profile, const PolicySimulationOptions& options) {
+  const c10::NoGradGuard no_grad;
+  const bool hidden = std::any_of(predictors.begin(), predictors.end(),
+                                  [](const auto& p) { return p->needs_hidden(); });
+  const Playground ground(reader, profile, options, hidden);
+  PolicySimulationResult result;
+  result.profile = profile;
+  result.slots = ground.slots();
+  const Recording plain = ground.Record(nullptr, 0);
+  result.tokens = plain.tokens;
+  const SpeculationPolicy demand = ParsePolicy("on_demand");
+  result.rows.push_back(ground.Run("none", "on_demand", "lru", plain, demand));
+  for (const std::string& eviction : options.evictions) {
+    if (eviction == "lru" || eviction == "belady") continue;
+    result.rows.push_back(ground.Run("none", "on_demand", eviction, plain, demand));
+  }
+  for (const auto& predictor : predictors) {
+    for (const std::string& policy : options.policies) {
+      SpeculationPolicy settings = ParsePolicy(policy);
+      settings.auto_off = false;  // the gauge compares measured times
+      const Recording told = ground.Record(predictor.get(), settings.max_lead);
+      for (const std::string& eviction : options.evictions) {
+        if (eviction == "belady") continue;
+        result.rows.push_back(
+            ground.Run(predictor->name(), policy, eviction, told, settings));
+      }
+    }
+  }
+  SpeculationPolicy far = ParsePolicy("auto");
+  far.auto_off = false;
+  far.max_lead = static_cast<int>(kOracleHorizon);
+  Recording oracle = plain;
+  oracle.visits =
+      WithOracle(std::move(oracle.visits), ground.geometry().num_experts, kOracleHorizon);
+  result.rows.push_back(ground.Run("oracle", "auto", "lru", oracle, far));
+  const double compute = ground.ComputeSeconds(plain);
+  for (SimulatedRow& row : result.rows) {
+    const double transfer = result.rows[0].seconds - compute;  // of on-demand LRU
+    row.bound = (compute + transfer) / std::max(compute, transfer);
+    row.speed_up = result.rows[0].seconds / row.seconds;
+  }
+  return result;
+}
+
+Json SimulatedRow::ToJson() const {
+  return {{"predictor", predictor},   {"policy", policy},
+          {"eviction", eviction},     {"tokens_per_second", tokens_per_second},
+          {"speed_up", speed_up},     {"bound", bound},
+          {"hit_rate", hit_rate},     {"stall_seconds", stall_seconds},
+          {"seconds", seconds},       {"bytes_useful", bytes_useful},
+          {"bytes_late", bytes_late}, {"bytes_wasted", bytes_wasted},
+          {"simulated", true}};
+}
+
+Json PolicySimulationResult::ToJson() const {
+  Json json = {{"profile", profile.ToJson()},
+               {"slots", slots},
+               {"tokens", tokens},
+               {"rows", Json::array()}};
+  for (const SimulatedRow& row : rows) json["rows"].push_back(row.ToJson());
+  return json;
+}
+
+std::string PolicyTable(const PolicySimulationResult& result) {
+  Table table({"<policy", "<predictor", "<evict", "tokens/s", "speed", "hits",
+               "useful MiB", "late", "wasted", "stall s", "bound"});
+  const auto mib = [](uint64_t bytes) {
+    return Fixed(static_cast<double>(bytes) / (1 << 20), 0);
+  };
+  double visits = 0;
+  for (const SimulatedRow& r : result.rows) {
+    table.AddRow({r.policy, r.predictor, r.eviction, Fixed(r.tokens_per_second, 1),
+                  Fixed(r.speed_up, 2) + "x", Percent(r.hit_rate), mib(r.bytes_useful),
+                  mib(r.bytes_late), mib(r.bytes_wasted), Fixed(r.stall_seconds, 2),
+                  Fixed(r.bound, 2)});
+    visits = std::max(visits, r.visits_per_second);
+  }
+  return table.ToText() + "simulated: " + result.profile.name +
+         (result.profile.emulated ? " (emulated)" : "") + ", " +
+         std::to_string(result.slots) + " slots, " + std::to_string(result.tokens) +
+         " tokens; up to " + Fixed(visits / 1e3, 0) + " thousand layers a second\n";
+}
+
+}  // namespace routecast

@@ -1,0 +1,74 @@
+// Policies, predictors and cache rules on recorded routing under a device profile and a
+// virtual clock: what would each buy, without running the model. Deterministic. Thread
+// rule: one thread.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "evaluator/device_profile.h"
+#include "evaluator/foresight.h"
+#include "evaluator/prefetch_simulation.h"
+#include "models/expert_predictor.h"
+#include "storage/trace_reader.h"
+
+namespace routecast {
+
+// Seconds of the model's own work in a decoder's step of one sequence.
+struct StepCosts {
+  double between_layers = 0;  // from one MoE layer's experts to the next one's choice
+  double expert = 0;          // computing one
+  double head = 0;            // after the last MoE layer, with the vocabulary
+  double question = 0;        // to a predictor
+};
+
+struct PolicySimulationOptions {
+  int d_model = 768, d_ff = 3072, vocab_size = 32128;  // of the model that is imagined
+  double budget_share = 0.25;                          // of the expert bytes
+  int sequences = 200, warmup_sequences = 4, tokens = 16;
+  SplitPart part = SplitPart::kTest;
+  std::vector<std::string> policies = {"auto"};
+  std::vector<std::string> evictions = {"lru"};
+  double question_seconds = 200e-6;  // to learned predictors and baselines alike
+  bool quiet = false;
+};
+
+// Costs of a geometry where every weight is read once from memory (a batch of one).
+StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& options);
+
+// The visits of the decoder's steps over one sequence, with what `foresight` (null =
+// nobody) says of them.
+void AppendVisits(const RoutingTrace& trace, const MoeGeometry& geometry, int tokens,
+                  const StepCosts& costs, Foresight* foresight,
+                  std::vector<SimulatedVisit>* visits);
+// What is said replaced by the true next `horizon` visits.
+std::vector<SimulatedVisit> WithOracle(std::vector<SimulatedVisit> visits,
+                                       int num_experts, size_t horizon);
+
+struct SimulatedRow {
+  std::string predictor, policy, eviction;
+  double tokens_per_second = 0, speed_up = 0, hit_rate = 0, bound = 0;
+  double stall_seconds = 0, seconds = 0;
+  uint64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
+  double visits_per_second = 0;  // of the simulator itself
+  Json ToJson() const;
+};
+struct PolicySimulationResult {
+  DeviceProfile profile;
+  int slots = 0;
+  size_t tokens = 0;
+  std::vector<SimulatedRow> rows;  // on-demand LRU first
+  Json ToJson() const;
+};
+
+// UsageError where no sequence of the part serves. On-demand with every eviction, every
+// predictor with every policy and eviction, the oracle. Eviction by a known future is not
+// among them: what it would load stands in every measured comparison.
+PolicySimulationResult SimulatePolicies(
+    const TraceReader& reader,
+    const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
+    const DeviceProfile& profile, const PolicySimulationOptions& options);
+std::string PolicyTable(const PolicySimulationResult& result);
+
+}  // namespace routecast

@@ -1,0 +1,94 @@
+#include "evaluator/predictor_set.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "common/errors.h"
+#include "models/predictor_factory.h"
+
+namespace routecast {
+namespace {
+
+const std::vector<std::string> kSimple = {"frequency", "token_table", "markov",
+                                          "stale_gate"};
+constexpr uint32_t kLeastVocabulary = 32128;  // ids unseen in training may come
+
+bool Has(const std::vector<std::string>& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+// Counts of the train part: what the simple baselines predict from.
+std::shared_ptr<const BaselineTables> FitTables(const TraceReader& reader, bool quiet) {
+  std::vector<uint64_t> train;
+  for (const SequenceInfo& info : reader.sequences()) {
+    if (SplitOf(info.group_id) == SplitPart::kTrain) train.push_back(info.sequence_id);
+  }
+  const std::vector<RoutingTrace> traces = reader.ReadMany(train, WithHidden::kNo);
+  uint32_t vocab = 0;
+  for (const RoutingTrace& trace : traces) {
+    for (uint32_t id : trace.encoder.token_ids) vocab = std::max(vocab, id);
+    for (uint32_t id : trace.decoder.token_ids) vocab = std::max(vocab, id);
+  }
+  auto tables = std::make_shared<BaselineTables>(
+      reader.config().geometry, static_cast<int>(std::max(vocab + 1, kLeastVocabulary)));
+  for (const RoutingTrace& trace : traces) tables->Fit(trace);
+  if (!quiet) std::fprintf(stderr, "baselines: %zu train sequences\n", traces.size());
+  return tables;
+}
+
+}  // namespace
+
+std::vector<std::string> WithBaselines(std::vector<std::string> names,
+                                       const std::string& which) {
+  const int kind = ParseChoice("--baselines", which, {"none", "simple", "all"});
+  std::vector<std::string> missing;
+  for (const std::string& name : BaselineNames()) {
+    const bool wanted = kind == 2 || (kind == 1 && Has(kSimple, name));
+    if (wanted && !Has(names, name)) missing.push_back(name);
+  }
+  names.insert(names.begin(), missing.begin(), missing.end());
+  std::erase(names, "none");
+  std::erase(names, "oracle");
+  return names;
+}
+
+std::vector<RouterWeights> StoredRouters(const TraceReader& reader) {
+  std::vector<RouterWeights> routers;
+  if (!fs::exists(reader.routers_path())) return routers;
+  const Parameters all = ReadParameters(reader.routers_path(), at::kFloat);
+  for (int layer = 0; layer < reader.config().geometry.num_layers(); ++layer) {
+    const std::string name = "layer." + std::to_string(layer) + ".";
+    RouterWeights router;
+    router.weight_ED = all.Get(name + "weight");
+    if (all.Has(name + "bias")) router.bias_E = all.Get(name + "bias");
+    router.norm_gain_D = all.Get(name + "norm_gain");
+    routers.push_back(router);
+  }
+  return routers;
+}
+
+std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
+    const std::vector<std::string>& names, const std::vector<std::string>& asked,
+    const MoeGeometry& geometry, const std::vector<RouterWeights>& routers,
+    const TraceReader* reader, bool quiet) {
+  std::vector<std::unique_ptr<ExpertPredictor>> predictors;
+  std::shared_ptr<const BaselineTables> tables;
+  for (const std::string& name : names) {
+    if (name == "stale_gate" && routers.empty() && !Has(asked, name)) continue;
+    if (!Has(BaselineNames(), name)) {
+      predictors.push_back(LoadPredictor(name, geometry, "", routers));
+      continue;
+    }
+    if (name != "stale_gate" && !tables) {
+      if (!reader) {
+        throw UsageError(ErrorText("--predictor=" + name + " counts recorded routing", "",
+                                   "give --store=STORE as well"));
+      }
+      tables = FitTables(*reader, quiet);
+    }
+    predictors.push_back(MakeBaseline(name, tables, geometry, routers));
+  }
+  return predictors;
+}
+
+}  // namespace routecast

@@ -1,0 +1,31 @@
+// The predictors that a command names, from names and folders. Thread rule: one thread.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "models/checkpoint.h"
+#include "models/expert_predictor.h"
+#include "storage/trace_reader.h"
+
+namespace routecast {
+
+// `names` without none and oracle, which are rows of their own, preceded by those
+// baselines of `which` that are not among them: none, simple (what is counted, and the
+// stale gate) or all. UsageError naming the nearest.
+std::vector<std::string> WithBaselines(std::vector<std::string> names,
+                                       const std::string& which);
+
+// `asked`: what the user named, which must be there; others are left out where the store
+// or the model cannot serve them. Baselines are counted over the train part of `reader`
+// (may be null: UsageError where one is asked for).
+std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
+    const std::vector<std::string>& names, const std::vector<std::string>& asked,
+    const MoeGeometry& geometry, const std::vector<RouterWeights>& routers,
+    const TraceReader* reader, bool quiet);
+
+// Of a store; empty where it has none.
+std::vector<RouterWeights> StoredRouters(const TraceReader& reader);
+
+}  // namespace routecast

@@ -1,0 +1,269 @@
+// What routecast-evaluate does beside generating: quality, simulation, transfers, status,
+// timelines.
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <map>
+
+#include "common/errors.h"
+#include "evaluator/comparison.h"
+#include "evaluator/policy_simulation.h"
+#include "evaluator/predictor_set.h"
+#include "evaluator/quality.h"
+#include "evaluator/status.h"
+#include "evaluator/timeline.h"
+#include "tests/evaluator/synthetic_store.h"
+#include "tests/models/switch_test_support.h"
+
+namespace routecast {
+namespace {
+
+using testing::HasSubstr;
+
+class ModesTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = fs::temp_directory_path() / ("modes_test." + std::to_string(::getpid()));
+    WriteSyntheticStore(folder_ / "store", SmallConfig());
+    reader_ = std::make_unique<TraceReader>(folder_ / "store");
+  }
+  static void TearDownTestSuite() {
+    reader_.reset();
+    fs::remove_all(folder_);
+  }
+  static std::vector<std::unique_ptr<ExpertPredictor>> Predictors(
+      const std::vector<std::string>& names) {
+    return MakePredictors(names, names, reader_->config().geometry, {}, reader_.get(),
+                          true);
+  }
+  static inline fs::path folder_;
+  static inline std::unique_ptr<TraceReader> reader_;
+};
+
+// Against whole windows, token by token.
+TEST_F(ModesTest, QualityIsWhatThePredictorSays) {
+  const auto predictors = Predictors({"markov", "frequency"});
+  QualityOptions options;
+  options.quiet = true;
+  const auto all = MeasureQuality(*reader_, predictors, options);
+  ASSERT_EQ(all.size(), 2u);
+  const MoeGeometry g = reader_->config().geometry;
+  for (size_t p = 0; p < 2; ++p) {
+    int places = 0;
+    for (const QualityScores& place : all[p].places) {
+      const LeadScores& s = place.scores;
+      double right = 0, count = 0;
+      for (const SequenceInfo& info : reader_->sequences()) {
+        if (SplitOf(info.group_id) != SplitPart::kTest) continue;
+        const RoutingTrace trace = reader_->Read(info.sequence_id, WithHidden::kNo);
+        const auto labels = WindowLabels(trace, s.phase, s.layer, s.lead);
+        const auto probs = predictors[p]->Predict(
+            WindowOf(trace, s.phase, s.layer, g.num_experts), s.lead);
+        const auto guess = (*probs)[0].argmax(1);
+        for (int64_t t = 0; t < labels.size(0); ++t) {
+          if (labels[t].item<int64_t>() < 0) continue;
+          right += guess[t].item<int64_t>() == labels[t].item<int64_t>();
+          ++count;
+        }
+      }
+      EXPECT_EQ(s.samples, count);
+      EXPECT_NEAR(s.top[0], right / count, 1e-9)
+          << all[p].predictor << StackName(s.phase) << s.layer << s.lead;
+      ++places;
+    }
+    EXPECT_GT(places, 4);
+    EXPECT_GT(all[p].questions, 0);
+    EXPECT_LE(all[p].p50_us, all[p].p95_us);
+  }
+  // The same answer for every token: nothing moves, nothing correlates.
+  for (const QualityScores& place : all[1].places) {
+    EXPECT_NEAR(place.variation, 0, 1e-6);
+    EXPECT_TRUE(std::isnan(place.confidence_correlation));
+  }
+  EXPECT_THAT(QualityTable(all), HasSubstr("markov"));
+}
+
+DeviceProfile SomeProfile(double link) {
+  DeviceProfile profile;
+  profile.name = "test";
+  profile.link_bytes_per_second = link;
+  profile.memory_bytes_per_second = 10e9;
+  return profile;
+}
+
+TEST_F(ModesTest, SimulatedLruHitsAreThoseOfTheCache) {
+  PolicySimulationOptions options;
+  options.warmup_sequences = 2;
+  const auto result =
+      SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
+  const MoeGeometry g = reader_->config().geometry;
+  std::vector<SimulatedVisit> visits;
+  size_t counted = 0, sequences = 0;
+  for (const SequenceInfo& info : reader_->sequences()) {
+    if (SplitOf(info.group_id) != SplitPart::kTest) continue;
+    if (sequences++ == 2) counted = visits.size();
+    AppendVisits(reader_->Read(info.sequence_id, WithHidden::kNo), g, 16, {}, nullptr,
+                 &visits);
+  }
+  std::vector<OracleForesight::Visit> plain;
+  for (const SimulatedVisit& v : visits) plain.push_back({v.layer, v.experts});
+  const MissCount misses = CountMisses(g, result.slots, Eviction::kLru, plain, counted);
+  const double uses = static_cast<double>(visits.size() - counted);
+  EXPECT_NEAR(result.rows[0].hit_rate, 1 - static_cast<double>(misses.misses[1]) / uses,
+              1e-9);
+  EXPECT_EQ(result.rows[0].eviction, "lru");
+}
+
+TEST_F(ModesTest, SimulationIsDeterministicAndTheOracleIsBest) {
+  PolicySimulationOptions options;
+  options.policies = {"auto", "top_k"};
+  options.evictions = {"lru", "lfu"};
+  const auto simulate = [&] {
+    Json json = SimulatePolicies(*reader_, Predictors({"markov", "token_table"}),
+                                 SomeProfile(2e9), options)
+                    .ToJson();
+    return json["rows"];
+  };
+  const Json rows = simulate();
+  EXPECT_EQ(rows, simulate());
+  // LRU and LFU on demand, two predictors x two policies x two evictions, the oracle.
+  ASSERT_EQ(rows.size(), 2u + 8 + 1);
+  const Json oracle = rows.back();
+  EXPECT_EQ(oracle["predictor"], "oracle");
+  for (const Json& row : rows) {
+    EXPECT_LE(row["speed_up"].get<double>(), oracle["speed_up"].get<double>() + 1e-9);
+    EXPECT_LE(row["speed_up"].get<double>(), row["bound"].get<double>() + 1e-9);
+    EXPECT_TRUE(row["simulated"].get<bool>());
+  }
+}
+
+TEST_F(ModesTest, AFreeLinkLeavesNothingToWin) {
+  PolicySimulationOptions options;
+  options.question_seconds = 0;
+  const auto result =
+      SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(1e17), options);
+  for (const SimulatedRow& row : result.rows) {
+    EXPECT_NEAR(row.speed_up, 1, 1e-6);
+    EXPECT_NEAR(row.bound, 1, 1e-6);
+  }
+}
+
+TEST(DeviceProfileTest, ALineThroughTransfersGivesRateAndFixedCost) {
+  std::vector<TransferPoint> points;
+  for (const uint64_t bytes :
+       {uint64_t{64} << 10, uint64_t{1} << 20, uint64_t{64} << 20}) {
+    TransferPoint p;
+    p.bytes = bytes;
+    p.seconds = 50e-6 + static_cast<double>(bytes) / 3e9;
+    points.push_back(p);
+  }
+  double fixed = 0, rate = 0;
+  FitLink(points, &fixed, &rate);
+  EXPECT_NEAR(fixed, 50e-6, 1e-9);
+  EXPECT_NEAR(rate, 3e9, 1e3);
+}
+
+TEST(DeviceProfileTest, TheDiskIsMeasuredAndTheScratchFileGoes) {
+  TransferOptions options;
+  options.folder = fs::path(testing::TempDir()) / "transfer_test";
+  options.file_bytes = options.largest = 4 << 20;
+  options.seconds_a_point = 0.005;
+  options.quiet = true;
+  const DeviceProfile profile = MeasureDisk(options);
+  EXPECT_GT(profile.link_bytes_per_second, 1e6);
+  EXPECT_GT(profile.memory_bytes_per_second, 1e8);
+  EXPECT_GE(profile.sweep.size(), 3u * 4 + 1);
+  EXPECT_TRUE(fs::is_empty(options.folder));
+  const DeviceProfile read = DeviceProfile::FromJson(profile.ToJson(), "test");
+  EXPECT_DOUBLE_EQ(read.link_bytes_per_second, profile.link_bytes_per_second);
+  EXPECT_FALSE(read.emulated);
+}
+
+TEST(DeviceProfileTest, WhatIsNoProfileIsRefused) {
+  EXPECT_THROW(FindProfile("rtx4090"), UsageError);
+  EXPECT_TRUE(FindProfile("rtx3090").emulated);
+  for (const char* text : {"[]", "{}", R"({"link_bytes_per_second": 0})",
+                           R"({"link_bytes_per_second": "x", "link_fixed_seconds": 0,
+            "memory_bytes_per_second": 1})",
+                           R"({"link_bytes_per_second": -1, "link_fixed_seconds": 0,
+            "memory_bytes_per_second": 1})"}) {
+    EXPECT_THROW(DeviceProfile::FromJson(Json::parse(text), "test"), DataError) << text;
+  }
+}
+
+TEST_F(ModesTest, StatusNamesWhatThereIs) {
+  const fs::path in = folder_ / "status";
+  fs::create_directories(in / "model");
+  WriteFileAtomic(
+      in / "model/config.json",
+      R"({"model_type": "switch_transformers", "num_experts": 8, "d_model": 6})");
+  fs::create_directories(in / "run");
+  WriteFileAtomic(in / "run/run.json",
+                  R"({"program": "routecast-train", "exit_status": 75})");
+  fs::create_directories(in / "other/half.tmp");
+  WriteFileAtomic(in / "other/half.tmp/part", "12345");
+  fs::create_directories(in / "junk");
+  WriteFileAtomic(in / "junk/config.json", "{ not json");
+  WriteFileAtomic(in / "junk/run.json", "[1, 2]");
+  fs::copy(folder_ / "store", in / "store", fs::copy_options::recursive);
+  std::map<std::string, Artefact> found;
+  for (const Artefact& a : FindArtefacts(in)) {
+    found[fs::relative(a.path, in).string()] = a;
+  }
+  ASSERT_EQ(found.size(), 4u);
+  EXPECT_EQ(found["model"].kind, "model");
+  EXPECT_THAT(found["run"].detail, HasSubstr("stopped: the same command goes on"));
+  EXPECT_EQ(found["store"].kind, "store");
+  EXPECT_GT(found["store"].bytes, 1000u);
+  EXPECT_EQ(found["other/half.tmp"].kind, "partial");
+  EXPECT_EQ(found["other/half.tmp"].bytes, 5u);
+  EXPECT_THROW(FindArtefacts(in / "nothing"), UsageError);
+  const Json machine = MachineStatus();
+  EXPECT_GE(machine["cores"].get<int>(), 1);
+  EXPECT_THAT(StatusText(machine, FindArtefacts(in)), HasSubstr("half.tmp"));
+}
+
+TEST(TimelineTest, SpansOfALaneNeverOverlap) {
+  Timeline timeline;
+  timeline.BeginProcess("row");
+  timeline.Span(Timeline::Track::kLink, "a", 10, 13, {{"for", "demand"}});
+  timeline.Span(Timeline::Track::kLink, "b", 11, 12);
+  timeline.Span(Timeline::Track::kLink, "c", 12.5, 14);
+  timeline.Span(Timeline::Track::kModel, "d", 11, 12);
+  timeline.Mark(Timeline::Track::kCache, "evict", 12);
+  const Json json = Json::parse(timeline.ToJson());
+  std::map<std::string, Json> events;
+  std::map<int, std::vector<std::pair<double, double>>> lanes;
+  for (const Json& e : json["traceEvents"]) {
+    if (e["ph"] == "M") continue;
+    events[e["name"]] = e;
+    if (e["ph"] != "X") continue;
+    const double ts = e["ts"], dur = e["dur"];
+    for (const auto& [begin, end] : lanes[e["tid"]])
+      EXPECT_TRUE(ts >= end || ts + dur <= begin);
+    lanes[e["tid"]].emplace_back(ts, ts + dur);
+  }
+  EXPECT_EQ(lanes.size(), 3u);  // two of the link, one of the model
+  EXPECT_DOUBLE_EQ(events["a"]["ts"].get<double>(), 0);  // from the first event on
+  EXPECT_DOUBLE_EQ(events["b"]["ts"].get<double>(), 1e6);
+  EXPECT_EQ(events["a"]["args"]["for"], "demand");
+  EXPECT_EQ(events["evict"]["ph"], "i");
+  EXPECT_NE(events["a"]["tid"], events["b"]["tid"]);
+  EXPECT_EQ(events["b"]["tid"], events["c"]["tid"]);
+}
+
+TEST(TimelineTest, KeepsABoundedNumberOfEventsAndSaysSo) {
+  Timeline timeline;
+  timeline.BeginProcess("row");
+  for (size_t i = 0; i < Timeline::kMostEvents + 5; ++i) {
+    timeline.Mark(Timeline::Track::kCache, "x", static_cast<double>(i));
+  }
+  EXPECT_EQ(timeline.num_events(), Timeline::kMostEvents);
+  EXPECT_EQ(timeline.num_dropped(), 5u);
+}
+
+}  // namespace
+}  // namespace routecast
