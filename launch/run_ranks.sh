@@ -33,16 +33,52 @@ transport=(--mca btl self,vader --mca btl_vader_single_copy_mechanism none
            --mca oob_tcp_if_include lo --oversubscribe)
 [ -z "${ROUTECAST_MPIRUN_ARGS:-}" ] || read -r -a transport <<<"$ROUTECAST_MPIRUN_ARGS"
 [ "$(id -u)" -ne 0 ] || transport+=(--allow-run-as-root)
-mpirun --quiet --bind-to none "${transport[@]}" -x OMP_NUM_THREADS -x MKL_NUM_THREADS \
-  -x GOMP_SPINCOUNT \
-  -n "$ranks" "$program" "$@" &
+# mpirun's own words at the end of a job are four lines of dashes about an exit code that the
+# program has explained; of these only who died is kept. Other reports pass as they are.
+only_who_died() {
+  trap '' TERM INT HUP USR1
+  local line report="" inside=0
+  while IFS= read -r line || [ -n "$line" ]; do
+    if [[ $line =~ ^-{70,}$ ]]; then
+      if [ $inside = 0 ]; then inside=1 report=""; continue; fi
+      inside=0
+      case $report in
+        *"Primary job  terminated normally"* | *"exited with non-zero status, thus"* | *"MPI_ABORT was invoked"*) ;;
+        *"noticed that process rank"*) sed -n 's/.*process \(rank [0-9]*\) with PID [0-9]* \(on node .*\)/run_ranks.sh: \1 \2/p' <<<"$report" ;;
+        *) printf '%s\n%s%s\n' "$line" "$report" "$line" ;;
+      esac
+    elif [ $inside = 1 ]; then report+=$line$'\n'
+    else printf '%s\n' "$line"; fi
+  done
+  [ $inside = 0 ] || printf '%s' "$report"
+}
+exec 3> >(only_who_died >&2)
+filter_pid=$!
+
+# A session of its own: Ctrl-C in a terminal reaches whole process groups, and mpirun kills its
+# ranks on INT. USR1 is ignored until mpirun, and later the program, handle it: by default it
+# would end whoever is still starting.
+ignoring_usr1=(bash -c 'trap "" USR1; exec "$@"' routecast)
+setsid "${ignoring_usr1[@]}" mpirun --bind-to none "${transport[@]}" \
+  -x OMP_NUM_THREADS -x MKL_NUM_THREADS -x GOMP_SPINCOUNT \
+  -n "$ranks" "${ignoring_usr1[@]}" "$program" "$@" 2>&3 3>&- &
 mpirun_pid=$!
-trap 'kill -USR1 $mpirun_pid 2>/dev/null' TERM INT USR1
+exec 3>&-
+stopper_pid=""
+# Again every second until mpirun is gone: a rank that is still starting ignores it.
+stop() {
+  [ -z "$stopper_pid" ] || return
+  (while kill -USR1 $mpirun_pid 2>/dev/null; do sleep 1; done) &
+  stopper_pid=$!
+}
+trap stop TERM INT HUP USR1
 while :; do  # a trapped signal ends wait before mpirun has ended
   wait $mpirun_pid
   code=$?
   kill -0 $mpirun_pid 2>/dev/null || break
 done
+[ -z "$stopper_pid" ] || kill "$stopper_pid" 2>/dev/null
+wait $filter_pid
 case $code in
   # Ours pass; a signal's, or an error class of MPI's own that ended the job, is a death.
   0 | 1 | 2 | 3 | 4 | 75) ;;
