@@ -4,6 +4,8 @@
 #include <array>
 #include <thread>
 
+#include "common/stop.h"
+
 namespace routecast {
 namespace {
 
@@ -36,6 +38,7 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, const Tokenizer& tokenizer
   uint64_t sequences = 0;
   for (uint64_t first = 0; first < corpus.size(); first += kLimitBatch) {
     const uint64_t count = std::min(kLimitBatch, corpus.size() - first);
+    if (StopRequested()) return {first, 0};
     std::vector<uint64_t> segments(count);
     std::vector<std::thread> workers;
     for (int w = 0; w < threads; ++w) {

@@ -52,6 +52,7 @@ class DocumentOrder {
 
 // How many documents hold the first `max_sequences` sequences (0 = all of them).
 // Tokenizes documents until then, on `threads` threads; with 0 it reads nothing.
+// Where a stop is requested it returns early: the result is then of no use.
 struct SequenceLimit {
   uint64_t num_documents = 0, last_segments = 0;
 };

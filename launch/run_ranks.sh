@@ -27,7 +27,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} MKL_NUM_THREADS=${MKL_NUM_TH
 # libgomp's threads spin for milliseconds between parallel regions; where another process wants
 # the core too, a training of small tensors then spends nine tenths of its time waiting.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
-[ "$ranks" -gt 1 ] || exec "$program" "$@"
+# One rank is meant, however many tasks the allocation has; srun's own tasks stay refused.
+[ "$ranks" -gt 1 ] || exec env -u SLURM_NTASKS "$program" "$@"
 
 transport=(--mca btl self,vader --mca btl_vader_single_copy_mechanism none
            --mca oob_tcp_if_include lo --oversubscribe)
@@ -48,6 +49,7 @@ only_who_died() {
         *) printf '%s\n%s%s\n' "$line" "$report" "$line" ;;
       esac
     elif [ $inside = 1 ]; then report+=$line$'\n'
+    elif [[ $line == "mpirun: Forwarding signal "* ]]; then continue
     else printf '%s\n' "$line"; fi
   done
   [ $inside = 0 ] || printf '%s' "$report"

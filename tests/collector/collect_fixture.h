@@ -18,8 +18,8 @@ class CollectFixture : public testing::Test {
     WriteCheckpoint(folder_ / "other", 2);
     WriteCorpus(folder_, 1500);
   }
-  // The command line of a collection; the last of a flag wins, so `more` may replace any.
-  static std::vector<std::string> Command(int ranks, const std::string& store,
+  // The last of a flag wins, so `more` may replace any.
+  static std::vector<std::string> Program(const std::string& store,
                                           const std::vector<std::string>& more) {
     std::vector<std::string> command = {
         Bin("routecast-collect"),
@@ -36,7 +36,11 @@ class CollectFixture : public testing::Test {
         "--cache=" + (folder_ / "cache").string(),
         "--store=" + (folder_ / store).string()};
     command.insert(command.end(), more.begin(), more.end());
-    return UnderMpirun(ranks, command);
+    return command;
+  }
+  static std::vector<std::string> Command(int ranks, const std::string& store,
+                                          const std::vector<std::string>& more) {
+    return UnderMpirun(ranks, Program(store, more));
   }
   static int Collect(int ranks, const std::string& store,
                      const std::vector<std::string>& more = {}) {

@@ -1,0 +1,53 @@
+#include "collector/span_log.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <fstream>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+int64_t ResidentBytes() {
+  std::ifstream in("/proc/self/statm");
+  int64_t total_pages = 0, resident_pages = 0;
+  in >> total_pages >> resident_pages;
+  return resident_pages * ::sysconf(_SC_PAGESIZE);
+}
+
+fs::path PathOf(const fs::path& store, const RankInfo& rank) {
+  char name[32];
+  std::snprintf(name, sizeof name, "rank-%05d.jsonl", rank.rank);
+  return store / "spans" / name;
+}
+
+}  // namespace
+
+SpanLog::SpanLog(const fs::path& store, const RankInfo& rank)
+    : path_(PathOf(store, rank)) {
+  MakeFolder(path_.parent_path());
+  fd_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+  if (fd_ < 0) ThrowErrno(errno, "open", path_);
+}
+
+SpanLog::~SpanLog() { ::close(fd_); }
+
+void SpanLog::Write(const std::string& span, Clock::time_point begin, Json more) {
+  more["span"] = span;
+  more["time"] =
+      std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch())
+          .count();
+  more["seconds"] = std::chrono::duration<double>(Clock::now() - begin).count();
+  more["resident_bytes"] = ResidentBytes();
+  const std::string line = more.dump() + "\n";
+  // One call: a line is there wholly, but for a disk that is full.
+  if (::write(fd_, line.data(), line.size()) != static_cast<ssize_t>(line.size())) {
+    ThrowErrno(errno ? errno : EIO, "write", path_);
+  }
+}
+
+}  // namespace routecast
