@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "common/stop.h"
+#include "corpus/task_prompts.h"
 
 namespace routecast {
 namespace {
@@ -15,18 +16,26 @@ constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
 
+void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
+               std::vector<std::vector<int32_t>>* segments) {
+  for (size_t at = 0; at < ids.size() && segments->size() < kMaxSegments;
+       at += static_cast<size_t>(max_tokens)) {
+    const size_t end = std::min(ids.size(), at + static_cast<size_t>(max_tokens));
+    if (end - at < kMinSequenceTokens) break;
+    segments->emplace_back(ids.begin() + static_cast<std::ptrdiff_t>(at),
+                           ids.begin() + static_cast<std::ptrdiff_t>(end));
+  }
+}
+
 }  // namespace
 
 std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
                                                 std::string_view text, int max_tokens) {
-  const std::vector<int32_t> ids = tokenizer.EncodePlain(text);
   std::vector<std::vector<int32_t>> segments;
-  for (size_t at = 0; at < ids.size() && segments.size() < kMaxSegments;
-       at += static_cast<size_t>(max_tokens)) {
-    const size_t end = std::min(ids.size(), at + static_cast<size_t>(max_tokens));
-    if (end - at < kMinSequenceTokens) break;
-    segments.emplace_back(ids.begin() + static_cast<std::ptrdiff_t>(at),
-                          ids.begin() + static_cast<std::ptrdiff_t>(end));
+  while (!text.empty()) {
+    const size_t end = std::min(text.find(kPromptSeparator), text.size());
+    CutTokens(tokenizer.EncodePlain(text.substr(0, end)), max_tokens, &segments);
+    text.remove_prefix(std::min(end + 1, text.size()));
   }
   return segments;
 }

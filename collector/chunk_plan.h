@@ -20,7 +20,7 @@ inline constexpr int kSegmentBits = 16;
 inline constexpr int kMinSequenceTokens = 2;  // less holds nothing to mask or predict
 
 // Tokens of each segment of a document, at most `max_tokens` each; a rest below
-// kMinSequenceTokens is left out.
+// kMinSequenceTokens is left out. A prompt separator ends a segment.
 std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
                                                 std::string_view text, int max_tokens);
 
