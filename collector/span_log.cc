@@ -12,11 +12,16 @@
 namespace routecast {
 namespace {
 
-int64_t ResidentBytes() {
+struct Memory {
+  int64_t resident_bytes = 0, anonymous_bytes = 0;
+};
+
+Memory OwnMemory() {
   std::ifstream in("/proc/self/statm");
-  int64_t total_pages = 0, resident_pages = 0;
-  in >> total_pages >> resident_pages;
-  return resident_pages * ::sysconf(_SC_PAGESIZE);
+  int64_t total = 0, resident = 0, shared = 0;
+  in >> total >> resident >> shared;
+  const int64_t page = ::sysconf(_SC_PAGESIZE);
+  return {resident * page, (resident - shared) * page};
 }
 
 fs::path PathOf(const fs::path& store, const RankInfo& rank) {
@@ -42,7 +47,9 @@ void SpanLog::Write(const std::string& span, Clock::time_point begin, Json more)
       std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch())
           .count();
   more["seconds"] = std::chrono::duration<double>(Clock::now() - begin).count();
-  more["resident_bytes"] = ResidentBytes();
+  const Memory memory = OwnMemory();
+  more["resident_bytes"] = memory.resident_bytes;
+  more["anonymous_bytes"] = memory.anonymous_bytes;
   const std::string line = more.dump() + "\n";
   // One call: a line is there wholly, but for a disk that is full.
   if (::write(fd_, line.data(), line.size()) != static_cast<ssize_t>(line.size())) {

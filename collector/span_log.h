@@ -22,7 +22,8 @@ class SpanLog {
   SpanLog& operator=(const SpanLog&) = delete;
 
   // A line: `span`, `time` (its end, seconds since 1970), `seconds` since `begin`,
-  // `resident_bytes` (of this process now), and what `more` holds.
+  // this process' memory (`resident_bytes`, and of these `anonymous_bytes`: without
+  // mapped files, which the kernel takes back when it needs room), and what `more` holds.
   void Write(const std::string& span, Clock::time_point begin, Json more);
 
  private:

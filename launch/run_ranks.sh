@@ -66,11 +66,36 @@ setsid "${ignoring_usr1[@]}" mpirun --bind-to none "${transport[@]}" \
   -n "$ranks" "${ignoring_usr1[@]}" "$program" "$@" 2>&3 3>&- &
 mpirun_pid=$!
 exec 3>&-
+# mpirun can deadlock where a rank dies while it connects (Open MPI 4.1.4, PMIx 4.2.2; seen once in
+# some 200 kills): the dead then stay zombies, which it else collects at once.
+end_hung_mpirun() {
+  trap '' INT HUP USR1
+  local looks=0 child dead
+  exec 4<> <(:)  # silent for ever: waiting on it needs no process that would outlive the job
+  while :; do
+    read -rt "${ROUTECAST_LOOK_SECONDS:-5}" -u 4 child
+    dead=0
+    for child in $(cat /proc/$mpirun_pid/task/*/children 2>/dev/null); do
+      ! grep -q '^State:.Z' "/proc/$child/status" 2>/dev/null || dead=$((dead + 1))
+    done
+    if [ $dead = 0 ]; then looks=0; else looks=$((looks + 1)); fi
+    [ $looks -ge 3 ] || continue
+    echo "run_ranks.sh: mpirun hangs over $dead dead ranks, and is ended" >&2
+    # shellcheck disable=SC2046  # a list of process ids
+    kill -KILL $mpirun_pid $(cat /proc/$mpirun_pid/task/*/children)
+    return
+  done
+}
+end_hung_mpirun &
+watch_pid=$!
 stopper_pid=""
 # Again every second until mpirun is gone: a rank that is still starting ignores it.
 stop() {
   [ -z "$stopper_pid" ] || return
-  (while kill -USR1 $mpirun_pid 2>/dev/null; do sleep 1; done) &
+  (
+    exec 4<> <(:)
+    while kill -USR1 $mpirun_pid 2>/dev/null; do read -rt 1 -u 4; done
+  ) &
   stopper_pid=$!
 }
 trap stop TERM INT HUP USR1
@@ -79,7 +104,7 @@ while :; do  # a trapped signal ends wait before mpirun has ended
   code=$?
   kill -0 $mpirun_pid 2>/dev/null || break
 done
-[ -z "$stopper_pid" ] || kill "$stopper_pid" 2>/dev/null
+kill $watch_pid $stopper_pid 2>/dev/null
 wait $filter_pid
 case $code in
   # Ours pass; a signal's, or an error class of MPI's own that ended the job, is a death.

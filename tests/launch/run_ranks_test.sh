@@ -44,6 +44,20 @@ check dead-rank-lines 3 "$(wc -l <"$folder/errors")"
 check silent-about-codes 0 "$(wc -l <"$folder/errors")"
 "$run" -n 2 "$folder/program" code 15 >/dev/null 2>&1
 check mpi-error-class 4 $?
+# A launcher in Open MPI's deadlock: its dead ranks stay zombies.
+mkdir "$folder/bin"
+cat >"$folder/bin/mpirun" <<'MPIRUN'
+#!/usr/bin/env perl
+fork or exit 9 for 1 .. 2;
+sleep 60;
+MPIRUN
+chmod +x "$folder/bin/mpirun"
+begun=$SECONDS
+PATH=$folder/bin:$PATH ROUTECAST_LOOK_SECONDS=1 "$run" -n 2 "$folder/program" code 0 >/dev/null \
+  2>"$folder/errors"
+check hung-launcher 4 $?
+check hung-launcher-said 1 "$(grep -c 'hangs over 2 dead ranks' "$folder/errors")"
+check hung-launcher-soon yes "$([ $((SECONDS - begun)) -le 20 ] && echo yes)"
 "$run" -n x "$folder/program" code 0 >/dev/null 2>&1
 check wrong-ranks 2 $?
 "$run" -n 1 no-such-program >/dev/null 2>&1
