@@ -39,6 +39,9 @@ MpiSession::MpiSession(int* argc, char*** argv)
   const int tasks = SlurmTasks();
   // Before MPI_Init, which ends such a process with a page of text and exit code 1.
   if (tasks > 1 && std::getenv("PMIX_RANK") == nullptr) RefuseSingletons(tasks);
+  // A process without mpirun would start a daemon for calls that we never make, and a
+  // Ctrl-C, which reaches the daemon as well, would end MPI_Init with a page of text.
+  ::setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
   int provided = 0;
   MPI_Init_thread(argc, argv, MPI_THREAD_SERIALIZED, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank_.rank);

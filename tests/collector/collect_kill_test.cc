@@ -102,7 +102,7 @@ class CollectKillTest : public CollectFixture {
   static void ExpectEndsNaming(const std::string& store, size_t rank, int signal,
                                const std::string& named) {
     const fs::path errors = folder_ / (store + ".errors");
-    const pid_t job = Start(Launched(2, store, {"--hang_seconds=4"}), errors);
+    const pid_t job = Start(Launched(2, store, {"--hang_seconds=3"}), errors);
     WaitForChunk(store);
     const std::vector<pid_t> ranks = ChildrenOf(MpirunOf(job));
     ASSERT_EQ(ranks.size(), 2u);
