@@ -4,6 +4,9 @@
 #include <array>
 #include <thread>
 
+#include "common/stop.h"
+#include "corpus/task_prompts.h"
+
 namespace routecast {
 namespace {
 
@@ -13,18 +16,26 @@ constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
 
+void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
+               std::vector<std::vector<int32_t>>* segments) {
+  for (size_t at = 0; at < ids.size() && segments->size() < kMaxSegments;
+       at += static_cast<size_t>(max_tokens)) {
+    const size_t end = std::min(ids.size(), at + static_cast<size_t>(max_tokens));
+    if (end - at < kMinSequenceTokens) break;
+    segments->emplace_back(ids.begin() + static_cast<std::ptrdiff_t>(at),
+                           ids.begin() + static_cast<std::ptrdiff_t>(end));
+  }
+}
+
 }  // namespace
 
 std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
                                                 std::string_view text, int max_tokens) {
-  const std::vector<int32_t> ids = tokenizer.EncodePlain(text);
   std::vector<std::vector<int32_t>> segments;
-  for (size_t at = 0; at < ids.size() && segments.size() < kMaxSegments;
-       at += static_cast<size_t>(max_tokens)) {
-    const size_t end = std::min(ids.size(), at + static_cast<size_t>(max_tokens));
-    if (end - at < kMinSequenceTokens) break;
-    segments.emplace_back(ids.begin() + static_cast<std::ptrdiff_t>(at),
-                          ids.begin() + static_cast<std::ptrdiff_t>(end));
+  while (!text.empty()) {
+    const size_t end = std::min(text.find(kPromptSeparator), text.size());
+    CutTokens(tokenizer.EncodePlain(text.substr(0, end)), max_tokens, &segments);
+    text.remove_prefix(std::min(end + 1, text.size()));
   }
   return segments;
 }
@@ -36,6 +47,7 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, const Tokenizer& tokenizer
   uint64_t sequences = 0;
   for (uint64_t first = 0; first < corpus.size(); first += kLimitBatch) {
     const uint64_t count = std::min(kLimitBatch, corpus.size() - first);
+    if (StopRequested()) return {first, 0};
     std::vector<uint64_t> segments(count);
     std::vector<std::thread> workers;
     for (int w = 0; w < threads; ++w) {

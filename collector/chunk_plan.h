@@ -20,7 +20,7 @@ inline constexpr int kSegmentBits = 16;
 inline constexpr int kMinSequenceTokens = 2;  // less holds nothing to mask or predict
 
 // Tokens of each segment of a document, at most `max_tokens` each; a rest below
-// kMinSequenceTokens is left out.
+// kMinSequenceTokens is left out. A prompt separator ends a segment.
 std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
                                                 std::string_view text, int max_tokens);
 
@@ -52,6 +52,7 @@ class DocumentOrder {
 
 // How many documents hold the first `max_sequences` sequences (0 = all of them).
 // Tokenizes documents until then, on `threads` threads; with 0 it reads nothing.
+// Where a stop is requested it returns early: the result is then of no use.
 struct SequenceLimit {
   uint64_t num_documents = 0, last_segments = 0;
 };

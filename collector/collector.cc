@@ -4,7 +4,6 @@
 #include <torch/version.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -12,10 +11,11 @@
 
 #include "collector/chunk_plan.h"
 #include "collector/chunk_runner.h"
+#include "collector/collect_job.h"
 #include "collector/collected_model.h"
-#include "collector/work_exchange.h"
+#include "collector/rank_watch.h"
+#include "collector/span_log.h"
 #include "common/errors.h"
-#include "common/progress.h"
 #include "common/safetensors.h"
 #include "common/stop.h"
 #include "models/checkpoint.h"
@@ -140,108 +140,13 @@ void PrintPlan(const CollectOptions& options, const StoreConfig& config,
               FormatBytes(FreeBytes(options.store)).c_str());
 }
 
-// The rank's part of the job once everything is open.
-class Job {
- public:
-  Job(const CollectOptions& options, const RankInfo& rank, const StoreConfig& config,
-      const std::string& token, ChunkRunner* runner, ShardOwner* owner,
-      std::deque<uint32_t> todo, std::function<void()> idle)
-      : options_(options),
-        config_(config),
-        token_(token),
-        runner_(runner),
-        total_(static_cast<uint64_t>(config.num_chunks)),
-        num_done_(total_ - todo.size()),
-        progress_("collect", "chunks", total_, options.quiet || !rank.is_root()),
-        exchange_(rank, config.num_shards, std::move(todo),
-                  {[this, owner](uint32_t c) { owner->Ingest(c, token_); },
-                   [this](const ChunkResult& r) { Done(r); }, std::move(idle)}) {}
-
-  // A limit of time is looked at between chunks: however small it is, every run adds at
-  // least one chunk, so a job cut into short allocations ends. A signal cuts into a
-  // chunk.
-  void Run() {
-    while (Serving()) {
-      const std::optional<uint32_t> chunk = exchange_.Next();
-      if (!chunk) break;
-      Compute(*chunk);
-      if (OutOfTime()) break;
-    }
-    if (StopRequested() || OutOfTime()) exchange_.Close();
-    exchange_.Drain();
-  }
-  bool complete() const { return num_done_ == total_; }  // on rank 0
-  void FinishProgress() { progress_.Finish(Note()); }
-  Json Results() const {
-    const double seconds = std::max(progress_.seconds(), 1e-9);
-    return {{"chunks", num_done_},
-            {"num_chunks", total_},
-            {"sequences", sum_.sequences},
-            {"tokens", sum_.tokens},
-            {"padding_share", PaddingShare()},
-            {"record_bytes", sum_.record_bytes},
-            {"seconds", seconds},
-            {"tokens_per_second", static_cast<double>(sum_.tokens) / seconds}};
-  }
-
- private:
-  bool OutOfTime() const {
-    return options_.max_hours > 0 && progress_.seconds() > options_.max_hours * 3600;
-  }
-  bool Serving() {
-    exchange_.Serve();
-    return !StopRequested();
-  }
-  void Compute(uint32_t chunk) {
-    ChunkWriter writer(options_.store, config_, chunk, token_);
-    ChunkResult result;
-    result.chunk = chunk;
-    const int64_t computed = runner_->computed_tokens();
-    const bool whole = runner_->Run(
-        chunk, [this] { return Serving(); },
-        [&](const RoutingTrace& trace) {
-          ++result.sequences;
-          result.tokens += trace.encoder.num_tokens + trace.decoder.num_tokens;
-          writer.Add(trace);
-        });
-    if (!whole) {
-      exchange_.Abandoned(chunk);
-      return;
-    }
-    result.computed_tokens = runner_->computed_tokens() - computed;
-    result.record_bytes = static_cast<int64_t>(writer.record_bytes());
-    writer.Finish();
-    exchange_.Staged(result);
-  }
-  void Done(const ChunkResult& r) {
-    ++num_done_;
-    sum_.sequences += r.sequences;
-    sum_.tokens += r.tokens;
-    sum_.computed_tokens += r.computed_tokens;
-    sum_.record_bytes += r.record_bytes;
-    progress_.Update(num_done_, Note());
-  }
-  double PaddingShare() const {
-    if (sum_.computed_tokens == 0) return 0;
-    return 1 -
-           static_cast<double>(sum_.tokens) / static_cast<double>(sum_.computed_tokens);
-  }
-  std::string Note() const {
-    const auto rate =
-        static_cast<double>(sum_.tokens) / std::max(progress_.seconds(), 1e-9);
-    return std::to_string(sum_.sequences) + " sequences, " +
-           std::to_string(static_cast<int64_t>(rate)) + " tokens/s";
-  }
-
-  const CollectOptions& options_;
-  const StoreConfig& config_;
-  std::string token_;
-  ChunkRunner* runner_;
-  uint64_t total_, num_done_;
-  ChunkResult sum_;
-  Progress progress_;
-  WorkExchange exchange_;
-};
+// Another rank hangs: no call that waits for ranks can be made any more, so this process
+// simply ends, and mpirun ends the others.
+void EndJob(const std::string& error) {
+  std::fprintf(stderr, "routecast-collect: %s\n", error.c_str());
+  std::fflush(stderr);
+  std::_Exit(kExitEnvironment);
+}
 
 Json LibraryVersions() {
   char mpi[MPI_MAX_LIBRARY_VERSION_STRING];
@@ -289,6 +194,7 @@ void CollectOptions::Validate() const {
   require(temperature > 0 || (top_k_sampling == 0 && top_p == 1),
           "--top_k_sampling and --top_p need --temperature", "e.g. --temperature=1");
   require(max_hours >= 0, "--max_hours is negative", "use 0 for no limit");
+  require(hang_seconds >= 1, "--hang_seconds is below 1", "45 is the default");
 }
 
 CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
@@ -319,8 +225,10 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
                               static_cast<uint64_t>(options.max_sequences), threads);
   }
   std::vector<int64_t> shared = {static_cast<int64_t>(limit.num_documents),
-                                 static_cast<int64_t>(limit.last_segments)};
+                                 static_cast<int64_t>(limit.last_segments),
+                                 StopRequested() ? 1 : 0};
   Share(&shared);
+  if (shared[2] != 0) return CollectEnd::kStopped;
   limit = {static_cast<uint64_t>(shared[0]), static_cast<uint64_t>(shared[1])};
   const ChunkPlan plan = MakeChunkPlan(corpus, limit);
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, corpus, device, threads);
@@ -348,6 +256,9 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     run->WriteStart();
   }
   const std::string token = ShareText(lock ? lock->token() : "");
+  const RankWatch watch(store / "staging", token, rank, options.hang_seconds, EndJob);
+  SpanLog spans(store, rank);
+  const auto opened = SpanLog::Clock::now();
   ShardOwner owner(store, config, rank.rank, rank.world);
   std::vector<uint32_t> done = Gather(owner.CompletedChunks(), rank.world);
   std::sort(done.begin(), done.end());
@@ -356,18 +267,24 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     if (!std::binary_search(done.begin(), done.end(), c)) todo.push_back(c);
   }
   const bool any_work = !todo.empty();
+  spans.Write("open", opened, {{"rank", rank.rank}, {"ranks", rank.world}});
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);
-  Job job(options, rank, config, token, &runner, &owner, std::move(todo),
-          [&model] { model.Serve(); });
+  CollectJob job(
+      {&options, &config, &runner, &owner, &spans, token, [&model] { model.Serve(); }},
+      rank, std::move(todo));
   job.Run();
   shared = {job.complete() ? 1 : 0};
   Share(&shared);
   const bool complete = shared[0] == 1;
-  if (complete && any_work) owner.Compact();
+  if (complete && any_work) {
+    const auto begin = SpanLog::Clock::now();
+    owner.Compact();
+    spans.Write("compact", begin, Json::object());
+  }
   MPI_Barrier(MPI_COMM_WORLD);
   if (run) {
-    job.FinishProgress();
+    if (complete) job.FinishProgress();
     run->Finish(complete ? kExitDone : kExitStopped, job.Results());
   }
   return complete ? CollectEnd::kComplete : CollectEnd::kStopped;

@@ -31,7 +31,8 @@ struct CollectOptions {
   int top_k_sampling = 0;  // draw among the k most probable; 0 = all
   double top_p = 1;        // draw among the most probable that reach this sum; 1 = all
   uint64_t sample_seed = 1;
-  double max_hours = 0;  // take no chunk after this time; 0 = no limit
+  double max_hours = 0;      // take no chunk after this time; 0 = no limit
+  double hang_seconds = 45;  // a rank without a sign of life for so long ends the job
   std::string device = "auto";
   std::string dtype = "fp32";
   int threads = 0;  // per rank; 0 = the store's, or cores / ranks if new

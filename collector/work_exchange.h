@@ -14,9 +14,10 @@
 
 namespace routecast {
 
-// What a chunk brought. `computed_tokens` counts padding as well.
+// What a chunk brought, and who computed it. `computed_tokens` counts padding as well.
 struct ChunkResult {
-  int64_t chunk = 0, sequences = 0, tokens = 0, computed_tokens = 0, record_bytes = 0;
+  int64_t rank = 0, chunk = 0, sequences = 0, tokens = 0, computed_tokens = 0,
+          record_bytes = 0;
 };
 
 // Thread rule: one thread of the process, the one that initialised MPI. Every rank makes

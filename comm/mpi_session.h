@@ -10,7 +10,8 @@ namespace routecast {
 // without mpirun as a world of one. One a process.
 class MpiSession {
  public:
-  // Throws EnvironmentError where srun started several tasks that do not know each other.
+  // Throws UsageError where Slurm has several tasks that do not know each other, and
+  // EnvironmentError for an MPI without threads.
   MpiSession(int* argc, char*** argv);
   ~MpiSession();
   MpiSession(const MpiSession&) = delete;

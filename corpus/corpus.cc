@@ -229,16 +229,25 @@ void Corpus::Finish() {
   stats_.groups = groups.size();
   stats_.text_bytes = contents_.text_bytes;
   stats_.exact_duplicates = contents_.exact_duplicates;
+  stats_.binary_documents = contents_.binary_documents;
+  stats_.replaced_bytes = contents_.replaced_bytes;
   fingerprint_ = Hex64(hash);
 }
 
 std::string Corpus::Summary() const {
   const auto parts = stats_.part_documents;
+  std::string damage;
+  if (stats_.binary_documents > 0) {
+    damage += ", " + std::to_string(stats_.binary_documents) + " binary ones dropped";
+  }
+  if (stats_.replaced_bytes > 0) {
+    damage += ", " + std::to_string(stats_.replaced_bytes) + " bytes were not UTF-8";
+  }
   return std::to_string(stats_.documents) + " documents (" +
          FormatBytes(stats_.text_bytes) + ") in " + std::to_string(stats_.groups) +
          " groups: " + std::to_string(parts[0]) + " train, " + std::to_string(parts[1]) +
          " validation, " + std::to_string(parts[2]) + " test; " +
-         std::to_string(stats_.exact_duplicates) + " exact duplicates dropped";
+         std::to_string(stats_.exact_duplicates) + " exact duplicates dropped" + damage;
 }
 
 }  // namespace routecast

@@ -30,6 +30,8 @@ struct Document {
 struct CorpusStats {
   uint64_t documents = 0, groups = 0, text_bytes = 0;
   uint64_t exact_duplicates = 0;             // dropped
+  uint64_t binary_documents = 0;             // dropped: IsBinary of readers.h
+  uint64_t replaced_bytes = 0;               // not UTF-8, or NUL
   std::array<uint64_t, 3> part_documents{};  // by SplitPart
   std::array<uint64_t, 3> part_bytes{};
   double seconds = 0;  // of Open

@@ -47,6 +47,8 @@ std::string SerializeIndex(const IndexContents& contents) {
   Append(&out, kIndexMagic);
   Append(&out, kIndexVersion);
   Append(&out, contents.exact_duplicates);
+  Append(&out, contents.binary_documents);
+  Append(&out, contents.replaced_bytes);
   Append(&out, contents.text_bytes);
   Append(&out, contents.text_hash);
   Append(&out, static_cast<uint64_t>(contents.files.size()));
@@ -73,6 +75,8 @@ IndexContents ParseIndex(const std::string& bytes, const std::string& what) {
   if (version != kIndexVersion) cursor.Fail("version " + std::to_string(version));
   IndexContents contents;
   contents.exact_duplicates = cursor.Read<uint64_t>();
+  contents.binary_documents = cursor.Read<uint64_t>();
+  contents.replaced_bytes = cursor.Read<uint64_t>();
   contents.text_bytes = cursor.Read<uint64_t>();
   contents.text_hash = cursor.Read<uint64_t>();
   const auto num_files = cursor.Read<uint64_t>();

@@ -13,7 +13,7 @@
 namespace routecast {
 
 constexpr uint32_t kIndexMagic = 0x49584352;  // "RCXI"
-constexpr uint32_t kIndexVersion = 1;
+constexpr uint32_t kIndexVersion = 2;
 
 // One document of the index. Fixed size; written as it lies in memory (little-endian).
 struct IndexEntry {
@@ -30,6 +30,8 @@ struct IndexContents {
   std::vector<std::string> files;   // paths of the sources
   std::vector<IndexEntry> entries;  // in the order of the sources
   uint64_t exact_duplicates = 0;    // dropped
+  uint64_t binary_documents = 0;    // dropped
+  uint64_t replaced_bytes = 0;      // not UTF-8, or NUL, in documents that stayed
   uint64_t text_bytes = 0;
   uint64_t text_hash = 0;  // XXH3 of text.bin
 };

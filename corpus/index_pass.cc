@@ -21,7 +21,7 @@ struct Prepared {
   std::string raw;  // own copy where the reader's bytes do not outlive the call
   RawRecord record;
   std::string text;
-  uint64_t hash = 0;
+  uint64_t hash = 0, foreign_bytes = 0;
   bool has_signature = false;
   MinHash signature{};
 };
@@ -65,6 +65,8 @@ class Pass {
     ParallelFor(batch_.size(), threads_, [&](size_t i) {
       Prepared& one = batch_[i];
       if (copies) one.record.raw = one.raw;
+      one.foreign_bytes = CountForeignBytes(one.record.raw);
+      if (IsBinary(one.foreign_bytes, one.record.raw.size())) return;
       one.text = RecordText(*spec_, one.record, path_);
       one.hash = Hash64(one.text);
       const auto shingles = Shingles(one.text);
@@ -79,6 +81,10 @@ class Pass {
   }
 
   void Keep(const Prepared& one) {
+    if (IsBinary(one.foreign_bytes, one.record.raw.size())) {
+      ++result_.contents.binary_documents;
+      return;
+    }
     if (one.text.empty()) return;
     if (!seen_.insert(one.hash).second) {
       ++result_.contents.exact_duplicates;
@@ -99,6 +105,7 @@ class Pass {
          .length_bytes = static_cast<uint32_t>(one.text.size()),
          .file = static_cast<uint32_t>(contents.files.size() - 1)});
     contents.text_bytes += one.text.size();
+    contents.replaced_bytes += one.foreign_bytes;
     append_(one.text);
     if (one.has_signature) result_.signatures.push_back({id, one.signature});
   }

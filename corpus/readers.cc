@@ -5,33 +5,11 @@
 
 #include "common/errors.h"
 #include "common/run_record.h"
+#include "corpus/record_lines.h"
+#include "corpus/task_prompts.h"
 
 namespace routecast {
 namespace {
-
-constexpr uint64_t kMaxJsonBytes = uint64_t{1} << 30;
-constexpr uint64_t kMaxLineBytes = uint64_t{256} << 20;
-
-[[noreturn]] void ThrowRecord(const std::string& what, uint64_t offset,
-                              const std::string& why) {
-  throw DataError(ErrorText(what + ": damaged record",
-                            "at byte " + std::to_string(offset) + ": " + why,
-                            "repair or leave out the file"));
-}
-
-bool IsBlank(std::string_view line) {
-  return line.find_first_not_of(" \t\r\n\v\f") == line.npos;
-}
-
-// Calls f(line without its end, offset) for each line.
-template <typename F>
-void ForEachLine(std::string_view bytes, const F& f) {
-  for (size_t at = 0; at < bytes.size();) {
-    const size_t end = std::min(bytes.find('\n', at), bytes.size());
-    f(bytes.substr(at, end - at), at);
-    at = end + 1;
-  }
-}
 
 // Records that are runs of whole lines: starts_record tells where the next one begins and
 // whether the line itself is kept.
@@ -81,95 +59,6 @@ void ReadJsonl(std::string_view bytes, const std::string& what, const RecordSink
   ForEachLine(bytes, [&](std::string_view line, size_t at) {
     if (line.size() > kMaxLineBytes) ThrowRecord(what, at, "a line above 256 MiB");
     if (!IsBlank(line)) sink({line, at});
-  });
-}
-
-const Json& Member(const Json& object, const char* key, const std::string& what) {
-  if (!object.is_object() || !object.contains(key)) {
-    ThrowRecord(what, 0, std::string("no \"") + key + "\" where SQuAD has one");
-  }
-  return object[key];
-}
-
-const Json& Array(const Json& object, const char* key, const std::string& what) {
-  const Json& value = Member(object, key, what);
-  if (!value.is_array()) ThrowRecord(what, 0, std::string("\"") + key + "\" is no list");
-  return value;
-}
-
-std::string Text(const Json& object, const char* key, const std::string& what) {
-  const Json& value = Member(object, key, what);
-  if (!value.is_string()) ThrowRecord(what, 0, std::string("\"") + key + "\" is no text");
-  return value.get<std::string>();
-}
-
-void ReadSquad(std::string_view bytes, const std::string& what, const RecordSink& sink) {
-  if (bytes.size() > kMaxJsonBytes) ThrowRecord(what, 0, "larger than 1 GiB");
-  const Json root = ParseJson(CleanText(bytes), what);
-  for (const Json& article : Array(root, "data", what)) {
-    for (const Json& paragraph : Array(article, "paragraphs", what)) {
-      std::string text = Text(paragraph, "context", what);
-      for (const Json& qa : Array(paragraph, "qas", what)) {
-        text += "\n" + Text(qa, "question", what);
-      }
-      sink({text, 0});
-    }
-  }
-}
-
-std::vector<std::string_view> SplitTabs(std::string_view line) {
-  if (line.ends_with('\r')) line.remove_suffix(1);
-  std::vector<std::string_view> columns;
-  for (size_t at = 0;;) {
-    const size_t tab = line.find('\t', at);
-    columns.push_back(line.substr(at, tab == line.npos ? tab : tab - at));
-    if (tab == line.npos) return columns;
-    at = tab + 1;
-  }
-}
-
-// The columns of a GLUE task's header that are text.
-std::vector<size_t> TextColumns(const std::vector<std::string_view>& header) {
-  constexpr std::string_view kText[] = {
-      "sentence",  "sentence1", "sentence2", "question", "question1",
-      "question2", "#1 String", "#2 String", "premise",  "hypothesis"};
-  std::vector<size_t> columns;
-  for (size_t i = 0; i < header.size(); ++i) {
-    if (std::find(std::begin(kText), std::end(kText), header[i]) != std::end(kText)) {
-      columns.push_back(i);
-    }
-  }
-  return columns;
-}
-
-void ReadGlue(std::string_view bytes, const std::string& what, const RecordSink& sink) {
-  std::vector<size_t> text_columns;
-  size_t num_columns = 0;
-  if (bytes.starts_with("\xEF\xBB\xBF")) bytes.remove_prefix(3);
-  ForEachLine(bytes, [&](std::string_view line, size_t at) {
-    if (IsBlank(line)) return;
-    const auto columns = SplitTabs(line);
-    if (num_columns == 0) {
-      num_columns = columns.size();
-      text_columns = TextColumns(columns);
-      if (!text_columns.empty()) return;
-      // CoLA has no header: source, label, author's mark, sentence.
-      if (num_columns != 4 || (columns[1] != "0" && columns[1] != "1")) {
-        ThrowRecord(what, at, "no GLUE header with a sentence or question column");
-      }
-      text_columns = {3};
-    }
-    if (columns.size() != num_columns) {
-      ThrowRecord(what, at,
-                  std::to_string(columns.size()) + " columns, the first line has " +
-                      std::to_string(num_columns));
-    }
-    std::string text;
-    for (const size_t c : text_columns) {
-      if (!text.empty()) text += '\n';
-      text += columns[c];
-    }
-    sink({text, at});
   });
 }
 
@@ -230,7 +119,7 @@ void ReadRecords(const SourceSpec& spec, std::string_view bytes, const std::stri
     case SourceKind::kSquad:
       return ReadSquad(bytes, what, sink);
     case SourceKind::kGlue:
-      return ReadGlue(bytes, what, sink);
+      return ReadGlue(spec.field, bytes, what, sink);
   }
 }
 
@@ -238,6 +127,20 @@ std::string RecordText(const SourceSpec& spec, const RawRecord& record,
                        const std::string& what) {
   if (spec.kind == SourceKind::kJsonl) return CleanText(JsonlText(spec, record, what));
   return CleanText(record.raw);
+}
+
+uint64_t CountForeignBytes(std::string_view text) {
+  uint64_t foreign = 0;
+  for (size_t at = 0; at < text.size();) {
+    const size_t length = Utf8Length(text, at);
+    foreign += length == 0 || text[at] == '\0' ? 1 : 0;
+    at += std::max<size_t>(length, 1);
+  }
+  return foreign;
+}
+
+bool IsBinary(uint64_t foreign_bytes, uint64_t bytes) {
+  return foreign_bytes >= kBinaryBytes && foreign_bytes * kBinaryShare > bytes;
 }
 
 std::string CleanText(std::string_view text) {

@@ -29,6 +29,13 @@ void ReadRecords(const SourceSpec& spec, std::string_view bytes, const std::stri
 std::string RecordText(const SourceSpec& spec, const RawRecord& record,
                        const std::string& what);
 
+// Bytes that are not UTF-8, and NULs: what CleanText replaces.
+uint64_t CountForeignBytes(std::string_view text);
+// A record with at least kBinaryBytes of them, more than one byte in kBinaryShare, is no
+// text: an image among texts, another encoding. It is dropped and counted.
+inline constexpr uint64_t kBinaryBytes = 64, kBinaryShare = 10;
+bool IsBinary(uint64_t foreign_bytes, uint64_t bytes);
+
 // Valid UTF-8 (each invalid byte becomes U+FFFD), LF line ends, no byte order mark, no
 // NUL, no blank around.
 std::string CleanText(std::string_view text);

@@ -12,6 +12,7 @@
 #include <cerrno>
 
 #include "common/errors.h"
+#include "corpus/task_prompts.h"
 
 namespace routecast {
 namespace {
@@ -154,8 +155,9 @@ SourceSpec ParseSourceSpec(const std::string& text) {
                                     SourceKind::kGlue};
   SourceSpec spec{.kind = kByName[kind], .path = text.substr(colon + 1), .field = ""};
   const size_t hash = spec.path.rfind('#');
-  const bool takes_option =
-      spec.kind == SourceKind::kText || spec.kind == SourceKind::kJsonl;
+  const bool takes_option = spec.kind == SourceKind::kText ||
+                            spec.kind == SourceKind::kJsonl ||
+                            spec.kind == SourceKind::kGlue;
   std::string option;
   // A '#' that belongs to a file's name stays: the longest existing path wins.
   if (hash != std::string::npos && takes_option && !fs::exists(spec.path)) {
@@ -163,6 +165,10 @@ SourceSpec ParseSourceSpec(const std::string& text) {
     spec.path.resize(hash);
   }
   if (spec.kind == SourceKind::kJsonl) spec.field = option.empty() ? "text" : option;
+  if (spec.kind == SourceKind::kGlue && !option.empty()) {
+    ParseChoice("--data=glue:...#", option, GlueTasks());
+    spec.field = option;
+  }
   if (spec.kind == SourceKind::kText && !option.empty()) {
     ParseChoice("--data=text:...#", option, {"blocks"});
     spec.kind = SourceKind::kTextBlocks;

@@ -17,11 +17,12 @@ enum class SourceKind : uint8_t { kText, kTextBlocks, kJsonl, kWikitext, kSquad,
 struct SourceSpec {
   SourceKind kind = SourceKind::kText;
   std::string path;   // a file, a folder or a glob pattern
-  std::string field;  // jsonl: the field that holds the text
+  std::string field;  // jsonl: the field that holds the text; glue: the task, or empty
 };
 
 // Parses "text:PATH", "text:PATH#blocks", "jsonl:PATH#field" (default field: text),
-// "wikitext:PATH", "squad:PATH", "glue:PATH". UsageError naming the nearest kind.
+// "wikitext:PATH", "squad:PATH", "glue:PATH", "glue:PATH#task". UsageError naming the
+// nearest kind.
 SourceSpec ParseSourceSpec(const std::string& text);
 
 // The regular files of a source, sorted by path: a file itself, a folder's files

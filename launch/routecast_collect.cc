@@ -37,6 +37,7 @@ DEFINE_int32(top_k_sampling, 0, "Sample among the k most probable tokens; 0 = al
 DEFINE_double(top_p, 1, "Sample among the most probable tokens that reach this sum");
 DEFINE_uint64(sample_seed, 1, "Seed of sampling");
 DEFINE_double(max_hours, 0, "Stop with everything saved after this time; 0 = no limit");
+DEFINE_double(hang_seconds, 45, "A rank without a sign of life for so long ends the job");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
 DEFINE_string(dtype, "fp32", "Compute type: fp32, bf16 or fp16");
 
@@ -75,6 +76,7 @@ CollectOptions Options() {
   o.top_p = FLAGS_top_p;
   o.sample_seed = FLAGS_sample_seed;
   o.max_hours = FLAGS_max_hours;
+  o.hang_seconds = FLAGS_hang_seconds;
   o.device = FLAGS_device;
   o.dtype = FLAGS_dtype;
   o.threads = FLAGS_threads;

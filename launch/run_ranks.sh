@@ -27,22 +27,85 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} MKL_NUM_THREADS=${MKL_NUM_TH
 # libgomp's threads spin for milliseconds between parallel regions; where another process wants
 # the core too, a training of small tensors then spends nine tenths of its time waiting.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
-[ "$ranks" -gt 1 ] || exec "$program" "$@"
+# One rank is meant, however many tasks the allocation has; srun's own tasks stay refused.
+[ "$ranks" -gt 1 ] || exec env -u SLURM_NTASKS "$program" "$@"
 
 transport=(--mca btl self,vader --mca btl_vader_single_copy_mechanism none
            --mca oob_tcp_if_include lo --oversubscribe)
 [ -z "${ROUTECAST_MPIRUN_ARGS:-}" ] || read -r -a transport <<<"$ROUTECAST_MPIRUN_ARGS"
 [ "$(id -u)" -ne 0 ] || transport+=(--allow-run-as-root)
-mpirun --quiet --bind-to none "${transport[@]}" -x OMP_NUM_THREADS -x MKL_NUM_THREADS \
-  -x GOMP_SPINCOUNT \
-  -n "$ranks" "$program" "$@" &
+# mpirun's own words at the end of a job are four lines of dashes about an exit code that the
+# program has explained; of these only who died is kept. Other reports pass as they are.
+only_who_died() {
+  trap '' TERM INT HUP USR1
+  local line report="" inside=0
+  while IFS= read -r line || [ -n "$line" ]; do
+    if [[ $line =~ ^-{70,}$ ]]; then
+      if [ $inside = 0 ]; then inside=1 report=""; continue; fi
+      inside=0
+      case $report in
+        *"Primary job  terminated normally"* | *"exited with non-zero status, thus"* | *"MPI_ABORT was invoked"*) ;;
+        *"noticed that process rank"*) sed -n 's/.*process \(rank [0-9]*\) with PID [0-9]* \(on node .*\)/run_ranks.sh: \1 \2/p' <<<"$report" ;;
+        *) printf '%s\n%s%s\n' "$line" "$report" "$line" ;;
+      esac
+    elif [ $inside = 1 ]; then report+=$line$'\n'
+    elif [[ $line == "mpirun: Forwarding signal "* ]]; then continue
+    else printf '%s\n' "$line"; fi
+  done
+  [ $inside = 0 ] || printf '%s' "$report"
+}
+exec 3> >(only_who_died >&2)
+filter_pid=$!
+
+# A session of its own: Ctrl-C in a terminal reaches whole process groups, and mpirun kills its
+# ranks on INT. USR1 is ignored until mpirun, and later the program, handle it: by default it
+# would end whoever is still starting.
+ignoring_usr1=(bash -c 'trap "" USR1; exec "$@"' routecast)
+setsid "${ignoring_usr1[@]}" mpirun --bind-to none "${transport[@]}" \
+  -x OMP_NUM_THREADS -x MKL_NUM_THREADS -x GOMP_SPINCOUNT \
+  -n "$ranks" "${ignoring_usr1[@]}" "$program" "$@" 2>&3 3>&- &
 mpirun_pid=$!
-trap 'kill -USR1 $mpirun_pid 2>/dev/null' TERM INT USR1
+exec 3>&-
+# mpirun can deadlock where a rank dies while it connects (Open MPI 4.1.4, PMIx 4.2.2; seen once in
+# some 200 kills): the dead then stay zombies, which it else collects at once.
+end_hung_mpirun() {
+  trap '' INT HUP USR1
+  local looks=0 child dead
+  exec 4<> <(:)  # silent for ever: waiting on it needs no process that would outlive the job
+  while :; do
+    read -rt "${ROUTECAST_LOOK_SECONDS:-5}" -u 4 child
+    dead=0
+    for child in $(cat /proc/$mpirun_pid/task/*/children 2>/dev/null); do
+      ! grep -q '^State:.Z' "/proc/$child/status" 2>/dev/null || dead=$((dead + 1))
+    done
+    if [ $dead = 0 ]; then looks=0; else looks=$((looks + 1)); fi
+    [ $looks -ge 3 ] || continue
+    echo "run_ranks.sh: mpirun hangs over $dead dead ranks, and is ended" >&2
+    # shellcheck disable=SC2046  # a list of process ids
+    kill -KILL $mpirun_pid $(cat /proc/$mpirun_pid/task/*/children)
+    return
+  done
+}
+end_hung_mpirun &
+watch_pid=$!
+stopper_pid=""
+# Again every second until mpirun is gone: a rank that is still starting ignores it.
+stop() {
+  [ -z "$stopper_pid" ] || return
+  (
+    exec 4<> <(:)
+    while kill -USR1 $mpirun_pid 2>/dev/null; do read -rt 1 -u 4; done
+  ) &
+  stopper_pid=$!
+}
+trap stop TERM INT HUP USR1
 while :; do  # a trapped signal ends wait before mpirun has ended
   wait $mpirun_pid
   code=$?
   kill -0 $mpirun_pid 2>/dev/null || break
 done
+kill $watch_pid $stopper_pid 2>/dev/null
+wait $filter_pid
 case $code in
   # Ours pass; a signal's, or an error class of MPI's own that ended the job, is a death.
   0 | 1 | 2 | 3 | 4 | 75) ;;

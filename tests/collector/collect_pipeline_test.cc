@@ -8,61 +8,12 @@
 #include "common/errors.h"
 #include "common/safetensors.h"
 #include "storage/trace_reader.h"
-#include "tests/support/process.h"
-#include "tests/support/tiny_checkpoint.h"
+#include "tests/collector/collect_fixture.h"
 
 namespace routecast {
 namespace {
 
-class CollectTest : public testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    folder_ = TestFolder("collect");
-    WriteCheckpoint(folder_ / "model", 1);
-    WriteCheckpoint(folder_ / "other", 2);
-    WriteCorpus(folder_, 1500);
-  }
-  // The command line of a collection; the last of a flag wins, so `more` may replace any.
-  static std::vector<std::string> Command(int ranks, const std::string& store,
-                                          const std::vector<std::string>& more) {
-    std::vector<std::string> command = {
-        Bin("routecast-collect"),
-        "--quiet",
-        "--threads=1",
-        "--device=cpu",
-        "--num_shards=3",
-        "--max_length=64",
-        "--batch_size=8",
-        "--max_sequences=1200",
-        "--hidden_share=0.2",
-        "--model=" + (folder_ / "model").string(),
-        "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text",
-        "--cache=" + (folder_ / "cache").string(),
-        "--store=" + (folder_ / store).string()};
-    command.insert(command.end(), more.begin(), more.end());
-    return UnderMpirun(ranks, command);
-  }
-  static int Collect(int ranks, const std::string& store,
-                     const std::vector<std::string>& more = {}) {
-    return RunProgram(Command(ranks, store, more));
-  }
-  static std::string Export(const std::string& store) {
-    const std::string out = (folder_ / ("export-" + store)).string();
-    EXPECT_EQ(RunProgram({Bin("routecast-trace"), "export", "--quiet",
-                          "--store=" + (folder_ / store).string(), "--out=" + out}),
-              0);
-    return ReadFile(fs::path(out) / "traces.npz");
-  }
-  // What nobody disturbed: made once.
-  static const std::string& Golden() {
-    static const std::string golden = [] {
-      EXPECT_EQ(Collect(1, "golden"), 0);
-      return Export("golden");
-    }();
-    return golden;
-  }
-  static inline fs::path folder_;
-};
+class CollectTest : public CollectFixture {};
 
 TEST_F(CollectTest, RanksDoNotChangeTheRecords) {
   for (const int ranks : {2, 3}) {

@@ -139,29 +139,6 @@ TEST_F(CorpusTest, WikitextArticlesStartAtTitles) {
                   "= Second = \n \n More ."));
 }
 
-TEST_F(CorpusTest, SquadParagraphsCarryTheirQuestions) {
-  const auto path = Write("s.json",
-                          R"({"data": [{"title": "T", "paragraphs": [
-      {"context": "Context one.", "qas": [{"question": "Q1?"}, {"question": "Q2?"}]},
-      {"context": "Context two.", "qas": []}]}]})");
-  EXPECT_THAT(Texts(OpenInMemory("squad:" + path)),
-              ElementsAre("Context one.\nQ1?\nQ2?", "Context two."));
-  EXPECT_THROW(OpenInMemory("squad:" + Write("t.json", "{\"data\": [{}]}")), DataError);
-}
-
-TEST_F(CorpusTest, GlueRowsAreTheirTextColumns) {
-  const auto qnli =
-      Write("q.tsv", "index\tquestion\tsentence\tlabel\n0\tWhy?\tBecause.\tentailment\n");
-  EXPECT_THAT(Texts(OpenInMemory("glue:" + qnli)), ElementsAre("Why?\nBecause."));
-  const auto cola = Write("c.tsv", "gj04\t1\t\tOur friends.\ngj04\t0\t*\tOne more.\n");
-  EXPECT_THAT(Texts(OpenInMemory("glue:" + cola)),
-              ElementsAre("Our friends.", "One more."));
-  EXPECT_THROW(
-      OpenInMemory("glue:" + Write("b.tsv", "sentence\tlabel\nonly one column\n")),
-      DataError);
-  EXPECT_THROW(OpenInMemory("glue:" + Write("d.tsv", "a\tb\nc\td\n")), DataError);
-}
-
 TEST_F(CorpusTest, InvalidUtf8IsReplaced) {
   const auto path = Write("a.txt", std::string("a\xFFz \xC0\x80 \xED\xA0\x80 \xE2\x82") +
                                        '\0' + "\xE2\x82\xAC");
@@ -169,6 +146,35 @@ TEST_F(CorpusTest, InvalidUtf8IsReplaced) {
   EXPECT_THAT(Texts(OpenInMemory("text:" + path)),
               ElementsAre("a" + r + "z " + r + r + " " + r + r + r + " " + r + r +
                           " \xE2\x82\xAC"));
+}
+
+TEST_F(CorpusTest, ReplacedBytesAreCounted) {
+  EXPECT_EQ(OpenInMemory("text:" + Write("a.txt", "caf\xE9 au lait\xFF"))
+                .stats()
+                .replaced_bytes,
+            2u);
+}
+
+// An image among texts, a text in UTF-16.
+TEST_F(CorpusTest, BinaryDocumentsAreDroppedAndCounted) {
+  std::string image = "\x89PNG\r\n", wide;
+  for (uint64_t i = 0; i < 500; ++i) image += static_cast<char>(Mix(i) & 0xFF);
+  for (const char c : Prose(1, 30)) wide += {c, '\0'};
+  Write("f/a.png", image);
+  Write("f/b.txt", wide);
+  Write("f/c.txt", Prose(2, 30) + "end");
+  const Corpus corpus = OpenInMemory("text:" + (folder_ / "f").string());
+  EXPECT_THAT(Texts(corpus), ElementsAre(Prose(2, 30) + "end"));
+  EXPECT_EQ(corpus.stats().binary_documents, 2u);
+  EXPECT_THAT(corpus.Summary(), HasSubstr("2 binary ones dropped"));
+}
+
+TEST_F(CorpusTest, BinaryLinesOfJsonlAreDroppedAndBrokenOnesRefused) {
+  std::string junk;
+  for (uint64_t i = 0; i < 500; ++i) junk += static_cast<char>(0x80 | (Mix(i) & 0x3F));
+  const auto path = Write("a.jsonl", "{\"text\": \"one\"}\n" + junk + "\n");
+  EXPECT_EQ(OpenInMemory("jsonl:" + path).stats().binary_documents, 1u);
+  EXPECT_THROW(OpenInMemory("jsonl:" + Write("b.jsonl", "no json\n")), DataError);
 }
 
 TEST_F(CorpusTest, ExactDuplicatesAreDroppedAndCounted) {

@@ -45,10 +45,19 @@ struct ReaderCase {
 };
 std::ostream& operator<<(std::ostream& out, const ReaderCase& c) { return out << c.name; }
 
+// At most so many questions may repeat a context.
+size_t MaxRepeats(const std::string& bytes) {
+  size_t questions = 0;
+  for (size_t at = 0; (at = bytes.find("question", at)) != bytes.npos; ++at) ++questions;
+  return questions;
+}
+
 class ReaderFuzz : public testing::TestWithParam<ReaderCase> {};
 
 TEST_P(ReaderFuzz, EndsInTextOrNamedError) {
-  const SourceSpec spec{.kind = GetParam().kind, .path = "", .field = "text"};
+  const bool jsonl = GetParam().kind == SourceKind::kJsonl;
+  const SourceSpec spec{
+      .kind = GetParam().kind, .path = "", .field = jsonl ? "text" : ""};
   int read = 0;
   for (uint64_t seed = 0; seed < 4000; ++seed) {
     const std::string bytes = Mutate(GetParam().seed_bytes, seed);
@@ -67,7 +76,9 @@ TEST_P(ReaderFuzz, EndsInTextOrNamedError) {
           << e.what();
     }
     ASSERT_LE(records, bytes.size() + 1);
-    ASSERT_LE(out_bytes, 3 * bytes.size() + 3);  // an invalid byte becomes three
+    // An invalid byte becomes three; a prompt adds keys to each row, and squad repeats a
+    // context for each of its questions.
+    ASSERT_LE(out_bytes, (3 + records + MaxRepeats(bytes)) * (bytes.size() + 64));
   }
   EXPECT_GT(read, 0);
 }
@@ -90,7 +101,11 @@ INSTANTIATE_TEST_SUITE_P(
             "{\"data\":[{\"paragraphs\":[{\"context\":\"C\",\"qas\":[{\"question\":"
             "\"Q?\"}]}]}]}"},
         ReaderCase{"glue", SourceKind::kGlue,
-                   "index\tsentence\tlabel\n0\tA row .\t1\n1\tAnother row .\t0\n"}),
+                   "sentence\tlabel\nA row .\t1\nAnother row .\t0\n"},
+        ReaderCase{"glue_pairs", SourceKind::kGlue,
+                   "index\tquestion\tsentence\tlabel\n0\tQ ?\tA row .\t1\n"},
+        ReaderCase{"glue_headless", SourceKind::kGlue,
+                   "gj04\t1\t\tA row .\ngj04\t0\t*\tAnother row .\n"}),
     [](const auto& info) { return std::string(info.param.name); });
 
 TEST(ReaderFuzzTest, DeepJsonIsDataError) {

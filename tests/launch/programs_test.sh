@@ -36,6 +36,13 @@ if [ -x "$ROUTECAST_BIN_DIR/routecast-evaluate" ]; then
   echo "a prompt of a few words" >"$folder/text"
   collect=("$ROUTECAST_BIN_DIR/routecast-collect" --data=text:"$folder/text" --store="$folder/store")
   evaluate=("$ROUTECAST_BIN_DIR/routecast-evaluate" --prompts="$folder/text" --cache="$folder/experts")
+  # srun without PMI would start jobs of one rank each on the same store.
+  for tasks in SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=4; do
+    error=$(env "$tasks" "${collect[@]}" --dry_run --model=somebody/small-16 2>&1)
+    code=$?
+    [ "$code" -eq 2 ] || fail "$tasks without MPI's ranks gave exit $code: $error"
+    [ "$(wc -l <<<"$error")" -eq 3 ] || fail "$tasks: not three lines: $error"
+  done
   for program in collect evaluate; do
     declare -n command=$program
     "${command[@]}" --dry_run --model=somebody/small-16 >"$folder/log" 2>&1 ||
@@ -46,6 +53,11 @@ if [ -x "$ROUTECAST_BIN_DIR/routecast-evaluate" ]; then
     grep -q "hf download nobody/nothing" <<<"$error" ||
       fail "routecast-$program does not say how to fetch a model: $error"
   done
+  # One rank of a larger allocation, said with -n 1 or mpirun, is no mistake.
+  SLURM_NTASKS=4 "$ROUTECAST_SOURCE_DIR/launch/run_ranks.sh" -n 1 "${collect[@]}" --dry_run \
+    --model=somebody/small-16 >"$folder/log" 2>&1 || fail "-n 1 of 4 tasks: $(cat "$folder/log")"
+  SLURM_NTASKS=4 mpirun -n 1 "${collect[@]}" --dry_run --model=somebody/small-16 \
+    >"$folder/log" 2>&1 || fail "mpirun -n 1 of 4 tasks: $(cat "$folder/log")"
 fi
 echo "$found programs"
 exit $failed

@@ -1,13 +1,16 @@
 // Programs as people run them, from a test: under mpirun, interrupted, killed.
 #pragma once
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
+#include <fstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -28,10 +31,15 @@ inline std::vector<std::string> UnderMpirun(int ranks, std::vector<std::string> 
   return command;
 }
 
-inline pid_t Start(const std::vector<std::string>& command) {
+// stderr goes to `errors` where that is given.
+inline pid_t Start(const std::vector<std::string>& command, const fs::path& errors = {}) {
   ::prctl(PR_SET_CHILD_SUBREAPER, 1);  // for WaitForOrphans
   const pid_t child = ::fork();
   if (child == 0) {
+    ::signal(SIGINT, SIG_DFL);  // a shell's background jobs ignore it
+    if (!errors.empty()) {
+      ::dup2(::open(errors.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644), STDERR_FILENO);
+    }
     std::vector<char*> argv;
     for (const std::string& a : command) argv.push_back(const_cast<char*>(a.c_str()));
     argv.push_back(nullptr);
@@ -39,6 +47,19 @@ inline pid_t Start(const std::vector<std::string>& command) {
     ::_exit(127);
   }
   return child;
+}
+
+// The processes that `parent` started, oldest first: the ranks of an mpirun.
+inline std::vector<pid_t> ChildrenOf(pid_t parent) {
+  std::vector<pid_t> children;
+  std::error_code gone;
+  const fs::path tasks = "/proc/" + std::to_string(parent) + "/task";
+  for (const auto& task : fs::directory_iterator(tasks, gone)) {
+    std::ifstream in(task.path() / "children");
+    for (pid_t child = 0; in >> child;) children.push_back(child);
+  }
+  std::sort(children.begin(), children.end());
+  return children;
 }
 
 // Exit code; 128 + signal where one ended it.

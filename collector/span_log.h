@@ -1,0 +1,34 @@
+// What a rank did when, and how long it took: STORE/spans/rank-NNNNN.jsonl, a line a
+// span, appended by every run. For people and tools; nothing reads it back. Thread rule:
+// one thread.
+#pragma once
+
+#include <chrono>
+#include <string>
+
+#include "common/files.h"
+#include "common/rank.h"
+#include "common/run_record.h"
+
+namespace routecast {
+
+class SpanLog {
+ public:
+  using Clock = std::chrono::steady_clock;
+  // Makes the folder. EnvironmentError where it cannot.
+  SpanLog(const fs::path& store, const RankInfo& rank);
+  ~SpanLog();
+  SpanLog(const SpanLog&) = delete;
+  SpanLog& operator=(const SpanLog&) = delete;
+
+  // A line: `span`, `time` (its end, seconds since 1970), `seconds` since `begin`,
+  // this process' memory (`resident_bytes`, and of these `anonymous_bytes`: without
+  // mapped files, which the kernel takes back when it needs room), and what `more` holds.
+  void Write(const std::string& span, Clock::time_point begin, Json more);
+
+ private:
+  fs::path path_;
+  int fd_;
+};
+
+}  // namespace routecast
