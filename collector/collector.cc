@@ -19,6 +19,7 @@
 #include "common/safetensors.h"
 #include "common/stop.h"
 #include "models/checkpoint.h"
+#include "storage/context_coder.h"
 #include "storage/store_lock.h"
 #include "storage/trace_store.h"
 
@@ -90,6 +91,7 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
   c.hidden_share = c.Records("hidden") ? options.hidden_share : 0;
   c.max_length = options.max_length;
   c.max_sequences = options.max_sequences;
+  c.compression = options.compression;
   c.batch_size = options.batch_size;
   c.noise_density = options.task == Task::kEncode ? 0 : options.noise_density;
   if (options.task == Task::kGenerate && options.temperature > 0) {
@@ -355,7 +357,6 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   for (uint32_t c = 0; c < plan.chunks.size(); ++c) {
     if (!std::binary_search(done.begin(), done.end(), c)) todo.push_back(c);
   }
-  const bool any_work = !todo.empty();
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);
   Job job(options, rank, config, token, &runner, &owner, std::move(todo),
@@ -364,7 +365,11 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   shared = {job.complete() ? 1 : 0};
   Share(&shared);
   const bool complete = shared[0] == 1;
-  if (complete && any_work) owner.Compact();
+  if (complete) {
+    if (rank.is_root()) MakeContextModel(store, config);
+    MPI_Barrier(MPI_COMM_WORLD);
+    owner.Compact();
+  }
   MPI_Barrier(MPI_COMM_WORLD);
   if (run) {
     job.FinishProgress();

@@ -34,6 +34,7 @@ struct CollectOptions {
   double max_hours = 0;  // take no chunk after this time; 0 = no limit
   std::string device = "auto";
   std::string dtype = "fp32";
+  std::string compression = "none";
   int threads = 0;  // per rank; 0 = the store's, or cores / ranks if new
   uint64_t seed = 1;
   bool quiet = false;
