@@ -21,39 +21,30 @@ constexpr uint64_t kMaxBaseCells = uint64_t{1} << 27;  // 256 MiB
 uint64_t KeyOf(uint32_t outer, uint32_t inner) { return uint64_t{outer} << 32 | inner; }
 
 // The weights of one id: `count` experts of their own (in their row's order), and the
-// others together. Widths fit one division of the range coder.
+// others together.
 struct Slots {
   std::array<uint32_t, kMaxCodedExperts> weight;
   size_t count = 0;
-  uint32_t rest = 0;         // base weight of the others
-  uint32_t rest_weight = 0;  // their share of `total`
-  uint32_t total = 0;
+  uint32_t rest = kBaseScale;  // weight of the others
+  uint32_t total = kBaseScale;
 };
 
+// Factors are at most 2^15 and base weights sum to 2^15, so the total is below 2^31.
 template <typename Factor>
 void FillSlots(const uint16_t* base, const Factor* begin, const Factor* end,
                Slots* slots) {
-  std::array<uint64_t, kMaxCodedExperts> wide;
-  uint64_t sum = 0;
-  uint32_t own = 0;
-  slots->count = static_cast<size_t>(end - begin);
-  for (size_t i = 0; i < slots->count; ++i) {
-    const uint16_t* at = base + begin[i].expert;
+  uint32_t own = 0, total = 0;
+  uint32_t* to = slots->weight.data();
+  for (const Factor* f = begin; f != end; ++f) {
+    const uint16_t* at = base + f->expert;
     const uint32_t weight = static_cast<uint32_t>(at[1]) - at[0];
     own += weight;
-    wide[i] = (uint64_t{weight} * begin[i].times) >> 16;
-    sum += wide[i];
+    const auto scaled = static_cast<uint32_t>((uint64_t{weight} * f->times) >> 16);
+    total += * to++ = std::max<uint32_t>(1, scaled);
   }
+  slots->count = static_cast<size_t>(end - begin);
   slots->rest = kBaseScale - own;
-  sum += slots->rest;
-  const int shift = std::max(0, static_cast<int>(std::bit_width(sum)) - 15);
-  uint32_t total = 0;
-  for (size_t i = 0; i < slots->count; ++i) {
-    slots->weight[i] = std::max<uint32_t>(1, static_cast<uint32_t>(wide[i] >> shift));
-    total += slots->weight[i];
-  }
-  slots->rest_weight = slots->rest == 0 ? 0 : std::max<uint32_t>(1, slots->rest >> shift);
-  slots->total = total + slots->rest_weight;
+  slots->total = total + slots->rest;
 }
 
 // Where `expert` begins among the experts without a slot.
@@ -246,25 +237,25 @@ void ContextModel::EncodeIds(Stack s, const RoutingSpan& span, std::string* out)
   RangeEncoder coder(out);
   Slots slots;
   const uint16_t* id = span.expert_ids.data();
-  ForEachId(
-      s, span,
-      [&](int, int, const uint16_t* base, const Factor* first, const Factor* last) {
-        const uint16_t expert = *id++;
-        slots.rest = kBaseScale;
-        if (first != last) {
-          FillSlots(base, first, last, &slots);
-          uint32_t start = 0;
-          size_t i = 0;
-          while (i < slots.count && first[i].expert != expert) {
-            start += slots.weight[i++];
-          }
-          const bool own = i < slots.count;
-          coder.Encode(start, own ? slots.weight[i] : slots.rest_weight, slots.total);
-          if (own) return;
-        }
-        coder.Encode(RestStart(base, first, last, expert),
-                     static_cast<uint32_t>(base[expert + 1]) - base[expert], slots.rest);
-      });
+  ForEachId(s, span,
+            [&](int, int, const uint16_t* base, const Factor* first, const Factor* last) {
+              const uint16_t expert = *id++;
+              slots.rest = kBaseScale;
+              if (first != last) {
+                FillSlots(base, first, last, &slots);
+                uint32_t start = 0;
+                size_t i = 0;
+                while (i < slots.count && first[i].expert != expert) {
+                  start += slots.weight[i++];
+                }
+                const bool own = i < slots.count;
+                coder.Encode(start, own ? slots.weight[i] : slots.rest, slots.total);
+                if (own) return;
+              }
+              coder.Encode(RestStart(base, first, last, expert),
+                           static_cast<uint32_t>(base[expert + 1]) - base[expert],
+                           slots.rest);
+            });
   coder.Finish();
   const uint64_t least = (span.expert_ids.size() + kMaxIdsPerByte - 1) / kMaxIdsPerByte;
   if (out->size() - begin < least) out->resize(begin + least);
@@ -295,7 +286,7 @@ bool ContextModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span)
                   *id++ = first[i].expert;
                   return;
                 }
-                coder.Take(start, slots.rest_weight);
+                coder.Take(start, slots.rest);
               }
               const uint32_t at = coder.Peek(slots.rest);
               uint32_t full = at;  // as if the experts with slots were still there
@@ -326,9 +317,8 @@ void ContextModel::CountBits(Stack s, const RoutingSpan& span,
           size_t i = 0;
           while (i < slots.count && first[i].expert != expert) ++i;
           const bool own = i < slots.count;
-          sum -=
-              std::log2(static_cast<double>(own ? slots.weight[i] : slots.rest_weight) /
-                        slots.total);
+          sum -= std::log2(static_cast<double>(own ? slots.weight[i] : slots.rest) /
+                           slots.total);
           if (own) return;
         }
         sum -=

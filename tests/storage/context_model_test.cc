@@ -62,7 +62,8 @@ TEST(RangeCoder, IntervalsComeBack) {
     };
     std::vector<Interval> intervals;
     for (uint64_t i = 0; i < seed; ++i) {
-      const auto total = static_cast<uint32_t>(1 + ToRange(Mix(seed, i, 1), 1 << 16));
+      const auto total =
+          static_cast<uint32_t>(1 + ToRange(Mix(seed, i, 1), 1u << (i % 32)));
       const auto start = static_cast<uint32_t>(ToRange(Mix(seed, i, 2), total));
       // The last interval of a total is where carries come from.
       const uint32_t size =

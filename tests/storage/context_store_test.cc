@@ -1,51 +1,20 @@
-// A store whose ids are coded once it is complete, and deaths on the way there. RocksDB's
-// threads do not survive fork(), so the deaths happen in children only.
+// A store whose ids are coded once it is complete.
+#include "tests/storage/context_store.h"
+
 #include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <fstream>
 
 #include "common/errors.h"
-#include "storage/context_coder.h"
 #include "storage/context_trainer.h"
 #include "storage/export.h"
 #include "storage/import.h"
 #include "storage/merge.h"
-#include "storage/shard_db.h"
 #include "storage/subset.h"
 #include "storage/verify.h"
-#include "tests/storage/store_fixture.h"
 
 namespace routecast {
 namespace {
-
-constexpr int kDied = 99;
-
-class ContextStore : public TraceStoreTest {
- protected:
-  ContextStore() {
-    // Few experts, so that random traces repeat enough for a model to have rows.
-    shape_ = {.num_experts = 4, .top_k = 0, .max_tokens = 80, .hidden_share = 0.3};
-    config_ = ConfigOf(shape_, 3, kChunks);
-    config_.record = {"ids", "probs", "hidden"};
-    config_.compression = "context";
-  }
-  void Code(const StepObserver& on_step = {}) {
-    MakeContextModel(store(), config_, on_step);
-    ShardOwner(store(), config_, 0, 1, on_step).Compact();
-  }
-  fs::path At(const std::string& name) const { return folder_.path() / name; }
-  int CodedShards(const fs::path& path) const {
-    int coded = 0;
-    for (int shard = 0; shard < config_.num_shards; ++shard) {
-      const ShardDb db(path, shard, config_.compression, ShardDb::Mode::kRead);
-      CoderMark mark;
-      coded += ReadCoderMark(db, &mark);
-    }
-    return coded;
-  }
-};
 
 TEST_F(ContextStore, GivesEverythingBack) {
   Fill();
@@ -162,53 +131,6 @@ TEST_F(ContextStore, SubsetAndImportTakeTheCoder) {
   EXPECT_TRUE(fs::exists(ContextModelPath(At("in"))));
   ExportTraces(TraceReader(At("in")), At("y"), {});
   EXPECT_EQ(ReadFile(At("x") / "traces.npz"), ReadFile(At("y") / "traces.npz"));
-}
-
-// In a child: this program's own RocksDB threads would not survive the fork.
-int InChild(const std::function<void()>& work) {
-  std::fflush(nullptr);
-  const pid_t child = ::fork();
-  if (child == 0) {
-    try {
-      work();
-    } catch (const std::exception& e) {
-      std::fprintf(stderr, "%s\n", e.what());
-      ::_exit(71);
-    }
-    ::_exit(testing::Test::HasFailure() ? 70 : 0);
-  }
-  int status = 0;
-  ::waitpid(child, &status, 0);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
-using ContextStoreDeath = ContextStore;
-TEST_F(ContextStoreDeath, AtAnyStepOfCodingLeavesAllReadableAndIsFinishedLater) {
-  ASSERT_EQ(InChild([&] { Fill(); }), 0);
-  fs::rename(store(), At("plain"));
-  int deaths = 0;
-  for (int step = 1;; ++step) {
-    fs::remove_all(store());
-    fs::copy(At("plain"), store(), fs::copy_options::recursive);
-    const int code = InChild([&] {
-      int steps = 0;
-      Code([&](const char*) {
-        if (++steps == step) ::_exit(kDied);
-      });
-    });
-    ASSERT_EQ(InChild([&] { ExpectEverything(); }), 0);
-    if (code == 0) break;
-    ASSERT_EQ(code, kDied);
-    ++deaths;
-    ASSERT_EQ(InChild([&] {
-                TraceStore::CleanStaging(store());
-                Code();
-                EXPECT_EQ(CodedShards(store()), config_.num_shards);
-                EXPECT_TRUE(VerifyStore(store()).sound());
-              }),
-              0);
-  }
-  EXPECT_GT(deaths, 10);
 }
 
 }  // namespace
