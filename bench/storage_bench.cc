@@ -26,6 +26,8 @@ DEFINE_int32(experts, 128, "Experts a layer");
 DEFINE_int32(chunk, 250, "Sequences a chunk");
 DEFINE_int32(reads, 20000, "Random reads a round, of sequences, 64 at a time");
 DEFINE_int32(slow_reads, 200, "Random reads a round of the baselines, of spans");
+DEFINE_int64(index_sequences, 0,
+             "Measure only this: opening a store of so many sequences of one token");
 
 namespace routecast {
 namespace {
@@ -130,10 +132,47 @@ void Print(const Data& data, const Side& side) {
   std::printf("\n");
 }
 
+// How long a reader takes to know all sequences. Documents are spread over chunks as a
+// permuted corpus spreads them.
+void MeasureIndex() {
+  constexpr int64_t kPerChunk = 20000;
+  const fs::path path = fs::path(FLAGS_folder) / "index";
+  fs::remove_all(path);
+  StoreConfig config;
+  config.geometry = {0, 1, 2, 1, 0};
+  config.num_chunks = (FLAGS_index_sequences + kPerChunk - 1) / kPerChunk;
+  TraceStore::CreateOrOpen(path, config);
+  {
+    ShardOwner owner(path, config, 0, 1);
+    for (int64_t c = 0; c < config.num_chunks; ++c) {
+      ChunkWriter writer(path, config, static_cast<uint32_t>(c), "bench");
+      for (int64_t i = c; i < FLAGS_index_sequences; i += config.num_chunks) {
+        RoutingTrace t;
+        t.sequence_id = static_cast<uint64_t>(i) << 16;
+        t.document_id = static_cast<uint64_t>(i);
+        t.group_id = Mix(i);
+        t.decoder.num_tokens = t.decoder.num_layers = 1;
+        t.decoder.token_ids = {1};
+        t.decoder.expert_ids = {static_cast<uint16_t>(i % 2)};
+        writer.Add(t);
+      }
+      writer.Finish();
+      owner.Ingest(static_cast<uint32_t>(c), "bench");
+    }
+    owner.Compact();
+  }
+  for (int round = 0; round < FLAGS_rounds; ++round) {
+    const Moment open = Timed([&] { sum += TraceReader(path).sequences().size(); });
+    std::printf("index of %lld sequences: %.2f s (%.2f s of CPU)\n",
+                (long long)FLAGS_index_sequences, open.wall, open.cpu);
+  }
+}
+
 void Run() {
   if (FLAGS_folder.empty()) {
     throw UsageError("--folder is missing\n  give a folder on the disk");
   }
+  if (FLAGS_index_sequences > 0) return MeasureIndex();
   const Data data = Load();
   std::vector<std::unique_ptr<Side>> sides;
   for (const char* compression : {"none", "zstd", "context", "context+zstd"}) {
