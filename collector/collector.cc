@@ -252,6 +252,29 @@ Json LibraryVersions() {
   return {{"torch", TORCH_VERSION}, {"mpi", std::string(mpi)}};
 }
 
+// Codes and merges what is in the store. A rank that is asked to stop must not leave the
+// others waiting for it, so all of them learn of it: false, and the next start goes on.
+bool FinishStore(const fs::path& store, const StoreConfig& config, const RankInfo& rank,
+                 ShardOwner* owner) {
+  const auto unless_stopped = [](const std::function<void()>& work) {
+    try {
+      work();
+    } catch (const StoppedError&) {
+      return false;
+    }
+    return true;
+  };
+  std::vector<int64_t> modelled = {1};
+  if (rank.is_root()) {
+    modelled[0] = unless_stopped([&] { MakeContextModel(store, config); });
+  }
+  Share(&modelled);
+  if (modelled[0] == 0) return false;
+  const bool coded = unless_stopped([&] { owner->Compact(); });
+  const std::vector<uint32_t> all = Gather({coded ? 1u : 0u}, rank.world);
+  return std::count(all.begin(), all.end(), 1u) == rank.world;
+}
+
 }  // namespace
 
 void CollectOptions::Validate() const {
@@ -365,17 +388,13 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   shared = {job.complete() ? 1 : 0};
   Share(&shared);
   const bool complete = shared[0] == 1;
-  if (complete) {
-    if (rank.is_root()) MakeContextModel(store, config);
-    MPI_Barrier(MPI_COMM_WORLD);
-    owner.Compact();
-  }
+  const bool finished = complete && FinishStore(store, config, rank, &owner);
   MPI_Barrier(MPI_COMM_WORLD);
   if (run) {
     job.FinishProgress();
-    run->Finish(complete ? kExitDone : kExitStopped, job.Results());
+    run->Finish(finished ? kExitDone : kExitStopped, job.Results());
   }
-  return complete ? CollectEnd::kComplete : CollectEnd::kStopped;
+  return finished ? CollectEnd::kComplete : CollectEnd::kStopped;
 }
 
 }  // namespace routecast
