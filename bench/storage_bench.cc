@@ -1,43 +1,36 @@
-// Measures the trace store: bytes an id, durable writes, scans, random reads, each a
-// coder of blocks. Rates are in bytes of uncompressed records. Debian's RocksDB has its
-// assertions on and no io_uring: the figures are of that build.
+// The trace store beside a flat file, npz, Parquet and MosaicML's MDS, each side once a
+// round: bytes an id, durable writes, scans, random reads warm in the page cache. Rates
+// are in bytes of the uncompressed records, whatever a side keeps them in. Debian's
+// RocksDB has its assertions on and no io_uring: the figures are of that build.
+// Traces are uniform random ids (the hardest to store), or those of --store.
 #include <gflags/gflags.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
-#include <ctime>
+#include <memory>
+#include <sstream>
 
+#include "bench/storage_sides.h"
 #include "common/errors.h"
-#include "common/random.h"
-#include "storage/trace_reader.h"
-#include "storage/trace_store.h"
 
-DEFINE_string(folder, "", "Folder for the stores; emptied");
-DEFINE_int32(sequences, 4000, "Sequences");
+DEFINE_string(folder, "", "Folder for what is written; emptied");
+DEFINE_string(store, "", "Take the traces of this store; empty: uniform random ones");
+DEFINE_string(python, "python3",
+              "Python with numpy, pyarrow and streaming; empty: no baselines in Python");
+DEFINE_string(script, "bench/reference_store.py", "The baselines' side");
+DEFINE_int32(rounds, 5, "Rounds; all sides once a round");
+DEFINE_int32(sequences, 2000, "Sequences");
 DEFINE_int32(tokens, 512, "Tokens a sequence and stack");
 DEFINE_int32(layers, 6, "MoE layers a stack");
 DEFINE_int32(experts, 128, "Experts a layer");
 DEFINE_int32(chunk, 250, "Sequences a chunk");
+DEFINE_int32(reads, 20000, "Random reads a round, of sequences, 64 at a time");
+DEFINE_int32(slow_reads, 200, "Random reads a round of the baselines, of spans");
+DEFINE_int64(index_sequences, 0,
+             "Measure only this: opening a store of so many sequences of one token");
 
 namespace routecast {
 namespace {
-
-// Seconds of the clock, and of this process' cores: on a busy machine only the second
-// says what the store costs.
-struct Moment {
-  double wall, cpu;
-};
-Moment Now() {
-  return {
-      std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-          .count(),
-      static_cast<double>(std::clock()) / CLOCKS_PER_SEC};
-}
-Moment Since(Moment start) {
-  const Moment now = Now();
-  return {now.wall - start.wall, now.cpu - start.cpu};
-}
 
 // Uniform ids: the hardest to store. Probabilities and margins fill few binades, as real
 // ones.
@@ -58,116 +51,163 @@ RoutingSpan MakeSpan(uint64_t key) {
   return s;
 }
 
-uint64_t TableBytes(const fs::path& store) {
-  uint64_t bytes = 0;
-  for (const auto& entry : fs::recursive_directory_iterator(store / "shards")) {
-    if (entry.path().extension() == ".sst") bytes += entry.file_size();
-  }
-  return bytes;
-}
-
-struct Written {
-  Moment seconds = {};
-  uint64_t bytes = 0;
-};
-
-Written Write(const fs::path& path, const StoreConfig& config,
-              const std::vector<RoutingTrace>& traces, bool only_ids) {
-  TraceStore::CreateOrOpen(path, config);
-  ShardOwner owner(path, config, 0, 1);
-  Written written;
-  const Moment start = Now();
-  for (int64_t c = 0; c < config.num_chunks; ++c) {
-    ChunkWriter writer(path, config, static_cast<uint32_t>(c), "bench");
-    for (size_t i = c * FLAGS_chunk;
-         i < std::min<size_t>(traces.size(), (c + 1) * FLAGS_chunk); ++i) {
-      RoutingTrace trace = traces[i];
-      if (only_ids) {
-        for (RoutingSpan* s : {&trace.encoder, &trace.decoder}) {
-          s->gate_probs.clear();
-          s->margins.clear();
-          s->dropped.clear();
-        }
-      }
-      writer.Add(trace);
+Data Load() {
+  Data data;
+  StoreConfig& config = data.config;
+  if (!FLAGS_store.empty()) {
+    const TraceReader reader(FLAGS_store);
+    config = reader.config();
+    reader.Scan([&](RoutingTrace&& t) { data.traces.push_back(std::move(t)); },
+                WithHidden::kNo);
+  } else {
+    config.geometry = {FLAGS_layers, FLAGS_layers, FLAGS_experts, 1, 768};
+    for (int i = 0; i < FLAGS_sequences; ++i) {
+      RoutingTrace& t = data.traces.emplace_back();
+      t.sequence_id = static_cast<uint64_t>(i) << 16;
+      t.document_id = static_cast<uint64_t>(i);
+      t.group_id = Mix(i);
+      t.encoder = MakeSpan(Mix(i, 1));
+      t.decoder = MakeSpan(Mix(i, 2));
     }
-    written.bytes += writer.record_bytes();
-    writer.Finish();
-    owner.Ingest(static_cast<uint32_t>(c), "bench");
   }
-  written.seconds = Since(start);
-  owner.Compact();
-  return written;
+  config.record = {"ids", "probs"};
+  config.num_chunks =
+      static_cast<int64_t>((data.traces.size() + FLAGS_chunk - 1) / FLAGS_chunk);
+  for (const RoutingTrace& t : data.traces) {
+    for (const Stack s : {Stack::kEncoder, Stack::kDecoder}) {
+      const RoutingSpan& span = s == Stack::kEncoder ? t.encoder : t.decoder;
+      if (span.num_tokens == 0) continue;
+      data.spans.push_back(&span);
+      data.num_ids += span.expert_ids.size();
+      data.token_bytes += 2 * span.token_ids.size();
+      data.record_bytes += EncodeSpan(EncodeKey(KindOf(s), t.sequence_id), span, t.task,
+                                      config.geometry.num_experts)
+                               .size();
+    }
+  }
+  return data;
 }
 
-void Measure(const std::string& compression, const std::vector<RoutingTrace>& traces) {
-  const fs::path path = fs::path(FLAGS_folder) / compression;
+double Quantile(std::vector<double> values, double q) {
+  std::sort(values.begin(), values.end());
+  return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1) + 0.5)];
+}
+
+void Round(const Data& data, uint64_t round, Side* side) {
+  const auto bytes = static_cast<double>(data.record_bytes);
+  if (round == 0) {
+    side->Write(true);
+    side->id_bytes =
+        static_cast<double>(side->Bytes()) - static_cast<double>(data.token_bytes);
+  }
+  const Moment write = side->Write(false);
+  side->all_bytes = static_cast<double>(side->Bytes());
+  side->Scan();  // warm
+  const Moment scan = side->Scan();
+  double spans = 0;
+  const Moment random = side->Random(round, &spans);
+  side->write.push_back(bytes / write.wall);
+  side->scan.push_back(bytes / scan.wall);
+  side->random.push_back(spans / random.wall);
+  if (scan.cpu <= 0) return;
+  side->write_cpu.push_back(bytes / write.cpu);
+  side->scan_cpu.push_back(bytes / scan.cpu);
+}
+
+void Print(const Data& data, const Side& side) {
+  const auto ids = static_cast<double>(data.num_ids);
+  const auto rate = [](const std::vector<double>& values) {
+    char text[64];
+    std::snprintf(text, sizeof text, "%6.0f [%.0f-%.0f]", Quantile(values, .5) / 1e6,
+                  Quantile(values, .25) / 1e6, Quantile(values, .75) / 1e6);
+    return std::string(text);
+  };
+  std::printf("%-19s %7.4f  %6.3f  %20s  %20s  %10.0f", side.name.c_str(),
+              side.id_bytes / ids, side.all_bytes / ids, rate(side.write).c_str(),
+              rate(side.scan).c_str(), Quantile(side.random, .5));
+  if (!side.scan_cpu.empty()) {
+    std::printf("  %6.0f %6.0f", Quantile(side.write_cpu, .5) / 1e6,
+                Quantile(side.scan_cpu, .5) / 1e6);
+  }
+  std::printf("\n");
+}
+
+// How long a reader takes to know all sequences. Documents are spread over chunks as a
+// permuted corpus spreads them.
+void MeasureIndex() {
+  constexpr int64_t kPerChunk = 20000;
+  const fs::path path = fs::path(FLAGS_folder) / "index";
   fs::remove_all(path);
   StoreConfig config;
-  config.geometry = {FLAGS_layers, FLAGS_layers, FLAGS_experts, 1, 768};
-  config.record = {"ids", "probs"};
-  config.compression = compression;
-  config.num_chunks = (FLAGS_sequences + FLAGS_chunk - 1) / FLAGS_chunk;
-  const Written written = Write(path, config, traces, false);
-  const double mb = static_cast<double>(written.bytes) / 1e6;
-
-  const TraceReader reader(path);
-  uint64_t sum = 0;
-  Moment scan = {1e9, 1e9};
-  for (int repeat = 0; repeat < 3; ++repeat) {
-    const Moment start = Now();
-    reader.Scan([&](RoutingTrace&& t) { sum += t.decoder.expert_ids[0]; },
-                WithHidden::kNo);
-    const Moment took = Since(start);
-    scan = {std::min(scan.wall, took.wall), std::min(scan.cpu, took.cpu)};
-  }
-  const std::vector<uint64_t> ids = reader.sequence_ids();
-  constexpr int kReads = 20000, kBatch = 64;
-  const Moment start = Now();
-  for (int i = 0; i < kReads; i += kBatch) {
-    std::vector<uint64_t> some;
-    for (int k = 0; k < kBatch; ++k) some.push_back(ids[ToRange(Mix(i, k), ids.size())]);
-    for (const RoutingTrace& t : reader.ReadMany(some, WithHidden::kNo)) {
-      sum += t.decoder.expert_ids[0];
+  config.geometry = {0, 1, 2, 1, 0};
+  config.num_chunks = (FLAGS_index_sequences + kPerChunk - 1) / kPerChunk;
+  TraceStore::CreateOrOpen(path, config);
+  {
+    ShardOwner owner(path, config, 0, 1);
+    for (int64_t c = 0; c < config.num_chunks; ++c) {
+      ChunkWriter writer(path, config, static_cast<uint32_t>(c), "bench");
+      for (int64_t i = c; i < FLAGS_index_sequences; i += config.num_chunks) {
+        RoutingTrace t;
+        t.sequence_id = static_cast<uint64_t>(i) << 16;
+        t.document_id = static_cast<uint64_t>(i);
+        t.group_id = Mix(i);
+        t.decoder.num_tokens = t.decoder.num_layers = 1;
+        t.decoder.token_ids = {1};
+        t.decoder.expert_ids = {static_cast<uint16_t>(i % 2)};
+        writer.Add(t);
+      }
+      writer.Finish();
+      owner.Ingest(static_cast<uint32_t>(c), "bench");
     }
+    owner.Compact();
   }
-  const Moment random = Since(start);
-
-  const fs::path ids_path = fs::path(FLAGS_folder) / (compression + "-ids");
-  fs::remove_all(ids_path);
-  Write(ids_path, config, traces, true);
-  const double num_ids =
-      2.0 * FLAGS_tokens * FLAGS_layers * static_cast<double>(traces.size());
-  const double token_bytes = 2.0 * 2 * FLAGS_tokens * static_cast<double>(traces.size());
-  const auto print = [](const char* what, double amount, Moment took, const char* unit) {
-    std::printf("  %-7s %9.0f %s (%9.0f a CPU second)\n", what, amount / took.wall, unit,
-                amount / took.cpu);
-  };
-  std::printf("blocks %s: %.4f bytes an id (token ids apart), %.2f with all planes\n",
-              compression.c_str(),
-              (static_cast<double>(TableBytes(ids_path)) - token_bytes) / num_ids,
-              static_cast<double>(TableBytes(path)) / num_ids);
-  print("write", mb, written.seconds, "MB/s");
-  print("scan", mb, scan, "MB/s");
-  print("random", kReads, random, "sequences/s");
-  print("random", kReads * mb / static_cast<double>(traces.size()), random, "MB/s");
-  if (sum == 0) std::printf("no expert was ever chosen\n");
+  for (int round = 0; round < FLAGS_rounds; ++round) {
+    const Moment open = Timed([&] { sum += TraceReader(path).sequences().size(); });
+    std::printf("index of %lld sequences: %.2f s (%.2f s of CPU)\n",
+                (long long)FLAGS_index_sequences, open.wall, open.cpu);
+  }
 }
 
 void Run() {
-  if (FLAGS_folder.empty())
+  if (FLAGS_folder.empty()) {
     throw UsageError("--folder is missing\n  give a folder on the disk");
-  std::vector<RoutingTrace> traces;
-  for (int i = 0; i < FLAGS_sequences; ++i) {
-    RoutingTrace t;
-    t.sequence_id = static_cast<uint64_t>(i) << 16;
-    t.document_id = static_cast<uint64_t>(i);
-    t.group_id = Mix(i);
-    t.encoder = MakeSpan(Mix(i, 1));
-    t.decoder = MakeSpan(Mix(i, 2));
-    traces.push_back(std::move(t));
   }
-  for (const char* compression : {"none", "zstd"}) Measure(compression, traces);
+  if (FLAGS_index_sequences > 0) return MeasureIndex();
+  const Data data = Load();
+  std::vector<std::unique_ptr<Side>> sides;
+  for (const char* compression : {"none", "zstd", "context", "context+zstd"}) {
+    sides.push_back(std::make_unique<OurSide>(data, compression));
+  }
+  sides.push_back(std::make_unique<FlatSide>(data));
+  std::unique_ptr<LineProcess> python;
+  if (!FLAGS_python.empty()) {
+    sides.back()->Write(false);  // what the baselines read
+    const bool wide = data.config.geometry.num_experts > 256;
+    python = std::make_unique<LineProcess>(std::vector<std::string>{
+        FLAGS_python, FLAGS_script, FlatSide::Folder(), fs::path(FLAGS_folder) / "python",
+        wide ? "1" : "0", std::to_string(2 * FLAGS_chunk)});
+    std::istringstream ready(python->Read());
+    std::string word;
+    ready >> word;
+    for (const std::string name : {"npz", "parquet", "mds"}) {
+      if (ready.str().find(name) == std::string::npos) {
+        std::printf("%s: not installed for %s\n", name.c_str(), FLAGS_python.c_str());
+      } else {
+        sides.push_back(std::make_unique<PythonSide>(python.get(), name));
+      }
+    }
+  }
+  for (int round = 0; round < FLAGS_rounds; ++round) {
+    for (const auto& side : sides) Round(data, static_cast<uint64_t>(round), side.get());
+  }
+  std::printf("%zu sequences, %zu spans, %llu ids, %.1f MB of records; %d rounds\n",
+              data.traces.size(), data.spans.size(), (unsigned long long)data.num_ids,
+              static_cast<double>(data.record_bytes) / 1e6, FLAGS_rounds);
+  std::printf(
+      "                    B an id    B all      write MB/s [quartiles]     scan MB/s "
+      "  random spans/s  a CPU second: write, scan\n");
+  for (const auto& side : sides) Print(data, *side);
+  if (sum == 0) std::printf("no expert was ever chosen\n");
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #include "common/safetensors.h"
 #include "common/stop.h"
 #include "models/checkpoint.h"
+#include "storage/context_coder.h"
 #include "storage/store_lock.h"
 #include "storage/trace_store.h"
 
@@ -90,6 +91,7 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
   c.hidden_share = c.Records("hidden") ? options.hidden_share : 0;
   c.max_length = options.max_length;
   c.max_sequences = options.max_sequences;
+  c.compression = options.compression;
   c.batch_size = options.batch_size;
   c.noise_density = options.task == Task::kEncode ? 0 : options.noise_density;
   if (options.task == Task::kGenerate && options.temperature > 0) {
@@ -153,6 +155,29 @@ Json LibraryVersions() {
   int length = 0;
   MPI_Get_library_version(mpi, &length);
   return {{"torch", TORCH_VERSION}, {"mpi", std::string(mpi)}};
+}
+
+// Codes and merges what is in the store. A rank that is asked to stop must not leave the
+// others waiting for it, so all of them learn of it: false, and the next start goes on.
+bool FinishStore(const fs::path& store, const StoreConfig& config, const RankInfo& rank,
+                 ShardOwner* owner) {
+  const auto unless_stopped = [](const std::function<void()>& work) {
+    try {
+      work();
+    } catch (const StoppedError&) {
+      return false;
+    }
+    return true;
+  };
+  std::vector<int64_t> modelled = {1};
+  if (rank.is_root()) {
+    modelled[0] = unless_stopped([&] { MakeContextModel(store, config); });
+  }
+  Share(&modelled);
+  if (modelled[0] == 0) return false;
+  const bool coded = unless_stopped([&] { owner->Compact(); });
+  const std::vector<uint32_t> all = Gather({coded ? 1u : 0u}, rank.world);
+  return std::count(all.begin(), all.end(), 1u) == rank.world;
 }
 
 }  // namespace
@@ -266,7 +291,6 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   for (uint32_t c = 0; c < plan.chunks.size(); ++c) {
     if (!std::binary_search(done.begin(), done.end(), c)) todo.push_back(c);
   }
-  const bool any_work = !todo.empty();
   spans.Write("open", opened, {{"rank", rank.rank}, {"ranks", rank.world}});
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);
@@ -277,17 +301,15 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   shared = {job.complete() ? 1 : 0};
   Share(&shared);
   const bool complete = shared[0] == 1;
-  if (complete && any_work) {
-    const auto begin = SpanLog::Clock::now();
-    owner.Compact();
-    spans.Write("compact", begin, Json::object());
-  }
+  const auto finishing = SpanLog::Clock::now();
+  const bool finished = complete && FinishStore(store, config, rank, &owner);
+  if (complete) spans.Write("finish", finishing, Json::object());
   MPI_Barrier(MPI_COMM_WORLD);
   if (run) {
-    if (complete) job.FinishProgress();
-    run->Finish(complete ? kExitDone : kExitStopped, job.Results());
+    if (finished) job.FinishProgress();
+    run->Finish(finished ? kExitDone : kExitStopped, job.Results());
   }
-  return complete ? CollectEnd::kComplete : CollectEnd::kStopped;
+  return finished ? CollectEnd::kComplete : CollectEnd::kStopped;
 }
 
 }  // namespace routecast

@@ -35,6 +35,7 @@ struct CollectOptions {
   double hang_seconds = 45;  // a rank without a sign of life for so long ends the job
   std::string device = "auto";
   std::string dtype = "fp32";
+  std::string compression = "none";
   int threads = 0;  // per rank; 0 = the store's, or cores / ranks if new
   uint64_t seed = 1;
   bool quiet = false;

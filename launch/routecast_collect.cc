@@ -26,6 +26,9 @@ DEFINE_string(record, "ids,probs,hidden", "List of: ids, probs, topk, hidden");
 DEFINE_int32(top_k, 4, "Experts stored a token where topk is recorded");
 DEFINE_double(hidden_share, 0.1, "Share of document groups with router inputs");
 DEFINE_int32(num_shards, 16, "Databases of the store; fixed at creation");
+DEFINE_string(
+    compression, "none",
+    "none, zstd (blocks), context (ids, once all chunks are in) or context+zstd");
 DEFINE_int64(max_sequences, 0, "Sequences to collect; 0 = the whole corpus");
 DEFINE_int32(max_length, 512, "Tokens a sequence; longer documents are cut into several");
 DEFINE_int32(batch_size, 32, "Sequences a forward pass");
@@ -66,6 +69,7 @@ CollectOptions Options() {
   o.top_k = FLAGS_top_k;
   o.hidden_share = FLAGS_hidden_share;
   o.num_shards = FLAGS_num_shards;
+  o.compression = FLAGS_compression;
   o.max_sequences = FLAGS_max_sequences;
   o.max_length = FLAGS_max_length;
   o.batch_size = FLAGS_batch_size;

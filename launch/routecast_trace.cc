@@ -31,6 +31,9 @@ DEFINE_string(out, "",
               "Folder for what stats and export write; the new store of merge, subset "
               "and import");
 DEFINE_double(share, 0.1, "Of subset: share of the document groups, drawn by --seed");
+DEFINE_string(compression, "",
+              "Of merge, subset and import: none, zstd, context or context+zstd; empty: "
+              "the first store's, none of an import");
 DEFINE_bool(renumber, false,
             "Of merge: documents of further corpora get new ids above the first's");
 
@@ -98,16 +101,19 @@ void Stats() {
   const std::string out = RequireOut();
   const StoreStatistics stats =
       ComputeStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
-  std::printf("phase    layer  entropy  given previous  dropped  median prob\n");
+  std::printf(
+      "phase    layer  entropy  given previous  given token  held out  dropped  "
+      "median prob\n");
   for (const LayerStatistics& s : stats.layers) {
-    const std::string given =
-        s.conditional_entropy_bits < 0
-            ? "-"
-            : std::to_string(s.conditional_entropy_bits).substr(0, 5);
+    const auto bits = [](double b) {
+      return b < 0 ? "-" : std::to_string(b).substr(0, 5);
+    };
     const std::string prob =
         s.gate_probs.empty() ? "-" : std::to_string(s.gate_probs[3]).substr(0, 5);
-    std::printf("%-8s %5d  %7.3f  %14s  %6.2f%%  %11s\n", StackName(s.stack), s.layer,
-                s.entropy_bits, given.c_str(), 100 * s.dropped, prob.c_str());
+    std::printf("%-8s %5d  %7.3f  %14s  %11s  %8s  %6.2f%%  %11s\n", StackName(s.stack),
+                s.layer, s.entropy_bits, bits(s.conditional_entropy_bits).c_str(),
+                bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
+                100 * s.dropped, prob.c_str());
   }
   if (FLAGS_dry_run) return;
   RunRecord run(out, "routecast-trace stats", EffectiveFlags());
@@ -147,7 +153,8 @@ void Merge() {
     return;
   }
   RunRecord run(out, "routecast-trace merge", EffectiveFlags());
-  const MergeReport report = MergeStores(stores, out, {.renumber = FLAGS_renumber});
+  const MergeReport report = MergeStores(
+      stores, out, {.compression = FLAGS_compression, .renumber = FLAGS_renumber});
   run.Finish(kExitDone, {{"sequences", report.sequences}, {"repeated", report.repeated}});
   if (FLAGS_quiet) return;
   std::printf("%llu sequences; %llu were in several stores\n",
@@ -156,7 +163,8 @@ void Merge() {
 
 void Subset() {
   const std::string out = RequireOut();
-  const SubsetOptions options{.share = FLAGS_share, .seed = FLAGS_seed};
+  const SubsetOptions options{
+      .compression = FLAGS_compression, .share = FLAGS_share, .seed = FLAGS_seed};
   if (FLAGS_dry_run) {
     std::printf("a share of %g of %s would be written to %s\n", options.share,
                 FLAGS_store.c_str(), out.c_str());
@@ -173,12 +181,14 @@ void Import() {
   if (FLAGS_in.empty()) {
     throw UsageError(ErrorText("--in is missing", "", "give what is to be imported"));
   }
-  const ImportOptions options{.format = FLAGS_format,
-                              .model = FLAGS_model,
-                              .task = ParseTask(FLAGS_task),
-                              .num_experts = FLAGS_num_experts,
-                              .layers = FLAGS_layers,
-                              .experts_per_token = FLAGS_experts_per_token};
+  const ImportOptions options{
+      .format = FLAGS_format,
+      .model = FLAGS_model,
+      .task = ParseTask(FLAGS_task),
+      .num_experts = FLAGS_num_experts,
+      .layers = FLAGS_layers,
+      .experts_per_token = FLAGS_experts_per_token,
+      .compression = FLAGS_compression.empty() ? "none" : FLAGS_compression};
   if (FLAGS_dry_run) {
     std::printf("%s would be imported into %s\n", FLAGS_in.c_str(), out.c_str());
     return;

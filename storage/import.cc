@@ -186,6 +186,7 @@ ImportReport ImportTraces(const fs::path& path, const fs::path& out,
   ImportReport report;
   report.config = survey.Config(*source, options);
   report.tokens = survey.tokens();
+  report.config.compression = options.compression;
   StoreBuilder builder(out, report.config, std::move(on_step));
   source->Read([&](RoutingTrace&& trace) { builder.Add(trace); });
   builder.Finish();

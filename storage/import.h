@@ -17,6 +17,7 @@ struct ImportOptions {
   int num_experts = 0;             // a layer; 0 = of the input, or its largest id + 1
   int layers = 0;                  // of packed: MoE layers
   int experts_per_token = 0;       // of packed
+  std::string compression = "none";
 };
 
 struct ImportReport {

@@ -234,7 +234,8 @@ MergeReport MergeStores(const std::vector<fs::path>& stores, const fs::path& out
   for (const fs::path& store : stores) RequireApart(out, store);
   std::vector<Input> inputs;
   for (const fs::path& store : stores) inputs.emplace_back(store);
-  const StoreConfig config = Prepare(options, &inputs);
+  StoreConfig config = Prepare(options, &inputs);
+  if (!options.compression.empty()) config.compression = options.compression;
   const fs::path routers = CommonRouters(inputs);
   MergeReport report;
   StoreBuilder builder(out, config, std::move(on_step));

@@ -9,6 +9,7 @@
 namespace routecast {
 
 struct MergeOptions {
+  std::string compression = {};  // of the new store; empty = the first store's
   // Sequence and document ids name documents of one corpus, so stores of different
   // corpora are refused; true gives those of every further corpus new ids above the
   // earlier ones'.

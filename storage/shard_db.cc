@@ -36,7 +36,7 @@ rocksdb::Options FamilyOptions(Family family, const std::string& compression) {
   table.index_block_restart_interval = 16;  // keys differ in few bytes: share the rest
   table.block_cache = SharedCache();
   options.table_factory.reset(rocksdb::NewBlockBasedTableFactory(table));
-  options.compression = family == Family::kRouting && compression == "zstd"
+  options.compression = family == Family::kRouting && compression.ends_with("zstd")
                             ? rocksdb::kZSTD
                             : rocksdb::kNoCompression;
   options.compression_opts.level = 1;

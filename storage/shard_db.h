@@ -16,8 +16,8 @@ inline constexpr const char* kHiddenFamily = "hidden";
 enum class Family { kRouting = 0, kHidden = 1 };
 
 // Options of a column family: files and blocks are the same whoever writes them.
-// compression: "none" or "zstd" for the routing family; router inputs are never
-// compressed.
+// compression: StoreConfig's; blocks of the routing family are compressed where it ends
+// in "zstd"; router inputs never are.
 rocksdb::Options FamilyOptions(Family family, const std::string& compression);
 
 // Throws the error that `status` is: DataError (corruption), EnvironmentError (disk,

@@ -5,6 +5,9 @@
 #include <numeric>
 #include <unordered_map>
 
+#include "storage/context_coder.h"
+#include "storage/held_out_entropy.h"
+
 namespace routecast {
 namespace {
 
@@ -43,7 +46,8 @@ class Bf16Histogram {
 
 struct LayerCounters {
   std::vector<uint64_t> counts;
-  std::unordered_map<uint32_t, uint64_t> pairs;  // previous expert << 16 | expert
+  std::unordered_map<uint32_t, uint64_t> pairs;     // previous expert << 16 | expert
+  std::unordered_map<uint64_t, uint64_t> by_token;  // token id << 16 | expert
   std::vector<uint64_t> slots;
   uint64_t followers = 0, repeats = 0;  // experts of tokens with one before; used before
   uint64_t dropped = 0, tokens = 0;
@@ -104,11 +108,28 @@ void Count(const RoutingSpan& s, int experts_per_token,
         ++c.pairs[static_cast<uint32_t>(s.expert_ids[i - s.num_tokens]) << 16 |
                   s.expert_ids[i]];
       }
+      if (!s.token_ids.empty()) {
+        ++c.by_token[uint64_t{s.token_ids[i - at]} << 16 | s.expert_ids[i]];
+      }
       if (!s.dropped.empty()) c.dropped += s.dropped[i];
       if (!s.gate_probs.empty()) c.probs.Add(s.gate_probs[i]);
       if (!s.margins.empty()) c.margins.Add(s.margins[i]);
     }
   }
+}
+
+// H(expert | token) = H(both) - H(token); sorted, so that equal stores give equal digits.
+double TokenEntropy(const std::unordered_map<uint64_t, uint64_t>& by_token) {
+  std::unordered_map<uint64_t, uint64_t> tokens;
+  std::vector<uint64_t> joint, alone;
+  for (const auto& [pair, count] : by_token) {
+    joint.push_back(count);
+    tokens[pair >> 16] += count;
+  }
+  for (const auto& [token, count] : tokens) alone.push_back(count);
+  std::sort(joint.begin(), joint.end());
+  std::sort(alone.begin(), alone.end());
+  return std::max(0.0, Entropy(joint) - Entropy(alone));
 }
 
 LayerStatistics Finish(const LayerCounters& c, const LayerCounters* previous) {
@@ -125,6 +146,7 @@ LayerStatistics Finish(const LayerCounters& c, const LayerCounters* previous) {
       c.tokens ? static_cast<double>(c.dropped) / static_cast<double>(c.tokens) : 0;
   s.gate_probs = c.probs.Percentiles();
   s.margins = c.margins.Percentiles();
+  if (!c.by_token.empty()) s.token_entropy_bits = TokenEntropy(c.by_token);
   if (previous != nullptr) {
     std::vector<uint64_t> joint;
     for (const auto& [pair, count] : c.pairs) joint.push_back(count);
@@ -164,18 +186,24 @@ StoreStatistics ComputeStatistics(const TraceReader& reader) {
     if (!lengths.empty())
       stats.sequence_tokens.push_back(lengths[p * (lengths.size() - 1) / 100]);
   }
+  const double share = TrainedShare(reader.sequences(), g);
+  HeldOutEntropy held_out(g);
   reader.Scan(
       [&](RoutingTrace&& trace) {
+        if (InTrainedShare(trace.sequence_id, share)) held_out.Add(trace);
         Count(trace.encoder, g.experts_per_token, counters.begin());
         Count(trace.decoder, g.experts_per_token, counters.begin() + g.encoder_layers);
       },
       WithHidden::kNo);
+  std::vector<double> held_out_bits(counters.size(), -1.0);
+  if (g.num_experts <= kMaxCodedExperts) held_out_bits = held_out.Bits();
   for (int l = 0; l < g.num_layers(); ++l) {
     const bool first = g.LayerInStack(l) == 0;
     LayerStatistics s = Finish(counters[l], first ? nullptr : &counters[l - 1]);
     s.stack = g.StackOf(l);
     s.layer = g.LayerInStack(l);
     s.global_layer = l;
+    s.held_out_entropy_bits = held_out_bits[static_cast<size_t>(l)];
     stats.layers.push_back(std::move(s));
   }
   return stats;
@@ -195,8 +223,10 @@ Json StoreStatistics::ToJson() const {
                   {"layer_id", s.global_layer},
                   {"tokens", s.tokens},
                   {"entropy_bits", s.entropy_bits}};
-    layer["conditional_entropy_bits"] =
-        s.conditional_entropy_bits < 0 ? Json(nullptr) : Json(s.conditional_entropy_bits);
+    const auto known = [](double bits) { return bits < 0 ? Json(nullptr) : Json(bits); };
+    layer["conditional_entropy_bits"] = known(s.conditional_entropy_bits);
+    layer["token_entropy_bits"] = known(s.token_entropy_bits);
+    layer["held_out_entropy_bits"] = known(s.held_out_entropy_bits);
     Json load = Json::array();
     for (const uint64_t c : s.counts) {
       load.push_back(s.tokens ? static_cast<double>(c) / static_cast<double>(s.tokens)

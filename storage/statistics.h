@@ -1,5 +1,6 @@
 // What a store's routing looks like: entropies, loads, drops, percentiles.
-// Thread rule: one thread. Memory: E*E counters a MoE layer.
+// Thread rule: one thread. Memory: E*E counters and one for each (token id, expert) seen
+// a MoE layer; and kMaxTrainedIds ids for the held-out entropy.
 #pragma once
 
 #include <array>
@@ -21,6 +22,12 @@ struct LayerStatistics {
   // Of the expert given the same token's expert in the layer before; negative for the
   // first layer of a stack, which has none. A plug-in estimate: low where tokens < E*E.
   double conditional_entropy_bits = -1;
+  // Of the expert given the token id: plug-in. Negative where there are no token ids.
+  double token_entropy_bits = -1;
+  // Of the expert given token id and the layer before's expert, of documents that the
+  // estimate has not seen (held_out_entropy.h). Negative where it was not asked for, and
+  // where experts are too many (kMaxCodedExperts).
+  double held_out_entropy_bits = -1;
   double dropped = 0;  // share that capacity dropped
   // Of models that route to k experts a token, where the store has them all: [E] uses of
   // each expert in any of a token's k slots. Empty where k is 1 or only one is known.

@@ -4,6 +4,7 @@
 
 #include "common/errors.h"
 #include "common/stop.h"
+#include "storage/context_coder.h"
 
 namespace routecast {
 namespace {
@@ -44,6 +45,7 @@ void RequireComplete(const TraceReader& reader) {
 
 StoreBuilder::StoreBuilder(const fs::path& out, StoreConfig config, StepObserver on_step)
     : config_(std::move(config)), on_step_(std::move(on_step)), folder_(NewStore(out)) {
+  RequireCompression(config_.compression, config_.geometry);
   MakeFolder(folder_.path() / "shards");
   MakeFolder(folder_.path() / "staging");
   config_.num_chunks = 0;
@@ -89,9 +91,10 @@ void StoreBuilder::Finish() {
                                "no sequence is left for it",
                                "take a larger share, or another input"));
   }
+  WriteFileAtomic(folder_.path() / "store.json", config_.ToJson().dump(2) + "\n");
+  MakeContextModel(folder_.path(), config_, on_step_);
   owner_->Compact();
   owner_.reset();  // closes the databases before their folder moves
-  WriteFileAtomic(folder_.path() / "store.json", config_.ToJson().dump(2) + "\n");
   if (on_step_) on_step_("seal");
   folder_.Commit();
 }

@@ -3,9 +3,13 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "storage/context_model.h"
 
 namespace routecast {
 namespace {
+
+const std::vector<std::string> kCompressions = {"none", "zstd", "context",
+                                                "context+zstd"};
 
 class Fields {
  public:
@@ -90,9 +94,24 @@ bool StoreConfig::Records(const std::string& what) const {
   return std::find(record.begin(), record.end(), what) != record.end();
 }
 
+bool StoreConfig::ContextCoded() const { return compression.starts_with("context"); }
+
+bool StoreConfig::ZstdBlocks() const { return compression.ends_with("zstd"); }
+
+void RequireCompression(const std::string& compression, const MoeGeometry& geometry) {
+  ParseChoice("--compression", compression, kCompressions);
+  if (!compression.starts_with("context") || geometry.num_experts <= kMaxCodedExperts) {
+    return;
+  }
+  throw UsageError(ErrorText("--compression=" + compression + ": too many experts",
+                             std::to_string(geometry.num_experts) + ", at most " +
+                                 std::to_string(kMaxCodedExperts),
+                             "use --compression=none or zstd"));
+}
+
 Json StoreConfig::ToJson() const {
   Json json;
-  json["schema"] = kStoreSchema;
+  json["schema"] = ContextCoded() ? kCodedSchema : kStoreSchema;
   json["model"] = model;
   json["model_fingerprint"] = model_fingerprint;
   json["tokenizer_fingerprint"] = tokenizer_fingerprint;
@@ -133,11 +152,12 @@ Json StoreConfig::ToJson() const {
 StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   const Fields in(json, where);
   const int64_t schema = in.Number("schema", 0, int64_t{1} << 32);
-  if (schema != kStoreSchema) {
-    throw UsageError(ErrorText(where + ": store of another schema",
-                               "schema " + std::to_string(schema) +
-                                   ", this program reads " + std::to_string(kStoreSchema),
-                               "use the routecast that wrote it, or collect again"));
+  if (schema != kStoreSchema && schema != kCodedSchema) {
+    throw UsageError(ErrorText(
+        where + ": store of another schema",
+        "schema " + std::to_string(schema) + ", this program reads " +
+            std::to_string(kStoreSchema) + " and " + std::to_string(kCodedSchema),
+        "use the routecast that wrote it, or collect again"));
   }
   StoreConfig c;
   c.model = in.Text("model");
@@ -176,7 +196,15 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   if (!in.At("seed").is_number_unsigned()) in.Fail("seed is not a natural number");
   c.seed = in.At("seed").get<uint64_t>();
   c.compression = in.Text("compression");
-  if (c.compression != "none" && c.compression != "zstd") in.Fail("unknown compression");
+  if (std::find(kCompressions.begin(), kCompressions.end(), c.compression) ==
+      kCompressions.end()) {
+    in.Fail("unknown compression");
+  }
+  if (c.ContextCoded() &&
+      (schema != kCodedSchema || c.geometry.num_experts > kMaxCodedExperts)) {
+    in.Fail("compression \"" + c.compression +
+            "\" does not go with its schema or experts");
+  }
   return c;
 }
 

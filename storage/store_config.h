@@ -11,6 +11,8 @@
 namespace routecast {
 
 inline constexpr int kStoreSchema = 1;
+// Of stores with a context coder: programs that do not know it refuse them by this.
+inline constexpr int kCodedSchema = 2;
 
 // How tokens of Task::kGenerate were chosen. temperature 0 = greedily; such a store's
 // configuration does not speak of it.
@@ -46,14 +48,22 @@ struct StoreConfig {
   double noise_density = 0;  // share of masked tokens (denoise, generate)
   StoreSampling sampling;
   uint64_t seed = 0;
-  std::string compression = "none";  // of RocksDB's blocks: none or zstd
+  // none, zstd (of RocksDB's blocks), context (of expert ids, once the store is complete:
+  // context_coder.h) or context+zstd.
+  std::string compression = "none";
 
   Json ToJson() const;
   // Throws DataError naming the key that is missing, of the wrong type or out of range,
   // and UsageError for another schema version (with both versions).
   static StoreConfig FromJson(const Json& json, const std::string& where);
   bool Records(const std::string& what) const;
+  bool ContextCoded() const;
+  bool ZstdBlocks() const;
 };
+
+// Throws UsageError naming the nearest one where `compression` is none of the above, or
+// where a context coder cannot hold so many experts.
+void RequireCompression(const std::string& compression, const MoeGeometry& geometry);
 
 // Keys in which two configurations differ, as "key: a, not b"; empty when records made
 // under both are the same. `model` and `data` are names, the fingerprints decide: they

@@ -45,7 +45,9 @@ uint64_t SubsetStore(const fs::path& store, const fs::path& out,
                                    " sequences are in it, the subset would have 0",
                                "take a larger --share, or another --seed"));
   }
-  StoreBuilder builder(out, reader.config(), std::move(on_step));
+  StoreConfig config = reader.config();
+  if (!options.compression.empty()) config.compression = options.compression;
+  StoreBuilder builder(out, config, std::move(on_step));
   for (size_t at = 0; at < ids.size(); at += kBatch) {
     const std::span<const uint64_t> batch(ids.data() + at,
                                           std::min(kBatch, ids.size() - at));

@@ -7,8 +7,9 @@
 namespace routecast {
 
 struct SubsetOptions {
-  double share = 0.1;  // of the document groups, above 0, up to 1
-  uint64_t seed = 1;   // another seed, another draw
+  std::string compression = {};  // of the new store; empty = the store's
+  double share = 0.1;            // of the document groups, above 0, up to 1
+  uint64_t seed = 1;             // another seed, another draw
 };
 
 // True for the groups of a subset. A keyed hash of the group alone: the same in every

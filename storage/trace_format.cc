@@ -7,6 +7,7 @@
 
 #include "common/errors.h"
 #include "storage/byte_codec.h"
+#include "storage/context_model.h"
 #include "xxhash.h"
 
 namespace routecast {
@@ -20,35 +21,36 @@ enum Flag : uint8_t {
   kMargins = 16,
   kNoTokens = 32,
   kTopkIdsOnly = 64,
-  kAllFlags = 127,
+  kCodedIds = 128,
 };
 
 int IdBits(uint64_t num_experts) {
   return std::max(1, static_cast<int>(std::bit_width(num_experts - 1)));
 }
 
-uint64_t Checksum(std::string_view key, std::string_view value) {
+// `model`: fingerprint of the context model that the value needs; 0 = none.
+uint64_t Checksum(std::string_view key, std::string_view value, uint64_t model) {
   return XXH3_64bits_withSeed(value.data(), value.size(),
-                              XXH3_64bits(key.data(), key.size()));
+                              XXH3_64bits(key.data(), key.size()) + model);
 }
 
-void Seal(std::string_view key, std::string* value) {
-  const uint64_t sum = Checksum(key, *value);
+void Seal(std::string_view key, std::string* value, uint64_t model = 0) {
+  const uint64_t sum = Checksum(key, *value, model);
   ByteWriter(value).U64(sum);
 }
 
 // The value without its checksum; throws where it does not hold.
 std::string_view Unseal(std::string_view key, std::string_view value,
-                        const std::string& where) {
+                        const std::string& where, uint64_t model = 0) {
   if (value.size() <= kChecksumBytes)
     ByteReader(value, where).Fail("shorter than a checksum");
   const std::string_view body = value.substr(0, value.size() - kChecksumBytes);
   uint64_t sum;
   std::memcpy(&sum, value.data() + body.size(), sizeof sum);
-  if (sum != Checksum(key, body)) {
+  if (sum != Checksum(key, body, model)) {
     ByteReader(value, where)
         .Fail("checksum " + std::to_string(sum) + ", bytes give " +
-              std::to_string(Checksum(key, body)));
+              std::to_string(Checksum(key, body, model)));
   }
   if (static_cast<uint8_t>(body[0]) != kRecordVersion) {
     ByteReader(value, where)
@@ -121,6 +123,33 @@ void ReadIds(ByteReader* in, uint64_t count, uint64_t num_experts,
   }
 }
 
+// The coded plane is a size and so many bytes.
+std::string CodeIds(std::string_view key, const RoutingSpan& span,
+                    const ContextModel& model) {
+  std::string coded, plane;
+  const auto kind = static_cast<RecordKind>(static_cast<uint8_t>(key[0]));
+  const Stack s = kind == RecordKind::kEncoder ? Stack::kEncoder : Stack::kDecoder;
+  RequireSize(model.num_layers(s) == span.num_layers, "the context model");
+  model.EncodeIds(s, span, &coded);
+  ByteWriter out(&plane);
+  out.Varint(coded.size());
+  out.Raw(coded.data(), coded.size());
+  return plane;
+}
+
+void ReadCodedIds(ByteReader* in, std::string_view key, uint64_t size,
+                  const ContextModel& model, int num_experts, RoutingSpan* span) {
+  const auto kind = static_cast<RecordKind>(static_cast<uint8_t>(key[0]));
+  const Stack s = kind == RecordKind::kEncoder ? Stack::kEncoder : Stack::kDecoder;
+  if (num_experts != model.num_experts() || span->num_layers != model.num_layers(s)) {
+    in->Fail(std::to_string(span->num_layers) + " layers of " +
+             std::to_string(num_experts) + " experts, the context model has " +
+             std::to_string(model.num_layers(s)) + " of " +
+             std::to_string(model.num_experts()));
+  }
+  if (!model.DecodeIds(s, in->Raw(size), span)) in->Fail("coded ids do not decode");
+}
+
 void ReadFloats(ByteReader* in, uint64_t count, std::vector<float>* values) {
   const std::string_view bytes = in->Raw(2 * count);
   values->resize(count);
@@ -150,7 +179,7 @@ bool DecodeKey(std::string_view key, RecordKind* kind, uint64_t* id) {
   if (key.size() != kKeyBytes) return false;
   const auto k = static_cast<RecordKind>(static_cast<uint8_t>(key[0]));
   if (k != RecordKind::kEncoder && k != RecordKind::kDecoder &&
-      k != RecordKind::kChunkMark) {
+      k != RecordKind::kCoderMark && k != RecordKind::kChunkMark) {
     return false;
   }
   uint64_t big;
@@ -161,18 +190,23 @@ bool DecodeKey(std::string_view key, RecordKind* kind, uint64_t* id) {
 }
 
 std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
-                       int num_experts) {
+                       int num_experts, const ContextModel* model) {
   CheckSpan(span, num_experts);
   const bool wide = std::any_of(span.token_ids.begin(), span.token_ids.end(),
                                 [](uint32_t id) { return id > 0xFFFF; });
   const bool any_dropped = std::any_of(span.dropped.begin(), span.dropped.end(),
                                        [](uint8_t d) { return d != 0; });
+  const std::string coded = model == nullptr ? "" : CodeIds(key, span, *model);
+  const bool is_coded =
+      model != nullptr &&
+      coded.size() < PackedBytes(span.expert_ids.size(), IdBits(num_experts));
   const int flags = (wide ? kWideTokens : 0) | (span.gate_probs.empty() ? 0 : kProbs) |
                     (span.dropped.empty() ? 0 : kDroppedRecorded) |
                     (any_dropped ? kDroppedBits : 0) |
                     (span.margins.empty() ? 0 : kMargins) |
                     (span.num_tokens > 0 && span.token_ids.empty() ? kNoTokens : 0) |
-                    (span.topk_ids.size() > span.topk_probs.size() ? kTopkIdsOnly : 0);
+                    (span.topk_ids.size() > span.topk_probs.size() ? kTopkIdsOnly : 0) |
+                    (is_coded ? kCodedIds : 0);
   std::string value;
   value.reserve(64 + span.token_ids.size() * 4 +
                 span.expert_ids.size() * (7 + 4 * span.top_k));
@@ -185,7 +219,11 @@ std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
   out.Varint(num_experts);
   out.Varint(span.top_k);
   WriteTokens(span, wide, &out);
-  out.Packed(span.expert_ids, IdBits(num_experts));
+  if (is_coded) {
+    out.Raw(coded.data(), coded.size());
+  } else {
+    out.Packed(span.expert_ids, IdBits(num_experts));
+  }
   out.Bf16Planes(span.gate_probs);
   if (any_dropped) WriteBits(span.dropped, &out);
   out.Bf16Planes(span.margins);
@@ -193,17 +231,20 @@ std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
     out.Packed(span.topk_ids, IdBits(num_experts));
     out.Bf16Planes(span.topk_probs);
   }
-  Seal(key, &value);
+  Seal(key, &value, is_coded ? model->fingerprint() : 0);
   return value;
 }
 
 DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
-                       const std::string& where) {
-  ByteReader in(Unseal(key, value, where), where);
+                       const std::string& where, const ContextModel* model) {
+  const bool is_coded = value.size() > 1 && (static_cast<uint8_t>(value[1]) & kCodedIds);
+  if (is_coded && model == nullptr) {
+    ByteReader(value, where).Fail("its ids are coded, and the context model is missing");
+  }
+  ByteReader in(Unseal(key, value, where, is_coded ? model->fingerprint() : 0), where);
   DecodedSpan decoded;
   RoutingSpan& span = decoded.span;
   const uint8_t flags = in.U8();
-  if (flags & ~kAllFlags) in.Fail("unknown flags " + std::to_string(flags));
   const uint8_t task = in.U8();
   if (task > static_cast<uint8_t>(Task::kGenerate)) in.Fail("unknown task");
   decoded.task = static_cast<Task>(task);
@@ -217,9 +258,17 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
   const uint64_t k = n * span.top_k;
   // The exact size follows from the dims: checked before any plane takes memory.
   const uint64_t token_bytes = flags & kNoTokens ? 0 : flags & kWideTokens ? 4 : 2;
+  const uint64_t tokens = token_bytes * static_cast<uint64_t>(span.num_tokens);
+  // Coded ids say their size behind the token ids.
+  if (is_coded && tokens > in.left()) in.Fail("ends in its token ids");
+  ByteReader behind = in;
+  if (is_coded) behind.Raw(tokens);
+  const uint64_t coded = is_coded ? behind.Varint("coded ids", behind.left()) : 0;
+  if (is_coded && n / kMaxIdsPerByte > coded) in.Fail("too few bytes of coded ids");
+  const uint64_t id_bytes = is_coded ? in.left() - tokens - behind.left() + coded
+                                     : PackedBytes(n, IdBits(experts));
   const uint64_t expected =
-      token_bytes * static_cast<uint64_t>(span.num_tokens) +
-      PackedBytes(n, IdBits(experts)) + (flags & kProbs ? 2 * n : 0) +
+      tokens + id_bytes + (flags & kProbs ? 2 * n : 0) +
       (flags & kDroppedBits ? PackedBytes(n, 1) : 0) + (flags & kMargins ? 2 * n : 0) +
       (k > 0 ? PackedBytes(k, IdBits(experts)) : 0) + (flags & kTopkIdsOnly ? 0 : 2 * k);
   if (expected != in.left()) {
@@ -227,7 +276,12 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
             std::to_string(in.left()));
   }
   if (!(flags & kNoTokens)) ReadTokens(&in, flags & kWideTokens, &span);
-  ReadIds(&in, n, experts, &span.expert_ids);
+  if (is_coded) {
+    in.Varint("coded ids", coded);
+    ReadCodedIds(&in, key, coded, *model, decoded.num_experts, &span);
+  } else {
+    ReadIds(&in, n, experts, &span.expert_ids);
+  }
   if (flags & kProbs) ReadFloats(&in, n, &span.gate_probs);
   if (flags & kDroppedRecorded) ReadDropped(&in, n, flags & kDroppedBits, &span.dropped);
   if (flags & kMargins) ReadFloats(&in, n, &span.margins);
@@ -320,6 +374,26 @@ ChunkMark DecodeMark(std::string_view key, std::string_view value,
     previous = s.sequence_id;
     mark.sequences.push_back(s);
   }
+  if (in.left() != 0) in.Fail(std::to_string(in.left()) + " bytes too many");
+  return mark;
+}
+
+std::string EncodeCoderMark(std::string_view key, const CoderMark& mark) {
+  std::string value;
+  ByteWriter out(&value);
+  out.U8(kRecordVersion);
+  out.U64(mark.fingerprint);
+  out.Varint(mark.records);
+  Seal(key, &value);
+  return value;
+}
+
+CoderMark DecodeCoderMark(std::string_view key, std::string_view value,
+                          const std::string& where) {
+  ByteReader in(Unseal(key, value, where), where);
+  CoderMark mark;
+  mark.fingerprint = in.U64();
+  mark.records = in.Varint("record count", ~uint64_t{0});
   if (in.left() != 0) in.Fail(std::to_string(in.left()) + " bytes too many");
   return mark;
 }

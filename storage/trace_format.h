@@ -20,7 +20,14 @@
 
 namespace routecast {
 
-enum class RecordKind : uint8_t { kEncoder = 0x01, kDecoder = 0x02, kChunkMark = 0xFF };
+class ContextModel;
+
+enum class RecordKind : uint8_t {
+  kEncoder = 0x01,
+  kDecoder = 0x02,
+  kCoderMark = 0xFE,
+  kChunkMark = 0xFF
+};
 inline RecordKind KindOf(Stack s) {
   return s == Stack::kEncoder ? RecordKind::kEncoder : RecordKind::kDecoder;
 }
@@ -42,7 +49,8 @@ bool DecodeKey(std::string_view key, RecordKind* kind, uint64_t* id);
 // Routing of one (sequence, stack), without router inputs:
 //   u8 version | u8 flags | u8 task | varint T | varint L | varint E | varint K
 //   token ids   u16 or u32 [T] (flag), absent where they are not known (flag)
-//   expert ids  bit-packed, ceil(log2 E) bits each, layer-major [L*T], padded to a byte
+//   expert ids  bit-packed, ceil(log2 E) bits each, layer-major [L*T], padded to a byte;
+//               or, with a context model, varint size and coded bytes (flag)
 //   gate probs  bf16 high bytes [L*T], then low bytes (flag)
 //   dropped     bits [L*T], absent when no token was dropped (flag)
 //   margins     bf16 high bytes, then low bytes (flag)
@@ -50,9 +58,11 @@ bool DecodeKey(std::string_view key, RecordKind* kind, uint64_t* id);
 //               absent where they are not known: flag)
 //   u64 checksum
 // REQUIRES the planes of `span` to have their sizes (std::logic_error otherwise: our
-// defect) and ids < num_experts. Floats are rounded to bf16.
+// defect) and ids < num_experts. Floats are rounded to bf16. With a model of this
+// geometry expert ids are coded by it where that is smaller; the model's fingerprint then
+// seals the record beside its key.
 std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
-                       int num_experts);
+                       int num_experts, const ContextModel* model = nullptr);
 // Throws DataError naming `where` on any damage; sizes are checked before memory is
 // taken.
 struct DecodedSpan {
@@ -61,7 +71,7 @@ struct DecodedSpan {
   int num_experts = 0;
 };
 DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
-                       const std::string& where);
+                       const std::string& where, const ContextModel* model = nullptr);
 
 // Router inputs of one (sequence, stack): u8 version | varint T | varint L | varint D |
 // bf16 [L*T*D] | u64 checksum. Decode fills span.hidden and span.hidden_width and demands
@@ -91,5 +101,15 @@ struct ChunkMark {
 std::string EncodeMark(std::string_view key, const ChunkMark& mark);
 ChunkMark DecodeMark(std::string_view key, std::string_view value,
                      const std::string& where);
+
+// Says that a shard's records were coded again with the store's context model, in the
+// same file: u8 version | u64 fingerprint of the model | varint records | u64 checksum.
+struct CoderMark {
+  uint64_t fingerprint = 0;
+  uint64_t records = 0;
+};
+std::string EncodeCoderMark(std::string_view key, const CoderMark& mark);
+CoderMark DecodeCoderMark(std::string_view key, std::string_view value,
+                          const std::string& where);
 
 }  // namespace routecast

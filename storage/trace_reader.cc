@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/errors.h"
+#include "storage/context_coder.h"
 #include "storage/shard_db.h"
 #include "storage/trace_store.h"
 
@@ -20,9 +21,9 @@ uint32_t TokensOf(const SequenceInfo& info, Stack stack) {
 // Decodes a routing record into `trace` and holds it against the index and the geometry.
 void DecodeInto(std::string_view key, std::string_view value, const std::string& where,
                 Stack stack, const SequenceInfo& info, const StoreConfig& config,
-                RoutingTrace* trace) {
+                const ContextModel* model, RoutingTrace* trace) {
   const MoeGeometry& geometry = config.geometry;
-  DecodedSpan decoded = DecodeSpan(key, value, where);
+  DecodedSpan decoded = DecodeSpan(key, value, where, model);
   const bool fits =
       decoded.num_experts == geometry.num_experts &&
       decoded.span.num_layers == geometry.layers(stack) &&
@@ -58,6 +59,7 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
                                "it was imported without them, and they are needed here",
                                "import it with token ids, or use another store"));
   }
+  model_ = LoadContextModel(path_, config_);
   for (int shard = 0; shard < config_.num_shards; ++shard) {
     // A shard appears with its first chunk's owner; a store just created has none.
     if (!fs::exists(ShardPath(path_, shard)) && !fs::exists(ShardPath(path_, 0))) {
@@ -97,6 +99,16 @@ TraceReader::~TraceReader() = default;
 
 void TraceReader::ReadMarks(int shard) {
   const ShardDb& db = *shards_[shard];
+  CoderMark coder;
+  if (config_.ContextCoded() && ReadCoderMark(db, &coder) &&
+      (!model_ || model_->fingerprint() != coder.fingerprint)) {
+    throw DataError(ErrorText(ContextModelPath(path_).string() + " is not what shard " +
+                                  std::to_string(shard) + " was coded with",
+                              "the shard names " + Hex64(coder.fingerprint) +
+                                  ", the model is " +
+                                  (model_ ? Hex64(model_->fingerprint()) : "missing"),
+                              "restore the store's own context.model"));
+  }
   const std::unique_ptr<rocksdb::Iterator> it(
       db.db()->NewIterator(rocksdb::ReadOptions(), db.family(Family::kRouting)));
   for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
@@ -205,7 +217,7 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
         RoutingTrace& trace = traces[w.slot];
         if (family == Family::kRouting) {
           DecodeInto(keys[i], values[i].ToStringView(), where, w.stack,
-                     sequences_[w.index], config_, &trace);
+                     sequences_[w.index], config_, model_.get(), &trace);
         } else {
           DecodeHidden(keys[i], values[i].ToStringView(), where,
                        w.stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
@@ -255,7 +267,7 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
       const std::string where = Where(index, stack);
       Cursor* routing = value_at(index, stack, Family::kRouting, key, where);
       DecodeInto(key, routing->it->value().ToStringView(), where, stack,
-                 sequences_[index], config_, &trace);
+                 sequences_[index], config_, model_.get(), &trace);
       routing->it->Next();
       if (with_hidden == WithHidden::kNo || !sequences_[index].has_hidden) continue;
       Cursor* hidden = value_at(index, stack, Family::kHidden, key, where);

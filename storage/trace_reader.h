@@ -15,6 +15,7 @@
 
 namespace routecast {
 
+class ContextModel;
 class ShardDb;
 enum class WithHidden { kNo, kYes };
 // Whether a reader can do without token ids, which imported stores may not have.
@@ -66,6 +67,7 @@ class TraceReader {
 
   fs::path path_;
   StoreConfig config_;
+  std::unique_ptr<ContextModel> model_;  // of coded records; null where there is none
   std::vector<std::unique_ptr<ShardDb>> shards_;
   std::vector<SequenceInfo> sequences_;
   std::vector<Place> places_;

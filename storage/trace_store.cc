@@ -5,6 +5,7 @@
 
 #include "common/errors.h"
 #include "rocksdb/sst_file_writer.h"
+#include "storage/context_coder.h"
 #include "storage/shard_db.h"
 
 namespace routecast {
@@ -41,6 +42,7 @@ StoreConfig TraceStore::Open(const fs::path& path) {
 }
 
 StoreConfig TraceStore::CreateOrOpen(const fs::path& path, const StoreConfig& wanted) {
+  RequireCompression(wanted.compression, wanted.geometry);
   if (fs::exists(path / "store.json")) {
     const StoreConfig stored = Open(path);
     const std::vector<std::string> differences = Differences(stored, wanted);
@@ -226,7 +228,15 @@ bool ShardOwner::Ingest(uint32_t chunk, const std::string& token) {
 }
 
 void ShardOwner::Compact() {
+  const std::unique_ptr<ContextModel> model = LoadContextModel(store_, config_);
   for (const auto& [shard, db] : shards_) {
+    if (model) {
+      const fs::path staging = store_ / "staging" / ("code-" + std::to_string(shard));
+      CodeShard(*db, config_, *model, staging, on_step_);
+    }
+    rocksdb::ColumnFamilyMetaData files;
+    db->db()->GetColumnFamilyMetaData(db->family(Family::kRouting), &files);
+    if (files.file_count <= 1) continue;
     rocksdb::CompactRangeOptions options;
     Step("compact");
     CheckStatus(

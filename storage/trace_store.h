@@ -81,7 +81,8 @@ class ShardOwner {
   // the removal) when it was there already. REQUIRES Owns(chunk).
   bool Ingest(uint32_t chunk, const std::string& token);
   // Merges the files of each shard's routing family into one sorted run: reads touch one
-  // file.
+  // file. Where ids are to be coded (MakeContextModel was called), codes them first. Does
+  // nothing where it is done already.
   void Compact();
 
  private:

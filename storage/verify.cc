@@ -74,7 +74,7 @@ class Verifier {
       if (!DecodeKey(it->key().ToStringView(), &kind, &id)) {
         Problem(db.path().string() + ": foreign key of " +
                 std::to_string(it->key().size()) + " bytes");
-      } else if (kind != RecordKind::kChunkMark) {
+      } else if (kind == RecordKind::kEncoder || kind == RecordKind::kDecoder) {
         ++records_;
       }
     }

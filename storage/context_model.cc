@@ -1,0 +1,329 @@
+#include "storage/context_model.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <unordered_map>
+
+#include "common/errors.h"
+#include "common/files.h"
+#include "common/random.h"
+#include "storage/range_coder.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kFree = ~uint64_t{0};
+constexpr uint64_t kMaxFactors = uint64_t{1} << 25;    // 256 MiB
+constexpr uint64_t kMaxBaseCells = uint64_t{1} << 27;  // 256 MiB
+
+uint64_t KeyOf(uint32_t outer, uint32_t inner) { return uint64_t{outer} << 32 | inner; }
+
+// The weights of one id: `count` experts of their own (in their row's order), and the
+// others together.
+struct Slots {
+  std::array<uint32_t, kMaxCodedExperts> weight;
+  size_t count = 0;
+  uint32_t rest = kBaseScale;  // weight of the others
+  uint32_t total = kBaseScale;
+};
+
+// Factors are at most 2^15 and base weights sum to 2^15, so the total is below 2^31.
+template <typename Factor>
+void FillSlots(const uint16_t* base, const Factor* begin, const Factor* end,
+               Slots* slots) {
+  uint32_t own = 0, total = 0;
+  uint32_t* to = slots->weight.data();
+  for (const Factor* f = begin; f != end; ++f) {
+    const uint16_t* at = base + f->expert;
+    const uint32_t weight = static_cast<uint32_t>(at[1]) - at[0];
+    own += weight;
+    const auto scaled = static_cast<uint32_t>((uint64_t{weight} * f->times) >> 16);
+    total += * to++ = std::max<uint32_t>(1, scaled);
+  }
+  slots->count = static_cast<size_t>(end - begin);
+  slots->rest = kBaseScale - own;
+  slots->total = total + slots->rest;
+}
+
+// Where `expert` begins among the experts without a slot.
+template <typename Factor>
+uint32_t RestStart(const uint16_t* base, const Factor* begin, const Factor* end,
+                   uint16_t expert) {
+  uint32_t start = base[expert];
+  for (const Factor* f = begin; f != end && f->expert < expert; ++f) {
+    start -= static_cast<uint32_t>(base[f->expert + 1]) - base[f->expert];
+  }
+  return start;
+}
+
+}  // namespace
+
+uint32_t FactorTimes(int factor) {
+  static constexpr std::array<uint32_t, kFactorSteps> kSteps = {
+      65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194};
+  const uint32_t step = kSteps[static_cast<size_t>(factor & (kFactorSteps - 1))];
+  const int whole = factor >> 3;
+  return whole >= 0 ? step << whole : step >> -whole;
+}
+
+std::vector<uint32_t> BaseWeights(const std::vector<uint32_t>& marginal, const Row& row) {
+  std::vector<uint64_t> wide(marginal.begin(), marginal.end());
+  for (const RowEntry& entry : row) wide[entry.expert] *= FactorTimes(entry.factor);
+  size_t next = 0;
+  uint64_t sum = 0;
+  for (size_t e = 0; e < wide.size(); ++e) {
+    if (next < row.size() && row[next].expert == e) {
+      ++next;
+      wide[e] >>= 8;  // factors are in 1/65536: all weights in 1/256
+    } else {
+      wide[e] <<= 8;
+    }
+    sum += wide[e];
+  }
+  const auto spread = kBaseScale - static_cast<uint32_t>(wide.size());
+  std::vector<uint32_t> weights(wide.size());
+  uint32_t given = 0;
+  for (size_t e = 0; e < wide.size(); ++e) {
+    weights[e] = 1 + static_cast<uint32_t>(wide[e] * spread / std::max<uint64_t>(1, sum));
+    given += weights[e];
+  }
+  *std::max_element(weights.begin(), weights.end()) += kBaseScale - given;
+  return weights;
+}
+
+Row Compose(const Row& a, const Row& b) {
+  Row row;
+  size_t i = 0, j = 0;
+  while (i < a.size() || j < b.size()) {
+    const int left = i < a.size() ? a[i].expert : kMaxCodedExperts;
+    const int right = j < b.size() ? b[j].expert : kMaxCodedExperts;
+    RowEntry entry{static_cast<uint16_t>(std::min(left, right)), 0};
+    int factor = 0;
+    if (left <= right) factor += a[i++].factor;
+    if (right <= left) factor += b[j++].factor;
+    entry.factor = static_cast<int16_t>(std::clamp(factor, -kMaxFactor, kMaxFactor));
+    row.push_back(entry);
+  }
+  return row;
+}
+
+ContextModel::ContextModel(int num_experts, ContextKind kind, StackTables encoder,
+                           StackTables decoder, const std::string& where)
+    : num_experts_(num_experts),
+      kind_(kind),
+      tables_{std::move(encoder), std::move(decoder)} {
+  for (size_t s = 0; s < 2; ++s) Build(tables_[s], where, &coded_[s]);
+  fingerprint_ = Hash64(Serialize());
+}
+
+void ContextModel::Build(const StackTables& tables, const std::string& where,
+                         Coded* coded) const {
+  const auto experts = static_cast<size_t>(num_experts_);
+  const size_t layers = tables.marginal.size();
+  const auto require = [&](bool fits, const char* what) {
+    if (fits) return;
+    throw DataError(ErrorText(where + ": the context model is too large", what,
+                              "make the store with another --compression"));
+  };
+  require(layers * (experts + 1) * (experts + 1) <= kMaxBaseCells, "base weights");
+  for (size_t l = 0; l < layers; ++l) {
+    std::vector<uint16_t>& to = coded->layers.emplace_back();
+    const size_t rows = l == 0 ? 1 : experts + 1;
+    to.reserve(rows * (experts + 1));
+    for (size_t r = 0; r < rows; ++r) {
+      uint32_t sum = 0;
+      const Row none;
+      to.push_back(0);
+      for (const uint32_t w :
+           BaseWeights(tables.marginal[l], r == 0 ? none : tables.previous[l][r - 1])) {
+        to.push_back(static_cast<uint16_t>(sum += w));
+      }
+    }
+  }
+  coded->keys.assign(std::bit_ceil(2 * tables.contexts.size() + 2), kFree);
+  coded->places.resize(coded->keys.size());
+  coded->begins.assign(layers + 1, 0);
+  std::unordered_map<uint32_t, const StackTables::Context*> alone;
+  for (const auto& context : tables.contexts) {
+    if (context.outer == kAnyContext) alone[context.inner] = &context;
+  }
+  uint32_t place = 0;
+  for (const auto& context : tables.contexts) {
+    const uint64_t key = KeyOf(context.outer, context.inner);
+    size_t at = Mix(key) & (coded->keys.size() - 1);
+    while (coded->keys[at] != kFree) at = (at + 1) & (coded->keys.size() - 1);
+    coded->keys[at] = key;
+    coded->places[at] = ++place;
+    const auto inner = alone.find(context.inner);
+    const bool pair = context.outer != kAnyContext && inner != alone.end();
+    for (size_t l = 0; l < layers; ++l) {
+      const Row row =
+          pair ? Compose(inner->second->rows[l], context.rows[l]) : context.rows[l];
+      for (const RowEntry& e : row) {
+        coded->factors.push_back({e.expert, FactorTimes(e.factor)});
+      }
+      coded->begins.push_back(static_cast<uint32_t>(coded->factors.size()));
+      require(coded->factors.size() <= kMaxFactors, "rows of contexts");
+    }
+  }
+}
+
+uint32_t ContextModel::Find(const Coded& c, uint32_t outer, uint32_t inner) {
+  for (const uint32_t o : {outer, kAnyContext}) {
+    const uint64_t key = KeyOf(o, inner);
+    for (size_t at = Mix(key) & (c.keys.size() - 1); c.keys[at] != kFree;
+         at = (at + 1) & (c.keys.size() - 1)) {
+      if (c.keys[at] == key) return c.places[at];
+    }
+  }
+  return 0;
+}
+
+ContextPair ContextOf(ContextKind kind, const RoutingSpan& span, int l, int t) {
+  const uint16_t* ids = span.expert_ids.data() + static_cast<size_t>(l) * span.num_tokens;
+  const bool tokens = !span.token_ids.empty();
+  ContextPair c{kNoContext, kNoContext};
+  if (tokens) {
+    c.inner = span.token_ids[t];
+  } else if (t > 0) {
+    c.inner = ids[t - 1];
+  }
+  if (kind == ContextKind::kPair) {
+    if (l > 0) c.outer = ids[t - span.num_tokens];
+  } else if (tokens) {
+    if (t > 0) c.outer = span.token_ids[t - 1];
+  } else if (t > 1) {
+    c.outer = ids[t - 2];
+  }
+  return c;
+}
+
+// visit(layer, position, base weights' cumulative row, first and last factor).
+template <typename Visit>
+void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visit) const {
+  const Coded& c = stack(s);
+  const size_t layers = c.layers.size();
+  const size_t width = static_cast<size_t>(num_experts_) + 1;
+  const bool by_position = kind_ == ContextKind::kTokens && !span.token_ids.empty();
+  std::vector<uint32_t> places(by_position ? span.token_ids.size() : 0);
+  for (size_t t = 0; t < places.size(); ++t) {
+    const ContextPair pair = ContextOf(kind_, span, 0, static_cast<int>(t));
+    places[t] = Find(c, pair.outer, pair.inner);
+  }
+  for (int l = 0; l < span.num_layers; ++l) {
+    const uint16_t* cumulative = c.layers[static_cast<size_t>(l)].data();
+    const uint16_t* before =
+        l == 0 ? nullptr
+               : span.expert_ids.data() + static_cast<size_t>(l - 1) * span.num_tokens;
+    for (int t = 0; t < span.num_tokens; ++t) {
+      uint32_t place;
+      if (by_position) {
+        place = places[static_cast<size_t>(t)];
+      } else {
+        const ContextPair pair = ContextOf(kind_, span, l, t);
+        place = Find(c, pair.outer, pair.inner);
+      }
+      const size_t row = place * layers + static_cast<size_t>(l);
+      visit(l, t, cumulative + (l == 0 ? 0 : width * (size_t{1} + before[t])),
+            c.factors.data() + c.begins[row], c.factors.data() + c.begins[row + 1]);
+    }
+  }
+}
+
+void ContextModel::EncodeIds(Stack s, const RoutingSpan& span, std::string* out) const {
+  const size_t begin = out->size();
+  RangeEncoder coder(out);
+  Slots slots;
+  const uint16_t* id = span.expert_ids.data();
+  ForEachId(s, span,
+            [&](int, int, const uint16_t* base, const Factor* first, const Factor* last) {
+              const uint16_t expert = *id++;
+              slots.rest = kBaseScale;
+              if (first != last) {
+                FillSlots(base, first, last, &slots);
+                uint32_t start = 0;
+                size_t i = 0;
+                while (i < slots.count && first[i].expert != expert) {
+                  start += slots.weight[i++];
+                }
+                const bool own = i < slots.count;
+                coder.Encode(start, own ? slots.weight[i] : slots.rest, slots.total);
+                if (own) return;
+              }
+              coder.Encode(RestStart(base, first, last, expert),
+                           static_cast<uint32_t>(base[expert + 1]) - base[expert],
+                           slots.rest);
+            });
+  coder.Finish();
+  const uint64_t least = (span.expert_ids.size() + kMaxIdsPerByte - 1) / kMaxIdsPerByte;
+  if (out->size() - begin < least) out->resize(begin + least);
+}
+
+bool ContextModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span) const {
+  const uint64_t count = static_cast<uint64_t>(span->num_tokens) * span->num_layers;
+  const uint64_t least = (count + kMaxIdsPerByte - 1) / kMaxIdsPerByte;
+  if (bytes.size() < least) return false;
+  span->expert_ids.resize(count);
+  RangeDecoder coder(bytes);
+  Slots slots;
+  uint16_t* id = span->expert_ids.data();
+  const auto width = static_cast<size_t>(num_experts_) + 1;
+  ForEachId(s, *span,
+            [&](int, int, const uint16_t* base, const Factor* first, const Factor* last) {
+              slots.rest = kBaseScale;
+              if (first != last) {
+                FillSlots(base, first, last, &slots);
+                const uint32_t at = coder.Peek(slots.total);
+                uint32_t start = 0;
+                size_t i = 0;
+                while (i < slots.count && start + slots.weight[i] <= at) {
+                  start += slots.weight[i++];
+                }
+                if (i < slots.count) {
+                  coder.Take(start, slots.weight[i]);
+                  *id++ = first[i].expert;
+                  return;
+                }
+                coder.Take(start, slots.rest);
+              }
+              const uint32_t at = coder.Peek(slots.rest);
+              uint32_t full = at;  // as if the experts with slots were still there
+              for (const Factor* f = first; f != last && base[f->expert] <= full; ++f) {
+                full += static_cast<uint32_t>(base[f->expert + 1]) - base[f->expert];
+              }
+              const auto expert = static_cast<uint16_t>(
+                  std::upper_bound(base, base + width, full) - base - 1);
+              coder.Take(base[expert] - (full - at),
+                         static_cast<uint32_t>(base[expert + 1]) - base[expert]);
+              *id++ = expert;
+            });
+  return bytes.size() <= std::max<uint64_t>(coder.read(), least);
+}
+
+void ContextModel::CountBits(Stack s, const RoutingSpan& span,
+                             std::vector<double>* bits) const {
+  Slots slots;
+  const uint16_t* id = span.expert_ids.data();
+  ForEachId(
+      s, span,
+      [&](int l, int, const uint16_t* base, const Factor* first, const Factor* last) {
+        const uint16_t expert = *id++;
+        double& sum = (*bits)[static_cast<size_t>(l)];
+        slots.rest = kBaseScale;
+        if (first != last) {
+          FillSlots(base, first, last, &slots);
+          size_t i = 0;
+          while (i < slots.count && first[i].expert != expert) ++i;
+          const bool own = i < slots.count;
+          sum -= std::log2(static_cast<double>(own ? slots.weight[i] : slots.rest) /
+                           slots.total);
+          if (own) return;
+        }
+        sum -=
+            std::log2(static_cast<double>(base[expert + 1] - base[expert]) / slots.rest);
+      });
+}
+
+}  // namespace routecast

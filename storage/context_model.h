@@ -1,0 +1,118 @@
+// What a store's context coder knows: how often each expert follows which context. The
+// model is made once (context_trainer.h), kept beside the shards, and never changes; a
+// record decodes alone, given the model.
+//
+// The weight of expert e at MoE layer l of a stack is
+//   base[l][expert of the same token in the layer before][e] * row[context][l][e]
+// where a row lists a few experts and multiplies the others by 1. The context is the
+// pair (outer, inner) if the model has a row for it, else inner alone, else nothing:
+//   kTokens: inner = token id, outer = the token id before it in the sequence. Where
+//            the store has no token ids: the layer's experts of the last two tokens.
+//   kPair:   inner = the same, outer = the token's expert in the layer before.
+// Integers only: every machine decodes the same.
+// Thread rule: immutable once made; any number of threads.
+// Shape letters: T tokens, L MoE layers of one stack, E experts.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common/routing.h"
+
+namespace routecast {
+
+inline constexpr int kMaxCodedExperts = 1024;
+inline constexpr uint32_t kBaseScale = 1u << 15;  // sum of a base row's weights
+// Log2 of a row's factor in steps of 1/8; both ways at most this many steps.
+inline constexpr int kFactorSteps = 8, kMaxFactor = 15 * kFactorSteps;
+// Ids a byte of a coded plane at most: bounds what a small hostile record can claim.
+inline constexpr uint64_t kMaxIdsPerByte = 64;
+
+enum class ContextKind : uint8_t { kTokens = 0, kPair = 1 };
+inline constexpr uint32_t kAnyContext = 0xFFFFFFFFu;  // outer of a context of inner alone
+inline constexpr uint32_t kNoContext = 0xFFFFFFFEu;   // before the first token or layer
+struct ContextPair {
+  uint32_t outer, inner;
+};
+// The context of id (l, t), of which ids before it in (layer, position) order are known.
+ContextPair ContextOf(ContextKind kind, const RoutingSpan& span, int l, int t);
+
+struct RowEntry {
+  uint16_t expert;
+  int16_t factor;  // log2 in 1/kFactorSteps
+};
+using Row = std::vector<RowEntry>;  // ascending by expert
+
+// 2^(factor / kFactorSteps) in 1/65536. REQUIRES |factor| <= kMaxFactor.
+uint32_t FactorTimes(int factor);
+// The base weights that `row` makes of a layer's marginal: each at least 1, sum
+// kBaseScale.
+std::vector<uint32_t> BaseWeights(const std::vector<uint32_t>& marginal, const Row& row);
+// Both rows' factors together.
+Row Compose(const Row& a, const Row& b);
+
+// One stack as it is trained and stored: rows of differences.
+struct StackTables {
+  // [L][E] weights, each at least 1, sum kBaseScale.
+  std::vector<std::vector<uint32_t>> marginal;
+  std::vector<std::vector<Row>> previous;  // [L][E], to the marginal; none for layer 0
+  struct Context {
+    uint32_t outer, inner;
+    std::vector<Row> rows;  // [L]; of a pair: on top of inner's own
+  };
+  std::vector<Context> contexts;  // ascending by (outer, inner)
+};
+
+class ContextModel {
+ public:
+  // REQUIRES whole tables of E experts, at most kMaxCodedExperts. Throws DataError naming
+  // `where` when they are too large to be used.
+  ContextModel(int num_experts, ContextKind kind, StackTables encoder,
+               StackTables decoder, const std::string& where);
+  // The file's bytes, and back. Throws DataError on any damage; sizes are checked before
+  // memory is taken.
+  std::string Serialize() const;
+  static ContextModel Parse(std::string_view bytes, const std::string& where);
+  // Hash of Serialize(): coded records are sealed with it.
+  uint64_t fingerprint() const { return fingerprint_; }
+
+  int num_experts() const { return num_experts_; }
+  int num_layers(Stack s) const { return static_cast<int>(stack(s).layers.size()); }
+  // Appends the coded plane of span.expert_ids. REQUIRES the model's E and L and ids <
+  // E.
+  void EncodeIds(Stack s, const RoutingSpan& span, std::string* out) const;
+  // Fills span->expert_ids from its dims and token ids. False where the bytes are not
+  // what EncodeIds writes for so many ids. REQUIRES the model's L.
+  bool DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span) const;
+  // Adds the bits of each id to (*bits)[layer].
+  void CountBits(Stack s, const RoutingSpan& span, std::vector<double>* bits) const;
+
+ private:
+  struct Factor {
+    uint16_t expert;
+    uint32_t times;  // 2^16 = unchanged
+  };
+  struct Coded {  // a stack as it is used
+    // [L][E + 1][E + 1]; the first row of a layer: no layer before.
+    std::vector<std::vector<uint16_t>> layers;
+    std::vector<uint64_t> keys;    // open addressing; kFree = none
+    std::vector<uint32_t> places;  // of a key's context, parallel to keys
+    std::vector<uint32_t> begins;  // [contexts * L + 1]; context 0 is empty
+    std::vector<Factor> factors;
+  };
+  const Coded& stack(Stack s) const { return coded_[static_cast<size_t>(s)]; }
+  void Build(const StackTables& tables, const std::string& where, Coded* coded) const;
+  static uint32_t Find(const Coded& c, uint32_t outer, uint32_t inner);
+  template <typename Visit>
+  void ForEachId(Stack s, const RoutingSpan& span, const Visit& visit) const;
+
+  int num_experts_;
+  ContextKind kind_;
+  StackTables tables_[2];
+  Coded coded_[2];
+  uint64_t fingerprint_ = 0;
+};
+
+}  // namespace routecast

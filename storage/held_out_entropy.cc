@@ -1,0 +1,69 @@
+#include "storage/held_out_entropy.h"
+
+#include <utility>
+
+#include "common/random.h"
+#include "storage/context_trainer.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kSalt = 0x666f6c6473000001;
+
+RoutingSpan IdsOf(const RoutingSpan& span) {
+  RoutingSpan ids;
+  ids.num_tokens = span.num_tokens;
+  ids.num_layers = span.num_layers;
+  ids.token_ids = span.token_ids;
+  ids.expert_ids = span.expert_ids;
+  return ids;
+}
+
+}  // namespace
+
+int HeldOutEntropy::FoldOf(const RoutingTrace& trace) {
+  return static_cast<int>(ToRange(Mix(kSalt, trace.group_id), kFolds));
+}
+
+void HeldOutEntropy::Add(const RoutingTrace& trace) {
+  RoutingTrace& kept = traces_.emplace_back();
+  kept.group_id = trace.group_id;
+  kept.encoder = IdsOf(trace.encoder);
+  kept.decoder = IdsOf(trace.decoder);
+}
+
+std::vector<double> HeldOutEntropy::Bits() const {
+  // The model's size does not count here, so every difference gets its entry; few
+  // observations are distrusted instead.
+  const TrainerOptions options{
+      .kind = ContextKind::kPair, .entry_bits = 0, .context_bits = 0, .prior = 0.5};
+  const auto layers = static_cast<size_t>(geometry_.num_layers());
+  std::vector<double> bits(layers, 0.0), ids(layers, 0.0);
+  for (int fold = 0; fold < kFolds; ++fold) {
+    ContextTrainer trainer(geometry_, options);
+    for (const RoutingTrace& t : traces_) {
+      if (FoldOf(t) == fold) continue;
+      trainer.Add(Stack::kEncoder, t.encoder);
+      trainer.Add(Stack::kDecoder, t.decoder);
+    }
+    const ContextModel model = trainer.Train("held-out entropy");
+    for (const RoutingTrace& t : traces_) {
+      if (FoldOf(t) != fold) continue;
+      for (const Stack s : {Stack::kEncoder, Stack::kDecoder}) {
+        const RoutingSpan& span = s == Stack::kEncoder ? t.encoder : t.decoder;
+        if (span.num_tokens == 0) continue;
+        std::vector<double> of_span(static_cast<size_t>(span.num_layers), 0.0);
+        model.CountBits(s, span, &of_span);
+        for (int l = 0; l < span.num_layers; ++l) {
+          const auto global = static_cast<size_t>(geometry_.GlobalLayer(s, l));
+          bits[global] += of_span[static_cast<size_t>(l)];
+          ids[global] += span.num_tokens;
+        }
+      }
+    }
+  }
+  for (size_t l = 0; l < layers; ++l) bits[l] = ids[l] > 0 ? bits[l] / ids[l] : -1;
+  return bits;
+}
+
+}  // namespace routecast

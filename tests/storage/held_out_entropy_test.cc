@@ -1,0 +1,65 @@
+#include "storage/held_out_entropy.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+
+#include "common/random.h"
+
+namespace routecast {
+namespace {
+
+constexpr int kExperts = 8, kTokens = 50;
+
+// Two decoder layers whose experts `choose(token, expert before, draw)` gives.
+std::vector<double> BitsOf(
+    const std::function<uint64_t(uint64_t, uint64_t, uint64_t)>& choose) {
+  HeldOutEntropy entropy({0, 2, kExperts, 1, 0});
+  for (uint64_t i = 0; i < 400; ++i) {
+    RoutingTrace trace;
+    trace.group_id = Mix(i);
+    RoutingSpan& s = trace.decoder;
+    s.num_tokens = kTokens;
+    s.num_layers = 2;
+    for (uint64_t t = 0; t < kTokens; ++t) {
+      s.token_ids.push_back(static_cast<uint32_t>(ToRange(Mix(i, t), 20)));
+    }
+    for (uint64_t l = 0; l < 2; ++l) {
+      for (uint64_t t = 0; t < kTokens; ++t) {
+        const uint64_t before = l == 0 ? 0 : s.expert_ids[t];
+        s.expert_ids.push_back(static_cast<uint16_t>(
+            choose(s.token_ids[t], before, Mix(i, l, t)) % kExperts));
+      }
+    }
+    entropy.Add(trace);
+  }
+  return entropy.Bits();
+}
+
+TEST(HeldOutEntropy, IsThreeBitsOfEightExpertsDrawnAtRandom) {
+  for (const double bits : BitsOf([](auto, auto, auto draw) { return draw; })) {
+    EXPECT_NEAR(bits, 3, 0.1);
+  }
+}
+
+TEST(HeldOutEntropy, IsNextToNothingOfAFunctionOfTokenAndExpertBefore) {
+  const auto bits =
+      BitsOf([](auto token, auto before, auto) { return Mix(token, before); });
+  EXPECT_LT(bits[0], 0.05);
+  EXPECT_LT(bits[1], 0.05);
+}
+
+TEST(HeldOutEntropy, IsOneBitWhereTwoExpertsAreLeft) {
+  const auto bits = BitsOf([](auto token, auto before, auto draw) {
+    return Mix(token, before % 2) + draw % 2;
+  });
+  EXPECT_NEAR(bits[1], 1, 0.05);
+}
+
+TEST(HeldOutEntropy, OfALayerWithoutIdsIsNotKnown) {
+  EXPECT_LT(HeldOutEntropy({1, 0, kExperts, 1, 0}).Bits()[0], 0);
+}
+
+}  // namespace
+}  // namespace routecast
