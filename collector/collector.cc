@@ -355,7 +355,6 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   for (uint32_t c = 0; c < plan.chunks.size(); ++c) {
     if (!std::binary_search(done.begin(), done.end(), c)) todo.push_back(c);
   }
-  const bool any_work = !todo.empty();
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);
   Job job(options, rank, config, token, &runner, &owner, std::move(todo),
@@ -364,7 +363,7 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   shared = {job.complete() ? 1 : 0};
   Share(&shared);
   const bool complete = shared[0] == 1;
-  if (complete && any_work) owner.Compact();
+  if (complete) owner.Finish();
   MPI_Barrier(MPI_COMM_WORLD);
   if (run) {
     job.FinishProgress();

@@ -8,6 +8,7 @@
 #include "storage/export.h"
 #include "storage/import.h"
 #include "storage/merge.h"
+#include "storage/salvage.h"
 #include "storage/statistics.h"
 #include "storage/subset.h"
 #include "storage/verify.h"
@@ -45,7 +46,8 @@ constexpr char kUsage[] =
     "  export  all traces in --format into --out, readable without this program\n"
     "  merge   stores of one model (--store more than once) into the new store --out\n"
     "  subset  a --share of the documents, drawn by --seed, into the new store --out\n"
-    "  import  routing of other systems (--in, --format) into the new store --out";
+    "  import  routing of other systems (--in, --format) into the new store --out\n"
+    "  salvage what is sound of a damaged store, into the new store --out";
 
 std::string RequireOut() {
   if (FLAGS_out.empty()) {
@@ -87,11 +89,13 @@ void Verify() {
     throw DataError(ErrorText(FLAGS_store + " is damaged",
                               std::to_string(report.num_problems) + " problems; sound: " +
                                   std::to_string(report.sequences) + " sequences",
-                              "export what is sound, or collect into a new store"));
+                              "routecast-trace salvage makes a store of what is sound"));
   }
-  std::printf("sound: %lld of %lld chunks, %llu sequences, %llu records\n",
-              (long long)report.chunks, (long long)report.num_chunks,
-              (unsigned long long)report.sequences, (unsigned long long)report.records);
+  std::printf(
+      "sound: %lld of %lld chunks, %llu sequences, %llu records, %s\n",
+      (long long)report.chunks, (long long)report.num_chunks,
+      (unsigned long long)report.sequences, (unsigned long long)report.records,
+      report.sealed ? "sealed" : "not sealed (unfinished, or of an older version)");
 }
 
 void Stats() {
@@ -168,6 +172,24 @@ void Subset() {
   if (!FLAGS_quiet) std::printf("%llu sequences\n", (unsigned long long)sequences);
 }
 
+void SalvageVerb() {
+  const std::string out = RequireOut();
+  if (FLAGS_dry_run) {
+    std::printf("what is sound of %s would be written to %s\n", FLAGS_store.c_str(),
+                out.c_str());
+    return;
+  }
+  RunRecord run(out, "routecast-trace salvage", EffectiveFlags());
+  const SalvageReport report = SalvageStore(FLAGS_store, out);
+  run.Finish(kExitDone, {{"sequences", report.sequences},
+                         {"lost", report.lost},
+                         {"lost_ids", report.lost_ids},
+                         {"lost_chunks", report.lost_chunks}});
+  std::printf("%llu sequences; lost: %llu sequences, %lld chunks\n",
+              (unsigned long long)report.sequences, (unsigned long long)report.lost,
+              (long long)report.lost_chunks);
+}
+
 void Import() {
   const std::string out = RequireOut();
   if (FLAGS_in.empty()) {
@@ -207,6 +229,7 @@ constexpr Verb kVerbs[] = {
     {"merge", Merge, Stores::kSeveral},
     {"subset", Subset},
     {"import", Import, Stores::kNone},
+    {"salvage", SalvageVerb},
 };
 
 void Run() {

@@ -89,9 +89,9 @@ void StoreBuilder::Finish() {
                                "no sequence is left for it",
                                "take a larger share, or another input"));
   }
-  owner_->Compact();
-  owner_.reset();  // closes the databases before their folder moves
   WriteFileAtomic(folder_.path() / "store.json", config_.ToJson().dump(2) + "\n");
+  owner_->Finish();  // seals store.json as well; closes before the folder moves
+  owner_.reset();
   if (on_step_) on_step_("seal");
   folder_.Commit();
 }

@@ -64,6 +64,20 @@ void CheckIngested(const ShardDb& shard, uint32_t chunk) {
       "the disk failed while it was taken in", "check the disk and start again"));
 }
 
+void ForEachMark(const ShardDb& shard,
+                 const std::function<void(uint32_t, const std::string&)>& callback) {
+  const std::unique_ptr<rocksdb::Iterator> it(
+      shard.db()->NewIterator(rocksdb::ReadOptions(), shard.family(Family::kRouting)));
+  for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
+    RecordKind kind;
+    uint64_t chunk = 0;
+    if (DecodeKey(it->key().ToStringView(), &kind, &chunk)) {
+      callback(static_cast<uint32_t>(chunk), it->value().ToString());
+    }
+  }
+  CheckStatus(it->status(), "read", shard.path());
+}
+
 std::string Join(const std::vector<std::string>& parts) {
   std::string text;
   for (const std::string& part : parts) text += (text.empty() ? "" : "; ") + part;
@@ -201,12 +215,21 @@ ShardOwner::ShardOwner(fs::path store, const StoreConfig& config, int first, int
                        StepObserver on_step)
     : store_(std::move(store)), config_(config), on_step_(std::move(on_step)) {
   for (int shard = first; shard < config_.num_shards; shard += step) {
+    TakeSeal(shard);
     shards_[shard] = std::make_unique<ShardDb>(store_, shard, config_.compression,
                                                ShardDb::Mode::kWrite);
   }
 }
 
 ShardOwner::~ShardOwner() = default;
+
+void ShardOwner::TakeSeal(int shard) {
+  try {
+    if (auto seal = ReadShardSeal(store_, shard)) seals_[shard] = std::move(*seal);
+  } catch (const DataError&) {  // damaged: the next one is made from the files
+  }
+  RemoveShardSeal(store_, shard);
+}
 
 void ShardOwner::Step(const char* name) const {
   if (on_step_) on_step_(name);
@@ -219,16 +242,8 @@ bool ShardOwner::Owns(uint32_t chunk) const {
 std::vector<uint32_t> ShardOwner::CompletedChunks() const {
   std::vector<uint32_t> chunks;
   for (const auto& [shard, db] : shards_) {
-    const std::unique_ptr<rocksdb::Iterator> it(
-        db->db()->NewIterator(rocksdb::ReadOptions(), db->family(Family::kRouting)));
-    for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
-      RecordKind kind;
-      uint64_t chunk = 0;
-      if (DecodeKey(it->key().ToStringView(), &kind, &chunk)) {
-        chunks.push_back(static_cast<uint32_t>(chunk));
-      }
-    }
-    CheckStatus(it->status(), "read", db->path());
+    ForEachMark(*db,
+                [&](uint32_t chunk, const std::string&) { chunks.push_back(chunk); });
   }
   std::sort(chunks.begin(), chunks.end());
   return chunks;
@@ -276,6 +291,22 @@ void ShardOwner::Compact() {
     CheckStatus(
         db->db()->CompactRange(options, db->family(Family::kRouting), nullptr, nullptr),
         "compact", db->path());
+  }
+}
+
+void ShardOwner::Finish() {
+  Compact();
+  while (!shards_.empty()) {
+    const auto first = shards_.begin();
+    const int shard = first->first;
+    std::map<uint32_t, std::string> marks;
+    ForEachMark(*first->second,
+                [&](uint32_t chunk, const std::string& value) { marks[chunk] = value; });
+    shards_.erase(first);  // closes: the manifest's bytes are final
+    Step("seal");
+    const auto before = seals_.find(shard);
+    WriteShardSeal(store_, shard, marks,
+                   before == seals_.end() ? std::nullopt : std::optional(before->second));
   }
 }
 

@@ -13,6 +13,7 @@
 
 #include "common/files.h"
 #include "common/routing.h"
+#include "storage/shard_seal.h"
 #include "storage/store_config.h"
 #include "storage/trace_format.h"
 
@@ -83,13 +84,17 @@ class ShardOwner {
   // Merges the files of each shard's routing family into one sorted run: reads touch one
   // file.
   void Compact();
+  // The end of a complete store: Compact, close, seal. It owns nothing afterwards.
+  void Finish();
 
  private:
   void Step(const char* name) const;
+  void TakeSeal(int shard);
   fs::path store_;
   const StoreConfig config_;
   StepObserver on_step_;
   std::map<int, std::unique_ptr<ShardDb>> shards_;
+  std::map<int, ShardSeal> seals_;  // of before this job
 };
 
 }  // namespace routecast

@@ -33,7 +33,7 @@ class StoreFaultsTest : public testing::Test {
   fs::path disk() const { return folder_.path() / "disk"; }
   fs::path store() const { return disk() / "store"; }
 
-  // What one rank does to a store, from its creation to the last merge of files.
+  // What one rank does to a store, from its creation to its seal.
   void Job(const fs::path& store, FileWatch* watch = nullptr) {
     MakeFolder(store);
     const StoreLock lock(store);
@@ -47,7 +47,7 @@ class StoreFaultsTest : public testing::Test {
       owner.Ingest(c, lock.token());
       if (watch != nullptr) watch->Promise();
     }
-    owner.Compact();
+    owner.Finish();
     if (watch != nullptr) watch->Promise();
   }
   std::string Exported(const fs::path& store) {
@@ -69,6 +69,8 @@ class StoreFaultsTest : public testing::Test {
     reader.Scan(
         [&](RoutingTrace&& t) { EXPECT_EQ(t, RandomTrace(t.sequence_id, shape_)); },
         WithHidden::kYes);
+    const VerifyReport report = VerifyStore(store);
+    EXPECT_TRUE(report.sound()) << report.problems.at(0);
     return reader.completed_chunks();
   }
   // A job that died, or whose lock could not be removed: here it would be this process.
@@ -165,6 +167,7 @@ class StoreFaultsTest : public testing::Test {
       }
       Job(store());
       EXPECT_EQ(Exported(store()), undisturbed_);
+      EXPECT_TRUE(VerifyStore(store()).sealed);
     }
   }
 

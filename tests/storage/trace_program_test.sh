@@ -46,6 +46,18 @@ expect 0 verify --store=half
 expect 2 subset --store=a --share=0.000001 --out=nothing
 says "larger --share"
 
+cp -r a damaged
+rm damaged/shards/00000/CURRENT
+expect 3 verify --store=damaged
+says "damaged/shards/00000"
+says "sound: 12 sequences"
+expect 0 salvage --store=damaged --out=salvaged
+says "12 sequences; lost: 0 sequences, 0 chunks"
+expect 0 verify --store=salvaged
+says ", sealed"
+expect 0 export --store=salvaged --out=exported3
+cmp -s exported/traces.npz exported3/traces.npz || fail "a salvaged store differs"
+
 expect 2 merge --store=a --out=d
 says "is there already"
 expect 2 stats --store=a --store=b --out=stats
