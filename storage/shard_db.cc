@@ -35,6 +35,16 @@ bool IsMade(const rocksdb::Options& options, const fs::path& path) {
          std::find(names.begin(), names.end(), kHiddenFamily) != names.end();
 }
 
+// Whether the shard was more than just made: it has a seal, or table files.
+bool HadRecords(const fs::path& shard) {
+  if (fs::exists(shard.string() + ".seal")) return true;
+  std::error_code gone;
+  for (const auto& entry : fs::directory_iterator(shard, gone)) {
+    if (entry.path().extension() == ".sst") return true;
+  }
+  return false;
+}
+
 // Somebody else has the database open, in this process or in another.
 bool IsLocked(const rocksdb::Status& status) {
   const std::string text = status.ToString();
@@ -128,9 +138,11 @@ ShardDb::ShardDb(const fs::path& store, int shard, const std::string& compressio
         there ? rocksdb::DB::OpenForReadOnly(options, path_, families, &handles_, &db)
               : rocksdb::Status::OK();
     if (!there || (status.IsInvalidArgument() && !IsMade(options, path_))) {
-      throw ShardMissing(ErrorText(path_.string() + " is missing from the store",
-                                   "store.json names this shard",
-                                   "restore it, or collect again"));
+      const std::string text =
+          ErrorText(path_.string() + " is missing from the store",
+                    "store.json names this shard", "restore it, or collect again");
+      if (HadRecords(path_)) throw DataError(text);
+      throw ShardMissing(text);
     }
     CheckStatus(status, "open shard", path_);
     db_.reset(db);

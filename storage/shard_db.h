@@ -29,7 +29,7 @@ void CheckStatus(const rocksdb::Status& status, const std::string& operation,
 fs::path ShardPath(const fs::path& store, int shard);
 
 // Thrown where a shard to be read is not there (yet): its first owner makes it before any
-// chunk gets into any shard.
+// chunk gets into any shard. One that had records and is gone is a DataError.
 struct ShardMissing : DataError {
   using DataError::DataError;
 };
