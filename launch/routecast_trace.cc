@@ -5,11 +5,13 @@
 
 #include "common/errors.h"
 #include "launch/main.h"
+#include "report/routing_report.h"
 #include "storage/export.h"
 #include "storage/import.h"
 #include "storage/merge.h"
 #include "storage/salvage.h"
 #include "storage/statistics.h"
+#include "storage/statistics_routing.h"
 #include "storage/subset.h"
 #include "storage/verify.h"
 
@@ -42,7 +44,8 @@ constexpr char kUsage[] =
     "routecast-trace VERB --store=FOLDER\n"
     "  info    what the store is made of and how complete it is\n"
     "  verify  reads everything and checks every checksum; exit 3 where damage is found\n"
-    "  stats   entropy, load and drops a layer: stats.json and load.csv into --out\n"
+    "  stats   load, information and journeys: stats.json, csv files, report.html into "
+    "--out\n"
     "  export  all traces in --format into --out, readable without this program\n"
     "  merge   stores of one model (--store more than once) into the new store --out\n"
     "  subset  a --share of the documents, drawn by --seed, into the new store --out\n"
@@ -98,6 +101,16 @@ void Verify() {
       report.sealed ? "sealed" : "not sealed (unfinished, or of an older version)");
 }
 
+std::string PageOf(const StoreStatistics& stats, const RoutingStatistics& routing) {
+  RoutingPage page{FLAGS_store, AllStatistics(stats.ToJson(), routing), {}};
+  for (size_t l = 0; l < routing.layers.size(); ++l) {
+    if (routing.layers[l].transitions.empty()) continue;
+    page.transitions.push_back({StackName(stats.layers[l].stack), stats.layers[l].layer,
+                                routing.layers[l].transitions});
+  }
+  return RoutingReportHtml(page);
+}
+
 void Stats() {
   const std::string out = RequireOut();
   const StoreStatistics stats =
@@ -114,9 +127,13 @@ void Stats() {
                 s.entropy_bits, given.c_str(), 100 * s.dropped, prob.c_str());
   }
   if (FLAGS_dry_run) return;
+  const RoutingStatistics routing =
+      ComputeRoutingStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
   RunRecord run(out, "routecast-trace stats", EffectiveFlags());
   run.WriteStart();
-  WriteStatistics(stats, out);
+  WriteAllStatistics(stats, routing, out);
+  WriteFileAtomic(fs::path(out) / "report.html", PageOf(stats, routing));
+  if (!FLAGS_quiet) std::printf("%s\n", (fs::path(out) / "report.html").c_str());
   run.Finish(kExitDone, {{"sequences", stats.sequences}});
 }
 
