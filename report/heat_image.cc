@@ -100,6 +100,27 @@ std::string Legend(const HeatImage& image, double x, double y) {
          Label(x - 20, y + 30, "start", "t", image.legend);
 }
 
+// Numbers along both axes: all of them, or about eight.
+std::string AxisNumbers(const HeatImage& image, double left, double top, double side) {
+  std::string out;
+  for (const bool down : {true, false}) {
+    const size_t cells = down                   ? image.values.size()
+                         : image.values.empty() ? 0
+                                                : image.values[0].size();
+    if (cells == 0) continue;
+    const size_t step = cells <= 16 ? 1 : (cells + 7) / 8;
+    for (size_t i = 0; i < cells; i += step) {
+      const double at =
+          (static_cast<double>(i) + 0.5) / static_cast<double>(cells) * side;
+      const size_t number = i * image.cell + (down ? image.first_row : 0);
+      out +=
+          down ? Label(left - 6, top + at + 4, "end", "t", std::to_string(number))
+               : Label(left + at, top + side + 16, "middle", "t", std::to_string(number));
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 std::string PalettePng(const std::vector<std::vector<uint8_t>>& pixels,
@@ -152,7 +173,7 @@ std::vector<std::vector<double>> Coarsened(const std::vector<std::vector<double>
 }
 
 std::string HeatImageSvg(const HeatImage& image) {
-  constexpr double kWidth = 560, kLeft = 46, kTop = 32, kSide = 400;
+  constexpr double kWidth = 560, kLeft = 60, kTop = 32, kSide = 400;
   const double span = image.high > image.low ? image.high - image.low : 1;
   std::vector<std::vector<uint8_t>> pixels;
   for (const auto& row : image.values) {
@@ -173,13 +194,14 @@ std::string HeatImageSvg(const HeatImage& image) {
                 kLeft, kTop, kSide, kSide);
   const double bottom = kTop + kSide;
   return "<svg class=\"chart\" role=\"img\" aria-label=\"" + EscapeHtml(image.title) +
-         "\" viewBox=\"0 0 " + ShortNumber(kWidth) + " " + ShortNumber(bottom + 76) +
+         "\" viewBox=\"0 0 " + ShortNumber(kWidth) + " " + ShortNumber(bottom + 92) +
          "\">" + Label(kLeft, 18, "start", "th", image.title) + frame +
          "href=\"data:image/png;base64," + Base64(PalettePng(pixels, palette)) + "\"/>" +
-         Label(kLeft, bottom + 18, "start", "t", image.x_label) +
-         "<text transform=\"translate(32 " + ShortNumber(kTop + kSide / 2) +
+         AxisNumbers(image, kLeft, kTop, kSide) +
+         Label(kLeft + kSide / 2, bottom + 36, "middle", "t", image.x_label) +
+         "<text transform=\"translate(18 " + ShortNumber(kTop + kSide / 2) +
          ") rotate(-90)\" text-anchor=\"middle\" class=\"t\">" +
-         EscapeHtml(image.y_label) + "</text>" + Legend(image, kLeft + 20, bottom + 34) +
+         EscapeHtml(image.y_label) + "</text>" + Legend(image, kLeft + 20, bottom + 50) +
          "</svg>";
 }
 

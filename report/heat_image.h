@@ -12,6 +12,8 @@ struct HeatImage {
   std::string title, x_label, y_label, legend;  // legend says what the colour means
   std::vector<std::vector<double>> values;      // [row][column], rows alike; NaN = empty
   double low = 0, high = 1;                     // values of the two ends of the scale
+  size_t cell = 1;                              // rows and columns that a cell stands for
+  size_t first_row = 0;                         // its number
 };
 
 // A square of half a page's width, rows from above.

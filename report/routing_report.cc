@@ -134,7 +134,8 @@ void AddSpread(const std::vector<Json>& layers, HtmlReport* page) {
   page->AddTable(table, "Tokens an expert gets, by MoE layer");
 }
 
-// Row: a layer; column: the layer before it, on the diagonal itself (1).
+// Row: a layer; column: an earlier one. Nothing where a stack has two layers: the table
+// says it.
 std::string InformationMap(const std::vector<Json>& layers, const std::string& phase) {
   HeatImage map{phase + ": information shared by two layers",
                 "earlier MoE layer",
@@ -142,22 +143,23 @@ std::string InformationMap(const std::vector<Json>& layers, const std::string& p
                 "normalised mutual information",
                 {},
                 0,
+                0,
+                1,
                 1};
-  double most = 0;
   std::vector<std::vector<double>> previous;
   for (const Json& layer : layers) {
     if (TextOf(layer, "phase") != phase) continue;
     previous.push_back(NumbersOf(layer, "nmi_previous"));
-    for (const double v : previous.back()) most = std::max(most, v);
+    for (const double v : previous.back()) map.high = std::max(map.high, v);
   }
-  if (previous.size() < 2) return "";
-  map.values.assign(previous.size(), std::vector<double>(previous.size(), NAN));
-  for (size_t l = 0; l < previous.size(); ++l) {
+  if (previous.size() < 3) return "";
+  map.high = std::max(0.1, std::ceil(map.high * 10) / 10);
+  map.values.assign(previous.size() - 1, std::vector<double>(previous.size() - 1, NAN));
+  for (size_t l = 1; l < previous.size(); ++l) {
     for (size_t back = 1; back <= previous[l].size() && back <= l; ++back) {
-      map.values[l][l - back] = previous[l][back - 1];
+      map.values[l - 1][l - back] = previous[l][back - 1];
     }
   }
-  map.high = most > 0 ? most : 1;
   return HeatImageSvg(map);
 }
 
@@ -223,10 +225,15 @@ void AddTransitions(const std::vector<TransitionMap>& maps, HtmlReport* page) {
                   "share of the row's tokens, 1 = even",
                   Coarsened(share, kMostCells),
                   0,
-                  std::max(4.0, static_cast<double>(experts) / 8)};
+                  std::max(4.0, static_cast<double>(experts) / 8),
+                  (experts + kMostCells - 1) / kMostCells};
     charts.push_back(HeatImageSvg(map));
   }
   page->Section("Transitions from layer to layer");
+  page->Paragraph(
+      "Where the tokens of an expert go in the next MoE layer. A row without colour is "
+      "an "
+      "expert that no token chose.");
   page->Charts(charts);
 }
 

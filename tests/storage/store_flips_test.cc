@@ -99,17 +99,18 @@ class StoreFlipsTest : public testing::TestWithParam<std::string> {
     for (; at >= fs::file_size(files_[f]); ++f) at -= fs::file_size(files_[f]);
     return {files_[f], at};
   }
-  // Whether any record lies in a compressed block, as this test needs it for zstd.
-  bool HasFrames() const {
-    bool frames = false;
+  // Share of the records that lie in compressed blocks.
+  double SharePacked() const {
+    double packed = 0, all = 0;
     for (const fs::path& file : files_) {
       if (file.extension() != ".sst") continue;
       const std::string table = ReadFile(file);
       FindRecords(table, [&](std::string_view, const RecordPlace& place) {
-        frames = frames || place.frame_bytes > 0;
+        packed += place.frame_bytes > 0;
+        ++all;
       });
     }
-    return frames;
+    return packed / all;
   }
   void ExpectRestReadable(const std::set<uint64_t>& may_be_lost) {
     const Salvage salvage(store());
@@ -165,7 +166,9 @@ void StoreFlipsTest::Flip(const fs::path& file, size_t at, int bit) {
 }
 
 TEST_P(StoreFlipsTest, AreFoundOrHarmlessAndCostOnlyWhatIsBeside) {
-  EXPECT_EQ(HasFrames(), GetParam() == "zstd");
+  // Router inputs are never compressed.
+  EXPECT_GE(SharePacked(), GetParam() == "zstd" ? 0.7 : 0);
+  EXPECT_LE(SharePacked(), GetParam() == "zstd" ? 0.95 : 0);
   const uint64_t seed = FromEnvironment("ROUTECAST_FLIP_SEED", 1);
   const uint64_t flips = FromEnvironment("ROUTECAST_FLIPS", 300) / 2;  // a compression
   for (uint64_t i = 0; i < flips && !HasFailure(); ++i) {

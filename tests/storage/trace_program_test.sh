@@ -30,6 +30,10 @@ says "12 of\|12: "
 expect 0 verify --store=a
 expect 0 stats --store=a --out=stats
 grep -q '"slot_load"' stats/stats.json || fail "stats say nothing of slots"
+grep -q '"nmi_previous"' stats/stats.json || fail "stats say nothing of information"
+[ "$(head -1 stats/transitions.csv)" = layer_id,previous_expert_id,expert_id,count ] ||
+  fail "no transitions"
+grep -q "<h2>Journeys" stats/report.html || fail "no page of the statistics"
 expect 0 export --store=a --out=exported
 expect 0 import --in=exported/traces.npz --out=again
 expect 0 export --store=again --out=exported2
