@@ -119,13 +119,17 @@ void WriteRouters(const fs::path& store, const Checkpoint& checkpoint) {
   WriteSafetensors(store / "routers.safetensors", tensors);
 }
 
-void PrintPlan(const CollectOptions& options, const StoreConfig& config,
-               const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
+// What the store will take, roughly.
+uint64_t EstimatedBytes(const StoreConfig& config, const ChunkPlan& plan) {
   // About three bytes of text make a token; decoders add their targets.
   const double tokens = static_cast<double>(plan.text_bytes) / 3;
   const double ids = tokens * config.geometry.num_layers();
-  const double bytes =
-      ids * kBytesPerId + ids * config.hidden_share * config.geometry.d_model * 2;
+  return static_cast<uint64_t>(ids * kBytesPerId +
+                               ids * config.hidden_share * config.geometry.d_model * 2);
+}
+
+void PrintPlan(const CollectOptions& options, const StoreConfig& config,
+               const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
   std::printf("corpus     %s\n", corpus.Summary().c_str());
   std::printf(
       "plan       %llu documents (%s of text) in %zu chunks, %d shards, %d ranks\n",
@@ -136,7 +140,7 @@ void PrintPlan(const CollectOptions& options, const StoreConfig& config,
               config.geometry.encoder_layers, config.geometry.decoder_layers,
               config.geometry.num_experts);
   std::printf("store      %s: about %s; %s free\n", options.store.c_str(),
-              FormatBytes(static_cast<uint64_t>(bytes)).c_str(),
+              FormatBytes(EstimatedBytes(config, plan)).c_str(),
               FormatBytes(FreeBytes(options.store)).c_str());
 }
 
@@ -328,6 +332,10 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   if (options.dry_run) {
     if (fs::exists(store / "store.json")) TraceStore::CreateOrOpen(store, config);
     if (rank.is_root()) PrintPlan(options, config, corpus, plan, rank);
+    // An existing store has taken some of it already: its start knows how much.
+    if (!fs::exists(store / "store.json")) {
+      RequireFreeBytes(store, EstimatedBytes(config, plan));
+    }
     return CollectEnd::kComplete;
   }
 
@@ -354,6 +362,11 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   std::deque<uint32_t> todo;
   for (uint32_t c = 0; c < plan.chunks.size(); ++c) {
     if (!std::binary_search(done.begin(), done.end(), c)) todo.push_back(c);
+  }
+
+  if (rank.is_root() && !todo.empty()) {
+    RequireFreeBytes(store,
+                     EstimatedBytes(config, plan) / plan.chunks.size() * todo.size());
   }
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);

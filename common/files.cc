@@ -121,6 +121,15 @@ uint64_t FreeBytes(const fs::path& path) {
   return static_cast<uint64_t>(info.f_bavail) * info.f_frsize;
 }
 
+void RequireFreeBytes(const fs::path& path, uint64_t bytes) {
+  const uint64_t free_bytes = FreeBytes(path);
+  if (bytes <= free_bytes) return;
+  throw EnvironmentError(ErrorText(
+      "no room for " + path.string(),
+      FormatBytes(bytes) + " are needed, " + FormatBytes(free_bytes) + " are free",
+      "free some space or choose another folder"));
+}
+
 namespace {
 // Without the slash at its end, which would put the temporary folder into the final one.
 fs::path Named(const fs::path& path) {

@@ -24,6 +24,8 @@ void SyncPath(const fs::path& path);
 void MakeFolder(const fs::path& path);
 // Free bytes of the file system that holds `path` (or its nearest existing parent).
 uint64_t FreeBytes(const fs::path& path);
+// EnvironmentError with both numbers where fewer than `bytes` are free there.
+void RequireFreeBytes(const fs::path& path, uint64_t bytes);
 
 // A folder that appears under its final name only when Commit() ran: written beside it as
 // NAME.tmp, synced, renamed. An earlier unfinished NAME.tmp is removed. An existing final

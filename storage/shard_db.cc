@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdarg>
 #include <cstdio>
+#include <fstream>
 #include <thread>
 
 #include "rocksdb/cache.h"
@@ -17,6 +18,7 @@ namespace {
 constexpr size_t kBlockBytes = 32 << 10;
 constexpr size_t kCacheBytes = 64 << 20;
 constexpr auto kLockPatience = std::chrono::seconds(15);  // mpirun reaps ranks within 2 s
+constexpr int kReadAttempts = 100;
 constexpr auto kLockRetry = std::chrono::milliseconds(100);
 
 // RocksDB's own log says nothing that its statuses do not; and it aborts the process when
@@ -43,6 +45,35 @@ bool HadRecords(const fs::path& shard) {
     if (entry.path().extension() == ".sst") return true;
   }
   return false;
+}
+
+// Changes with every step that a writer takes: which manifest is current, its size.
+std::string Generation(const fs::path& shard) {
+  std::error_code gone;
+  std::ifstream in(shard / "CURRENT");
+  std::string manifest;
+  std::getline(in, manifest);
+  return manifest + " " + std::to_string(fs::file_size(shard / manifest, gone));
+}
+
+// NotFound where the shard is not there or not made to its end. What fails because a
+// writer beside this reader has just replaced files is tried again.
+rocksdb::Status OpenToRead(const rocksdb::Options& options, const fs::path& shard,
+                           const std::vector<rocksdb::ColumnFamilyDescriptor>& families,
+                           std::vector<rocksdb::ColumnFamilyHandle*>* handles,
+                           rocksdb::DB** db) {
+  rocksdb::Status status;
+  for (int attempt = 0; attempt < kReadAttempts; ++attempt) {
+    const std::string before = Generation(shard);
+    if (!fs::exists(shard / "CURRENT")) return rocksdb::Status::NotFound();
+    status = rocksdb::DB::OpenForReadOnly(options, shard, families, handles, db);
+    if (status.ok()) return status;
+    if (status.IsInvalidArgument() && !IsMade(options, shard)) {
+      return rocksdb::Status::NotFound();
+    }
+    if (Generation(shard) == before) break;  // nobody writes: it is what it is
+  }
+  return status;
 }
 
 // Somebody else has the database open, in this process or in another.
@@ -133,11 +164,8 @@ ShardDb::ShardDb(const fs::path& store, int shard, const std::string& compressio
       {kHiddenFamily, FamilyOptions(Family::kHidden, compression)}};
   rocksdb::DB* db = nullptr;
   if (mode == Mode::kRead) {
-    const bool there = fs::exists(path_ / "CURRENT");
-    const rocksdb::Status status =
-        there ? rocksdb::DB::OpenForReadOnly(options, path_, families, &handles_, &db)
-              : rocksdb::Status::OK();
-    if (!there || (status.IsInvalidArgument() && !IsMade(options, path_))) {
+    const rocksdb::Status status = OpenToRead(options, path_, families, &handles_, &db);
+    if (status.IsNotFound()) {
       const std::string text =
           ErrorText(path_.string() + " is missing from the store",
                     "store.json names this shard", "restore it, or collect again");
