@@ -1,6 +1,6 @@
 // Bytes of a finished store flipped one at a time: each flip is found by verify, which
 // names the file, or changes nothing; and everything but the records beside it is still
-// read. ROUTECAST_FLIPS=N takes N flips instead of 300; ROUTECAST_FLIP_SEED another seed.
+// read. ROUTECAST_FLIPS=N takes N flips instead of 200; ROUTECAST_FLIP_SEED another seed.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -170,7 +170,7 @@ TEST_P(StoreFlipsTest, AreFoundOrHarmlessAndCostOnlyWhatIsBeside) {
   EXPECT_GE(SharePacked(), GetParam() == "zstd" ? 0.7 : 0);
   EXPECT_LE(SharePacked(), GetParam() == "zstd" ? 0.95 : 0);
   const uint64_t seed = FromEnvironment("ROUTECAST_FLIP_SEED", 1);
-  const uint64_t flips = FromEnvironment("ROUTECAST_FLIPS", 300) / 2;  // a compression
+  const uint64_t flips = FromEnvironment("ROUTECAST_FLIPS", 200) / 2;  // a compression
   for (uint64_t i = 0; i < flips && !HasFailure(); ++i) {
     const auto [file, at] = Place(i, seed);
     const int bit = static_cast<int>(ToRange(Mix(seed, i, 3), 8));
