@@ -121,13 +121,17 @@ void WriteRouters(const fs::path& store, const Checkpoint& checkpoint) {
   WriteSafetensors(store / "routers.safetensors", tensors);
 }
 
-void PrintPlan(const CollectOptions& options, const StoreConfig& config,
-               const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
+// What the store will take, roughly.
+uint64_t EstimatedBytes(const StoreConfig& config, const ChunkPlan& plan) {
   // About three bytes of text make a token; decoders add their targets.
   const double tokens = static_cast<double>(plan.text_bytes) / 3;
   const double ids = tokens * config.geometry.num_layers();
-  const double bytes =
-      ids * kBytesPerId + ids * config.hidden_share * config.geometry.d_model * 2;
+  return static_cast<uint64_t>(ids * kBytesPerId +
+                               ids * config.hidden_share * config.geometry.d_model * 2);
+}
+
+void PrintPlan(const CollectOptions& options, const StoreConfig& config,
+               const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
   std::printf("corpus     %s\n", corpus.Summary().c_str());
   std::printf(
       "plan       %llu documents (%s of text) in %zu chunks, %d shards, %d ranks\n",
@@ -138,7 +142,7 @@ void PrintPlan(const CollectOptions& options, const StoreConfig& config,
               config.geometry.encoder_layers, config.geometry.decoder_layers,
               config.geometry.num_experts);
   std::printf("store      %s: about %s; %s free\n", options.store.c_str(),
-              FormatBytes(static_cast<uint64_t>(bytes)).c_str(),
+              FormatBytes(EstimatedBytes(config, plan)).c_str(),
               FormatBytes(FreeBytes(options.store)).c_str());
 }
 
@@ -175,7 +179,7 @@ bool FinishStore(const fs::path& store, const StoreConfig& config, const RankInf
   }
   Share(&modelled);
   if (modelled[0] == 0) return false;
-  const bool coded = unless_stopped([&] { owner->Compact(); });
+  const bool coded = unless_stopped([&] { owner->Finish(); });
   const std::vector<uint32_t> all = Gather({coded ? 1u : 0u}, rank.world);
   return std::count(all.begin(), all.end(), 1u) == rank.world;
 }
@@ -261,6 +265,10 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   if (options.dry_run) {
     if (fs::exists(store / "store.json")) TraceStore::CreateOrOpen(store, config);
     if (rank.is_root()) PrintPlan(options, config, corpus, plan, rank);
+    // An existing store has taken some of it already: its start knows how much.
+    if (!fs::exists(store / "store.json")) {
+      RequireFreeBytes(store, EstimatedBytes(config, plan));
+    }
     return CollectEnd::kComplete;
   }
 
@@ -292,6 +300,11 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     if (!std::binary_search(done.begin(), done.end(), c)) todo.push_back(c);
   }
   spans.Write("open", opened, {{"rank", rank.rank}, {"ranks", rank.world}});
+
+  if (rank.is_root() && !todo.empty()) {
+    RequireFreeBytes(store,
+                     EstimatedBytes(config, plan) / plan.chunks.size() * todo.size());
+  }
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);
   CollectJob job(

@@ -82,13 +82,7 @@ uint64_t HashFile(const fs::path& path, uint64_t seed) {
 
 AtomicFileWriter::AtomicFileWriter(const fs::path& path, uint64_t expected_bytes)
     : path_(path), temporary_(path.string() + "." + std::to_string(::getpid()) + ".tmp") {
-  const uint64_t free_bytes = FreeBytes(path);
-  if (expected_bytes > free_bytes) {
-    throw EnvironmentError(ErrorText("no room for " + path.string(),
-                                     FormatBytes(expected_bytes) + " are needed, " +
-                                         FormatBytes(free_bytes) + " are free",
-                                     "free some space or choose another folder"));
-  }
+  RequireFreeBytes(path, expected_bytes);
   fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   if (fd_ < 0) ThrowErrno(errno, "create", temporary_);
 }

@@ -77,17 +77,37 @@ void WriteFileAtomic(const fs::path& path, std::string_view bytes) {
       }
       done += static_cast<size_t>(n);
     }
-    if (::fsync(file.fd) != 0) ThrowErrno(errno, "fsync", temporary);
+    if (::fsync(file.fd) != 0) {
+      const int error = errno;
+      ::unlink(temporary.c_str());
+      ThrowErrno(error, "fsync", temporary);
+    }
   }
-  if (::rename(temporary.c_str(), path.c_str()) != 0) ThrowErrno(errno, "rename", path);
+  if (::rename(temporary.c_str(), path.c_str()) != 0) {
+    const int error = errno;
+    ::unlink(temporary.c_str());
+    ThrowErrno(error, "rename", path);
+  }
   SyncPath(folder);
 }
 
 void MakeFolder(const fs::path& path) {
   std::error_code error;
+  fs::path there = fs::absolute(path).lexically_normal();
+  while (!fs::exists(there, error) && there.has_relative_path()) {
+    there = there.parent_path();
+  }
   fs::create_directories(path, error);
-  if (error || !fs::is_directory(path)) {
+  if (error || !fs::is_directory(path, error)) {
     ThrowErrno(error ? error.value() : ENOTDIR, "create folder", path);
+  }
+  // What is written into it must not be lost with its name. From the outermost on.
+  const fs::path below = fs::absolute(path).lexically_normal().lexically_relative(there);
+  if (below.empty() || below == ".") return;
+  for (const fs::path& part : below) {
+    if (part.empty()) break;  // of a slash at the end
+    SyncPath(there);
+    there /= part;
   }
 }
 
@@ -99,6 +119,15 @@ uint64_t FreeBytes(const fs::path& path) {
   struct statvfs info;
   if (::statvfs(existing.c_str(), &info) != 0) ThrowErrno(errno, "statvfs", existing);
   return static_cast<uint64_t>(info.f_bavail) * info.f_frsize;
+}
+
+void RequireFreeBytes(const fs::path& path, uint64_t bytes) {
+  const uint64_t free_bytes = FreeBytes(path);
+  if (bytes <= free_bytes) return;
+  throw EnvironmentError(ErrorText(
+      "no room for " + path.string(),
+      FormatBytes(bytes) + " are needed, " + FormatBytes(free_bytes) + " are free",
+      "free some space or choose another folder"));
 }
 
 namespace {
@@ -120,7 +149,9 @@ SealedFolder::SealedFolder(fs::path final_path)
   std::error_code error;
   fs::remove_all(temporary_, error);
   if (error) ThrowErrno(error.value(), "remove", temporary_);
-  MakeFolder(temporary_);
+  if (final_.has_parent_path()) MakeFolder(final_.parent_path());
+  fs::create_directory(temporary_, error);
+  if (error) ThrowErrno(error.value(), "create folder", temporary_);
 }
 
 SealedFolder::~SealedFolder() {
@@ -128,15 +159,23 @@ SealedFolder::~SealedFolder() {
   if (!committed_) fs::remove_all(temporary_, ignored);
 }
 
+namespace {
+void Rename(const fs::path& from, const fs::path& to) {
+  if (::rename(from.c_str(), to.c_str()) != 0) ThrowErrno(errno, "rename", to);
+}
+}  // namespace
+
 void SealedFolder::Commit() {
-  for (const auto& entry : fs::recursive_directory_iterator(temporary_))
-    SyncPath(entry.path());
+  std::error_code error;
+  fs::recursive_directory_iterator entry(temporary_, error), end;
+  for (; !error && entry != end; entry.increment(error)) SyncPath(entry->path());
+  if (error) ThrowErrno(error.value(), "list", temporary_);
   SyncPath(temporary_);
   const fs::path old = final_.string() + ".old.tmp";
-  std::error_code error;
   fs::remove_all(old, error);
-  if (fs::exists(final_)) fs::rename(final_, old);
-  fs::rename(temporary_, final_);
+  if (error) ThrowErrno(error.value(), "remove", old);
+  if (fs::exists(final_, error)) Rename(final_, old);
+  Rename(temporary_, final_);
   committed_ = true;
   SyncPath(fs::absolute(final_).parent_path());
   fs::remove_all(old, error);

@@ -20,10 +20,12 @@ std::string ReadFile(const fs::path& path, uint64_t max_bytes = uint64_t{1} << 3
 void WriteFileAtomic(const fs::path& path, std::string_view bytes);
 // fsync of a file or folder.
 void SyncPath(const fs::path& path);
-// Creates the folder (and parents); UsageError where a file is in the way.
+// Creates the folder (and parents), durably; UsageError where a file is in the way.
 void MakeFolder(const fs::path& path);
 // Free bytes of the file system that holds `path` (or its nearest existing parent).
 uint64_t FreeBytes(const fs::path& path);
+// EnvironmentError with both numbers where fewer than `bytes` are free there.
+void RequireFreeBytes(const fs::path& path, uint64_t bytes);
 
 // A folder that appears under its final name only when Commit() ran: written beside it as
 // NAME.tmp, synced, renamed. An earlier unfinished NAME.tmp is removed. An existing final

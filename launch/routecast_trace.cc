@@ -5,10 +5,13 @@
 
 #include "common/errors.h"
 #include "launch/main.h"
+#include "report/routing_report.h"
 #include "storage/export.h"
 #include "storage/import.h"
 #include "storage/merge.h"
+#include "storage/salvage.h"
 #include "storage/statistics.h"
+#include "storage/statistics_routing.h"
 #include "storage/subset.h"
 #include "storage/verify.h"
 
@@ -44,11 +47,13 @@ constexpr char kUsage[] =
     "routecast-trace VERB --store=FOLDER\n"
     "  info    what the store is made of and how complete it is\n"
     "  verify  reads everything and checks every checksum; exit 3 where damage is found\n"
-    "  stats   entropy, load and drops a layer: stats.json and load.csv into --out\n"
+    "  stats   load, information and journeys: stats.json, csv files, report.html into "
+    "--out\n"
     "  export  all traces in --format into --out, readable without this program\n"
     "  merge   stores of one model (--store more than once) into the new store --out\n"
     "  subset  a --share of the documents, drawn by --seed, into the new store --out\n"
-    "  import  routing of other systems (--in, --format) into the new store --out";
+    "  import  routing of other systems (--in, --format) into the new store --out\n"
+    "  salvage what is sound of a damaged store, into the new store --out";
 
 std::string RequireOut() {
   if (FLAGS_out.empty()) {
@@ -90,11 +95,23 @@ void Verify() {
     throw DataError(ErrorText(FLAGS_store + " is damaged",
                               std::to_string(report.num_problems) + " problems; sound: " +
                                   std::to_string(report.sequences) + " sequences",
-                              "export what is sound, or collect into a new store"));
+                              "routecast-trace salvage makes a store of what is sound"));
   }
-  std::printf("sound: %lld of %lld chunks, %llu sequences, %llu records\n",
-              (long long)report.chunks, (long long)report.num_chunks,
-              (unsigned long long)report.sequences, (unsigned long long)report.records);
+  std::printf(
+      "sound: %lld of %lld chunks, %llu sequences, %llu records, %s\n",
+      (long long)report.chunks, (long long)report.num_chunks,
+      (unsigned long long)report.sequences, (unsigned long long)report.records,
+      report.sealed ? "sealed" : "not sealed (unfinished, or of an older version)");
+}
+
+std::string PageOf(const StoreStatistics& stats, const RoutingStatistics& routing) {
+  RoutingPage page{FLAGS_store, AllStatistics(stats.ToJson(), routing), {}};
+  for (size_t l = 0; l < routing.layers.size(); ++l) {
+    if (routing.layers[l].transitions.empty()) continue;
+    page.transitions.push_back({StackName(stats.layers[l].stack), stats.layers[l].layer,
+                                routing.layers[l].transitions});
+  }
+  return RoutingReportHtml(page);
 }
 
 void Stats() {
@@ -116,9 +133,13 @@ void Stats() {
                 100 * s.dropped, prob.c_str());
   }
   if (FLAGS_dry_run) return;
+  const RoutingStatistics routing =
+      ComputeRoutingStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
   RunRecord run(out, "routecast-trace stats", EffectiveFlags());
   run.WriteStart();
-  WriteStatistics(stats, out);
+  WriteAllStatistics(stats, routing, out);
+  WriteFileAtomic(fs::path(out) / "report.html", PageOf(stats, routing));
+  if (!FLAGS_quiet) std::printf("%s\n", (fs::path(out) / "report.html").c_str());
   run.Finish(kExitDone, {{"sequences", stats.sequences}});
 }
 
@@ -176,6 +197,24 @@ void Subset() {
   if (!FLAGS_quiet) std::printf("%llu sequences\n", (unsigned long long)sequences);
 }
 
+void SalvageVerb() {
+  const std::string out = RequireOut();
+  if (FLAGS_dry_run) {
+    std::printf("what is sound of %s would be written to %s\n", FLAGS_store.c_str(),
+                out.c_str());
+    return;
+  }
+  RunRecord run(out, "routecast-trace salvage", EffectiveFlags());
+  const SalvageReport report = SalvageStore(FLAGS_store, out);
+  run.Finish(kExitDone, {{"sequences", report.sequences},
+                         {"lost", report.lost},
+                         {"lost_ids", report.lost_ids},
+                         {"lost_chunks", report.lost_chunks}});
+  std::printf("%llu sequences; lost: %llu sequences, %lld chunks\n",
+              (unsigned long long)report.sequences, (unsigned long long)report.lost,
+              (long long)report.lost_chunks);
+}
+
 void Import() {
   const std::string out = RequireOut();
   if (FLAGS_in.empty()) {
@@ -217,6 +256,7 @@ constexpr Verb kVerbs[] = {
     {"merge", Merge, Stores::kSeveral},
     {"subset", Subset},
     {"import", Import, Stores::kNone},
+    {"salvage", SalvageVerb},
 };
 
 void Run() {

@@ -188,6 +188,8 @@ std::string Group(const BarChart& chart, size_t category, double x, double width
   return out;
 }
 
+}  // namespace
+
 // Cividis (Nunez, Anderton, Renslow 2018), five stops: readable without colour vision.
 std::string ScaleColour(double unit) {
   constexpr double kStops[5][3] = {
@@ -204,8 +206,6 @@ std::string ScaleColour(double unit) {
   std::snprintf(text, sizeof text, "#%02x%02x%02x", rgb[0], rgb[1], rgb[2]);
   return text;
 }
-
-}  // namespace
 
 std::string EscapeHtml(const std::string& text) {
   std::string out;

@@ -45,6 +45,8 @@ std::string LineChartSvg(const LineChart& chart);
 std::string BarChartSvg(const BarChart& chart);
 std::string HeatMapSvg(const HeatMap& map);
 
+// "#rrggbb" of a colour scale from 0 to 1 that also reads without colour vision.
+std::string ScaleColour(double unit);
 // For numbers in axes and tables: 4 significant digits, k/M/G from 10,000 on.
 std::string ShortNumber(double value);
 // Text for HTML and SVG: & < > " ' become entities.

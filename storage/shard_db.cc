@@ -1,10 +1,12 @@
 #include "storage/shard_db.h"
 
+#include <algorithm>
 #include <chrono>
+#include <cstdarg>
 #include <cstdio>
+#include <fstream>
 #include <thread>
 
-#include "common/errors.h"
 #include "rocksdb/cache.h"
 #include "rocksdb/file_checksum.h"
 #include "rocksdb/filter_policy.h"
@@ -16,7 +18,78 @@ namespace {
 constexpr size_t kBlockBytes = 32 << 10;
 constexpr size_t kCacheBytes = 64 << 20;
 constexpr auto kLockPatience = std::chrono::seconds(15);  // mpirun reaps ranks within 2 s
+constexpr int kReadAttempts = 100;
 constexpr auto kLockRetry = std::chrono::milliseconds(100);
+
+// RocksDB's own log says nothing that its statuses do not; and it aborts the process when
+// it cannot append to it (full disk).
+class NoLog : public rocksdb::Logger {
+ public:
+  using rocksdb::Logger::Logv;
+  void Logv(const char*, va_list) override {}
+};
+
+// A database that its maker had no time to finish has no column family `hidden` yet.
+bool IsMade(const rocksdb::Options& options, const fs::path& path) {
+  std::vector<std::string> names;
+  const rocksdb::Status status = rocksdb::DB::ListColumnFamilies(options, path, &names);
+  return !status.ok() ||
+         std::find(names.begin(), names.end(), kHiddenFamily) != names.end();
+}
+
+// Whether the shard was more than just made: it has a seal, or table files.
+bool HadRecords(const fs::path& shard) {
+  if (fs::exists(shard.string() + ".seal")) return true;
+  std::error_code gone;
+  for (const auto& entry : fs::directory_iterator(shard, gone)) {
+    if (entry.path().extension() == ".sst") return true;
+  }
+  return false;
+}
+
+// Changes with every step that a writer takes: which manifest is current, its size.
+std::string Generation(const fs::path& shard) {
+  std::error_code gone;
+  std::ifstream in(shard / "CURRENT");
+  std::string manifest;
+  std::getline(in, manifest);
+  return manifest + " " + std::to_string(fs::file_size(shard / manifest, gone));
+}
+
+// NotFound where the shard is not there or not made to its end. What fails because a
+// writer beside this reader has just replaced files is tried again.
+rocksdb::Status OpenToRead(const rocksdb::Options& options, const fs::path& shard,
+                           const std::vector<rocksdb::ColumnFamilyDescriptor>& families,
+                           std::vector<rocksdb::ColumnFamilyHandle*>* handles,
+                           rocksdb::DB** db) {
+  rocksdb::Status status;
+  for (int attempt = 0; attempt < kReadAttempts; ++attempt) {
+    const std::string before = Generation(shard);
+    if (!fs::exists(shard / "CURRENT")) return rocksdb::Status::NotFound();
+    status = rocksdb::DB::OpenForReadOnly(options, shard, families, handles, db);
+    if (status.ok()) return status;
+    if (status.IsInvalidArgument() && !IsMade(options, shard)) {
+      return rocksdb::Status::NotFound();
+    }
+    if (Generation(shard) == before) break;  // nobody writes: it is what it is
+  }
+  return status;
+}
+
+// Somebody else has the database open, in this process or in another.
+bool IsLocked(const rocksdb::Status& status) {
+  const std::string text = status.ToString();
+  return status.IsIOError() && (text.find("While lock file") != std::string::npos ||
+                                text.find("lock hold by") != std::string::npos);
+}
+
+// The manifest names a table file that is not there.
+bool LacksTable(const rocksdb::Status& status) {
+  const std::string text = status.ToString();
+  return !status.ok() && text.find("No such file") != std::string::npos &&
+         (text.find(".ldb") != std::string::npos ||
+          text.find(".sst") != std::string::npos);
+}
 
 std::shared_ptr<rocksdb::Cache> SharedCache() {
   static const std::shared_ptr<rocksdb::Cache> cache = rocksdb::NewLRUCache(kCacheBytes);
@@ -47,8 +120,7 @@ rocksdb::Options FamilyOptions(Family family, const std::string& compression) {
   options.level0_stop_writes_trigger = 1 << 30;
   options.file_checksum_gen_factory = rocksdb::GetFileChecksumGenCrc32cFactory();
   options.max_open_files = -1;
-  options.info_log_level = rocksdb::WARN_LEVEL;
-  options.keep_log_file_num = 2;
+  options.info_log = std::make_shared<NoLog>();
   options.write_buffer_size = 1 << 20;  // memtables stay empty
   return options;
 }
@@ -57,6 +129,12 @@ void CheckStatus(const rocksdb::Status& status, const std::string& operation,
                  const fs::path& path) {
   if (status.ok()) return;
   const std::string what = operation + " " + path.string() + " failed";
+  if (LacksTable(status)) {
+    throw DataError(
+        ErrorText(what, status.ToString(),
+                  "start the routecast-collect that wrote the store again: it "
+                  "computes the lost chunks anew"));
+  }
   if (status.IsCorruption() || status.IsNotFound()) {
     throw DataError(
         ErrorText(what, status.ToString(),
@@ -86,25 +164,36 @@ ShardDb::ShardDb(const fs::path& store, int shard, const std::string& compressio
       {kHiddenFamily, FamilyOptions(Family::kHidden, compression)}};
   rocksdb::DB* db = nullptr;
   if (mode == Mode::kRead) {
-    if (!fs::exists(path_ / "CURRENT")) {
-      throw DataError(ErrorText(path_.string() + " is missing from the store",
-                                "store.json names this shard",
-                                "restore it, or collect again"));
+    const rocksdb::Status status = OpenToRead(options, path_, families, &handles_, &db);
+    if (status.IsNotFound()) {
+      const std::string text =
+          ErrorText(path_.string() + " is missing from the store",
+                    "store.json names this shard", "restore it, or collect again");
+      if (HadRecords(path_)) throw DataError(text);
+      throw ShardMissing(text);
     }
-    CheckStatus(rocksdb::DB::OpenForReadOnly(options, path_, families, &handles_, &db),
-                "open shard", path_);
+    CheckStatus(status, "open shard", path_);
     db_.reset(db);
     return;
   }
-  MakeFolder(path_.parent_path());
+  MakeFolder(path_);
+  SyncPath(path_.parent_path());  // RocksDB would not; also after a death in between
   options.create_if_missing = true;
   options.create_missing_column_families = true;
   const auto start = std::chrono::steady_clock::now();
   rocksdb::Status status = rocksdb::DB::Open(options, path_, families, &handles_, &db);
   // Ranks of a killed job may live a moment longer; their kernel locks end with them.
-  while (status.IsIOError() && status.ToString().find("lock") != std::string::npos &&
-         std::chrono::steady_clock::now() - start < kLockPatience) {
+  while (IsLocked(status) && std::chrono::steady_clock::now() - start < kLockPatience) {
     std::this_thread::sleep_for(kLockRetry);
+    status = rocksdb::DB::Open(options, path_, families, &handles_, &db);
+  }
+  if (LacksTable(status)) {
+    // When the disk fails while the manifest is synced, RocksDB removes the files that it
+    // was taking in, and the manifest may name them all the same. Back to the last state
+    // whose files are all there: chunks after it are not complete, and are made again.
+    std::fprintf(stderr, "%s: a table file is missing; going back to before it\n",
+                 path_.c_str());
+    options.best_efforts_recovery = true;
     status = rocksdb::DB::Open(options, path_, families, &handles_, &db);
   }
   CheckStatus(status, "open shard", path_);

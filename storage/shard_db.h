@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "common/errors.h"
 #include "common/files.h"
 #include "rocksdb/db.h"
 #include "rocksdb/options.h"
@@ -27,12 +28,19 @@ void CheckStatus(const rocksdb::Status& status, const std::string& operation,
 
 fs::path ShardPath(const fs::path& store, int shard);
 
+// Thrown where a shard to be read is not there (yet): its first owner makes it before any
+// chunk gets into any shard. One that had records and is gone is a DataError.
+struct ShardMissing : DataError {
+  using DataError::DataError;
+};
+
 // One open shard database with both column families.
 class ShardDb {
  public:
   enum class Mode { kRead, kWrite };
   // kWrite creates what is missing, and waits up to 15 s for the lock of a job that is
-  // dying.
+  // dying. Where table files are missing it goes back to the last state that has all of
+  // its files. kRead throws ShardMissing.
   ShardDb(const fs::path& store, int shard, const std::string& compression, Mode mode);
   ~ShardDb();
   ShardDb(const ShardDb&) = delete;

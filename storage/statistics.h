@@ -10,7 +10,7 @@
 
 namespace routecast {
 
-inline constexpr std::array<int, 7> kPercentiles = {1, 5, 25, 50, 75, 95, 99};
+inline constexpr std::array<int, 8> kPercentiles = {1, 5, 25, 50, 75, 90, 95, 99};
 
 struct LayerStatistics {
   Stack stack = Stack::kEncoder;

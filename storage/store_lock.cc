@@ -97,7 +97,14 @@ StoreLock::StoreLock(const fs::path& store) : path_(store / "lock.json") {
                      {"process_start", ProcessStart(pid)},
                      {"job", job ? job : ""},
                      {"token", token_}};
-  WriteFileAtomic(path_, lock.dump(2) + "\n");
+  try {
+    WriteFileAtomic(path_, lock.dump(2) + "\n");
+  } catch (...) {
+    // It may have its name already: nobody holds a lock whose taking failed.
+    std::error_code ignored;
+    fs::remove(path_, ignored);
+    throw;
+  }
   heartbeat_ = std::thread([this] { Beat(); });
 }
 

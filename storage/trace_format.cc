@@ -167,6 +167,14 @@ void ReadDropped(ByteReader* in, uint64_t count, bool any,
 
 }  // namespace
 
+bool ChecksumHolds(std::string_view key, std::string_view value, uint64_t model) {
+  if (value.size() <= kChecksumBytes) return false;
+  const std::string_view body = value.substr(0, value.size() - kChecksumBytes);
+  uint64_t sum = 0;
+  std::memcpy(&sum, value.data() + body.size(), sizeof sum);
+  return sum == Checksum(key, body, model);
+}
+
 std::string EncodeKey(RecordKind kind, uint64_t id) {
   std::string key(kKeyBytes, '\0');
   key[0] = static_cast<char>(kind);

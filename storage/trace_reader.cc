@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <optional>
 
 #include "common/errors.h"
 #include "storage/context_coder.h"
@@ -60,16 +61,21 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
                                "import it with token ids, or use another store"));
   }
   model_ = LoadContextModel(path_, config_);
+
+  std::optional<ShardMissing> missing;
   for (int shard = 0; shard < config_.num_shards; ++shard) {
-    // A shard appears with its first chunk's owner; a store just created has none.
-    if (!fs::exists(ShardPath(path_, shard)) && !fs::exists(ShardPath(path_, 0))) {
+    try {
+      shards_.push_back(std::make_unique<ShardDb>(path_, shard, config_.compression,
+                                                  ShardDb::Mode::kRead));
+    } catch (const ShardMissing& e) {
+      missing = e;
       shards_.push_back(nullptr);
       continue;
     }
-    shards_.push_back(std::make_unique<ShardDb>(path_, shard, config_.compression,
-                                                ShardDb::Mode::kRead));
     ReadMarks(shard);
   }
+  // All shards are made before the first chunk: a store just created has none.
+  if (missing && completed_chunks_ > 0) throw *missing;
   std::vector<size_t> order(sequences_.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::sort(order.begin(), order.end(), [this](size_t a, size_t b) {

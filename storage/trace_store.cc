@@ -23,6 +23,62 @@ void WriteSst(const fs::path& path, const rocksdb::Options& options,
   CheckStatus(writer.Finish(), "write", path);  // syncs
 }
 
+bool Holds(const ShardDb& shard, Family family, const std::string& key) {
+  std::string value;
+  const rocksdb::Status status =
+      shard.db()->Get(rocksdb::ReadOptions(), shard.family(family), key, &value);
+  if (!status.IsNotFound()) CheckStatus(status, "read", shard.path());
+  return status.ok();
+}
+
+// RocksDB 7.8 takes a file whose first or last key it could not read (I/O error) for one
+// that covers no keys, and reports success. So the chunk's mark and the ends of its
+// router inputs are looked up. A chunk that fails is unmarked, to be made again.
+void CheckIngested(const ShardDb& shard, uint32_t chunk) {
+  const std::string key = EncodeKey(RecordKind::kChunkMark, chunk);
+  std::string value;
+  const rocksdb::Status found = shard.db()->Get(
+      rocksdb::ReadOptions(), shard.family(Family::kRouting), key, &value);
+  bool whole = found.ok();
+  if (found.ok()) {
+    for (const SequenceInfo& s : DecodeMark(key, value, shard.path()).sequences) {
+      for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+        const bool encoder = stack == Stack::kEncoder;
+        if (!s.has_hidden || (encoder ? s.encoder_tokens : s.decoder_tokens) == 0)
+          continue;
+        whole = whole &&
+                Holds(shard, Family::kHidden, EncodeKey(KindOf(stack), s.sequence_id));
+      }
+    }
+  } else if (!found.IsNotFound()) {
+    CheckStatus(found, "read", shard.path());
+  }
+  if (whole) return;
+  rocksdb::WriteOptions synced;
+  synced.sync = true;
+  rocksdb::ColumnFamilyHandle* family = shard.family(Family::kRouting);
+  CheckStatus(shard.db()->Delete(synced, family, key), "unmark a chunk in", shard.path());
+  CheckStatus(shard.db()->Flush(rocksdb::FlushOptions(), family), "unmark a chunk in",
+              shard.path());
+  throw EnvironmentError(ErrorText(
+      shard.path().string() + ": chunk " + std::to_string(chunk) + " cannot be read back",
+      "the disk failed while it was taken in", "check the disk and start again"));
+}
+
+void ForEachMark(const ShardDb& shard,
+                 const std::function<void(uint32_t, const std::string&)>& callback) {
+  const std::unique_ptr<rocksdb::Iterator> it(
+      shard.db()->NewIterator(rocksdb::ReadOptions(), shard.family(Family::kRouting)));
+  for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
+    RecordKind kind;
+    uint64_t chunk = 0;
+    if (DecodeKey(it->key().ToStringView(), &kind, &chunk)) {
+      callback(static_cast<uint32_t>(chunk), it->value().ToString());
+    }
+  }
+  CheckStatus(it->status(), "read", shard.path());
+}
+
 std::string Join(const std::vector<std::string>& parts) {
   std::string text;
   for (const std::string& part : parts) text += (text.empty() ? "" : "; ") + part;
@@ -56,7 +112,8 @@ StoreConfig TraceStore::CreateOrOpen(const fs::path& path, const StoreConfig& wa
     for (const auto& entry : fs::directory_iterator(path)) {
       const std::string name = entry.path().filename();
       if (name.starts_with("lock.") || name.starts_with("run.json") || name == "corpus" ||
-          name == "routers.safetensors" || name == "staging" || name.ends_with(".tmp")) {
+          name == "routers.safetensors" || name == "staging" || name.ends_with(".tmp") ||
+          (name == "shards" && fs::is_empty(entry.path()))) {
         continue;
       }
       throw UsageError(
@@ -160,12 +217,21 @@ ShardOwner::ShardOwner(fs::path store, const StoreConfig& config, int first, int
                        StepObserver on_step)
     : store_(std::move(store)), config_(config), on_step_(std::move(on_step)) {
   for (int shard = first; shard < config_.num_shards; shard += step) {
+    TakeSeal(shard);
     shards_[shard] = std::make_unique<ShardDb>(store_, shard, config_.compression,
                                                ShardDb::Mode::kWrite);
   }
 }
 
 ShardOwner::~ShardOwner() = default;
+
+void ShardOwner::TakeSeal(int shard) {
+  try {
+    if (auto seal = ReadShardSeal(store_, shard)) seals_[shard] = std::move(*seal);
+  } catch (const DataError&) {  // damaged: the next one is made from the files
+  }
+  RemoveShardSeal(store_, shard);
+}
 
 void ShardOwner::Step(const char* name) const {
   if (on_step_) on_step_(name);
@@ -178,16 +244,8 @@ bool ShardOwner::Owns(uint32_t chunk) const {
 std::vector<uint32_t> ShardOwner::CompletedChunks() const {
   std::vector<uint32_t> chunks;
   for (const auto& [shard, db] : shards_) {
-    const std::unique_ptr<rocksdb::Iterator> it(
-        db->db()->NewIterator(rocksdb::ReadOptions(), db->family(Family::kRouting)));
-    for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
-      RecordKind kind;
-      uint64_t chunk = 0;
-      if (DecodeKey(it->key().ToStringView(), &kind, &chunk)) {
-        chunks.push_back(static_cast<uint32_t>(chunk));
-      }
-    }
-    CheckStatus(it->status(), "read", db->path());
+    ForEachMark(*db,
+                [&](uint32_t chunk, const std::string&) { chunks.push_back(chunk); });
   }
   std::sort(chunks.begin(), chunks.end());
   return chunks;
@@ -219,6 +277,7 @@ bool ShardOwner::Ingest(uint32_t chunk, const std::string& token) {
     }
     Step("ingest: ingest");
     CheckStatus(shard.db()->IngestExternalFiles(args), "ingest into", shard.path());
+    CheckIngested(shard, chunk);
   }
   Step("ingest: remove staging");
   std::error_code error;
@@ -242,6 +301,22 @@ void ShardOwner::Compact() {
     CheckStatus(
         db->db()->CompactRange(options, db->family(Family::kRouting), nullptr, nullptr),
         "compact", db->path());
+  }
+}
+
+void ShardOwner::Finish() {
+  Compact();
+  while (!shards_.empty()) {
+    const auto first = shards_.begin();
+    const int shard = first->first;
+    std::map<uint32_t, std::string> marks;
+    ForEachMark(*first->second,
+                [&](uint32_t chunk, const std::string& value) { marks[chunk] = value; });
+    shards_.erase(first);  // closes: the manifest's bytes are final
+    Step("seal");
+    const auto before = seals_.find(shard);
+    WriteShardSeal(store_, shard, marks,
+                   before == seals_.end() ? std::nullopt : std::optional(before->second));
   }
 }
 

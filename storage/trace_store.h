@@ -13,6 +13,7 @@
 
 #include "common/files.h"
 #include "common/routing.h"
+#include "storage/shard_seal.h"
 #include "storage/store_config.h"
 #include "storage/trace_format.h"
 
@@ -84,13 +85,17 @@ class ShardOwner {
   // file. Where ids are to be coded (MakeContextModel was called), codes them first. Does
   // nothing where it is done already.
   void Compact();
+  // The end of a complete store: Compact, close, seal. It owns nothing afterwards.
+  void Finish();
 
  private:
   void Step(const char* name) const;
+  void TakeSeal(int shard);
   fs::path store_;
   const StoreConfig config_;
   StepObserver on_step_;
   std::map<int, std::unique_ptr<ShardDb>> shards_;
+  std::map<int, ShardSeal> seals_;  // of before this job
 };
 
 }  // namespace routecast

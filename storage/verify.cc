@@ -1,12 +1,15 @@
 #include "storage/verify.h"
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <optional>
 
 #include "common/errors.h"
 #include "common/safetensors.h"
+#include "storage/salvage.h"
 #include "storage/shard_db.h"
+#include "storage/shard_seal.h"
 #include "storage/trace_reader.h"
 #include "storage/trace_store.h"
 
@@ -17,18 +20,23 @@ constexpr size_t kMaxListed = 100;
 
 class Verifier {
  public:
-  explicit Verifier(const fs::path& store)
-      : store_(store), config_(TraceStore::Open(store)) {
-    report_.num_chunks = config_.num_chunks;
-  }
+  explicit Verifier(const fs::path& store) : store_(store) {}
 
   VerifyReport Run() {
+    if (!ReadConfiguration()) return std::move(report_);
+    report_.num_chunks = config_.num_chunks;
     // Each look may throw; the next one still runs.
     Try([&] { CheckRouters(); });
     for (int shard = 0; shard < config_.num_shards; ++shard) {
       Try([&] { CheckShard(shard); });
     }
+    report_.sealed = seals_.size() == static_cast<size_t>(config_.num_shards);
     Try([&] { CheckRecords(); });
+    if (!reader_opened_) Try([&] { CountSalvageable(); });
+    // A job makes all shards before its first chunk: until then they may be missing.
+    if (report_.chunks > 0 || !reader_opened_) {
+      for (const std::string& text : missing_) Problem(text);
+    }
     if (records_ != expected_records_ && report_.num_problems == 0) {
       Problem("the shards hold " + std::to_string(records_) +
               " records, the chunk marks name " + std::to_string(expected_records_));
@@ -52,13 +60,55 @@ class Verifier {
     }
   }
 
-  void CheckShard(int shard) {
-    const ShardDb db(store_, shard, config_.compression, ShardDb::Mode::kRead);
-    Try([&] { CheckStatus(db.db()->VerifyChecksum(), "verify blocks of", db.path()); });
+  // From store.json, held against the seals first: with a byte changed it may still read
+  // well, or like that of another version. False where there is nothing to go on with.
+  bool ReadConfiguration() {
+    if (!fs::exists(store_ / "store.json") && !fs::exists(ShardPath(store_, 0))) {
+      TraceStore::Open(store_);  // throws what it is instead
+    }
+    for (int shard = 0; fs::exists(ShardPath(store_, shard)); ++shard) {
+      Try([&] {
+        if (auto seal = ReadShardSeal(store_, shard)) seals_[shard] = std::move(*seal);
+      });
+    }
+    if (seals_.empty()) {
+      config_ = TraceStore::Open(store_);
+      return true;
+    }
+    const std::string& sealed = seals_.begin()->second.config;
+    const fs::path file = store_ / "store.json";
+    if (!fs::exists(file) || ReadFile(file) != sealed) {
+      Problem(file.string() + " is not as it was sealed");
+    }
     Try([&] {
-      CheckStatus(db.db()->VerifyFileChecksums(rocksdb::ReadOptions()), "verify files of",
-                  db.path());
+      config_ = StoreConfig::FromJson(ParseJson(sealed, "the seal"), "the seal");
     });
+    return config_.num_shards > 0;
+  }
+
+  void CheckShard(int shard) {
+    const auto seal = seals_.find(shard);
+    if (seal != seals_.end()) {
+      Try([&] {
+        CompareWithSeal(store_, shard, seal->second,
+                        [this](const std::string& text) { Problem(text); });
+      });
+    }
+    std::optional<ShardDb> opened;
+    try {
+      opened.emplace(store_, shard, config_.compression, ShardDb::Mode::kRead);
+    } catch (const ShardMissing& e) {
+      missing_.push_back(e.what());
+      return;
+    }
+    const ShardDb& db = *opened;
+    Try([&] { CheckStatus(db.db()->VerifyChecksum(), "verify blocks of", db.path()); });
+    if (seal == seals_.end()) {
+      Try([&] {
+        CheckStatus(db.db()->VerifyFileChecksums(rocksdb::ReadOptions()),
+                    "verify files of", db.path());
+      });
+    }
     for (const Family family : {Family::kRouting, Family::kHidden}) {
       Try([&] { CountRecords(db, family); });
     }
@@ -83,6 +133,7 @@ class Verifier {
 
   void CheckRecords() {
     const TraceReader reader(store_, NeedTokens::kNo);
+    reader_opened_ = true;
     report_.chunks = reader.completed_chunks();
     for (const SequenceInfo& info : reader.sequences()) {
       const int stacks = (info.encoder_tokens > 0) + (info.decoder_tokens > 0);
@@ -93,6 +144,20 @@ class Verifier {
       });
     }
     report_.records = records_;
+  }
+
+  // Where the store cannot be opened as a whole: what `salvage` would keep.
+  void CountSalvageable() {
+    const Salvage salvage(store_);
+    report_.chunks = config_.num_chunks - salvage.lost_chunks();
+    for (const SequenceInfo& info : salvage.sequences()) {
+      if (salvage.Read(info)) {
+        ++report_.sequences;
+      } else {
+        Problem(store_.string() + ": sequence " + std::to_string(info.sequence_id) +
+                " is lost");
+      }
+    }
   }
 
   void CheckRouters() {
@@ -114,6 +179,9 @@ class Verifier {
   fs::path store_;
   StoreConfig config_;
   VerifyReport report_;
+  std::map<int, ShardSeal> seals_;
+  std::vector<std::string> missing_;
+  bool reader_opened_ = false;
   uint64_t records_ = 0, expected_records_ = 0;
 };
 

@@ -109,5 +109,19 @@ TEST(Hash64, DependsOnBytesAndSeedAndPrintsSixteenDigits) {
   EXPECT_EQ(Hex64(255), "00000000000000ff");
 }
 
+TEST_F(FilesTest, RoomIsAskedForWithBothNumbers) {
+  const fs::path folder = fs::temp_directory_path();
+  EXPECT_NO_THROW(RequireFreeBytes(folder / "not" / "there", 1));
+  try {
+    RequireFreeBytes(folder / "store", uint64_t{1} << 60);
+    FAIL();
+  } catch (const EnvironmentError& e) {
+    const std::string text = e.what();
+    EXPECT_NE(text.find((folder / "store").string()), std::string::npos);
+    EXPECT_NE(text.find("1048576.00 TiB are needed"), std::string::npos);
+    EXPECT_NE(text.find("are free"), std::string::npos);
+  }
+}
+
 }  // namespace
 }  // namespace routecast

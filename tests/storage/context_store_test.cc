@@ -10,6 +10,8 @@
 #include "storage/export.h"
 #include "storage/import.h"
 #include "storage/merge.h"
+#include "storage/salvage.h"
+#include "storage/shard_db.h"
 #include "storage/subset.h"
 #include "storage/verify.h"
 
@@ -131,6 +133,39 @@ TEST_F(ContextStore, SubsetAndImportTakeTheCoder) {
   EXPECT_TRUE(fs::exists(ContextModelPath(At("in"))));
   ExportTraces(TraceReader(At("in")), At("y"), {});
   EXPECT_EQ(ReadFile(At("x") / "traces.npz"), ReadFile(At("y") / "traces.npz"));
+}
+
+// What coding and damage have to do with each other: a complete store's seals name the
+// model, and records are found where no manifest leads to them.
+TEST_F(ContextStore, SealsNameTheModel) {
+  Fill();
+  Code();
+  ShardOwner(store(), config_, 0, 1).Finish();
+  EXPECT_TRUE(VerifyStore(store()).sound());
+  const fs::path file = ContextModelPath(store());
+  std::string model = ReadFile(file);
+  model[model.size() / 2] ^= 1;
+  std::ofstream(file, std::ios::binary) << model;
+  bool named = false;
+  for (const std::string& problem : VerifyStore(store()).problems) {
+    named = named || problem.find("context.model") != std::string::npos;
+  }
+  EXPECT_TRUE(named);
+}
+
+TEST_F(ContextStore, IsSalvagedWithoutItsManifest) {
+  Fill();
+  Code();
+  ShardOwner(store(), config_, 0, 1).Finish();
+  fs::remove(ShardPath(store(), 1) / "CURRENT");
+  EXPECT_FALSE(VerifyStore(store()).sound());
+  const SalvageReport report = SalvageStore(store(), At("saved"));
+  EXPECT_EQ(report.sequences, kChunks * kPerChunk);
+  EXPECT_EQ(report.lost, 0u);
+  const TraceReader saved(At("saved"));
+  for (const auto& [id, trace] : All()) {
+    EXPECT_EQ(saved.Read(id, WithHidden::kYes), trace);
+  }
 }
 
 }  // namespace

@@ -30,6 +30,10 @@ says "12 of\|12: "
 expect 0 verify --store=a
 expect 0 stats --store=a --out=stats
 grep -q '"slot_load"' stats/stats.json || fail "stats say nothing of slots"
+grep -q '"nmi_previous"' stats/stats.json || fail "stats say nothing of information"
+[ "$(head -1 stats/transitions.csv)" = layer_id,previous_expert_id,expert_id,count ] ||
+  fail "no transitions"
+grep -q "<h2>Journeys" stats/report.html || fail "no page of the statistics"
 expect 0 export --store=a --out=exported
 expect 0 import --in=exported/traces.npz --out=again
 expect 0 export --store=again --out=exported2
@@ -45,6 +49,18 @@ expect 0 subset --store=a --share=0.5 --seed=3 --out=half
 expect 0 verify --store=half
 expect 2 subset --store=a --share=0.000001 --out=nothing
 says "larger --share"
+
+cp -r a damaged
+rm damaged/shards/00000/CURRENT
+expect 3 verify --store=damaged
+says "damaged/shards/00000"
+says "sound: 12 sequences"
+expect 0 salvage --store=damaged --out=salvaged
+says "12 sequences; lost: 0 sequences, 0 chunks"
+expect 0 verify --store=salvaged
+says ", sealed"
+expect 0 export --store=salvaged --out=exported3
+cmp -s exported/traces.npz exported3/traces.npz || fail "a salvaged store differs"
 
 expect 2 merge --store=a --out=d
 says "is there already"

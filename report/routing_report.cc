@@ -1,0 +1,338 @@
+#include "report/routing_report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "report/heat_image.h"
+#include "report/html_report.h"
+#include "report/result_values.h"
+#include "report/svg_chart.h"
+
+namespace routecast {
+namespace {
+
+constexpr size_t kMostCells = 128;       // a side of a transition map
+constexpr size_t kMostLoadCells = 4500;  // of the load map, 90 bytes each
+constexpr size_t kDrawnPaths = 7;        // a colour and dash of its own each
+constexpr size_t kTablePaths = 15;
+
+std::string LayerName(const Json& layer) {
+  return TextOf(layer, "phase") + " " + ShortNumber(NumberOf(layer, "layer"));
+}
+
+std::vector<double> NumbersOf(const Json& object, const std::string& key) {
+  std::vector<double> numbers;
+  if (!object.is_object() || !object.contains(key) || !object[key].is_array()) return {};
+  for (const Json& v : object[key])
+    numbers.push_back(v.is_number() ? v.get<double>() : NAN);
+  return numbers;
+}
+
+std::string ExpertsText(const Json& path) {
+  std::string text;
+  for (const double e : NumbersOf(path, "experts")) {
+    text += (text.empty() ? "" : " > ") + Fixed(e, 0);
+  }
+  return text;
+}
+
+void AddKeyFigures(const Json& stats, const std::vector<Json>& layers, HtmlReport* page) {
+  double entropy = 0;
+  for (const Json& layer : layers) entropy += NumberOf(layer, "entropy_bits");
+  const auto experts = layers.empty() ? 0 : NumbersOf(layers[0], "load").size();
+  page->KeyFigures(
+      {{"sequences", ShortNumber(NumberOf(stats, "sequences"))},
+       {"encoder tokens", ShortNumber(NumberOf(stats, "encoder_tokens"))},
+       {"decoder tokens", ShortNumber(NumberOf(stats, "decoder_tokens"))},
+       {"MoE layers", std::to_string(layers.size())},
+       {"experts a layer", std::to_string(experts)},
+       {"mean entropy of " +
+            Fixed(std::log2(static_cast<double>(std::max<size_t>(1, experts))), 2) +
+            " bits",
+        Fixed(entropy / static_cast<double>(std::max<size_t>(1, layers.size())), 2)}});
+}
+
+void AddLoad(const std::vector<Json>& layers, HtmlReport* page) {
+  HeatMap map{"Tokens an expert gets", "expert", "1 = even share", {}, {}, 0, 2};
+  for (const Json& layer : layers) {
+    std::vector<double> load = NumbersOf(layer, "load");
+    if (load.empty()) continue;
+    for (double& v : load) v *= static_cast<double>(load.size());
+    map.rows.push_back(LayerName(layer));
+    map.values.push_back(std::move(load));
+  }
+  if (map.values.empty()) return;
+  const size_t cells = map.values.size() * map.values[0].size();
+  const size_t join = (cells + kMostLoadCells - 1) / kMostLoadCells;
+  for (std::vector<double>& row : map.values) {
+    if (join <= 1) break;
+    std::vector<double> joined;
+    for (size_t c = 0; c < row.size(); c += join) {
+      const size_t end = std::min(row.size(), c + join);
+      joined.push_back(std::accumulate(row.begin() + static_cast<ptrdiff_t>(c),
+                                       row.begin() + static_cast<ptrdiff_t>(end), 0.0) /
+                       static_cast<double>(end - c));
+    }
+    row = std::move(joined);
+  }
+  if (join > 1) map.x_label = "experts, " + std::to_string(join) + " a column";
+  page->Section("Load");
+  page->Charts({HeatMapSvg(map)});
+}
+
+// A series a phase over the layers of its stack.
+LineChart AcrossLayers(const std::vector<Json>& layers, const std::string& title,
+                       const std::string& unit,
+                       const std::vector<std::pair<std::string, std::string>>& keys) {
+  LineChart chart{title, "MoE layer of the stack", unit, {}, true, true};
+  for (const char* phase : {"encoder", "decoder"}) {
+    for (const auto& [key, name] : keys) {
+      LineSeries line{std::string(phase) + ": " + name, {}, {}};
+      for (const Json& layer : layers) {
+        if (TextOf(layer, "phase") != phase) continue;
+        const Json& from = layer.contains(key) ? layer : layer.value("spread", Json());
+        const double y = NumberOf(from, key);
+        if (!std::isfinite(y)) continue;
+        line.x.push_back(NumberOf(layer, "layer"));
+        line.y.push_back(y);
+      }
+      if (!line.x.empty()) chart.series.push_back(std::move(line));
+    }
+  }
+  return chart;
+}
+
+void AddSpread(const std::vector<Json>& layers, HtmlReport* page) {
+  Table table({"<layer", "mean", "deviation", "CV", "skewness", "kurtosis", "min", "p25",
+               "median", "p75", "IQR", "max", "active", "zero", "diversity", "dropped %",
+               "tokens"});
+  for (const Json& layer : layers) {
+    const Json s = layer.value("spread", Json::object());
+    std::vector<std::string> cells = {LayerName(layer)};
+    for (const char* key : {"mean", "deviation"})
+      cells.push_back(ShortNumber(NumberOf(s, key)));
+    for (const char* key : {"cv", "skewness", "kurtosis"}) {
+      cells.push_back(Fixed(NumberOf(s, key), 2));
+    }
+    for (const char* key :
+         {"min", "q1", "median", "q3", "iqr", "max", "active", "zero"}) {
+      cells.push_back(ShortNumber(NumberOf(s, key)));
+    }
+    cells.push_back(Fixed(NumberOf(s, "diversity"), 3));
+    cells.push_back(Fixed(100 * NumberOf(layer, "dropped"), 2));
+    cells.push_back(ShortNumber(NumberOf(s, "total")));
+    table.AddRow(cells);
+  }
+  page->Section("Spread of load across layers");
+  page->Charts({LineChartSvg(AcrossLayers(
+                    layers, "Entropy of the experts", "bits",
+                    {{"entropy_bits", "alone"},
+                     {"conditional_entropy_bits", "given the layer before"}})),
+                LineChartSvg(AcrossLayers(layers, "Unevenness", "deviation / mean",
+                                          {{"cv", "CV"}}))});
+  page->AddTable(table, "Tokens an expert gets, by MoE layer");
+}
+
+// Row: a layer; column: an earlier one. Nothing where a stack has two layers: the table
+// says it.
+std::string InformationMap(const std::vector<Json>& layers, const std::string& phase) {
+  HeatImage map{phase + ": information shared by two layers",
+                "earlier MoE layer",
+                "MoE layer",
+                "normalised mutual information",
+                {},
+                0,
+                0,
+                1,
+                1};
+  std::vector<std::vector<double>> previous;
+  for (const Json& layer : layers) {
+    if (TextOf(layer, "phase") != phase) continue;
+    previous.push_back(NumbersOf(layer, "nmi_previous"));
+    for (const double v : previous.back()) map.high = std::max(map.high, v);
+  }
+  if (previous.size() < 3) return "";
+  map.high = std::max(0.1, std::ceil(map.high * 10) / 10);
+  map.values.assign(previous.size() - 1, std::vector<double>(previous.size() - 1, NAN));
+  for (size_t l = 1; l < previous.size(); ++l) {
+    for (size_t back = 1; back <= previous[l].size() && back <= l; ++back) {
+      map.values[l - 1][l - back] = previous[l][back - 1];
+    }
+  }
+  return HeatImageSvg(map);
+}
+
+void AddInformation(const std::vector<Json>& layers, HtmlReport* page) {
+  std::vector<std::string> charts;
+  Table table(
+      {"<layer", "with the token id", "1 layer back", "2 back", "3 back", "4 back"});
+  BarChart token{
+      "Information shared with the token id", "normalised", {}, {{"", {}, {}}}, 0};
+  bool any_token = false;
+  for (const Json& layer : layers) {
+    const std::vector<double> previous = NumbersOf(layer, "nmi_previous");
+    const double with_token = NumberOf(layer, "nmi_token");
+    std::vector<std::string> cells = {LayerName(layer), Fixed(with_token, 3)};
+    for (size_t b = 0; b < 4; ++b) {
+      cells.push_back(b < previous.size() ? Fixed(previous[b], 3) : "-");
+    }
+    table.AddRow(cells);
+    token.categories.push_back(LayerName(layer));
+    token.series[0].values.push_back(with_token);
+    any_token = any_token || std::isfinite(with_token);
+  }
+  for (const char* phase : {"encoder", "decoder"}) {
+    const std::string map = InformationMap(layers, phase);
+    if (!map.empty()) charts.push_back(map);
+  }
+  if (any_token) charts.push_back(BarChartSvg(token));
+  if (charts.empty()) return;
+  page->Section("What layers and tokens tell about each other");
+  page->Paragraph(
+      "Normalised mutual information, 2 I(X; Y) / (H(X) + H(Y)): 0 where one says "
+      "nothing "
+      "of the other, 1 where each gives the other away. Counted from the store itself, "
+      "so "
+      "it reads high where pairs are few, as they are with token ids.");
+  page->Charts(charts);
+  page->AddTable(table, "Normalised mutual information of a layer's expert");
+}
+
+void AddTransitions(const std::vector<TransitionMap>& maps, HtmlReport* page) {
+  if (maps.empty()) return;
+  std::vector<std::string> charts;
+  const size_t shown = std::min(kMapsShown, maps.size());
+  for (size_t i = 0; i < shown; ++i) {
+    const TransitionMap& t = maps[shown == 1 ? 0 : i * (maps.size() - 1) / (shown - 1)];
+    const auto experts = static_cast<size_t>(std::lround(std::sqrt(t.counts.size())));
+    std::vector<std::vector<double>> share(experts);
+    for (size_t r = 0; r < experts; ++r) {
+      const auto row = t.counts.begin() + static_cast<ptrdiff_t>(r * experts);
+      const auto total = static_cast<double>(
+          std::accumulate(row, row + static_cast<ptrdiff_t>(experts), uint64_t{0}));
+      for (size_t c = 0; c < experts; ++c) {
+        share[r].push_back(total > 0
+                               ? static_cast<double>(row[static_cast<ptrdiff_t>(c)]) /
+                                     total * static_cast<double>(experts)
+                               : NAN);
+      }
+    }
+    HeatImage map{t.phase + ": layer " + std::to_string(t.layer - 1) + " to " +
+                      std::to_string(t.layer),
+                  "expert of layer " + std::to_string(t.layer),
+                  "expert of layer " + std::to_string(t.layer - 1),
+                  "share of the row's tokens, 1 = even",
+                  Coarsened(share, kMostCells),
+                  0,
+                  std::max(4.0, static_cast<double>(experts) / 8),
+                  (experts + kMostCells - 1) / kMostCells};
+    charts.push_back(HeatImageSvg(map));
+  }
+  page->Section("Transitions from layer to layer");
+  page->Paragraph(
+      "Where the tokens of an expert go in the next MoE layer. A row without colour is "
+      "an "
+      "expert that no token chose.");
+  page->Charts(charts);
+}
+
+// The most frequent paths: a line each over the layers, experts upwards.
+std::string JourneyChart(const std::string& phase, const std::vector<Json>& paths) {
+  LineChart chart{phase + ": most frequent journeys",
+                  "MoE layer of the stack",
+                  "expert",
+                  {},
+                  true,
+                  true};
+  for (size_t i = 0; i < std::min(kDrawnPaths, paths.size()); ++i) {
+    LineSeries line{
+        Percent(NumberOf(paths[i], "share"), 2), {}, NumbersOf(paths[i], "experts")};
+    for (size_t l = 0; l < line.y.size(); ++l) line.x.push_back(static_cast<double>(l));
+    chart.series.push_back(std::move(line));
+  }
+  return LineChartSvg(chart);
+}
+
+void AddJourneys(const Json& stats, HtmlReport* page) {
+  const Json all = stats.value("journeys", Json::object());
+  std::vector<std::string> charts;
+  Table table({"<stack", "<experts, first layer to last", "tokens", "share"});
+  std::string summary;
+  for (const char* phase : {"encoder", "decoder"}) {
+    if (!all.contains(phase)) continue;
+    const std::vector<Json> paths = EntriesWith(all[phase], "experts");
+    if (paths.empty() || NumbersOf(paths[0], "experts").size() < 2) continue;
+    charts.push_back(JourneyChart(phase, paths));
+    double covered = 0;
+    for (size_t i = 0; i < paths.size(); ++i) {
+      covered += NumberOf(paths[i], "share");
+      if (i >= kTablePaths) continue;
+      table.AddRow({phase, ExpertsText(paths[i]),
+                    ShortNumber(NumberOf(paths[i], "count")),
+                    Percent(NumberOf(paths[i], "share"), 2)});
+    }
+    summary += std::string(summary.empty() ? "" : " ") + "The tokens of the " + phase +
+               " took " + ShortNumber(NumberOf(all[phase], "distinct")) +
+               " different journeys through its layers; the " +
+               std::to_string(paths.size()) + " most frequent carry " + Percent(covered) +
+               " of them.";
+  }
+  if (charts.empty()) return;
+  page->Section("Journeys of tokens");
+  page->Paragraph(summary);
+  page->Charts(charts);
+  page->AddTable(table, "Most frequent journeys");
+  Table samples(
+      {"<stack", "sequence", "position", "token id", "<experts, first layer to last"});
+  for (const Json& p :
+       EntriesWith(stats.value("sample_paths", Json::array()), "experts")) {
+    samples.AddRow({TextOf(p, "phase"), Fixed(NumberOf(p, "sequence_id"), 0),
+                    Fixed(NumberOf(p, "position"), 0), Fixed(NumberOf(p, "token_id"), 0),
+                    ExpertsText(p)});
+  }
+  if (samples.num_rows() > 0) page->Details("Sampled tokens and their journeys", samples);
+}
+
+void AddPercentiles(const std::vector<Json>& layers, HtmlReport* page) {
+  const std::vector<std::string> shown = {"p50", "p75", "p90", "p95"};
+  std::vector<std::string> columns = {"<layer"};
+  for (const char* what : {"probability", "margin"}) {
+    for (const std::string& p : shown) columns.push_back(std::string(what) + " " + p);
+  }
+  Table table(columns);
+  bool any = false;
+  for (const Json& layer : layers) {
+    const Json all = layer.value("percentiles", Json::object());
+    std::vector<std::string> cells = {LayerName(layer)};
+    for (const char* what : {"gate_probs", "margins"}) {
+      const Json of = all.value(what, Json::object());
+      for (const std::string& p : shown) {
+        cells.push_back(Fixed(NumberOf(of, p), 3));
+        any = any || std::isfinite(NumberOf(of, p));
+      }
+    }
+    table.AddRow(cells);
+  }
+  if (!any) return;
+  page->Section("The router's certainty");
+  page->AddTable(
+      table, "Probability of the chosen expert, and its lead over the second (logits)");
+}
+
+}  // namespace
+
+std::string RoutingReportHtml(const RoutingPage& in) {
+  HtmlReport page("Routing statistics", in.store);
+  const std::vector<Json> layers = EntriesWith(in.stats, "load");
+  AddKeyFigures(in.stats, layers, &page);
+  AddLoad(layers, &page);
+  AddSpread(layers, &page);
+  AddInformation(layers, &page);
+  AddTransitions(in.transitions, &page);
+  AddJourneys(in.stats, &page);
+  AddPercentiles(layers, &page);
+  return page.Finish();
+}
+
+}  // namespace routecast

@@ -1,0 +1,158 @@
+#include "report/routing_report.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <zlib.h>
+
+#include <cmath>
+
+#include "report/heat_image.h"
+#include "report/html_report.h"
+
+namespace routecast {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+
+uint32_t Word(const std::string& bytes, size_t at) {
+  uint32_t word = 0;
+  for (size_t i = 0; i < 4; ++i)
+    word = word << 8 | static_cast<uint8_t>(bytes.at(at + i));
+  return word;
+}
+
+// The data of the chunks of a PNG by type; checks each one's length and CRC with zlib.
+std::map<std::string, std::string> Chunks(const std::string& png) {
+  std::map<std::string, std::string> chunks;
+  EXPECT_EQ(png.substr(0, 8), "\x89PNG\r\n\x1a\n");
+  for (size_t at = 8; at < png.size();) {
+    const size_t n = Word(png, at);
+    const std::string body = png.substr(at + 4, n + 4);
+    EXPECT_EQ(crc32(0, reinterpret_cast<const Bytef*>(body.data()),
+                    static_cast<uInt>(body.size())),
+              Word(png, at + 8 + n));
+    chunks[body.substr(0, 4)] = body.substr(4);
+    at += 12 + n;
+  }
+  return chunks;
+}
+
+std::string Inflated(const std::string& data, size_t size) {
+  std::string out(size + 1, '\0');
+  uLongf n = out.size();
+  EXPECT_EQ(uncompress(reinterpret_cast<Bytef*>(out.data()), &n,
+                       reinterpret_cast<const Bytef*>(data.data()), data.size()),
+            Z_OK);
+  out.resize(n);
+  return out;
+}
+
+TEST(HeatImageTest, PngsHoldThePixels) {
+  // More than one stored block of 65,535 bytes.
+  for (const size_t side : {size_t{1}, size_t{3}, size_t{300}}) {
+    std::vector<std::vector<uint8_t>> pixels(side);
+    std::string expected;
+    for (size_t r = 0; r < side; ++r) {
+      expected += '\0';
+      for (size_t c = 0; c < side; ++c) {
+        pixels[r].push_back(static_cast<uint8_t>(r * 7 + c * 13));
+        expected += static_cast<char>(pixels[r].back());
+      }
+    }
+    const std::vector<std::string> palette(256, "#0a80ff");
+    const auto chunks = Chunks(PalettePng(pixels, palette));
+    EXPECT_EQ(Word(chunks.at("IHDR"), 0), side);
+    EXPECT_EQ(Word(chunks.at("IHDR"), 4), side);
+    EXPECT_EQ(chunks.at("PLTE").substr(0, 3), "\x0a\x80\xff");
+    EXPECT_EQ(chunks.at("PLTE").size(), 768u);
+    EXPECT_EQ(Inflated(chunks.at("IDAT"), expected.size()), expected);
+  }
+}
+
+TEST(HeatImageTest, CoarseMapsAreMeans) {
+  const std::vector<std::vector<double>> values = {{1, 3, NAN}, {5, 7, 4}, {NAN, NAN, 9}};
+  const auto coarse = Coarsened(values, 2);
+  ASSERT_EQ(coarse.size(), 2u);
+  EXPECT_EQ(coarse[0], (std::vector<double>{4, 4}));
+  EXPECT_TRUE(std::isnan(coarse[1][0]));
+  EXPECT_EQ(coarse[1][1], 9);
+  EXPECT_EQ(Coarsened(values, 3)[1], values[1]);
+}
+
+Json Layer(const std::string& phase, int layer, size_t experts) {
+  Json spread = {{"mean", 10.5}, {"cv", 0.25}, {"active", experts}};
+  std::vector<double> previous(static_cast<size_t>(layer), 0.5);
+  return {{"phase", phase},
+          {"layer", layer},
+          {"entropy_bits", 3.0},
+          {"load", std::vector<double>(experts, 1.0 / static_cast<double>(experts))},
+          {"spread", spread},
+          {"nmi_previous", previous},
+          {"nmi_token", 0.125},
+          {"percentiles", {{"gate_probs", {{"p90", 0.875}}}}}};
+}
+
+RoutingPage PageOf(int layers, size_t experts) {
+  RoutingPage page{"store", {{"sequences", 3}, {"layers", Json::array()}}, {}};
+  for (int l = 0; l < layers; ++l) {
+    page.stats["layers"].push_back(Layer("decoder", l, experts));
+    if (l == 0) continue;
+    std::vector<uint64_t> counts(experts * experts);
+    for (size_t i = 0; i < counts.size(); ++i) counts[i] = i * 7919 % 101;
+    page.transitions.push_back({"decoder", l, std::move(counts)});
+  }
+  Json paths = Json::array();
+  for (int i = 0; i < 20; ++i) {
+    const std::vector<int> experts_of_path(static_cast<size_t>(layers), i);
+    paths.push_back({{"experts", experts_of_path}, {"count", 5}, {"share", 0.01}});
+  }
+  page.stats["journeys"] = {
+      {"decoder", {{"tokens", 500}, {"distinct", 400}, {"paths", paths}}}};
+  return page;
+}
+
+size_t Count(const std::string& text, const std::string& part) {
+  size_t n = 0;
+  for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1))
+    ++n;
+  return n;
+}
+
+TEST(RoutingReportTest, HasEverySection) {
+  const std::string html = RoutingReportHtml(PageOf(4, 16));
+  for (const char* heading :
+       {"<h2>Load", "<h2>Spread of load", "<h2>What layers and tokens tell",
+        "<h2>Transitions", "<h2>Journeys", "<h2>The router&#39;s certainty"}) {
+    EXPECT_THAT(html, HasSubstr(heading));
+  }
+  // Three transitions and one map of information.
+  EXPECT_EQ(Count(html, "data:image/png;base64,"), 4u);
+  EXPECT_THAT(html, HasSubstr("0.875"));
+  EXPECT_THAT(html, HasSubstr("3 &gt; 3 &gt; 3 &gt; 3"));
+  EXPECT_THAT(html, Not(HasSubstr("http://")));
+  EXPECT_THAT(html, Not(HasSubstr("https://")));
+  EXPECT_THAT(html, Not(HasSubstr("<script")));
+}
+
+TEST(RoutingReportTest, LargeModelsFit) {
+  const std::string html = RoutingReportHtml(PageOf(58, 256));
+  EXPECT_LT(html.size(), HtmlReport::kMaxBytes);
+  EXPECT_EQ(Count(html, "data:image/png;base64,"), kMapsShown + 1);
+}
+
+TEST(RoutingReportTest, LeavesOutWhatIsNotThere) {
+  RoutingPage page{"<store & co>", {{"sequences", 1}}, {}};
+  page.stats["layers"] =
+      Json::array({{{"load", {0.5, 0.5}}, {"phase", "encoder"}, {"layer", 0}}});
+  const std::string html = RoutingReportHtml(page);
+  EXPECT_THAT(html, HasSubstr("&lt;store &amp; co&gt;"));
+  for (const char* heading :
+       {"<h2>Transitions", "<h2>Journeys", "<h2>The router", "<h2>What layers"}) {
+    EXPECT_THAT(html, Not(HasSubstr(heading)));
+  }
+  EXPECT_THAT(RoutingReportHtml({"empty", Json::object(), {}}), HasSubstr("empty"));
+}
+
+}  // namespace
+}  // namespace routecast
