@@ -10,6 +10,7 @@
 #include "common/run_record.h"
 #include "launch/flags.h"
 #include "launch/main.h"
+#include "models/speculation_onnx.h"
 #include "trainer/leaderboard.h"
 #include "trainer/search.h"
 
@@ -85,6 +86,9 @@ DEFINE_string(
     search, "",
     "JSON file of a search space: successive halving over its trials, each on a "
     "rank of its own; docs/speculation.md has an example");
+DEFINE_bool(
+    onnx, false,
+    "Also writes the model as ONNX into OUT/onnx; docs/speculation.md has the kinds");
 DEFINE_double(collective_deadline, 45,
               "Seconds a rank waits for the others before the job ends and names them");
 DEFINE_int64(stop_after, 0, "Save, end with 75 after this step; 0 = run to the end");
@@ -140,6 +144,12 @@ SpeculationJob Validate() {
   job.store = FLAGS_store;
   job.resume = FLAGS_resume;
   job.stop_after = FLAGS_stop_after;
+  job.onnx = FLAGS_onnx;
+  if (job.onnx && !(FLAGS_leaderboard.empty() && FLAGS_search.empty())) {
+    throw UsageError(
+        "--onnx is of one model\n  train it without --leaderboard and --search");
+  }
+  if (job.onnx) RequireOnnxKind(o.kind);
   if (!(FLAGS_collective_deadline >= 1)) {
     throw UsageError("--collective_deadline must be 1 or more seconds");
   }

@@ -7,24 +7,13 @@
 
 #include <vector>
 
+#include "models/multiscale_shapes.h"
 #include "models/trunk_model.h"
 
 namespace routecast {
 namespace {
 
 constexpr double kGain = 0.1;
-constexpr int kBranches = 3;
-// The published branches at width 384: context, heads, layers.
-struct BranchShape {
-  int context, heads, layers;
-};
-constexpr BranchShape kShapes[kBranches] = {{2, 8, 3}, {3, 12, 4}, {4, 16, 5}};
-
-// A number of heads that divides the width.
-int HeadsFor(int width, int wanted) {
-  while (width % wanted != 0) --wanted;
-  return wanted;
-}
 
 struct Branch {
   Branch(ParameterMaker* make, const std::string& name, const SpeculationConfig& c,
@@ -63,7 +52,8 @@ class MultiscaleModel final : public TrunkModel {
         unknown_(&make_, "ours.unknown_expert", 1, c.width, 0.02),
         features_(&make_, FeaturesOf(c), c.width),
         mix_(make_.Constant("fusion.weights", {kBranches}, 1.0 / kBranches)),
-        fuse_(&make_, "fusion.attention", c.width, HeadsFor(c.width, 8), kGain),
+        fuse_(&make_, "fusion.attention", c.width, HeadsFor(c.width, kFusionHeads),
+              kGain),
         norm_(&make_, "fusion.norm", c.width),
         head_(&make_, "head", c.geometry, c.width, kGain),
         confidence_(&make_, "confidence", c.width, 1, kGain),
@@ -71,7 +61,7 @@ class MultiscaleModel final : public TrunkModel {
     constexpr double kInner[kBranches] = {0.5, 1, 2};
     for (int i = 0; i < kBranches; ++i) {
       const std::string name = "branch." + std::to_string(i);
-      branches_.emplace_back(&make_, name, c, kShapes[i]);
+      branches_.emplace_back(&make_, name, c, kBranchShapes[i]);
       adapters_.emplace_back(&make_, "adapter." + std::to_string(i), c.width,
                              static_cast<int64_t>(c.width * kInner[i]));
     }

@@ -14,6 +14,7 @@
 #include "common/random.h"
 #include "common/stop.h"
 #include "models/ensemble_model.h"
+#include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
 #include "trainer/gradient_reducer.h"
 #include "trainer/member_optimizer.h"
@@ -365,6 +366,7 @@ class SpeculationTrainer {
     if (rank_.is_root()) {
       SaveSpeculationModel(job_.out, *model_, calibration,
                            {{"options", options_.ToJson()}, {"best_step", best_step_}});
+      if (job_.onnx) WriteSpeculationOnnx(job_.out / "onnx", *model_);
       WriteFileAtomic(job_.out / "results.json", result.results.dump(2) + "\n");
       fs::remove_all(StateFolder());
     }
@@ -423,6 +425,7 @@ class SpeculationTrainer {
 SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* dataset,
                                    const std::vector<RouterWeights>& routers,
                                    Communicator* comm) {
+  if (job.onnx) RequireOnnxKind(job.options.kind);  // before any time is spent
   at::globalContext().setDeterministicAlgorithms(job.deterministic, /*warn_only=*/false);
   return SpeculationTrainer(job, dataset, routers, comm).Run();
 }

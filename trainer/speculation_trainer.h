@@ -27,6 +27,7 @@ struct SpeculationJob {
   int64_t bucket_bytes = 1 << 20;  // of gradients that are reduced together
   bool deterministic = true;       // refuse operations whose result may differ by run
   int64_t stop_after = 0;  // as if a stop were requested after this step; 0 = never
+  bool onnx = false;  // writes out/onnx beside the model; kinds that cannot are refused
   bool quiet = false;
 };
 

@@ -11,6 +11,7 @@
 
 #include "common/errors.h"
 #include "models/predictor_factory.h"
+#include "models/speculation_onnx.h"
 #include "tests/trainer/synthetic_traces.h"
 #include "trainer/leaderboard.h"
 #include "trainer/search.h"
@@ -295,6 +296,24 @@ TEST_F(SpeculationTraining, RefusesToScoreWhenTheStaleGateControlFails) {
     }
   }
   EXPECT_THROW(Train(Job("run"), traces), DataError);
+}
+
+TEST_F(SpeculationTraining, WritesOnnxWhereAskedTo) {
+  const SyntheticTraces traces = Traces(20);
+  SpeculationJob job = Job("onnx", "interlayer");
+  job.options.steps = 1;
+  job.onnx = true;
+  Train(job, traces);
+  const auto saved = LoadSpeculationModel(job.out).model;
+  EXPECT_EQ(ReadFile(job.out / "onnx" / "decoder-1.onnx"),
+            SpeculationOnnx(*saved, Stack::kDecoder, 1));
+}
+
+TEST_F(SpeculationTraining, RefusesOnnxOfAKindWithoutBeforeItStarts) {
+  SpeculationJob job = Job("onnx", "moe");
+  job.onnx = true;
+  EXPECT_THROW(Train(job, Traces(20)), UsageError);
+  EXPECT_FALSE(fs::exists(job.out));
 }
 
 TEST_F(SpeculationTraining, SaysWhatAStoreWithoutRouterInputsLacks) {

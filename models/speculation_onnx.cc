@@ -1,0 +1,53 @@
+#include "models/speculation_onnx.h"
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+struct OnnxKind {
+  const char* name;
+  std::string (*write)(OnnxLayers* layers);
+};
+constexpr OnnxKind kKinds[] = {{"interlayer", InterlayerOnnx},
+                               {"hidden", HiddenOnnx},
+                               {"multiscale", MultiscaleOnnx}};
+
+const OnnxKind& OnnxKindOf(const std::string& name) {
+  std::string names;
+  for (const OnnxKind& kind : kKinds) {
+    if (name == kind.name) return kind;
+    names += (names.empty() ? "" : ", ") + std::string(kind.name);
+  }
+  throw UsageError(ErrorText("the kind " + name + " cannot be written as ONNX",
+                             "kinds that can: " + names, "train it without --onnx"));
+}
+
+}  // namespace
+
+void RequireOnnxKind(const std::string& kind) { OnnxKindOf(kind); }
+
+std::string OnnxFileName(Stack stack, int source_layer) {
+  return std::string(StackName(stack)) + "-" +
+         (source_layer < 0 ? "before" : std::to_string(source_layer)) + ".onnx";
+}
+
+std::string SpeculationOnnx(const SpeculationModel& model, Stack stack,
+                            int source_layer) {
+  const OnnxKind& kind = OnnxKindOf(model.config().kind);
+  OnnxLayers layers(model, stack, source_layer);
+  return kind.write(&layers);
+}
+
+void WriteSpeculationOnnx(const fs::path& folder, const SpeculationModel& model) {
+  RequireOnnxKind(model.config().kind);
+  MakeFolder(folder);
+  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    for (int s = -1; s < model.config().geometry.layers(stack); ++s) {
+      if (model.NumLeads(stack, s) == 0) continue;
+      WriteFileAtomic(folder / OnnxFileName(stack, s), SpeculationOnnx(model, stack, s));
+    }
+  }
+}
+
+}  // namespace routecast
