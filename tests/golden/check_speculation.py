@@ -8,6 +8,7 @@ import sys
 import numpy
 from safetensors import safe_open
 
+sys.dont_write_bytecode = True  # the source folder may not be ours to write to
 TOLERANCE = 1e-5
 OUTPUTS = ("logits_BTHE", "confidence_BTH")
 

@@ -24,6 +24,16 @@ for program in "$ROUTECAST_BIN_DIR"/routecast-*; do
   [ "$code" -eq 2 ] || fail "$name: a wrong value gave exit $code"
 done
 
+# --onnx is refused before a store is looked for: kinds without, and runs of several models.
+if [ -x "$ROUTECAST_BIN_DIR/routecast-train" ]; then
+  for wrong in "--kind=moe" "--leaderboard=all" "--search=space.json"; do
+    error=$("$ROUTECAST_BIN_DIR/routecast-train" --onnx "$wrong" --store=/nowhere --out=/nowhere 2>&1)
+    code=$?
+    [ "$code" -eq 2 ] || fail "--onnx $wrong gave exit $code: $error"
+    grep -q -- "${wrong#--kind=}\|--onnx is of one" <<<"$error" || fail "--onnx $wrong: $error"
+  done
+fi
+
 # --model takes a name in the Hugging Face cache, in both programs that have it.
 if [ -x "$ROUTECAST_BIN_DIR/routecast-evaluate" ]; then
   folder=$(mktemp -d)
