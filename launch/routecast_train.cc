@@ -235,6 +235,14 @@ void Run(int argc, char** argv) {
                   (job.out / "leaderboard.html").c_str());
       return;
     }
+    if (!FLAGS_search.empty()) {
+      const Json search =
+          Search({SpaceOf(FLAGS_search), job}, &dataset, routers, comm.get());
+      if (!record) return;
+      record->Finish(kExitDone, {{"best", search["trials"][0]}});
+      std::printf("%s%s\n", SearchText(search).c_str(), (job.out / "best.flags").c_str());
+      return;
+    }
     const SpeculationResult result = TrainSpeculation(job, &dataset, routers, comm.get());
     if (!record) return;
     record->Finish(kExitDone, {{"validation", result.results["validation"]},

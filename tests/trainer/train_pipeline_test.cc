@@ -119,6 +119,33 @@ TEST_F(TrainPipeline, EveryConfigurationThatIsShippedFitsTheProgram) {
   EXPECT_FALSE(fs::exists(folder_ / "dry"));
 }
 
+// Two ranks, four trials of their own each way, and a flag file for the run to come.
+TEST_F(TrainPipeline, ASearchIsOneCommand) {
+  const fs::path out = folder_ / "search", space = folder_ / "space.json";
+  WriteFileAtomic(space, R"({"trials": 4, "factor": 2, "rungs": 2,
+                             "space": {"learning_rate": {"log": [1e-4, 1e-2]}}})");
+  std::vector<std::string> command = {Bin("routecast-train"),
+                                      "--quiet",
+                                      "--threads=1",
+                                      "--device=cpu",
+                                      "--global_batch=16",
+                                      "--micro_batch=8",
+                                      "--validation_sequences=16",
+                                      "--store=" + (folder_ / "store").string()};
+  std::vector<std::string> search = command;
+  for (const std::string& flag :
+       {std::string("--kind=simple"), std::string("--steps=8"),
+        "--search=" + space.string(), "--out=" + out.string()}) {
+    search.push_back(flag);
+  }
+  ASSERT_EQ(RunProgram(UnderMpirun(2, search)), 0);
+  EXPECT_EQ(ReadJsonFile(out / "search.json")["trials"].size(), 4u);
+  command.push_back("--flagfile=" + (out / "best.flags").string());
+  command.push_back("--out=" + (folder_ / "best").string());
+  ASSERT_EQ(RunProgram(command), 0);
+  EXPECT_EQ(ReadJsonFile(folder_ / "best" / "results.json")["kind"], "simple");
+}
+
 TEST_F(TrainPipeline, ALeaderboardIsOneCommand) {
   const fs::path out = folder_ / "board";
   ASSERT_EQ(RunProgram(UnderMpirun(
