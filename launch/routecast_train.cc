@@ -189,6 +189,15 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
 
 void Run(int argc, char** argv) {
   SpeculationJob job = Validate();
+  // What is wrong in them is said before anything is written.
+  std::optional<LeaderboardJob> board;
+  std::optional<SearchSpace> space;
+  if (!FLAGS_leaderboard.empty() && !FLAGS_search.empty()) {
+    throw UsageError(ErrorText("--leaderboard and --search are two jobs", "",
+                               "leave one of the two out"));
+  }
+  if (!FLAGS_leaderboard.empty()) board = Leaderboard(job);
+  if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
   data_options.keep_top_k = job.options.distill_weight > 0;
@@ -227,17 +236,17 @@ void Run(int argc, char** argv) {
   }
   try {
     const auto routers = RoutersOf(*reader);
-    if (!FLAGS_leaderboard.empty()) {
-      const Json board = MakeLeaderboard(Leaderboard(job), &dataset, routers, comm.get());
+    if (board) {
+      board->run = job;  // with the device
+      const Json made = MakeLeaderboard(*board, &dataset, routers, comm.get());
       if (!record) return;
-      record->Finish(kExitDone, {{"rows", board["rows"].size()}});
-      std::printf("%s%s\n", LeaderboardText(board).c_str(),
+      record->Finish(kExitDone, {{"rows", made["rows"].size()}});
+      std::printf("%s%s\n", LeaderboardText(made).c_str(),
                   (job.out / "leaderboard.html").c_str());
       return;
     }
-    if (!FLAGS_search.empty()) {
-      const Json search =
-          Search({SpaceOf(FLAGS_search), job}, &dataset, routers, comm.get());
+    if (space) {
+      const Json search = Search({*space, job}, &dataset, routers, comm.get());
       if (!record) return;
       record->Finish(kExitDone, {{"best", search["trials"][0]}});
       std::printf("%s%s\n", SearchText(search).c_str(), (job.out / "best.flags").c_str());
