@@ -248,8 +248,9 @@ class SpeculationTrainer {
   }
   std::string Note(double loss) const {
     char text[96];
+    // Of top-1 the score is its negative: less is better.
     std::snprintf(text, sizeof text, "loss %.3f, best %.3f (ln E %.3f)", loss,
-                  best_step_ > 0 ? best_score_ : 0.0,
+                  best_step_ > 0 ? std::abs(best_score_) : 0.0,
                   std::log(double(config_.geometry.num_experts)));
     return text;
   }
