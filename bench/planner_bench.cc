@@ -112,6 +112,7 @@ int Main() {
   const TraceReader reader(FLAGS_store);
   const MoeGeometry g = reader.config().geometry;
   const auto predictor = LoadPredictor(FLAGS_predictor, g, "", {});
+  predictor->PrepareServing();
   SpeculationPolicy policy = ParsePolicy(FLAGS_policy);
   if (FLAGS_min_probability >= 0) policy.min_probability = FLAGS_min_probability;
   if (FLAGS_top_k > 0) policy.top_k = FLAGS_top_k;

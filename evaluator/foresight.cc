@@ -163,16 +163,6 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
     window.hidden_BTD = hidden;
   }
   if (stack_ == Stack::kDecoder && predictor_->needs_hidden()) {
-    if (AsksAtEnd(source_layer) && output_BTD_.defined()) {
-      // Only the newest row matters.
-      const int64_t before = tokens_BT_.size(1) - output_BTD_.size(1);
-      window.output_BTD =
-          before > 0 ? at::cat({output_BTD_.new_zeros(
-                                    {output_BTD_.size(0), before, output_BTD_.size(2)}),
-                                output_BTD_},
-                               1)
-                     : output_BTD_.contiguous();
-    }
     window.context_BTD = Context(source_layer == window.num_layers - 1);
     if (source_BSD_.defined() && source_BSD_.size(0) == tokens_BT_.size(0)) {
       window.source_BSD = source_BSD_;

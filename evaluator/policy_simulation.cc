@@ -165,8 +165,8 @@ void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
   const at::Tensor output = OutputOf(trace);
   for (int t = 0; t < std::min(span.num_tokens, tokens); ++t) {
     std::vector<LayerForecast> at_begin;
+    PassInfo pass;
     if (foresight) {
-      PassInfo pass;
       pass.stack = Stack::kDecoder;
       pass.token_ids_BT = source.token_ids_BT.narrow(1, t, 1).contiguous();
       pass.valid_BT = at::ones({1, 1}, at::kBool);
@@ -197,10 +197,8 @@ void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
         routing.expert_ids_BT = at::full({1, 1}, expert, at::kLong);
         visit.at_layer = foresight->AtLayer(routing);
         if (l + 1 == g.decoder_layers) {
-          PassInfo ended;
-          ended.stack = Stack::kDecoder;
-          if (output.defined()) ended.output_BTD = output.narrow(1, t, 1).contiguous();
-          visit.at_pass_end = foresight->AtPassEnd(ended);
+          if (output.defined()) pass.output_BTD = output.narrow(1, t, 1).contiguous();
+          visit.at_pass_end = foresight->AtPassEnd(pass);
         }
       }
       visits->push_back(std::move(visit));

@@ -77,6 +77,7 @@ std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     if (name == "stale_gate" && routers.empty() && !Has(asked, name)) continue;
     if (!Has(BaselineNames(), name)) {
       predictors.push_back(LoadPredictor(name, geometry, "", routers));
+      predictors.back()->PrepareServing();
       continue;
     }
     if (name != "stale_gate" && !tables) {

@@ -17,6 +17,8 @@ class ExpertPredictor {
   virtual std::string name() const = 0;
   // True where Predict needs window.hidden_BTD for source_layer >= 0.
   virtual bool needs_hidden() const = 0;
+  // From here on speed matters more than the last bits (SpeculationModel::PrepareServing).
+  virtual void PrepareServing() {}
   // How many of the newest tokens of a decoder window matter (1 = the last token only);
   // the runtime keeps that much history.
   virtual int history_tokens() const = 0;

@@ -16,7 +16,7 @@ namespace routecast {
 
 class NextTokenGuess {
  public:
-  static constexpr int kDirections = 64, kCandidates = 16;
+  static constexpr int kDirections = 96, kCandidates = 16;
 
   // head_VD: scores = head output. `rows` >= V charges the preview of a larger vocabulary
   // (a replay's): rows past V are computed and never chosen; 0 = V.

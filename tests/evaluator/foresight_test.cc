@@ -117,9 +117,16 @@ at::Tensor OutputNaming(int64_t id) {
 
 class EarlyForesightTest : public ForesightTest {
  protected:
+  PassInfo First() const {
+    const RoutingWindow source = WindowOf(trace_, Stack::kDecoder, -1, g_.num_experts);
+    PassInfo pass = Pass(Stack::kDecoder, 0, 1);
+    pass.source_BSD = source.source_BSD;
+    pass.source_valid_BS = source.source_valid_BS;
+    return pass;
+  }
   // Decodes token 0 and ends its pass with an output that names `id`.
   std::vector<LayerForecast> EndOfFirst(PredictorForesight* foresight, int64_t id) {
-    PassInfo pass = Pass(Stack::kDecoder, 0, 1);
+    PassInfo pass = First();
     foresight->AtPassBegin(pass);
     for (int l = 0; l < g_.decoder_layers; ++l) {
       const auto said = foresight->AtLayer(RoutingOf(Stack::kDecoder, l, 0, 1));
@@ -159,7 +166,7 @@ TEST_F(EarlyForesightTest, AGuessBeforeASkippedPassAnswersNoLaterOne) {
 
 TEST_F(EarlyForesightTest, WithoutAnOutputTheLastLayerIsAskedAtTheEnd) {
   PredictorForesight early(&predictor_, g_, 8, guess_);
-  PassInfo pass = Pass(Stack::kDecoder, 0, 1);
+  PassInfo pass = First();
   early.AtPassBegin(pass);
   for (int l = 0; l < g_.decoder_layers; ++l) {
     early.AtLayer(RoutingOf(Stack::kDecoder, l, 0, 1));

@@ -16,6 +16,14 @@ class LastPass : public RoutingObserver {
   PassInfo seen;
 };
 
+RoutingTrace TraceWithOutput() {
+  RoutingTrace trace = RandomTrace(SmallGeometry(), 4, 5, 1);
+  for (int i = 0; i < 5 * trace.decoder.hidden_width; ++i) {
+    trace.decoder.output.push_back(FloatToBf16(static_cast<float>(i)));
+  }
+  return trace;
+}
+
 PassInfo Step(int64_t position) {
   PassInfo pass;
   pass.stack = Stack::kDecoder;
@@ -34,20 +42,19 @@ at::Tensor SeenAt(ReplayTape* tape, LastPass* last, int64_t position) {
 }
 
 TEST(ReplayTapeTest, ShowsTheRecordedOutputOfEachStep) {
-  const RoutingTrace trace = RandomTrace(SmallGeometry(), 4, 5, 1);
+  const RoutingTrace trace = TraceWithOutput();
   ReplayTape tape(SmallGeometry());
   LastPass last;
   tape.SetInner(&last);
   tape.Load(Stack::kDecoder, {&trace.decoder}, 5);
-  const at::Tensor recorded =
-      WindowOf(trace, Stack::kDecoder, SmallGeometry().decoder_layers - 1, 5).output_BTD;
+  const at::Tensor recorded = OutputOf(trace);
   for (int64_t t = 0; t < 5; ++t) {
     EXPECT_TRUE(at::equal(SeenAt(&tape, &last, t), recorded.narrow(1, t, 1))) << t;
   }
 }
 
 TEST(ReplayTapeTest, ShowsNoOutputWhereNoneWasRecorded) {
-  RoutingTrace trace = RandomTrace(SmallGeometry(), 4, 5, 1);
+  RoutingTrace trace = TraceWithOutput();
   trace.decoder.output.clear();
   ReplayTape tape(SmallGeometry());
   LastPass last;

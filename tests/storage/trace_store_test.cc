@@ -27,6 +27,7 @@ TEST_F(TraceStoreTest, GivesBackWhatAMapHolds) {
     RoutingTrace without = all.at(ids[i]);
     for (RoutingSpan* span : {&without.encoder, &without.decoder}) {
       span->hidden.clear();
+      span->output.clear();
       span->hidden_width = 0;
     }
     EXPECT_EQ(many[i], without);
