@@ -14,6 +14,7 @@ constexpr uint64_t kMaxChunkBytes = 128 << 10;  // of text: bounds a rank's memo
 constexpr uint64_t kMinChunkBytes = 8 << 10;    // below, staging and ingestion would show
 constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is left
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
+constexpr uint64_t kOrderKey = 0x636f6c6c656374ULL;
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
 
 void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
@@ -25,6 +26,45 @@ void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
     segments->emplace_back(ids.begin() + static_cast<std::ptrdiff_t>(at),
                            ids.begin() + static_cast<std::ptrdiff_t>(end));
   }
+}
+
+// The chunks of one intake.
+void AddChunks(const Corpus& corpus, const DocumentOrder& order, PlannedIntake range,
+               uint64_t last_segments, ChunkPlan* plan) {
+  uint64_t left = 0;
+  for (uint64_t p = range.begin; p < range.end; ++p) {
+    left += corpus.document(order(p)).length_bytes;
+  }
+  plan->num_documents += range.end - range.begin;
+  plan->text_bytes += left;
+  const auto add = [&](Chunk chunk) {
+    if (chunk.end == range.end) chunk.last_segments = last_segments;
+    plan->chunks.push_back(chunk);
+  };
+  for (uint64_t p = range.begin; p < range.end;) {
+    const uint64_t target = std::clamp(left / kTaper, kMinChunkBytes, kMaxChunkBytes);
+    const uint64_t first_bytes = corpus.document(order(p)).length_bytes;
+    if (first_bytes > 2 * target) {
+      const auto slices = static_cast<uint32_t>((first_bytes + target - 1) / target);
+      for (uint32_t i = 0; i < slices; ++i) add({p, p + 1, i, slices});
+      left -= first_bytes;
+      ++p;
+      continue;
+    }
+    Chunk chunk{p, p, 0, 1};
+    uint64_t bytes = 0;
+    while (chunk.end < range.end && bytes < target) {
+      const uint64_t more = corpus.document(order(chunk.end)).length_bytes;
+      if (more > 2 * target) break;  // it is sliced on its own
+      bytes += more;
+      ++chunk.end;
+    }
+    left -= bytes;
+    p = chunk.end;
+    add(chunk);
+  }
+  range.chunk_end = plan->chunks.size();
+  plan->intakes.push_back(range);
 }
 
 }  // namespace
@@ -40,13 +80,31 @@ std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
   return segments;
 }
 
-SequenceLimit FindSequenceLimit(const Corpus& corpus, const Tokenizer& tokenizer,
-                                int max_tokens, uint64_t max_sequences, int threads) {
-  if (max_sequences == 0) return {corpus.size(), 0};
-  const DocumentOrder order(corpus.size());
+DocumentOrder::DocumentOrder(const Corpus& corpus) : ends_(corpus.intake_ends()) {
+  uint64_t begin = 0;
+  for (const uint64_t end : ends_) {
+    orders_.emplace_back(end - begin, kOrderKey);
+    begin = end;
+  }
+}
+
+uint64_t DocumentOrder::operator()(uint64_t position) const {
+  size_t intake = 0;
+  while (position >= ends_[intake]) ++intake;
+  const uint64_t begin = intake == 0 ? 0 : ends_[intake - 1];
+  return begin + orders_[intake](position - begin);
+}
+
+SequenceLimit FindSequenceLimit(const Corpus& corpus, size_t intake,
+                                const Tokenizer& tokenizer, int max_tokens,
+                                uint64_t max_sequences, int threads) {
+  const uint64_t begin = intake == 0 ? 0 : corpus.intake_ends()[intake - 1];
+  const uint64_t size = corpus.intake_ends()[intake] - begin;
+  if (max_sequences == 0) return {size, 0};
+  const DocumentOrder order(corpus);
   uint64_t sequences = 0;
-  for (uint64_t first = 0; first < corpus.size(); first += kLimitBatch) {
-    const uint64_t count = std::min(kLimitBatch, corpus.size() - first);
+  for (uint64_t first = 0; first < size; first += kLimitBatch) {
+    const uint64_t count = std::min(kLimitBatch, size - first);
     if (StopRequested()) return {first, 0};
     std::vector<uint64_t> segments(count);
     std::vector<std::thread> workers;
@@ -54,8 +112,8 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, const Tokenizer& tokenizer
       workers.emplace_back([&, w] {
         for (uint64_t i = static_cast<uint64_t>(w); i < count;
              i += static_cast<uint64_t>(threads)) {
-          segments[i] =
-              SegmentTokens(tokenizer, corpus.Text(order(first + i)), max_tokens).size();
+          const std::string_view text = corpus.Text(order(begin + first + i));
+          segments[i] = SegmentTokens(tokenizer, text, max_tokens).size();
         }
       });
     }
@@ -67,39 +125,17 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, const Tokenizer& tokenizer
       sequences += segments[i];
     }
   }
-  return {corpus.size(), 0};
+  return {size, 0};
 }
 
-ChunkPlan MakeChunkPlan(const Corpus& corpus, const SequenceLimit& limit) {
-  const DocumentOrder order(corpus.size());
+ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits) {
+  const DocumentOrder order(corpus);
   ChunkPlan plan;
-  plan.num_documents = limit.num_documents;
-  plan.last_segments = limit.last_segments;
-  for (uint64_t p = 0; p < plan.num_documents; ++p) {
-    plan.text_bytes += corpus.document(order(p)).length_bytes;
-  }
-  uint64_t left = plan.text_bytes;
-  for (uint64_t p = 0; p < plan.num_documents;) {
-    const uint64_t target = std::clamp(left / kTaper, kMinChunkBytes, kMaxChunkBytes);
-    const uint64_t first_bytes = corpus.document(order(p)).length_bytes;
-    if (first_bytes > 2 * target) {
-      const auto slices = static_cast<uint32_t>((first_bytes + target - 1) / target);
-      for (uint32_t i = 0; i < slices; ++i) plan.chunks.push_back({p, p + 1, i, slices});
-      left -= first_bytes;
-      ++p;
-      continue;
-    }
-    Chunk chunk{p, p, 0, 1};
-    uint64_t bytes = 0;
-    while (chunk.end < plan.num_documents && bytes < target) {
-      const uint64_t more = corpus.document(order(chunk.end)).length_bytes;
-      if (more > 2 * target) break;  // it is sliced on its own
-      bytes += more;
-      ++chunk.end;
-    }
-    left -= bytes;
-    p = chunk.end;
-    plan.chunks.push_back(chunk);
+  uint64_t begin = 0;
+  for (size_t intake = 0; intake < limits.size(); ++intake) {
+    const PlannedIntake range{begin, begin + limits[intake].num_documents, 0};
+    AddChunks(corpus, order, range, limits[intake].last_segments, &plan);
+    begin = corpus.intake_ends()[intake];
   }
   return plan;
 }
@@ -108,21 +144,24 @@ std::set<uint64_t> ForcedHiddenGroups(const Corpus& corpus, const ChunkPlan& pla
                                       double share) {
   std::set<uint64_t> forced;
   if (share <= 0) return forced;
-  const DocumentOrder order(corpus.size());
+  const DocumentOrder order(corpus);
   struct Part {
     bool present = false, chosen = false;
     uint64_t first_group = 0;
   };
   std::array<Part, 3> parts;
-  for (uint64_t p = 0; p < plan.num_documents; ++p) {
-    const Document document = corpus.document(order(p));
-    Part& part = parts[static_cast<size_t>(document.part)];
-    if (!part.present) part.first_group = document.group;
-    part.present = true;
-    part.chosen = part.chosen || HiddenShareOf(document.group, share);
-  }
-  for (const Part& part : parts) {
-    if (part.present && !part.chosen) forced.insert(part.first_group);
+  for (const PlannedIntake& intake : plan.intakes) {
+    for (uint64_t p = intake.begin; p < intake.end; ++p) {
+      const Document document = corpus.document(order(p));
+      Part& part = parts[static_cast<size_t>(document.part)];
+      if (!part.present) part.first_group = document.group;
+      part.present = true;
+      part.chosen = part.chosen || HiddenShareOf(document.group, share);
+    }
+    for (Part& part : parts) {
+      if (part.present && !part.chosen) forced.insert(part.first_group);
+      part.chosen = part.present;
+    }
   }
   return forced;
 }

@@ -1,5 +1,6 @@
 // Which part of a corpus is one unit of work. Everything here is a function of the
-// corpus, the tokenizer and --max_sequences alone, never of ranks or time.
+// corpus, the tokenizer and --max_sequences alone, never of ranks or time; and of an
+// intake (corpus.h) and those before it, never of later ones.
 #pragma once
 
 #include <cstdint>
@@ -29,39 +30,50 @@ struct Chunk {
   // A document too long for one chunk is a chunk of its own `num_slices` times: slice i
   // holds the segments s of the n collected with s * num_slices / n == i.
   uint32_t slice = 0, num_slices = 1;
+  // Of the last document, where --max_sequences ends in it; 0 = all its segments.
+  uint64_t last_segments = 0;
+};
+
+// What of an intake is collected.
+struct PlannedIntake {
+  uint64_t begin = 0, end = 0;  // positions in the permuted document order
+  size_t chunk_end = 0;         // in ChunkPlan::chunks, which lie in the intakes' order
 };
 
 struct ChunkPlan {
-  uint64_t num_documents = 0;  // the first of the permuted order that are collected
-  uint64_t last_segments =
-      0;  // of the last document, where --max_sequences ends in it; 0 = all
-  uint64_t text_bytes = 0;    // of these documents
-  std::vector<Chunk> chunks;  // smaller towards the end, so that ranks end together
+  uint64_t num_documents = 0;  // that are collected
+  uint64_t text_bytes = 0;     // of these documents
+  std::vector<Chunk> chunks;   // smaller towards an intake's end: ranks end together
+  std::vector<PlannedIntake> intakes;
 };
 
-// Position in the plan's order -> document. A prefix is a fair sample of all sources.
+// Position in the plan's order -> document: each intake's documents permuted among
+// themselves. A prefix of an intake is a fair sample of all its sources.
 class DocumentOrder {
  public:
-  explicit DocumentOrder(uint64_t num_documents)
-      : order_(num_documents, 0x636f6c6c656374ULL) {}
-  uint64_t operator()(uint64_t position) const { return order_(position); }
+  explicit DocumentOrder(const Corpus& corpus);
+  uint64_t operator()(uint64_t position) const;  // REQUIRES below the corpus's size
 
  private:
-  Permutation order_;
+  std::vector<uint64_t> ends_;
+  std::vector<Permutation> orders_;
 };
 
-// How many documents hold the first `max_sequences` sequences (0 = all of them).
+// How many documents of an intake hold its first `max_sequences` sequences (0 = all).
 // Tokenizes documents until then, on `threads` threads; with 0 it reads nothing.
 // Where a stop is requested it returns early: the result is then of no use.
 struct SequenceLimit {
   uint64_t num_documents = 0, last_segments = 0;
 };
-SequenceLimit FindSequenceLimit(const Corpus& corpus, const Tokenizer& tokenizer,
-                                int max_tokens, uint64_t max_sequences, int threads);
-ChunkPlan MakeChunkPlan(const Corpus& corpus, const SequenceLimit& limit);
+SequenceLimit FindSequenceLimit(const Corpus& corpus, size_t intake,
+                                const Tokenizer& tokenizer, int max_tokens,
+                                uint64_t max_sequences, int threads);
+// `limits`: one an intake.
+ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits);
 
 // Document groups whose router inputs are recorded: a share by hash, and where that
-// leaves a split part of the plan without any, the part's first group.
+// leaves a split part without any in an intake and those before it, the part's first
+// group.
 std::set<uint64_t> ForcedHiddenGroups(const Corpus& corpus, const ChunkPlan& plan,
                                       double share);
 

@@ -54,7 +54,7 @@ ChunkRunner::ChunkRunner(SwitchModel* model, const Corpus* corpus,
       tokenizer_(tokenizer),
       plan_(plan),
       config_(config),
-      order_(corpus->size()),
+      order_(*corpus),
       forced_groups_(config.Records("hidden")
                          ? ForcedHiddenGroups(*corpus, *plan, config.hidden_share)
                          : std::set<uint64_t>()) {}
@@ -97,9 +97,9 @@ std::vector<ChunkRunner::Sequence> ChunkRunner::SequencesOf(const Chunk& chunk) 
     const uint64_t d = order_(position);
     const Document document = corpus_->document(d);
     const auto& segments = SegmentsOf(d);
-    const bool last = position + 1 == plan_->num_documents && plan_->last_segments > 0;
+    const bool cut = position + 1 == chunk.end && chunk.last_segments > 0;
     const size_t count =
-        last ? std::min<size_t>(segments.size(), plan_->last_segments) : segments.size();
+        cut ? std::min<size_t>(segments.size(), chunk.last_segments) : segments.size();
     for (size_t s = 0; s < count; ++s) {
       if (s * chunk.num_slices / count != chunk.slice) continue;
       Sequence sequence = MakeSequence(d << kSegmentBits | s, segments[s]);

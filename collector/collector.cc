@@ -9,9 +9,9 @@
 #include <optional>
 #include <thread>
 
-#include "collector/chunk_plan.h"
 #include "collector/chunk_runner.h"
 #include "collector/collect_job.h"
+#include "collector/collect_sources.h"
 #include "collector/collected_model.h"
 #include "collector/rank_watch.h"
 #include "collector/span_log.h"
@@ -70,18 +70,15 @@ int ThreadsOf(const CollectOptions& options, const RankInfo& rank) {
 }
 
 StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint,
-                     const Tokenizer& tokenizer, const Corpus& corpus, at::Device device,
-                     int threads) {
+                     const Tokenizer& tokenizer, at::Device device, int threads) {
   StoreConfig c;
   c.model = options.model;
   c.model_fingerprint = checkpoint.fingerprint;
   c.tokenizer_fingerprint = tokenizer.fingerprint();
-  c.corpus_fingerprint = corpus.fingerprint();
   c.geometry = checkpoint.config.geometry();
   c.record = options.record;
   std::sort(c.record.begin(), c.record.end());
   c.top_k = c.Records("topk") ? std::min(options.top_k, c.geometry.num_experts) : 0;
-  c.data = options.data;
   c.task = options.task;
   c.threads = threads;
   c.dtype = options.dtype;
@@ -90,7 +87,6 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
   c.num_shards = options.num_shards;
   c.hidden_share = c.Records("hidden") ? options.hidden_share : 0;
   c.max_length = options.max_length;
-  c.max_sequences = options.max_sequences;
   c.compression = options.compression;
   c.batch_size = options.batch_size;
   c.noise_density = options.task == Task::kEncode ? 0 : options.noise_density;
@@ -252,27 +248,16 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
                                   std::to_string(checkpoint.config.vocab_size),
                               "use the tokenizer that the model was trained with"));
   }
-  const fs::path cache =
-      options.cache.empty() ? fs::path(options.store + ".corpus") : options.cache;
-  const Corpus corpus = Corpus::Open(options.data, options.dry_run ? fs::path() : cache,
-                                     threads, options.quiet || !rank.is_root());
-
-  SequenceLimit limit;
-  if (rank.is_root()) {
-    limit = FindSequenceLimit(corpus, tokenizer, options.max_length - 1,
-                              static_cast<uint64_t>(options.max_sequences), threads);
-  }
-  std::vector<int64_t> shared = {static_cast<int64_t>(limit.num_documents),
-                                 static_cast<int64_t>(limit.last_segments),
-                                 StopRequested() ? 1 : 0};
-  Share(&shared);
-  if (shared[2] != 0) return CollectEnd::kStopped;
-  limit = {static_cast<uint64_t>(shared[0]), static_cast<uint64_t>(shared[1])};
-  const ChunkPlan plan = MakeChunkPlan(corpus, limit);
-  StoreConfig config = ConfigOf(options, checkpoint, tokenizer, corpus, device, threads);
-  config.num_chunks = static_cast<int64_t>(plan.chunks.size());
+  const auto sources = OpenSources(options, tokenizer, rank, threads, Share);
+  if (!sources) return CollectEnd::kStopped;
+  const Corpus& corpus = sources->corpus;
+  const ChunkPlan& plan = sources->plan;
+  StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
+  config.SetIntakes(sources->intakes);
   if (options.dry_run) {
-    if (fs::exists(store / "store.json")) TraceStore::CreateOrOpen(store, config);
+    if (fs::exists(store / "store.json")) {
+      TraceStore::RequireGoesOn(store, TraceStore::Open(store), config);
+    }
     if (rank.is_root()) PrintPlan(options, config, corpus, plan, rank);
     // An existing store has taken some of it already: its start knows how much.
     if (!fs::exists(store / "store.json")) {
@@ -297,6 +282,10 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     run->Set("threads", threads);
     run->Set("seed", options.seed);
     run->Set("libraries", LibraryVersions());
+    run->Set("corpus", {{"documents", corpus.stats().documents},
+                        {"groups", corpus.stats().groups},
+                        {"exact_duplicates", corpus.stats().exact_duplicates},
+                        {"intake_ends", corpus.intake_ends()}});
     run->WriteStart();
   }
   const std::string token = ShareText(lock ? lock->token() : "");
@@ -322,9 +311,9 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
       {&options, &config, &runner, &owner, &spans, token, [&model] { model.Serve(); }},
       rank, std::move(todo));
   job.Run();
-  shared = {job.complete() ? 1 : 0};
-  Share(&shared);
-  const bool complete = shared[0] == 1;
+  std::vector<int64_t> completed = {job.complete() ? 1 : 0};
+  Share(&completed);
+  const bool complete = completed[0] == 1;
   const auto finishing = SpanLog::Clock::now();
   const bool finished = complete && FinishStore(store, config, rank, &owner);
   if (complete) spans.Write("finish", finishing, Json::object());

@@ -13,7 +13,7 @@ namespace routecast {
 
 struct CollectOptions {
   std::string model;              // folder of a checkpoint with its tokenizer
-  std::vector<std::string> data;  // kind:path
+  std::vector<std::string> data;  // kind:path; the store is given those it lacks
   std::string store;              // folder of the trace store
   fs::path cache;                 // of the corpus index; empty: STORE.corpus
   Task task = Task::kDenoise;
@@ -21,7 +21,7 @@ struct CollectOptions {
   int top_k = 4;                // stored a token where record has topk
   double hidden_share = 0.1;    // share of document groups with router inputs
   int num_shards = 16;          // fixed at creation
-  int64_t max_sequences = 0;    // 0 = the whole corpus
+  int64_t max_sequences = 0;    // of the sources that came together; 0 = all
   int max_length = 512;         // tokens a sequence; longer documents are cut
   int batch_size = 32;          // sequences a forward pass
   double noise_density = 0.15;  // share of masked tokens in denoise and generate

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <fstream>
@@ -56,22 +57,49 @@ class FileLock {
   int fd_;
 };
 
-std::vector<SourceFiles> ListSources(const std::vector<std::string>& specs) {
-  if (specs.empty()) throw UsageError("no corpus: give at least one --data=kind:path");
+// All intakes' sources, and where each intake's files end.
+struct SourceList {
   std::vector<SourceFiles> sources;
-  for (const std::string& text : specs) {
-    SourceSpec spec = ParseSourceSpec(text);
-    std::vector<fs::path> files = ListFiles(spec);
-    sources.push_back({std::move(spec), std::move(files)});
+  std::vector<uint64_t> file_ends;
+};
+
+SourceList ListSources(const std::vector<std::vector<std::string>>& intakes) {
+  SourceList list;
+  uint64_t files = 0;
+  for (const auto& specs : intakes) {
+    if (specs.empty()) throw UsageError("no corpus: give at least one --data=kind:path");
+    for (const std::string& text : specs) {
+      SourceSpec spec = ParseSourceSpec(text);
+      list.sources.push_back({spec, ListFiles(spec)});
+      files += list.sources.back().files.size();
+    }
+    list.file_ends.push_back(files);
   }
-  return sources;
+  return list;
+}
+
+// Documents lie in the order of the files.
+std::vector<uint64_t> DocumentEnds(const std::vector<uint64_t>& file_ends,
+                                   const std::vector<IndexEntry>& entries) {
+  std::vector<uint64_t> ends;
+  for (const uint64_t end : file_ends) {
+    const auto behind =
+        std::partition_point(entries.begin(), entries.end(),
+                             [end](const IndexEntry& e) { return e.file < end; });
+    ends.push_back(static_cast<uint64_t>(behind - entries.begin()));
+  }
+  return ends;
 }
 
 // Changes when a source changes, or the format or the rules of the index do.
-std::string CacheKey(const std::vector<SourceFiles>& sources) {
+std::string CacheKey(const SourceList& list) {
   uint64_t key =
       Mix(kIndexVersion, uint64_t{kHashes}, uint64_t{kRows}, uint64_t{kShingleWords});
-  for (const auto& source : sources) {
+  // Groups depend on which intake a document came with.
+  if (list.file_ends.size() > 1) {
+    for (const uint64_t end : list.file_ends) key = Mix(key, end);
+  }
+  for (const auto& source : list.sources) {
     key = Mix(key, static_cast<uint64_t>(source.spec.kind), Hash64(source.spec.field));
     for (const auto& file : source.files) {
       struct stat info;
@@ -90,24 +118,23 @@ std::string CacheKey(const std::vector<SourceFiles>& sources) {
 // Makes a corpus from a cache folder or from its sources.
 class CorpusBuilder {
  public:
-  static Corpus InMemory(const std::vector<SourceFiles>& sources, int threads,
-                         bool quiet) {
+  static Corpus InMemory(const SourceList& list, int threads, bool quiet) {
     Corpus corpus;
     std::string texts;
-    auto pass = ReadSources(sources, threads, quiet,
+    auto pass = ReadSources(list.sources, threads, quiet,
                             [&texts](std::string_view text) { texts += text; });
     corpus.contents_ = std::move(pass.contents);
     corpus.texts_ = std::make_unique<Corpus::TextStore>(std::move(texts));
-    Group(pass.signatures, threads, &corpus);
+    Group(pass.signatures, list.file_ends, threads, &corpus);
     return corpus;
   }
 
-  static void Write(const std::vector<SourceFiles>& sources, const fs::path& folder,
-                    int threads, bool quiet) {
+  static void Write(const SourceList& list, const fs::path& folder, int threads,
+                    bool quiet) {
     SealedFolder sealed(folder);
     const fs::path text_path = sealed.path() / kTextName;
     std::ofstream out(text_path, std::ios::binary);
-    auto pass = ReadSources(sources, threads, quiet, [&](std::string_view text) {
+    auto pass = ReadSources(list.sources, threads, quiet, [&](std::string_view text) {
       out.write(text.data(), static_cast<std::streamsize>(text.size()));
       if (!out) ThrowErrno(errno ? errno : EIO, "write", text_path);
     });
@@ -116,7 +143,7 @@ class CorpusBuilder {
     Corpus corpus;
     corpus.contents_ = std::move(pass.contents);
     corpus.texts_ = std::make_unique<Corpus::TextStore>(text_path);
-    Group(pass.signatures, threads, &corpus);
+    Group(pass.signatures, list.file_ends, threads, &corpus);
     if (corpus.size() == 0) return;  // nothing to seal: Open reports it
     WriteFileAtomic(sealed.path() / kIndexName, SerializeIndex(corpus.contents_));
     sealed.Commit();
@@ -142,12 +169,17 @@ class CorpusBuilder {
   }
 
  private:
-  static void Group(const std::vector<Signature>& signatures, int threads,
-                    Corpus* corpus) {
-    corpus->contents_.text_hash = Hash64(corpus->texts_->bytes());
-    AssignGroups(
-        signatures, [corpus](uint64_t i) { return corpus->Text(i); }, threads,
-        &corpus->contents_);
+  static void Group(const std::vector<Signature>& signatures,
+                    const std::vector<uint64_t>& file_ends, int threads, Corpus* corpus) {
+    IndexContents* contents = &corpus->contents_;
+    contents->text_hash = Hash64(corpus->texts_->bytes());
+    uint64_t begin = 0;
+    for (const uint64_t end : DocumentEnds(file_ends, contents->entries)) {
+      AssignGroups(
+          signatures, [corpus](uint64_t i) { return corpus->Text(i); }, threads, begin,
+          end, contents);
+      begin = end;
+    }
   }
 };
 
@@ -158,8 +190,13 @@ Corpus::~Corpus() = default;
 
 Corpus Corpus::Open(const std::vector<std::string>& specs, const fs::path& cache_folder,
                     int threads, bool quiet) {
+  return OpenIntakes({specs}, cache_folder, threads, quiet);
+}
+
+Corpus Corpus::OpenIntakes(const std::vector<std::vector<std::string>>& intakes,
+                           const fs::path& cache_folder, int threads, bool quiet) {
   const auto start = std::chrono::steady_clock::now();
-  const std::vector<SourceFiles> sources = ListSources(specs);
+  const SourceList sources = ListSources(intakes);
   std::optional<Corpus> corpus;
   bool from_cache = false;
   if (cache_folder.empty()) {
@@ -181,9 +218,10 @@ Corpus Corpus::Open(const std::vector<std::string>& specs, const fs::path& cache
   }
   if (!corpus || corpus->size() == 0) {
     throw UsageError(ErrorText("the corpus is empty",
-                               specs.front() + " holds no document",
+                               intakes.front().front() + " holds no document",
                                "give a file with text, or another kind"));
   }
+  corpus->intake_ends_ = DocumentEnds(sources.file_ends, corpus->contents_.entries);
   corpus->Finish();
   corpus->stats_.from_cache = from_cache;
   corpus->stats_.seconds =
@@ -216,10 +254,8 @@ std::vector<uint64_t> Corpus::DocumentsOf(SplitPart part) const {
 }
 
 void Corpus::Finish() {
-  uint64_t hash = size();
   std::unordered_set<uint64_t> groups;
   for (const IndexEntry& entry : contents_.entries) {
-    hash = Mix(hash, entry.content_hash, entry.group);
     groups.insert(entry.group);
     const auto part = static_cast<size_t>(SplitOf(entry.group));
     ++stats_.part_documents[part];
@@ -231,7 +267,16 @@ void Corpus::Finish() {
   stats_.exact_duplicates = contents_.exact_duplicates;
   stats_.binary_documents = contents_.binary_documents;
   stats_.replaced_bytes = contents_.replaced_bytes;
-  fingerprint_ = Hex64(hash);
+  fingerprint_ = FingerprintAfter(intake_ends_.size() - 1);
+}
+
+std::string Corpus::FingerprintAfter(size_t intake) const {
+  const uint64_t end = intake_ends_.at(intake);
+  uint64_t hash = end;
+  for (uint64_t i = 0; i < end; ++i) {
+    hash = Mix(hash, contents_.entries[i].content_hash, contents_.entries[i].group);
+  }
+  return Hex64(hash);
 }
 
 std::string Corpus::Summary() const {

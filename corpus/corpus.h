@@ -48,6 +48,12 @@ class Corpus {
   // EnvironmentError (disk full), StoppedError.
   static Corpus Open(const std::vector<std::string>& specs, const fs::path& cache_folder,
                      int threads, bool quiet);
+  // The same for sources that came in one list after the other, the intakes. Documents of
+  // a later intake follow those of the earlier ones; their exact duplicates are dropped,
+  // and a component of near-duplicates takes the group of its earliest document that was
+  // there before. So a later intake changes nothing about an earlier one.
+  static Corpus OpenIntakes(const std::vector<std::vector<std::string>>& intakes,
+                            const fs::path& cache_folder, int threads, bool quiet);
   Corpus(Corpus&&) noexcept;
   Corpus& operator=(Corpus&&) noexcept;
   ~Corpus();
@@ -63,6 +69,10 @@ class Corpus {
   std::string Summary() const;
   // 16 hex digits over content, groups and order: equal exactly where all of these are.
   const std::string& fingerprint() const { return fingerprint_; }
+  // Intake k holds the documents [k == 0 ? 0 : ends[k - 1], ends[k]).
+  const std::vector<uint64_t>& intake_ends() const { return intake_ends_; }
+  // Of the intakes up to this one: what fingerprint() was before later ones came.
+  std::string FingerprintAfter(size_t intake) const;
 
  private:
   class TextStore;
@@ -72,6 +82,7 @@ class Corpus {
   std::unique_ptr<TextStore> texts_;
   CorpusStats stats_;
   std::string fingerprint_;
+  std::vector<uint64_t> intake_ends_;
   friend class CorpusBuilder;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 
 #include "common/errors.h"
@@ -140,14 +141,25 @@ IndexPassResult ReadSources(const std::vector<SourceFiles>& sources, int threads
 
 void AssignGroups(const std::vector<Signature>& signatures,
                   const std::function<std::string_view(uint64_t)>& text, int threads,
-                  IndexContents* contents) {
+                  uint64_t begin, uint64_t end, IndexContents* contents) {
   auto& entries = contents->entries;
-  const auto roots = NearDuplicateGroups(entries.size(), signatures, text, threads);
-  std::vector<uint64_t> smallest(entries.size(), std::numeric_limits<uint64_t>::max());
-  for (size_t i = 0; i < entries.size(); ++i) {
+  std::vector<uint64_t> earlier(begin);  // the first document of each one's group
+  std::unordered_map<uint64_t, uint64_t> first_of;
+  for (uint64_t i = 0; i < begin; ++i) {
+    earlier[i] = first_of.emplace(entries[i].group, i).first->second;
+  }
+  std::vector<Signature> known;  // signatures ascend by document
+  for (const Signature& s : signatures) {
+    if (s.document < end) known.push_back(s);
+  }
+  const auto roots = NearDuplicateGroups(end, known, text, threads, earlier);
+  std::vector<uint64_t> smallest(end, std::numeric_limits<uint64_t>::max());
+  for (uint64_t i = begin; i < end; ++i) {
     smallest[roots[i]] = std::min(smallest[roots[i]], entries[i].content_hash);
   }
-  for (size_t i = 0; i < entries.size(); ++i) entries[i].group = smallest[roots[i]];
+  for (uint64_t i = begin; i < end; ++i) {
+    entries[i].group = roots[i] < begin ? entries[roots[i]].group : smallest[roots[i]];
+  }
 }
 
 }  // namespace routecast

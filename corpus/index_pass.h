@@ -27,9 +27,10 @@ IndexPassResult ReadSources(const std::vector<SourceFiles>& sources, int threads
                             bool quiet,
                             const std::function<void(std::string_view)>& append);
 
-// Sets `group` of every entry. `text` gives the text of document i.
+// Sets `group` of the entries [begin, end); those before have theirs, and keep it. `text`
+// gives the text of document i.
 void AssignGroups(const std::vector<Signature>& signatures,
                   const std::function<std::string_view(uint64_t)>& text, int threads,
-                  IndexContents* contents);
+                  uint64_t begin, uint64_t end, IndexContents* contents);
 
 }  // namespace routecast

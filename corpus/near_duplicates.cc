@@ -201,8 +201,10 @@ double Jaccard(const std::vector<uint64_t>& a, const std::vector<uint64_t>& b) {
 
 std::vector<uint64_t> NearDuplicateGroups(
     uint64_t num_documents, const std::vector<Signature>& signatures,
-    const std::function<std::string_view(uint64_t)>& text, int threads) {
+    const std::function<std::string_view(uint64_t)>& text, int threads,
+    const std::vector<uint64_t>& earlier) {
   UnionFind groups(num_documents);
+  for (uint64_t i = 0; i < earlier.size(); ++i) groups.Join(earlier[i], i);
   for (int band = 0; band < kBands; ++band) {
     const std::vector<Entry> entries = SortedBand(signatures, band);
     const auto buckets = Buckets(entries);

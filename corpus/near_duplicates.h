@@ -35,10 +35,13 @@ struct Signature {
 // without a signature are groups of their own. `text` gives a document's text (any
 // thread). Groups are the connected components of pairs with Jaccard >= 0.8. In a bucket
 // a document is compared with at most kMaxCompared representatives, so that time stays
-// linear in crowded ones.
+// linear in crowded ones. The first documents may have their groups already: `earlier`
+// names the smallest document of each one's; two such groups are joined here where a
+// document is near both, and it is the caller who keeps them apart.
 constexpr int kMaxCompared = 16;
 std::vector<uint64_t> NearDuplicateGroups(
     uint64_t num_documents, const std::vector<Signature>& signatures,
-    const std::function<std::string_view(uint64_t)>& text, int threads);
+    const std::function<std::string_view(uint64_t)>& text, int threads,
+    const std::vector<uint64_t>& earlier = {});
 
 }  // namespace routecast

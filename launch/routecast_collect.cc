@@ -17,8 +17,10 @@ DEFINE_string(
     model, "",
     "Checkpoint: folder with config.json, weights and spiece.model, or a name in "
     "the Hugging Face cache: google/switch-base-8[@REVISION]");
-DEFINE_string(data, "",
-              "Corpus: kind:path, repeatable (text: jsonl: wikitext: squad: glue:)");
+DEFINE_string(
+    data, "",
+    "Corpus: kind:path, repeatable (text: jsonl: wikitext: squad: glue:); a store "
+    "is given those that it does not have");
 DEFINE_string(store, "", "Folder of the trace store: made anew, or gone on with");
 DEFINE_string(cache, "", "Folder of the corpus index; default: STORE.corpus");
 DEFINE_string(task, "denoise", "encode, denoise or generate");
@@ -29,7 +31,7 @@ DEFINE_int32(num_shards, 16, "Databases of the store; fixed at creation");
 DEFINE_string(
     compression, "none",
     "none, zstd (blocks), context (ids, once all chunks are in) or context+zstd");
-DEFINE_int64(max_sequences, 0, "Sequences to collect; 0 = the whole corpus");
+DEFINE_int64(max_sequences, 0, "Sequences to collect, of what --data adds; 0 = all");
 DEFINE_int32(max_length, 512, "Tokens a sequence; longer documents are cut into several");
 DEFINE_int32(batch_size, 32, "Sequences a forward pass");
 DEFINE_double(noise_density, 0.15, "Share of masked tokens in denoise and generate");

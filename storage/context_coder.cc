@@ -27,6 +27,23 @@ void StopIfAsked() {
       "  start the same command to go on");
 }
 
+// As the chunk marks say.
+uint64_t RecordsIn(const ShardDb& shard) {
+  const std::unique_ptr<rocksdb::Iterator> it(
+      shard.db()->NewIterator(rocksdb::ReadOptions(), shard.family(Family::kRouting)));
+  uint64_t records = 0;
+  for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
+    const ChunkMark mark =
+        DecodeMark(it->key().ToStringView(), it->value().ToStringView(),
+                   shard.path().string() + ": chunk mark");
+    for (const SequenceInfo& s : mark.sequences) {
+      records += (s.encoder_tokens > 0) + (s.decoder_tokens > 0);
+    }
+  }
+  CheckStatus(it->status(), "read", shard.path());
+  return records;
+}
+
 // One shard's records in key order, coded, and the mark that says so.
 void WriteCoded(const ShardDb& shard, const StoreConfig& config,
                 const ContextModel& model, const fs::path& file) {
@@ -140,7 +157,7 @@ bool ReadCoderMark(const ShardDb& shard, CoderMark* mark) {
 void CodeShard(const ShardDb& shard, const StoreConfig& config, const ContextModel& model,
                const fs::path& staging, const StepObserver& on_step) {
   CoderMark mark;
-  if (ReadCoderMark(shard, &mark)) return;
+  if (ReadCoderMark(shard, &mark) && mark.records == RecordsIn(shard)) return;
   fs::remove_all(staging);
   Step(on_step, "code: write");
   MakeFolder(staging);

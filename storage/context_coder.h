@@ -32,8 +32,9 @@ void MakeContextModel(const fs::path& store, const StoreConfig& config,
 
 // The shard's mark that its records are coded; false where they are not.
 bool ReadCoderMark(const ShardDb& shard, CoderMark* mark);
-// Codes the shard's records again, in one atomic step. Does nothing where they are coded,
-// or where the shard is empty. `staging`: a folder for the new file; removed.
+// Codes the shard's records again, in one atomic step. Does nothing where all are coded:
+// where later chunks came in packed, the mark counts fewer records than the shard has.
+// `staging`: a folder for the new file; removed.
 void CodeShard(const ShardDb& shard, const StoreConfig& config, const ContextModel& model,
                const fs::path& staging, const StepObserver& on_step);
 

@@ -18,10 +18,20 @@ constexpr uint64_t kReadAheadBytes = uint64_t{8} << 20;
 constexpr int kSegmentBits = 16;  // sequence id = document index * 65536 + segment
 
 const std::set<std::string>& MayDiffer() {
-  static const std::set<std::string> keys = {
-      "model",      "data",       "corpus_fingerprint", "threads",       "device_kind",
-      "num_shards", "num_chunks", "expert_parallel",    "max_sequences", "batch_size",
-      "seed",       "compression"};
+  static const std::set<std::string> keys = {"model",
+                                             "data",
+                                             "corpus_fingerprint",
+                                             "threads",
+                                             "device_kind",
+                                             "num_shards",
+                                             "num_chunks",
+                                             "expert_parallel",
+                                             "max_sequences",
+                                             "batch_size",
+                                             "seed",
+                                             "compression",
+                                             "intakes",
+                                             "schema"};
   return keys;
 }
 
@@ -137,11 +147,29 @@ fs::path CommonRouters(const std::vector<Input>& inputs) {
   return first;
 }
 
+// A corpus before and after sources were added to it: ids of the first intakes mean the
+// same in both. The store that knows most intakes speaks for all.
+const StoreConfig& CorpusOf(const StoreConfig& config, const std::vector<Input>& inputs) {
+  const StoreConfig* longest = &config;
+  for (const Input& input : inputs) {
+    const StoreConfig& other = input.reader().config();
+    const std::vector<StoreIntake> all = other.AllIntakes();
+    const bool holds =
+        std::any_of(all.begin(), all.end(), [&config](const StoreIntake& intake) {
+          return intake.corpus_fingerprint == config.corpus_fingerprint;
+        });
+    if (holds && all.size() > longest->AllIntakes().size()) longest = &other;
+  }
+  return *longest;
+}
+
 // Checks that the stores go together, gives new ids where wanted, and returns the
 // result's configuration.
 StoreConfig Prepare(const MergeOptions& options, std::vector<Input>* inputs) {
   const TraceReader& first = inputs->front().reader();
   StoreConfig config = first.config();
+  config.corpus_fingerprint = CorpusOf(config, *inputs).corpus_fingerprint;
+  config.intakes = CorpusOf(config, *inputs).intakes;
   std::vector<std::string> corpora;           // by first appearance
   std::map<std::string, uint64_t> documents;  // a corpus
   for (Input& input : *inputs) {
@@ -153,7 +181,7 @@ StoreConfig Prepare(const MergeOptions& options, std::vector<Input>* inputs) {
       for (const auto& d : differences) values += (values.empty() ? "" : "; ") + d;
       RefusePair(first, reader, values, "merge stores of one model and one recording");
     }
-    const std::string& corpus = reader.config().corpus_fingerprint;
+    const std::string corpus = CorpusOf(reader.config(), *inputs).corpus_fingerprint;
     if (!options.renumber && corpus != config.corpus_fingerprint) {
       RefusePair(first, reader,
                  "other corpus, so equal ids are other documents: corpus_fingerprint " +
@@ -178,8 +206,9 @@ StoreConfig Prepare(const MergeOptions& options, std::vector<Input>* inputs) {
     names += corpus + "\n";
   }
   for (Input& input : *inputs) {
-    input.Renumber(start[input.reader().config().corpus_fingerprint]);
+    input.Renumber(start[CorpusOf(input.reader().config(), *inputs).corpus_fingerprint]);
   }
+  config.intakes.clear();
   config.corpus_fingerprint = Hex64(Hash64(names));
   return config;
 }

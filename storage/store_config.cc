@@ -88,7 +88,44 @@ StoreSampling ReadSampling(const Json& json, const std::string& where) {
   return s;
 }
 
+std::vector<StoreIntake> ReadIntakes(const Json& json, const std::string& where) {
+  std::vector<StoreIntake> intakes;
+  for (const Json& item : json) {
+    const Fields in(item, where);
+    intakes.push_back({in.Texts("sources"), in.Text("corpus_fingerprint"),
+                       in.Number("num_chunks", 0, 0xFFFFFFFFu),
+                       in.Number("max_sequences", 0, int64_t{1} << 62)});
+  }
+  return intakes;
+}
+
+// The key as it decides: which sources an intake had by name does not.
+std::string Deciding(const Json& json, const std::string& key) {
+  if (!json.contains(key)) return "none";
+  if (key != "intakes") return json.at(key).dump();
+  Json intakes = json.at(key);
+  for (Json& intake : intakes) intake.erase("sources");
+  return intakes.dump();
+}
+
 }  // namespace
+
+std::vector<StoreIntake> StoreConfig::AllIntakes() const {
+  if (!intakes.empty()) return intakes;
+  return {{data, corpus_fingerprint, num_chunks, max_sequences}};
+}
+
+void StoreConfig::SetIntakes(const std::vector<StoreIntake>& all) {
+  data.clear();
+  num_chunks = 0;
+  for (const StoreIntake& intake : all) {
+    data.insert(data.end(), intake.sources.begin(), intake.sources.end());
+    num_chunks += intake.num_chunks;
+  }
+  corpus_fingerprint = all.back().corpus_fingerprint;
+  max_sequences = all.back().max_sequences;
+  intakes = all.size() > 1 ? all : std::vector<StoreIntake>();
+}
 
 bool StoreConfig::Records(const std::string& what) const {
   return std::find(record.begin(), record.end(), what) != record.end();
@@ -111,7 +148,9 @@ void RequireCompression(const std::string& compression, const MoeGeometry& geome
 
 Json StoreConfig::ToJson() const {
   Json json;
-  json["schema"] = ContextCoded() ? kCodedSchema : kStoreSchema;
+  json["schema"] = !intakes.empty() ? kIntakesSchema
+                   : ContextCoded() ? kCodedSchema
+                                    : kStoreSchema;
   json["model"] = model;
   json["model_fingerprint"] = model_fingerprint;
   json["tokenizer_fingerprint"] = tokenizer_fingerprint;
@@ -146,17 +185,23 @@ Json StoreConfig::ToJson() const {
   }
   json["seed"] = seed;
   json["compression"] = compression;
+  for (const StoreIntake& intake : intakes) {
+    json["intakes"].push_back({{"sources", intake.sources},
+                               {"corpus_fingerprint", intake.corpus_fingerprint},
+                               {"num_chunks", intake.num_chunks},
+                               {"max_sequences", intake.max_sequences}});
+  }
   return json;
 }
 
 StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   const Fields in(json, where);
   const int64_t schema = in.Number("schema", 0, int64_t{1} << 32);
-  if (schema != kStoreSchema && schema != kCodedSchema) {
+  if (schema < kStoreSchema || schema > kIntakesSchema) {
     throw UsageError(ErrorText(
         where + ": store of another schema",
         "schema " + std::to_string(schema) + ", this program reads " +
-            std::to_string(kStoreSchema) + " and " + std::to_string(kCodedSchema),
+            std::to_string(kStoreSchema) + " to " + std::to_string(kIntakesSchema),
         "use the routecast that wrote it, or collect again"));
   }
   StoreConfig c;
@@ -201,9 +246,18 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
     in.Fail("unknown compression");
   }
   if (c.ContextCoded() &&
-      (schema != kCodedSchema || c.geometry.num_experts > kMaxCodedExperts)) {
+      (schema < kCodedSchema || c.geometry.num_experts > kMaxCodedExperts)) {
     in.Fail("compression \"" + c.compression +
             "\" does not go with its schema or experts");
+  }
+  if (json.contains("intakes")) {
+    if (!json["intakes"].is_array()) in.Fail("intakes is not a list");
+    c.intakes = ReadIntakes(json["intakes"], where + " (intakes)");
+  }
+  if ((schema == kIntakesSchema) != (c.intakes.size() > 1) ||
+      (c.intakes.size() > 1 &&
+       c.intakes.back().corpus_fingerprint != c.corpus_fingerprint)) {
+    in.Fail("its intakes do not go with its schema or corpus");
   }
   return c;
 }
@@ -214,13 +268,10 @@ std::vector<std::string> Differences(const StoreConfig& stored,
   std::vector<std::string> differences;
   Json keys = a;  // a key that one of the two lacks differs, too
   keys.update(b);
-  const auto text = [](const Json& json, const std::string& key) {
-    return json.contains(key) ? json.at(key).dump() : std::string("none");
-  };
   for (const auto& [key, value] : keys.items()) {
-    if (key == "model" || key == "data" || text(a, key) == text(b, key)) continue;
-    differences.push_back(key + ": " + text(a, key) + " in the store, not " +
-                          text(b, key));
+    if (key == "model" || key == "data" || Deciding(a, key) == Deciding(b, key)) continue;
+    differences.push_back(key + ": " + Deciding(a, key) + " in the store, not " +
+                          Deciding(b, key));
   }
   return differences;
 }

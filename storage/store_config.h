@@ -13,6 +13,8 @@ namespace routecast {
 inline constexpr int kStoreSchema = 1;
 // Of stores with a context coder: programs that do not know it refuse them by this.
 inline constexpr int kCodedSchema = 2;
+// Of stores to which sources were added: programs that know one intake refuse them.
+inline constexpr int kIntakesSchema = 3;
 
 // How tokens of Task::kGenerate were chosen. temperature 0 = greedily; such a store's
 // configuration does not speak of it.
@@ -21,6 +23,17 @@ struct StoreSampling {
   int top_k = 0;     // 0 = all
   double top_p = 1;  // 1 = all
   uint64_t seed = 0;
+};
+
+// Sources that came in together: those of the first command, or those that a later one
+// added. Documents and chunks of an intake follow the earlier ones'.
+struct StoreIntake {
+  std::vector<std::string> sources;  // kind:path as given
+  std::string corpus_fingerprint;    // of all documents up to this intake's last
+  int64_t num_chunks = 0;
+  int64_t max_sequences = 0;  // of this intake; 0 = all
+
+  bool operator==(const StoreIntake&) const = default;
 };
 
 struct StoreConfig {
@@ -33,7 +46,7 @@ struct StoreConfig {
   int top_k = 0;                              // K stored a token; 0 without topk
   // False in imported stores whose input had none; store.json says so only then.
   bool token_ids = true;
-  std::vector<std::string> data;  // kind:path as given
+  std::vector<std::string> data;  // kind:path as given, of all intakes
   Task task = Task::kDenoise;
   int threads = 1;  // per rank; sums depend on it
   std::string dtype = "fp32";
@@ -43,7 +56,7 @@ struct StoreConfig {
   int64_t num_chunks = 0;
   double hidden_share = 0;    // share of the document groups with router inputs
   int max_length = 512;       // tokens a sequence
-  int64_t max_sequences = 0;  // 0 = all
+  int64_t max_sequences = 0;  // 0 = all; of the last intake
   int batch_size = 0;
   double noise_density = 0;  // share of masked tokens (denoise, generate)
   StoreSampling sampling;
@@ -51,12 +64,18 @@ struct StoreConfig {
   // none, zstd (of RocksDB's blocks), context (of expert ids, once the store is complete:
   // context_coder.h) or context+zstd.
   std::string compression = "none";
+  // Two or more; empty where nothing was added: the fields above are then the only one's.
+  std::vector<StoreIntake> intakes;
 
   Json ToJson() const;
   // Throws DataError naming the key that is missing, of the wrong type or out of range,
   // and UsageError for another schema version (with both versions).
   static StoreConfig FromJson(const Json& json, const std::string& where);
   bool Records(const std::string& what) const;
+  // All intakes: one where nothing was added.
+  std::vector<StoreIntake> AllIntakes() const;
+  // Makes data, corpus_fingerprint, num_chunks, max_sequences and intakes those of `all`.
+  void SetIntakes(const std::vector<StoreIntake>& all);
   bool ContextCoded() const;
   bool ZstdBlocks() const;
 };

@@ -121,6 +121,8 @@ void TraceReader::ReadMarks(int shard) {
     const std::string where = db.path().string() + ": chunk mark";
     const ChunkMark mark =
         DecodeMark(it->key().ToStringView(), it->value().ToStringView(), where);
+    // Sources may have been added since store.json was read.
+    if (mark.chunk >= config_.num_chunks) config_ = TraceStore::Open(path_);
     if (mark.chunk % config_.num_shards != static_cast<uint32_t>(shard) ||
         mark.chunk >= config_.num_chunks) {
       throw DataError(ErrorText(where + " of chunk " + std::to_string(mark.chunk),

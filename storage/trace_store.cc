@@ -97,15 +97,29 @@ StoreConfig TraceStore::Open(const fs::path& path) {
   return StoreConfig::FromJson(ReadJsonFile(file), file.string());
 }
 
+void TraceStore::RequireGoesOn(const fs::path& path, const StoreConfig& stored,
+                               const StoreConfig& wanted) {
+  std::vector<StoreIntake> kept = wanted.AllIntakes();
+  kept.resize(std::min(kept.size(), stored.AllIntakes().size()));
+  StoreConfig before = wanted;  // without what it adds
+  before.SetIntakes(kept);
+  const std::vector<std::string> differences = Differences(stored, before);
+  if (differences.empty()) return;
+  throw UsageError(ErrorText(path.string() + " was made with another configuration",
+                             Join(differences),
+                             "go on with the store's values, or name another --store"));
+}
+
 StoreConfig TraceStore::CreateOrOpen(const fs::path& path, const StoreConfig& wanted) {
   RequireCompression(wanted.compression, wanted.geometry);
   if (fs::exists(path / "store.json")) {
-    const StoreConfig stored = Open(path);
-    const std::vector<std::string> differences = Differences(stored, wanted);
-    if (differences.empty()) return stored;
-    throw UsageError(ErrorText(path.string() + " was made with another configuration",
-                               Join(differences),
-                               "go on with the store's values, or name another --store"));
+    StoreConfig stored = Open(path);
+    RequireGoesOn(path, stored, wanted);
+    if (wanted.AllIntakes().size() == stored.AllIntakes().size()) return stored;
+    for (int shard = 0; shard < stored.num_shards; ++shard) RemoveShardSeal(path, shard);
+    stored.SetIntakes(wanted.AllIntakes());
+    WriteFileAtomic(path / "store.json", stored.ToJson().dump(2) + "\n");
+    return stored;
   }
   if (fs::exists(path) && fs::is_directory(path)) {
     // A job killed while creating leaves only its lock, its run.json and temporary files.

@@ -25,9 +25,14 @@ using StepObserver = std::function<void(const char* step)>;
 class TraceStore {
  public:
   // Creates the store, or opens it when it is there already and `wanted` would make the
-  // same records. Throws UsageError with both values where it would not, or where `path`
-  // holds something else; DataError where store.json is damaged.
+  // same records, or the same and those of a further intake, which is then entered in
+  // store.json (the seals go before: what they say is no longer so). Throws UsageError
+  // with both values where it would not, or where `path` holds something else; DataError
+  // where store.json is damaged. REQUIRES StoreLock where others may write.
   static StoreConfig CreateOrOpen(const fs::path& path, const StoreConfig& wanted);
+  // Throws as CreateOrOpen where `wanted` does not go on with `stored`; writes nothing.
+  static void RequireGoesOn(const fs::path& path, const StoreConfig& stored,
+                            const StoreConfig& wanted);
   // Opens an existing store's configuration. UsageError where there is none.
   static StoreConfig Open(const fs::path& path);
   // Removes what unfinished jobs left in staging/. REQUIRES holding StoreLock.

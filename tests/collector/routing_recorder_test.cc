@@ -1,77 +1,97 @@
-// What a recorder keeps of a pass: real tokens of the rows asked for, and nothing else.
+// What the recorder keeps of a pass, against loops over single elements.
 #include "collector/routing_recorder.h"
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 namespace routecast {
 namespace {
 
-constexpr int kWidth = 4;
+constexpr int64_t kRows = 3, kTokens = 5;
 
-MoeGeometry Geometry() {
-  MoeGeometry g;
-  g.encoder_layers = 1;
-  g.decoder_layers = 2;
-  g.num_experts = 3;
-  g.d_model = kWidth;
-  return g;
-}
-
-LayerRouting Routing(int layer, int64_t rows, int64_t tokens) {
+struct Pass {
+  explicit Pass(int64_t experts, bool halves) {
+    at::manual_seed(experts);
+    logits = at::randn({kRows, kTokens, experts}, at::kFloat);
+    if (halves) logits = (logits * 2).round();  // ties
+    routing.logits_BTE = logits;
+    const at::Tensor probs = logits.softmax(-1);
+    routing.expert_ids_BT = probs.argmax(-1);
+    routing.gate_probs_BT = probs.amax(-1);
+    routing.dropped_BT = at::rand({kRows, kTokens}) < 0.3;
+    routing.input_BTD = at::randn({kRows, kTokens, 4});
+    info.token_ids_BT = at::randint(3, 99, {kRows, kTokens}, at::kLong);
+    info.valid_BT = at::ones({kRows, kTokens}, at::kBool);
+    info.valid_BT[1].slice(0, 2).fill_(false);  // padding behind
+    info.valid_BT[2][0] = false;                // and before
+  }
+  bool Valid(int64_t b, int64_t t) const { return info.valid_BT[b][t].item<bool>(); }
+  at::Tensor logits;
   LayerRouting routing;
-  routing.layer = layer;
-  routing.input_BTD = at::full({rows, tokens, kWidth}, layer);
-  routing.logits_BTE = at::zeros({rows, tokens, 3});
-  routing.expert_ids_BT = at::zeros({rows, tokens}, at::kLong);
-  routing.gate_probs_BT = at::ones({rows, tokens});
-  routing.dropped_BT = at::zeros({rows, tokens}, at::kBool);
-  return routing;
+  PassInfo info;
+};
+
+class RecorderTest : public testing::TestWithParam<int> {};
+
+TEST_P(RecorderTest, KeepsRealTokensAsTheyAre) {
+  const int experts = GetParam(), top_k = std::min(experts, 3);
+  for (const bool halves : {false, true}) {
+    const Pass pass(experts, halves);
+    RoutingRecorder recorder({1, 0, experts, 1, 4}, {true, top_k}, {true, false, true});
+    for (int twice = 0; twice < 2; ++twice) {  // passes are joined along tokens
+      recorder.OnPassBegin(pass.info);
+      recorder.OnRouting(pass.routing);
+      recorder.OnPassEnd(pass.info);
+    }
+    for (int64_t b = 0; b < kRows; ++b) {
+      const RoutingSpan span = recorder.Take(Stack::kEncoder, static_cast<int>(b));
+      size_t i = 0;
+      for (int64_t t = 0; t < 2 * kTokens; ++t) {
+        const int64_t at = t % kTokens;
+        if (!pass.Valid(b, at)) continue;
+        std::vector<float> sorted;
+        for (int64_t e = 0; e < experts; ++e) {
+          sorted.push_back(pass.logits[b][at][e].item<float>());
+        }
+        std::sort(sorted.rbegin(), sorted.rend());
+        ASSERT_LT(i, span.expert_ids.size());
+        EXPECT_EQ(span.token_ids[i], pass.info.token_ids_BT[b][at].item<int64_t>());
+        EXPECT_EQ(span.expert_ids[i], pass.routing.expert_ids_BT[b][at].item<int64_t>());
+        EXPECT_EQ(span.gate_probs[i], pass.routing.gate_probs_BT[b][at].item<float>());
+        EXPECT_EQ(span.dropped[i], pass.routing.dropped_BT[b][at].item<bool>());
+        EXPECT_EQ(span.margins[i], experts == 1 ? 0 : sorted[0] - sorted[1]);
+        const at::Tensor probs = pass.logits[b][at].softmax(-1);
+        for (int j = 0; j < top_k; ++j) {
+          const size_t place = i * static_cast<size_t>(top_k) + static_cast<size_t>(j);
+          const int64_t id = span.topk_ids[place];
+          EXPECT_EQ(pass.logits[b][at][id].item<float>(), sorted[static_cast<size_t>(j)]);
+          EXPECT_FLOAT_EQ(span.topk_probs[place], probs[id].item<float>());
+        }
+        ++i;
+      }
+      EXPECT_EQ(span.num_tokens, static_cast<int>(i));
+      EXPECT_EQ(span.expert_ids.size(), i);
+      EXPECT_EQ(span.topk_ids.size(), i * static_cast<size_t>(top_k));
+      EXPECT_EQ(span.hidden.size(), b == 1 ? 0 : i * 4);
+    }
+  }
 }
 
-// A decoder pass of one token a row; row 1 has ended where `ended`.
-void Step(RoutingRecorder* recorder, int64_t position, bool ended) {
-  PassInfo pass;
-  pass.stack = Stack::kDecoder;
-  pass.token_ids_BT = at::full({2, 1}, position + 5, at::kLong);
-  pass.valid_BT = at::ones({2, 1}, at::kBool);
-  if (ended) pass.valid_BT[1][0] = false;
-  pass.first_position = static_cast<int>(position);
-  recorder->OnPassBegin(pass);
-  for (const int layer : {1, 2}) recorder->OnRouting(Routing(layer, 2, 1));
-  pass.output_BTD =
-      at::arange(2 * kWidth, at::kFloat).view({2, 1, kWidth}) + 100 * position;
-  recorder->OnPassEnd(pass);
-}
+// Widths that are and are not whole vectors.
+INSTANTIATE_TEST_SUITE_P(Experts, RecorderTest,
+                         testing::Values(1, 2, 7, 16, 17, 64, 128));
 
-std::vector<float> Floats(const std::vector<uint16_t>& bits) {
-  std::vector<float> values;
-  for (const uint16_t b : bits) values.push_back(Bf16ToFloat(b));
-  return values;
-}
-
-TEST(RoutingRecorderTest, KeepsTheDecodersOutputOfRealTokensStepByStep) {
-  RoutingRecorder recorder(Geometry(), {}, {true, true});
-  for (int64_t t = 0; t < 2; ++t) Step(&recorder, t, /*ended=*/t == 1);
-  const RoutingSpan first = recorder.Take(Stack::kDecoder, 0);
-  EXPECT_EQ(first.num_tokens, 2);
-  EXPECT_EQ(Floats(first.output), (std::vector<float>{0, 1, 2, 3, 100, 101, 102, 103}));
-  const RoutingSpan second = recorder.Take(Stack::kDecoder, 1);
-  EXPECT_EQ(second.num_tokens, 1);
-  EXPECT_EQ(Floats(second.output), (std::vector<float>{4, 5, 6, 7}));
-}
-
-TEST(RoutingRecorderTest, RowsThatAreNotAskedForHaveNoStates) {
-  RoutingRecorder recorder(Geometry(), {}, {false, true});
-  Step(&recorder, 0, false);
-  const RoutingSpan without = recorder.Take(Stack::kDecoder, 0);
-  EXPECT_EQ(without.hidden_width, 0);
-  EXPECT_TRUE(without.hidden.empty());
-  EXPECT_TRUE(without.output.empty());
-  const RoutingSpan with = recorder.Take(Stack::kDecoder, 1);
-  EXPECT_EQ(with.hidden_width, kWidth);
-  EXPECT_EQ(with.hidden.size(), 2u * kWidth);
-  EXPECT_EQ(with.output.size(), 1u * kWidth);
+TEST(Recorder, WithoutProbabilitiesAndTopKThereAreNone) {
+  const Pass pass(16, false);
+  RoutingRecorder recorder({1, 0, 16, 1, 4}, {false, 0}, {false, false, false});
+  recorder.OnPassBegin(pass.info);
+  recorder.OnRouting(pass.routing);
+  recorder.OnPassEnd(pass.info);
+  const RoutingSpan span = recorder.Take(Stack::kEncoder, 0);
+  EXPECT_EQ(span.margins.size(), static_cast<size_t>(kTokens));
+  EXPECT_TRUE(span.gate_probs.empty() && span.topk_ids.empty() && span.hidden.empty());
 }
 
 }  // namespace
