@@ -27,6 +27,10 @@ std::vector<RowGroup> GroupsOf(const RunFolder& f) {
     std::string name = TextOf(row, "phase");
     if (std::isfinite(batch))
       name += (name.empty() ? "" : ", ") + std::string("batch ") + ShortNumber(batch);
+    for (const char* key : {"prompts", "schedule"}) {
+      const std::string value = TextOf(row, key);
+      if (!value.empty() && value != "in_order") name += ", " + value;
+    }
     auto it = std::find_if(groups.begin(), groups.end(),
                            [&](const RowGroup& g) { return g.name == name; });
     if (it == groups.end()) it = groups.insert(groups.end(), {name, {}});
