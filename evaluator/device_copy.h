@@ -29,6 +29,9 @@ class DeviceCopy {
   // is allowed, and slow.
   virtual Ticket CopyAsync(std::byte* device, const std::byte* host, uint64_t bytes,
                            int stream) = 0;
+  // The same from one place of the device to another.
+  virtual Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
+                                 int stream) = 0;
   // True once the copy is over.
   virtual bool IsOver(Ticket ticket) = 0;
   virtual double Now() const = 0;  // seconds

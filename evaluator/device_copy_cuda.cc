@@ -79,19 +79,11 @@ class CudaCopy final : public DeviceCopy {
 
   Ticket CopyAsync(std::byte* device, const std::byte* host, uint64_t bytes,
                    int stream) override {
-    Check(cudaSetDevice(index_), "cudaSetDevice");
-    Check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, streams_[stream]),
-          "cudaMemcpyAsync");
-    cudaEvent_t event = nullptr;
-    if (spare_.empty()) {
-      Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
-    } else {
-      event = spare_.back();
-      spare_.pop_back();
-    }
-    events_[++last_] = event;
-    Check(cudaEventRecord(event, streams_[stream]), "cudaEventRecord");
-    return last_;
+    return Enqueue(device, host, bytes, cudaMemcpyHostToDevice, stream);
+  }
+  Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
+                         int stream) override {
+    return Enqueue(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
   }
 
   bool IsOver(Ticket ticket) override {
@@ -123,6 +115,22 @@ class CudaCopy final : public DeviceCopy {
   }
 
  private:
+  Ticket Enqueue(std::byte* to, const std::byte* from, uint64_t bytes,
+                 cudaMemcpyKind kind, int stream) {
+    Check(cudaSetDevice(index_), "cudaSetDevice");  // of the calling thread
+    Check(cudaMemcpyAsync(to, from, bytes, kind, streams_[stream]), "cudaMemcpyAsync");
+    cudaEvent_t event = nullptr;
+    if (spare_.empty()) {
+      Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+    } else {
+      event = spare_.back();
+      spare_.pop_back();
+    }
+    events_[++last_] = event;
+    Check(cudaEventRecord(event, streams_[stream]), "cudaEventRecord");
+    return last_;
+  }
+
   int index_;
   cudaStream_t streams_[2] = {};
   cudaEvent_t fence_ = nullptr;

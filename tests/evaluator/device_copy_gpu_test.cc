@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "common/errors.h"
+#include "common/random.h"
 #include "evaluator/device_transfer_engine.h"
 #include "evaluator/disk_transfer_engine.h"
+#include "evaluator/expert_codec_cuda.h"
 
 namespace routecast {
 namespace {
@@ -83,6 +85,29 @@ TEST_F(DeviceCopyGpuTest, TheTwoHopEngineFillsSlots) {
     EXPECT_NO_THROW(file->Check({0, e}, Back(engine.slot(e), spec.blob_bytes()).data()));
   }
   fs::remove(path);
+}
+
+// The kernels against the CPU's body, bit for bit.
+TEST_F(DeviceCopyGpuTest, DecodingGivesTheBitsOfTheCpu) {
+  constexpr uint64_t kRows = 37, kColumns = 300;
+  std::vector<float> weights;
+  for (uint64_t i = 0; i < kRows * kColumns; ++i)
+    weights.push_back(static_cast<float>(ToNormal(Mix(3, i))));
+  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4}) {
+    for (const ExpertDtype dtype : {ExpertDtype::kFloat32, ExpertDtype::kBfloat16}) {
+      std::vector<std::byte> coded(CodedBytes(kind, kRows, kColumns));
+      EncodeMatrix(kind, weights, kRows, coded);
+      std::vector<std::byte> expected(weights.size() * DtypeBytes(dtype));
+      DecodeMatrix(kind, coded.data(), kRows, kColumns, dtype, expected.data());
+      const auto device = OpenCudaDevice(0);
+      std::byte* from = device->Allocate(coded.size());
+      std::byte* to = device->Allocate(expected.size());
+      ASSERT_EQ(cudaMemcpy(from, coded.data(), coded.size(), cudaMemcpyHostToDevice),
+                cudaSuccess);
+      DecodeMatrixOnDevice(kind, from, kRows, kColumns, dtype, to, nullptr);
+      EXPECT_EQ(Back(to, expected.size()), expected) << CopyName(kind);
+    }
+  }
 }
 
 }  // namespace

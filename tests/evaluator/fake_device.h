@@ -92,6 +92,15 @@ class FakeDevice : public DeviceCopy {
     log_->changed.notify_all();
     return last_;
   }
+  // Ten times the link's rate each way, on a way of its own: over after a pause or two.
+  Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
+                         int) override {
+    std::lock_guard lock(log_->mutex);
+    const double over_at =
+        std::max(free_at_, now_) + static_cast<double>(bytes) / (10 * rate_);
+    queue_.push_back({++last_, to, from, bytes, over_at});
+    return last_;
+  }
   bool IsOver(Ticket ticket) override {
     std::lock_guard lock(log_->mutex);
     while (!log_->hanging && !queue_.empty() && queue_.front().over_at <= now_) {
