@@ -361,6 +361,7 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   result.budget_phase_share =
       std::min(1.0, static_cast<double>(row.slots) / (g.layers(phase) * g.num_experts));
   result.batch = options_.batch;
+  result.emulated = pace_ > 0;
   result.pairs = static_cast<int>(row.rates[s].size());
   result.tokens_per_second = Quantile(row.rates[s], 0.5);
   result.spread = Quantile(row.rates[s], 0.75) - Quantile(row.rates[s], 0.25);

@@ -6,6 +6,34 @@
 
 namespace routecast {
 
+std::string GroupName(const RowResult& row) {
+  return row.prompts + ", batch " + std::to_string(row.batch) + ", " + row.schedule;
+}
+
+void ComparisonResult::Append(ComparisonResult other) {
+  if (rows.empty()) {
+    *this = std::move(other);
+    return;
+  }
+  const auto named = [](const ComparisonResult& result) {
+    std::vector<std::string> notes;
+    for (const std::string& note : result.notes)
+      notes.push_back(GroupName(result.rows.front()) + ": " + note);
+    return notes;
+  };
+  if (num_groups == 1) notes = named(*this);
+  for (std::string& note : named(other)) notes.push_back(std::move(note));
+  if (other.link_peak_bytes_per_second > link_peak_bytes_per_second) {
+    link = other.link;
+    link_peak_bytes_per_second = other.link_peak_bytes_per_second;
+    link_bytes_per_second = other.link_bytes_per_second;
+  }
+  emulated = emulated || other.emulated;
+  lossless = lossless && other.lossless;
+  ++num_groups;
+  rows.insert(rows.end(), other.rows.begin(), other.rows.end());
+}
+
 Json ComparisonResult::ToJson() const {
   Json json;
   json["rows"] = Json::array();
@@ -20,6 +48,8 @@ Json ComparisonResult::ToJson() const {
     entry["budget_phase_share"] = row.budget_phase_share;
     entry["phase"] = StackName(row.phase);
     entry["batch"] = row.batch;
+    entry["prompts"] = row.prompts;
+    entry["schedule"] = row.schedule;
     entry["pairs"] = row.pairs;
     entry["tokens_per_second"] = row.tokens_per_second;
     entry["spread"] = row.spread;
@@ -40,7 +70,7 @@ Json ComparisonResult::ToJson() const {
     entry["lossless"] = row.lossless;
     entry["output_sha256"] = row.output_sha256;
     entry["synthetic_weights"] = synthetic_weights;
-    entry["emulated"] = emulated;
+    entry["emulated"] = row.emulated;
     json["rows"].push_back(entry);
   }
   json["device"] = device;
@@ -57,7 +87,12 @@ std::string ComparisonTable(const ComparisonResult& result) {
                 "phase", "policy", "predictor", "evict", "tokens/s", "speed", "hits",
                 "useful", "late", "wasted", "stall s", "Tc s", "Tx s", "bound");
   text += line;
+  std::string group;
   for (const RowResult& row : result.rows) {
+    if (result.num_groups > 1 && GroupName(row) != group) {
+      group = GroupName(row);
+      text += group + "\n";
+    }
     std::snprintf(
         line, sizeof line,
         "%-8s %-10s %-18.18s %-7.7s %9.1f %6.2fx %5.1f%% %8.0f %8.0f %8.0f %7.2f "

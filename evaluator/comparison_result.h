@@ -17,6 +17,9 @@ struct RowResult {
   uint64_t budget_bytes = 0, held_bytes_peak = 0;
   double budget_phase_share = 0;
   int batch = 1, pairs = 0;
+  std::string prompts;                // which requests: store, lines.txt, squad:dev.json
+  std::string schedule = "in_order";  // how they were batched
+  bool emulated = false;
   double tokens_per_second = 0, spread = 0;  // median and interquartile range over rounds
   double p50_ms = 0, p95_ms = 0, p99_ms = 0;  // of a step
   double hit_rate = 0;
@@ -36,11 +39,19 @@ struct ComparisonResult {
   std::string device, link;  // descriptions
   double link_peak_bytes_per_second = 0;
   double link_bytes_per_second = 0;  // what the rows had: the peak or the pace
-  bool emulated = false, synthetic_weights = false;
+  bool emulated = false;             // of one row at least
+  bool synthetic_weights = false;
+  int num_groups = 1;              // comparisons: rows of one GroupName may be compared
   std::vector<std::string> notes;  // what a reader must know: rows left out, fallbacks
   bool lossless = false;           // all rows put out the same bits
-  Json ToJson() const;             // results.json, exactly the keys of docs/metrics.md
+  // Adds the rows of another comparison (to an empty result: becomes it). The link's
+  // figures stay those of the fastest; notes name the comparison.
+  void Append(ComparisonResult other);
+  Json ToJson() const;  // results.json, exactly the keys of docs/metrics.md
 };
+
+// "store, batch 4, by_route"
+std::string GroupName(const RowResult& row);
 
 // The table that people read; one line a row and phase.
 std::string ComparisonTable(const ComparisonResult& result);

@@ -5,196 +5,18 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
+#include <sstream>
 #include <stdexcept>
 
 #include "common/errors.h"
-#include "common/stop.h"
-#include "corpus/tokenizer.h"
-#include "evaluator/expert_store.h"
-#include "evaluator/predictor_set.h"
-#include "evaluator/replay.h"
-#include "models/predictor_factory.h"
+#include "evaluator/evaluation_setup.h"
 #include "report/evaluation_report.h"
-#include "storage/trace_reader.h"
 
 namespace routecast {
 namespace {
 
-constexpr int kLeastReplayTokens = 4;
-
-// Everything that a comparison borrows.
-struct Setting {
-  std::unique_ptr<TraceReader> reader;
-  std::unique_ptr<Workload> workload;
-  std::shared_ptr<const ExpertFile> file;
-  std::vector<std::unique_ptr<ExpertPredictor>> predictors;
-};
-
-bool IsReplay(const EvaluationOptions& options) { return options.model.empty(); }
-bool RunsEncoder(const EvaluationOptions& o) {
-  return !IsReplay(o) || o.phase != "decoder";
-}
-bool RunsDecoder(const EvaluationOptions& o) {
-  return !IsReplay(o) || o.phase != "encoder";
-}
-
-std::vector<std::string> PredictorsOf(const EvaluationOptions& options) {
-  const bool shown = options.compare && !options.store.empty();
-  return WithBaselines(options.predictor, shown ? options.baselines : "none");
-}
-
-// Test-part sequences that serve, ascending by id.
-std::vector<uint64_t> TestSequences(const TraceReader& reader,
-                                    const EvaluationOptions& options, bool needs_hidden,
-                                    size_t wanted) {
-  std::vector<uint64_t> ids;
-  for (const SequenceInfo& info : reader.sequences()) {
-    if (SplitOf(info.group_id) != SplitPart::kTest) continue;
-    if (needs_hidden && !info.has_hidden) continue;
-    if (RunsEncoder(options) && info.encoder_tokens == 0) continue;
-    if (IsReplay(options) && RunsDecoder(options) &&
-        info.decoder_tokens < static_cast<uint32_t>(kLeastReplayTokens)) {
-      continue;
-    }
-    ids.push_back(info.sequence_id);
-    if (ids.size() == wanted) break;
-  }
-  if (ids.size() >= static_cast<size_t>(options.batch)) return ids;
-  throw UsageError(ErrorText(
-      "the store has too few test sequences" +
-          std::string(needs_hidden ? " with router inputs" : "") + ": " +
-          options.store.string(),
-      std::to_string(ids.size()) + " found, a batch needs " +
-          std::to_string(options.batch),
-      "collect more sequences (--record=ids,probs,hidden --hidden_share), or choose "
-      "--predictor=none"));
-}
-
-void LoadPredictors(const EvaluationOptions& options, const MoeGeometry& geometry,
-                    const std::vector<RouterWeights>& routers, Setting* setting) {
-  setting->predictors = MakePredictors(PredictorsOf(options), options.predictor, geometry,
-                                       routers, setting->reader.get(), options.quiet);
-}
-
-bool NeedHidden(const Setting& setting) {
-  return std::any_of(setting.predictors.begin(), setting.predictors.end(),
-                     [](const auto& p) { return p->needs_hidden(); });
-}
-
-size_t WantedSequences(const EvaluationOptions& options) {
-  return static_cast<size_t>(options.batch) *
-         static_cast<size_t>(options.rounds + options.warmup_rounds);
-}
-
-void PrepareReplay(const EvaluationOptions& options, Setting* setting) {
-  const MoeGeometry geometry = setting->reader->config().geometry;
-  LoadPredictors(options, geometry, StoredRouters(*setting->reader), setting);
-  const std::vector<uint64_t> ids = TestSequences(
-      *setting->reader, options, NeedHidden(*setting), WantedSequences(options));
-  ReplayOptions replay = options.replay;
-  replay.batch = options.batch;
-  replay.tokens = options.max_new_tokens;
-  replay.encoder = RunsEncoder(options);
-  replay.decoder = RunsDecoder(options);
-  replay.seed = options.seed;
-  const MoeGeometry full = ReplayConfig(geometry, replay).geometry();
-  if (options.dry_run) {
-    ExpertFileSpec spec;
-    spec.geometry = full;
-    spec.d_ff = replay.d_ff;
-    const int layers = (replay.encoder ? full.encoder_layers : 0) +
-                       (replay.decoder ? full.decoder_layers : 0);
-    const uint64_t whole =
-        static_cast<uint64_t>(layers) * full.num_experts * spec.stride_bytes();
-    const int slots = SlotsOfBudget(ParseBudget(options.expert_budget, whole), spec);
-    std::printf("replay of %zu test sequences: %d x %d experts of %s, %s on disk in %s\n",
-                ids.size(), layers, full.num_experts,
-                FormatBytes(spec.blob_bytes()).c_str(), FormatBytes(whole).c_str(),
-                ExpertCacheFolder(options.cache).string().c_str());
-    std::printf("budget: %d experts, %s; %zu predictors, %d + %d rounds\n", slots,
-                FormatBytes(static_cast<uint64_t>(slots) * spec.stride_bytes()).c_str(),
-                setting->predictors.size(), options.warmup_rounds, options.rounds);
-    return;
-  }
-  std::vector<RoutingTrace> traces = setting->reader->ReadMany(ids, WithHidden::kYes);
-  setting->workload =
-      std::make_unique<ReplayWorkload>(geometry, std::move(traces), replay);
-  setting->file = SyntheticExperts(
-      ExpertCacheFolder(options.cache), setting->workload->geometry(), replay.d_ff,
-      options.seed, replay.encoder, replay.decoder, options.quiet);
-}
-
-std::vector<std::vector<int64_t>> Prompts(const EvaluationOptions& options,
-                                          const SwitchConfig& config,
-                                          const Setting& setting) {
-  std::vector<std::vector<int64_t>> prompts;
-  if (!options.prompts.empty()) {
-    const Tokenizer tokenizer = Tokenizer::Load(options.model);
-    std::ifstream lines(options.prompts);
-    if (!lines) throw UsageError("cannot read --prompts=" + options.prompts.string());
-    for (std::string line; std::getline(lines, line);) {
-      const std::vector<int32_t> ids = tokenizer.Encode(line);
-      if (ids.empty()) continue;
-      prompts.emplace_back(ids.begin(), ids.end());
-      prompts.back().push_back(Tokenizer::kEos);
-    }
-  } else {  // what the store's encoder read: span-corrupted test text
-    for (uint64_t id :
-         TestSequences(*setting.reader, options, false, WantedSequences(options))) {
-      const RoutingTrace trace = setting.reader->Read(id, WithHidden::kNo);
-      prompts.emplace_back(trace.encoder.token_ids.begin(),
-                           trace.encoder.token_ids.end());
-    }
-  }
-  for (const auto& prompt : prompts) {
-    for (int64_t id : prompt) {
-      if (id < config.vocab_size) continue;
-      throw UsageError(ErrorText("a prompt's token does not exist in this model",
-                                 "id " + std::to_string(id) + ", vocabulary " +
-                                     std::to_string(config.vocab_size),
-                                 "do --model and --store belong together?"));
-    }
-  }
-  return prompts;
-}
-
-void PrepareGenerate(const EvaluationOptions& options, Setting* setting) {
-  const at::ScalarType dtype = ParseDtype("--dtype", options.dtype);
-  Checkpoint checkpoint =
-      LoadCheckpoint(options.model, dtype, at::kCPU, ExpertLoading::kLeaveOut);
-  const MoeGeometry geometry = checkpoint.config.geometry();
-  if (setting->reader) {
-    MoeGeometry stored = setting->reader->config().geometry;
-    if (stored.num_keys() != geometry.num_keys() || stored.d_model != geometry.d_model) {
-      throw UsageError(ErrorText("--store was collected from a model of another geometry",
-                                 std::to_string(stored.num_keys()) +
-                                     " experts of width " +
-                                     std::to_string(stored.d_model) + ", the model has " +
-                                     std::to_string(geometry.num_keys()) + " of " +
-                                     std::to_string(geometry.d_model),
-                                 "give the store of this model"));
-    }
-  }
-  LoadPredictors(options, geometry, RoutersOf(checkpoint.config, checkpoint.parameters),
-                 setting);
-  const auto prompts = Prompts(options, checkpoint.config, *setting);
-  if (options.dry_run) {
-    std::printf(
-        "generate: %zu prompts, %d MoE layers x %d experts, %zu predictors, "
-        "%d + %d rounds\n",
-        prompts.size(), geometry.num_layers(), geometry.num_experts,
-        setting->predictors.size(), options.warmup_rounds, options.rounds);
-    return;
-  }
-  setting->file = ExpertsOfCheckpoint(ExpertCacheFolder(options.cache), options.model,
-                                      checkpoint.config, checkpoint.fingerprint, dtype,
-                                      options.quiet);
-  setting->workload = std::make_unique<GenerateWorkload>(
-      std::move(checkpoint), prompts, options.batch, options.max_new_tokens);
-}
-
-ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFile& file) {
+ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFile& file,
+                               int batch) {
   ComparisonOptions comparison;
   comparison.budget_bytes =
       ParseBudget(options.expert_budget,
@@ -203,7 +25,7 @@ ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFil
   comparison.eviction = ParseEviction(options.eviction);
   comparison.rounds = options.rounds;
   comparison.warmup_rounds = options.warmup_rounds;
-  comparison.batch = options.batch;
+  comparison.batch = batch;
   comparison.link = options.link;
   comparison.oracle = comparison.resident = comparison.uncached = options.compare;
   comparison.oracle =
@@ -216,14 +38,20 @@ ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFil
   return comparison;
 }
 
+// Where a command ran several comparisons: which one a row is of.
+std::string GroupSuffix(const ComparisonResult& result, const RowResult& row) {
+  return result.num_groups > 1 ? "/" + GroupName(row) : "";
+}
+
 // The best row of a predictor, beside the bound, for run.json.
 Json Headline(const ComparisonResult& result) {
   Json headline = Json::object();
   for (const RowResult& row : result.rows) {
     const std::string name = std::string(StackName(row.phase)) + "/" + row.policy + "/" +
-                             row.predictor + "/" + row.eviction;
+                             row.predictor + "/" + row.eviction +
+                             GroupSuffix(result, row);
     headline["speed_up"][name] = row.speed_up;
-    headline["bound"][StackName(row.phase)] = row.bound;
+    headline["bound"][StackName(row.phase) + GroupSuffix(result, row)] = row.bound;
   }
   headline["lossless"] = result.lossless;
   headline["link"] = result.link;
@@ -241,7 +69,102 @@ void WriteOutputs(const EvaluationOptions& options, const ComparisonResult& resu
   WriteEvaluationReport(options.out / "report.html", folders);
 }
 
+// One comparison: a source of requests, a batch size, an order of requests.
+struct Group {
+  const RequestSet* requests = nullptr;
+  int batch = 1;
+  std::string schedule;
+};
+
+std::vector<Group> GroupsOf(const EvaluationOptions& options,
+                            const EvaluationSetup& setup) {
+  std::vector<Group> groups;
+  for (const RequestSet& set : setup.requests) {
+    for (int batch : options.batches) {
+      for (const std::string& schedule : options.schedules) {
+        // Batches of one hold nothing to group, unless that alone was asked for.
+        if (schedule == "by_route" && batch == 1 && options.schedules.size() > 1)
+          continue;
+        groups.push_back({&set, batch, schedule});
+      }
+    }
+  }
+  return groups;
+}
+
+ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetup& setup,
+                          const Group& group, Timeline* timeline) {
+  const auto workload = MakeWorkload(
+      options, setup, *group.requests, group.batch,
+      group.schedule == "by_route" ? Schedule::kByRoute : Schedule::kInOrder);
+  std::vector<ExpertPredictor*> predictors;
+  for (const auto& predictor : setup.predictors) predictors.push_back(predictor.get());
+  ComparisonOptions comparing = ComparisonOf(options, *setup.file, group.batch);
+  comparing.timeline = timeline;
+  Comparison comparison(workload.get(), setup.file, predictors, comparing);
+  ComparisonResult result = comparison.Run();
+  for (RowResult& row : result.rows) {
+    row.prompts = group.requests->name;
+    row.schedule = group.schedule;
+  }
+  return result;
+}
+
+ComparisonResult RunGroups(const EvaluationOptions& options, const EvaluationSetup& setup,
+                           Timeline* timeline) {
+  ComparisonResult all;
+  const std::vector<Group> groups = GroupsOf(options, setup);
+  for (const Group& group : groups) {
+    if (groups.size() > 1 && !options.quiet) {
+      std::fprintf(stderr, "%s, batch %d, %s\n", group.requests->name.c_str(),
+                   group.batch, group.schedule.c_str());
+    }
+    all.Append(RunGroup(options, setup, group, timeline));
+  }
+  return all;
+}
+
+void ValidateGroups(const EvaluationOptions& options) {
+  for (const std::string& schedule : options.schedules) {
+    if (ParseChoice("--schedule", schedule, {"in_order", "by_route"}) == 1 &&
+        options.store.empty()) {
+      throw UsageError(ErrorText("--schedule=by_route foretells routes from counts", "",
+                                 "give --store=STORE as well"));
+    }
+  }
+  for (int batch : options.batches) {
+    if (batch < 1) throw UsageError(ErrorText("--batch is at least 1", "", ""));
+  }
+  if (options.batches.empty() || options.schedules.empty()) {
+    throw UsageError(ErrorText("--batch and --schedule name at least one value", "", ""));
+  }
+  const size_t groups = std::max<size_t>(1, options.prompts.size()) *
+                        options.batches.size() * options.schedules.size();
+  if (options.timeline && groups > 1) {
+    throw UsageError(ErrorText("--timeline draws one comparison",
+                               std::to_string(groups) + " are asked for",
+                               "give one value of --batch, --schedule and --prompts"));
+  }
+}
+
 }  // namespace
+
+std::vector<int> ParseBatches(const std::string& text) {
+  std::vector<int> batches;
+  std::stringstream in(text);
+  for (std::string item; std::getline(in, item, ',');) {
+    const bool digits = !item.empty() && item.size() < 6 &&
+                        std::all_of(item.begin(), item.end(),
+                                    [](char c) { return c >= '0' && c <= '9'; });
+    if (!digits || std::stoi(item) < 1) {
+      throw UsageError(ErrorText("--batch=" + text + " is not a list of sizes",
+                                 "'" + item + "' is not a number from 1 to 99999",
+                                 "write --batch=1,4,16,32"));
+    }
+    batches.push_back(std::stoi(item));
+  }
+  return batches;
+}
 
 void ValidateEvaluation(const EvaluationOptions& options) {
   if (options.model.empty() && options.store.empty()) {
@@ -280,23 +203,15 @@ void ValidateEvaluation(const EvaluationOptions& options) {
         "--device=" + options.device + " is not served by this program",
         "experts run on the CPU, under a budget of host memory", "use --device=cpu"));
   }
-  if (options.batch < 1 || options.max_new_tokens < 1 || options.rounds < 1 ||
-      options.warmup_rounds < 0) {
-    throw UsageError(
-        ErrorText("--batch, --max_new_tokens and --rounds are at least 1", "", ""));
+  if (options.max_new_tokens < 1 || options.rounds < 1 || options.warmup_rounds < 0) {
+    throw UsageError(ErrorText("--max_new_tokens and --rounds are at least 1", "", ""));
   }
+  ValidateGroups(options);
 }
 
 Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
   const c10::NoGradGuard no_grad;
-  Setting setting;
-  if (!options.store.empty())
-    setting.reader = std::make_unique<TraceReader>(options.store);
-  if (IsReplay(options)) {
-    PrepareReplay(options, &setting);
-  } else {
-    PrepareGenerate(options, &setting);
-  }
+  const EvaluationSetup setup = SetUpEvaluation(options);
   if (options.dry_run) return {};
   std::unique_ptr<RunRecord> record;
   if (!options.out.empty()) {
@@ -305,15 +220,11 @@ Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
         std::make_unique<RunRecord>(options.out, "routecast-evaluate", configuration);
     record->WriteStart();
   }
-  std::vector<ExpertPredictor*> predictors;
-  for (const auto& predictor : setting.predictors) predictors.push_back(predictor.get());
-  ComparisonOptions comparing = ComparisonOf(options, *setting.file);
   Timeline timeline;
-  if (options.timeline && !options.out.empty()) comparing.timeline = &timeline;
-  Comparison comparison(setting.workload.get(), setting.file, predictors, comparing);
+  const bool draws = options.timeline && !options.out.empty();
   ComparisonResult result;
   try {
-    result = comparison.Run();
+    result = RunGroups(options, setup, draws ? &timeline : nullptr);
   } catch (const StoppedError&) {
     if (record) record->Finish(kExitStopped, {});
     throw;
@@ -321,7 +232,7 @@ Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
   std::printf("%s", ComparisonTable(result).c_str());
   const Json headline = Headline(result);
   WriteOutputs(options, result);
-  if (comparing.timeline) timeline.Write(options.out / "timeline.json");
+  if (draws) timeline.Write(options.out / "timeline.json");
   if (record) record->Finish(result.lossless ? kExitDone : kExitDefect, headline);
   if (!result.lossless) throw std::logic_error("two rows put out different bits");
   return headline;

@@ -13,14 +13,16 @@ namespace routecast {
 struct EvaluationOptions {             // one field a flag of the same name
   fs::path model;                      // checkpoint folder; empty = replay of `store`
   fs::path store;                      // trace store: sequences, train part for baselines
-  fs::path prompts;                    // text file, one prompt a line (generate)
+  std::vector<std::string> prompts;    // generate: text files, KIND:PATH (requests.h)
   std::vector<std::string> predictor;  // names and folders of trained runs
   std::string policy = "auto";
   std::string eviction = "lru";
   std::string expert_budget = "25%";  // of the experts of the stacks that run, or bytes
   std::string phase = "decoder";      // replay: decoder, encoder or both
   std::string link = "auto";
-  int batch = 1;
+  std::vector<int> batches = {1};  // a comparison each
+  // in_order; by_route: batches of requests whose foretold experts overlap, rows too
+  std::vector<std::string> schedules = {"in_order"};
   int max_new_tokens = 16;  // decoder steps a segment
   int rounds = 20;          // interleaved, measured
   int warmup_rounds = 3;
@@ -39,6 +41,8 @@ struct EvaluationOptions {             // one field a flag of the same name
   double peak_seconds = 0.5;
 };
 
+// "1,4,16,32" -> sizes; UsageError naming what is none.
+std::vector<int> ParseBatches(const std::string& text);
 // Throws UsageError for what is wrong, or does not fit together, without reading weights.
 void ValidateEvaluation(const EvaluationOptions& options);
 // Runs and writes; prints the table, or the plan where dry_run. Headline figures for

@@ -19,6 +19,9 @@ namespace {
 constexpr uint64_t kPage = 4096;
 constexpr char kMagic[8] = {'R', 'C', 'E', 'X', 'P', 'R', 'T', '1'};
 constexpr uint32_t kVersion = 1;
+constexpr uint32_t kCompressedVersion = 2;  // and the second byte of dtype is a CopyKind
+// A checksum does not make a number sane: no file makes its reader take more memory.
+constexpr uint32_t kMostKeys = 1 << 22, kMostWidth = 1 << 20;
 
 struct Header {
   char magic[8];
@@ -36,6 +39,20 @@ static_assert(sizeof(Header) == 88);
 
 uint64_t HeaderHash(const Header& header) {
   return Hash64(&header, offsetof(Header, header_hash));
+}
+
+// What the numbers of a header must be, whoever wrote them.
+void CheckHeader(const Header& h, const fs::path& path) {
+  const uint64_t layers = uint64_t{h.encoder_layers} + h.decoder_layers;
+  const uint32_t dtype = h.dtype & 0xff, copies = h.dtype >> 8;
+  if (layers > kMostKeys || layers * h.num_experts > kMostKeys ||
+      h.count > layers * h.num_experts || h.d_model > kMostWidth || h.d_ff > kMostWidth) {
+    Bad(path, "sizes are out of range");
+  }
+  if (dtype > 1 || copies > 2 || (h.version == kVersion) != (copies == 0)) {
+    Bad(path, "stored as " + std::to_string(h.dtype) + " in version " +
+                  std::to_string(h.version) + ", which is no type");
+  }
 }
 
 std::string ReadAt(int fd, uint64_t offset, uint64_t size, const fs::path& path) {
@@ -82,7 +99,8 @@ void ExpertFileWriter::Write(const void* data, uint64_t size, uint64_t offset) {
 
 void ExpertFileWriter::Append(ExpertKey key, std::span<const std::byte> wi,
                               std::span<const std::byte> wo) {
-  if (wi.size() != wo.size() || wi.size() + wo.size() != spec_.blob_bytes()) {
+  const bool halves = wi.size() == wo.size() || spec_.copies != CopyKind::kLossless;
+  if (!halves || wi.size() + wo.size() != spec_.blob_bytes()) {
     throw std::logic_error("ExpertFileWriter: an expert of another size");
   }
   const uint64_t offset = kPage + index_.size() * spec_.stride_bytes();
@@ -100,13 +118,15 @@ void ExpertFileWriter::Finish() {
   Write(index_.data(), index_bytes, index_offset);
   Header header = {};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
-  header.version = kVersion;
+  const bool lossless = spec_.copies == CopyKind::kLossless;
+  header.version = lossless ? kVersion : kCompressedVersion;
   header.encoder_layers = static_cast<uint32_t>(spec_.geometry.encoder_layers);
   header.decoder_layers = static_cast<uint32_t>(spec_.geometry.decoder_layers);
   header.num_experts = static_cast<uint32_t>(spec_.geometry.num_experts);
   header.d_model = static_cast<uint32_t>(spec_.geometry.d_model);
   header.d_ff = static_cast<uint32_t>(spec_.d_ff);
-  header.dtype = static_cast<uint32_t>(spec_.dtype);
+  header.dtype = static_cast<uint32_t>(spec_.dtype) | static_cast<uint32_t>(spec_.copies)
+                                                          << 8;
   header.count = static_cast<uint32_t>(index_.size());
   header.content_id = spec_.content_id;
   header.stride = spec_.stride_bytes();
@@ -141,16 +161,19 @@ ExpertFile::ExpertFile(const fs::path& path) : path_(path) {
   std::memcpy(&header, ReadAt(fd, 0, sizeof header, path).data(), sizeof header);
   if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0)
     Bad(path, "magic is missing");
-  if (header.version != kVersion) {
+  if (header.version != kVersion && header.version != kCompressedVersion) {
     Bad(path, "version " + std::to_string(header.version) + ", known " +
-                  std::to_string(kVersion));
+                  std::to_string(kVersion) + " and " +
+                  std::to_string(kCompressedVersion));
   }
   if (header.header_hash != HeaderHash(header)) Bad(path, "header checksum differs");
+  CheckHeader(header, path);
   spec_.geometry = {
       static_cast<int>(header.encoder_layers), static_cast<int>(header.decoder_layers),
       static_cast<int>(header.num_experts), 1, static_cast<int>(header.d_model)};
   spec_.d_ff = static_cast<int>(header.d_ff);
-  spec_.dtype = static_cast<ExpertDtype>(header.dtype);
+  spec_.dtype = static_cast<ExpertDtype>(header.dtype & 0xff);
+  spec_.copies = static_cast<CopyKind>(header.dtype >> 8);
   spec_.content_id = header.content_id;
   count_ = static_cast<int>(header.count);
   const uint64_t index_bytes = uint64_t{header.count} * 16;

@@ -2,11 +2,11 @@
 // expert.
 //
 // Little-endian. Page 0: the header below, zero-padded to 4096 bytes. Then `count` blobs,
-// each `stride` bytes apart: wi [d_ff, d_model] then wo [d_model, d_ff], row-major,
-// zero-padded to 4 KiB. Then the index: `count` times { u32 layer, u32 expert, u64
-// XXH3-64 of the blob without padding }, at index_offset, to the end of the file. The
-// header is written last and the file renamed into place after it: a file under its final
-// name is whole.
+// each `stride` bytes apart: wi [d_ff, d_model] then wo [d_model, d_ff], row-major (or
+// compressed, expert_codec.h: version 2), zero-padded to 4 KiB. Then the index: `count`
+// times { u32 layer, u32 expert, u64 XXH3-64 of the blob without padding }, at
+// index_offset, to the end of the file. The header is written last and the file renamed
+// into place after it: a file under its final name is whole.
 #pragma once
 
 #include <cstdint>
@@ -16,21 +16,26 @@
 
 #include "common/files.h"
 #include "common/routing.h"
+#include "evaluator/expert_codec.h"
 
 namespace routecast {
-
-enum class ExpertDtype : uint32_t { kFloat32 = 0, kBfloat16 = 1 };
-inline uint64_t DtypeBytes(ExpertDtype dtype) {
-  return dtype == ExpertDtype::kFloat32 ? 4 : 2;
-}
 
 struct ExpertFileSpec {
   MoeGeometry geometry;
   int d_ff = 0;
   ExpertDtype dtype = ExpertDtype::kFloat32;
   uint64_t content_id = 0;  // whose weights: a model's fingerprint, or a synthetic seed
-  uint64_t blob_bytes() const {
+  CopyKind copies = CopyKind::kLossless;  // how the blobs are stored
+  // Of an expert as the model reads it.
+  uint64_t expert_bytes() const {
     return 2 * static_cast<uint64_t>(geometry.d_model) * d_ff * DtypeBytes(dtype);
+  }
+  // Of an expert in the file.
+  uint64_t blob_bytes() const {
+    if (copies == CopyKind::kLossless) return expert_bytes();
+    const auto d = static_cast<uint64_t>(geometry.d_model),
+               f = static_cast<uint64_t>(d_ff);
+    return CodedBytes(copies, f, d) + CodedBytes(copies, d, f);
   }
   uint64_t stride_bytes() const { return (blob_bytes() + 4095) / 4096 * 4096; }
   bool operator==(const ExpertFileSpec&) const = default;

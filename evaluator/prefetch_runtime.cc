@@ -31,6 +31,7 @@ PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* eng
       engine_(engine),
       foresight_(std::move(foresight)),
       options_(std::move(options)),
+      clock_(options_.clock ? *options_.clock : steady_clock_),
       cache_(spec.geometry, options_.num_slots, options_.eviction),
       planner_(Filled(options_.planner, spec, *engine), &cache_, &clock_) {
   const int64_t d = spec.geometry.d_model, f = spec.d_ff;
@@ -173,7 +174,7 @@ ExpertLease PrefetchRuntime::Next() {
                       engine_->last_error(),
                       "check the disk; remove the expert file to write it anew"));
       }
-      arrived_.wait(lock);
+      Wait(&lock);
     }
     const double waited = clock_.Now() - from;
     stall_ += waited;
@@ -254,9 +255,19 @@ void PrefetchRuntime::ResetStats() {
   stats_[0] = stats_[1] = {};
 }
 
+void PrefetchRuntime::Wait(std::unique_lock<std::mutex>* lock) {
+  if (!engine_->is_stepped()) {
+    arrived_.wait(*lock);
+    return;
+  }
+  lock->unlock();
+  engine_->Step();
+  lock->lock();
+}
+
 void PrefetchRuntime::WaitIdle(std::unique_lock<std::mutex>* lock) {
   // Also after a failure: the engine must not report to a runtime that is gone.
-  arrived_.wait(*lock, [this] { return planner_.in_flight() == 0; });
+  while (planner_.in_flight() != 0) Wait(lock);
 }
 
 void PrefetchRuntime::Suspend() {
@@ -279,7 +290,7 @@ void PrefetchRuntime::Resume() {
                     ExpertKey::FromIndex(cache_.KeyIndexIn(slot), spec_.geometry), slot,
                     true});
   }
-  arrived_.wait(lock, [this] { return restoring_.empty(); });
+  while (!restoring_.empty()) Wait(&lock);
   if (restore_failed_) {
     throw EnvironmentError(ErrorText("held experts cannot be read again",
                                      engine_->last_error(), "check the disk"));

@@ -31,6 +31,7 @@ struct RuntimeOptions {
       planner;  // expert_bytes, link and cancelling are filled in from the engine
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
+  const Clock* clock = nullptr;  // outlives the runtime; null: a steady one of its own
 };
 
 // What one stack's passes cost. Bytes and counts as in TransferLedger.
@@ -94,6 +95,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   void Release(ExpertKey key, double taken);
   void AskAtEnd(const PassInfo& pass);
   void Foresee(const std::vector<LayerForecast>& forecasts);
+  void Wait(std::unique_lock<std::mutex>* lock);  // for the next event of the engine
   void WaitIdle(std::unique_lock<std::mutex>* lock);
   bool Speculating() const;
 
@@ -101,7 +103,8 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   TransferEngine* engine_;
   std::unique_ptr<Foresight> foresight_;
   RuntimeOptions options_;
-  SteadyClock clock_;
+  SteadyClock steady_clock_;
+  const Clock& clock_;  // that one, or the options'
   mutable std::mutex mutex_;
   std::condition_variable arrived_;
   ExpertCache cache_;

@@ -33,10 +33,7 @@ class Simulation {
     for (size_t served = 0; served < visit.experts.size(); ++served) {
       std::optional<ExpertKey> key;
       const double from = clock_.Now();
-      while (!(key = planner_.TakeReady())) {
-        if (link_.NextEvent() < 0) throw std::logic_error("the link is idle in a stall");
-        link_.AdvanceTo(link_.NextEvent());
-      }
+      while (!(key = planner_.TakeReady())) link_.Step();
       planner_.AddStall(clock_.Now() - from);
       waited += clock_.Now() - from;
       Work(visit.seconds_expert);

@@ -1,6 +1,7 @@
 #include "evaluator/simulated_link.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace routecast {
 
@@ -52,6 +53,11 @@ void SimulatedLink::EndChunk() {
   if (failing_.count(finished.order.id)) outcome = TransferOutcome::kFailed;
   done_(finished.order.id, outcome, finished.moved);  // may start the next one itself
   if (!busy_) BeginChunk();
+}
+
+void SimulatedLink::Step() {
+  if (!busy_) throw std::logic_error("the link is idle in a stall");
+  AdvanceTo(chunk_end_);
 }
 
 void SimulatedLink::AdvanceTo(double time) {

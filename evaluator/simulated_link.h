@@ -31,6 +31,8 @@ class SimulatedLink : public TransferEngine {
   bool can_cancel() const override { return options_.can_cancel; }
   std::byte* slot(int) const override { return nullptr; }
   std::string description() const override { return "simulated link"; }
+  bool is_stepped() const override { return true; }
+  void Step() override;  // std::logic_error on an idle link: nobody would ever wake up
 
   // Moves the clock to `time`, finishing what ends until then.
   void AdvanceTo(double time);

@@ -30,6 +30,12 @@ class TransferEngine {
   virtual std::byte* slot(int slot) const = 0;
   virtual std::string description() const = 0;  // for reports: path, mode, pace
   virtual std::string last_error() const { return ""; }
+  // True where the engine has no threads and time stands still unless the waiting caller
+  // calls Step (simulations, tests under a virtual clock).
+  virtual bool is_stepped() const { return false; }
+  // Moves on to the engine's next event, where `done` may be called. REQUIRES
+  // is_stepped(), something under way, and no lock of the caller's that `done` takes.
+  virtual void Step() {}
 };
 
 }  // namespace routecast

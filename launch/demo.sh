@@ -4,6 +4,7 @@
 # it goes on where it was.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
+. "$(dirname "$0")/steps.sh"
 
 usage() {
   cat <<'TEXT'
@@ -33,7 +34,6 @@ if [ -z "$out" ]; then
   [ "$quick" = no ] || out+=-quick
   [ "$pretrain" = no ] || out+=-pretrain
 fi
-mkdir -p "$out/log" "$out/done"
 
 ranks=2
 corpus=$cache/corpus
@@ -61,52 +61,6 @@ if [ "$pretrain" = yes ]; then
   size=()
   checkpoint=$out/pretrain
 fi
-
-# The running step. TERM and INT reach it, and it saves before it ends.
-child=
-stop() { [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
-trap stop TERM INT
-
-step_number=0
-chain=
-times=()
-# step NAME WHAT COMMAND...: runs COMMAND unless it was done with these arguments before.
-step() {
-  local name=$1 what=$2 begin=$SECONDS code=0 key
-  shift 2
-  step_number=$((step_number + 1))
-  # The keys of earlier steps go in: what follows a step that ran anew runs anew too.
-  chain=$(printf '%s\n' "$chain" "$@" | sha256sum | cut -c1-16)
-  key=$chain
-  if [ "$(head -1 "$out/done/$name" 2>/dev/null)" = "$key" ]; then
-    times+=("$(printf '%-44s %5s s (done before)' "$what" "$(sed -n 2p "$out/done/$name")")")
-    printf '[%d/%d] %s: done before\n' "$step_number" "$num_steps" "$what"
-    return
-  fi
-  printf '\n[%d/%d] %s\n' "$step_number" "$num_steps" "$what"
-  # tee -i: an interrupt ends the step, not its log.
-  local log_pid
-  exec 3> >(exec tee -i "$out/log/$name.log")
-  log_pid=$!
-  "$@" >&3 2>&1 3>&- &
-  child=$!
-  exec 3>&-
-  while :; do
-    code=0
-    wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break
-  done
-  child=
-  wait "$log_pid" || true
-  case $code in
-    0) ;;
-    75) die 75 "stopped at '$what'; everything is saved" "start the same command again" ;;
-    *) die "$code" "'$what' failed with exit code $code" "its log: $out/log/$name.log" ;;
-  esac
-  local seconds=$((SECONDS - begin))
-  printf '%s\n%s\n' "$key" "$seconds" >"$out/done/$name"
-  times+=("$(printf '%-44s %5s s' "$what" "$seconds")")
-}
 
 num_steps=9
 run_demo() {
@@ -142,6 +96,7 @@ run_demo() {
 }
 
 started=$SECONDS
+begin_steps "$out"
 "$root/launch/setup.sh"
 [ "$pretrain" = yes ] || [ -e "${checkpoint:-/none}/config.json" ] ||
   die 2 "no checkpoint is in configs/checkpoints" "launch/demo.sh --pretrain trains one"

@@ -27,7 +27,9 @@ DEFINE_string(
     "empty: replay of --store");
 DEFINE_string(store, "",
               "trace store: sequences to replay, prompts, and counts of baselines");
-DEFINE_string(prompts, "", "text file, one prompt a line (with --model)");
+DEFINE_string(prompts, "",
+              "with --model, a comma list: text files (a prompt a line), or KIND:PATH as "
+              "--data of routecast-collect (their test part); rows for each");
 DEFINE_string(predictor, "",
               "comma list: baseline names, oracle, folders of trained runs");
 DEFINE_string(policy, "auto", "on_demand, multi_look, top_k, intelligent or auto");
@@ -46,7 +48,10 @@ DEFINE_string(in, ".", "folder that --mode=status looks into");
 DEFINE_string(phase, "decoder", "stacks of a replay: decoder, encoder or both");
 DEFINE_string(link, "auto",
               "native, emulated (paced), or auto: paced where the bound is < 1.5");
-DEFINE_int32(batch, 1, "sequences decoded together");
+DEFINE_string(batch, "1", "sequences decoded together; a list gives rows for each");
+DEFINE_string(schedule, "in_order",
+              "how requests are batched: in_order, by_route (foretold experts overlap), "
+              "or both");
 DEFINE_int32(max_new_tokens, 16, "decoder steps of a round, at most");
 DEFINE_int32(rounds, 20, "interleaved measured rounds");
 DEFINE_int32(warmup_rounds, 3, "rounds before them that are not measured");
@@ -86,7 +91,7 @@ EvaluationOptions OptionsFromFlags() {
   EvaluationOptions options;
   options.model = FindModelFolder(FLAGS_model);
   options.store = FLAGS_store;
-  options.prompts = FLAGS_prompts;
+  options.prompts = List(FLAGS_prompts);
   options.predictor = List(FLAGS_predictor);
   for (const std::string& folder : List(FLAGS_report_with)) {
     options.report_with.emplace_back(folder);
@@ -96,7 +101,8 @@ EvaluationOptions OptionsFromFlags() {
   options.expert_budget = FLAGS_expert_budget;
   options.phase = FLAGS_phase;
   options.link = FLAGS_link;
-  options.batch = FLAGS_batch;
+  options.batches = ParseBatches(FLAGS_batch);
+  options.schedules = List(FLAGS_schedule);
   options.max_new_tokens = FLAGS_max_new_tokens;
   options.rounds = FLAGS_rounds;
   options.warmup_rounds = FLAGS_warmup_rounds;

@@ -27,6 +27,10 @@ std::vector<RowGroup> GroupsOf(const RunFolder& f) {
     std::string name = TextOf(row, "phase");
     if (std::isfinite(batch))
       name += (name.empty() ? "" : ", ") + std::string("batch ") + ShortNumber(batch);
+    for (const char* key : {"prompts", "schedule"}) {
+      const std::string value = TextOf(row, key);
+      if (!value.empty() && value != "in_order") name += ", " + value;
+    }
     auto it = std::find_if(groups.begin(), groups.end(),
                            [&](const RowGroup& g) { return g.name == name; });
     if (it == groups.end()) it = groups.insert(groups.end(), {name, {}});
@@ -37,6 +41,16 @@ std::vector<RowGroup> GroupsOf(const RunFolder& f) {
 
 std::string Mebibytes(double bytes) { return Fixed(bytes / (1 << 20), 1); }
 
+// Rows of compressed experts, which put out something else and say so.
+bool IsLossy(const Json& row) {
+  const std::string copies = TextOf(row, "copies");
+  return !copies.empty() && copies != "lossless";
+}
+
+std::string Labelled(const Json& row) {
+  return RowName(row) + (IsLossy(row) ? ", LOSSY " + TextOf(row, "copies") : "");
+}
+
 Table RowTable(const RowGroup& group) {
   Table table({"<row", "tokens/s", "speed-up", "p50 ms", "p95 ms", "hit rate %",
                "useful MiB", "late MiB", "wasted MiB", "stall s", "Tc s", "Tx s", "bound",
@@ -44,7 +58,7 @@ Table RowTable(const RowGroup& group) {
   for (const Json& row : group.rows) {
     const std::string hash = TextOf(row, "output_sha256");
     table.AddRow(
-        {RowName(row), Fixed(NumberOf(row, "tokens_per_second"), 1),
+        {Labelled(row), Fixed(NumberOf(row, "tokens_per_second"), 1),
          Fixed(NumberOf(row, "speed_up"), 2), Fixed(NumberOf(row, "p50_ms"), 2),
          Fixed(NumberOf(row, "p95_ms"), 2), Fixed(NumberOf(row, "hit_rate") * 100, 1),
          Mebibytes(NumberOf(row, "bytes_useful")), Mebibytes(NumberOf(row, "bytes_late")),
@@ -57,6 +71,19 @@ Table RowTable(const RowGroup& group) {
   return table;
 }
 
+Table LossyTable(const RowGroup& group) {
+  Table table({"<row", "speed-up", "texts equal %", "texts", "KL, nats", "perplexity %"});
+  for (const Json& row : group.rows) {
+    if (!IsLossy(row)) continue;
+    table.AddRow({Labelled(row), Fixed(NumberOf(row, "speed_up"), 2),
+                  Fixed(100 * NumberOf(row, "exact_match"), 1),
+                  ShortNumber(NumberOf(row, "compared_sequences")),
+                  Fixed(NumberOf(row, "logit_kl"), 4),
+                  Fixed(100 * NumberOf(row, "perplexity_change"), 2)});
+  }
+  return table;
+}
+
 std::string RowChart(const RowGroup& group) {
   BarChart chart{"Tokens a second" + (group.name.empty() ? "" : ", " + group.name),
                  "tokens/s",
@@ -64,7 +91,7 @@ std::string RowChart(const RowGroup& group) {
                  {{"median", {}, {}}},
                  0};
   for (const Json& row : group.rows) {
-    chart.categories.push_back(RowName(row));
+    chart.categories.push_back(Labelled(row));
     chart.series[0].values.push_back(NumberOf(row, "tokens_per_second"));
   }
   return BarChartSvg(chart);
@@ -72,7 +99,9 @@ std::string RowChart(const RowGroup& group) {
 
 bool SameOutput(const RowGroup& group) {
   std::set<std::string> hashes;
-  for (const Json& row : group.rows) hashes.insert(TextOf(row, "output_sha256"));
+  for (const Json& row : group.rows) {
+    if (!IsLossy(row)) hashes.insert(TextOf(row, "output_sha256"));
+  }
   return hashes.size() == 1 && !hashes.begin()->empty();
 }
 
@@ -102,9 +131,14 @@ void AddRows(const RunFolder& f, HtmlReport* page) {
     const double budget = NumberOf(group.rows[0], "budget_bytes");
     std::string caption = group.name;
     if (std::isfinite(budget)) caption += ", budget " + Mebibytes(budget) + " MiB";
-    caption += SameOutput(group) ? ". Outputs of all rows are equal, bit for bit."
+    const Table lossy = LossyTable(group);
+    const std::string which = lossy.num_rows() > 0 ? "all lossless rows" : "all rows";
+    caption += SameOutput(group) ? ". Outputs of " + which + " are equal, bit for bit."
                                  : ". Outputs differ between rows or were not hashed.";
     page->AddTable(RowTable(group), caption);
+    if (lossy.num_rows() > 0)
+      page->AddTable(lossy,
+                     group.name + ": what compressed experts change in the output");
   }
   page->Paragraph(
       "Tc is compute time, Tx transfer time when nothing is cached ahead; the bound "
@@ -120,7 +154,7 @@ void SummariseRows(const RunFolder& f,
       const std::string predictor = TextOf(row, "predictor");
       const bool counts =
           !predictor.empty() && predictor != "none" && predictor != "oracle";
-      if (counts &&
+      if (counts && !IsLossy(row) &&
           (best == nullptr || NumberOf(row, "speed_up") > NumberOf(*best, "speed_up"))) {
         best = &row;
       }

@@ -129,6 +129,8 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "budget_phase_share",
                                              "phase",
                                              "batch",
+                                             "prompts",
+                                             "schedule",
                                              "pairs",
                                              "tokens_per_second",
                                              "spread",

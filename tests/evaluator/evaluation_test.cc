@@ -13,6 +13,7 @@
 #include "storage/trace_reader.h"
 #include "tests/evaluator/synthetic_store.h"
 #include "tests/models/switch_test_support.h"
+#include "tests/support/reference.h"
 
 namespace routecast {
 namespace {
@@ -70,7 +71,7 @@ TEST_F(EvaluationTest, ReplayWritesResultsAndReport) {
 TEST_F(EvaluationTest, GenerateComparesBothStacks) {
   EvaluationOptions options = Options();
   options.model = folder_ / "model";
-  options.batch = 2;
+  options.batches = {2};
   options.out = folder_ / "generate";
   ValidateEvaluation(options);
   Evaluate(options, Json::object());
@@ -85,6 +86,74 @@ TEST_F(EvaluationTest, GenerateComparesBothStacks) {
   }
   EXPECT_EQ(encoder, decoder);
   EXPECT_GE(encoder, 6);
+}
+
+// Rows of every batch size and both schedules, labelled; outputs are equal within one.
+TEST_F(EvaluationTest, EveryBatchAndScheduleHasItsRows) {
+  EvaluationOptions options = Options();
+  options.batches = {1, 2};
+  options.schedules = {"in_order", "by_route"};
+  options.baselines = "none";
+  options.link = "native";
+  options.rounds = 1;
+  options.out = folder_ / "batches";
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  const Json results = ReadJsonFile(options.out / "results.json");
+  std::map<std::string, std::set<std::string>> hashes;
+  for (const Json& row : results["rows"]) {
+    EXPECT_EQ(row["prompts"], "store");
+    hashes[std::to_string(row["batch"].get<int>()) + row["schedule"].get<std::string>()]
+        .insert(row["output_sha256"].get<std::string>());
+  }
+  ASSERT_EQ(hashes.size(), 3u);  // batches of one hold nothing to group
+  for (const char* group : {"1in_order", "2in_order", "2by_route"}) {
+    EXPECT_EQ(hashes[group].size(), 1u) << group;
+  }
+}
+
+TEST_F(EvaluationTest, EverySourceOfPromptsHasItsRows) {
+  EvaluationOptions options = Options();
+  options.store.clear();
+  options.model =
+      fs::path(EnvOr("ROUTECAST_SOURCE_DIR", ".")) / "configs/checkpoints/small-16";
+  for (const char* name : {"a.txt", "b.txt"}) {
+    WriteFileAtomic(folder_ / name, std::string("text of ") + name + "\nmore of it\n");
+    options.prompts.push_back(folder_ / name);
+  }
+  options.link = "native";
+  options.rounds = 1;
+  options.out = folder_ / "sources";
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  std::set<std::string> sources;
+  const Json results = ReadJsonFile(options.out / "results.json");
+  for (const Json& row : results["rows"]) sources.insert(row["prompts"]);
+  EXPECT_EQ(sources, (std::set<std::string>{"a.txt", "b.txt"}));
+}
+
+TEST_F(EvaluationTest, BatchesAreAListOfSizes) {
+  EXPECT_EQ(ParseBatches("1,4,16,32"), (std::vector<int>{1, 4, 16, 32}));
+  for (const char* wrong : {"0", "-1", "4x", "1,,2", "1000000", " 4"}) {
+    EXPECT_THROW(ParseBatches(wrong), UsageError) << wrong;
+  }
+}
+
+TEST_F(EvaluationTest, OptionsThatDoNotFitTogetherAreUsage) {
+  EvaluationOptions options = Options();
+  options.schedules = {"by_rote"};
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options = Options();
+  options.batches = {1, 2};
+  options.timeline = true;
+  options.out = folder_ / "no";
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options = Options();
+  options.store.clear();
+  options.model = folder_ / "model";
+  options.prompts = {"x"};
+  options.schedules = {"by_route"};  // routes are foretold from a store's counts
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
 }
 
 // One more round of every row, for Perfetto.

@@ -132,6 +132,35 @@ TEST(EvaluationReport, SaysWhereOutputsDiffer) {
   EXPECT_FALSE(Has(EvaluationReportHtml({f}), "equal, bit for bit"));
 }
 
+TEST(EvaluationReport, LossyRowsAreNamedAndLeaveTheOthersEqual) {
+  RunFolder f = Evaluation();
+  Json lossy = f.results["rows"][2];
+  lossy["output_sha256"] = "fedcba9876543210";
+  lossy["copies"] = "int4";
+  lossy["speed_up"] = 9.0;
+  lossy["exact_match"] = 0.75;
+  lossy["logit_kl"] = 0.0123;
+  f.results["rows"].push_back(lossy);
+  const std::string page = EvaluationReportHtml({f});
+  EXPECT_TRUE(Has(page, "LOSSY int4"));
+  EXPECT_TRUE(Has(page, "all lossless rows are equal, bit for bit"));
+  EXPECT_TRUE(Has(page, "0.0123"));
+  EXPECT_FALSE(Has(page, "9.00x"));  // no key figure
+}
+
+TEST(EvaluationReport, RowsOfOtherPromptsAreNotMixed) {
+  RunFolder f = Evaluation();
+  for (Json& row : f.results["rows"]) row["prompts"] = "store";
+  Json other = f.results["rows"][2];
+  other["prompts"] = "squad:dev.json";
+  other["schedule"] = "by_route";
+  other["output_sha256"] = "fedcba9876543210";
+  f.results["rows"].push_back(other);
+  const std::string page = EvaluationReportHtml({f});
+  EXPECT_TRUE(Has(page, "squad:dev.json, by_route"));
+  EXPECT_FALSE(Has(page, "Outputs differ"));
+}
+
 TEST(EvaluationReport, LabelsReplayAndEmulatedRows) {
   RunFolder f = Evaluation();
   EXPECT_FALSE(Has(EvaluationReportHtml({f}), "Emulated"));

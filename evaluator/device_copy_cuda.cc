@@ -1,0 +1,158 @@
+#include <cuda_runtime_api.h>
+
+#include <chrono>
+#include <map>
+#include <thread>
+#include <vector>
+
+#include "common/errors.h"
+#include "common/files.h"
+#include "evaluator/device_copy.h"
+
+namespace routecast {
+namespace {
+
+void Check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  throw EnvironmentError(
+      ErrorText(std::string(call) + " failed on the CUDA device",
+                std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error),
+                "nvidia-smi says what the device is doing"));
+}
+
+class CudaCopy final : public DeviceCopy {
+ public:
+  explicit CudaCopy(int index) : index_(index) {
+    Check(cudaSetDevice(index_), "cudaSetDevice");
+    for (cudaStream_t& stream : streams_) {
+      // Non-blocking: the model's stream does not wait for copies, nor they for it.
+      Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+            "cudaStreamCreate");
+    }
+    Check(cudaEventCreateWithFlags(&fence_, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  ~CudaCopy() override {
+    // Errors here have nobody to go to, and the process is about to end.
+    cudaSetDevice(index_);
+    for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
+    for (auto& [ticket, event] : events_) cudaEventDestroy(event);
+    for (cudaEvent_t event : spare_) cudaEventDestroy(event);
+    cudaEventDestroy(fence_);
+    for (std::byte* slab : slabs_) cudaFree(slab);
+    for (std::byte* host : registered_) cudaHostUnregister(host);
+  }
+
+  std::byte* Allocate(uint64_t bytes) override {
+    Check(cudaSetDevice(index_), "cudaSetDevice");
+    void* slab = nullptr;
+    if (cudaMalloc(&slab, bytes) != cudaSuccess) {
+      cudaGetLastError();  // said below; later calls must not find it again
+      size_t free = 0, whole = 0;
+      Check(cudaMemGetInfo(&free, &whole), "cudaMemGetInfo");
+      throw EnvironmentError(
+          ErrorText("no room for the experts' slots on the CUDA device",
+                    FormatBytes(bytes) + " wanted, " + FormatBytes(free) + " of " +
+                        FormatBytes(whole) + " free",
+                    "use a smaller --expert_budget or gpu tier"));
+    }
+    slabs_.push_back(static_cast<std::byte*>(slab));
+    return slabs_.back();
+  }
+
+  void Register(std::byte* host, uint64_t bytes) override {
+    Check(cudaSetDevice(index_), "cudaSetDevice");
+    Check(cudaHostRegister(host, bytes, cudaHostRegisterDefault), "cudaHostRegister");
+    registered_.push_back(host);
+  }
+  void Unregister(std::byte* host) override {
+    Check(cudaHostUnregister(host), "cudaHostUnregister");
+    std::erase(registered_, host);
+  }
+
+  void FenceAfterCompute() override {
+    Check(cudaSetDevice(index_), "cudaSetDevice");  // a thread's first call
+    // The model's stream is the legacy default one, as LibTorch has it.
+    Check(cudaEventRecord(fence_, cudaStreamLegacy), "cudaEventRecord");
+    for (cudaStream_t stream : streams_)
+      Check(cudaStreamWaitEvent(stream, fence_, 0), "cudaStreamWaitEvent");
+  }
+
+  Ticket CopyAsync(std::byte* device, const std::byte* host, uint64_t bytes,
+                   int stream) override {
+    return Enqueue(device, host, bytes, cudaMemcpyHostToDevice, stream);
+  }
+  Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
+                         int stream) override {
+    return Enqueue(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+  }
+
+  bool IsOver(Ticket ticket) override {
+    const auto found = events_.find(ticket);
+    if (found == events_.end()) return true;
+    const cudaError_t state = cudaEventQuery(found->second);
+    if (state == cudaErrorNotReady) return false;
+    Check(state, "a copy to the device (cudaEventQuery)");
+    spare_.push_back(found->second);
+    events_.erase(found);
+    return true;
+  }
+
+  double Now() const override {
+    return std::chrono::duration<double>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
+  void Pause(double seconds) override {
+    // A copy of a chunk takes some 80 us: a sleep would be longer than the wait.
+    const double until = Now() + seconds;
+    do std::this_thread::yield();
+    while (Now() < until);
+  }
+  std::string description() const override {
+    cudaDeviceProp properties;
+    Check(cudaGetDeviceProperties(&properties, index_), "cudaGetDeviceProperties");
+    return std::string(properties.name) + " (cuda:" + std::to_string(index_) + ")";
+  }
+
+ private:
+  Ticket Enqueue(std::byte* to, const std::byte* from, uint64_t bytes,
+                 cudaMemcpyKind kind, int stream) {
+    Check(cudaSetDevice(index_), "cudaSetDevice");  // of the calling thread
+    Check(cudaMemcpyAsync(to, from, bytes, kind, streams_[stream]), "cudaMemcpyAsync");
+    cudaEvent_t event = nullptr;
+    if (spare_.empty()) {
+      Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+    } else {
+      event = spare_.back();
+      spare_.pop_back();
+    }
+    events_[++last_] = event;
+    Check(cudaEventRecord(event, streams_[stream]), "cudaEventRecord");
+    return last_;
+  }
+
+  int index_;
+  cudaStream_t streams_[2] = {};
+  cudaEvent_t fence_ = nullptr;
+  std::map<Ticket, cudaEvent_t> events_;  // of copies that are not known to be over
+  std::vector<cudaEvent_t> spare_;
+  std::vector<std::byte*> slabs_, registered_;
+  Ticket last_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<DeviceCopy> OpenCudaDevice(int index) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || index >= count) {
+    throw EnvironmentError(
+        ErrorText("no CUDA device " + std::to_string(index),
+                  error == cudaSuccess ? std::to_string(count) + " devices were found"
+                                       : cudaGetErrorString(error),
+                  "use --device=cpu, or a machine and a driver with CUDA"));
+  }
+  return std::make_unique<CudaCopy>(index);
+}
+
+}  // namespace routecast

@@ -1,0 +1,235 @@
+#include "evaluator/evaluation_setup.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "common/errors.h"
+#include "evaluator/expert_store.h"
+#include "evaluator/predictor_set.h"
+#include "evaluator/replay.h"
+
+namespace routecast {
+namespace {
+
+constexpr int kLeastReplayTokens = 4;
+
+size_t LargestBatch(const EvaluationOptions& options) {
+  return static_cast<size_t>(
+      *std::max_element(options.batches.begin(), options.batches.end()));
+}
+
+size_t WantedSequences(const EvaluationOptions& options) {
+  return LargestBatch(options) *
+         static_cast<size_t>(options.rounds + options.warmup_rounds);
+}
+
+std::vector<std::string> PredictorsOf(const EvaluationOptions& options) {
+  const bool shown = options.compare && !options.store.empty();
+  return WithBaselines(options.predictor, shown ? options.baselines : "none");
+}
+
+// Test-part sequences that serve, ascending by id.
+std::vector<uint64_t> TestSequences(const TraceReader& reader,
+                                    const EvaluationOptions& options, bool needs_hidden) {
+  const size_t wanted = WantedSequences(options), batch = LargestBatch(options);
+  std::vector<uint64_t> ids;
+  for (const SequenceInfo& info : reader.sequences()) {
+    if (SplitOf(info.group_id) != SplitPart::kTest) continue;
+    if (needs_hidden && !info.has_hidden) continue;
+    if (RunsEncoder(options) && info.encoder_tokens == 0) continue;
+    if (IsReplay(options) && RunsDecoder(options) &&
+        info.decoder_tokens < static_cast<uint32_t>(kLeastReplayTokens)) {
+      continue;
+    }
+    ids.push_back(info.sequence_id);
+    if (ids.size() == wanted) break;
+  }
+  if (ids.size() >= batch) return ids;
+  throw UsageError(ErrorText(
+      "the store has too few test sequences" +
+          std::string(needs_hidden ? " with router inputs" : "") + ": " +
+          options.store.string(),
+      std::to_string(ids.size()) + " found, a batch needs " + std::to_string(batch),
+      "collect more sequences (--record=ids,probs,hidden --hidden_share), or choose "
+      "--predictor=none"));
+}
+
+void LoadPredictors(const EvaluationOptions& options,
+                    const std::vector<RouterWeights>& routers, EvaluationSetup* setup) {
+  setup->predictors =
+      MakePredictors(PredictorsOf(options), options.predictor, setup->geometry, routers,
+                     setup->reader.get(), options.quiet);
+  if (std::count(options.schedules.begin(), options.schedules.end(), "by_route") == 0)
+    return;
+  const std::vector<std::string> name = {"token_table"};
+  setup->scheduler = std::move(MakePredictors(name, name, setup->geometry, routers,
+                                              setup->reader.get(), options.quiet)[0]);
+}
+
+ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
+  ReplayOptions replay = options.replay;
+  replay.batch = batch;
+  replay.tokens = options.max_new_tokens;
+  replay.encoder = RunsEncoder(options);
+  replay.decoder = RunsDecoder(options);
+  replay.seed = options.seed;
+  return replay;
+}
+
+void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& setup,
+                     size_t sequences) {
+  const ReplayOptions replay = ReplayOf(options, 1);
+  ExpertFileSpec spec;
+  spec.geometry = ReplayConfig(setup.geometry, replay).geometry();
+  spec.d_ff = replay.d_ff;
+  const MoeGeometry& full = spec.geometry;
+  const int layers = (replay.encoder ? full.encoder_layers : 0) +
+                     (replay.decoder ? full.decoder_layers : 0);
+  const uint64_t whole =
+      static_cast<uint64_t>(layers) * full.num_experts * spec.stride_bytes();
+  const int slots = SlotsOfBudget(ParseBudget(options.expert_budget, whole), spec);
+  std::printf("replay of %zu test sequences: %d x %d experts of %s, %s on disk in %s\n",
+              sequences, layers, full.num_experts, FormatBytes(spec.blob_bytes()).c_str(),
+              FormatBytes(whole).c_str(),
+              ExpertCacheFolder(options.cache).string().c_str());
+  std::printf("budget: %d experts, %s; %zu predictors, %d + %d rounds\n", slots,
+              FormatBytes(static_cast<uint64_t>(slots) * spec.stride_bytes()).c_str(),
+              setup.predictors.size(), options.warmup_rounds, options.rounds);
+}
+
+void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
+  setup->geometry = setup->reader->config().geometry;
+  LoadPredictors(options, StoredRouters(*setup->reader), setup);
+  const bool needs_hidden =
+      std::any_of(setup->predictors.begin(), setup->predictors.end(),
+                  [](const auto& p) { return p->needs_hidden(); });
+  const std::vector<uint64_t> ids = TestSequences(*setup->reader, options, needs_hidden);
+  if (options.dry_run) {
+    PrintReplayPlan(options, *setup, ids.size());
+    return;
+  }
+  setup->requests.push_back(
+      {"store", {}, setup->reader->ReadMany(ids, WithHidden::kYes)});
+  const ReplayOptions replay = ReplayOf(options, 1);
+  setup->file = SyntheticExperts(
+      ExpertCacheFolder(options.cache), ReplayConfig(setup->geometry, replay).geometry(),
+      replay.d_ff, options.seed, replay.encoder, replay.decoder, options.quiet);
+}
+
+void CheckRequests(const EvaluationOptions& options, const SwitchConfig& config,
+                   const RequestSet& set) {
+  for (const auto& prompt : set.prompts) {
+    for (int64_t id : prompt) {
+      if (id < config.vocab_size) continue;
+      throw UsageError(ErrorText("a prompt's token does not exist in this model",
+                                 "id " + std::to_string(id) + ", vocabulary " +
+                                     std::to_string(config.vocab_size),
+                                 "do --model and --store belong together?"));
+    }
+  }
+  if (set.size() >= LargestBatch(options)) return;
+  throw UsageError(ErrorText("fewer prompts than a batch: " + set.name,
+                             std::to_string(set.size()) + " prompts, a batch of " +
+                                 std::to_string(LargestBatch(options)),
+                             "give more prompts or a smaller --batch"));
+}
+
+void LoadRequests(const EvaluationOptions& options, EvaluationSetup* setup) {
+  if (!options.prompts.empty()) {
+    const Tokenizer tokenizer = Tokenizer::Load(options.model);
+    for (const std::string& source : options.prompts) {
+      setup->requests.push_back(
+          ReadPrompts(source, tokenizer, WantedSequences(options), options.quiet));
+    }
+  } else {  // what the store's encoder read: span-corrupted test text
+    RequestSet set{"store", {}, {}};
+    for (uint64_t id : TestSequences(*setup->reader, options, false)) {
+      const RoutingTrace trace = setup->reader->Read(id, WithHidden::kNo);
+      set.prompts.emplace_back(trace.encoder.token_ids.begin(),
+                               trace.encoder.token_ids.end());
+    }
+    setup->requests.push_back(std::move(set));
+  }
+  for (const RequestSet& set : setup->requests)
+    CheckRequests(options, setup->checkpoint->config, set);
+}
+
+void CheckStore(const EvaluationSetup& setup) {
+  const MoeGeometry& stored = setup.reader->config().geometry;
+  const MoeGeometry& model = setup.geometry;
+  if (stored.num_keys() == model.num_keys() && stored.d_model == model.d_model) return;
+  throw UsageError(ErrorText("--store was collected from a model of another geometry",
+                             std::to_string(stored.num_keys()) + " experts of width " +
+                                 std::to_string(stored.d_model) + ", the model has " +
+                                 std::to_string(model.num_keys()) + " of " +
+                                 std::to_string(model.d_model),
+                             "give the store of this model"));
+}
+
+void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
+  const at::ScalarType dtype = ParseDtype("--dtype", options.dtype);
+  setup->checkpoint =
+      LoadCheckpoint(options.model, dtype, at::kCPU, ExpertLoading::kLeaveOut);
+  const SwitchConfig& config = setup->checkpoint->config;
+  setup->geometry = config.geometry();
+  if (setup->reader) CheckStore(*setup);
+  LoadPredictors(options, RoutersOf(config, setup->checkpoint->parameters), setup);
+  LoadRequests(options, setup);
+  if (options.dry_run) {
+    size_t prompts = 0;
+    for (const RequestSet& set : setup->requests) prompts += set.size();
+    std::printf(
+        "generate: %zu prompts, %d MoE layers x %d experts, %zu predictors, "
+        "%d + %d rounds\n",
+        prompts, setup->geometry.num_layers(), setup->geometry.num_experts,
+        setup->predictors.size(), options.warmup_rounds, options.rounds);
+    return;
+  }
+  setup->file =
+      ExpertsOfCheckpoint(ExpertCacheFolder(options.cache), options.model, config,
+                          setup->checkpoint->fingerprint, dtype, options.quiet);
+}
+
+}  // namespace
+
+EvaluationSetup SetUpEvaluation(const EvaluationOptions& options) {
+  EvaluationSetup setup;
+  if (!options.store.empty()) setup.reader = std::make_unique<TraceReader>(options.store);
+  if (IsReplay(options)) {
+    SetUpReplay(options, &setup);
+  } else {
+    SetUpGenerate(options, &setup);
+  }
+  return setup;
+}
+
+std::unique_ptr<Workload> MakeWorkload(const EvaluationOptions& options,
+                                       const EvaluationSetup& setup,
+                                       const RequestSet& set, int batch,
+                                       Schedule schedule) {
+  const auto size = static_cast<size_t>(batch);
+  size_t count = std::min(
+      set.size(), size * static_cast<size_t>(options.rounds + options.warmup_rounds));
+  count -= count % size;  // both schedules run the same requests
+  std::vector<size_t> order;
+  if (schedule == Schedule::kByRoute) {
+    order = OrderByRoute(set, count, size * static_cast<size_t>(options.warmup_rounds),
+                         size, setup.geometry, setup.scheduler.get());
+  } else {
+    for (size_t i = 0; i < count; ++i) order.push_back(i);
+  }
+  if (IsReplay(options)) {
+    std::vector<RoutingTrace> traces;
+    for (size_t i : order) traces.push_back(set.traces[i]);
+    return std::make_unique<ReplayWorkload>(setup.geometry, std::move(traces),
+                                            ReplayOf(options, batch));
+  }
+  std::vector<std::vector<int64_t>> prompts;
+  for (size_t i : order) prompts.push_back(set.prompts[i]);
+  return std::make_unique<GenerateWorkload>(*setup.checkpoint, prompts, batch,
+                                            options.max_new_tokens);
+}
+
+}  // namespace routecast

@@ -1,0 +1,44 @@
+// What the comparisons of one command share: store, model, predictors, requests, experts
+// on disk. Thread rule: one thread.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "evaluator/evaluation.h"
+#include "evaluator/requests.h"
+#include "storage/trace_reader.h"
+
+namespace routecast {
+
+struct EvaluationSetup {
+  std::unique_ptr<TraceReader> reader;   // null without --store
+  std::optional<Checkpoint> checkpoint;  // generate: without experts
+  MoeGeometry geometry;                  // of what runs
+  std::vector<std::unique_ptr<ExpertPredictor>> predictors;
+  std::unique_ptr<ExpertPredictor> scheduler;  // foretells routes of whole requests
+  std::vector<RequestSet> requests;
+  std::shared_ptr<const ExpertFile> file;  // null in a dry run
+};
+
+inline bool IsReplay(const EvaluationOptions& options) { return options.model.empty(); }
+inline bool RunsEncoder(const EvaluationOptions& o) {
+  return !IsReplay(o) || o.phase != "decoder";
+}
+inline bool RunsDecoder(const EvaluationOptions& o) {
+  return !IsReplay(o) || o.phase != "encoder";
+}
+
+// Reads everything; prints the plan instead of writing experts where dry_run.
+EvaluationSetup SetUpEvaluation(const EvaluationOptions& options);
+
+// The first requests of `set`, as many as the rounds take at most, in batches.
+enum class Schedule { kInOrder, kByRoute };
+std::unique_ptr<Workload> MakeWorkload(const EvaluationOptions& options,
+                                       const EvaluationSetup& setup,
+                                       const RequestSet& set, int batch,
+                                       Schedule schedule);
+
+}  // namespace routecast

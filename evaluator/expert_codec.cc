@@ -1,0 +1,112 @@
+#include "evaluator/expert_codec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "common/errors.h"
+#include "common/routing.h"
+
+namespace routecast {
+namespace {
+
+constexpr float kLargestCode[] = {0, 127, 7};
+constexpr int kInt4Zero = 8;  // nibbles are unsigned: code + 8
+
+float ScaleOf(CopyKind kind, const float* weights, uint64_t count) {
+  float largest = 0;
+  for (uint64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(weights[i])) {
+      throw DataError(ErrorText("a weight that is not finite cannot be compressed", "",
+                                "use --copies=lossless"));
+    }
+    largest = std::max(largest, std::fabs(weights[i]));
+  }
+  return largest / kLargestCode[static_cast<int>(kind)];
+}
+
+int CodeOf(float weight, float scale, float largest) {
+  if (scale == 0) return 0;
+  return static_cast<int>(std::clamp(std::nearbyint(weight / scale), -largest, largest));
+}
+
+void Store(const float* row, uint64_t count, ExpertDtype dtype, std::byte* to) {
+  if (dtype == ExpertDtype::kFloat32) {
+    std::memcpy(to, row, count * sizeof(float));
+    return;
+  }
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint16_t bits = FloatToBf16(row[i]);
+    std::memcpy(to + 2 * i, &bits, sizeof bits);
+  }
+}
+
+}  // namespace
+
+CopyKind ParseCopies(const std::string& name) {
+  return static_cast<CopyKind>(
+      ParseChoice("--copies", name, {"lossless", "int8", "int4"}));
+}
+
+const char* CopyName(CopyKind kind) {
+  constexpr const char* kNames[] = {"lossless", "int8", "int4"};
+  return kNames[static_cast<int>(kind)];
+}
+
+void EncodeMatrix(CopyKind kind, std::span<const float> weights, uint64_t rows,
+                  std::span<std::byte> coded) {
+  const uint64_t columns = weights.size() / rows, groups = CodeGroups(kind, columns);
+  const uint64_t group = kind == CopyKind::kInt4 ? kInt4Group : columns;
+  const float largest = kLargestCode[static_cast<int>(kind)];
+  std::fill(coded.begin(), coded.end(), std::byte{0});
+  std::byte* codes = coded.data() + rows * groups * sizeof(float);
+  for (uint64_t r = 0; r < rows; ++r) {
+    for (uint64_t g = 0; g < groups; ++g) {
+      const float* from = weights.data() + r * columns + g * group;
+      const uint64_t count = std::min(group, columns - g * group);
+      const float scale = ScaleOf(kind, from, count);
+      std::memcpy(coded.data() + (r * groups + g) * sizeof scale, &scale, sizeof scale);
+      for (uint64_t i = 0; i < count; ++i) {
+        const int code = CodeOf(from[i], scale, largest);
+        if (kind == CopyKind::kInt8) {
+          codes[r * columns + i] = static_cast<std::byte>(code);
+        } else {
+          codes[(r * groups + g) * (kInt4Group / 2) + i / 2] |=
+              static_cast<std::byte>((code + kInt4Zero) << (4 * (i % 2)));
+        }
+      }
+    }
+  }
+}
+
+void DecodeMatrix(CopyKind kind, const std::byte* coded, uint64_t rows, uint64_t columns,
+                  ExpertDtype dtype, std::byte* weights) {
+  const uint64_t groups = CodeGroups(kind, columns);
+  const std::byte* codes = coded + rows * groups * sizeof(float);
+  // Whole pairs are written: room for the code behind an odd last one.
+  std::vector<float> row(columns + 1);
+  for (uint64_t r = 0; r < rows; ++r) {
+    for (uint64_t g = 0; g < groups; ++g) {
+      float scale;
+      std::memcpy(&scale, coded + (r * groups + g) * sizeof scale, sizeof scale);
+      if (kind == CopyKind::kInt8) {
+        const auto* from = reinterpret_cast<const int8_t*>(codes + r * columns);
+        for (uint64_t i = 0; i < columns; ++i)
+          row[i] = scale * static_cast<float>(from[i]);
+        continue;
+      }
+      const std::byte* from = codes + (r * groups + g) * (kInt4Group / 2);
+      float* to = row.data() + g * kInt4Group;
+      const uint64_t count = std::min(kInt4Group, columns - g * kInt4Group);
+      for (uint64_t i = 0; i < count; i += 2) {
+        const int pair = static_cast<int>(from[i / 2]);
+        to[i] = scale * static_cast<float>((pair & 15) - kInt4Zero);
+        to[i + 1] = scale * static_cast<float>((pair >> 4) - kInt4Zero);
+      }
+    }
+    Store(row.data(), columns, dtype, weights + r * columns * DtypeBytes(dtype));
+  }
+}
+
+}  // namespace routecast

@@ -1,0 +1,46 @@
+// Compressed copies of experts: what a matrix becomes, and how it is read back. LOSSY.
+// INT8: one scale a row (output channel). INT4: one scale a group of 128 neighbours in a
+// row, two codes a byte, the even one low. Symmetric: w = code * scale, |code| <= 127 or
+// 7. Layout of a matrix [rows, columns]: fp32 scales by row (and group), then codes by
+// row, each group of INT4 padded to 64 bytes; all padded to 16 bytes. A blob is wi, then
+// wo. Torch-free. Thread rule: pure functions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+namespace routecast {
+
+enum class CopyKind : uint32_t { kLossless = 0, kInt8 = 1, kInt4 = 2 };
+enum class ExpertDtype : uint32_t { kFloat32 = 0, kBfloat16 = 1 };
+
+// lossless, int8, int4; UsageError naming the nearest.
+CopyKind ParseCopies(const std::string& name);
+const char* CopyName(CopyKind kind);
+
+constexpr uint64_t kInt4Group = 128;
+inline uint64_t DtypeBytes(ExpertDtype dtype) {
+  return dtype == ExpertDtype::kFloat32 ? 4 : 2;
+}
+// Groups of a row that share a scale.
+inline uint64_t CodeGroups(CopyKind kind, uint64_t columns) {
+  return kind == CopyKind::kInt4 ? (columns + kInt4Group - 1) / kInt4Group : 1;
+}
+// Bytes of a compressed matrix. REQUIRES not kLossless.
+inline uint64_t CodedBytes(CopyKind kind, uint64_t rows, uint64_t columns) {
+  const uint64_t groups = CodeGroups(kind, columns);
+  const uint64_t codes = kind == CopyKind::kInt4 ? groups * (kInt4Group / 2) : columns;
+  return (rows * (groups * sizeof(float) + codes) + 15) / 16 * 16;
+}
+
+// `weights` [rows * columns] -> `coded` [CodedBytes]. Throws DataError where a weight is
+// not finite.
+void EncodeMatrix(CopyKind kind, std::span<const float> weights, uint64_t rows,
+                  std::span<std::byte> coded);
+// Back, into `weights` [rows * columns * DtypeBytes]; bf16 rounds to nearest even.
+void DecodeMatrix(CopyKind kind, const std::byte* coded, uint64_t rows, uint64_t columns,
+                  ExpertDtype dtype, std::byte* weights);
+
+}  // namespace routecast

@@ -1,0 +1,95 @@
+#include "evaluator/expert_copies.h"
+
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+
+#include "common/errors.h"
+#include "common/progress.h"
+#include "common/stop.h"
+
+namespace routecast {
+namespace {
+
+std::vector<float> ToFloats(const std::byte* bytes, uint64_t count, ExpertDtype dtype) {
+  std::vector<float> values(count);
+  if (dtype == ExpertDtype::kFloat32) {
+    std::memcpy(values.data(), bytes, count * sizeof(float));
+    return values;
+  }
+  for (uint64_t i = 0; i < count; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, bytes + 2 * i, sizeof bits);
+    values[i] = Bf16ToFloat(bits);
+  }
+  return values;
+}
+
+std::shared_ptr<const ExpertFile> OpenIfGood(const fs::path& path,
+                                             const ExpertFileSpec& spec, int count) {
+  if (!fs::exists(path)) return nullptr;
+  try {
+    auto file = std::make_shared<const ExpertFile>(path);
+    if (file->spec() == spec && file->count() == count) return file;
+  } catch (const DataError& e) {
+    std::fprintf(stderr, "%s\nit is written again\n", e.what());
+  }
+  return nullptr;
+}
+
+// Writes expert after expert. The blobs that are read are checked: a damaged expert must
+// not become a sound copy.
+void WriteCopy(const ExpertFile& file, const ExpertFileSpec& spec, const fs::path& path,
+               bool quiet) {
+  const uint64_t d = static_cast<uint64_t>(spec.geometry.d_model),
+                 f = static_cast<uint64_t>(spec.d_ff), half = d * f;
+  ExpertFileWriter writer(path, spec);
+  std::ifstream in(file.path(), std::ios::binary);
+  std::vector<std::byte> blob(file.spec().blob_bytes());
+  std::vector<std::byte> wi(CodedBytes(spec.copies, f, d)),
+      wo(CodedBytes(spec.copies, d, f));
+  Progress progress(std::string(CopyName(spec.copies)) + " copies", "experts",
+                    static_cast<uint64_t>(file.count()), quiet);
+  uint64_t done = 0;
+  for (int i = 0; i < spec.geometry.num_keys(); ++i) {
+    const ExpertKey key = ExpertKey::FromIndex(i, spec.geometry);
+    if (!file.Contains(key)) continue;
+    if (StopRequested()) throw StoppedError("stopped while compressing experts");
+    in.seekg(static_cast<std::streamoff>(file.Offset(key)));
+    in.read(reinterpret_cast<char*>(blob.data()),
+            static_cast<std::streamsize>(blob.size()));
+    if (!in) throw EnvironmentError("cannot read " + file.path().string());
+    file.Check(key, blob.data());
+    const auto weights = ToFloats(blob.data(), 2 * half, spec.dtype);
+    EncodeMatrix(spec.copies, std::span(weights).first(half), f, wi);
+    EncodeMatrix(spec.copies, std::span(weights).subspan(half), d, wo);
+    writer.Append(key, wi, wo);
+    progress.Update(++done);
+  }
+  writer.Finish();
+  progress.Finish();
+}
+
+}  // namespace
+
+std::shared_ptr<const ExpertFile> CompressedCopy(
+    const std::shared_ptr<const ExpertFile>& file, CopyKind kind, bool quiet) {
+  ExpertFileSpec spec = file->spec();
+  spec.copies = kind;
+  fs::path path = file->path();
+  path.replace_filename(path.stem().string() + "-" + CopyName(kind) +
+                        path.extension().string());
+  if (auto copy = OpenIfGood(path, spec, file->count())) return copy;
+  WriteCopy(*file, spec, path, quiet);
+  return std::make_shared<const ExpertFile>(path);
+}
+
+void DecodeExpert(const ExpertFileSpec& spec, const std::byte* blob, std::byte* expert) {
+  const uint64_t d = static_cast<uint64_t>(spec.geometry.d_model),
+                 f = static_cast<uint64_t>(spec.d_ff);
+  DecodeMatrix(spec.copies, blob, f, d, spec.dtype, expert);
+  DecodeMatrix(spec.copies, blob + CodedBytes(spec.copies, f, d), d, f, spec.dtype,
+               expert + spec.expert_bytes() / 2);
+}
+
+}  // namespace routecast

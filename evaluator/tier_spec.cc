@@ -1,0 +1,72 @@
+#include "evaluator/tier_spec.h"
+
+#include <sstream>
+#include <vector>
+
+#include "common/errors.h"
+#include "common/files.h"
+
+namespace routecast {
+namespace {
+
+const std::vector<std::string> kTiers = {"gpu", "host", "disk"};
+constexpr char kExample[] =
+    "write --tier=gpu:6GiB,host:16GiB,disk or --tier=host:2GiB,disk";
+
+[[noreturn]] void Wrong(const std::string& text, const std::string& why) {
+  throw UsageError(
+      ErrorText("--tier=" + text + " is no chain of memories", why, kExample));
+}
+
+struct Tier {
+  int kind = 0;  // of kTiers
+  std::optional<uint64_t> bytes;
+};
+
+Tier ParseTier(const std::string& text, const std::string& item) {
+  const size_t colon = item.find(':');
+  Tier tier;
+  tier.kind = ParseChoice("--tier", item.substr(0, colon), kTiers);
+  if (colon == std::string::npos) return tier;
+  if (tier.kind == 2) Wrong(text, "the disk holds every expert and has no size");
+  tier.bytes = ParseBytes("--tier", item.substr(colon + 1));
+  if (*tier.bytes == 0)
+    Wrong(text, kTiers[static_cast<size_t>(tier.kind)] + " of no bytes");
+  return tier;
+}
+
+}  // namespace
+
+TierChain ParseTiers(const std::string& text) {
+  TierChain chain;
+  if (text.empty()) return chain;
+  std::vector<Tier> tiers;
+  std::stringstream in(text + ",");
+  for (std::string item; std::getline(in, item, ',');) {
+    const Tier tier = ParseTier(text, item);
+    if (!tiers.empty() && tier.kind <= tiers.back().kind)
+      Wrong(text, "the order is gpu, host, disk, each once");
+    if (tier.kind == 0) chain.gpu_bytes = tier.bytes;
+    if (tier.kind == 1) chain.host_bytes = tier.bytes;
+    tiers.push_back(tier);
+  }
+  if (tiers.back().kind != 2) Wrong(text, "experts come from disk: it ends with disk");
+  chain.gpu = tiers.front().kind == 0;
+  if (tiers.size() < (chain.gpu ? 3u : 2u))
+    Wrong(text, "experts pass through host memory: host is missing");
+  return chain;
+}
+
+uint64_t TierBudget(const TierChain& chain, uint64_t budget_bytes, bool budget_given) {
+  const std::optional<uint64_t> sized = chain.budget_bytes();
+  if (!sized) return budget_bytes;
+  if (budget_given && *sized != budget_bytes) {
+    throw UsageError(ErrorText("--tier and --expert_budget give different sizes",
+                               std::string(chain.fastest()) + " " + FormatBytes(*sized) +
+                                   ", --expert_budget " + FormatBytes(budget_bytes),
+                               "leave one of them out"));
+  }
+  return *sized;
+}
+
+}  // namespace routecast

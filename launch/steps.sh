@@ -1,0 +1,54 @@
+# Steps that are done once. Sourced after lib.sh by demo.sh, pipeline.sh and bundle.sh, which set
+# num_steps and call begin_steps FOLDER first.
+# FOLDER/log has a file a step; FOLDER/done says with which arguments a step was done.
+
+# The running step. TERM and INT reach it, and it saves before it ends.
+child=
+stop() { [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
+trap stop TERM INT
+
+step_number=0
+chain=
+times=()
+steps_folder=
+begin_steps() {  # begin_steps FOLDER
+  steps_folder=$1
+  mkdir -p "$steps_folder/log" "$steps_folder/done"
+}
+# step NAME WHAT COMMAND...: runs COMMAND unless it was done with these arguments before.
+step() {
+  local name=$1 what=$2 begin=$SECONDS code=0 key
+  shift 2
+  step_number=$((step_number + 1))
+  # The keys of earlier steps go in: what follows a step that ran anew runs anew too.
+  chain=$(printf '%s\n' "$chain" "$@" | sha256sum | cut -c1-16)
+  key=$chain
+  if [ "$(head -1 "$steps_folder/done/$name" 2>/dev/null)" = "$key" ]; then
+    times+=("$(printf '%-44s %5s s (done before)' "$what" "$(sed -n 2p "$steps_folder/done/$name")")")
+    printf '[%d/%d] %s: done before\n' "$step_number" "$num_steps" "$what"
+    return
+  fi
+  printf '\n[%d/%d] %s\n' "$step_number" "$num_steps" "$what"
+  # tee -i: an interrupt ends the step, not its log.
+  local log_pid
+  exec 3> >(exec tee -i "$steps_folder/log/$name.log")
+  log_pid=$!
+  "$@" >&3 2>&1 3>&- &
+  child=$!
+  exec 3>&-
+  while :; do
+    code=0
+    wait "$child" || code=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  child=
+  wait "$log_pid" || true
+  case $code in
+    0) ;;
+    75) die 75 "stopped at '$what'; everything is saved" "start the same command again" ;;
+    *) die "$code" "'$what' failed with exit code $code" "its log: $steps_folder/log/$name.log" ;;
+  esac
+  local seconds=$((SECONDS - begin))
+  printf '%s\n%s\n' "$key" "$seconds" >"$steps_folder/done/$name"
+  times+=("$(printf '%-44s %5s s' "$what" "$seconds")")
+}

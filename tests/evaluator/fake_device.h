@@ -1,0 +1,146 @@
+// A device made of host memory: a serial link of a given rate under a virtual clock,
+// which moves on when the engine pauses. Bytes land when their copy is over, not before.
+#pragma once
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "common/errors.h"
+#include "evaluator/device_copy.h"
+
+namespace routecast {
+
+// What test and device share: the engine owns the device, the test looks on.
+struct FakeDeviceLog {
+  struct Copy {
+    uint64_t device_offset, bytes;
+    int stream;
+  };
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<Copy> copies;
+  size_t over = 0, most_under_way = 0;
+  int fences = 0;
+  std::vector<size_t> fences_before;  // copies enqueued before each fence
+  std::vector<uint64_t> registered;   // sizes
+  int unregistered = 0;
+  std::vector<std::unique_ptr<std::byte[]>> slabs;
+  bool held = false;     // Pause waits: time stands still
+  bool hanging = false;  // no copy completes any more
+  bool failing = false;  // the next copy is refused
+
+  void WaitForCopies(size_t count) {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return copies.size() >= count; });
+  }
+  void Hold(bool hold) {
+    std::lock_guard lock(mutex);
+    held = hold;
+    changed.notify_all();
+  }
+};
+
+class FakeDevice : public DeviceCopy {
+ public:
+  FakeDevice(std::shared_ptr<FakeDeviceLog> log, double bytes_per_second,
+             double fixed_seconds = 0)
+      : log_(std::move(log)), rate_(bytes_per_second), fixed_(fixed_seconds) {}
+
+  std::byte* Allocate(uint64_t bytes) override {
+    std::lock_guard lock(log_->mutex);
+    log_->slabs.push_back(std::make_unique<std::byte[]>(bytes));
+    return log_->slabs.back().get();
+  }
+  void Register(std::byte* host, uint64_t bytes) override {
+    std::lock_guard lock(log_->mutex);
+    log_->registered.push_back(bytes);
+    pinned_.push_back({host, bytes});
+  }
+  void Unregister(std::byte* host) override {
+    std::lock_guard lock(log_->mutex);
+    ++log_->unregistered;
+    std::erase_if(pinned_, [&](const auto& p) { return p.first == host; });
+  }
+  void FenceAfterCompute() override {
+    std::lock_guard lock(log_->mutex);
+    ++log_->fences;
+    log_->fences_before.push_back(log_->copies.size());
+  }
+  Ticket CopyAsync(std::byte* device, const std::byte* host, uint64_t bytes,
+                   int stream) override {
+    std::lock_guard lock(log_->mutex);
+    if (log_->failing) {
+      throw EnvironmentError(
+          ErrorText("cudaMemcpyAsync failed on the CUDA device", "fake words", ""));
+    }
+    // Pageable memory goes at half the rate.
+    const bool pinned = std::any_of(pinned_.begin(), pinned_.end(), [&](const auto& p) {
+      return host >= p.first && host + bytes <= p.first + p.second;
+    });
+    free_at_ = std::max(free_at_, now_) + fixed_ +
+               static_cast<double>(bytes) / (pinned ? rate_ : rate_ / 2);
+    const std::byte* slab = log_->slabs.front().get();
+    log_->copies.push_back({static_cast<uint64_t>(device - slab), bytes, stream});
+    queue_.push_back({++last_, device, host, bytes, free_at_});
+    log_->most_under_way = std::max(log_->most_under_way, queue_.size());
+    log_->changed.notify_all();
+    return last_;
+  }
+  // Ten times the link's rate each way, on a way of its own: over after a pause or two.
+  Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
+                         int) override {
+    std::lock_guard lock(log_->mutex);
+    const double over_at =
+        std::max(free_at_, now_) + static_cast<double>(bytes) / (10 * rate_);
+    queue_.push_back({++last_, to, from, bytes, over_at});
+    return last_;
+  }
+  bool IsOver(Ticket ticket) override {
+    std::lock_guard lock(log_->mutex);
+    while (!log_->hanging && !queue_.empty() && queue_.front().over_at <= now_) {
+      std::memcpy(queue_.front().device, queue_.front().host, queue_.front().bytes);
+      queue_.pop_front();
+      ++log_->over;
+    }
+    return queue_.empty() || ticket < queue_.front().ticket;
+  }
+  double Now() const override {
+    std::lock_guard lock(log_->mutex);
+    return now_;
+  }
+  void Pause(double seconds) override {
+    std::unique_lock lock(log_->mutex);
+    log_->changed.wait(lock, [&] { return !log_->held; });
+    if (log_->hanging) {
+      now_ += 1;
+    } else if (!queue_.empty()) {
+      now_ = std::max(now_, queue_.front().over_at);
+    } else {
+      now_ += seconds;
+    }
+  }
+  std::string description() const override { return "fake device"; }
+
+ private:
+  struct Pending {
+    Ticket ticket;
+    std::byte* device;
+    const std::byte* host;
+    uint64_t bytes;
+    double over_at;
+  };
+  std::shared_ptr<FakeDeviceLog> log_;
+  double rate_, fixed_;
+  std::vector<std::pair<std::byte*, uint64_t>> pinned_;
+  std::deque<Pending> queue_;
+  Ticket last_ = 0;
+  double now_ = 0, free_at_ = 0;
+};
+
+}  // namespace routecast

@@ -1,0 +1,60 @@
+#include "evaluator/tier_spec.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "common/errors.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kGiB = uint64_t{1} << 30;
+
+TEST(TierSpecTest, ReadsChains) {
+  EXPECT_EQ(ParseTiers(""), (TierChain{}));
+  EXPECT_EQ(ParseTiers("host,disk"), (TierChain{}));
+  EXPECT_EQ(ParseTiers("host:2GiB,disk"), (TierChain{false, {}, 2 * kGiB}));
+  EXPECT_EQ(ParseTiers("gpu:6GiB,host:16GiB,disk"),
+            (TierChain{true, 6 * kGiB, 16 * kGiB}));
+  EXPECT_EQ(ParseTiers("gpu,host,disk"), (TierChain{true, {}, {}}));
+  EXPECT_STREQ(ParseTiers("gpu,host,disk").fastest(), "gpu");
+  EXPECT_STREQ(ParseTiers("host,disk").fastest(), "host");
+}
+
+TEST(TierSpecTest, WhatIsNoChainIsUsageInThreeLines) {
+  for (const char* wrong :
+       {"disk", "host", "host:2GiB", "gpu:6GiB,disk", "host:1GiB,gpu:2GiB,disk",
+        "disk,host", "host,host,disk", "host:0,disk", "host:many,disk", "host:,disk",
+        "host:-1,disk", "host,disk:5GiB", "host,disk,", ",host,disk", "hosts,disk", "gpu",
+        "GPU,host,disk", "host disk", "host:99999999999999999999GiB,disk"}) {
+    try {
+      ParseTiers(wrong);
+      FAIL() << wrong;
+    } catch (const UsageError& e) {
+      const std::string what = e.what();
+      EXPECT_LE(std::count(what.begin(), what.end(), '\n'), 2) << what;
+    }
+  }
+}
+
+TEST(TierSpecTest, AnUnknownTierNamesTheNearest) {
+  try {
+    ParseTiers("gpus:1GiB,host,disk");
+    FAIL();
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("gpu"), std::string::npos) << e.what();
+  }
+}
+
+TEST(TierSpecTest, TheTiersSizeIsTheBudget) {
+  const TierChain chain = ParseTiers("host:2GiB,disk");
+  EXPECT_EQ(TierBudget(chain, 7, false), 2 * kGiB);
+  EXPECT_EQ(TierBudget(chain, 2 * kGiB, true), 2 * kGiB);
+  EXPECT_EQ(TierBudget(ParseTiers("host,disk"), 7, true), 7u);
+  EXPECT_EQ(TierBudget(ParseTiers("gpu:1GiB,host,disk"), 7, false), kGiB);
+  EXPECT_THROW(TierBudget(chain, kGiB, true), UsageError);
+}
+
+}  // namespace
+}  // namespace routecast

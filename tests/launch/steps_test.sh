@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# launch/pipeline.sh and launch/evaluate.sh --bundle, with scripts as programs: what runs, with
+# which flags, in which order; what is not done again; what comes out.
+set -uo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+failed=0
+fail() { echo "FAILED $*"; failed=1; }
+check() { [ "$2" = "$3" ] || fail "$1: expected '$2', got '$3'"; }
+
+export ROUTECAST_BUILD=$folder/build
+mkdir -p "$ROUTECAST_BUILD/bin"
+for program in collect train evaluate; do
+  cat >"$ROUTECAST_BUILD/bin/routecast-$program" <<PROGRAM
+#!/usr/bin/env bash
+echo "$program \$*" >>"$folder/calls"
+if [ -e "$folder/stop-$program" ]; then exit "\$(cat "$folder/stop-$program")"; fi
+for flag in "\$@"; do
+  case \$flag in --out=*) mkdir -p "\${flag#--out=}"; echo "{}" >"\${flag#--out=}/results.json" ;; esac
+done
+PROGRAM
+  chmod +x "$ROUTECAST_BUILD/bin/routecast-$program"
+done
+calls() { cut -d' ' -f1 "$folder/calls" 2>/dev/null | tr '\n' ' '; rm -f "$folder/calls"; }
+
+# The pipeline.
+pipeline=$ROUTECAST_SOURCE_DIR/launch/pipeline.sh
+out=$folder/out
+cat >"$folder/config" <<CONFIG
+# a comment
+[evaluate replay]
+--compare
+[pipeline]
+out=$out
+[collect]
+--model=some model
+[train hidden]
+--kind=hidden
+[train second]
+--kind=moe
+[evaluate own]
+--predictor=markov
+CONFIG
+"$pipeline" --dry_run "$folder/config" >"$folder/plan" || fail "--dry_run: exit $?"
+check "lines of the plan" 5 "$(wc -l <"$folder/plan")"
+[ ! -e "$out" ] || fail "--dry_run wrote $out"
+echo 75 >"$folder/stop-train"
+"$pipeline" "$folder/config" >"$folder/log" 2>&1
+check "a stopped step" 75 $?
+check "up to the stop" "collect train " "$(calls)"
+rm "$folder/stop-train"
+"$pipeline" "$folder/config" >"$folder/log" 2>&1
+check "going on" 0 $?
+grep -qx "evaluate --store=$out/store --out=$out/evaluate-replay --predictor=$out/train-hidden,$out/train-second --compare" \
+  "$folder/calls" || fail "trained models are not handed on: $(cat "$folder/calls")"
+grep -q -- "--predictor=markov$" "$folder/calls" || fail "an own --predictor does not come last"
+check "what was left" "train train evaluate evaluate " "$(calls)"
+"$pipeline" "$folder/config" >"$folder/log" 2>&1
+check "all done before" "" "$(calls)"
+sed -i 's/--kind=moe/--kind=gnn/' "$folder/config"
+"$pipeline" "$folder/config" >"$folder/log" 2>&1
+check "from the changed step on" "train evaluate evaluate " "$(calls)"
+echo 3 >"$folder/stop-evaluate"
+sed -i 's/--compare/--compare --quiet/' "$folder/config"
+"$pipeline" "$folder/config" >"$folder/log" 2>&1
+check "a failed step's exit code" 3 $?
+rm "$folder/stop-evaluate"
+calls >/dev/null
+
+wrong() {  # wrong NAME TEXT: exit 2, three lines at most, the line is named
+  printf '%b' "$2" >"$folder/wrong"
+  "$pipeline" "$folder/wrong" >/dev/null 2>"$folder/errors"
+  check "$1" 2 $?
+  grep -q -- "$3" "$folder/errors" || fail "$1: $(cat "$folder/errors")"
+  [ "$(wc -l <"$folder/errors")" -le 3 ] || fail "$1: more than three lines"
+}
+wrong "unknown section" "[collect]\n[colect]\n" "line 2"
+wrong "a section twice" "[collect]\n[collect]\n" "twice"
+wrong "a flag in no section" "--model=x\n" "line 1"
+wrong "not a flag" "[collect]\nmodel=x\n" "line 2"
+wrong "the store is the pipeline's" "[collect]\n--store=x\n" "--store"
+wrong "ranks" "[pipeline]\nranks=two\n" "ranks=two"
+wrong "nothing to do" "# empty\n" "no section"
+wrong "a name with a slash" "[train ../x]\n" "line 1"
+check "calls of wrong configurations" "" "$(calls)"
+
+# The bundle.
+evaluate=$ROUTECAST_SOURCE_DIR/launch/evaluate.sh
+bundle=$folder/bundle
+"$evaluate" --bundle --store=s --model=m --rounds=2 --cache=c --out="$bundle" >"$folder/log" 2>&1 ||
+  fail "--bundle: $(cat "$folder/log")"
+cat >"$folder/expected" <<CALLS
+evaluate --mode=status --in=$bundle/status --out=$bundle/status
+evaluate --mode=transfer --cache=c --out=$bundle/transfer
+evaluate --compare --store=s --rounds=2 --cache=c --out=$bundle/replay
+evaluate --compare --model=m --store=s --rounds=2 --cache=c --out=$bundle/generate
+CALLS
+diff "$folder/expected" "$folder/calls" || fail "other calls than expected"
+check "what is packed" "generate/results.json replay/results.json status/results.json transfer/results.json " \
+  "$(tar tzf "$bundle/routecast-bundle.tar.gz" | sort | tr '\n' ' ')"
+calls >/dev/null
+"$evaluate" --bundle --store=s --rounds=2 --cache=c --out="$bundle" >/dev/null 2>&1
+check "nothing is done twice" "" "$(calls)"
+for flags in "--rounds=2" "--store=s --mode=status" "--store=s store"; do
+  # shellcheck disable=SC2086
+  "$evaluate" --bundle $flags --out="$folder/none" >/dev/null 2>"$folder/errors"
+  check "--bundle $flags" 2 $?
+done
+check "calls of wrong bundles" "" "$(calls)"
+exit $failed
