@@ -285,10 +285,16 @@ void Comparison::MakeRows() {
   if (options_.eviction != Eviction::kLru && options_.eviction != Eviction::kBelady) {
     add("on_demand", "none", options_.eviction, nullptr, false);
   }
+  if (options_.next_token && workload_->runs(Stack::kDecoder)) {
+    notes_.push_back(
+        "the next token is guessed from the decoder's output while the vocabulary head "
+        "is at work");
+  }
   const int max_lead = ParsePolicy(options_.policy).max_lead;
   for (ExpertPredictor* predictor : predictors_) {
     add(options_.policy, predictor->name(), options_.eviction,
-        std::make_unique<PredictorForesight>(predictor, workload_->geometry(), max_lead),
+        std::make_unique<PredictorForesight>(predictor, workload_->geometry(), max_lead,
+                                             options_.next_token),
         false);
   }
   const std::string oracle_policy =

@@ -31,6 +31,8 @@ struct ComparisonOptions {
   double peak_seconds = 0.5;  // spent on measuring the link alone
   bool oracle = true, resident = true, uncached = true;
   bool synthetic_weights = false;     // label only
+  // Predictors are asked about the next token while the vocabulary head runs; null = not.
+  std::shared_ptr<const NextTokenGuess> next_token;
   at::ScalarType dtype = at::kFloat;  // of the experts on disk
   // One more round, not measured, is written there; null = none. Outlives the comparison.
   Timeline* timeline = nullptr;

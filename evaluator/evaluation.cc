@@ -101,6 +101,7 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
   for (const auto& predictor : setup.predictors) predictors.push_back(predictor.get());
   ComparisonOptions comparing = ComparisonOf(options, *setup.file, group.batch);
   comparing.timeline = timeline;
+  comparing.next_token = setup.next_token;
   Comparison comparison(workload.get(), setup.file, predictors, comparing);
   ComparisonResult result = comparison.Run();
   for (RowResult& row : result.rows) {

@@ -39,6 +39,7 @@ struct EvaluationOptions {             // one field a flag of the same name
   // above), and the time spent on measuring the link.
   ReplayOptions replay;
   double peak_seconds = 0.5;
+  bool guess_next_token = true;  // where the vocabulary head is known
 };
 
 // "1,4,16,32" -> sizes; UsageError naming what is none.

@@ -113,6 +113,11 @@ void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
   setup->requests.push_back(
       {"store", {}, setup->reader->ReadMany(ids, WithHidden::kYes)});
   const ReplayOptions replay = ReplayOf(options, 1);
+  const at::Tensor head =
+      ReadVocabularyHead(setup->reader->routers_path(), setup->geometry.d_model);
+  if (options.guess_next_token && head.defined()) {
+    setup->next_token = std::make_shared<NextTokenGuess>(head, replay.vocab_size);
+  }
   setup->file = SyntheticExperts(
       ExpertCacheFolder(options.cache), ReplayConfig(setup->geometry, replay).geometry(),
       replay.d_ff, options.seed, replay.encoder, replay.decoder, options.quiet);
@@ -186,6 +191,10 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
         prompts, setup->geometry.num_layers(), setup->geometry.num_experts,
         setup->predictors.size(), options.warmup_rounds, options.rounds);
     return;
+  }
+  if (options.guess_next_token) {
+    setup->next_token = std::make_shared<NextTokenGuess>(
+        VocabularyHeadOf(config, setup->checkpoint->parameters));
   }
   setup->file =
       ExpertsOfCheckpoint(ExpertCacheFolder(options.cache), options.model, config,

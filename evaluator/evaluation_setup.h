@@ -9,6 +9,7 @@
 
 #include "evaluator/evaluation.h"
 #include "evaluator/requests.h"
+#include "models/next_token_guess.h"
 #include "storage/trace_reader.h"
 
 namespace routecast {
@@ -18,6 +19,8 @@ struct EvaluationSetup {
   std::optional<Checkpoint> checkpoint;  // generate: without experts
   MoeGeometry geometry;                  // of what runs
   std::vector<std::unique_ptr<ExpertPredictor>> predictors;
+  // Null where it is not asked for, or the vocabulary head is not known.
+  std::shared_ptr<const NextTokenGuess> next_token;
   std::unique_ptr<ExpertPredictor> scheduler;  // foretells routes of whole requests
   std::vector<RequestSet> requests;
   std::shared_ptr<const ExpertFile> file;  // null in a dry run

@@ -63,13 +63,16 @@ class Playground {
     link_.chunk_bytes = kChunk;
     link_.bytes_per_second = profile.link_bytes_per_second;
     link_.fixed_seconds = profile.link_fixed_seconds;
+    const at::Tensor head = ReadVocabularyHead(reader.routers_path(), g_.d_model);
+    if (hidden && head.defined()) next_token_ = std::make_shared<NextTokenGuess>(head);
   }
 
   Recording Record(ExpertPredictor* predictor, int max_lead) const {
     Recording recording;
     std::unique_ptr<PredictorForesight> foresight;
     if (predictor) {
-      foresight = std::make_unique<PredictorForesight>(predictor, g_, max_lead);
+      foresight =
+          std::make_unique<PredictorForesight>(predictor, g_, max_lead, next_token_);
     }
     for (size_t i = 0; i < ids_.size(); ++i) {
       if (i == static_cast<size_t>(options_.warmup_sequences)) {
@@ -134,6 +137,7 @@ class Playground {
   int slots_ = 2;
   PlannerOptions planner_;
   SimulatedLinkOptions link_;
+  std::shared_ptr<const NextTokenGuess> next_token_;  // null: no head, or no outputs
 };
 
 }  // namespace

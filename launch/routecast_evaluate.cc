@@ -48,6 +48,8 @@ DEFINE_string(in, ".", "folder that --mode=status looks into");
 DEFINE_string(phase, "decoder", "stacks of a replay: decoder, encoder or both");
 DEFINE_string(link, "auto",
               "native, emulated (paced), or auto: paced where the bound is < 1.5");
+DEFINE_bool(guess_next_token, true,
+            "ask about the next token while the vocabulary head runs, where it is known");
 DEFINE_string(batch, "1", "sequences decoded together; a list gives rows for each");
 DEFINE_string(schedule, "in_order",
               "how requests are batched: in_order, by_route (foretold experts overlap), "
@@ -101,6 +103,7 @@ EvaluationOptions OptionsFromFlags() {
   options.expert_budget = FLAGS_expert_budget;
   options.phase = FLAGS_phase;
   options.link = FLAGS_link;
+  options.guess_next_token = FLAGS_guess_next_token;
   options.batches = ParseBatches(FLAGS_batch);
   options.schedules = List(FLAGS_schedule);
   options.max_new_tokens = FLAGS_max_new_tokens;
