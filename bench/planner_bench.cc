@@ -25,6 +25,7 @@ DEFINE_double(expert_ms, 1.6, "Work of an expert");
 DEFINE_double(head_ms, 8.3, "Work after the last layer");
 DEFINE_double(predict_ms, 0.2, "Work of one question");
 DEFINE_double(bound, 1.71, "The link's rate is set to this bound");
+DEFINE_bool(guess, true, "Guess the next token where the store has outputs and the head");
 DEFINE_string(policy, "auto", "As routecast-evaluate's; auto without its gauge");
 DEFINE_double(min_probability, -1, "Overrides the policy's");
 DEFINE_int32(top_k, 0, "Overrides the policy's");
@@ -86,7 +87,9 @@ void PrintLayers(const SimulationResult& r, const Play& play) {
       stall += waited;
       late += waited > 0;
       for (size_t d = 1; d <= 3 && d <= i; ++d) {
-        for (const auto& f : play.visits[i - d].at_layer) {
+        const SimulatedVisit& said = play.visits[i - d];
+        for (const auto& f :
+             said.at_pass_end.empty() ? said.at_layer : said.at_pass_end) {
           if (f.distance != int(d)) continue;
           const auto& p = f.probabilities;
           first[d] += std::max_element(p.begin(), p.end()) - p.begin() ==
@@ -113,7 +116,10 @@ int Main() {
   if (FLAGS_min_probability >= 0) policy.min_probability = FLAGS_min_probability;
   if (FLAGS_top_k > 0) policy.top_k = FLAGS_top_k;
   if (FLAGS_max_lead > 0) policy.max_lead = FLAGS_max_lead;
-  PredictorForesight foresight(predictor.get(), g, policy.max_lead);
+  const at::Tensor head = ReadVocabularyHead(reader.routers_path(), g.d_model);
+  std::shared_ptr<const NextTokenGuess> guess;
+  if (FLAGS_guess && head.defined()) guess = std::make_shared<NextTokenGuess>(head);
+  PredictorForesight foresight(predictor.get(), g, policy.max_lead, guess);
   const Play play = Record(reader, g, &foresight);
   MoeGeometry decoder = g;
   const auto slots = int(FLAGS_budget * double(g.decoder_layers * g.num_experts));

@@ -103,7 +103,9 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
   return c;
 }
 
-void WriteRouters(const fs::path& store, const Checkpoint& checkpoint) {
+// With the vocabulary head where states are recorded: what reads the decoder's output
+// needs it to know the next token.
+void WriteRouters(const fs::path& store, const Checkpoint& checkpoint, bool with_head) {
   const std::vector<RouterWeights> routers =
       RoutersOf(checkpoint.config, checkpoint.parameters);
   std::vector<at::Tensor> alive;
@@ -118,6 +120,13 @@ void WriteRouters(const fs::path& store, const Checkpoint& checkpoint) {
     add(l, "weight", routers[l].weight_ED);
     add(l, "bias", routers[l].bias_E);
     add(l, "norm_gain", routers[l].norm_gain_D);
+  }
+  if (with_head && checkpoint.config.num_decoder_layers > 0) {
+    alive.push_back(VocabularyHeadOf(checkpoint.config, checkpoint.parameters)
+                        .to(at::kBFloat16)
+                        .contiguous());
+    tensors.push_back({"vocabulary_head", "BF16", alive.back().sizes().vec(),
+                       alive.back().const_data_ptr()});
   }
   WriteSafetensors(store / "routers.safetensors", tensors);
 }
@@ -283,7 +292,9 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     lock = std::make_unique<StoreLock>(store);
     TraceStore::CreateOrOpen(store, config);
     TraceStore::CleanStaging(store);
-    if (!fs::exists(store / "routers.safetensors")) WriteRouters(store, checkpoint);
+    if (!fs::exists(store / "routers.safetensors")) {
+      WriteRouters(store, checkpoint, config.Records("hidden"));
+    }
     run.emplace(store, "routecast-collect", configuration);
     run->Set("ranks", rank.world);
     run->Set("device", device.str());

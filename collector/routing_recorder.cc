@@ -85,25 +85,34 @@ void RoutingRecorder::OnRouting(const LayerRouting& routing) {
   RecordHidden(routing, layer);
 }
 
-void RoutingRecorder::RecordHidden(const LayerRouting& routing, int layer) {
-  auto& rows = rows_[static_cast<size_t>(geometry_.StackOf(routing.layer))];
+void RoutingRecorder::AppendStates(const at::Tensor& states_BTD, size_t row,
+                                   std::vector<uint16_t>* to) const {
+  const auto b = static_cast<int64_t>(row);
   const auto valid = pass_->valid_BT.accessor<bool, 2>();
-  const int64_t width = routing.input_BTD.size(2);
-  for (size_t b = 0; b < hidden_rows_.size(); ++b) {
-    if (!hidden_rows_[b]) continue;
-    const at::Tensor row =
-        OnCpu(routing.input_BTD.select(0, static_cast<int64_t>(b)), at::kBFloat16);
-    const auto* bits = static_cast<const uint16_t*>(row.const_data_ptr());
-    std::vector<uint16_t>& hidden = rows[b].layers[static_cast<size_t>(layer)].hidden;
-    for (int64_t t = 0; t < row.size(0); ++t) {
-      if (valid[static_cast<int64_t>(b)][t]) {
-        hidden.insert(hidden.end(), bits + t * width, bits + (t + 1) * width);
-      }
-    }
+  const int64_t width = states_BTD.size(2);
+  const at::Tensor states = OnCpu(states_BTD.select(0, b), at::kBFloat16);
+  const auto* bits = static_cast<const uint16_t*>(states.const_data_ptr());
+  for (int64_t t = 0; t < states.size(0); ++t) {
+    if (valid[b][t]) to->insert(to->end(), bits + t * width, bits + (t + 1) * width);
   }
 }
 
-void RoutingRecorder::OnPassEnd(const PassInfo&) { pass_ = nullptr; }
+void RoutingRecorder::RecordHidden(const LayerRouting& routing, int layer) {
+  auto& rows = rows_[static_cast<size_t>(geometry_.StackOf(routing.layer))];
+  for (size_t b = 0; b < hidden_rows_.size(); ++b) {
+    if (!hidden_rows_[b]) continue;
+    AppendStates(routing.input_BTD, b,
+                 &rows[b].layers[static_cast<size_t>(layer)].hidden);
+  }
+}
+
+void RoutingRecorder::OnPassEnd(const PassInfo& pass) {
+  auto& rows = rows_[static_cast<size_t>(pass.stack)];
+  for (size_t b = 0; pass.output_BTD.defined() && b < hidden_rows_.size(); ++b) {
+    if (hidden_rows_[b]) AppendStates(pass.output_BTD, b, &rows[b].output);
+  }
+  pass_ = nullptr;
+}
 
 RoutingSpan RoutingRecorder::Take(Stack stack, int row) {
   RowRecord record =
@@ -124,6 +133,7 @@ RoutingSpan RoutingRecorder::Take(Stack stack, int row) {
     Append(&span.hidden, layer.hidden);
   }
   if (hidden_rows_[static_cast<size_t>(row)]) span.hidden_width = geometry_.d_model;
+  span.output = std::move(record.output);
   return span;
 }
 

@@ -38,7 +38,11 @@ class RoutingRecorder final : public RoutingObserver {
   struct RowRecord {
     std::vector<uint32_t> token_ids;
     std::vector<LayerRecord> layers;
+    std::vector<uint16_t> output;
   };
+  // The row's real tokens, as bf16 bits.
+  void AppendStates(const at::Tensor& states_BTD, size_t row,
+                    std::vector<uint16_t>* to) const;
   void RecordHidden(const LayerRouting& routing, int layer);
 
   MoeGeometry geometry_;

@@ -74,6 +74,9 @@ struct RoutingSpan {
   std::vector<float> topk_probs;     // [L*T*K] (stored as bf16)
   int hidden_width = 0;              // D, 0 = router inputs not recorded
   std::vector<uint16_t> hidden;      // [L*T*D] router inputs, bf16 bits
+  // [T*D] what the stack ends with, after its last norm, bf16 bits. The decoder's alone,
+  // with router inputs; empty = not recorded.
+  std::vector<uint16_t> output;
   bool operator==(const RoutingSpan&) const = default;
 };
 

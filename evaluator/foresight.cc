@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 namespace routecast {
 
@@ -31,20 +33,27 @@ std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& co
 }  // namespace
 
 PredictorForesight::PredictorForesight(ExpertPredictor* predictor,
-                                       const MoeGeometry& geometry, int max_lead)
+                                       const MoeGeometry& geometry, int max_lead,
+                                       std::shared_ptr<const NextTokenGuess> next_token)
     : predictor_(predictor),
       geometry_(geometry),
       max_lead_(max_lead),
-      history_(std::max(1, predictor->history_tokens())) {}
+      history_(std::max(1, predictor->history_tokens())),
+      next_token_(std::move(next_token)) {}
 
 std::string PredictorForesight::name() const { return predictor_->name(); }
 
 std::vector<LayerForecast> PredictorForesight::AtPassBegin(const PassInfo& pass) {
+  const at::Tensor guessed = std::exchange(guessed_B1_, at::Tensor());
+  const bool answered = guessed.defined() && pass.stack == Stack::kDecoder &&
+                        pass.first_position > 0 && at::equal(guessed, pass.token_ids_BT);
   SkipPass(pass);
-  return Ask(-1);
+  // What was said at the last pass' end is of this very question.
+  return answered ? std::vector<LayerForecast>{} : Ask(-1);
 }
 
 void PredictorForesight::SkipPass(const PassInfo& pass) {
+  guessed_B1_ = at::Tensor();  // an answer to an earlier pass
   const int64_t batch = pass.token_ids_BT.size(0), tokens = pass.token_ids_BT.size(1);
   const int64_t layers = geometry_.layers(pass.stack);
   const bool goes_on = pass.stack == Stack::kDecoder && pass.first_position > 0 &&
@@ -95,7 +104,33 @@ void PredictorForesight::Remember(const LayerRouting& routing) {
 
 std::vector<LayerForecast> PredictorForesight::AtLayer(const LayerRouting& routing) {
   Remember(routing);
-  return Ask(geometry_.LayerInStack(routing.layer));
+  const int source = geometry_.LayerInStack(routing.layer);
+  return AsksAtEnd(source) ? std::vector<LayerForecast>{} : Ask(source);
+}
+
+std::vector<LayerForecast> PredictorForesight::AtPassEnd(const PassInfo& pass) {
+  const int last = geometry_.layers(pass.stack) - 1;
+  if (!AsksAtEnd(last)) return {};
+  if (!pass.output_BTD.defined() || pass.output_BTD.size(2) != next_token_->width()) {
+    return Ask(last);
+  }
+  const int64_t tokens = pass.token_ids_BT.size(1);
+  PassInfo next;
+  next.stack = pass.stack;
+  next.token_ids_BT = (*next_token_)(pass.output_BTD.select(1, tokens - 1)).unsqueeze(1);
+  next.valid_BT = pass.valid_BT.narrow(1, tokens - 1, 1);
+  next.first_position = pass.first_position + static_cast<int>(tokens);
+  // The window as it will be, for this question only.
+  const auto [ids, valid, experts] = std::tuple(tokens_BT_, valid_BT_, experts_BTL_);
+  const int pass_tokens = pass_tokens_;
+  SkipPass(next);
+  std::vector<LayerForecast> forecasts = Ask(-1);
+  tokens_BT_ = ids;
+  valid_BT_ = valid;
+  experts_BTL_ = experts;
+  pass_tokens_ = pass_tokens;
+  guessed_B1_ = next.token_ids_BT;
+  return forecasts;
 }
 
 void PredictorForesight::Skip(const LayerRouting& routing) { Remember(routing); }
@@ -128,6 +163,16 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
     window.hidden_BTD = hidden;
   }
   if (stack_ == Stack::kDecoder && predictor_->needs_hidden()) {
+    if (AsksAtEnd(source_layer) && output_BTD_.defined()) {
+      // Only the newest row matters.
+      const int64_t before = tokens_BT_.size(1) - output_BTD_.size(1);
+      window.output_BTD =
+          before > 0 ? at::cat({output_BTD_.new_zeros(
+                                    {output_BTD_.size(0), before, output_BTD_.size(2)}),
+                                output_BTD_},
+                               1)
+                     : output_BTD_.contiguous();
+    }
     window.context_BTD = Context(source_layer == window.num_layers - 1);
     if (source_BSD_.defined() && source_BSD_.size(0) == tokens_BT_.size(0)) {
       window.source_BSD = source_BSD_;

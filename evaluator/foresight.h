@@ -3,11 +3,13 @@
 // experts, D width. Thread rule: the forward thread.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "evaluator/layer_forecast.h"
 #include "models/expert_predictor.h"
+#include "models/next_token_guess.h"
 #include "models/routing_observer.h"
 
 namespace routecast {
@@ -20,6 +22,8 @@ class Foresight {
   virtual std::vector<LayerForecast> AtPassBegin(const PassInfo& pass) = 0;
   // A layer has chosen and its experts are about to run.
   virtual std::vector<LayerForecast> AtLayer(const LayerRouting& routing) = 0;
+  // The pass' layers are done; the vocabulary head and the next token are still to come.
+  virtual std::vector<LayerForecast> AtPassEnd(const PassInfo&) { return {}; }
   // The same news without the question (speculation is off): keeps histories whole.
   virtual void SkipPass(const PassInfo& pass) = 0;
   virtual void Skip(const LayerRouting& routing) = 0;
@@ -30,16 +34,24 @@ class Foresight {
 // sequence) are joined as 1 - prod(1 - p).
 class PredictorForesight : public Foresight {
  public:
-  // `predictor` outlives this. max_lead in layer visits.
+  // `predictor` outlives this. max_lead in layer visits. With `next_token` a decoder's
+  // next pass is asked about as soon as this one's layers are done, under the token that
+  // is guessed then; the last layer's own question, which would not know it, is left out.
   PredictorForesight(ExpertPredictor* predictor, const MoeGeometry& geometry,
-                     int max_lead);
+                     int max_lead,
+                     std::shared_ptr<const NextTokenGuess> next_token = nullptr);
   std::string name() const override;
   std::vector<LayerForecast> AtPassBegin(const PassInfo& pass) override;
   std::vector<LayerForecast> AtLayer(const LayerRouting& routing) override;
+  std::vector<LayerForecast> AtPassEnd(const PassInfo& pass) override;
   void SkipPass(const PassInfo& pass) override;
   void Skip(const LayerRouting& routing) override;
 
  private:
+  bool AsksAtEnd(int source_layer) const {
+    return stack_ == Stack::kDecoder && source_layer == geometry_.decoder_layers - 1 &&
+           next_token_ != nullptr;
+  }
   void Remember(const LayerRouting& routing);
   std::vector<LayerForecast> Ask(int source_layer);
   at::Tensor Context(bool newest_known) const;  // RoutingWindow::context_BTD
@@ -47,6 +59,8 @@ class PredictorForesight : public Foresight {
   ExpertPredictor* predictor_;
   MoeGeometry geometry_;
   int max_lead_, history_;
+  std::shared_ptr<const NextTokenGuess> next_token_;
+  at::Tensor guessed_B1_;  // what the next pass was asked about under; undefined: nothing
   Stack stack_ = Stack::kEncoder;
   int pass_tokens_ = 0;              // of the pass under way: the newest columns
   at::Tensor tokens_BT_, valid_BT_;  // window so far

@@ -162,6 +162,7 @@ void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
     states[static_cast<size_t>(l)] =
         WindowOf(trace, Stack::kDecoder, l, g.num_experts).hidden_BTD.contiguous();
   }
+  const at::Tensor output = OutputOf(trace);
   for (int t = 0; t < std::min(span.num_tokens, tokens); ++t) {
     std::vector<LayerForecast> at_begin;
     if (foresight) {
@@ -195,6 +196,12 @@ void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
         }
         routing.expert_ids_BT = at::full({1, 1}, expert, at::kLong);
         visit.at_layer = foresight->AtLayer(routing);
+        if (l + 1 == g.decoder_layers) {
+          PassInfo ended;
+          ended.stack = Stack::kDecoder;
+          if (output.defined()) ended.output_BTD = output.narrow(1, t, 1).contiguous();
+          visit.at_pass_end = foresight->AtPassEnd(ended);
+        }
       }
       visits->push_back(std::move(visit));
     }
@@ -206,6 +213,7 @@ std::vector<SimulatedVisit> WithOracle(std::vector<SimulatedVisit> visits,
   for (size_t i = 0; i < visits.size(); ++i) {
     visits[i].at_pass_begin.clear();
     visits[i].at_layer.clear();
+    visits[i].at_pass_end.clear();
     visits[i].seconds_predict = 0;
     for (size_t d = 1; d <= horizon && i + d < visits.size(); ++d) {
       LayerForecast forecast{visits[i + d].layer, static_cast<int>(d),

@@ -197,7 +197,20 @@ void PrefetchRuntime::Release(ExpertKey key, double taken) {
   Act();
 }
 
-void PrefetchRuntime::OnPassEnd(const PassInfo&) {
+void PrefetchRuntime::AskAtEnd(const PassInfo& pass) {
+  const double from = clock_.Now();
+  const std::vector<LayerForecast> forecasts = foresight_->AtPassEnd(pass);
+  if (forecasts.empty()) return;
+  const double asked = clock_.Now();
+  predict_ += asked - from;
+  if (timeline_) {
+    timeline_->Span(Timeline::Track::kPredictor, "ask at the pass' end", from, asked);
+  }
+  Foresee(forecasts);
+}
+
+void PrefetchRuntime::OnPassEnd(const PassInfo& pass) {
+  if (Speculating()) AskAtEnd(pass);
   const double seconds = clock_.Now() - pass_begin_;
   if (timeline_) {
     timeline_->Span(Timeline::Track::kModel, StackName(stack_), pass_begin_,

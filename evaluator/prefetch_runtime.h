@@ -92,6 +92,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   void WatchTransfer(uint64_t id, TransferOutcome outcome);  // lock held
   void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
   void Release(ExpertKey key, double taken);
+  void AskAtEnd(const PassInfo& pass);
   void Foresee(const std::vector<LayerForecast>& forecasts);
   void WaitIdle(std::unique_lock<std::mutex>* lock);
   bool Speculating() const;

@@ -43,6 +43,7 @@ class Simulation {
       planner_.Release(*key);
       Act();
     }
+    Tell(visit.at_pass_end, visit.seconds_predict);
     return waited;
   }
 

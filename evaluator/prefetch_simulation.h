@@ -22,7 +22,8 @@ struct SimulatedVisit {
   double seconds_in_pass = 0;  // then, up to the layer's choice; 0 where no pass begins
   double seconds_expert = 0;   // computing one expert
   double seconds_predict = 0;  // of each question, where something is told
-  std::vector<LayerForecast> at_pass_begin, at_layer;
+  // at_layer: when the layer has chosen; at_pass_end: when its experts are computed.
+  std::vector<LayerForecast> at_pass_begin, at_layer, at_pass_end;
 };
 
 struct SimulationResult {

@@ -48,17 +48,22 @@ at::Tensor TokenIds(const std::vector<const RoutingSpan*>& spans, int64_t tokens
   return ids;
 }
 
+void Widen(const uint16_t* bits, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = Bf16ToFloat(bits[i]);
+}
+
 }  // namespace
 
 void ReplayTape::Load(Stack stack, const std::vector<const RoutingSpan*>& spans,
                       int64_t tokens) {
   const auto batch = static_cast<int64_t>(spans.size());
   const int64_t layers = geometry_.layers(stack);
-  bool has_gates = true, has_hidden = true;
+  bool has_gates = true, has_hidden = true, has_output = true;
   int64_t width = 0;
   for (const RoutingSpan* span : spans) {
     has_gates = has_gates && !span->gate_probs.empty();
     has_hidden = has_hidden && span->hidden_width > 0 && !span->hidden.empty();
+    has_output = has_output && has_hidden && !span->output.empty();
     width = std::max<int64_t>(width, span->hidden_width);
   }
   Stream stream;
@@ -66,6 +71,7 @@ void ReplayTape::Load(Stack stack, const std::vector<const RoutingSpan*>& spans,
   stream.gates_LBT = at::ones({layers, batch, tokens}, at::kFloat);
   if (has_hidden)
     stream.hidden_LBTD = at::zeros({layers, batch, tokens, width}, at::kFloat);
+  if (has_output) stream.output_BTD = at::zeros({batch, tokens, width}, at::kFloat);
   for (int64_t b = 0; b < batch; ++b) {
     const RoutingSpan& span = *spans[static_cast<size_t>(b)];
     if (span.num_layers != layers || span.num_tokens < 1) {
@@ -85,13 +91,15 @@ void ReplayTape::Load(Stack stack, const std::vector<const RoutingSpan*>& spans,
               span.gate_probs[from];
         }
         if (!has_hidden) continue;
-        float* to =
-            stream.hidden_LBTD.data_ptr<float>() + ((l * batch + b) * tokens + t) * width;
-        for (int64_t i = 0; i < width; ++i) {
-          to[i] = Bf16ToFloat(
-              span.hidden[from * static_cast<size_t>(width) + static_cast<size_t>(i)]);
-        }
+        Widen(span.hidden.data() + from * static_cast<size_t>(width), width,
+              stream.hidden_LBTD.data_ptr<float>() +
+                  ((l * batch + b) * tokens + t) * width);
       }
+    }
+    for (int64_t t = 0; has_output && t < std::min<int64_t>(tokens, span.num_tokens);
+         ++t) {
+      Widen(span.output.data() + t * width, width,
+            stream.output_BTD.data_ptr<float>() + (b * tokens + t) * width);
     }
   }
   streams_[static_cast<int>(stack)] = std::move(stream);
@@ -126,7 +134,14 @@ void ReplayTape::OnPassBegin(const PassInfo& pass) {
 }
 
 void ReplayTape::OnPassEnd(const PassInfo& pass) {
-  if (inner_) inner_->OnPassEnd(pass);
+  if (!inner_) return;
+  PassInfo shown = pass;
+  // What this model computes is synthetic; what the recorded one computed is shown.
+  const at::Tensor& output = streams_[static_cast<int>(pass.stack)].output_BTD;
+  shown.output_BTD = output.defined() && pass.stack == Stack::kDecoder
+                         ? output.narrow(1, from_, tokens_)
+                         : at::Tensor();
+  inner_->OnPassEnd(shown);
 }
 
 void ReplayTape::Replace(int layer, at::Tensor* expert_ids_BT,

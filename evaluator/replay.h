@@ -44,6 +44,7 @@ class ReplayTape : public RoutingOverride, public RoutingObserver {
     at::Tensor experts_LBT;  // int64
     at::Tensor gates_LBT;    // fp32; ones where none were recorded
     at::Tensor hidden_LBTD;  // fp32; undefined where none were recorded
+    at::Tensor output_BTD;   // fp32; undefined where none were recorded
   };
   MoeGeometry geometry_;
   Stream streams_[2];

@@ -184,6 +184,13 @@ void SaveCheckpoint(const fs::path& folder, const SwitchConfig& config,
   writer.Finish(config, dtype);
 }
 
+at::Tensor VocabularyHeadOf(const SwitchConfig& config, const Parameters& parameters) {
+  const bool tied = config.tie_word_embeddings;
+  const at::Tensor head =
+      parameters.Get(tied ? kShared : kHead).to(at::kCPU, at::kFloat).contiguous();
+  return tied ? head * std::pow(static_cast<double>(config.d_model), -0.5) : head;
+}
+
 std::vector<RouterWeights> RoutersOf(const SwitchConfig& config,
                                      const Parameters& parameters) {
   std::vector<RouterWeights> routers;

@@ -73,6 +73,10 @@ struct RouterWeights {
 std::vector<RouterWeights> RoutersOf(const SwitchConfig& config,
                                      const Parameters& parameters);
 
+// What the decoder's output is multiplied with, float32 on the CPU: [V,D], the tied
+// embedding's factor included.
+at::Tensor VocabularyHeadOf(const SwitchConfig& config, const Parameters& parameters);
+
 // A model with every expert resident: what collection and the all-resident row run.
 class ResidentModel {
  public:

@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
+#include "models/small_math.h"
 #include "models/trunk_model.h"
 
 namespace routecast {
@@ -115,6 +117,7 @@ class HiddenModel final : public TrunkModel {
   void FitPriors(const BaselineTables& tables) override;
   int history_tokens() const override { return 1 + std::max(1, config_.neighbours); }
   SpeculationOutput ForwardLast(const RoutingWindow& window) override;
+  void PrepareServing() override;
 
  protected:
   SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override;
@@ -167,6 +170,10 @@ class HiddenModel final : public TrunkModel {
   void AddExperts(const RoutingWindow& window, int64_t row, float* x) const;
   void ReadSource(const RoutingWindow& window, const std::vector<int64_t>& rows,
                   std::vector<float>* x);
+  // y[rows,out] = x times the rows [first, first + out) of `weight`, all but its last
+  // dimension taken as one, plus bias.
+  void Dense(const float* x, int rows, const at::Tensor& weight, int64_t first,
+             const float* bias, int out, float* y) const;
   SpeculationOutput FewForward(const RoutingWindow& window, int64_t first);
 
   ParameterMaker make_;
@@ -176,6 +183,8 @@ class HiddenModel final : public TrunkModel {
     at::Tensor source_BSD, key_BWS, value_BSW;
   };
   ServedSource served_;
+  // By a matrix' first weight; empty until PrepareServing.
+  std::unordered_map<const float*, NarrowMatrix> narrow_;
 };
 
 }  // namespace routecast

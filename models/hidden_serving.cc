@@ -18,6 +18,42 @@ const float* Data(const at::Tensor& t) { return t.const_data_ptr<float>(); }
 
 }  // namespace
 
+void HiddenModel::PrepareServing() {
+  narrow_.clear();
+  if (members() != 1 || !net_.token.weight.is_cpu()) return;
+  const auto keep = [&](const at::Tensor& weight) {
+    const int64_t in = weight.size(-1);
+    narrow_.try_emplace(Data(weight), Data(weight), weight.numel() / in,
+                        static_cast<int>(in));
+  };
+  keep(net_.token.weight);
+  keep(net_.token_in.weight);
+  keep(net_.output);
+  for (const at::Tensor& weight : net_.neighbours) keep(weight);
+  for (const NextToken& next : net_.next) keep(next.query.weight);
+  for (const std::vector<StateInput>* states : {&net_.state, &net_.context}) {
+    for (const StateInput& state : *states) keep(state.linear.weight);
+  }
+  for (const SourceReader& reader : net_.reader) {
+    keep(reader.attention.q.weight);
+    keep(reader.attention.out.weight);
+  }
+  for (const ResidualBlock& block : net_.blocks) {
+    keep(block.in.weight);
+    keep(block.out.weight);
+  }
+}
+
+void HiddenModel::Dense(const float* x, int rows, const at::Tensor& weight, int64_t first,
+                        const float* bias, int out, float* y) const {
+  if (const auto it = narrow_.find(Data(weight)); it != narrow_.end()) {
+    DenseRows(x, rows, it->second, first, bias, out, y);
+    return;
+  }
+  const auto in = static_cast<int>(weight.size(-1));
+  DenseRows(x, rows, in, Data(weight) + first * in, bias, out, y);
+}
+
 // The same for one row, added to its logits [leads,E].
 void HiddenModel::AddPriorRow(const RoutingWindow& window, int64_t row, int leads,
                               const float* y, float* logits) const {
@@ -55,10 +91,9 @@ void HiddenModel::AddNextTokenCounts(const float* y, int64_t layers, float gain,
   const int V = config_.vocab_size, K = std::min(HiddenNet::kGuesses, V);
   const auto width = static_cast<size_t>(layers * g.num_experts);
   std::vector<float> query(HiddenNet::kTokenWidth), score(static_cast<size_t>(V));
-  DenseRows(y, 1, config_.width, Data(next.query.weight), Data(next.query.bias),
-            HiddenNet::kTokenWidth, query.data());
-  DenseRows(query.data(), 1, HiddenNet::kTokenWidth, Data(net_.token.weight),
-            Data(next.bias), V, score.data());
+  Dense(y, 1, next.query.weight, 0, Data(next.query.bias), HiddenNet::kTokenWidth,
+        query.data());
+  Dense(query.data(), 1, net_.token.weight, 0, Data(next.bias), V, score.data());
   std::vector<int> ids(score.size());
   std::iota(ids.begin(), ids.end(), 0);
   std::partial_sort(ids.begin(), ids.begin() + K, ids.end(), [&](int a, int b) {
@@ -144,13 +179,12 @@ void HiddenModel::AddTokens(const RoutingWindow& window, const std::vector<int64
     }
   };
   embed(0);
-  DenseRows(tokens.data(), count, HiddenNet::kTokenWidth, Data(net_.token_in.weight),
-            Data(net_.token_in.bias), D, x->data());
+  Dense(tokens.data(), count, net_.token_in.weight, 0, Data(net_.token_in.bias), D,
+        x->data());
   for (int i = 0; i < NumNeighbours(window.stack); ++i) {
     embed(OffsetOf(i));
-    DenseRows(tokens.data(), count, HiddenNet::kTokenWidth,
-              Data(net_.neighbours[0]) + size_t(i) * size_t(D) * HiddenNet::kTokenWidth,
-              no_bias.data(), D, part.data());
+    Dense(tokens.data(), count, net_.neighbours[0], int64_t{i} * D, no_bias.data(), D,
+          part.data());
     AddValues(part.data(), count * D, x->data());
   }
 }
@@ -169,8 +203,8 @@ std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window,
       NormRows(states.defined() ? Data(states) + rows[r] * S : zeros.data(), 1, S,
                Data(in.norm.weight), Data(in.norm.bias), normed.data() + r * size_t(S));
     }
-    DenseRows(normed.data(), count, S, Data(in.linear.weight), Data(in.linear.bias), D,
-              part.data());
+    Dense(normed.data(), count, in.linear.weight, 0, Data(in.linear.bias), D,
+          part.data());
     AddValues(part.data(), count * D, x.data());
   };
   if (!net_.state.empty()) {
@@ -215,13 +249,13 @@ void HiddenModel::ReadSource(const RoutingWindow& window,
     }
     NormRows(row, 1, W, Data(reader.query_norm.weight), Data(reader.query_norm.bias),
              normed.data());
-    DenseRows(normed.data(), 1, W, Data(reader.attention.q.weight),
-              Data(reader.attention.q.bias), W, query.data());
+    Dense(normed.data(), 1, reader.attention.q.weight, 0, Data(reader.attention.q.bias),
+          W, query.data());
     AttendOne(query.data(), W, reader.attention.heads, Data(served_.key_BWS) + b * S * W,
               Data(served_.value_BSW) + b * S * W, bias.data(), S, weight.data(),
               mixed.data());
-    DenseRows(mixed.data(), 1, W, Data(reader.attention.out.weight),
-              Data(reader.attention.out.bias), W, normed.data());
+    Dense(mixed.data(), 1, reader.attention.out.weight, 0,
+          Data(reader.attention.out.bias), W, normed.data());
     AddValues(normed.data(), W, row);
   }
 }
@@ -238,11 +272,9 @@ SpeculationOutput HiddenModel::FewForward(const RoutingWindow& window, int64_t f
   for (const ResidualBlock& block : net_.blocks) {
     NormRows(x.data(), count, D, Data(block.norm.weight), Data(block.norm.bias),
              y.data());
-    DenseRows(y.data(), count, D, Data(block.in.weight), Data(block.in.bias), ff,
-              wide.data());
+    Dense(y.data(), count, block.in.weight, 0, Data(block.in.bias), ff, wide.data());
     GeluValues(wide.data(), count * ff);
-    DenseRows(wide.data(), count, ff, Data(block.out.weight), Data(block.out.bias), D,
-              y.data());
+    Dense(wide.data(), count, block.out.weight, 0, Data(block.out.bias), D, y.data());
     AddValues(y.data(), count * D, x.data());
     const bool is_first = &block == &net_.blocks[0];
     if (is_first && !net_.reader.empty() && window.source_BSD.defined()) {
@@ -260,8 +292,8 @@ SpeculationOutput HiddenModel::FewForward(const RoutingWindow& window, int64_t f
       AddValues(Data(net_.lead.weight) + size_t(h) * D, D, y.data());
       const int64_t target =
           config_.geometry.GlobalLayer(window.stack, (window.source_layer + 1 + h) % L);
-      DenseRows(y.data(), 1, D, Data(net_.output) + target * E * D,
-                Data(net_.output_bias) + target * E, E, row + h * E);
+      Dense(y.data(), 1, net_.output, target * E, Data(net_.output_bias) + target * E, E,
+            row + h * E);
       DenseRows(y.data(), 1, D, Data(net_.confidence.weight), Data(net_.confidence.bias),
                 1, guess + int64_t{r} * H + h);
     }

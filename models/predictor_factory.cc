@@ -86,6 +86,7 @@ std::unique_ptr<ExpertPredictor> LoadLearned(const fs::path& folder,
     OtherGeometry(folder.string(), config.geometry, geometry);
   }
   const std::string name = config.kind;
+  saved.model->PrepareServing();
   return std::make_unique<LearnedPredictor>(name, std::move(saved));
 }
 

@@ -18,6 +18,9 @@ struct PassInfo {
   // Decoder, where a replay knows them: router inputs of the encoder's last MoE layer
   // (float32, on the CPU), and which of its tokens are real. Else undefined.
   at::Tensor source_BSD{}, source_valid_BS{};
+  // At the decoder's end: its output after the last norm, model dtype, on the model's
+  // device. Else undefined.
+  at::Tensor output_BTD{};
 };
 
 // One MoE layer's decision. Tensors live on the model's device and are valid during the

@@ -21,14 +21,18 @@ void CheckSource(const RoutingSpan& span, Stack stack, int source_layer) {
   }
 }
 
-// Router inputs of one layer, [1,T,D] float32.
-at::Tensor HiddenOf(const RoutingSpan& span, int layer) {
-  const size_t plane = static_cast<size_t>(span.num_tokens) * span.hidden_width;
+// One plane of states, [1,T,D] float32.
+at::Tensor StatesOf(const RoutingSpan& span, const uint16_t* plane) {
   auto bits = at::empty({1, span.num_tokens, span.hidden_width},
                         at::TensorOptions(at::kBFloat16));
-  std::memcpy(bits.data_ptr(), span.hidden.data() + layer * plane,
-              plane * sizeof(uint16_t));
+  std::memcpy(bits.data_ptr(), plane, bits.nbytes());
   return bits.to(at::kFloat);
+}
+
+// Router inputs of one layer.
+at::Tensor HiddenOf(const RoutingSpan& span, int layer) {
+  const size_t plane = static_cast<size_t>(span.num_tokens) * span.hidden_width;
+  return StatesOf(span, span.hidden.data() + layer * plane);
 }
 
 // Right-pads dimension 1 to `tokens` with `value`.
@@ -101,6 +105,11 @@ RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
     }
   }
   return window;
+}
+
+at::Tensor OutputOf(const RoutingTrace& trace) {
+  if (trace.decoder.output.empty()) return {};
+  return StatesOf(trace.decoder, trace.decoder.output.data());
 }
 
 RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows) {

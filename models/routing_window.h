@@ -54,6 +54,10 @@ at::Tensor WindowLabels(const RoutingTrace& trace, Stack stack, int source_layer
 RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
                        int num_experts);
 
+// The decoder's output states of a recorded sequence, [1,T,D] float32; undefined where
+// none were recorded.
+at::Tensor OutputOf(const RoutingTrace& trace);
+
 // Pads windows of the same stack and source layer to one batch (right padding of tokens).
 // hidden is undefined where one of the windows has none.
 RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows);

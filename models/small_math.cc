@@ -11,29 +11,64 @@ namespace {
 
 constexpr int kLanes = 32;  // DenseRows adds them in pairs
 
+// Partial sums in lanes, so that the compiler may use vectors without reordering a sum.
+template <class Weight>
+[[gnu::always_inline]] inline float RowSum(const Weight* w, const float* v, int in) {
+  float lanes[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= in; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] += static_cast<float>(w[i + k]) * v[i + k];
+  }
+  float sum = 0;
+  for (; i < in; ++i) sum += static_cast<float>(w[i]) * v[i];
+  // In pairs: one after the other, the additions would wait for each other longer than
+  // the products take.
+  for (int k = 0; k < 16; ++k) lanes[k] += lanes[k + 16];
+  for (int k = 0; k < 8; ++k) lanes[k] += lanes[k + 8];
+  for (int k = 0; k < 4; ++k) lanes[k] += lanes[k + 4];
+  return sum + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
+}
+
 }  // namespace
 
-// Partial sums in lanes, so that the compiler may use vectors without reordering a sum.
 ROUTECAST_WIDE void DenseRows(const float* x, int rows, int in, const float* weight,
                               const float* bias, int out, float* y) {
   for (int o = 0; o < out; ++o) {
     const float* w = weight + static_cast<long>(o) * in;
     for (int r = 0; r < rows; ++r) {
-      const float* v = x + static_cast<long>(r) * in;
-      float lanes[kLanes] = {};
-      int i = 0;
-      for (; i + kLanes <= in; i += kLanes) {
-        for (int k = 0; k < kLanes; ++k) lanes[k] += w[i + k] * v[i + k];
-      }
-      float sum = bias[o];
-      for (; i < in; ++i) sum += w[i] * v[i];
-      // In pairs: one after the other, the additions would wait for each other longer
-      // than the products take.
-      for (int k = 0; k < 16; ++k) lanes[k] += lanes[k + 16];
-      for (int k = 0; k < 8; ++k) lanes[k] += lanes[k + 8];
-      for (int k = 0; k < 4; ++k) lanes[k] += lanes[k + 4];
-      sum += (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-      y[static_cast<long>(r) * out + o] = sum;
+      y[static_cast<long>(r) * out + o] =
+          bias[o] + RowSum(w, x + static_cast<long>(r) * in, in);
+    }
+  }
+}
+
+NarrowMatrix::NarrowMatrix(const float* from, int64_t out, int depth)
+    : in(depth),
+      weight(static_cast<size_t>(out) * static_cast<size_t>(depth)),
+      scale(static_cast<size_t>(out)) {
+  for (int64_t o = 0; o < out; ++o) {
+    const float* row = from + o * depth;
+    float largest = 0;
+    for (int i = 0; i < depth; ++i) largest = std::max(largest, std::abs(row[i]));
+    const float unit = largest > 0 ? largest / 127 : 1;
+    scale[static_cast<size_t>(o)] = unit;
+    int8_t* to = weight.data() + o * depth;
+    for (int i = 0; i < depth; ++i) {
+      to[i] = static_cast<int8_t>(std::lround(row[i] / unit));
+    }
+  }
+}
+
+ROUTECAST_WIDE void DenseRows(const float* x, int rows, const NarrowMatrix& matrix,
+                              int64_t first, const float* bias, int out, float* y) {
+  const int in = matrix.in;
+  const int8_t* weight = matrix.weight.data() + first * in;
+  const float* scale = matrix.scale.data() + first;
+  for (int o = 0; o < out; ++o) {
+    const int8_t* w = weight + static_cast<long>(o) * in;
+    for (int r = 0; r < rows; ++r) {
+      y[static_cast<long>(r) * out + o] =
+          bias[o] + scale[o] * RowSum(w, x + static_cast<long>(r) * in, in);
     }
   }
 }

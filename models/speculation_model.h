@@ -65,6 +65,10 @@ class SpeculationModel {
   virtual std::vector<std::vector<ParameterSlice>> MemberParameters() const;
   // Forward(window, 0) of the newest token alone, T = 1: what serving a decoder needs.
   virtual SpeculationOutput ForwardLast(const RoutingWindow& window);
+  // Parameters and constants will not change any more: a model may keep cheaper forms of
+  // them, and ForwardLast (and Forward of few rows) then differ from the trained one by
+  // rounding that does not matter to a ranking. Again after every change.
+  virtual void PrepareServing() {}
   // Leads predicted from a source are 1..NumLeads; encoder: L-1-source; decoder: L
   // (wraps into the next token).
   int NumLeads(Stack stack, int source_layer) const;

@@ -227,8 +227,8 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
                                const at::Tensor& encoder_valid_BS, DecoderCache* cache,
                                const ForwardOptions& options) {
   const int64_t past = cache ? cache->length : 0, length = decoder_ids_BT.size(1);
-  const PassInfo pass{Stack::kDecoder, decoder_ids_BT, decoder_valid_BT,
-                      static_cast<int>(past)};
+  PassInfo pass{Stack::kDecoder, decoder_ids_BT, decoder_valid_BT,
+                static_cast<int>(past)};
   if (options.observer) options.observer->OnPassBegin(pass);
   at::Tensor hidden = at::embedding(decoder_.embedding, decoder_ids_BT.to(device()));
   const at::Tensor bias = PositionBias(Stack::kDecoder, length, past + length, past);
@@ -276,6 +276,7 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
   }
   if (cache) cache->length += static_cast<int>(length);
   hidden = Norm(hidden, decoder_.final_norm);
+  pass.output_BTD = hidden;
   if (options.observer) options.observer->OnPassEnd(pass);
   return hidden;
 }

@@ -21,6 +21,7 @@ struct StackArrays {
   std::vector<std::vector<uint16_t>> expert_ids, topk_ids;
   std::vector<std::vector<float>> gate_probs, margins, topk_probs, hidden;
   std::vector<std::vector<uint8_t>> dropped;
+  std::vector<float> output;
 
   explicit StackArrays(int layers)
       : expert_ids(layers),
@@ -57,6 +58,7 @@ void StackArrays::Add(const RoutingSpan& span) {
     for (size_t i = 0; i < width; ++i)
       hidden[l].push_back(Bf16ToFloat(span.hidden[l * width + i]));
   }
+  for (const uint16_t bits : span.output) output.push_back(Bf16ToFloat(bits));
   if (span.hidden_width > 0) {
     for (int64_t t = 0; t < span.num_tokens; ++t) hidden_index.push_back(start + t);
   }
@@ -175,6 +177,12 @@ class Part {
     NamePlane(prefix + "hidden", s.hidden,
               {layers, hidden_tokens, config_.geometry.d_model}, true);
     Name(prefix + "hidden_index", s.hidden_index, {hidden_tokens});
+    // Of all tokens with router inputs, or (older stores) of none.
+    const int64_t width = config_.geometry.d_model;
+    if (!s.output.empty() &&
+        static_cast<int64_t>(s.output.size()) == hidden_tokens * width) {
+      Name(prefix + "output", s.output, {hidden_tokens, width});
+    }
   }
 
   const StoreConfig& config_;
@@ -196,8 +204,9 @@ uint64_t PartBytes(const SequenceInfo& info, const StoreConfig& c) {
         stack == Stack::kEncoder ? info.encoder_tokens : info.decoder_tokens;
     const uint64_t width =
         info.has_hidden ? 4u * static_cast<unsigned>(c.geometry.d_model) : 0;
-    bytes += tokens * (4 + static_cast<uint64_t>(c.geometry.layers(stack)) *
-                               (11 + 6u * static_cast<unsigned>(c.top_k) + width));
+    bytes += tokens * (4 + width +
+                       static_cast<uint64_t>(c.geometry.layers(stack)) *
+                           (11 + 6u * static_cast<unsigned>(c.top_k) + width));
   }
   return bytes * 2;  // planes are joined from their layers
 }

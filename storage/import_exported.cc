@@ -62,6 +62,7 @@ class StackReader {
       RefuseImport(file.Where(*hidden), "router inputs of " + std::to_string(width_));
     }
     Shape("hidden", {layers_, hidden_tokens_, width_});
+    Shape("output", {hidden_tokens_, width_});
   }
 
   int64_t layers() const { return layers_; }
@@ -159,6 +160,12 @@ class StackReader {
       RefuseImport(file_.Where(*hidden_index_),
                    "router inputs of a part of the sequence that begins at token " +
                        std::to_string(first));
+    }
+    if (const NpyArray* output = Find("output")) {
+      const auto each = static_cast<uint64_t>(width_);
+      const auto states = file_.Read<float>(*output, at * each, count * each);
+      span->output.resize(states.size());
+      std::transform(states.begin(), states.end(), span->output.begin(), Bf16OfExported);
     }
     std::vector<float> values;
     Slice("hidden", hidden_at_, count, width_, hidden_tokens_, &values);

@@ -98,8 +98,9 @@ class Input {
       for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
         const uint64_t tokens =
             stack == Stack::kEncoder ? s.encoder_tokens : s.decoder_tokens;
-        bytes += tokens * (4 + static_cast<uint64_t>(g.layers(stack)) *
-                                   (11 + 6u * static_cast<unsigned>(top_k) + width));
+        bytes += tokens * (4 + width +
+                           static_cast<uint64_t>(g.layers(stack)) *
+                               (11 + 6u * static_cast<unsigned>(top_k) + width));
       }
       bytes += sizeof(RoutingTrace);
       ids.push_back(s.sequence_id);

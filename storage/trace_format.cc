@@ -304,14 +304,17 @@ std::string EncodeHidden(std::string_view key, const RoutingSpan& span) {
   const size_t n =
       static_cast<size_t>(span.num_tokens) * span.num_layers * span.hidden_width;
   RequireSize(span.hidden.size() == n, "hidden");
+  const size_t state = static_cast<size_t>(span.num_tokens) * span.hidden_width;
+  RequireSize(span.output.empty() || span.output.size() == state, "output");
   std::string value;
-  value.reserve(n * 2 + 32);
+  value.reserve((n + span.output.size()) * 2 + 32);
   ByteWriter out(&value);
   out.U8(kRecordVersion);
   out.Varint(span.num_tokens);
   out.Varint(span.num_layers);
   out.Varint(span.hidden_width);
   out.Raw(span.hidden.data(), n * 2);
+  out.Raw(span.output.data(), span.output.size() * 2);
   Seal(key, &value);
   return value;
 }
@@ -329,13 +332,18 @@ void DecodeHidden(std::string_view key, std::string_view value, const std::strin
             std::to_string(span->num_tokens) + " x " + std::to_string(span->num_layers));
   }
   const uint64_t n = tokens * layers * width;
-  if (2 * n != in.left()) {
-    in.Fail("needs " + std::to_string(2 * n) + " bytes, has " +
+  const uint64_t state = tokens * width;  // the output's, where it is recorded
+  if (2 * n != in.left() && 2 * (n + state) != in.left()) {
+    in.Fail("needs " + std::to_string(2 * n) + " bytes, or " +
+            std::to_string(2 * (n + state)) + " with the output, has " +
             std::to_string(in.left()));
   }
+  const bool has_output = 2 * n != in.left();
   span->hidden_width = static_cast<int>(width);
   span->hidden.resize(n);
   if (n > 0) std::memcpy(span->hidden.data(), in.Raw(2 * n).data(), 2 * n);
+  span->output.resize(has_output ? state : 0);
+  if (has_output) std::memcpy(span->output.data(), in.Raw(2 * state).data(), 2 * state);
 }
 
 std::string EncodeMark(std::string_view key, const ChunkMark& mark) {

@@ -77,8 +77,9 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
                        const std::string& where, const ContextModel* model = nullptr);
 
 // Router inputs of one (sequence, stack): u8 version | varint T | varint L | varint D |
-// bf16 [L*T*D] | u64 checksum. Decode fills span.hidden and span.hidden_width and demands
-// that T and L agree with `span`.
+// bf16 [L*T*D] | bf16 [T*D], the stack's output, or nothing | u64 checksum. Decode fills
+// span.hidden, span.hidden_width and span.output and demands that T and L agree with
+// `span`.
 std::string EncodeHidden(std::string_view key, const RoutingSpan& span);
 void DecodeHidden(std::string_view key, std::string_view value, const std::string& where,
                   RoutingSpan* span);

@@ -14,7 +14,7 @@ constexpr size_t kScanSequences = 256;
 uint64_t BytesOf(const RoutingSpan& s) {
   return s.token_ids.size() * 4 + s.expert_ids.size() * 2 + s.gate_probs.size() * 4 +
          s.dropped.size() + s.margins.size() * 4 + s.topk_ids.size() * 2 +
-         s.topk_probs.size() * 4 + s.hidden.size() * 2;
+         s.topk_probs.size() * 4 + (s.hidden.size() + s.output.size()) * 2;
 }
 
 // Training looks at ids, drops and router inputs; the rest would only fill memory.

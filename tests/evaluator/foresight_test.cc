@@ -107,5 +107,73 @@ TEST_F(ForesightTest, AReplaysStepsSeeWhatTrainingSaw) {
   Decode(&foresight, true);
 }
 
+// The head whose scores are largest for the id that the output names.
+at::Tensor OneHotHead() { return at::eye(11); }
+at::Tensor OutputNaming(int64_t id) {
+  at::Tensor output = at::zeros({1, 1, 11});
+  output[0][0][id] = 1;
+  return output;
+}
+
+class EarlyForesightTest : public ForesightTest {
+ protected:
+  // Decodes token 0 and ends its pass with an output that names `id`.
+  std::vector<LayerForecast> EndOfFirst(PredictorForesight* foresight, int64_t id) {
+    PassInfo pass = Pass(Stack::kDecoder, 0, 1);
+    foresight->AtPassBegin(pass);
+    for (int l = 0; l < g_.decoder_layers; ++l) {
+      const auto said = foresight->AtLayer(RoutingOf(Stack::kDecoder, l, 0, 1));
+      EXPECT_EQ(said.empty(), l + 1 == g_.decoder_layers) << l;
+    }
+    pass.output_BTD = OutputNaming(id);
+    return foresight->AtPassEnd(pass);
+  }
+  int64_t SecondToken() const { return trace_.decoder.token_ids[1]; }
+  std::shared_ptr<const NextTokenGuess> guess_ =
+      std::make_shared<NextTokenGuess>(OneHotHead());
+};
+
+TEST_F(EarlyForesightTest, ARightGuessIsTheNextPassQuestionAskedEarlier) {
+  PredictorForesight early(&predictor_, g_, 8, guess_);
+  ExpectRow(EndOfFirst(&early, SecondToken()), -1, 1);
+  EXPECT_TRUE(early.AtPassBegin(Pass(Stack::kDecoder, 1, 1)).empty());
+  // The window goes on as if nothing had been asked.
+  ExpectRow(early.AtLayer(RoutingOf(Stack::kDecoder, 0, 1, 1)), 0, 1);
+}
+
+TEST_F(EarlyForesightTest, AWrongGuessIsAskedAgain) {
+  PredictorForesight early(&predictor_, g_, 8, guess_);
+  EXPECT_FALSE(EndOfFirst(&early, (SecondToken() + 1) % 11).empty());
+  ExpectRow(early.AtPassBegin(Pass(Stack::kDecoder, 1, 1)), -1, 1);
+}
+
+TEST_F(EarlyForesightTest, AGuessBeforeASkippedPassAnswersNoLaterOne) {
+  PredictorForesight early(&predictor_, g_, 8, guess_);
+  EndOfFirst(&early, trace_.decoder.token_ids[2]);
+  early.SkipPass(Pass(Stack::kDecoder, 1, 1));
+  for (int l = 0; l < g_.decoder_layers; ++l) {
+    early.Skip(RoutingOf(Stack::kDecoder, l, 1, 1));
+  }
+  ExpectRow(early.AtPassBegin(Pass(Stack::kDecoder, 2, 1)), -1, 2);
+}
+
+TEST_F(EarlyForesightTest, WithoutAnOutputTheLastLayerIsAskedAtTheEnd) {
+  PredictorForesight early(&predictor_, g_, 8, guess_);
+  PassInfo pass = Pass(Stack::kDecoder, 0, 1);
+  early.AtPassBegin(pass);
+  for (int l = 0; l < g_.decoder_layers; ++l) {
+    early.AtLayer(RoutingOf(Stack::kDecoder, l, 0, 1));
+  }
+  ExpectRow(early.AtPassEnd(pass), g_.decoder_layers - 1, 0);
+}
+
+TEST_F(ForesightTest, WithoutAGuessNothingIsAskedAtTheEnd) {
+  PredictorForesight foresight(&predictor_, g_, 8);
+  PassInfo pass = Pass(Stack::kDecoder, 0, 1);
+  foresight.AtPassBegin(pass);
+  pass.output_BTD = OutputNaming(1);
+  EXPECT_TRUE(foresight.AtPassEnd(pass).empty());
+}
+
 }  // namespace
 }  // namespace routecast

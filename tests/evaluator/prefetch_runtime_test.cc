@@ -159,6 +159,49 @@ TEST_F(PrefetchRuntimeTest, ASlowPredictorChangesNothing) {
   EXPECT_EQ(Strange(StrangePredictor::kSlow, "auto", 3), Resident());
 }
 
+// Says at a pass' end what the next token's first layer needs, and nothing else.
+class EndForesight : public Foresight {
+ public:
+  EndForesight(const MoeGeometry& geometry, std::vector<OracleForesight::Visit> visits)
+      : geometry_(geometry), visits_(std::move(visits)) {}
+  std::string name() const override { return "end"; }
+  std::vector<LayerForecast> AtPassBegin(const PassInfo&) override { return {}; }
+  std::vector<LayerForecast> AtLayer(const LayerRouting&) override {
+    ++next_;
+    return {};
+  }
+  std::vector<LayerForecast> AtPassEnd(const PassInfo& pass) override {
+    if (pass.stack != Stack::kDecoder || next_ >= visits_.size()) return {};
+    EXPECT_TRUE(pass.output_BTD.defined());
+    LayerForecast forecast{visits_[next_].layer, 1,
+                           std::vector<float>(size_t(geometry_.num_experts), 0.f)};
+    for (const int e : visits_[next_].experts) forecast.probabilities[size_t(e)] = 1;
+    return {forecast};
+  }
+  void SkipPass(const PassInfo&) override {}
+  void Skip(const LayerRouting&) override { ++next_; }
+
+ private:
+  MoeGeometry geometry_;
+  std::vector<OracleForesight::Visit> visits_;
+  size_t next_ = 0;
+};
+
+TEST_F(PrefetchRuntimeTest, WhatIsSaidAtAPassEndIsFetchedForTheNextToken) {
+  DiskTransferEngine engine(file_, 6, {});
+  auto first = Runtime(&engine, 6, Eviction::kLru, "on_demand", nullptr);
+  const std::string expected = Decode(first.get(), first.get());
+  auto visits = first->TakeVisits();
+  first.reset();
+  auto second = Runtime(
+      &engine, 6, Eviction::kLru, "top_k",
+      std::make_unique<EndForesight>(checkpoint_.config.geometry(), std::move(visits)));
+  EXPECT_EQ(Decode(second.get(), second.get()), expected);
+  const PhaseStats stats = second->stats(Stack::kDecoder);
+  EXPECT_GT(stats.speculations, 0);
+  EXPECT_GT(stats.predictor_seconds, 0);
+}
+
 TEST_F(PrefetchRuntimeTest, OracleHitsWhatItForesees) {
   DiskTransferEngine engine(file_, 16, {});
   auto first = Runtime(&engine, 16, Eviction::kLru, "on_demand", nullptr);

@@ -77,6 +77,16 @@ if [ -x "$ROUTECAST_BIN_DIR/routecast-evaluate" ]; then
     grep -q "hf download nobody/nothing" <<<"$error" ||
       fail "routecast-$program does not say how to fetch a model: $error"
   done
+  # The presets' depth can be changed, in even numbers.
+  pretrain=("$ROUTECAST_BIN_DIR/routecast-pretrain" --data=text:"$folder/text" --out="$folder/pretrained")
+  said=$("${pretrain[@]}" --dry_run --encoder_blocks=6 --decoder_blocks=2 2>&1)
+  grep -q "model: 6 + 2 blocks" <<<"$said" || fail "--encoder_blocks, --decoder_blocks: $said"
+  for flag in --encoder_blocks=3 --decoder_blocks=66; do
+    error=$("${pretrain[@]}" --dry_run $flag 2>&1)
+    code=$?
+    [ "$code" -eq 2 ] || fail "$flag gave exit $code: $error"
+    grep -q -- "${flag%=*}" <<<"$error" || fail "$flag is not named: $error"
+  done
   # One rank of a larger allocation, said with -n 1 or mpirun, is no mistake.
   SLURM_NTASKS=4 "$ROUTECAST_SOURCE_DIR/launch/run_ranks.sh" -n 1 "${collect[@]}" --dry_run \
     --model=somebody/small-16 >"$folder/log" 2>&1 || fail "-n 1 of 4 tasks: $(cat "$folder/log")"

@@ -10,6 +10,7 @@
 #include "common/errors.h"
 #include "models/baseline_predictors.h"
 #include "models/predictor_factory.h"
+#include "models/small_math.h"
 #include "speculation_test_support.h"
 
 namespace routecast {
@@ -232,6 +233,55 @@ TEST_P(SpeculationKindTest, CalibrationDividesTheLogits) {
 }
 
 // A model whose weights are all zero says what the counts say.
+// The largest difference between what is served and what was trained, in probability.
+TEST(HiddenModelTest, ServedFromNarrowWeightsSaysNearlyTheSame) {
+  const c10::NoGradGuard no_grad;
+  const auto model = MakeSpeculationModel(SmallSpeculation("hidden"), 3);
+  const auto served = MakeSpeculationModel(SmallSpeculation("hidden"), 3);
+  served->PrepareServing();
+  double largest = 0;
+  bool same = true;
+  for (int s = -1; s < 3; ++s) {
+    for (int t = 1; t < 6; ++t) {
+      const auto window =
+          WindowOf(RandomTrace(SmallGeometry(), 4, t, 5), Stack::kDecoder, s, 5);
+      const auto a = at::softmax(model->ForwardLast(window).logits_BTHE, -1);
+      const auto b = at::softmax(served->ForwardLast(window).logits_BTHE, -1);
+      largest = std::max(largest, (a - b).abs().max().item<double>());
+      same = same && at::equal(a, b);
+    }
+  }
+  EXPECT_LT(largest, 0.01);
+  EXPECT_FALSE(same) << "the narrow weights were not used";
+}
+
+TEST(NarrowMatrixTest, ProductsAreWithinHalfAScaleOfEachWeight) {
+  constexpr int kOut = 5, kIn = 77, kRows = 3;
+  const auto weight = at::randn({kOut + 2, kIn}), x = at::randn({kRows, kIn});
+  const auto bias = at::randn({kOut});
+  const NarrowMatrix narrow(weight.const_data_ptr<float>(), kOut + 2, kIn);
+  auto y = at::empty({kRows, kOut});
+  DenseRows(x.const_data_ptr<float>(), kRows, narrow, 2, bias.const_data_ptr<float>(),
+            kOut, y.data_ptr<float>());
+  const auto exact = at::addmm(bias, x, weight.narrow(0, 2, kOut).t());
+  for (int r = 0; r < kRows; ++r) {
+    const double reach = x[r].abs().sum().item<double>() / 2;
+    for (int o = 0; o < kOut; ++o) {
+      EXPECT_NEAR(y[r][o].item<double>(), exact[r][o].item<double>(),
+                  reach * narrow.scale[static_cast<size_t>(o + 2)] + 1e-4);
+    }
+  }
+}
+
+TEST(NarrowMatrixTest, ARowOfZerosStaysZero) {
+  const std::vector<float> zeros(8, 0.f), x(8, 1.f);
+  const NarrowMatrix narrow(zeros.data(), 1, 8);
+  const float bias = 2;
+  float y = 0;
+  DenseRows(x.data(), 1, narrow, 0, &bias, 1, &y);
+  EXPECT_EQ(y, 2.f);
+}
+
 TEST(HiddenModelTest, PriorsAreTheCounts) {
   const c10::NoGradGuard no_grad;
   const MoeGeometry g = SmallGeometry();

@@ -49,7 +49,7 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
       return stack == "encoder" ? t.encoder : t.decoder;
     };
     int64_t tokens = 0, hidden_tokens = 0;
-    std::string offsets, token_ids, index;
+    std::string offsets, token_ids, index, output;
     Put(&offsets, tokens);
     for (const auto& [id, trace] : all) {
       const RoutingSpan& s = of(trace);
@@ -57,6 +57,7 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
         Put(&token_ids, s.token_ids[t]);
         if (s.hidden_width > 0) Put(&index, tokens + t), ++hidden_tokens;
       }
+      for (const uint16_t bits : s.output) Put(&output, Bf16ToFloat(bits));
       tokens += s.num_tokens;
       Put(&offsets, tokens);
     }
@@ -93,6 +94,7 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
     out[stack + "_topk_probs"] = {"<f4", L + "x" + T + "x" + K, topk_probs};
     out[stack + "_hidden"] = {"<f4", L + "x" + H + "x" + D, hidden};
     out[stack + "_hidden_index"] = {"<i8", H, index};
+    if (!output.empty()) out[stack + "_output"] = {"<f4", H + "x" + D, output};
   }
   return out;
 }

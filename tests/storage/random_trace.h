@@ -61,6 +61,9 @@ inline RoutingTrace RandomTrace(uint64_t id, const TraceShape& shape = {}) {
   const bool hidden = HiddenShareOf(trace.group_id, shape.hidden_share);
   trace.encoder = RandomSpan(Mix(id, 100), shape, hidden);
   trace.decoder = RandomSpan(Mix(id, 200), shape, hidden);
+  for (int i = 0; hidden && i < trace.decoder.num_tokens * shape.width; ++i) {
+    trace.decoder.output.push_back(static_cast<uint16_t>(Mix(id, 300, i)));
+  }
   return trace;
 }
 

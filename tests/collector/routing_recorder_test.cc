@@ -1,0 +1,78 @@
+// What a recorder keeps of a pass: real tokens of the rows asked for, and nothing else.
+#include "collector/routing_recorder.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+namespace routecast {
+namespace {
+
+constexpr int kWidth = 4;
+
+MoeGeometry Geometry() {
+  MoeGeometry g;
+  g.encoder_layers = 1;
+  g.decoder_layers = 2;
+  g.num_experts = 3;
+  g.d_model = kWidth;
+  return g;
+}
+
+LayerRouting Routing(int layer, int64_t rows, int64_t tokens) {
+  LayerRouting routing;
+  routing.layer = layer;
+  routing.input_BTD = at::full({rows, tokens, kWidth}, layer);
+  routing.logits_BTE = at::zeros({rows, tokens, 3});
+  routing.expert_ids_BT = at::zeros({rows, tokens}, at::kLong);
+  routing.gate_probs_BT = at::ones({rows, tokens});
+  routing.dropped_BT = at::zeros({rows, tokens}, at::kBool);
+  return routing;
+}
+
+// A decoder pass of one token a row; row 1 has ended where `ended`.
+void Step(RoutingRecorder* recorder, int64_t position, bool ended) {
+  PassInfo pass;
+  pass.stack = Stack::kDecoder;
+  pass.token_ids_BT = at::full({2, 1}, position + 5, at::kLong);
+  pass.valid_BT = at::ones({2, 1}, at::kBool);
+  if (ended) pass.valid_BT[1][0] = false;
+  pass.first_position = static_cast<int>(position);
+  recorder->OnPassBegin(pass);
+  for (const int layer : {1, 2}) recorder->OnRouting(Routing(layer, 2, 1));
+  pass.output_BTD =
+      at::arange(2 * kWidth, at::kFloat).view({2, 1, kWidth}) + 100 * position;
+  recorder->OnPassEnd(pass);
+}
+
+std::vector<float> Floats(const std::vector<uint16_t>& bits) {
+  std::vector<float> values;
+  for (const uint16_t b : bits) values.push_back(Bf16ToFloat(b));
+  return values;
+}
+
+TEST(RoutingRecorderTest, KeepsTheDecodersOutputOfRealTokensStepByStep) {
+  RoutingRecorder recorder(Geometry(), {}, {true, true});
+  for (int64_t t = 0; t < 2; ++t) Step(&recorder, t, /*ended=*/t == 1);
+  const RoutingSpan first = recorder.Take(Stack::kDecoder, 0);
+  EXPECT_EQ(first.num_tokens, 2);
+  EXPECT_EQ(Floats(first.output), (std::vector<float>{0, 1, 2, 3, 100, 101, 102, 103}));
+  const RoutingSpan second = recorder.Take(Stack::kDecoder, 1);
+  EXPECT_EQ(second.num_tokens, 1);
+  EXPECT_EQ(Floats(second.output), (std::vector<float>{4, 5, 6, 7}));
+}
+
+TEST(RoutingRecorderTest, RowsThatAreNotAskedForHaveNoStates) {
+  RoutingRecorder recorder(Geometry(), {}, {false, true});
+  Step(&recorder, 0, false);
+  const RoutingSpan without = recorder.Take(Stack::kDecoder, 0);
+  EXPECT_EQ(without.hidden_width, 0);
+  EXPECT_TRUE(without.hidden.empty());
+  EXPECT_TRUE(without.output.empty());
+  const RoutingSpan with = recorder.Take(Stack::kDecoder, 1);
+  EXPECT_EQ(with.hidden_width, kWidth);
+  EXPECT_EQ(with.hidden.size(), 2u * kWidth);
+  EXPECT_EQ(with.output.size(), 1u * kWidth);
+}
+
+}  // namespace
+}  // namespace routecast
