@@ -1,7 +1,8 @@
 // The Switch Transformer engine against transformers' (eager, same weights, inputs and
-// threads) and against its own matrix products alone, interleaved in one run: a forward
-// pass of both stacks, and greedy decoding at batch 1. Weights are seeded random numbers.
-// The reference runs in --python (torch and transformers; launch/test.sh sets it up).
+// threads, or device) and against its own matrix products alone, interleaved in one run:
+// a forward pass of both stacks, and greedy decoding at batch 1. Weights are seeded
+// random numbers. The reference runs in --python (torch and transformers; launch/test.sh
+// sets it up).
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <gflags/gflags.h>
@@ -14,12 +15,14 @@
 #include "bench/child_process.h"
 #include "models/checkpoint.h"
 #include "models/linear.h"
+#include "models/static_decoder.h"
 
 DEFINE_string(folder, "", "Folder for the checkpoint; made where absent");
 DEFINE_string(python, "python3",
               "Python with torch and transformers; empty: no baseline");
 DEFINE_string(script, "bench/reference_engine.py", "The reference's side");
-DEFINE_string(dtype, "fp32", "fp32 or bf16");
+DEFINE_string(dtype, "fp32", "fp32, bf16 or, with --device=cuda, fp16");
+DEFINE_string(device, "cpu", "cpu, cuda or cuda:N; of both sides");
 DEFINE_int32(threads, 2, "Threads of each side");
 DEFINE_int32(rounds, 7, "Rounds; all sides once a round");
 DEFINE_int32(batch, 8, "Sequences");
@@ -76,8 +79,8 @@ struct Inputs {
 Inputs Prepare(const fs::path& folder, const SwitchConfig& config) {
   if (!fs::exists(folder / "config.json")) {
     fs::create_directories(folder);
-    const auto dtype = FLAGS_dtype == "bf16" ? at::kBFloat16 : at::kFloat;
-    SaveCheckpoint(folder, config, RandomWeights(config), dtype);
+    SaveCheckpoint(folder, config, RandomWeights(config),
+                   ParseDtype("--dtype", FLAGS_dtype));
   }
   at::manual_seed(2);
   Inputs in;
@@ -121,17 +124,33 @@ at::Tensor Forward(SwitchModel* model, const Inputs& in) {
   return model->Logits(Trace(model, in, nullptr));
 }
 
+// As collection decodes on a GPU: in fixed memory, one graph a step. Making it and
+// recording it count.
+void DecodeOneInGraph(SwitchModel* model, const Inputs& in, const at::Tensor& encoded) {
+  const at::Tensor one = at::ones({1, 1}, at::kBool);
+  at::Tensor current = at::zeros({1, 1}, at::kLong);
+  StaticDecoder decoder(model, encoded, in.valid_BS.narrow(0, 0, 1), FLAGS_new_tokens,
+                        {});
+  for (int step = 0; step < FLAGS_new_tokens; ++step) {
+    current = decoder.Step(current, one).argmax(-1).unsqueeze(1).to(at::kCPU);
+  }
+}
+
 // Greedy tokens of the first sequence, its encoder output given; goes on behind
 // end-of-sequence, as the reference is told to.
 void DecodeOne(SwitchModel* model, const Inputs& in, const at::Tensor& encoded) {
   const c10::NoGradGuard no_grad;
+  if (model->device().is_cuda() && StaticDecoder::Serves(*model, {}, 1)) {
+    return DecodeOneInGraph(model, in, encoded);
+  }
   const at::Tensor valid = in.valid_BS.narrow(0, 0, 1);
   const at::Tensor one = at::ones({1, 1}, at::kBool);
   at::Tensor current = at::zeros({1, 1}, at::kLong);
   DecoderCache cache;
   for (int step = 0; step < FLAGS_new_tokens; ++step) {
-    current =
-        model->Logits(model->Decode(current, one, encoded, valid, &cache)).argmax(-1);
+    current = model->Logits(model->Decode(current, one, encoded, valid, &cache))
+                  .argmax(-1)
+                  .to(at::kCPU);
   }
 }
 
@@ -158,8 +177,8 @@ class ProductsAlone {
           AddPair(ff, rows(stack));
           continue;
         }
-        const at::Tensor counts =
-            at::bincount(log.choices[size_t(layer)] + 1, {}, config_.num_experts + 1);
+        const at::Tensor counts = at::bincount(
+            log.choices[size_t(layer)].to(at::kCPU) + 1, {}, config_.num_experts + 1);
         for (int e = 0; e < config_.num_experts; ++e) {
           const auto n = counts[e + 1].item<int64_t>();
           if (n > 0) AddPair(ff + "experts.expert_" + std::to_string(e) + ".", n);
@@ -180,7 +199,7 @@ class ProductsAlone {
   void Add(const std::string& weight, int64_t rows) {
     const at::Tensor& w = parameters_.Get(weight);
     at::Tensor& input = inputs_[{rows, w.size(1)}];
-    if (!input.defined()) input = at::randn({rows, w.size(1)}).to(w.scalar_type());
+    if (!input.defined()) input = at::randn({rows, w.size(1)}).to(w.options());
     products_.emplace_back(input, w);
   }
   void AddPair(const std::string& base, int64_t rows) {
@@ -200,9 +219,15 @@ class ProductsAlone {
   std::vector<std::pair<at::Tensor, at::Tensor>> products_;
 };
 
-double Seconds(const std::function<void()>& work) {
+// Until the device has done it.
+double Seconds(at::Device device, const std::function<void()>& work) {
+  const auto wait = [device] {
+    if (device.is_cuda()) at::detail::getCUDAHooks().deviceSynchronize(device.index());
+  };
+  wait();
   const auto start = std::chrono::steady_clock::now();
   work();
+  wait();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
@@ -244,21 +269,22 @@ int Main() {
   const fs::path folder = FLAGS_folder;
   const Inputs in = Prepare(folder, Geometry());
   const at::ScalarType dtype = ParseDtype("--dtype", FLAGS_dtype);
-  ResidentModel resident(LoadCheckpoint(folder, dtype, at::kCPU));
+  const at::Device device = ParseDevice(FLAGS_device, /*local_rank=*/0);
+  ResidentModel resident(LoadCheckpoint(folder, dtype, device));
   SwitchModel& model = resident.model();
   ChoiceLog log;
   Trace(&model, in, &log);
-  const at::Tensor logits = Forward(&model, in).to(at::kFloat);
-  std::printf("%d + %d blocks, %d experts, d_model %d, d_ff %d, %s, %d threads\n",
+  const at::Tensor logits = Forward(&model, in).to(at::kCPU, at::kFloat);
+  std::printf("%d + %d blocks, %d experts, d_model %d, d_ff %d, %s, %s, %d threads\n",
               FLAGS_blocks, FLAGS_blocks, model.config().num_experts,
               model.config().d_model, model.config().d_ff, FLAGS_dtype.c_str(),
-              FLAGS_threads);
+              device.str().c_str(), FLAGS_threads);
   const ProductsAlone products(resident.checkpoint(), log);
   std::unique_ptr<LineProcess> reference;
   if (!FLAGS_python.empty()) {
-    reference = std::make_unique<LineProcess>(
-        std::vector<std::string>{FLAGS_python, FLAGS_script, folder.string(),
-                                 std::to_string(FLAGS_threads), FLAGS_dtype});
+    reference = std::make_unique<LineProcess>(std::vector<std::string>{
+        FLAGS_python, FLAGS_script, folder.string(), std::to_string(FLAGS_threads),
+        FLAGS_dtype, device.str()});
     if (reference->Read() != "ready")
       throw EnvironmentError("the baseline did not start");
     reference->Ask("logits");
@@ -272,16 +298,16 @@ int Main() {
     return [&reference, line] { return std::stod(reference->Ask(line)); };
   };
   std::vector<Side> forward = {
-      {"routecast", [&] { return Seconds([&] { Forward(&model, in); }); }, {}},
+      {"routecast", [&] { return Seconds(device, [&] { Forward(&model, in); }); }, {}},
       {"routecast, routing only",
        [&] {
-         return Seconds([&] {
+         return Seconds(device, [&] {
            ChoiceLog routing;
            Trace(&model, in, &routing);
          });
        },
        {}},
-      {"products alone", [&] { return Seconds([&] { products.Run(); }); }, {}}};
+      {"products alone", [&] { return Seconds(device, [&] { products.Run(); }); }, {}}};
   if (reference) forward.push_back({"transformers, eager", ask("forward"), {}});
   Compare("forward, both stacks",
           double(FLAGS_batch) * (FLAGS_tokens + FLAGS_decoder_tokens), forward);
@@ -290,7 +316,9 @@ int Main() {
     const c10::NoGradGuard no_grad;
     return model.Encode(in.ids_BS.narrow(0, 0, 1), in.valid_BS.narrow(0, 0, 1));
   }();
-  const auto decode = [&] { return Seconds([&] { DecodeOne(&model, in, encoded); }); };
+  const auto decode = [&] {
+    return Seconds(device, [&] { DecodeOne(&model, in, encoded); });
+  };
   std::vector<Side> decoding = {{"routecast", decode, {}}};
   if (reference) {
     decoding.push_back(

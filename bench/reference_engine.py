@@ -1,6 +1,6 @@
-"""The reference's side of engine_bench: transformers' Switch Transformer, eager, on the CPU.
+"""The reference's side of engine_bench: transformers' Switch Transformer, eager.
 
-usage: reference_engine.py FOLDER THREADS DTYPE
+usage: reference_engine.py FOLDER THREADS DTYPE DEVICE
 Reads FOLDER (checkpoint and inputs.safetensors), prints "ready", then answers each line:
 `forward` and `decode N` run once and print the seconds; `logits` writes outputs.safetensors.
 """
@@ -14,11 +14,11 @@ from transformers import SwitchTransformersForConditionalGeneration
 
 
 @torch.no_grad()
-def main(folder, threads, dtype):
+def main(folder, threads, dtype, device):
     torch.set_num_threads(threads)
     model = SwitchTransformersForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager").eval()
-    inputs = load_file(folder / "inputs.safetensors")
+        folder, dtype=dtype, attn_implementation="eager").eval().to(device)
+    inputs = {name: x.to(device) for name, x in load_file(folder / "inputs.safetensors").items()}
     ids, valid, decoder_ids = inputs["ids"], inputs["valid"].long(), inputs["decoder_ids"]
 
     encoded = model.get_encoder()(input_ids=ids[:1], attention_mask=valid[:1])
@@ -30,18 +30,25 @@ def main(folder, threads, dtype):
         return model.generate(encoder_outputs=encoded, attention_mask=valid[:1], do_sample=False, num_beams=1,
                               min_new_tokens=steps, max_new_tokens=steps, use_cache=True)
 
+    def wait():
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+
     print("ready", flush=True)
     for line in sys.stdin:
         words = line.split()
+        wait()
         start = time.perf_counter()
         if words[0] == "forward":
             forward()
         elif words[0] == "decode":
             decode(int(words[1]))
         elif words[0] == "logits":
-            save_file({"logits": forward().logits.float().contiguous()}, folder / "outputs.safetensors")
+            save_file({"logits": forward().logits.float().cpu().contiguous()}, folder / "outputs.safetensors")
+        wait()
         print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), {"fp32": torch.float32, "bf16": torch.bfloat16}[sys.argv[3]])
+    main(Path(sys.argv[1]), int(sys.argv[2]),
+         {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[sys.argv[3]], sys.argv[4])

@@ -167,6 +167,8 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
     }
     options.max_new_tokens = *std::max_element(options.row_max_new_tokens.begin(),
                                                options.row_max_new_tokens.end());
+    options.record_steps = true;
+    options.logits_on_step = false;
     options.on_step = [&](int, const at::Tensor&, const at::Tensor& ids_B) {
       computed_tokens_ += ids_B.numel();
       return true;

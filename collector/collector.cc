@@ -19,6 +19,7 @@
 #include "common/safetensors.h"
 #include "common/stop.h"
 #include "models/checkpoint.h"
+#include "models/device_choice.h"
 #include "storage/context_coder.h"
 #include "storage/store_lock.h"
 #include "storage/trace_store.h"
@@ -235,6 +236,9 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
                    const Json& configuration) {
   const fs::path store = options.store;
   const at::Device device = ParseDevice(options.device, rank.local_rank);
+  if (options.expert_parallel > 1) {
+    CheckOwnDevice(options.device, device, rank.local_world, NumCudaDevices());
+  }
   const int threads = ThreadsOf(options, rank);
   SetComputeThreads(threads);
   const Tokenizer tokenizer = Tokenizer::Load(options.model);

@@ -10,6 +10,7 @@
 #include "common/run_record.h"
 #include "launch/flags.h"
 #include "launch/main.h"
+#include "models/device_choice.h"
 #include "trainer/pretrainer.h"
 
 DECLARE_bool(quiet);
@@ -92,6 +93,7 @@ void Run(int argc, char** argv) {
   SetAbortHook([](int code) { MpiSession::Abort(code); });
   const RankInfo rank = session.rank_info();
   const at::Device device = ParseDevice(FLAGS_device, rank.local_rank);
+  CheckOwnDevice(FLAGS_device, device, rank.local_world, NumCudaDevices());
   SetComputeThreads(ThreadsPerRank(rank.local_world));
   const auto comm =
       MakeCommunicator(session, device, kDeadlineSeconds, job.out / "watchdog");

@@ -10,6 +10,7 @@
 #include "common/run_record.h"
 #include "launch/flags.h"
 #include "launch/main.h"
+#include "models/device_choice.h"
 #include "models/speculation_onnx.h"
 #include "trainer/leaderboard.h"
 #include "trainer/search.h"
@@ -205,6 +206,7 @@ void Run(int argc, char** argv) {
   SetAbortHook([](int code) { MpiSession::Abort(code); });
   const RankInfo rank = session.rank_info();
   job.device = ParseDevice(FLAGS_device, rank.local_rank);
+  CheckOwnDevice(FLAGS_device, job.device, rank.local_world, NumCudaDevices());
   SetComputeThreads(ThreadsPerRank(rank.local_world));
   job.deterministic = FLAGS_deterministic;
   const auto comm =

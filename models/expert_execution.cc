@@ -3,9 +3,9 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <numeric>
 
 #include "models/linear.h"
+#include "models/token_groups.h"
 
 namespace routecast {
 
@@ -28,6 +28,20 @@ ExpertLease ResidentExpertSource::Next() {
   return {expert, weights_[ExpertKey{layer_, expert}.Index(geometry_)], nullptr};
 }
 
+const ExpertTable* ResidentExpertSource::Table(int layer) {
+  const auto known = tables_.find(layer);
+  if (known != tables_.end()) return known->second.get();
+  const std::span<const ExpertWeights> experts(
+      &weights_[ExpertKey{layer, 0}.Index(geometry_)],
+      static_cast<size_t>(geometry_.num_experts));
+  const bool all = std::all_of(experts.begin(), experts.end(), [](const auto& expert) {
+    return expert.wi_FD.defined() && expert.wo_DF.defined();
+  });
+  auto& table = tables_[layer];
+  if (all) table = std::make_unique<ExpertTable>(TableOf(experts));
+  return table.get();
+}
+
 at::Tensor ApplyFeedForward(Activation activation, const ExpertWeights& weights,
                             const at::Tensor& x_ND) {
   at::Tensor inner = Activate(activation, Linear(x_ND, weights.wi_FD));
@@ -35,49 +49,49 @@ at::Tensor ApplyFeedForward(Activation activation, const ExpertWeights& weights,
   return Linear(inner, weights.wo_DF);
 }
 
+at::Tensor ExpertExecutor::RunSorted(int layer, const at::Tensor& rows_ND,
+                                     std::span<const int64_t> offsets_E1) {
+  at::Tensor ids = at::empty({offsets_E1.back()}, at::kLong);
+  for (size_t e = 0; e + 1 < offsets_E1.size(); ++e) {
+    ids.narrow(0, offsets_E1[e], offsets_E1[e + 1] - offsets_E1[e])
+        .fill_(static_cast<int64_t>(e));
+  }
+  return Run(layer, rows_ND.narrow(0, 0, offsets_E1.back()), ids);
+}
+
 at::Tensor LocalExpertExecutor::Run(int layer, const at::Tensor& tokens_ND,
                                     const at::Tensor& expert_ids_N) {
-  const int64_t n = tokens_ND.size(0);
-  const at::Tensor ids = expert_ids_N.contiguous();
-  const int64_t* expert_of = ids.data_ptr<int64_t>();
-  // Stable grouping: tokens of one expert keep their order, so a group's product is the
-  // same whatever the order in which experts become ready.
-  at::Tensor order = at::empty({n}, at::kLong);
-  int64_t* position = order.data_ptr<int64_t>();
-  std::iota(position, position + n, 0);
-  std::stable_sort(position, position + n,
-                   [&](int64_t a, int64_t b) { return expert_of[a] < expert_of[b]; });
-  std::vector<int> experts;
-  std::vector<int64_t> begin;
-  for (int64_t i = 0; i < n; ++i) {
-    const int expert = static_cast<int>(expert_of[position[i]]);
-    if (experts.empty() || experts.back() != expert) {
-      experts.push_back(expert);
-      begin.push_back(i);
-    }
-  }
-  begin.push_back(n);
+  if (expert_ids_N.numel() == 0) return tokens_ND;
+  const int64_t experts = expert_ids_N.max().item<int64_t>() + 1;
+  TokenGroups groups = GroupByExpert(expert_ids_N, {}, experts);
+  groups.order_N = groups.order_N.to(tokens_ND.device());
+  const at::Tensor out = RunSorted(
+      layer, GatherRows(tokens_ND, groups),
+      {groups.offsets_E1.const_data_ptr<int64_t>(), static_cast<size_t>(experts) + 1});
+  return out.index_select(0, groups.place_N.to(tokens_ND.device()));
+}
 
-  const bool one_group = experts.size() == 1;
-  const at::Tensor order_device = order.to(tokens_ND.device());
-  const at::Tensor grouped_ND =
-      one_group ? tokens_ND : tokens_ND.index_select(0, order_device);
+// Tokens of one expert keep their order, so a group's product is the same whatever the
+// order in which experts become ready.
+at::Tensor LocalExpertExecutor::RunSorted(int layer, const at::Tensor& rows_ND,
+                                          std::span<const int64_t> offsets_E1) {
+  std::vector<int> experts;
+  for (size_t e = 0; e + 1 < offsets_E1.size(); ++e) {
+    if (offsets_E1[e + 1] > offsets_E1[e]) experts.push_back(static_cast<int>(e));
+  }
   std::vector<at::Tensor> outputs(experts.size());
   source_->Begin(layer, experts);
   for (size_t i = 0; i < experts.size(); ++i) {
     const ExpertLease lease = source_->Next();
+    const auto e = static_cast<size_t>(lease.expert());
     const auto group = static_cast<size_t>(
         std::lower_bound(experts.begin(), experts.end(), lease.expert()) -
         experts.begin());
-    const at::Tensor x =
-        grouped_ND.narrow(0, begin[group], begin[group + 1] - begin[group]);
-    outputs[group] = ApplyFeedForward(activation_, lease.weights(), x);
+    outputs[group] = ApplyFeedForward(
+        activation_, lease.weights(),
+        rows_ND.narrow(0, offsets_E1[e], offsets_E1[e + 1] - offsets_E1[e]));
   }
-  if (one_group) return outputs[0];
-  at::Tensor inverse = at::empty({n}, at::kLong);
-  int64_t* back = inverse.data_ptr<int64_t>();
-  for (int64_t i = 0; i < n; ++i) back[position[i]] = i;
-  return at::cat(outputs, 0).index_select(0, inverse.to(tokens_ND.device()));
+  return outputs.size() == 1 ? outputs[0] : at::cat(outputs, 0);
 }
 
 std::string ExpertTensorName(const SwitchConfig& config, ExpertKey key,

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <map>
+#include <memory>
 #include <vector>
 
+#include "models/expert_gemv.h"
 #include "models/expert_source.h"
 #include "models/parameters.h"
 #include "models/switch_config.h"
@@ -17,16 +19,18 @@ class ResidentExpertSource final : public ExpertSource {
   ResidentExpertSource(MoeGeometry geometry, std::vector<ExpertWeights> weights);
   void Begin(int layer, std::span<const int> experts) override;
   ExpertLease Next() override;
+  const ExpertTable* Table(int layer) override;  // null where an entry is undefined
 
  private:
   MoeGeometry geometry_;
   std::vector<ExpertWeights> weights_;
+  std::map<int, std::unique_ptr<ExpertTable>> tables_;  // of the layers asked for
   int layer_ = 0;
   std::vector<int> pending_;
   size_t next_ = 0;
 };
 
-// Groups tokens by expert, then wi -> activation (-> times the gate's projection, where
+// Sorts tokens by expert, then wi -> activation (-> times the gate's projection, where
 // the expert has one) -> wo for each lease as it becomes ready. Differentiable where the
 // weights and tokens are. Does not own the source.
 class LocalExpertExecutor final : public ExpertExecutor {
@@ -37,6 +41,9 @@ class LocalExpertExecutor final : public ExpertExecutor {
   Activation activation() const override { return activation_; }
   at::Tensor Run(int layer, const at::Tensor& tokens_ND,
                  const at::Tensor& expert_ids_N) override;
+  at::Tensor RunSorted(int layer, const at::Tensor& rows_ND,
+                       std::span<const int64_t> offsets_E1) override;
+  const ExpertTable* Table(int layer) override { return source_->Table(layer); }
 
  private:
   ExpertSource* source_;

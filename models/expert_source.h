@@ -12,6 +12,8 @@
 
 namespace routecast {
 
+struct ExpertTable;  // expert_gemv.h
+
 struct ExpertWeights {
   at::Tensor wi_FD;  // first projection, [d_ff, d_model]; gated: the activated one, wi_0
   at::Tensor wo_DF;  // second projection, [d_model, d_ff]
@@ -59,6 +61,8 @@ class ExpertSource {
   // The next expert that is ready; waits for one where none is. Leases of one layer may
   // be released in any order. Throws EnvironmentError when the weights cannot be brought.
   virtual ExpertLease Next() = 0;
+  // Where all experts of `layer` lie, if they are there and stay; else null.
+  virtual const ExpertTable* Table(int layer) { return nullptr; }
 };
 
 // Executes a layer's experts: tokens [N,D] with their expert ids -> outputs [N,D].
@@ -70,6 +74,13 @@ class ExpertExecutor {
   virtual Activation activation() const { return Activation::kRelu; }
   virtual at::Tensor Run(int layer, const at::Tensor& tokens_ND,
                          const at::Tensor& expert_ids_N) = 0;
+  // The same for tokens sorted by expert: expert e has the rows offsets[e] to
+  // offsets[e+1] of rows_ND (on the model's device; rows behind the last offset belong to
+  // nobody). Returns [offsets.back(),D]. REQUIRES one row at least.
+  virtual at::Tensor RunSorted(int layer, const at::Tensor& rows_ND,
+                               std::span<const int64_t> offsets_E1);
+  // As ExpertSource::Table: null where experts cannot be run without the host.
+  virtual const ExpertTable* Table(int layer) { return nullptr; }
 };
 
 }  // namespace routecast

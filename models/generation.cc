@@ -4,37 +4,48 @@
 #include <c10/core/GradMode.h>
 
 #include <limits>
+#include <memory>
 #include <stdexcept>
 
 #include "common/errors.h"
+#include "models/static_decoder.h"
 
 namespace routecast {
 namespace {
 
 constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
-// The incremental decoder of a batch: one token a row and call.
+// The incremental decoder of a batch: one token a row and call. On a GPU in fixed memory,
+// where that can be.
 class Decoder {
  public:
   Decoder(SwitchModel* model, const at::Tensor& ids_BS, const at::Tensor& valid_BS,
-          int64_t copies, const ForwardOptions& forward)
-      : model_(model), forward_(forward) {
-    const at::Tensor encoded_BSD = model->Encode(ids_BS, valid_BS, forward);
+          const GenerationOptions& options)
+      : model_(model), forward_(options.forward) {
+    const int64_t copies = options.beams.num_beams;
+    const at::Tensor encoded_BSD = model->Encode(ids_BS, valid_BS, forward_);
     encoded_RSD_ =
         copies == 1 ? encoded_BSD : encoded_BSD.repeat_interleave(copies, /*dim=*/0);
     valid_RS_ = copies == 1 ? valid_BS : valid_BS.repeat_interleave(copies, /*dim=*/0);
+    if (options.record_steps && model->device().is_cuda() &&
+        StaticDecoder::Serves(*model, forward_, rows())) {
+      static_ = std::make_unique<StaticDecoder>(model, encoded_RSD_, valid_RS_,
+                                                options.max_new_tokens, forward_);
+    }
   }
   int64_t rows() const { return encoded_RSD_.size(0); }
-  // ids and live [R,1] -> fp32 logits [R,V] on the CPU.
+  // ids and live [R,1] on the CPU -> fp32 logits [R,V] on the model's device.
   at::Tensor Step(const at::Tensor& ids_R1, const at::Tensor& live_R1) {
+    if (static_) return static_->Step(ids_R1, live_R1).to(at::kFloat);
     const at::Tensor hidden =
         model_->Decode(ids_R1, live_R1, encoded_RSD_, valid_RS_, &cache_, forward_);
-    return model_->Logits(hidden.select(1, 0)).to(at::kCPU, at::kFloat);
+    return model_->Logits(hidden.select(1, 0)).to(at::kFloat);
   }
   // Row r goes on from what was row source_R[r], one of the same prompt's: so the keys
   // and values of its source text stay where they are.
   void Reorder(const at::Tensor& source_R) {
     const at::Tensor rows = source_R.to(model_->device());
+    if (static_) return static_->Reorder(rows);
     for (auto* part : {&cache_.self_key, &cache_.self_value}) {
       for (at::Tensor& tensor : *part) tensor = tensor.index_select(0, rows);
     }
@@ -45,7 +56,12 @@ class Decoder {
   ForwardOptions forward_;
   at::Tensor encoded_RSD_, valid_RS_;
   DecoderCache cache_;
+  std::unique_ptr<StaticDecoder> static_;
 };
+
+at::Tensor ForCallback(const at::Tensor& logits, const GenerationOptions& options) {
+  return options.logits_on_step ? logits.to(at::kCPU) : at::Tensor();
+}
 
 std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
                                                   const SwitchConfig& config,
@@ -61,10 +77,10 @@ std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
       allowed = logits.clone();
       allowed.select(1, config.eos_token_id).fill_(kMinusInfinity);
     }
-    at::Tensor next =
-        options.sampling.enabled()
-            ? SampleIds(WarpLogits(allowed, options.sampling), options.sampling, step)
-            : allowed.argmax(-1);
+    at::Tensor next = options.sampling.enabled()
+                          ? SampleIds(WarpLogits(allowed.to(at::kCPU), options.sampling),
+                                      options.sampling, step)
+                          : allowed.argmax(-1).to(at::kCPU);
     next = at::where(live.squeeze(1), next, at::full_like(next, config.pad_token_id));
     for (int64_t b = 0; b < batch; ++b) {
       if (!live[b][0].item<bool>()) continue;
@@ -75,7 +91,9 @@ std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
       if (step + 1 >= options.row_max_new_tokens[b])
         live[static_cast<int64_t>(b)] = false;
     }
-    if (options.on_step && !options.on_step(step, logits, next)) break;
+    if (options.on_step && !options.on_step(step, ForCallback(logits, options), next)) {
+      break;
+    }
     if (!live.any().item<bool>()) break;
     current = next.unsqueeze(1);
   }
@@ -113,7 +131,7 @@ std::vector<GeneratedSequence> SearchBeams(Decoder* decoder, const SwitchConfig&
   at::Tensor live = at::ones({rows, 1}, at::kBool);
   for (int step = 0; step < options.max_new_tokens; ++step) {
     const at::Tensor logits = decoder->Step(current, live);
-    at::Tensor log_probs = at::log_softmax(logits, -1).contiguous();
+    at::Tensor log_probs = at::log_softmax(logits, -1).to(at::kCPU).contiguous();
     if (step < options.min_new_tokens) {
       log_probs.select(1, config.eos_token_id).fill_(kMinusInfinity);
     }
@@ -124,7 +142,9 @@ std::vector<GeneratedSequence> SearchBeams(Decoder* decoder, const SwitchConfig&
       all_done = all_done && searches[b].done();
     }
     const NextBeams next = NextOf(searches, beams, config.pad_token_id);
-    if (options.on_step) options.on_step(step, logits, next.ids_R1.squeeze(1));
+    if (options.on_step) {
+      options.on_step(step, ForCallback(logits, options), next.ids_R1.squeeze(1));
+    }
     if (all_done) break;
     decoder->Reorder(next.source_R);
     current = next.ids_R1;
@@ -184,7 +204,7 @@ std::vector<GeneratedSequence> Generate(SwitchModel* model, const at::Tensor& id
                                    std::to_string(config.vocab_size),
                                "use fewer beams"));
   }
-  Decoder decoder(model, ids_BS, valid_BS, options.beams.num_beams, options.forward);
+  Decoder decoder(model, ids_BS, valid_BS, options);
   return options.beams.num_beams > 1 ? SearchBeams(&decoder, config, options)
                                      : ChooseTokenByToken(&decoder, config, options);
 }

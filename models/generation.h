@@ -27,6 +27,13 @@ struct GenerationOptions {
   // end as they are. May be empty. With beams it cannot stop: throw instead.
   std::function<bool(int step, const at::Tensor& logits_RV, const at::Tensor& ids_R)>
       on_step{};
+  // Off: on_step gets an undefined tensor for logits, which else travel from a GPU a
+  // step.
+  bool logits_on_step = true;
+  // On a GPU, where all experts are there: steps as one recorded graph
+  // (static_decoder.h). Other sums than those of experts that come and go, and observers
+  // hear of a step's layers at its end.
+  bool record_steps = false;
   // Throws UsageError naming the option that is out of range, or two that exclude each
   // other (sampling and beams).
   void Validate() const;

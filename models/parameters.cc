@@ -7,6 +7,7 @@
 
 #include "common/errors.h"
 #include "common/safetensors.h"
+#include "models/device_choice.h"
 
 namespace routecast {
 namespace {
@@ -160,22 +161,7 @@ void SetComputeThreads(int threads) {
 }
 
 at::Device ParseDevice(const std::string& name, int local_rank) {
-  const int count =
-      at::hasCUDA() ? static_cast<int>(at::detail::getCUDAHooks().deviceCount()) : 0;
-  if (name == "cpu" || (name == "auto" && count == 0)) return at::kCPU;
-  if (name == "auto" || name == "cuda") {
-    if (count > 0) return {at::kCUDA, static_cast<c10::DeviceIndex>(local_rank % count)};
-  } else if (name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 9 &&
-             name.find_first_not_of("0123456789", 5) == std::string::npos) {
-    const int index = std::stoi(name.substr(5));
-    if (index < count) return {at::kCUDA, static_cast<c10::DeviceIndex>(index)};
-  } else {
-    ParseChoice("--device", name, {"auto", "cpu", "cuda", "cuda:0"});
-  }
-  throw EnvironmentError(
-      ErrorText("--device=" + name + ": no such CUDA device",
-                std::to_string(count) + " CUDA devices were found",
-                "use --device=cpu, or a build and a driver with CUDA"));
+  return ChooseDevice(name, local_rank, NumCudaDevices());
 }
 
 }  // namespace routecast

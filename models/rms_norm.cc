@@ -2,12 +2,14 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "common/wide_loops.h"
+#include "models/rms_norm_body.h"
 
 namespace routecast {
 namespace {
@@ -16,8 +18,10 @@ constexpr int64_t kGrainNumbers = 1 << 15;
 constexpr int kLanes = 16;
 
 bool OnePassWill(const at::Tensor& x, const at::Tensor& gain) {
-  return x.device().is_cpu() && x.scalar_type() == at::kFloat &&
-         gain.scalar_type() == at::kFloat && x.is_contiguous() && gain.is_contiguous() &&
+  return x.scalar_type() == gain.scalar_type() && x.is_contiguous() &&
+         gain.is_contiguous() && (x.is_cpu() || x.is_cuda()) &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 ||
+          x.scalar_type() == at::kHalf) &&
          !(c10::GradMode::is_enabled() && (x.requires_grad() || gain.requires_grad()));
 }
 
@@ -41,23 +45,42 @@ ROUTECAST_WIDE static void NormRow(const float* x, const float* gain, int64_t wi
   for (int64_t j = 0; j < width; ++j) y[j] = gain[j] * (x[j] * scale);
 }
 
+static void NormRowsCpu(const NormArgs& args, int type) {
+  at::parallel_for(0, args.rows, std::max<int64_t>(1, kGrainNumbers / args.width),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t r = begin; r < end; ++r) {
+                       if (type == 0) {
+                         NormRow(static_cast<const float*>(args.x) + r * args.width,
+                                 static_cast<const float*>(args.gain), args.width,
+                                 args.epsilon,
+                                 static_cast<float*>(args.y) + r * args.width);
+                       } else if (type == 1) {
+                         NormOneRow<c10::BFloat16>(OneLane(), args, r);
+                       } else {
+                         NormOneRow<c10::Half>(OneLane(), args, r);
+                       }
+                     }
+                   });
+}
+
 at::Tensor RmsNorm(const at::Tensor& x, const at::Tensor& gain, double epsilon) {
   if (!OnePassWill(x, gain)) {
     const at::Tensor mean = x.to(at::kFloat).pow(2).mean(-1, /*keepdim=*/true);
     return gain * (x * at::rsqrt(mean + epsilon)).to(gain.scalar_type());
   }
+  const c10::DeviceGuard guard(x.device());
   const at::Tensor y = at::empty_like(x);
-  const int64_t width = gain.size(0), rows = x.numel() / std::max<int64_t>(width, 1);
-  const float* from = x.const_data_ptr<float>();
-  const float* gains = gain.const_data_ptr<float>();
-  float* to = y.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrainNumbers / width),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t r = begin; r < end; ++r) {
-                       NormRow(from + r * width, gains, width,
-                               static_cast<float>(epsilon), to + r * width);
-                     }
-                   });
+  const int64_t width = gain.size(0);
+  const NormArgs args{x.const_data_ptr(),
+                      gain.const_data_ptr(),
+                      y.mutable_data_ptr(),
+                      x.numel() / std::max<int64_t>(width, 1),
+                      width,
+                      static_cast<float>(epsilon)};
+  const int type = x.scalar_type() == at::kFloat      ? 0
+                   : x.scalar_type() == at::kBFloat16 ? 1
+                                                      : 2;
+  (x.is_cuda() ? NormRowsCuda : NormRowsCpu)(args, type);
   return y;
 }
 

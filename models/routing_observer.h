@@ -32,6 +32,7 @@ struct LayerRouting {
   at::Tensor expert_ids_BT;  // int64, the choice before capacity
   at::Tensor gate_probs_BT;  // probability of the choice, model dtype
   at::Tensor dropped_BT;     // bool: capacity dropped the token
+  at::Tensor margins_BT{};   // fp32: largest logit minus the second; may be undefined
 };
 
 // Called on the forward thread, in layer order. Absent (nullptr) costs nothing.

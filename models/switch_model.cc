@@ -3,14 +3,18 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
-#include <limits>
 
 #include "common/errors.h"
 #include "common/random.h"
+#include "models/host_copy.h"
 #include "models/linear.h"
 #include "models/relative_position.h"
 #include "models/rms_norm.h"
+#include "models/switch_math.h"
+#include "models/token_groups.h"
 #include "models/top1_router.h"
 
 namespace routecast {
@@ -35,19 +39,6 @@ const at::Tensor& Checked(const Parameters& parameters, const std::string& name,
   return tensor;
 }
 
-double LowestOf(at::ScalarType type) {
-  if (type == at::kHalf) return -65504.0;
-  if (type == at::kBFloat16) return -3.3895313892515355e38;
-  return std::numeric_limits<float>::lowest();
-}
-
-// Additive mask [B,1,1,S]: 0 where valid, the dtype's lowest number elsewhere.
-at::Tensor KeyMask(const at::Tensor& valid_BS, const at::Tensor& like) {
-  return ((1.0 - valid_BS.to(like.options())) * LowestOf(like.scalar_type()))
-      .unsqueeze(1)
-      .unsqueeze(1);
-}
-
 at::Tensor Jitter(const at::Tensor& x, double jitter, uint64_t key) {
   at::Generator generator = at::detail::createCPUGenerator(key);
   const at::Tensor noise = at::empty(x.sizes(), at::kFloat)
@@ -59,14 +50,6 @@ at::Tensor Jitter(const at::Tensor& x, double jitter, uint64_t key) {
 at::ScalarType TypeOf(RouterDtype dtype) {
   constexpr at::ScalarType kTypes[] = {at::kFloat, at::kHalf, at::kBFloat16};
   return kTypes[static_cast<size_t>(dtype)];
-}
-
-// The reference's guard of fp16 after each residual: infinities become large numbers.
-at::Tensor Clamped(const at::Tensor& x) {
-  if (x.scalar_type() != at::kHalf) return x;
-  constexpr double kMax = 65504.0;
-  const double limit = at::isinf(x).any().item<bool>() ? kMax - 1000 : kMax;
-  return at::clamp(x, -limit, limit);
 }
 
 at::Tensor Counted(const at::Tensor& valid_BT, at::Device device,
@@ -186,19 +169,34 @@ at::Tensor SwitchModel::Attend(const at::Tensor& q, const at::Tensor& k,
   return Linear(out, o);
 }
 
-at::Tensor SwitchModel::PositionBias(const at::Tensor& table, int64_t queries,
-                                     int64_t keys, int64_t past,
-                                     bool bidirectional) const {
-  const at::Tensor query = at::arange(queries, at::kLong).unsqueeze(1) + past;
-  const at::Tensor key = at::arange(keys, at::kLong).unsqueeze(0);
-  const at::Tensor buckets =
-      RelativeBuckets(key - query, bidirectional, config_.relative_attention_num_buckets,
-                      config_.relative_attention_max_distance);
-  at::Tensor bias =
-      at::embedding(table, buckets.to(table.device())).permute({2, 0, 1}).unsqueeze(0);
-  if (!bidirectional) {
-    const at::Tensor future = (key > query).to(table.device());
-    bias = bias.masked_fill(future, LowestOf(table.scalar_type()));
+// Computed on the CPU whatever the device: at a bucket's border the logarithm's last bit
+// decides.
+const at::Tensor& SwitchModel::Buckets(Stack stack, int64_t reach) const {
+  at::Tensor& table = buckets_[static_cast<size_t>(stack)];
+  if (table.defined() && table.size(0) > 2 * reach) return table;
+  const auto longest = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(reach)));
+  table = RelativeBuckets(at::arange(-longest, longest + 1, at::kLong),
+                          /*bidirectional=*/stack == Stack::kEncoder,
+                          config_.relative_attention_num_buckets,
+                          config_.relative_attention_max_distance)
+              .to(device());
+  return table;
+}
+
+at::Tensor SwitchModel::PositionBias(Stack stack, int64_t queries, int64_t keys,
+                                     int64_t past) const {
+  const bool causal = stack == Stack::kDecoder;
+  const at::Tensor& table = (causal ? decoder_ : encoder_).relative_bias;
+  const at::Tensor& buckets = Buckets(stack, std::max(keys, past + queries));
+  const auto options = at::TensorOptions(at::kLong).device(device());
+  const at::Tensor distance = at::arange(keys, options).unsqueeze(0) -
+                              at::arange(past, past + queries, options).unsqueeze(1);
+  at::Tensor bias = at::embedding(table, buckets.take(distance + buckets.size(0) / 2))
+                        .permute({2, 0, 1})
+                        .unsqueeze(0);
+  // A last query sees every key: there is nothing to hide from it.
+  if (causal && queries > 1) {
+    bias = bias.masked_fill(distance > 0, LowestOf(table.scalar_type()));
   }
   return bias;
 }
@@ -209,15 +207,14 @@ at::Tensor SwitchModel::Encode(const at::Tensor& ids_BS, const at::Tensor& valid
   if (options.observer) options.observer->OnPassBegin(pass);
   at::Tensor hidden = at::embedding(encoder_.embedding, ids_BS.to(device()));
   const at::Tensor bias =
-      PositionBias(encoder_.relative_bias, ids_BS.size(1), ids_BS.size(1), 0,
-                   /*bidirectional=*/true) +
+      PositionBias(Stack::kEncoder, ids_BS.size(1), ids_BS.size(1), 0) +
       KeyMask(valid_BS.to(device()), hidden);
   const at::Tensor counted = Counted(valid_BS, device(), options);
   for (const Block& block : encoder_.blocks) {
     const at::Tensor x = Norm(hidden, block.self.norm);
     hidden = Clamped(hidden + Attend(Heads(x, block.self.q), Heads(x, block.self.k),
                                      Heads(x, block.self.v), bias, block.self.o));
-    hidden = Clamped(hidden + FeedForward(block, hidden, counted, options));
+    hidden = AddFeedForward(block, hidden, counted, options);
   }
   hidden = Norm(hidden, encoder_.final_norm);
   if (options.observer) options.observer->OnPassEnd(pass);
@@ -234,10 +231,11 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
                 static_cast<int>(past)};
   if (options.observer) options.observer->OnPassBegin(pass);
   at::Tensor hidden = at::embedding(decoder_.embedding, decoder_ids_BT.to(device()));
-  const at::Tensor bias =
-      PositionBias(decoder_.relative_bias, length, past + length, past,
-                   /*bidirectional=*/false);
-  const at::Tensor cross_bias = KeyMask(encoder_valid_BS.to(device()), hidden);
+  const at::Tensor bias = PositionBias(Stack::kDecoder, length, past + length, past);
+  const at::Tensor cross_bias = past > 0 && cache->cross_bias.defined()
+                                    ? cache->cross_bias
+                                    : KeyMask(encoder_valid_BS.to(device()), hidden);
+  if (cache) cache->cross_bias = cross_bias;
   const at::Tensor counted = Counted(decoder_valid_BT, device(), options);
   if (cache) {
     for (auto* part :
@@ -274,7 +272,7 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
     }
     hidden = Clamped(hidden + Attend(Heads(x, block.cross.q), cross_k, cross_v,
                                      cross_bias, block.cross.o));
-    hidden = Clamped(hidden + FeedForward(block, hidden, counted, options));
+    hidden = AddFeedForward(block, hidden, counted, options);
   }
   if (cache) cache->length += static_cast<int>(length);
   hidden = Norm(hidden, decoder_.final_norm);
@@ -289,60 +287,68 @@ at::Tensor SwitchModel::Logits(const at::Tensor& decoder_hidden) const {
                 lm_head_);
 }
 
-at::Tensor SwitchModel::FeedForward(const Block& block, const at::Tensor& hidden_BTD,
-                                    const at::Tensor& counted_BT,
-                                    const ForwardOptions& options) {
+at::Tensor SwitchModel::AddFeedForward(const Block& block, const at::Tensor& hidden_BTD,
+                                       const at::Tensor& counted_BT,
+                                       const ForwardOptions& options) {
   const at::Tensor normed = Norm(hidden_BTD, block.ff_norm);
-  if (block.moe_layer >= 0) return Sparse(block, normed, counted_BT, options);
-  return ApplyFeedForward(config_.activation, block.dense, normed);
+  if (block.moe_layer >= 0) {
+    return Clamped(AddSparse(block, hidden_BTD, normed, counted_BT, options));
+  }
+  return Clamped(hidden_BTD + ApplyFeedForward(config_.activation, block.dense, normed));
 }
 
-at::Tensor SwitchModel::Sparse(const Block& block, const at::Tensor& normed_BTD,
-                               const at::Tensor& counted_BT,
-                               const ForwardOptions& options) {
-  const int64_t batch = normed_BTD.size(0), length = normed_BTD.size(1);
+LayerRouting SwitchModel::Route(const Block& block, const at::Tensor& normed_BTD,
+                                const at::Tensor& counted_BT,
+                                const ForwardOptions& options) const {
   at::Tensor router_input = normed_BTD.to(router_type_);
   if (options.jitter > 0) {
     router_input =
         Jitter(router_input, options.jitter,
                Mix(options.jitter_key, static_cast<uint64_t>(block.moe_layer)));
   }
+  const Top1Choice choice = ChooseTop1(router_input, block.router_weight,
+                                       block.router_bias, normed_BTD.scalar_type());
   LayerRouting routing;
   routing.layer = block.moe_layer;
   routing.input_BTD = normed_BTD;
-  const Top1Choice choice = ChooseTop1(router_input, block.router_weight,
-                                       block.router_bias, normed_BTD.scalar_type());
   routing.logits_BTE = choice.logits_BTE;
   routing.expert_ids_BT = choice.expert_ids_BT;
   routing.gate_probs_BT = choice.gate_probs_BT;
+  routing.margins_BT = choice.margins_BT;
   if (options.routing_override) {
     options.routing_override->Replace(block.moe_layer, &routing.expert_ids_BT,
                                       &routing.gate_probs_BT);
+    const at::Tensor& ids = routing.expert_ids_BT;
+    at::_assert_async(ids.ge(0).logical_and(ids.lt(config_.num_experts)).all(),
+                      "a routing override chose an expert that is not there");
   }
-  const bool may_drop = counted_BT.defined() || length > config_.expert_capacity;
   routing.dropped_BT = DroppedByCapacity(routing.expert_ids_BT, config_.num_experts,
                                          config_.expert_capacity, counted_BT);
-  if (options.observer) options.observer->OnRouting(routing);
+  return routing;
+}
 
-  const at::Tensor tokens_ND = normed_BTD.reshape({batch * length, config_.d_model});
-  const at::Tensor ids_N = routing.expert_ids_BT.reshape({-1});
-  const at::Tensor gates_N = routing.gate_probs_BT.reshape({-1, 1});
-  const bool drops = may_drop && routing.dropped_BT.any().item<bool>();
-  if (!drops) {
-    const at::Tensor out =
-        executor_->Run(block.moe_layer, tokens_ND, ids_N.to(at::kCPU)) * gates_N;
-    return out.to(normed_BTD.scalar_type()).view_as(normed_BTD);
-  }
+at::Tensor SwitchModel::AddSparse(const Block& block, const at::Tensor& hidden_BTD,
+                                  const at::Tensor& normed_BTD,
+                                  const at::Tensor& counted_BT,
+                                  const ForwardOptions& options) {
+  const LayerRouting routing = Route(block, normed_BTD, counted_BT, options);
+  const bool may_drop =
+      counted_BT.defined() || normed_BTD.size(1) > config_.expert_capacity;
+  const TokenGroups groups = GroupByExpert(
+      routing.expert_ids_BT.reshape({-1}),
+      may_drop ? routing.dropped_BT.reshape({-1}) : at::Tensor(), config_.num_experts);
+  HostCopy offsets(groups.offsets_E1);
+  if (options.observer) options.observer->OnRouting(routing);
+  // Queued before the wait for the offsets: the rows are there when the first product is.
+  const at::Tensor rows = GatherRows(normed_BTD.reshape({-1, config_.d_model}), groups);
+  const std::span<const int64_t> ends(offsets.Wait().const_data_ptr<int64_t>(),
+                                      static_cast<size_t>(config_.num_experts) + 1);
   // A dropped token contributes zero: the residual alone carries it.
-  const at::Tensor kept =
-      at::nonzero(routing.dropped_BT.reshape({-1}).logical_not()).squeeze(1);
-  if (kept.numel() == 0) return at::zeros_like(normed_BTD);
-  const at::Tensor out = executor_->Run(block.moe_layer, tokens_ND.index_select(0, kept),
-                                        ids_N.index_select(0, kept).to(at::kCPU)) *
-                         gates_N.index_select(0, kept);
-  return at::zeros_like(tokens_ND)
-      .index_copy(0, kept, out.to(normed_BTD.scalar_type()))
-      .view_as(normed_BTD);
+  if (ends.back() == 0) return hidden_BTD;
+  return AddScattered(hidden_BTD.reshape({-1, config_.d_model}),
+                      executor_->RunSorted(block.moe_layer, rows, ends),
+                      routing.gate_probs_BT.reshape({-1}), groups)
+      .view_as(hidden_BTD);
 }
 
 }  // namespace routecast

@@ -41,7 +41,8 @@ struct ForwardOptions {
 struct DecoderCache {
   std::vector<at::Tensor> self_key, self_value;  // per block [B,H,length,d_kv]
   std::vector<at::Tensor> cross_key,
-      cross_value;  // per block [B,H,S,d_kv], computed once
+      cross_value;        // per block [B,H,S,d_kv], computed once
+  at::Tensor cross_bias;  // of the source's padding, computed once
   int length = 0;
 };
 
@@ -76,6 +77,7 @@ class SwitchModel {
   at::Tensor Logits(const at::Tensor& decoder_hidden) const;
 
  private:
+  friend class StaticDecoder;  // the same layers over other memory
   struct Attention {
     at::Tensor q, k, v, o, norm;
   };
@@ -98,13 +100,18 @@ class SwitchModel {
   at::Tensor Heads(const at::Tensor& x, const at::Tensor& weight) const;
   at::Tensor Attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& bias, const at::Tensor& o) const;
-  at::Tensor PositionBias(const at::Tensor& table, int64_t queries, int64_t keys,
-                          int64_t past, bool bidirectional) const;
+  at::Tensor PositionBias(Stack stack, int64_t queries, int64_t keys, int64_t past) const;
+  // The buckets of distances (key minus query) -reach..reach, on the device.
+  const at::Tensor& Buckets(Stack stack, int64_t reach) const;
   // `counted_BT`: the tokens that are routed; undefined = all.
-  at::Tensor FeedForward(const Block& block, const at::Tensor& hidden_BTD,
-                         const at::Tensor& counted_BT, const ForwardOptions& options);
-  at::Tensor Sparse(const Block& block, const at::Tensor& normed_BTD,
-                    const at::Tensor& counted_BT, const ForwardOptions& options);
+  // The residual and the block's feed-forward layer.
+  at::Tensor AddFeedForward(const Block& block, const at::Tensor& hidden_BTD,
+                            const at::Tensor& counted_BT, const ForwardOptions& options);
+  LayerRouting Route(const Block& block, const at::Tensor& normed_BTD,
+                     const at::Tensor& counted_BT, const ForwardOptions& options) const;
+  at::Tensor AddSparse(const Block& block, const at::Tensor& hidden_BTD,
+                       const at::Tensor& normed_BTD, const at::Tensor& counted_BT,
+                       const ForwardOptions& options);
   void LoadRouter(const std::string& layer, const Parameters& parameters,
                   Block* block) const;
   void LoadDense(const std::string& layer, const Parameters& parameters,
@@ -116,6 +123,7 @@ class SwitchModel {
   ExpertExecutor* executor_;
   at::Tensor lm_head_;
   StackWeights encoder_, decoder_;
+  mutable at::Tensor buckets_[2];  // by stack; grows with the longest sequence
 };
 
 // The shapes of a configuration's parameters in checkpoint order: name -> shape.

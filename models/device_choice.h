@@ -1,0 +1,23 @@
+// Which device a rank computes on. Pure functions: any thread.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <string>
+
+namespace routecast {
+
+// --device (auto, cpu, cuda, cuda:N) for a rank of a machine with `num_cuda` devices.
+// auto and cuda give the ranks of a machine its devices in turn; auto is the CPU where
+// there is none. Throws EnvironmentError (no such device), UsageError (not a name).
+c10::Device ChooseDevice(const std::string& name, int local_rank, int num_cuda);
+
+// For ranks that reduce among themselves by NCCL: it takes no two ranks on one device.
+// Throws UsageError where `local_world` ranks of this machine would share one.
+void CheckOwnDevice(const std::string& name, c10::Device device, int local_world,
+                    int num_cuda);
+
+// The CUDA devices of this machine; 0 in a build without CUDA.
+int NumCudaDevices();
+
+}  // namespace routecast
