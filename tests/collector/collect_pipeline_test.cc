@@ -7,6 +7,8 @@
 
 #include "common/errors.h"
 #include "common/safetensors.h"
+#include "models/next_token_guess.h"
+#include "models/routing_window.h"
 #include "storage/trace_reader.h"
 #include "tests/collector/collect_fixture.h"
 
@@ -93,6 +95,36 @@ TEST_F(CollectTest, RecordsWhatTheContractSays) {
   EXPECT_TRUE(cut);
   EXPECT_TRUE(parts[0] && parts[1] && parts[2]);
   EXPECT_GT(dropped, 0u);  // capacity is small here
+}
+
+// Greedy decoding: the next token is what the recorded head makes of the recorded output.
+TEST_F(CollectTest, HeadAndOutputExplainTheNextToken) {
+  ASSERT_EQ(Collect(1, "heads",
+                    {"--task=generate", "--max_sequences=24", "--hidden_share=1",
+                     "--record=ids,hidden"}),
+            0);
+  const TraceReader reader(folder_ / "heads");
+  const int width = reader.config().geometry.d_model;
+  const at::Tensor head = ReadVocabularyHead(reader.routers_path(), width);
+  ASSERT_TRUE(head.defined());
+  int64_t looked = 0, right = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    EXPECT_TRUE(t.encoder.output.empty());
+    const at::Tensor output = OutputOf(t);
+    ASSERT_TRUE(output.defined());
+    ASSERT_EQ(output.size(1), t.decoder.num_tokens);
+    const auto [best, ids] = at::matmul(output[0], head.t()).topk(2, -1);
+    for (int i = 0; i + 1 < t.decoder.num_tokens; ++i) {
+      const double margin = (best[i][0] - best[i][1]).item<double>();
+      if (margin < 0.02 * best[i].abs().max().item<double>()) continue;  // bf16 decides
+      ++looked;
+      right +=
+          ids[i][0].item<int64_t>() == t.decoder.token_ids[static_cast<size_t>(i) + 1];
+    }
+  }
+  EXPECT_GT(looked, 50);
+  EXPECT_EQ(right, looked);
 }
 
 // The recorded choice is the argmax of the recorded router on the recorded input: the

@@ -68,6 +68,43 @@ TEST_F(EvaluationTest, ReplayWritesResultsAndReport) {
   EXPECT_GT(fs::file_size(options.out / "report.html"), 1000u);
 }
 
+// Routers and a vocabulary head that know nothing of the traces.
+void WriteRouters(const fs::path& store, const MoeGeometry& g) {
+  at::manual_seed(3);
+  Parameters all;
+  for (int l = 0; l < g.num_layers(); ++l) {
+    const std::string name = "layer." + std::to_string(l) + ".";
+    all.Add(name + "weight", at::randn({g.num_experts, g.d_model}));
+    all.Add(name + "norm_gain", at::ones({g.d_model}));
+  }
+  all.Add("vocabulary_head", at::randn({90, g.d_model}));
+  WriteParameters(store / "routers.safetensors", all, at::ScalarType::Undefined);
+}
+
+// Guesses that are mostly wrong, asked about a whole pass early: another way through
+// every row, and the same bits.
+TEST_F(EvaluationTest, AReplayGuessesTheNextTokenWhereTheStoreHasItsHead) {
+  EvaluationOptions options = Options();
+  options.store = folder_ / "with-head";
+  WriteSyntheticStore(options.store, SmallConfig());
+  WriteRouters(options.store, SmallConfig().geometry());
+  std::set<std::string> outputs;
+  for (const bool guess : {true, false}) {
+    options.guess_next_token = guess;
+    options.out = folder_ / (guess ? "guessed" : "not-guessed");
+    ValidateEvaluation(options);
+    Evaluate(options, Json::object());
+    const Json results = ReadJsonFile(options.out / "results.json");
+    for (const Json& row : results["rows"]) {
+      EXPECT_TRUE(row["lossless"].get<bool>());
+      outputs.insert(row["output_sha256"].get<std::string>());
+    }
+    const std::string record = ReadJsonFile(options.out / "run.json").dump();
+    EXPECT_EQ(record.find("next token is guessed") != std::string::npos, guess);
+  }
+  EXPECT_EQ(outputs.size(), 1u);
+}
+
 TEST_F(EvaluationTest, GenerateComparesBothStacks) {
   EvaluationOptions options = Options();
   options.model = folder_ / "model";

@@ -33,6 +33,12 @@ inline void WriteSyntheticStore(const fs::path& folder, const SwitchConfig& mode
       span->margins.assign(span->expert_ids.size(), 1.f);
       for (uint32_t& id : span->token_ids) id %= 90;
     }
+    const auto states =
+        static_cast<uint64_t>(trace.decoder.num_tokens * trace.decoder.hidden_width);
+    for (uint64_t i = 0; i < states; ++i) {
+      trace.decoder.output.push_back(
+          FloatToBf16(static_cast<float>(ToNormal(Mix(trace.sequence_id, 77, i)))));
+    }
     writer.Add(trace);
   }
   writer.Finish();
