@@ -63,13 +63,14 @@ at::Tensor StaticDecoder::Step(const at::Tensor& ids_R1, const at::Tensor& live_
     throw std::logic_error("StaticDecoder: every position is taken");
   }
   const c10::NoGradGuard no_grad;
-  const PassInfo pass{Stack::kDecoder, ids_R1, live_R1, static_cast<int>(steps_++)};
+  PassInfo pass{Stack::kDecoder, ids_R1, live_R1, static_cast<int>(steps_++)};
   ids_R1_.copy_(ids_R1);
   live_R1_.copy_(live_R1);
   graph_.Run([this] { Compute(); });
   if (options_.observer) {
     options_.observer->OnPassBegin(pass);
     for (const LayerRouting& routing : routings_) options_.observer->OnRouting(routing);
+    pass.output_BTD = output_RTD_;
     options_.observer->OnPassEnd(pass);
   }
   return logits_RV_;
@@ -114,8 +115,8 @@ void StaticDecoder::Compute() {
                                        memory.cross_value, cross_bias_, block.cross.o));
     hidden = AddFeedForward(block, hidden);
   }
-  hidden = m.Norm(hidden, m.decoder_.final_norm);
-  logits_RV_.copy_(m.Logits(hidden.select(1, 0)));
+  output_RTD_ = m.Norm(hidden, m.decoder_.final_norm);
+  logits_RV_.copy_(m.Logits(output_RTD_.select(1, 0)));
   position_.add_(1);
 }
 

@@ -52,7 +52,7 @@ class StaticDecoder {
   at::Tensor row_R_;  // int32: each row's own number
   std::vector<Memory> memory_;
   std::vector<LayerRouting> routings_;  // of the step, for the observer
-  at::Tensor logits_RV_;
+  at::Tensor output_RTD_, logits_RV_;   // of the step
   StepGraph graph_;
 };
 

@@ -13,6 +13,15 @@ namespace {
 
 constexpr int64_t kRows = 3, kSteps = 9;
 
+// Keeps what a step ends with, too.
+class StepLog : public RoutingLog {
+ public:
+  void OnPassEnd(const PassInfo& pass) override {
+    outputs.push_back(pass.output_BTD.clone());
+  }
+  std::vector<at::Tensor> outputs;
+};
+
 class StaticDecoderTest : public DeviceTest {
  protected:
   std::unique_ptr<ResidentModel> Model(const SwitchConfig& config) {
@@ -78,13 +87,17 @@ TEST_P(StaticDecoderTest, RowsThatEndedGoToNoExpertWherePaddingIsIgnored) {
 }
 
 TEST_P(StaticDecoderTest, ObserversHearOfEveryStepAndLayer) {
-  RoutingLog eager, fixed;
+  StepLog eager, fixed;
   Compare(&Model(SmallConfig())->model(), {}, all_live_, &eager, &fixed);
   ASSERT_EQ(fixed.routings.size(), eager.routings.size());
   ASSERT_EQ(fixed.passes.size(), eager.passes.size());
   for (size_t i = 0; i < eager.passes.size(); ++i) {
     EXPECT_EQ(fixed.passes[i].first_position, eager.passes[i].first_position);
     EXPECT_TRUE(at::equal(fixed.passes[i].token_ids_BT, eager.passes[i].token_ids_BT));
+  }
+  ASSERT_EQ(fixed.outputs.size(), eager.outputs.size());
+  for (size_t i = 0; i < eager.outputs.size(); ++i) {
+    EXPECT_TRUE(at::allclose(fixed.outputs[i], eager.outputs[i], 1e-4, 1e-4));
   }
   // On a GPU a replay writes into the same memory: only the last step's is still there.
   const size_t first = device().is_cuda() ? eager.routings.size() - 2 : 0;
