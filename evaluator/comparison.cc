@@ -11,11 +11,15 @@
 #include "common/errors.h"
 #include "common/progress.h"
 #include "common/stop.h"
+#include "evaluator/decoding_engine.h"
+#include "evaluator/expert_copies.h"
 
 namespace routecast {
 namespace {
 
-constexpr int kOracleHorizon = 12;   // visits that the oracle tells ahead
+constexpr int kOracleHorizon = 12;  // visits that the oracle tells ahead
+constexpr int kStagingSlots = 4;    // of compressed experts
+constexpr uint64_t kReferenceBytes = uint64_t{256} << 20;  // of logits that are kept
 constexpr double kLeastBound = 1.5;  // below it the demo's link is paced (--link=auto)
 
 double Quantile(std::vector<double> values, double q) {
@@ -103,8 +107,8 @@ MissCount CountMisses(const MoeGeometry& geometry, int slots, Eviction eviction,
 
 struct Comparison::Row {
   std::string policy, predictor, eviction;
-  DiskTransferEngine* engine = nullptr;
-  bool is_resident = false;
+  DiskTransferEngine* disk = nullptr;  // what is paced
+  bool is_resident = false, is_lossy = false;
   int slots = 0;
   OracleForesight* oracle = nullptr;  // owned by the runtime
   std::unique_ptr<PrefetchRuntime> runtime;
@@ -112,6 +116,7 @@ struct Comparison::Row {
   std::vector<double> rates[2];    // tokens/s by round
   std::vector<double> seconds[2];  // of a round
   std::vector<double> steps[2];
+  LossyQuality quality;
 };
 
 Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> file,
@@ -167,11 +172,17 @@ void Comparison::Record() {
                     options_.quiet);
   std::vector<double> compute[2];  // of a step
   size_t steps[2] = {0, 0};
+  uint64_t reference_room = kReferenceBytes;
   for (int segment = 0; segment < rounds; ++segment) {
     if (StopRequested()) throw StoppedError("stopped while recording");
     OutputHash ignored;
     runtime.ResetStats();
+    if (options_.copies) {
+      references_.emplace_back(reference_room);
+      ignored.SetTap([&](const at::Tensor& t) { references_.back().Add(t); });
+    }
     const SegmentTimes times = workload_->Run(segment, &runtime, &runtime, &ignored);
+    if (options_.copies) reference_room -= references_.back().bytes();
     visits_.push_back(runtime.TakeVisits());
     for (int s = 0; s < 2; ++s) {
       const auto count = static_cast<double>(times.step_seconds[s].size());
@@ -247,81 +258,123 @@ void Comparison::ChooseLink() {
   if (!options_.quiet) std::fprintf(stderr, "%s\n", notes_.back().c_str());
 }
 
-void Comparison::MakeRows() {
-  const auto add = [&](const std::string& policy, const std::string& predictor,
-                       Eviction eviction, std::unique_ptr<Foresight> foresight,
-                       bool is_resident) {
-    auto row = std::make_unique<Row>();
-    row->policy = policy;
-    row->predictor = predictor;
-    row->eviction = EvictionName(eviction);
-    row->is_resident = is_resident;
-    row->engine = is_resident ? resident_engine_.get() : engine_.get();
-    row->slots = is_resident ? file_->count() : slots_;
-    RuntimeOptions options;
-    options.num_slots = row->slots;
-    options.eviction = eviction;
-    options.dtype = options_.dtype;
-    options.planner.policy = ParsePolicy(is_resident ? "on_demand" : policy);
-    options.planner.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
-    if (predictor == "oracle") {
-      row->oracle = static_cast<OracleForesight*>(foresight.get());
-      options.planner.policy.max_lead = kOracleHorizon;
-      options.planner.policy.top_k = workload_->geometry().num_experts;
-      options.planner.policy.auto_off = false;  // the upper bound is shown as it is
-    }
-    row->runtime = std::make_unique<PrefetchRuntime>(file_->spec(), row->engine,
-                                                     std::move(foresight), options);
-    row->runtime->Suspend();
-    if (is_resident) {
-      row->runtime->Preload(AllKeys(*file_));
-      row->runtime->Suspend();
-    }
-    rows_.push_back(std::move(row));
-  };
-  if (options_.uncached) add("on_demand", "none", Eviction::kNone, nullptr, false);
-  add("on_demand", "none", Eviction::kLru, nullptr,
-      false);  // what the others are measured by
-  if (options_.eviction != Eviction::kLru && options_.eviction != Eviction::kBelady) {
-    add("on_demand", "none", options_.eviction, nullptr, false);
+void Comparison::AddRow(const std::string& policy, const std::string& predictor,
+                        Eviction eviction, std::unique_ptr<Foresight> foresight,
+                        DiskTransferEngine* disk) {
+  auto row = std::make_unique<Row>();
+  row->policy = policy;
+  row->predictor = predictor;
+  row->eviction = EvictionName(eviction);
+  row->disk = disk;
+  row->is_resident = disk == resident_engine_.get();
+  row->is_lossy = disk == copies_disk_;
+  row->slots = row->is_resident ? file_->count() : slots_;
+  RuntimeOptions options;
+  options.num_slots = row->slots;
+  options.eviction = eviction;
+  options.dtype = options_.dtype;
+  options.planner.policy = ParsePolicy(row->is_resident ? "on_demand" : policy);
+  options.planner.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
+  if (row->is_lossy) options.planner.expert_bytes = options_.copies->spec().blob_bytes();
+  if (predictor == "oracle") {
+    row->oracle = static_cast<OracleForesight*>(foresight.get());
+    options.planner.policy.max_lead = kOracleHorizon;
+    options.planner.policy.top_k = workload_->geometry().num_experts;
+    options.planner.policy.auto_off = false;  // the upper bound is shown as it is
   }
+  TransferEngine* engine = disk;
+  if (row->is_lossy) engine = copies_engine_.get();
+  row->runtime = std::make_unique<PrefetchRuntime>(file_->spec(), engine,
+                                                   std::move(foresight), options);
+  row->runtime->Suspend();
+  if (row->is_resident) {
+    row->runtime->Preload(AllKeys(*file_));
+    row->runtime->Suspend();
+  }
+  rows_.push_back(std::move(row));
+}
+
+void Comparison::OpenCopies() {
+  DiskEngineOptions engine_options;
+  engine_options.num_threads = options_.io_threads;
+  engine_options.direct = engine_->direct();
+  const ExpertFileSpec spec = options_.copies->spec();
+  auto disk = std::make_unique<DiskTransferEngine>(options_.copies, kStagingSlots,
+                                                   engine_options);
+  copies_disk_ = disk.get();
+  if (!engine_->direct()) {  // fills the page cache, as for the lossless experts
+    disk->SetDone([](uint64_t, TransferOutcome, uint64_t) {});
+    disk->MeasurePeak(2 * static_cast<double>(options_.copies->size_bytes()) / peak_);
+  }
+  copies_engine_ = std::make_unique<DecodingEngine>(
+      std::move(disk), kStagingSlots, slots_, spec.expert_bytes(),
+      [spec](const std::byte* blob, std::byte* to) { DecodeExpert(spec, blob, to); },
+      std::string(CopyName(spec.copies)) + " copies");
+}
+
+void Comparison::AddSpeculatingRows(DiskTransferEngine* disk) {
+  const int max_lead = ParsePolicy(options_.policy).max_lead;
+  for (ExpertPredictor* predictor : predictors_) {
+    AddRow(options_.policy, predictor->name(), options_.eviction,
+           std::make_unique<PredictorForesight>(predictor, workload_->geometry(), max_lead,
+                                                options_.next_token),
+           disk);
+  }
+  const std::string oracle_policy =
+      options_.policy == "on_demand" ? "auto" : options_.policy;
+  if (options_.oracle) {
+    AddRow(oracle_policy, "oracle", options_.eviction,
+           std::make_unique<OracleForesight>(workload_->geometry(), kOracleHorizon),
+           disk);
+  }
+}
+
+void Comparison::MakeRows() {
   if (options_.next_token && workload_->runs(Stack::kDecoder)) {
     notes_.push_back(
         "the next token is guessed from the decoder's output while the vocabulary head "
         "is at work");
   }
-  const int max_lead = ParsePolicy(options_.policy).max_lead;
-  for (ExpertPredictor* predictor : predictors_) {
-    add(options_.policy, predictor->name(), options_.eviction,
-        std::make_unique<PredictorForesight>(predictor, workload_->geometry(), max_lead,
-                                             options_.next_token),
-        false);
+  DiskTransferEngine* disk = engine_.get();
+  if (options_.uncached) AddRow("on_demand", "none", Eviction::kNone, nullptr, disk);
+  // What the others are measured by.
+  AddRow("on_demand", "none", Eviction::kLru, nullptr, disk);
+  if (options_.eviction != Eviction::kLru && options_.eviction != Eviction::kBelady) {
+    AddRow("on_demand", "none", options_.eviction, nullptr, disk);
   }
-  const std::string oracle_policy =
-      options_.policy == "on_demand" ? "auto" : options_.policy;
-  if (options_.oracle) {
-    add(oracle_policy, "oracle", options_.eviction,
-        std::make_unique<OracleForesight>(workload_->geometry(), kOracleHorizon), false);
-  }
+  AddSpeculatingRows(disk);
   if (options_.resident && resident_fits_)
-    add("resident", "none", Eviction::kLru, nullptr, true);
+    AddRow("resident", "none", Eviction::kLru, nullptr, resident_engine_.get());
+  if (!options_.copies) return;
+  OpenCopies();
+  AddRow("on_demand", "none", Eviction::kLru, nullptr, copies_disk_);
+  AddSpeculatingRows(copies_disk_);
 }
 
 void Comparison::RunRow(Row* row, int round, bool measured) {
   if (StopRequested()) throw StoppedError("stopped between two rows");
   const int segment = SegmentOf(round);
   if (!row->is_resident) {
-    engine_->SetPace(
-        0);  // bringing the row's experts back is not part of the measurement
+    // Bringing the row's experts back is not part of the measurement.
+    row->disk->SetPace(0);
     row->runtime->Resume();
-    engine_->SetPace(pace_);
+    row->disk->SetPace(pace_);
   }
   if (row->oracle) {
     row->oracle->SetFuture(visits_[static_cast<size_t>(segment) % visits_.size()]);
   }
   OutputHash ignored;
+  OutputLog log(kReferenceBytes);
+  const OutputLog* reference = nullptr;
+  if (row->is_lossy && measured) {
+    reference = &references_[static_cast<size_t>(segment) % references_.size()];
+    row->hash.SetTap([&](const at::Tensor& t) { log.Add(t); });
+  }
   const SegmentTimes times = workload_->Run(
       segment, row->runtime.get(), row->runtime.get(), measured ? &row->hash : &ignored);
+  row->hash.SetTap({});
+  if (reference && reference->whole() && log.whole())
+    row->quality.Compare(*reference, log);
   if (!row->is_resident) row->runtime->Suspend();
   row->runtime->TakeVisits();
   if (!measured) return;
@@ -344,7 +397,7 @@ void Comparison::RunRound(int round, bool measured) {
 void Comparison::DrawRound(int round) {
   for (const auto& row : rows_) {
     options_.timeline->BeginProcess(row->policy + " / " + row->predictor + " / " +
-                                    row->eviction);
+                                    row->eviction + (row->is_lossy ? " / lossy" : ""));
     row->runtime->SetTimeline(options_.timeline);
     RunRow(row.get(), round, false);
     row->runtime->SetTimeline(nullptr);
@@ -388,7 +441,14 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
       static_cast<double>(stats.bytes_useful + stats.bytes_late + stats.bytes_wasted);
   result.transfer_seconds = moved / (pace_ > 0 ? pace_ : peak_);
   result.output_sha256 = row.hash.Hex();
-  result.lossless = result.output_sha256 == rows_.front()->hash.Hex();
+  result.lossless = !row.is_lossy && result.output_sha256 == rows_.front()->hash.Hex();
+  if (row.is_lossy) {
+    result.copies = CopyName(options_.copies->spec().copies);
+    result.exact_match = row.quality.exact_match();
+    result.logit_kl = row.quality.logit_kl();
+    result.perplexity_change = row.quality.perplexity_change();
+    result.compared_sequences = row.quality.sequences();
+  }
   result.speculation_used = stats.speculations > 0
                                 ? static_cast<double>(stats.speculations_used) /
                                       static_cast<double>(stats.speculations)
@@ -407,7 +467,7 @@ void Comparison::AddBounds(std::vector<RowResult>* rows) const {
     // Tc: computing with nothing to wait for. Tx: moving what on-demand LRU moves.
     double tc = compute_[s] * options_.rounds, tx = 0;
     for (const RowResult& other : *rows) {
-      if (other.phase != row.phase) continue;
+      if (other.phase != row.phase || other.copies != "lossless") continue;
       if (other.policy == "resident") tc = other.compute_seconds;
       if (other.policy == "on_demand" && other.eviction == "lru")
         tx = other.transfer_seconds;
@@ -459,7 +519,7 @@ ComparisonResult Comparison::Result() {
         ratios.push_back(row->rates[static_cast<int>(phase)][i] / base[i]);
       }
       summary.speed_up = Quantile(ratios, 0.5);
-      result.lossless = result.lossless && summary.lossless;
+      result.lossless = result.lossless && (summary.lossless || row->is_lossy);
       result.rows.push_back(std::move(summary));
     }
   }

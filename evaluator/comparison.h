@@ -11,6 +11,7 @@
 #include "evaluator/comparison_result.h"
 #include "evaluator/disk_transfer_engine.h"
 #include "evaluator/expert_file.h"
+#include "evaluator/lossy_quality.h"
 #include "evaluator/prefetch_runtime.h"
 #include "evaluator/timeline.h"
 #include "evaluator/workload.h"
@@ -30,6 +31,8 @@ struct ComparisonOptions {
   int io_threads = 3;
   double peak_seconds = 0.5;  // spent on measuring the link alone
   bool oracle = true, resident = true, uncached = true;
+  // Compressed copies of the same experts: rows on them too, named lossy. Null = none.
+  std::shared_ptr<const ExpertFile> copies;
   bool synthetic_weights = false;     // label only
   // Predictors are asked about the next token while the vocabulary head runs; null = not.
   std::shared_ptr<const NextTokenGuess> next_token;
@@ -68,6 +71,10 @@ class Comparison {
   void Record();      // first pass: visits, Tc
   void ChooseLink();  // native or paced
   void MakeRows();
+  void AddRow(const std::string& policy, const std::string& predictor, Eviction eviction,
+              std::unique_ptr<Foresight> foresight, DiskTransferEngine* disk);
+  void OpenCopies();  // the engines of lossy rows
+  void AddSpeculatingRows(DiskTransferEngine* disk);
   void RunRound(int round, bool measured);
   void RunRow(Row* row, int round, bool measured);
   void DrawRound(int round);  // into the timeline, a process a row
@@ -84,6 +91,10 @@ class Comparison {
   int slots_ = 0;
   bool resident_fits_ = false;
   std::unique_ptr<DiskTransferEngine> engine_, resident_engine_;
+  // Compressed experts into staging slots, and from there, decoded, into slots.
+  std::unique_ptr<TransferEngine> copies_engine_;
+  DiskTransferEngine* copies_disk_ = nullptr;  // copies_engine_ owns it
+  std::vector<OutputLog> references_;          // by segment, where there are lossy rows
   double peak_ = 0, pace_ = 0;
   double compute_[2] = {0, 0};                               // Tc of a round, by stack
   std::vector<std::vector<OracleForesight::Visit>> visits_;  // by segment

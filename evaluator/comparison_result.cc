@@ -68,6 +68,13 @@ Json ComparisonResult::ToJson() const {
     entry["predictor_seconds"] = row.predictor_seconds;
     entry["bound"] = row.bound;
     entry["lossless"] = row.lossless;
+    entry["copies"] = row.copies;
+    if (row.copies != "lossless") {
+      entry["exact_match"] = row.exact_match;
+      entry["logit_kl"] = row.logit_kl;
+      entry["perplexity_change"] = row.perplexity_change;
+      entry["compared_sequences"] = row.compared_sequences;
+    }
     entry["output_sha256"] = row.output_sha256;
     entry["synthetic_weights"] = synthetic_weights;
     entry["emulated"] = row.emulated;
@@ -78,9 +85,27 @@ Json ComparisonResult::ToJson() const {
   return json;
 }
 
+namespace {
+
+// What the table says behind a row.
+std::string Verdict(const RowResult& row) {
+  if (row.copies == "lossless") return row.lossless ? "" : "  OUTPUT DIFFERS";
+  if (row.phase == Stack::kEncoder) return "  LOSSY " + row.copies;
+  char text[160];
+  std::snprintf(
+      text, sizeof text,
+      "  LOSSY %s: %.1f%% of %lld texts equal, KL %.4f nats, perplexity %+.2f%%",
+      row.copies.c_str(), 100 * row.exact_match,
+      static_cast<long long>(row.compared_sequences), row.logit_kl,
+      100 * row.perplexity_change);
+  return text;
+}
+
+}  // namespace
+
 std::string ComparisonTable(const ComparisonResult& result) {
   std::string text;
-  char line[256];
+  char line[512];
   const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
   std::snprintf(line, sizeof line,
                 "%-8s %-10s %-18s %-7s %9s %7s %6s %8s %8s %8s %7s %7s %7s %6s\n",
@@ -101,7 +126,7 @@ std::string ComparisonTable(const ComparisonResult& result) {
         row.eviction.c_str(), row.tokens_per_second, row.speed_up, 100 * row.hit_rate,
         mib(row.bytes_useful), mib(row.bytes_late), mib(row.bytes_wasted),
         row.stall_seconds, row.compute_seconds, row.transfer_seconds, row.bound,
-        row.lossless ? "" : "  OUTPUT DIFFERS");
+        Verdict(row).c_str());
     text += line;
   }
   text += "speed: median over rounds of the rate over on-demand LRU's; bytes in MiB\n";

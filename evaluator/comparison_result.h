@@ -28,6 +28,9 @@ struct RowResult {
          predictor_seconds = 0;
   double bound = 0;
   bool lossless = false;
+  std::string copies = "lossless";  // of experts on disk; else the three below count
+  double exact_match = 1, logit_kl = 0, perplexity_change = 0;  // lossy_quality.h
+  int64_t compared_sequences = 0;
   std::string output_sha256;
   double speed_up = 0;          // median over rounds of the rate over on-demand LRU's
   double speculation_used = 0;  // share of prefetched experts that were used
@@ -43,7 +46,7 @@ struct ComparisonResult {
   bool synthetic_weights = false;
   int num_groups = 1;              // comparisons: rows of one GroupName may be compared
   std::vector<std::string> notes;  // what a reader must know: rows left out, fallbacks
-  bool lossless = false;           // all rows put out the same bits
+  bool lossless = false;  // all rows that do not say otherwise put out the same bits
   // Adds the rows of another comparison (to an empty result: becomes it). The link's
   // figures stay those of the fastest; notes name the comparison.
   void Append(ComparisonResult other);

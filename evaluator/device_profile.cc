@@ -288,6 +288,8 @@ Json DeviceProfile::ToJson() const {
                              {"threads", p.threads},
                              {"direct", p.direct},
                              {"with_compute", p.with_compute},
+                             {"to_device", p.to_device},
+                             {"pinned", p.pinned},
                              {"seconds", p.seconds},
                              {"spread", p.spread},
                              {"repeats", p.repeats},
@@ -340,12 +342,20 @@ DeviceProfile FindProfile(const std::string& name_or_file) {
   return DeviceProfile::FromJson(ReadJsonFile(file), file.string());
 }
 
+namespace {
+
+const char* WayOf(const TransferPoint& p) {
+  if (p.to_device) return p.pinned ? "to the device, pinned" : "to the device, pageable";
+  return p.direct ? "direct" : "page cache";
+}
+
+}  // namespace
+
 std::string ProfileTable(const DeviceProfile& profile) {
   Table table({"bytes", "threads", "<way", "<beside", "ms", "spread ms", "GB/s"});
   for (const TransferPoint& p : profile.sweep) {
-    table.AddRow({FormatBytes(p.bytes), std::to_string(p.threads),
-                  p.direct ? "direct" : "page cache",
-                  p.with_compute ? "a core that streams memory" : "nothing",
+    table.AddRow({FormatBytes(p.bytes), std::to_string(p.threads), WayOf(p),
+                  p.with_compute ? "work that streams memory" : "nothing",
                   Fixed(1e3 * p.seconds, 3), Fixed(1e3 * p.spread, 3),
                   Fixed(p.bytes_per_second() / 1e9, 2)});
   }
@@ -353,8 +363,8 @@ std::string ProfileTable(const DeviceProfile& profile) {
          " GB/s, " + Fixed(1e6 * profile.link_fixed_seconds, 0) +
          " us a transfer, 90 % of the peak from " +
          FormatBytes(profile.bytes_at_90_percent) +
-         " on\nmemory: " + Fixed(profile.memory_bytes_per_second / 1e9, 2) +
-         " GB/s a core, " + Fixed(100 * profile.memory_share_with_transfers, 0) +
+         " on\nmemory: " + Fixed(profile.memory_bytes_per_second / 1e9, 2) + " GB/s, " +
+         Fixed(100 * profile.memory_share_with_transfers, 0) +
          " % of it beside transfers\n";
 }
 

@@ -14,9 +14,11 @@ struct TransferPoint {
   uint64_t bytes = 0;
   int threads = 1;
   bool direct = true;
-  bool with_compute = false;  // while every other core streams memory
-  double seconds = 0;         // median of one transfer
-  double spread = 0;          // interquartile range
+  bool with_compute = false;  // while every other core (device) streams memory
+  // A copy from host memory to a device; `threads` are then streams.
+  bool to_device = false, pinned = false;
+  double seconds = 0;  // median of one transfer
+  double spread = 0;   // interquartile range
   int repeats = 0;
   double bytes_per_second() const { return static_cast<double>(bytes) / seconds; }
 };
@@ -45,6 +47,7 @@ struct TransferOptions {
   double seconds_a_point = 0.3;
   bool quiet = false;
 };
+// (A device: device_sweep.h.)
 // Reads a scratch file at 64 KiB to 256 MiB (a factor of four apart) with 1, 2 and 4
 // threads, direct and through the page cache, alone and beside a core that streams
 // memory. EnvironmentError where the folder cannot hold the file.

@@ -10,6 +10,7 @@
 
 #include "common/errors.h"
 #include "evaluator/evaluation_setup.h"
+#include "evaluator/expert_copies.h"
 #include "report/evaluation_report.h"
 
 namespace routecast {
@@ -19,8 +20,7 @@ ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFil
                                int batch) {
   ComparisonOptions comparison;
   comparison.budget_bytes =
-      ParseBudget(options.expert_budget,
-                  static_cast<uint64_t>(file.count()) * file.spec().stride_bytes());
+      BudgetOf(options, static_cast<uint64_t>(file.count()) * file.spec().stride_bytes());
   comparison.policy = options.policy;
   comparison.eviction = ParseEviction(options.eviction);
   comparison.rounds = options.rounds;
@@ -49,6 +49,7 @@ Json Headline(const ComparisonResult& result) {
   for (const RowResult& row : result.rows) {
     const std::string name = std::string(StackName(row.phase)) + "/" + row.policy + "/" +
                              row.predictor + "/" + row.eviction +
+                             (row.copies == "lossless" ? "" : "/" + row.copies) +
                              GroupSuffix(result, row);
     headline["speed_up"][name] = row.speed_up;
     headline["bound"][StackName(row.phase) + GroupSuffix(result, row)] = row.bound;
@@ -102,6 +103,9 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
   ComparisonOptions comparing = ComparisonOf(options, *setup.file, group.batch);
   comparing.timeline = timeline;
   comparing.next_token = setup.next_token;
+  const CopyKind copies = ParseCopies(options.copies);
+  if (copies != CopyKind::kLossless)
+    comparing.copies = CompressedCopy(setup.file, copies, options.quiet);
   Comparison comparison(workload.get(), setup.file, predictors, comparing);
   ComparisonResult result = comparison.Run();
   for (RowResult& row : result.rows) {
@@ -123,6 +127,19 @@ ComparisonResult RunGroups(const EvaluationOptions& options, const EvaluationSet
     all.Append(RunGroup(options, setup, group, timeline));
   }
   return all;
+}
+
+void ValidateTiers(const EvaluationOptions& options) {
+  const TierChain chain = ParseTiers(options.tier);
+  if (chain.gpu) {
+    ParseDevice(options.device == "auto" ? "cuda" : options.device, 0);  // or says so
+    throw UsageError(ErrorText("--tier=" + options.tier + " is not served yet",
+                               "experts run on the CPU, under a budget of host memory",
+                               "use --tier=host:SIZE,disk"));
+  }
+  // Of a share it is known later what it comes to.
+  if (options.expert_budget.back() != '%')
+    TierBudget(chain, ParseBudget(options.expert_budget, 1), options.budget_given);
 }
 
 void ValidateGroups(const EvaluationOptions& options) {
@@ -195,6 +212,8 @@ void ValidateEvaluation(const EvaluationOptions& options) {
   ParseChoice("--link", options.link, {"auto", "native", "emulated"});
   ParseDtype("--dtype", options.dtype);
   ParseBudget(options.expert_budget, 1);
+  ParseCopies(options.copies);
+  ValidateTiers(options);
   if (IsReplay(options) && options.dtype != "fp32") {
     throw UsageError(ErrorText("replay runs in fp32", "", "leave --dtype out"));
   }

@@ -89,7 +89,7 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
                      (replay.decoder ? full.decoder_layers : 0);
   const uint64_t whole =
       static_cast<uint64_t>(layers) * full.num_experts * spec.stride_bytes();
-  const int slots = SlotsOfBudget(ParseBudget(options.expert_budget, whole), spec);
+  const int slots = SlotsOfBudget(BudgetOf(options, whole), spec);
   std::printf("replay of %zu test sequences: %d x %d experts of %s, %s on disk in %s\n",
               sequences, layers, full.num_experts, FormatBytes(spec.blob_bytes()).c_str(),
               FormatBytes(whole).c_str(),
@@ -202,6 +202,12 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
 }
 
 }  // namespace
+
+uint64_t BudgetOf(const EvaluationOptions& options, uint64_t whole_bytes) {
+  return TierBudget(ParseTiers(options.tier),
+                    ParseBudget(options.expert_budget, whole_bytes),
+                    options.budget_given);
+}
 
 EvaluationSetup SetUpEvaluation(const EvaluationOptions& options) {
   EvaluationSetup setup;

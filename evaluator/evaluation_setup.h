@@ -9,6 +9,7 @@
 
 #include "evaluator/evaluation.h"
 #include "evaluator/requests.h"
+#include "evaluator/tier_spec.h"
 #include "models/next_token_guess.h"
 #include "storage/trace_reader.h"
 
@@ -33,6 +34,10 @@ inline bool RunsEncoder(const EvaluationOptions& o) {
 inline bool RunsDecoder(const EvaluationOptions& o) {
   return !IsReplay(o) || o.phase != "encoder";
 }
+
+// Of the fastest tier: --tier's, or what --expert_budget comes to of `whole_bytes`.
+// UsageError where both say a size and these differ.
+uint64_t BudgetOf(const EvaluationOptions& options, uint64_t whole_bytes);
 
 // Reads everything; prints the plan instead of writing experts where dry_run.
 EvaluationSetup SetUpEvaluation(const EvaluationOptions& options);

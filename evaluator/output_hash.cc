@@ -25,6 +25,7 @@ OutputHash::OutputHash(OutputHash&&) noexcept = default;
 OutputHash& OutputHash::operator=(OutputHash&&) noexcept = default;
 
 void OutputHash::Add(const at::Tensor& tensor) {
+  if (tap_) tap_(tensor);
   const at::Tensor host = tensor.to(at::kCPU).contiguous();
   const int64_t dims = host.dim();
   Require(EVP_DigestUpdate(context_->digest, &dims, sizeof dims));

@@ -4,8 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 
 namespace routecast {
 
@@ -17,11 +19,14 @@ class OutputHash {
   OutputHash& operator=(OutputHash&&) noexcept;
   // Any dtype; moved to the CPU and hashed contiguously, after its shape.
   void Add(const at::Tensor& tensor);
+  // Is shown what is added; empty: nobody is.
+  void SetTap(std::function<void(const at::Tensor&)> tap) { tap_ = std::move(tap); }
   std::string Hex() const;  // of what was added so far; 64 digits
 
  private:
   struct Context;
   std::unique_ptr<Context> context_;
+  std::function<void(const at::Tensor&)> tap_;
 };
 
 }  // namespace routecast

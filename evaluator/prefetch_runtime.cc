@@ -11,7 +11,8 @@ namespace {
 
 PlannerOptions Filled(PlannerOptions options, const ExpertFileSpec& spec,
                       const TransferEngine& engine) {
-  options.expert_bytes = spec.blob_bytes();
+  // Less than an expert is moved where it is compressed on the way.
+  if (options.expert_bytes == 0) options.expert_bytes = spec.blob_bytes();
   options.engine_can_cancel = engine.can_cancel();
   // Where a wrong transfer can be cancelled, a late one is still worth its head start.
   options.late_allowance = engine.can_cancel() ? 0.95 : 0;

@@ -27,8 +27,7 @@ namespace routecast {
 struct RuntimeOptions {
   int num_slots = 2;
   Eviction eviction = Eviction::kLru;
-  PlannerOptions
-      planner;  // expert_bytes, link and cancelling are filled in from the engine
+  PlannerOptions planner;  // cancelling, and expert_bytes where 0, are filled in
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
   const Clock* clock = nullptr;  // outlives the runtime; null: a steady one of its own

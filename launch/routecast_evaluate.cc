@@ -8,6 +8,7 @@
 
 #include "common/errors.h"
 #include "common/model_folder.h"
+#include "evaluator/device_sweep.h"
 #include "evaluator/evaluation.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/policy_simulation.h"
@@ -36,10 +37,16 @@ DEFINE_string(policy, "auto", "on_demand, multi_look, top_k, intelligent or auto
 DEFINE_string(eviction, "lru", "none, lru, lfu, lfru, least_stale or phase_aware");
 DEFINE_string(expert_budget, "25%",
               "expert memory: a share of the experts that run, or bytes");
-DEFINE_string(mode, "generate",
-              "generate (with --model, or a replay of --store), quality (predictors on "
-              "--store), simulate (policies on --store under --profile), transfer "
-              "(measures the disk), status (what there is below --in)");
+DEFINE_string(tier, "",
+              "memories that experts move through: host:SIZE,disk or "
+              "gpu:SIZE,host:SIZE,disk; the first SIZE is the budget");
+DEFINE_string(copies, "lossless",
+              "int8 or int4: rows on compressed copies as well, LOSSY and named so");
+DEFINE_string(
+    mode, "generate",
+    "generate (with --model, or a replay of --store), quality (predictors on "
+    "--store), simulate (policies on --store under --profile), transfer "
+    "(measures the disk, and a CUDA device's link), status (what there is below --in)");
 DEFINE_string(profile, "rtx3090",
               "device of --mode=simulate: rtx3090, or a file of --mode=transfer");
 DEFINE_int32(sequences, 200, "test sequences of --mode=quality and simulate, at most");
@@ -101,6 +108,9 @@ EvaluationOptions OptionsFromFlags() {
   options.policy = FLAGS_policy;
   options.eviction = FLAGS_eviction;
   options.expert_budget = FLAGS_expert_budget;
+  options.budget_given = !gflags::GetCommandLineFlagInfoOrDie("expert_budget").is_default;
+  options.tier = FLAGS_tier;
+  options.copies = FLAGS_copies;
   options.phase = FLAGS_phase;
   options.link = FLAGS_link;
   options.guess_next_token = FLAGS_guess_next_token;
@@ -217,7 +227,13 @@ void Transfer() {
                 FormatBytes(options.file_bytes).c_str(), options.folder.c_str());
     return;
   }
-  const DeviceProfile profile = MeasureDisk(options);
+  const at::Device device = ParseDevice(FLAGS_device, 0);
+  DeviceProfile profile = MeasureDisk(options);
+  if (device.is_cuda()) {
+    DeviceSweepOptions sweep;
+    sweep.quiet = FLAGS_quiet;
+    MeasureDevice(OpenCudaDevice(device.index()).get(), sweep, &profile);
+  }
   Report(ProfileTable(profile), "device_profile.json", profile.ToJson());
 }
 

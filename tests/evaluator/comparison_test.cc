@@ -6,6 +6,7 @@
 #include <set>
 
 #include "common/errors.h"
+#include "evaluator/expert_copies.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/replay.h"
 #include "gtest/gtest.h"
@@ -42,6 +43,8 @@ class ComparisonTest : public testing::Test {
                                        replay_.encoder, replay_.decoder, true);
     if (options_.budget_bytes == 0)
       options_.budget_bytes = 6 * file->spec().stride_bytes();
+    if (copies_ != CopyKind::kLossless)
+      options_.copies = CompressedCopy(file, copies_, true);
     Comparison comparison(&workload, file, std::move(predictors), options_);
     return comparison.Run();
   }
@@ -50,6 +53,7 @@ class ComparisonTest : public testing::Test {
   SyntheticTraceOptions traces_;
   ReplayOptions replay_;
   ComparisonOptions options_;
+  CopyKind copies_ = CopyKind::kLossless;
 };
 
 TEST_F(ComparisonTest, AllRowsPutOutTheSameBits) {
@@ -118,6 +122,50 @@ TEST_F(ComparisonTest, BatchesShareOneLoadOfAnExpert) {
   EXPECT_TRUE(Compare({&predictor}).lossless);
 }
 
+// Lossy rows are named so, beside lossless ones that are not touched by them.
+TEST_F(ComparisonTest, CompressedCopiesHaveRowsOfTheirOwn) {
+  replay_.encoder = false;
+  options_.link = "native";
+  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4}) {
+    copies_ = kind;
+    const ComparisonResult result = Compare({});
+    EXPECT_TRUE(result.lossless);
+    int lossy = 0;
+    for (const RowResult& row : result.rows) {
+      if (row.copies == "lossless") {
+        EXPECT_TRUE(row.lossless);
+        continue;
+      }
+      ++lossy;
+      EXPECT_EQ(row.copies, CopyName(kind));
+      EXPECT_FALSE(row.lossless);
+      EXPECT_NE(row.output_sha256, result.rows[0].output_sha256);
+      EXPECT_EQ(row.compared_sequences, options_.rounds);
+      EXPECT_GT(row.logit_kl, 0);
+      EXPECT_LT(row.logit_kl, kind == CopyKind::kInt8 ? 0.01 : 1);
+    }
+    EXPECT_EQ(lossy, 2);  // on-demand LRU, oracle
+    EXPECT_NE(ComparisonTable(result).find(std::string("LOSSY ") + CopyName(kind)),
+              std::string::npos);
+  }
+}
+
+// On-demand LRU moves as many experts, each by its compressed size.
+TEST_F(ComparisonTest, CompressedCopiesMoveFewerBytes) {
+  replay_.encoder = false;
+  options_.link = "native";
+  copies_ = CopyKind::kInt8;
+  const ComparisonResult result = Compare({});
+  int64_t whole = 0, compressed = 0;
+  for (const RowResult& row : result.rows) {
+    if (row.policy != "on_demand" || row.eviction != "lru") continue;
+    (row.copies == "lossless" ? whole : compressed) = row.bytes_useful;
+  }
+  const int64_t blob = 2 * 32 * 64 * 4, copy = 2 * 32 * 64 + 4 * (32 + 64);
+  ASSERT_GT(whole, 0);
+  EXPECT_EQ(whole / blob * copy, compressed);
+}
+
 TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
   const Json json = Compare({}).ToJson();
   const std::vector<std::string> expected = {"policy",
@@ -149,6 +197,7 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "predictor_seconds",
                                              "bound",
                                              "lossless",
+                                             "copies",
                                              "output_sha256",
                                              "synthetic_weights",
                                              "emulated"};

@@ -169,6 +169,35 @@ TEST_F(EvaluationTest, EverySourceOfPromptsHasItsRows) {
   EXPECT_EQ(sources, (std::set<std::string>{"a.txt", "b.txt"}));
 }
 
+TEST_F(EvaluationTest, ATierSaysTheBudget) {
+  EvaluationOptions options = Options();
+  options.baselines = "none";
+  options.link = "native";
+  options.rounds = 1;
+  options.budget_given = false;
+  options.tier = "host:98304,disk";  // six experts of 16 KiB
+  options.out = folder_ / "tier";
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  const Json results = ReadJsonFile(options.out / "results.json");
+  EXPECT_EQ(results["rows"][0]["budget_bytes"], 98304);
+  options.budget_given = true;  // 25 % is another size
+  EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
+  options.expert_budget = "98304";
+  EXPECT_NO_THROW(ValidateEvaluation(options));
+  options.expert_budget = "98305";
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+}
+
+TEST_F(EvaluationTest, AGpuTierWithoutADeviceIsTheEnvironment) {
+  EvaluationOptions options = Options();
+  options.tier = "gpu:1GiB,host,disk";
+  if (at::hasCUDA()) GTEST_SKIP() << "this machine has a CUDA device";
+  EXPECT_THROW(ValidateEvaluation(options), EnvironmentError);
+  options.tier = "gpu:1GiB,disk";
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+}
+
 TEST_F(EvaluationTest, BatchesAreAListOfSizes) {
   EXPECT_EQ(ParseBatches("1,4,16,32"), (std::vector<int>{1, 4, 16, 32}));
   for (const char* wrong : {"0", "-1", "4x", "1,,2", "1000000", " 4"}) {

@@ -1,0 +1,152 @@
+#include "evaluator/device_sweep.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/errors.h"
+#include "common/progress.h"
+#include "evaluator/slot_arena.h"
+
+namespace routecast {
+namespace {
+
+constexpr int kFewestRepeats = 5, kMostRepeats = 200;
+constexpr double kPollSeconds = 2e-6;
+
+class Sweep {
+ public:
+  Sweep(DeviceCopy* device, const DeviceSweepOptions& options)
+      : device_(device),
+        options_(options),
+        host_(1, options.largest),
+        slab_(device->Allocate(2 * options.largest)) {}
+
+  TransferPoint Measure(TransferPoint point) {
+    std::vector<double> times;
+    const double start = device_->Now();
+    while (static_cast<int>(times.size()) < kFewestRepeats ||
+           (device_->Now() - start < options_.seconds_a_point &&
+            static_cast<int>(times.size()) < kMostRepeats)) {
+      times.push_back(Transfer(point));
+    }
+    std::sort(times.begin(), times.end());
+    const auto at = [&](double q) {
+      return times[static_cast<size_t>(q * static_cast<double>(times.size() - 1))];
+    };
+    point.seconds = at(0.5);
+    point.spread = at(0.75) - at(0.25);
+    point.repeats = static_cast<int>(times.size());
+    return point;
+  }
+
+  // A copy within the device reads and writes every byte.
+  double MemoryBytesPerSecond() {
+    double best = 0;
+    for (int i = 0; i < kFewestRepeats; ++i) {
+      const double start = device_->Now();
+      Finish({Within(0)});
+      best = std::max(
+          best, 2 * static_cast<double>(options_.largest) / (device_->Now() - start));
+    }
+    return best;
+  }
+
+  std::byte* host() const { return host_.base(); }
+  uint64_t host_bytes() const { return host_.size_bytes(); }
+
+ private:
+  DeviceCopy::Ticket Within(int stream) {
+    return device_->CopyWithinAsync(slab_ + options_.largest, slab_, options_.largest,
+                                    stream);
+  }
+
+  double Transfer(const TransferPoint& point) {
+    std::vector<DeviceCopy::Ticket> others, tickets;
+    if (point.with_compute) others.push_back(Within(1));
+    const double start = device_->Now();
+    const uint64_t part = point.bytes / static_cast<uint64_t>(point.threads);
+    for (int stream = 0; stream < point.threads; ++stream) {
+      const uint64_t from = static_cast<uint64_t>(stream) * part;
+      tickets.push_back(
+          device_->CopyAsync(slab_ + from, host_.base() + from, part, stream));
+    }
+    Finish(tickets);
+    const double seconds = device_->Now() - start;
+    Finish(others);
+    return seconds;
+  }
+
+  void Finish(const std::vector<DeviceCopy::Ticket>& tickets) {
+    const double start = device_->Now();
+    for (const DeviceCopy::Ticket ticket : tickets) {
+      while (!device_->IsOver(ticket)) {
+        if (device_->Now() - start > options_.deadline_seconds) {
+          throw EnvironmentError(ErrorText("a copy to the device does not complete",
+                                           device_->description(),
+                                           "nvidia-smi says what it is doing"));
+        }
+        device_->Pause(kPollSeconds);
+      }
+    }
+  }
+
+  DeviceCopy* device_;
+  DeviceSweepOptions options_;
+  SlotArena host_;
+  std::byte* slab_;
+};
+
+// The pinned points of one stream: what the runtime's engine uses.
+std::vector<TransferPoint> EngineLine(const std::vector<TransferPoint>& points) {
+  std::vector<TransferPoint> line;
+  for (const TransferPoint& p : points) {
+    if (p.pinned && p.threads == 1 && !p.with_compute) line.push_back(p);
+  }
+  return line;
+}
+
+}  // namespace
+
+void MeasureDevice(DeviceCopy* device, const DeviceSweepOptions& options,
+                   DeviceProfile* profile) {
+  std::vector<uint64_t> sizes;
+  for (uint64_t s = options.smallest; s <= options.largest; s *= 4) sizes.push_back(s);
+  Sweep sweep(device, options);
+  std::vector<TransferPoint> points;
+  Progress progress("copies to the device", "points", 4 * sizes.size() + 1,
+                    options.quiet);
+  for (const bool pinned : {false, true}) {
+    if (pinned) device->Register(sweep.host(), sweep.host_bytes());
+    for (const int streams : {1, 2}) {
+      for (const uint64_t bytes : sizes) {
+        TransferPoint point;
+        point.bytes = bytes;
+        point.threads = streams;
+        point.to_device = true;
+        point.pinned = pinned;
+        points.push_back(sweep.Measure(point));
+        progress.Update(points.size());
+      }
+    }
+  }
+  TransferPoint beside = EngineLine(points).back();
+  beside.with_compute = true;
+  points.push_back(sweep.Measure(beside));
+  progress.Update(points.size());
+  device->Unregister(sweep.host());
+  progress.Finish();
+  const std::vector<TransferPoint> line = EngineLine(points);
+  double best = 0;
+  for (const TransferPoint& p : line) best = std::max(best, p.bytes_per_second());
+  FitLink(line, &profile->link_fixed_seconds, &profile->link_bytes_per_second);
+  const auto full = std::find_if(line.begin(), line.end(), [&](const TransferPoint& p) {
+    return p.bytes_per_second() >= 0.9 * best;
+  });
+  profile->bytes_at_90_percent = full->bytes;
+  profile->memory_bytes_per_second = sweep.MemoryBytesPerSecond();
+  profile->memory_share_with_transfers = 1;  // copies are far slower than the memory
+  profile->name = device->description();
+  profile->sweep.insert(profile->sweep.end(), points.begin(), points.end());
+}
+
+}  // namespace routecast

@@ -1,0 +1,71 @@
+#include "evaluator/device_sweep.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/evaluator/fake_device.h"
+
+namespace routecast {
+namespace {
+
+DeviceSweepOptions Small() {
+  DeviceSweepOptions options;
+  options.largest = 4 << 20;
+  options.seconds_a_point = 0;
+  options.quiet = true;
+  return options;
+}
+
+// The fake's link is 20 GB/s behind 5 us, half of that for pageable memory.
+TEST(DeviceSweepTest, TheLinkIsWhatTheDeviceDoes) {
+  auto log = std::make_shared<FakeDeviceLog>();
+  FakeDevice device(log, 20e9, 5e-6);
+  DeviceProfile profile;
+  MeasureDevice(&device, Small(), &profile);
+  EXPECT_NEAR(profile.link_bytes_per_second, 20e9, 0.2e9);
+  EXPECT_NEAR(profile.link_fixed_seconds, 5e-6, 0.5e-6);
+  EXPECT_EQ(profile.name, "fake device");
+  EXPECT_NEAR(profile.memory_bytes_per_second, 400e9, 20e9);
+  EXPECT_GE(profile.bytes_at_90_percent, 1u << 20);
+  int pinned = 0, pageable = 0, beside = 0;
+  for (const TransferPoint& p : profile.sweep) {
+    EXPECT_TRUE(p.to_device);
+    EXPECT_GE(p.repeats, 5);
+    (p.with_compute ? beside : p.pinned ? pinned : pageable) += 1;
+    if (p.bytes == 4 << 20 && p.threads == 1 && !p.with_compute) {
+      EXPECT_NEAR(p.bytes_per_second(), p.pinned ? 20e9 : 10e9, 0.5e9);
+    }
+  }
+  EXPECT_EQ(pinned, 8);  // four sizes, one and two streams
+  EXPECT_EQ(pageable, 8);
+  EXPECT_EQ(beside, 1);
+  EXPECT_EQ(log->registered.size(), 1u);
+  EXPECT_EQ(log->unregistered, 1);
+}
+
+TEST(DeviceSweepTest, TheProfileKeepsItsPointsInJson) {
+  auto log = std::make_shared<FakeDeviceLog>();
+  FakeDevice device(log, 20e9, 5e-6);
+  DeviceProfile profile;
+  TransferPoint disk;
+  disk.bytes = 1 << 20;
+  disk.seconds = 1e-3;
+  profile.sweep.push_back(disk);
+  MeasureDevice(&device, Small(), &profile);
+  const Json json = profile.ToJson();
+  EXPECT_FALSE(json["sweep"][0]["to_device"].get<bool>());
+  EXPECT_TRUE(json["sweep"][1]["to_device"].get<bool>());
+  const DeviceProfile read = DeviceProfile::FromJson(json, "test");
+  EXPECT_DOUBLE_EQ(read.link_bytes_per_second, profile.link_bytes_per_second);
+  EXPECT_NE(ProfileTable(profile).find("pinned"), std::string::npos);
+}
+
+TEST(DeviceSweepTest, ACopyThatNeverCompletesIsNamed) {
+  auto log = std::make_shared<FakeDeviceLog>();
+  log->hanging = true;
+  FakeDevice device(log, 20e9);
+  DeviceProfile profile;
+  EXPECT_THROW(MeasureDevice(&device, Small(), &profile), EnvironmentError);
+}
+
+}  // namespace
+}  // namespace routecast
