@@ -35,7 +35,13 @@ struct TokenView {
   const int64_t* experts;  // [T,L] of this sequence
   int64_t token_id;
   int t;
-  double state_variance;  // of the router's input; NaN where it is not known
+  double state_variance;            // of the router's input; NaN where it is not known
+  const int64_t* others = nullptr;  // [T,L,num_others] of this sequence
+  int num_others = 0;
+
+  struct Place {
+    int back = -1, layer = 0;  // tokens before; -1 = there is none
+  };
 
   // Expert of in-stack layer `l` at token `t - back`, -1 where not known.
   int At(int back, int l) const {
@@ -46,14 +52,40 @@ struct TokenView {
     const int64_t e = experts[int64_t{t - back} * layers + l];
     return e >= 0 && e < window->num_experts ? static_cast<int>(e) : -1;
   }
-  // The `steps`-th newest known choice: down the layers and, in the decoder, on through
-  // the tokens before.
-  int Newest(int steps) const {
+  // The `steps`-th newest routing that is known: down the layers and, in the decoder, on
+  // through the tokens before.
+  Place NewestPlace(int steps) const {
     const int layer = window->source_layer - steps, layers = window->num_layers;
-    if (layer >= 0) return At(0, layer);
-    if (window->stack == Stack::kEncoder || layers == 0) return -1;
+    if (layer >= 0) return {0, layer};
+    if (window->stack == Stack::kEncoder || layers == 0) return {};
     const int back = (layers - 1 - layer) / layers;
-    return At(back, layer + back * layers);
+    return {back, layer + back * layers};
+  }
+  int Newest(int steps) const {
+    const Place place = NewestPlace(steps);
+    return place.back < 0 ? -1 : At(place.back, place.layer);
+  }
+  // probs = the mean of what fill(expert, probs) gives for each expert chosen there.
+  // False where the routing is not known.
+  template <typename Fill>
+  bool MeanOverChosen(Place place, float* probs, const Fill& fill) const {
+    const int first = place.back < 0 ? -1 : At(place.back, place.layer);
+    if (first < 0) return false;
+    fill(first, probs);
+    if (num_others == 0) return true;
+    const auto experts_count = static_cast<size_t>(window->num_experts);
+    std::vector<float> one(experts_count);
+    int count = 1;
+    const int64_t row = (int64_t{t - place.back} * window->num_layers + place.layer);
+    for (int k = 0; k < num_others; ++k) {
+      const int64_t e = others[row * num_others + k];
+      if (e < 0 || e >= window->num_experts) continue;
+      fill(static_cast<int>(e), one.data());
+      for (size_t i = 0; i < experts_count; ++i) probs[i] += one[i];
+      ++count;
+    }
+    for (size_t i = 0; i < experts_count; ++i) probs[i] /= static_cast<float>(count);
+    return true;
   }
 };
 
@@ -104,13 +136,22 @@ std::optional<at::Tensor> CountingPredictor::Predict(const RoutingWindow& window
   if (window.hidden_BTD.defined() && needs_hidden()) {
     variance = window.hidden_BTD.to(at::kCPU).var(-1, false).contiguous();
   }
+  at::Tensor others;
+  if (window.others_BTLK.defined()) {
+    others = window.others_BTLK.to(at::kCPU).contiguous();
+  }
+  const int64_t K = others.defined() ? others.size(3) : 0;
   auto probs = at::empty({B, T, g.num_experts});
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t t = 0; t < T; ++t) {
       const int64_t row = b * T + t;
-      const TokenView token{&window, experts.data_ptr<int64_t>() + b * T * L,
-                            ids.data_ptr<int64_t>()[row], static_cast<int>(t),
-                            variance.defined() ? variance.data_ptr<float>()[row] : NAN};
+      const TokenView token{&window,
+                            experts.data_ptr<int64_t>() + b * T * L,
+                            ids.data_ptr<int64_t>()[row],
+                            static_cast<int>(t),
+                            variance.defined() ? variance.data_ptr<float>()[row] : NAN,
+                            K > 0 ? others.data_ptr<int64_t>() + b * T * L * K : nullptr,
+                            static_cast<int>(K)};
       Row(token, *target, lead, probs.data_ptr<float>() + row * g.num_experts);
     }
   }
@@ -148,12 +189,15 @@ class MarkovPredictor final : public CountingPredictor {
  private:
   void Row(const TokenView& token, Target target, int lead, float* probs) const override {
     const int layer = Global(token, target);
-    const int newest = token.Newest(0), before = token.Newest(1);
-    if (newest < 0) return tables_->Frequency(layer, probs);
-    if (order_ == 2 && lead == 1 && before >= 0) {
-      return tables_->Markov2(NewestLayer(token), layer, before, newest, probs);
+    const int source = NewestLayer(token), before = token.Newest(1);
+    const bool second = order_ == 2 && lead == 1 && before >= 0;
+    const auto fill = [&](int expert, float* row) {
+      if (second) return tables_->Markov2(source, layer, before, expert, row);
+      tables_->Markov1(source, lead, layer, expert, row);
+    };
+    if (!token.MeanOverChosen(token.NewestPlace(0), probs, fill)) {
+      tables_->Frequency(layer, probs);
     }
-    tables_->Markov1(NewestLayer(token), lead, layer, newest, probs);
   }
   int order_;
 };
@@ -168,10 +212,13 @@ class PreviousTokenPredictor final : public CountingPredictor {
     return window.stack == Stack::kDecoder;
   }
   void Row(const TokenView& token, Target target, int, float* probs) const override {
-    const int before = token.At(target.next_token ? 0 : 1, target.layer);
     const int layer = Global(token, target);
-    if (before < 0) return tables_->Frequency(layer, probs);
-    tables_->PreviousToken(layer, before, probs);
+    const auto fill = [&](int expert, float* row) {
+      tables_->PreviousToken(layer, expert, row);
+    };
+    if (!token.MeanOverChosen({target.next_token ? 0 : 1, target.layer}, probs, fill)) {
+      tables_->Frequency(layer, probs);
+    }
   }
 };
 

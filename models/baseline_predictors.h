@@ -15,12 +15,15 @@
 namespace routecast {
 
 // Counts of a store's train part, one set for all counting predictors. Every recorded
-// choice counts, also of tokens that capacity dropped. Thread rule: const from any
-// thread; Fit and Merge by one.
+// choice counts, also of tokens that capacity dropped; where tokens take several experts,
+// each of them counts alike, as what is predicted and as what it is predicted from (order
+// 2: with the first choice of the layer before). Thread rule: const from any thread; Fit
+// and Merge by one.
 class BaselineTables {
  public:
   BaselineTables(const MoeGeometry& geometry, int vocab_size);
-  // Throws DataError where the trace does not fit the geometry or the vocabulary.
+  // Traces without token ids leave the token table empty. Throws DataError where the
+  // trace does not fit the geometry or the vocabulary.
   void Fit(const RoutingTrace& trace);
   void Merge(const BaselineTables& other);  // REQUIRES equal geometry and vocabulary
   void Save(const fs::path& file) const;    // one safetensors file
@@ -45,7 +48,8 @@ class BaselineTables {
  private:
   using Rows = std::unordered_map<uint64_t, std::vector<float>>;
   void FitSpan(const RoutingSpan& span, Stack stack);
-  std::vector<float>& Row(Rows* rows, uint64_t key) const;
+  void CheckSpan(const RoutingSpan& span, int layers) const;
+  float* Row(Rows* rows, uint64_t key) const;
   void Mix(const Rows& rows, uint64_t key, double weight, float* probs) const;
   uint64_t MarkovKey(int source, int lead, int expert) const;
 

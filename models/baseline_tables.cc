@@ -24,10 +24,10 @@ BaselineTables::BaselineTables(const MoeGeometry& geometry, int vocab_size)
       vocab_size_(vocab_size),
       frequency_(static_cast<size_t>(geometry.num_keys()), 0.f) {}
 
-std::vector<float>& BaselineTables::Row(Rows* rows, uint64_t key) const {
+float* BaselineTables::Row(Rows* rows, uint64_t key) const {
   auto& row = (*rows)[key];
   if (row.empty()) row.assign(geometry_.num_experts, 0.f);
-  return row;
+  return row.data();
 }
 
 // Layers of the source, leads and experts in one key; experts come last.
@@ -41,38 +41,88 @@ void BaselineTables::Fit(const RoutingTrace& trace) {
   FitSpan(trace.decoder, Stack::kDecoder);
 }
 
-void BaselineTables::FitSpan(const RoutingSpan& span, Stack stack) {
-  if (span.num_tokens == 0 || span.expert_ids.empty()) return;
-  const int L = geometry_.layers(stack), T = span.num_tokens, E = geometry_.num_experts;
-  if (span.num_layers != L) {
-    Bad("a trace has another number of layers than the store",
-        std::to_string(span.num_layers) + " and " + std::to_string(L));
+namespace {
+
+// The experts that a token chose: one, or all K of a model that takes several.
+class Choices {
+ public:
+  Choices(const RoutingSpan& span, int experts_per_token)
+      : span_(span), k_(experts_per_token) {}
+  int count() const { return k_; }
+  uint16_t At(int t, int l, int i) const {
+    const size_t at = static_cast<size_t>(l) * static_cast<size_t>(span_.num_tokens) +
+                      static_cast<size_t>(t);
+    return k_ == 1 ? span_.expert_ids[at]
+                   : span_.topk_ids[at * static_cast<size_t>(k_) + size_t(i)];
   }
-  for (uint16_t e : span.expert_ids) {
-    if (e >= E) Bad("a trace names an expert that is not there", std::to_string(e));
+  void Count(int t, int l, float* row) const {
+    for (int i = 0; i < k_; ++i) ++row[At(t, l, i)];
+  }
+
+ private:
+  const RoutingSpan& span_;
+  int k_;
+};
+
+}  // namespace
+
+void BaselineTables::CheckSpan(const RoutingSpan& span, int layers) const {
+  if (span.num_layers != layers) {
+    Bad("a trace has another number of layers than the store",
+        std::to_string(span.num_layers) + " and " + std::to_string(layers));
+  }
+  const int K = geometry_.experts_per_token;
+  if (K > 1 && (span.top_k != K || span.topk_ids.empty())) {
+    Bad("a trace does not hold every expert of a token",
+        std::to_string(span.top_k) + " of " + std::to_string(K));
+  }
+  for (const auto* ids : {&span.expert_ids, &span.topk_ids}) {
+    for (uint16_t e : *ids) {
+      if (e >= geometry_.num_experts) {
+        Bad("a trace names an expert that is not there", std::to_string(e));
+      }
+    }
   }
   for (uint32_t id : span.token_ids) {
     if (id >= static_cast<uint32_t>(vocab_size_)) {
       Bad("a trace has a token outside the vocabulary", std::to_string(id));
     }
   }
-  const auto expert = [&](int t, int l) { return span.expert_ids[size_t(l) * T + t]; };
-  const int base = geometry_.GlobalLayer(stack, 0);
+}
+
+void BaselineTables::FitSpan(const RoutingSpan& span, Stack stack) {
+  if (span.num_tokens == 0 || span.expert_ids.empty()) return;
+  const int L = geometry_.layers(stack), T = span.num_tokens, E = geometry_.num_experts;
+  CheckSpan(span, L);
+  const Choices chosen(span, geometry_.experts_per_token);
+  const int base = geometry_.GlobalLayer(stack, 0), K = chosen.count();
   const bool chain = stack == Stack::kDecoder;  // layers go on in the next token
   for (int t = 0; t < T; ++t) {
     for (int l = 0; l < L; ++l) {
-      const int now = expert(t, l), layer = base + l;
-      ++frequency_[size_t(layer) * E + now];
-      ++Row(&token_, uint64_t(layer) * vocab_size_ + span.token_ids[t])[now];
-      if (t > 0) ++Row(&previous_, uint64_t(layer) * E + expert(t - 1, l))[now];
+      const int layer = base + l;
+      chosen.Count(t, l, frequency_.data() + size_t(layer) * E);
+      if (!span.token_ids.empty()) {
+        chosen.Count(t, l,
+                     Row(&token_, uint64_t(layer) * vocab_size_ + span.token_ids[t]));
+      }
+      for (int i = 0; i < K && t > 0; ++i) {
+        chosen.Count(t, l, Row(&previous_, uint64_t(layer) * E + chosen.At(t - 1, l, i)));
+      }
       for (int lead = 1; lead <= L; ++lead) {
         const bool wraps = l + lead >= L;
         if (wraps && (!chain || t + 1 >= T)) break;
-        const int next = wraps ? expert(t + 1, l + lead - L) : expert(t, l + lead);
-        ++Row(&markov1_, MarkovKey(layer, lead, now))[next];
+        const int to = t + wraps, next = l + lead - (wraps ? L : 0);
+        for (int i = 0; i < K; ++i) {
+          chosen.Count(to, next,
+                       Row(&markov1_, MarkovKey(layer, lead, chosen.At(t, l, i))));
+        }
         if (lead > 1 || (l == 0 && (!chain || t == 0))) continue;
-        const int before = l > 0 ? expert(t, l - 1) : expert(t - 1, L - 1);
-        ++Row(&markov2_, (uint64_t(layer) * E + before) * E + now)[next];
+        const int before = l > 0 ? chosen.At(t, l - 1, 0) : chosen.At(t - 1, L - 1, 0);
+        for (int i = 0; i < K; ++i) {
+          chosen.Count(to, next,
+                       Row(&markov2_, (uint64_t(layer) * E + before) * E +
+                                          uint64_t(chosen.At(t, l, i))));
+        }
       }
     }
   }
@@ -82,15 +132,15 @@ void BaselineTables::Merge(const BaselineTables& other) {
   if (!(geometry_ == other.geometry_) || vocab_size_ != other.vocab_size_) {
     throw std::logic_error("baselines of different models cannot be added");
   }
-  const auto add = [](const std::vector<float>& from, std::vector<float>* to) {
-    for (size_t i = 0; i < from.size(); ++i) (*to)[i] += from[i];
+  const auto add = [](const std::vector<float>& from, float* to) {
+    for (size_t i = 0; i < from.size(); ++i) to[i] += from[i];
   };
-  add(other.frequency_, &frequency_);
+  add(other.frequency_, frequency_.data());
   const Rows* from[] = {&other.token_, &other.markov1_, &other.markov2_,
                         &other.previous_};
   Rows* to[] = {&token_, &markov1_, &markov2_, &previous_};
   for (int i = 0; i < 4; ++i) {
-    for (const auto& [key, row] : *from[i]) add(row, &Row(to[i], key));
+    for (const auto& [key, row] : *from[i]) add(row, Row(to[i], key));
   }
 }
 

@@ -127,6 +127,8 @@ class EnsembleModel final : public SpeculationModel {
       out.confidence_BTH = PartOf(all.confidence_BTH, parts, p);
       out.next_token_BTV = PartOf(all.next_token_BTV, parts, p);
       out.own_loss = PartOf(all.own_loss, parts, p);
+      out.features_BTHD = PartOf(all.features_BTHD, parts, p);
+      out.expert_keys_ED = PartOf(all.expert_keys_ED, parts, p);
     }
   }
 

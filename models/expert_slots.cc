@@ -25,22 +25,38 @@ at::Tensor Repeat(const at::Tensor& x, int64_t members) {
 
 }  // namespace
 
-ExpertSlots SlotsOf(const RoutingWindow& window, int context) {
+namespace {
+
+// The ids of all rows [B,T,R], of one choice each.
+at::Tensor SlotIds(const at::Tensor& experts_BTL, const RoutingWindow& window,
+                   int context) {
   const int64_t unknown = window.num_experts;
-  auto ids = LastLayers(window.experts_BTL, window.source_layer + 1, context, unknown);
-  auto valid = ids.ne(unknown);
+  const auto own = LastLayers(experts_BTL, window.source_layer + 1, context, unknown);
+  if (window.stack == Stack::kEncoder) return own;
+  const auto all = LastLayers(experts_BTL, experts_BTL.size(2), context, unknown);
+  const auto before = at::cat(
+      {at::full_like(all.narrow(1, 0, 1), unknown), all.narrow(1, 0, all.size(1) - 1)},
+      1);
+  return at::cat({before, own}, 2);
+}
+
+}  // namespace
+
+ExpertSlots SlotsOf(const RoutingWindow& window, int context) {
+  ExpertSlots slots;
+  slots.ids_BTR = SlotIds(window.experts_BTL, window, context);
+  auto valid = slots.ids_BTR.ne(window.num_experts);
   // The newest slot always counts: before the first layer its padding id says just that.
-  valid.select(2, context - 1).fill_(true);
-  if (window.stack == Stack::kDecoder) {
-    const auto all =
-        LastLayers(window.experts_BTL, window.experts_BTL.size(2), context, unknown);
-    const auto before = at::cat(
-        {at::full_like(all.narrow(1, 0, 1), unknown), all.narrow(1, 0, all.size(1) - 1)},
-        1);
-    ids = at::cat({before, ids}, 2);
-    valid = at::cat({before.ne(unknown), valid}, 2);
+  valid.select(2, valid.size(2) - 1).fill_(true);
+  slots.valid_BTR = valid.logical_and(window.valid_BT.unsqueeze(2));
+  if (window.others_BTLK.defined()) {
+    std::vector<at::Tensor> others;
+    for (const at::Tensor& choice : window.others_BTLK.unbind(3)) {
+      others.push_back(SlotIds(choice, window, context));
+    }
+    slots.others_BTRK = at::stack(others, 3);
   }
-  return {ids, valid.logical_and(window.valid_BT.unsqueeze(2))};
+  return slots;
 }
 
 at::Tensor NewestExperts(const RoutingWindow& window, int count) {
@@ -100,9 +116,16 @@ RoutingWindow ForMembers(const RoutingWindow& window, int64_t members) {
   if (members == 1) return window;
   RoutingWindow all = window;
   for (at::Tensor* x :
-       {&all.token_ids_BT, &all.valid_BT, &all.experts_BTL, &all.hidden_BTD,
-        &all.context_BTD, &all.source_BSD, &all.source_valid_BS}) {
+       {&all.token_ids_BT, &all.valid_BT, &all.experts_BTL, &all.others_BTLK,
+        &all.hidden_BTD, &all.context_BTD, &all.source_BSD, &all.source_valid_BS,
+        &all.training.teacher_BTH, &all.training.share_B}) {
     *x = Repeat(*x, members);
+  }
+  if (all.training.order_B.defined()) {  // partners within the member
+    const int64_t B = window.token_ids_BT.size(0);
+    const auto first = at::arange(members, window.training.order_B.options()).mul(B);
+    all.training.order_B =
+        (window.training.order_B.unsqueeze(0) + first.unsqueeze(1)).flatten();
   }
   return all;
 }

@@ -14,6 +14,9 @@ namespace routecast {
 struct ExpertSlots {
   at::Tensor ids_BTR;    // int64, E = padding
   at::Tensor valid_BTR;  // bool
+  // The further choices of the same rows [B,T,R,K-1]; undefined where the window has
+  // none.
+  at::Tensor others_BTRK;
 };
 ExpertSlots SlotsOf(const RoutingWindow& window, int context);
 

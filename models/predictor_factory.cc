@@ -3,7 +3,10 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <string_view>
+
 #include "common/errors.h"
+#include "models/online_predictor.h"
 
 namespace routecast {
 
@@ -61,6 +64,9 @@ std::vector<std::optional<at::Tensor>> LearnedPredictor::Calibrated(
 
 namespace {
 
+constexpr std::string_view kOnlinePrefix = "online:";
+constexpr double kOnlineRate = 0.005;  // of a token's gradient
+
 [[noreturn]] void OtherGeometry(const std::string& what, const MoeGeometry& found,
                                 const MoeGeometry& wanted) {
   const auto text = [](const MoeGeometry& g) {
@@ -94,6 +100,12 @@ std::unique_ptr<ExpertPredictor> LoadLearned(const fs::path& folder,
 std::unique_ptr<ExpertPredictor> LoadPredictor(
     const std::string& name_or_folder, const MoeGeometry& geometry,
     const fs::path& baselines_file, const std::vector<RouterWeights>& routers) {
+  if (name_or_folder.starts_with(kOnlinePrefix)) {
+    return std::make_unique<OnlinePredictor>(
+        LoadPredictor(name_or_folder.substr(kOnlinePrefix.size()), geometry,
+                      baselines_file, routers),
+        kOnlineRate);
+  }
   if (fs::is_directory(name_or_folder)) return LoadLearned(name_or_folder, geometry);
   if (name_or_folder.find('/') != std::string::npos) {
     throw UsageError(ErrorText("no such predictor folder: " + name_or_folder, "",

@@ -16,6 +16,17 @@
 
 namespace routecast {
 
+// What training adds to a window; a served one has none of it.
+struct TrainingHints {
+  // int64 true experts of the leads, -100 = none: what a kind that decodes lead by lead
+  // is given of the leads before each.
+  at::Tensor teacher_BTH;
+  // Mixup: sequence b's embeddings become share_B * own + (1 - share_B) * those of
+  // sequence order_B[b]. Undefined = none.
+  at::Tensor order_B, share_B;
+  double noise = 0;  // standard deviation of what is added to embeddings
+};
+
 struct RoutingWindow {
   Stack stack = Stack::kEncoder;
   int source_layer = -1;
@@ -28,6 +39,10 @@ struct RoutingWindow {
   // use row t only up to source_layer and rows < t wholly (models mask; see
   // speculation_model.h).
   at::Tensor experts_BTL;
+  // Models that route to K > 1 experts: the further choices by falling probability,
+  // [B,T,L,K-1], known and unknown where experts_BTL is; undefined = one expert a token,
+  // or not recorded.
+  at::Tensor others_BTLK;
   // float32 router input at source_layer; undefined = not available
   at::Tensor hidden_BTD;
   // Decoder: float32 router input of the token before at the last MoE layer, zeros where
@@ -38,6 +53,7 @@ struct RoutingWindow {
   // the decoder attends to, and which of them are real; undefined = not available.
   at::Tensor source_BSD;
   at::Tensor source_valid_BS;  // bool; defined with source_BSD
+  TrainingHints training;
 };
 
 // True where a window of this source can hold router inputs.
@@ -49,10 +65,15 @@ inline bool SeesRouterInputs(Stack stack, int source_layer) {
 // (padding, dropped by capacity, beyond the sequence).
 at::Tensor WindowLabels(const RoutingTrace& trace, Stack stack, int source_layer,
                         int lead);
+// The same with all experts of a token, most probable first: [T,K], the first column is
+// WindowLabels. Throws DataError where the trace does not hold K experts a token.
+at::Tensor WindowLabelSets(const RoutingTrace& trace, Stack stack, int source_layer,
+                           int lead, int experts_per_token);
 
 // Window of one recorded sequence (B = 1). hidden undefined where the trace has none.
+// experts_per_token > 1: with the further choices, where the trace holds as many.
 RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
-                       int num_experts);
+                       int num_experts, int experts_per_token = 1);
 
 // The decoder's output states of a recorded sequence, [1,T,D] float32; undefined where
 // none were recorded.

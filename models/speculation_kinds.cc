@@ -96,10 +96,13 @@ void EnsembleSizes(SpeculationConfig* c) {
 constexpr SpeculationKind kKinds[] = {
     {"hidden", RouterInputs::kOptional, true, 6e-3, HiddenSizes, MakeHidden},
     {"stale_correction", RouterInputs::kRequired, false, 3e-3, StaleCorrectionSizes,
-     MakeStaleCorrection},
-    {"interlayer", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer},
+     MakeStaleCorrection, false, true},
+    {"interlayer", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer,
+     true},
+    {"autoregressive", RouterInputs::kNever, false, 1e-3, InterlayerSizes,
+     MakeAutoregressive, true},
     {"multiscale", RouterInputs::kNever, false, 1e-3, MultiscaleSizes, MakeMultiscale},
-    {"moe", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer},
+    {"moe", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer, true},
     {"ensemble", RouterInputs::kNever, false, 1e-3, EnsembleSizes, MakeEnsemble},
     {"contextual", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating},
     {"transformer", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating},
@@ -128,7 +131,7 @@ const SpeculationKind& KindOf(const std::string& name) {
 
 double PriorElements(const SpeculationConfig& c) {
   const MoeGeometry& g = c.geometry;
-  if (c.kind == "interlayer" || c.kind == "moe") {
+  if (KindOf(c.kind).embeds_experts) {
     const double leads = std::max(g.encoder_layers, g.decoder_layers);
     return g.num_layers() * (g.num_experts + 1.0) * leads * g.num_experts;
   }

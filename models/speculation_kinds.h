@@ -26,6 +26,9 @@ struct SpeculationKind {
   double learning_rate;               // peak, unless told otherwise
   void (*sizes)(SpeculationConfig*);  // fills in what suits the geometry
   MakeKind make;                      // null: see ensemble_model.h
+  // Embeds expert ids: what mixup, noise and the contrastive term work on.
+  bool embeds_experts = false;
+  bool routers = false;  // needs the traced model's routers
 };
 
 std::vector<std::string> SpeculationKinds();
@@ -42,6 +45,9 @@ std::unique_ptr<SpeculationModel> MakeInterlayer(const SpeculationConfig& config
                                                  const std::vector<uint64_t>& seeds);
 std::unique_ptr<SpeculationModel> MakeMultiscale(const SpeculationConfig& config,
                                                  const std::vector<uint64_t>& seeds);
+// autoregressive.
+std::unique_ptr<SpeculationModel> MakeAutoregressive(const SpeculationConfig& config,
+                                                     const std::vector<uint64_t>& seeds);
 // contextual, transformer, hierarchical.
 std::unique_ptr<SpeculationModel> MakeGating(const SpeculationConfig& config,
                                              const std::vector<uint64_t>& seeds);

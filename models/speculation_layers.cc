@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "common/random.h"
+#include "models/dropout_mask.h"
 
 namespace routecast {
 
@@ -148,25 +149,54 @@ at::Tensor AttentionLayer::operator()(const at::Tensor& query, const at::Tensor&
   return out(mixed.transpose(1, 2).reshape(query.sizes()));
 }
 
+template <typename Fill>
+at::Tensor KeyedDropout::Draw(const at::Tensor& x, const Fill& fill) {
+  const c10::NoGradGuard no_grad;
+  at::Tensor drawn = at::empty_like(x);
+  const auto members = static_cast<int64_t>(keys_.size());
+  for (int64_t m = 0; m < members; ++m) {
+    // A generator of the device's kind with a state of its own: nothing global is
+    // touched.
+    auto generator = at::globalContext().defaultGenerator(x.device()).clone();
+    generator.set_current_seed(Mix(keys_[static_cast<size_t>(m)], uses_));
+    fill(drawn.narrow(0, m * (x.size(0) / members), x.size(0) / members), generator);
+  }
+  return drawn;
+}
+
+namespace {
+
+at::Tensor CpuMask(const at::Tensor& x, const std::vector<uint64_t>& keys, uint64_t use,
+                   double probability) {
+  const c10::NoGradGuard no_grad;
+  at::Tensor mask = at::empty(x.sizes(), x.options().requires_grad(false));
+  const int64_t part = x.numel() / static_cast<int64_t>(keys.size());
+  float* out = mask.data_ptr<float>();
+  for (const uint64_t key : keys) {
+    FillDropoutMask(Mix(key, use), probability, part, out);
+    out += part;
+  }
+  return mask;
+}
+
+}  // namespace
+
 at::Tensor KeyedDropout::operator()(const at::Tensor& x) {
   ++uses_;
   if (keys_[0] == 0 || probability_ == 0) return x;
-  at::Tensor kept;
-  {
-    c10::NoGradGuard no_grad;
-    kept = at::empty_like(x);
-    const auto members = static_cast<int64_t>(keys_.size());
-    for (int64_t m = 0; m < members; ++m) {
-      // A generator of the device's kind with a state of its own: nothing global is
-      // touched.
-      auto generator = at::globalContext().defaultGenerator(x.device()).clone();
-      generator.set_current_seed(Mix(keys_[static_cast<size_t>(m)], uses_));
-      kept.narrow(0, m * (x.size(0) / members), x.size(0) / members)
-          .bernoulli_(1 - probability_, generator);
-    }
-    kept.mul_(1 / (1 - probability_));
-  }
-  return x * kept;
+  if (x.is_cpu()) return x * CpuMask(x, keys_, uses_, probability_);
+  at::Tensor kept = Draw(x, [&](at::Tensor part, at::Generator& generator) {
+    part.bernoulli_(1 - probability_, generator);
+  });
+  return x * kept.mul_(1 / (1 - probability_));
+}
+
+at::Tensor KeyedDropout::AddNoise(const at::Tensor& x, double deviation) {
+  ++uses_;
+  if (keys_[0] == 0 || deviation == 0) return x;
+  return x + Draw(x, [&](at::Tensor part, at::Generator& generator) {
+           part.normal_(0, deviation, generator);
+         });
 }
 
 at::Tensor AttentionBlock::operator()(const at::Tensor& x, const at::Tensor& mask,

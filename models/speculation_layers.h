@@ -96,8 +96,13 @@ class KeyedDropout {
       : probability_(probability), keys_(std::move(keys)) {}
   at::Tensor operator()(const at::Tensor& x);
   bool active() const { return keys_[0] != 0; }  // false: serving
+  // x + normal noise of this deviation, from a stream of its own; identity when serving.
+  at::Tensor AddNoise(const at::Tensor& x, double deviation);
 
  private:
+  // Calls fill(part, generator) for each member's part of x's first dimension.
+  template <typename Fill>
+  at::Tensor Draw(const at::Tensor& x, const Fill& fill);
   double probability_;
   std::vector<uint64_t> keys_;
   uint64_t uses_ = 0;

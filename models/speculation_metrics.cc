@@ -51,31 +51,50 @@ Json LeadScores::ToJson() const {
   json["ci95"] = {ci95_low, ci95_high};
   json["samples"] = samples;
   json["documents"] = documents;
+  if (!by_choice.empty()) {
+    json["recall"] = recall;
+    json["recall_at_2k"] = recall_twice;
+    json["recall_by_choice"] = by_choice;
+  }
   return json;
 }
 
-void LeadAccumulator::Add(const at::Tensor& probs_NE, const at::Tensor& labels_N,
+void LeadAccumulator::Add(const at::Tensor& probs_NE, const at::Tensor& labels,
                           const at::Tensor& documents_N) {
   const auto probs = probs_NE.detach().to(at::kCPU, at::kFloat).contiguous();
-  const auto labels = labels_N.to(at::kCPU, at::kLong).contiguous();
-  const auto documents = documents_N.to(at::kCPU, at::kLong).contiguous();
   const int64_t rows = probs.size(0), experts = probs.size(1);
-  if (labels.numel() != rows || documents.numel() != rows) {
-    throw std::logic_error("scores need a label and a document for each row");
+  const int64_t K = labels.dim() == 2 ? labels.size(1) : 1;
+  const auto truth = labels.to(at::kCPU, at::kLong).contiguous();
+  const auto documents = documents_N.to(at::kCPU, at::kLong).contiguous();
+  if (truth.numel() != rows * K || documents.numel() != rows || K > kMostChoices) {
+    throw std::logic_error("scores need labels and a document for each row");
   }
   for (int64_t n = 0; n < rows; ++n) {
-    const int64_t label = labels.data_ptr<int64_t>()[n];
-    if (label == kIgnore) continue;
-    if (label < 0 || label >= experts) throw std::logic_error("a label out of range");
+    const int64_t* chosen = truth.data_ptr<int64_t>() + n * K;
+    if (chosen[0] == kIgnore) continue;
     const float* p = probs.data_ptr<float>() + n * experts;
     Sums& sums = documents_[static_cast<uint64_t>(documents.data_ptr<int64_t>()[n])];
-    const int rank = RankOf(p, experts, label);
-    for (size_t i = 0; i < kScoredTopK.size(); ++i) sums.hits[i] += rank < kScoredTopK[i];
-    sums.cross_entropy -= std::log(std::max<double>(p[label], kSmallest));
-    const double confidence = *std::max_element(p, p + experts);
-    const int bin = std::clamp(static_cast<int>(confidence * 10), 0, 9);
+    sums.choices = K;
+    bool right = false;  // the likeliest is one of them
+    for (int64_t k = 0; k < K; ++k) {
+      if (chosen[k] < 0 || chosen[k] >= experts) {
+        throw std::logic_error("a label out of range");
+      }
+      const int rank = RankOf(p, experts, chosen[k]);
+      right = right || rank == 0;
+      sums.choice_hits[static_cast<size_t>(k)] += rank < K;
+      sums.twice_hits += rank < 2 * K;
+      sums.cross_entropy -=
+          std::log(std::max<double>(p[chosen[k]], kSmallest)) / static_cast<double>(K);
+      for (size_t i = 0; k == 0 && i < kScoredTopK.size(); ++i) {
+        sums.hits[i] += rank < kScoredTopK[i];
+      }
+    }
+    const double confidence =
+        std::min(1.0, static_cast<double>(K) * *std::max_element(p, p + experts));
+    const auto bin = static_cast<size_t>(std::clamp(int(confidence * 10), 0, 9));
     ++sums.bin_count[bin];
-    sums.bin_hits[bin] += rank == 0;
+    sums.bin_hits[bin] += right;
     sums.bin_confidence[bin] += confidence;
     ++sums.samples;
   }
@@ -110,6 +129,11 @@ void LeadAccumulator::Merge(const std::string& bytes) {
       sums.bin_hits[i] += other.bin_hits[i];
       sums.bin_confidence[i] += other.bin_confidence[i];
     }
+    sums.choices = other.choices;
+    sums.twice_hits += other.twice_hits;
+    for (size_t i = 0; i < sums.choice_hits.size(); ++i) {
+      sums.choice_hits[i] += other.choice_hits[i];
+    }
   }
 }
 
@@ -130,7 +154,9 @@ LeadScores LeadAccumulator::Scores(uint64_t seed, int resamples) const {
   if (scores.samples == 0) return scores;
   const double n = static_cast<double>(scores.samples);
   std::array<double, 10> hits{}, confidence{};
-  std::vector<std::pair<int64_t, int64_t>> top1;  // of documents: hits, samples
+  std::vector<std::pair<int64_t, int64_t>> top1;  // of documents: hits, of how many
+  const int64_t K = documents_.begin()->second.choices;
+  if (K > 1) scores.by_choice.assign(static_cast<size_t>(K), 0.0);
   for (const auto& [document, sums] : documents_) {
     for (size_t i = 0; i < sums.hits.size(); ++i) scores.top[i] += sums.hits[i] / n;
     scores.cross_entropy += sums.cross_entropy / n;
@@ -138,7 +164,15 @@ LeadScores LeadAccumulator::Scores(uint64_t seed, int resamples) const {
       hits[i] += sums.bin_hits[i];
       confidence[i] += sums.bin_confidence[i];
     }
-    top1.emplace_back(sums.hits[0], sums.samples);
+    int64_t found = K == 1 ? sums.hits[0] : 0;
+    for (size_t k = 0; k < scores.by_choice.size(); ++k) {
+      scores.by_choice[k] += static_cast<double>(sums.choice_hits[k]) / n;
+      found += sums.choice_hits[k];
+    }
+    scores.recall += static_cast<double>(found) / (n * static_cast<double>(K));
+    scores.recall_twice +=
+        static_cast<double>(sums.twice_hits) / (n * static_cast<double>(K));
+    top1.emplace_back(found, sums.samples * K);
   }
   for (size_t i = 0; i < hits.size(); ++i) {
     scores.ece += std::abs(hits[i] - confidence[i]) / n;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "common/routing.h"
 #include "common/run_record.h"
@@ -27,10 +28,17 @@ struct LeadScores {
   double ece = 0;               // 10 equal bins of the top-1 probability, the last closed
   double ci95_low = 0, ci95_high = 0;  // of top-1: bootstrap over documents
   int64_t samples = 0, documents = 0;
+  // Models of K > 1 experts a token; `top` is of the first choice then, cross_entropy the
+  // mean over the K, ece of "the likeliest is one of the K" at K times its probability,
+  // ci95 of recall.
+  double recall = 0;              // of the K experts among the K likeliest
+  double recall_twice = 0;        // among the 2 K likeliest
+  std::vector<double> by_choice;  // recall of the first, second .. choice; empty: K = 1
 
   double top1() const { return top[0]; }
   double top4() const { return top[3]; }
-  // phase layer lead target top1 .. top10 cross_entropy ece ci95 [low, high] samples
+  // phase layer lead target top1 .. top10 cross_entropy ece ci95 [low, high] samples; K >
+  // 1: recall recall_at_2k recall_by_choice [K]
   Json ToJson() const;
 };
 
@@ -42,9 +50,11 @@ class LeadAccumulator {
   LeadAccumulator(Stack phase, int layer, int lead, int target)
       : phase_(phase), layer_(layer), lead_(lead), target_(target) {}
 
-  // probs float32 [N,E]; labels int64 [N], -100 = does not count; documents int64 [N]
-  // (the bits of the unsigned id). Any device.
-  void Add(const at::Tensor& probs_NE, const at::Tensor& labels_N,
+  // probs float32 [N,E]; labels int64 [N], -100 = does not count, or all experts of a
+  // token [N,K], the first choice first; documents int64 [N] (the bits of the unsigned
+  // id). Any device. K <= kMostChoices, one K for all rows.
+  static constexpr int kMostChoices = 16;
+  void Add(const at::Tensor& probs_NE, const at::Tensor& labels,
            const at::Tensor& documents_N);
   // Sums as bytes for another rank's Merge (same machine type). Merge throws DataError
   // where the bytes are not such sums.
@@ -61,6 +71,9 @@ class LeadAccumulator {
     double cross_entropy = 0;
     std::array<int64_t, 10> bin_count{}, bin_hits{};
     std::array<double, 10> bin_confidence{};
+    int64_t choices = 1;  // K
+    std::array<int64_t, kMostChoices> choice_hits{};
+    int64_t twice_hits = 0;
   };
   Stack phase_ = Stack::kEncoder;
   int layer_ = 0, lead_ = 0, target_ = 0;

@@ -32,6 +32,9 @@ struct SpeculationOutput {
   // A loss of the model's own, summed over the tokens of the batch; [members] where
   // several models compute as one. Else undefined.
   at::Tensor own_loss{};
+  // What the contrastive term compares: a vector a lead, and one an expert ([E,D]).
+  // Undefined where a kind has none, or is not trained.
+  at::Tensor features_BTHD{}, expert_keys_ED{};
 };
 
 // Both stacks in one model. Thread rule: one thread at a time. Rows of padding are

@@ -4,9 +4,13 @@
 #include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <numeric>
+
 #include "common/errors.h"
 #include "models/baseline_predictors.h"
 #include "models/checkpoint.h"
+#include "models/dropout_mask.h"
 #include "models/ensemble_model.h"
 #include "models/trunk_model.h"
 #include "speculation_test_support.h"
@@ -50,6 +54,18 @@ TEST(SpeculationKindsTest, InterlayerSizesAreThePublished) {
 
 TEST(SpeculationKindsTest, MixtureSizesAreThePublished) {
   EXPECT_EQ(InterlayerParameters("moe", 256, 8, 4), 11986817);
+}
+
+// The decoder alone: four layers of attention over leads and context, and the inner ones.
+TEST(SpeculationKindsTest, TheDecoderOverLeadsHasThePlannedSize) {
+  SpeculationConfig c =
+      DefaultSpeculationConfig("autoregressive", MoeGeometry{6, 6, 128, 1, 768}, 0, 0);
+  const auto model = MakeSpeculationModel(c, 1);
+  int64_t count = 0;
+  for (const auto& [name, tensor] : model->parameters().items()) {
+    if (name.rfind("decoder.", 0) == 0) count += tensor.numel();
+  }
+  EXPECT_EQ(count, 4213760);
 }
 
 TEST(SpeculationKindsTest, MultiscaleSizesAreThePublished) {
@@ -138,6 +154,31 @@ TEST_P(StackedKindTest, MembersEqualModelsOfTheirOwn) {
 }
 
 // Every row of attention has a key: full, padded and single-token batches are finite.
+TEST(DropoutMaskTest, IsAFunctionOfItsKeyAndKeepsTheMean) {
+  std::vector<float> mask(100003), again(77);
+  FillDropoutMask(5, 0.3, 100003, mask.data());
+  FillDropoutMask(5, 0.3, 77, again.data());
+  EXPECT_TRUE(std::equal(again.begin(), again.end(), mask.begin()));
+  const double zeros = static_cast<double>(std::count(mask.begin(), mask.end(), 0.f));
+  EXPECT_NEAR(zeros / 100003, 0.3, 0.006);  // four standard deviations
+  EXPECT_NEAR(std::accumulate(mask.begin(), mask.end(), 0.0) / 100003, 1, 0.009);
+  FillDropoutMask(6, 0.3, 77, again.data());
+  EXPECT_FALSE(std::equal(again.begin(), again.end(), mask.begin()));
+}
+
+// No lane of a number leans, and neighbours know nothing of each other.
+TEST(DropoutMaskTest, NeighboursAreIndependent) {
+  std::vector<float> mask(200000);
+  FillDropoutMask(9, 0.5, 200000, mask.data());
+  for (const size_t distance : {1, 2, 3, 4, 64}) {
+    int both = 0, pairs = 0;
+    for (size_t i = 0; i + distance < mask.size(); ++i, ++pairs) {
+      both += mask[i] != 0 && mask[i + distance] != 0;
+    }
+    EXPECT_NEAR(double(both) / pairs, 0.25, 0.005) << distance;
+  }
+}
+
 TEST(SpeculationKindsTest, MultiscaleIsFiniteOnEveryBatch) {
   const auto model = MakeSpeculationModel(SmallSpeculation("multiscale"), 3);
   const MoeGeometry g = SmallGeometry();
@@ -209,6 +250,60 @@ TEST(EnsembleModelTest, MembersOfOneShapeShareTheirProducts) {
     for (const ParameterSlice& slice : member) elements += slice.Value().numel();
   }
   EXPECT_EQ(elements, model->parameters().num_elements());
+}
+
+// Told what it would have said itself, it says the same.
+TEST(AutoregressiveTest, TeachingWithItsOwnAnswersChangesNothing) {
+  SpeculationConfig config = SmallSpeculation("autoregressive");
+  config.dropout = 0;
+  const auto model = MakeSpeculationModel(config, 7);
+  RoutingWindow window = SomeWindow(Stack::kDecoder, 1);
+  const auto greedy = model->Forward(window, 0).logits_BTHE.detach();
+  window.training.teacher_BTH = greedy.argmax(-1);
+  const auto taught = model->Forward(window, 5).logits_BTHE.detach();
+  EXPECT_TRUE(at::allclose(taught, greedy, 1e-4, 1e-5));
+}
+
+TEST(AutoregressiveTest, ALeadFollowsTheLeadsBeforeIt) {
+  SpeculationConfig config = SmallSpeculation("autoregressive");
+  config.dropout = 0;
+  const auto model = MakeSpeculationModel(config, 7);
+  RoutingWindow window = SomeWindow(Stack::kEncoder, 0);  // three leads
+  const auto truth = at::zeros({2, 6, 3}, at::kLong);
+  window.training.teacher_BTH = truth;
+  const auto before = model->Forward(window, 5).logits_BTHE.detach();
+  window.training.teacher_BTH = truth.clone();
+  window.training.teacher_BTH.select(2, 1).fill_(3);
+  const auto after = model->Forward(window, 5).logits_BTHE.detach();
+  EXPECT_TRUE(at::equal(before.narrow(2, 0, 2), after.narrow(2, 0, 2)));
+  EXPECT_FALSE(at::allclose(before.select(2, 2), after.select(2, 2)));
+}
+
+// Mixing and noise are training's alone, and members mix among themselves.
+TEST(ExpertEmbeddingTest, AShareOfOneIsTheSequenceItself) {
+  SpeculationConfig config = SmallSpeculation("interlayer");
+  config.dropout = 0;
+  const auto model = MakeSpeculationModel(config, 7);
+  RoutingWindow window = SomeWindow(Stack::kEncoder, 1);
+  const auto plain = model->Forward(window, 5).logits_BTHE.detach();
+  window.training.order_B = at::tensor({1, 0}, at::kLong);
+  window.training.share_B = at::tensor({1., .5}, at::kFloat);
+  const auto mixed = model->Forward(window, 5).logits_BTHE.detach();
+  EXPECT_TRUE(at::allclose(mixed[0], plain[0], 1e-4, 1e-5));
+  EXPECT_FALSE(at::allclose(mixed[1], plain[1]));
+}
+
+TEST(ExpertEmbeddingTest, NoiseIsAFunctionOfTheKey) {
+  SpeculationConfig config = SmallSpeculation("interlayer");
+  config.dropout = 0;
+  const auto model = MakeSpeculationModel(config, 7);
+  RoutingWindow window = SomeWindow(Stack::kDecoder, 1);
+  const auto served = model->Forward(window, 0).logits_BTHE.detach();
+  window.training.noise = 0.05;
+  const auto a = model->Forward(window, 5).logits_BTHE.detach();
+  EXPECT_TRUE(at::equal(a, model->Forward(window, 5).logits_BTHE.detach()));
+  EXPECT_FALSE(at::equal(a, model->Forward(window, 6).logits_BTHE.detach()));
+  EXPECT_TRUE(at::equal(served, model->Forward(window, 0).logits_BTHE.detach()));
 }
 
 TEST(StaleCorrectionTest, WithoutACorrectionItIsTheStaleGate) {

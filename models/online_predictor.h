@@ -1,0 +1,42 @@
+// A predictor that adapts while it serves a decoder: every answer is held against the
+// routing that then came (OnlineBias). Thread rule: one thread at a time.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "models/expert_predictor.h"
+#include "models/online_bias.h"
+
+namespace routecast {
+
+class OnlinePredictor final : public ExpertPredictor {
+ public:
+  OnlinePredictor(std::unique_ptr<ExpertPredictor> inner, double rate)
+      : inner_(std::move(inner)), bias_(rate) {}
+  std::string name() const override { return inner_->name() + " online"; }
+  bool needs_hidden() const override { return inner_->needs_hidden(); }
+  int history_tokens() const override { return inner_->history_tokens(); }
+  // What the biases are by now; nothing is learnt from whole windows.
+  std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) override;
+  // Serving: REQUIRES calls in the order of the pass, the same sequences in the same rows
+  // from call to call. Rows that change are seen by their number alone, and what was open
+  // is forgotten.
+  std::vector<std::optional<at::Tensor>> PredictLast(const RoutingWindow& window,
+                                                     int num_leads) override;
+
+ private:
+  // An answer whose truth has not come yet.
+  struct Open {
+    Stack stack;
+    int source_layer, lead, target;  // target layer in the stack
+    at::Tensor probs_BE;
+  };
+  void LearnFrom(const RoutingWindow& window);
+
+  std::unique_ptr<ExpertPredictor> inner_;
+  OnlineBias bias_;
+  std::vector<Open> open_;
+};
+
+}  // namespace routecast
