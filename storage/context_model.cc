@@ -9,6 +9,7 @@
 #include "common/errors.h"
 #include "common/files.h"
 #include "common/random.h"
+#include "common/wide_loops.h"
 #include "storage/range_coder.h"
 
 namespace routecast {
@@ -20,42 +21,34 @@ constexpr uint64_t kMaxBaseCells = uint64_t{1} << 27;  // 256 MiB
 
 uint64_t KeyOf(uint32_t outer, uint32_t inner) { return uint64_t{outer} << 32 | inner; }
 
-// The weights of one id: `count` experts of their own (in their row's order), and the
-// others together.
-struct Slots {
-  std::array<uint32_t, kMaxCodedExperts> weight;
-  size_t count = 0;
-  uint32_t rest = kBaseScale;  // weight of the others
-  uint32_t total = kBaseScale;
-};
+constexpr size_t kLanes = 16;
 
-// Factors are at most 2^15 and base weights sum to 2^15, so the total is below 2^31.
-template <typename Factor>
-void FillSlots(const uint16_t* base, const Factor* begin, const Factor* end,
-               Slots* slots) {
-  uint32_t own = 0, total = 0;
-  uint32_t* to = slots->weight.data();
-  for (const Factor* f = begin; f != end; ++f) {
-    const uint16_t* at = base + f->expert;
-    const uint32_t weight = static_cast<uint32_t>(at[1]) - at[0];
-    own += weight;
-    const auto scaled = static_cast<uint32_t>((uint64_t{weight} * f->times) >> 16);
-    total += * to++ = std::max<uint32_t>(1, scaled);
-  }
-  slots->count = static_cast<size_t>(end - begin);
-  slots->rest = kBaseScale - own;
-  slots->total = total + slots->rest;
-}
+// A long row's numbers fill whole vectors: zeros behind the last expert. What `base`
+// holds there does not matter, but it must be there.
+size_t Padded(size_t num_experts) { return (num_experts + kLanes - 1) / kLanes * kLanes; }
 
-// Where `expert` begins among the experts without a slot.
-template <typename Factor>
-uint32_t RestStart(const uint16_t* base, const Factor* begin, const Factor* end,
-                   uint16_t expert) {
-  uint32_t start = base[expert];
-  for (const Factor* f = begin; f != end && f->expert < expert; ++f) {
-    start -= static_cast<uint32_t>(base[f->expert + 1]) - base[f->expert];
+// The weights that a long row makes: of experts that it lacks 0. Returns the base weights
+// of those that it has. `sums`: of each kLanes weights.
+ROUTECAST_WIDE uint32_t FillLongRow(const uint16_t* base, const uint32_t* times,
+                                    size_t num_experts, uint32_t* weights,
+                                    uint32_t* sums) {
+  uint32_t own = 0;
+  for (size_t e = 0; e < num_experts; e += kLanes) {
+    uint32_t sum = 0;
+    for (size_t j = 0; j < kLanes; ++j) {
+      const uint32_t weight = static_cast<uint32_t>(base[e + j + 1]) - base[e + j];
+      const uint32_t factor = times[e + j];
+      // weight * factor / 2^16 without a product of more than 32 bits.
+      const uint32_t scaled =
+          weight * (factor >> 16) + ((weight * (factor & 0xFFFF)) >> 16);
+      const uint32_t least = factor != 0 ? 1 : 0;
+      weights[e + j] = scaled > least ? scaled : least;
+      own += factor != 0 ? weight : 0;
+      sum += weights[e + j];
+    }
+    sums[e / kLanes] = sum;
   }
-  return start;
+  return own;
 }
 
 }  // namespace
@@ -118,6 +111,18 @@ ContextModel::ContextModel(int num_experts, ContextKind kind, StackTables encode
   fingerprint_ = Hash64(Serialize());
 }
 
+void ContextModel::AddLongRow(const Row& row, size_t experts, Coded* coded) {
+  const bool is_long = row.size() >= std::max<size_t>(kLanes, experts / 4) &&
+                       coded->times.size() + Padded(experts) <= kMaxFactors;
+  const size_t before = coded->times.size();
+  coded->long_rows.push_back(is_long ? static_cast<uint32_t>(before / Padded(experts)) + 1
+                                     : 0);
+  if (!is_long) return;
+  coded->times.resize(before + Padded(experts), 0);
+  uint32_t* times = coded->times.data() + before;
+  for (const RowEntry& e : row) times[e.expert] = FactorTimes(e.factor);
+}
+
 void ContextModel::Build(const StackTables& tables, const std::string& where,
                          Coded* coded) const {
   const auto experts = static_cast<size_t>(num_experts_);
@@ -131,7 +136,7 @@ void ContextModel::Build(const StackTables& tables, const std::string& where,
   for (size_t l = 0; l < layers; ++l) {
     std::vector<uint16_t>& to = coded->layers.emplace_back();
     const size_t rows = l == 0 ? 1 : experts + 1;
-    to.reserve(rows * (experts + 1));
+    to.reserve(rows * (experts + 1) + kLanes);
     for (size_t r = 0; r < rows; ++r) {
       uint32_t sum = 0;
       const Row none;
@@ -141,10 +146,12 @@ void ContextModel::Build(const StackTables& tables, const std::string& where,
         to.push_back(static_cast<uint16_t>(sum += w));
       }
     }
+    to.resize(to.size() + kLanes);  // FillLongRow reads whole vectors
   }
   coded->keys.assign(std::bit_ceil(2 * tables.contexts.size() + 2), kFree);
   coded->places.resize(coded->keys.size());
   coded->begins.assign(layers + 1, 0);
+  coded->long_rows.assign(layers, 0);
   std::unordered_map<uint32_t, const StackTables::Context*> alone;
   for (const auto& context : tables.contexts) {
     if (context.outer == kAnyContext) alone[context.inner] = &context;
@@ -166,8 +173,75 @@ void ContextModel::Build(const StackTables& tables, const std::string& where,
       }
       coded->begins.push_back(static_cast<uint32_t>(coded->factors.size()));
       require(coded->factors.size() <= kMaxFactors, "rows of contexts");
+      AddLongRow(row, experts, coded);
     }
   }
+}
+
+// The weights of one id: `count` experts of their own (in their row's order; of a long
+// row all experts), and the others together.
+struct ContextModel::Slots {
+  std::array<uint32_t, kMaxCodedExperts> weight;
+  std::array<uint32_t, kMaxCodedExperts / kLanes> sums;  // of a long row's weights
+  size_t count = 0;
+  bool is_long = false;
+  uint32_t rest = kBaseScale;  // weight of the others
+  uint32_t total = kBaseScale;
+
+  // The slot that `at` falls into, and where it begins; count where it is the rest.
+  size_t Locate(uint32_t at, uint32_t* start) const {
+    size_t i = 0;
+    *start = 0;
+    if (is_long) {
+      while (i < count && *start + sums[i / kLanes] <= at) {
+        *start += sums[i / kLanes];
+        i += kLanes;
+      }
+    }
+    while (i < count && *start + weight[i] <= at) *start += weight[i++];
+    return std::min(i, count);
+  }
+};
+
+// Factors are at most 2^15 and base weights sum to 2^15, so the total is below 2^31.
+void ContextModel::FillSlots(const RowView& row, Slots* slots) const {
+  uint32_t own = 0, total = 0;
+  slots->is_long = row.times != nullptr;
+  if (slots->is_long) {
+    slots->count = static_cast<size_t>(num_experts_);
+    own = FillLongRow(row.base, row.times, slots->count, slots->weight.data(),
+                      slots->sums.data());
+    for (size_t i = 0; i < slots->count; i += kLanes) total += slots->sums[i / kLanes];
+  } else {
+    slots->count = static_cast<size_t>(row.last - row.first);
+    uint32_t* to = slots->weight.data();
+    for (const Factor* f = row.first; f != row.last; ++f) {
+      const uint16_t* at = row.base + f->expert;
+      const uint32_t weight = static_cast<uint32_t>(at[1]) - at[0];
+      own += weight;
+      const auto scaled = static_cast<uint32_t>((uint64_t{weight} * f->times) >> 16);
+      total += * to++ = std::max<uint32_t>(1, scaled);
+    }
+  }
+  slots->rest = kBaseScale - own;
+  slots->total = total + slots->rest;
+}
+
+// Where `expert` begins among the experts without a slot.
+uint32_t ContextModel::RestStart(const RowView& row, uint16_t expert) {
+  uint32_t start = row.base[expert];
+  for (const Factor* f = row.first; f != row.last && f->expert < expert; ++f) {
+    start -= static_cast<uint32_t>(row.base[f->expert + 1]) - row.base[f->expert];
+  }
+  return start;
+}
+
+// Of an id's expert: its slot; count where it has none.
+size_t ContextModel::SlotOf(const RowView& row, const Slots& slots, uint16_t expert) {
+  if (slots.is_long) return row.times[expert] != 0 ? expert : slots.count;
+  size_t i = 0;
+  while (i < slots.count && row.first[i].expert != expert) ++i;
+  return i;
 }
 
 uint32_t ContextModel::Find(const Coded& c, uint32_t outer, uint32_t inner) {
@@ -200,7 +274,7 @@ ContextPair ContextOf(ContextKind kind, const RoutingSpan& span, int l, int t) {
   return c;
 }
 
-// visit(layer, position, base weights' cumulative row, first and last factor).
+// visit(layer, row).
 template <typename Visit>
 void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visit) const {
   const Coded& c = stack(s);
@@ -226,8 +300,13 @@ void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visi
         place = Find(c, pair.outer, pair.inner);
       }
       const size_t row = place * layers + static_cast<size_t>(l);
-      visit(l, t, cumulative + (l == 0 ? 0 : width * (size_t{1} + before[t])),
-            c.factors.data() + c.begins[row], c.factors.data() + c.begins[row + 1]);
+      const uint32_t numbers = c.long_rows[row];
+      visit(l, RowView{cumulative + (l == 0 ? 0 : width * (size_t{1} + before[t])),
+                       c.factors.data() + c.begins[row],
+                       c.factors.data() + c.begins[row + 1],
+                       numbers == 0
+                           ? nullptr
+                           : c.times.data() + size_t{numbers - 1} * Padded(width - 1)});
     }
   }
 }
@@ -237,25 +316,22 @@ void ContextModel::EncodeIds(Stack s, const RoutingSpan& span, std::string* out)
   RangeEncoder coder(out);
   Slots slots;
   const uint16_t* id = span.expert_ids.data();
-  ForEachId(s, span,
-            [&](int, int, const uint16_t* base, const Factor* first, const Factor* last) {
-              const uint16_t expert = *id++;
-              slots.rest = kBaseScale;
-              if (first != last) {
-                FillSlots(base, first, last, &slots);
-                uint32_t start = 0;
-                size_t i = 0;
-                while (i < slots.count && first[i].expert != expert) {
-                  start += slots.weight[i++];
-                }
-                const bool own = i < slots.count;
-                coder.Encode(start, own ? slots.weight[i] : slots.rest, slots.total);
-                if (own) return;
-              }
-              coder.Encode(RestStart(base, first, last, expert),
-                           static_cast<uint32_t>(base[expert + 1]) - base[expert],
-                           slots.rest);
-            });
+  ForEachId(s, span, [&](int, const RowView& row) {
+    const uint16_t expert = *id++;
+    slots.rest = kBaseScale;
+    if (row.first != row.last) {
+      FillSlots(row, &slots);
+      const size_t slot = SlotOf(row, slots, expert);
+      const bool own = slot < slots.count;
+      uint32_t start = 0;
+      for (size_t i = 0; i < slot; ++i) start += slots.weight[i];
+      coder.Encode(start, own ? slots.weight[slot] : slots.rest, slots.total);
+      if (own) return;
+    }
+    coder.Encode(RestStart(row, expert),
+                 static_cast<uint32_t>(row.base[expert + 1]) - row.base[expert],
+                 slots.rest);
+  });
   coder.Finish();
   const uint64_t least = (span.expert_ids.size() + kMaxIdsPerByte - 1) / kMaxIdsPerByte;
   if (out->size() - begin < least) out->resize(begin + least);
@@ -270,35 +346,31 @@ bool ContextModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span)
   Slots slots;
   uint16_t* id = span->expert_ids.data();
   const auto width = static_cast<size_t>(num_experts_) + 1;
-  ForEachId(s, *span,
-            [&](int, int, const uint16_t* base, const Factor* first, const Factor* last) {
-              slots.rest = kBaseScale;
-              if (first != last) {
-                FillSlots(base, first, last, &slots);
-                const uint32_t at = coder.Peek(slots.total);
-                uint32_t start = 0;
-                size_t i = 0;
-                while (i < slots.count && start + slots.weight[i] <= at) {
-                  start += slots.weight[i++];
-                }
-                if (i < slots.count) {
-                  coder.Take(start, slots.weight[i]);
-                  *id++ = first[i].expert;
-                  return;
-                }
-                coder.Take(start, slots.rest);
-              }
-              const uint32_t at = coder.Peek(slots.rest);
-              uint32_t full = at;  // as if the experts with slots were still there
-              for (const Factor* f = first; f != last && base[f->expert] <= full; ++f) {
-                full += static_cast<uint32_t>(base[f->expert + 1]) - base[f->expert];
-              }
-              const auto expert = static_cast<uint16_t>(
-                  std::upper_bound(base, base + width, full) - base - 1);
-              coder.Take(base[expert] - (full - at),
-                         static_cast<uint32_t>(base[expert + 1]) - base[expert]);
-              *id++ = expert;
-            });
+  ForEachId(s, *span, [&](int, const RowView& row) {
+    slots.rest = kBaseScale;
+    if (row.first != row.last) {
+      FillSlots(row, &slots);
+      uint32_t start = 0;
+      const size_t slot = slots.Locate(coder.Peek(slots.total), &start);
+      if (slot < slots.count) {
+        coder.Take(start, slots.weight[slot]);
+        *id++ = slots.is_long ? static_cast<uint16_t>(slot) : row.first[slot].expert;
+        return;
+      }
+      coder.Take(start, slots.rest);
+    }
+    const uint16_t* base = row.base;
+    const uint32_t at = coder.Peek(slots.rest);
+    uint32_t full = at;  // as if the experts with slots were still there
+    for (const Factor* f = row.first; f != row.last && base[f->expert] <= full; ++f) {
+      full += static_cast<uint32_t>(base[f->expert + 1]) - base[f->expert];
+    }
+    const auto expert =
+        static_cast<uint16_t>(std::upper_bound(base, base + width, full) - base - 1);
+    coder.Take(base[expert] - (full - at),
+               static_cast<uint32_t>(base[expert + 1]) - base[expert]);
+    *id++ = expert;
+  });
   return bytes.size() <= std::max<uint64_t>(coder.read(), least);
 }
 
@@ -306,24 +378,21 @@ void ContextModel::CountBits(Stack s, const RoutingSpan& span,
                              std::vector<double>* bits) const {
   Slots slots;
   const uint16_t* id = span.expert_ids.data();
-  ForEachId(
-      s, span,
-      [&](int l, int, const uint16_t* base, const Factor* first, const Factor* last) {
-        const uint16_t expert = *id++;
-        double& sum = (*bits)[static_cast<size_t>(l)];
-        slots.rest = kBaseScale;
-        if (first != last) {
-          FillSlots(base, first, last, &slots);
-          size_t i = 0;
-          while (i < slots.count && first[i].expert != expert) ++i;
-          const bool own = i < slots.count;
-          sum -= std::log2(static_cast<double>(own ? slots.weight[i] : slots.rest) /
-                           slots.total);
-          if (own) return;
-        }
-        sum -=
-            std::log2(static_cast<double>(base[expert + 1] - base[expert]) / slots.rest);
-      });
+  ForEachId(s, span, [&](int l, const RowView& row) {
+    const uint16_t expert = *id++;
+    double& sum = (*bits)[static_cast<size_t>(l)];
+    slots.rest = kBaseScale;
+    if (row.first != row.last) {
+      FillSlots(row, &slots);
+      const size_t slot = SlotOf(row, slots, expert);
+      const bool own = slot < slots.count;
+      sum -= std::log2(static_cast<double>(own ? slots.weight[slot] : slots.rest) /
+                       slots.total);
+      if (own) return;
+    }
+    sum -= std::log2(static_cast<double>(row.base[expert + 1] - row.base[expert]) /
+                     slots.rest);
+  });
 }
 
 }  // namespace routecast

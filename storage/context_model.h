@@ -101,7 +101,21 @@ class ContextModel {
     std::vector<uint32_t> places;  // of a key's context, parallel to keys
     std::vector<uint32_t> begins;  // [contexts * L + 1]; context 0 is empty
     std::vector<Factor> factors;
+    // Long rows a second time, a number an expert, so that wide vectors can go over them:
+    // by row one more than its number in `times`, 0 = it is not there.
+    std::vector<uint32_t> long_rows;
+    std::vector<uint32_t> times;  // rows of whole vectors; 0 = not in the row
   };
+  struct RowView {
+    const uint16_t* base;  // cumulative base weights [E + 1]
+    const Factor *first, *last;
+    const uint32_t* times;  // [E] of a long row; else null
+  };
+  struct Slots;
+  void FillSlots(const RowView& row, Slots* slots) const;
+  static size_t SlotOf(const RowView& row, const Slots& slots, uint16_t expert);
+  static uint32_t RestStart(const RowView& row, uint16_t expert);
+  static void AddLongRow(const Row& row, size_t experts, Coded* coded);
   const Coded& stack(Stack s) const { return coded_[static_cast<size_t>(s)]; }
   void Build(const StackTables& tables, const std::string& where, Coded* coded) const;
   static uint32_t Find(const Coded& c, uint32_t outer, uint32_t inner);

@@ -7,6 +7,7 @@
 
 #include "common/errors.h"
 #include "storage/context_coder.h"
+#include "storage/index_cache.h"
 #include "storage/shard_db.h"
 #include "storage/trace_store.h"
 
@@ -51,6 +52,22 @@ void DecodeInto(std::string_view key, std::string_view value, const std::string&
   (stack == Stack::kEncoder ? trace->encoder : trace->decoder) = std::move(decoded.span);
 }
 
+// What the shard's ids were coded with must be the model that is there.
+void RequireModel(const ShardDb& db, int shard, const fs::path& store,
+                  const StoreConfig& config, const ContextModel* model) {
+  CoderMark coder;
+  if (!config.ContextCoded() || !ReadCoderMark(db, &coder) ||
+      (model != nullptr && model->fingerprint() == coder.fingerprint)) {
+    return;
+  }
+  throw DataError(
+      ErrorText(ContextModelPath(store).string() + " is not what shard " +
+                    std::to_string(shard) + " was coded with",
+                "the shard names " + Hex64(coder.fingerprint) + ", the model is " +
+                    (model != nullptr ? Hex64(model->fingerprint()) : "missing"),
+                "restore the store's own context.model"));
+}
+
 }  // namespace
 
 TraceReader::TraceReader(fs::path store, NeedTokens tokens)
@@ -72,7 +89,20 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
       shards_.push_back(nullptr);
       continue;
     }
-    ReadMarks(shard);
+    RequireModel(*shards_.back(), shard, path_, config_, model_.get());
+  }
+  const uint64_t state = missing ? 0 : StateOf(config_, shards_);
+  if (auto index = missing ? std::nullopt : LoadIndexCache(path_, state)) {
+    sequences_ = std::move(index->sequences);
+    places_.reserve(index->chunks.size());
+    for (const uint32_t chunk : index->chunks) {
+      places_.push_back({chunk, TraceStore::ShardOf(config_, chunk)});
+    }
+    completed_chunks_ = index->completed_chunks;
+    return;
+  }
+  for (int shard = 0; shard < config_.num_shards; ++shard) {
+    if (shards_[static_cast<size_t>(shard)]) ReadMarks(shard);
   }
   // All shards are made before the first chunk: a store just created has none.
   if (missing && completed_chunks_ > 0) throw *missing;
@@ -99,22 +129,18 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
   }
   sequences_.swap(sequences);
   places_.swap(places);
+  if (!complete() || sequences_.size() < kMinCachedSequences) return;
+  StoreIndex index{std::move(sequences_), {}, completed_chunks_};
+  index.chunks.reserve(places_.size());
+  for (const Place& place : places_) index.chunks.push_back(place.chunk);
+  SaveIndexCache(path_, state, index);
+  sequences_ = std::move(index.sequences);
 }
 
 TraceReader::~TraceReader() = default;
 
 void TraceReader::ReadMarks(int shard) {
   const ShardDb& db = *shards_[shard];
-  CoderMark coder;
-  if (config_.ContextCoded() && ReadCoderMark(db, &coder) &&
-      (!model_ || model_->fingerprint() != coder.fingerprint)) {
-    throw DataError(ErrorText(ContextModelPath(path_).string() + " is not what shard " +
-                                  std::to_string(shard) + " was coded with",
-                              "the shard names " + Hex64(coder.fingerprint) +
-                                  ", the model is " +
-                                  (model_ ? Hex64(model_->fingerprint()) : "missing"),
-                              "restore the store's own context.model"));
-  }
   const std::unique_ptr<rocksdb::Iterator> it(
       db.db()->NewIterator(rocksdb::ReadOptions(), db.family(Family::kRouting)));
   for (it->Seek(EncodeKey(RecordKind::kChunkMark, 0)); it->Valid(); it->Next()) {
