@@ -200,10 +200,15 @@ void CollectOptions::Validate() const {
   require(!data.empty(), "--data is missing", "give text, e.g. --data=text:book.txt");
   require(!store.empty(), "--store is missing", "give the trace store's folder");
   for (const std::string& what : record) {
-    ParseChoice("--record", what, {"ids", "probs", "topk", "hidden"});
+    ParseChoice("--record", what, {"ids", "probs", "topk", "hidden", "output"});
   }
-  require(std::find(record.begin(), record.end(), "ids") != record.end(),
-          "--record lacks ids", "traces are made of expert ids: add ids to the list");
+  const auto has = [&](const char* what) {
+    return std::find(record.begin(), record.end(), what) != record.end();
+  };
+  require(!has("output") || has("hidden"), "--record has output without hidden",
+          "the output is recorded beside the router inputs: add hidden to the list");
+  require(has("ids"), "--record lacks ids",
+          "traces are made of expert ids: add ids to the list");
   require(top_k >= 1 && top_k <= 64, "--top_k is out of range", "use 1 to 64");
   require(hidden_share >= 0 && hidden_share <= 1, "--hidden_share is out of range",
           "use a share from 0 to 1");
@@ -278,7 +283,7 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     TraceStore::CreateOrOpen(store, config);
     TraceStore::CleanStaging(store);
     if (!fs::exists(store / "routers.safetensors")) {
-      WriteRouters(store, checkpoint, config.Records("hidden"));
+      WriteRouters(store, checkpoint, config.Records("output"));
     }
     run.emplace(store, "routecast-collect", configuration);
     run->Set("ranks", rank.world);

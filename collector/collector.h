@@ -17,7 +17,7 @@ struct CollectOptions {
   std::string store;              // folder of the trace store
   fs::path cache;                 // of the corpus index; empty: STORE.corpus
   Task task = Task::kDenoise;
-  std::vector<std::string> record = {"ids", "probs", "hidden"};
+  std::vector<std::string> record = {"ids", "probs", "hidden", "output"};
   int top_k = 4;                // stored a token where record has topk
   double hidden_share = 0.1;    // share of document groups with router inputs
   int num_shards = 16;          // fixed at creation

@@ -184,7 +184,8 @@ void RoutingRecorder::RecordHidden(const LayerRouting& routing, int layer) {
 
 void RoutingRecorder::OnPassEnd(const PassInfo& pass) {
   auto& rows = rows_[static_cast<size_t>(pass.stack)];
-  for (size_t b = 0; pass.output_BTD.defined() && b < hidden_rows_.size(); ++b) {
+  const bool keeps = options_.output && pass.output_BTD.defined();
+  for (size_t b = 0; keeps && b < hidden_rows_.size(); ++b) {
     if (hidden_rows_[b]) AppendStates(pass.output_BTD, b, &rows[b].output);
   }
   pass_ = nullptr;

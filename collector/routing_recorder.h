@@ -11,7 +11,8 @@ namespace routecast {
 
 struct RecordOptions {
   bool probs = true;
-  int top_k = 0;  // 0 = not recorded
+  int top_k = 0;        // 0 = not recorded
+  bool output = false;  // the decoder's, of the rows with router inputs
 };
 
 // Thread rule: the forward thread. One batch at a time; several passes of a stack

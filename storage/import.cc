@@ -73,6 +73,7 @@ class Survey {
       Refuse(trace, "router inputs in one stack only");
     }
     hidden_ += hidden;
+    output_ = output_ || !trace.decoder.output.empty();
   }
 
   StoreConfig Config(const ImportSource& source, const ImportOptions& options) const {
@@ -105,6 +106,7 @@ class Survey {
     c.token_ids = planes_ && planes_->token_ids;
     c.record = {"ids"};
     if (hidden_ > 0) c.record.insert(c.record.begin(), "hidden");
+    if (output_) c.record.push_back("output");
     if (planes_ && planes_->probs) c.record.push_back("probs");
     if (planes_ && planes_->top_k > 0) c.record.push_back("topk");
     c.top_k = planes_ ? planes_->top_k : 0;
@@ -169,6 +171,7 @@ class Survey {
   }
 
   std::optional<Planes> planes_;
+  bool output_ = false;
   int layers_[2] = {0, 0};
   int largest_id_ = 0, width_ = 0;
   uint64_t sequences_ = 0, last_id_ = 0, tokens_ = 0, hidden_ = 0;

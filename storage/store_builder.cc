@@ -93,7 +93,8 @@ void StoreBuilder::Finish() {
   }
   WriteFileAtomic(folder_.path() / "store.json", config_.ToJson().dump(2) + "\n");
   MakeContextModel(folder_.path(), config_, on_step_);
-  owner_->Finish();  // seals store.json and the model as well; closes before the folder moves
+  owner_->Finish();  // seals store.json and the model as well; closes before the folder
+                     // moves
   owner_.reset();
   if (on_step_) on_step_("seal");
   folder_.Commit();

@@ -148,9 +148,10 @@ void RequireCompression(const std::string& compression, const MoeGeometry& geome
 
 Json StoreConfig::ToJson() const {
   Json json;
-  json["schema"] = !intakes.empty() ? kIntakesSchema
-                   : ContextCoded() ? kCodedSchema
-                                    : kStoreSchema;
+  json["schema"] = Records("output")  ? kOutputSchema
+                   : !intakes.empty() ? kIntakesSchema
+                   : ContextCoded()   ? kCodedSchema
+                                      : kStoreSchema;
   json["model"] = model;
   json["model_fingerprint"] = model_fingerprint;
   json["tokenizer_fingerprint"] = tokenizer_fingerprint;
@@ -197,11 +198,11 @@ Json StoreConfig::ToJson() const {
 StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   const Fields in(json, where);
   const int64_t schema = in.Number("schema", 0, int64_t{1} << 32);
-  if (schema < kStoreSchema || schema > kIntakesSchema) {
+  if (schema < kStoreSchema || schema > kOutputSchema) {
     throw UsageError(ErrorText(
         where + ": store of another schema",
         "schema " + std::to_string(schema) + ", this program reads " +
-            std::to_string(kStoreSchema) + " to " + std::to_string(kIntakesSchema),
+            std::to_string(kStoreSchema) + " to " + std::to_string(kOutputSchema),
         "use the routecast that wrote it, or collect again"));
   }
   StoreConfig c;
@@ -254,7 +255,11 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
     if (!json["intakes"].is_array()) in.Fail("intakes is not a list");
     c.intakes = ReadIntakes(json["intakes"], where + " (intakes)");
   }
-  if ((schema == kIntakesSchema) != (c.intakes.size() > 1) ||
+  if (c.Records("output") != (schema == kOutputSchema)) {
+    in.Fail("what it records does not go with its schema");
+  }
+  const bool several = c.intakes.size() > 1;
+  if ((schema == kIntakesSchema && !several) || (schema < kIntakesSchema && several) ||
       (c.intakes.size() > 1 &&
        c.intakes.back().corpus_fingerprint != c.corpus_fingerprint)) {
     in.Fail("its intakes do not go with its schema or corpus");

@@ -15,6 +15,8 @@ inline constexpr int kStoreSchema = 1;
 inline constexpr int kCodedSchema = 2;
 // Of stores to which sources were added: programs that know one intake refuse them.
 inline constexpr int kIntakesSchema = 3;
+// Of stores with the decoder's output (`output` in `record`), with one intake or several.
+inline constexpr int kOutputSchema = 4;
 
 // How tokens of Task::kGenerate were chosen. temperature 0 = greedily; such a store's
 // configuration does not speak of it.
@@ -42,7 +44,7 @@ struct StoreConfig {
   std::string tokenizer_fingerprint;
   std::string corpus_fingerprint;  // of the documents and their order
   MoeGeometry geometry;
-  std::vector<std::string> record = {"ids"};  // ids, probs, topk, hidden
+  std::vector<std::string> record = {"ids"};  // ids, probs, topk, hidden, output
   int top_k = 0;                              // K stored a token; 0 without topk
   // False in imported stores whose input had none; store.json says so only then.
   bool token_ids = true;

@@ -101,7 +101,7 @@ TEST_F(CollectTest, RecordsWhatTheContractSays) {
 TEST_F(CollectTest, HeadAndOutputExplainTheNextToken) {
   ASSERT_EQ(Collect(1, "heads",
                     {"--task=generate", "--max_sequences=24", "--hidden_share=1",
-                     "--record=ids,hidden"}),
+                     "--record=ids,hidden,output"}),
             0);
   const TraceReader reader(folder_ / "heads");
   const int width = reader.config().geometry.d_model;
@@ -277,6 +277,7 @@ TEST_F(CollectTest, SampledTokensDependOnTheSeedAndNotOnTheRanks) {
 
 TEST_F(CollectTest, SamplingFlagsThatDoNothingAreRefused) {
   EXPECT_EQ(Collect(1, "none", {"--temperature=1"}), kExitUsage);  // denoise
+  EXPECT_EQ(Collect(1, "none", {"--record=ids,output"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--task=generate", "--top_p=0.9"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--task=generate", "--temperature=-1"}), kExitUsage);
   EXPECT_FALSE(fs::exists(folder_ / "none"));

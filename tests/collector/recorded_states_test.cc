@@ -1,8 +1,8 @@
 // What a recorder keeps of a pass: real tokens of the rows asked for, and nothing else.
-#include "collector/routing_recorder.h"
-
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+
+#include "collector/routing_recorder.h"
 
 namespace routecast {
 namespace {
@@ -50,8 +50,8 @@ std::vector<float> Floats(const std::vector<uint16_t>& bits) {
   return values;
 }
 
-TEST(RoutingRecorderTest, KeepsTheDecodersOutputOfRealTokensStepByStep) {
-  RoutingRecorder recorder(Geometry(), {}, {true, true});
+TEST(RecordedStatesTest, KeepsTheDecodersOutputOfRealTokensStepByStep) {
+  RoutingRecorder recorder(Geometry(), {.output = true}, {true, true});
   for (int64_t t = 0; t < 2; ++t) Step(&recorder, t, /*ended=*/t == 1);
   const RoutingSpan first = recorder.Take(Stack::kDecoder, 0);
   EXPECT_EQ(first.num_tokens, 2);
@@ -61,8 +61,8 @@ TEST(RoutingRecorderTest, KeepsTheDecodersOutputOfRealTokensStepByStep) {
   EXPECT_EQ(Floats(second.output), (std::vector<float>{4, 5, 6, 7}));
 }
 
-TEST(RoutingRecorderTest, RowsThatAreNotAskedForHaveNoStates) {
-  RoutingRecorder recorder(Geometry(), {}, {false, true});
+TEST(RecordedStatesTest, RowsThatAreNotAskedForHaveNoStates) {
+  RoutingRecorder recorder(Geometry(), {.output = true}, {false, true});
   Step(&recorder, 0, false);
   const RoutingSpan without = recorder.Take(Stack::kDecoder, 0);
   EXPECT_EQ(without.hidden_width, 0);
@@ -72,6 +72,14 @@ TEST(RoutingRecorderTest, RowsThatAreNotAskedForHaveNoStates) {
   EXPECT_EQ(with.hidden_width, kWidth);
   EXPECT_EQ(with.hidden.size(), 2u * kWidth);
   EXPECT_EQ(with.output.size(), 1u * kWidth);
+}
+
+TEST(RecordedStatesTest, WithoutTheWordThereIsNoOutput) {
+  RoutingRecorder recorder(Geometry(), {}, {true, true});
+  Step(&recorder, 0, false);
+  const RoutingSpan span = recorder.Take(Stack::kDecoder, 0);
+  EXPECT_FALSE(span.hidden.empty());
+  EXPECT_TRUE(span.output.empty());
 }
 
 }  // namespace

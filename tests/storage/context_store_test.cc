@@ -101,8 +101,21 @@ TEST_F(ContextStore, SaysASchemaThatOlderProgramsRefuse) {
   Json json = config_.ToJson();
   json["schema"] = kStoreSchema;  // a coder under the old schema would not be refused
   EXPECT_THROW(StoreConfig::FromJson(json, "test"), DataError);
-  json["schema"] = kIntakesSchema + 1;
+  json["schema"] = kOutputSchema + 1;
   EXPECT_THROW(StoreConfig::FromJson(json, "test"), UsageError);
+}
+
+TEST_F(ContextStore, TheDecodersOutputHasASchemaThatOlderProgramsRefuse) {
+  StoreConfig with = config_;
+  with.record.push_back("output");
+  Json json = with.ToJson();
+  EXPECT_EQ(json["schema"], kOutputSchema);
+  EXPECT_TRUE(StoreConfig::FromJson(json, "test").Records("output"));
+  json["schema"] = kCodedSchema;
+  EXPECT_THROW(StoreConfig::FromJson(json, "test"), DataError);
+  json = config_.ToJson();
+  json["schema"] = kOutputSchema;
+  EXPECT_THROW(StoreConfig::FromJson(json, "test"), DataError);
 }
 
 TEST_F(ContextStore, TooManyExpertsAreRefused) {
