@@ -232,7 +232,20 @@ TEST_P(SpeculationKindTest, CalibrationDividesTheLogits) {
   EXPECT_FALSE(predictor->Predict(window, 4).has_value());
 }
 
-// A model whose weights are all zero says what the counts say.
+TEST(PredictorFactoryTest, TheOnlinePrefixServesTheFoldersModel) {
+  const fs::path folder = Folder("online");
+  const auto model = MakeSpeculationModel(SmallSpeculation("interlayer"), 3);
+  SaveSpeculationModel(folder, *model, Calibration{});
+  const auto plain = LoadPredictor(folder.string(), SmallGeometry(), "", {});
+  const auto online = LoadPredictor("online:" + folder.string(), SmallGeometry(), "", {});
+  EXPECT_EQ(online->name(), plain->name() + " online");
+  const auto window =
+      WindowOf(RandomTrace(SmallGeometry(), 6, 5, 1), Stack::kEncoder, 0, 5);
+  EXPECT_TRUE(at::allclose(*online->Predict(window, 1), *plain->Predict(window, 1)));
+  EXPECT_THROW(LoadPredictor("online:/no/such/folder", SmallGeometry(), "", {}),
+               UsageError);
+}
+
 // The largest difference between what is served and what was trained, in probability.
 TEST(HiddenModelTest, ServedFromNarrowWeightsSaysNearlyTheSame) {
   const c10::NoGradGuard no_grad;
@@ -282,6 +295,7 @@ TEST(NarrowMatrixTest, ARowOfZerosStaysZero) {
   EXPECT_EQ(y, 2.f);
 }
 
+// A model whose weights are all zero says what the counts say.
 TEST(HiddenModelTest, PriorsAreTheCounts) {
   const c10::NoGradGuard no_grad;
   const MoeGeometry g = SmallGeometry();
