@@ -38,6 +38,8 @@ DEFINE_double(dropout, -1, "Share of activations; below 0 = the kind's");
 DEFINE_string(
     members, "",
     "Members of an ensemble, e.g. interlayer:width=512,heads=16,lr=5e-5;hidden*2");
+DEFINE_string(start_from, "",
+              "Folder of a finished run of this kind whose weights training starts from");
 DEFINE_string(combine, "probabilities",
               "How an ensemble mixes: probabilities, logits, vote");
 DEFINE_string(schedule, "cosine",
@@ -125,6 +127,7 @@ SpeculationJob Validate() {
   o.ema = FLAGS_ema;
   o.confidence_weight = FLAGS_confidence_weight;
   o.set_weight = FLAGS_set_weight;
+  o.start_from = FLAGS_start_from;
   o.distill_weight = FLAGS_distill_weight;
   o.distill_temperature = FLAGS_distill_temperature;
   o.augment = {FLAGS_augment_layers, FLAGS_augment_parts, FLAGS_augment_permutation,

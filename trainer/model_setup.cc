@@ -1,5 +1,8 @@
 #include "trainer/model_setup.h"
 
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
 #include <algorithm>
 
 #include "common/errors.h"
@@ -36,9 +39,41 @@ SpeculationConfig MemberConfig(const std::string& kind, const ModelSizes& sizes,
   return config;
 }
 
+// The sizes of the run to start from, where it fits these traces.
+SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* dataset) {
+  const SpeculationConfig config =
+      LoadSpeculationModel(options.start_from).model->config();
+  const auto refuse = [&](const std::string& why) {
+    throw UsageError(ErrorText("--start_from=" + options.start_from + " does not fit",
+                               why, "name a run of this kind over this model's traces"));
+  };
+  if (config.kind != options.kind) {
+    refuse("it is of kind " + config.kind + ", not " + options.kind);
+  }
+  if (!(config.geometry == dataset->geometry())) refuse("it learned another model");
+  if (config.vocab_size > 0 && dataset->vocab_size() > config.vocab_size) {
+    refuse("it knows " + std::to_string(config.vocab_size) +
+           " token ids, the store has " + std::to_string(dataset->vocab_size()));
+  }
+  if (config.hidden_width > 0 && !dataset->any_hidden()) {
+    refuse("it reads router inputs; the store has none");
+  }
+  return config;
+}
+
 }  // namespace
 
+void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
+  if (options.start_from.empty()) return;
+  const c10::NoGradGuard no_grad;
+  const SavedSpeculationModel saved = LoadSpeculationModel(options.start_from);
+  for (const auto& [name, tensor] : model->parameters().items()) {
+    tensor.copy_(saved.model->parameters().Get(name));
+  }
+}
+
 SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
+  if (!options.start_from.empty()) return ConfigOfRun(options, dataset);
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
   if (options.kind == "ensemble") {
     config.combine = options.combine;

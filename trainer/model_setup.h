@@ -9,8 +9,12 @@
 
 namespace routecast {
 
-// UsageError where the kind needs router inputs that the store has not.
+// UsageError where the kind needs router inputs that the store has not, or the run to
+// start from is of another kind or of other traces.
 SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset);
+// Copies the weights of the run options.start_from names, if any, into `model`, which
+// ConfigOf described. Counts are the new store's.
+void StartFromRun(const SpeculationOptions& options, SpeculationModel* model);
 // What each member is trained by, in the order of the configuration's members; one where
 // there are none. Learning rates are filled in.
 std::vector<MemberOptions> TrainingOf(const SpeculationOptions& options,

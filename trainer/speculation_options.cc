@@ -180,6 +180,7 @@ Json SpeculationOptions::ToJson() const {
           {"confidence_weight", confidence_weight},
           {"next_token_weight", next_token_weight},
           {"set_weight", set_weight},
+          {"start_from", start_from},
           {"distill_weight", distill_weight},
           {"distill_temperature", distill_temperature},
           {"augment", augment.ToJson()},
@@ -209,6 +210,13 @@ void SpeculationOptions::Validate() const {
   if (!members.empty() && kind != "ensemble") {
     throw UsageError(ErrorText("--members are those of --kind=ensemble", "--kind=" + kind,
                                "leave one of the two out"));
+  }
+  const ModelSizes& s = sizes;
+  const bool sized = s.width > 0 || s.heads > 0 || s.ff > 0 || s.layers > 0 ||
+                     s.context > 0 || s.dropout >= 0 || !members.empty();
+  if (!start_from.empty() && sized) {
+    throw UsageError(ErrorText("--start_from goes with no sizes and no --members",
+                               "the run's own are kept", "leave one of the two out"));
   }
   ParseMembers(members, training);
   ParseChoice("--combine", combine, {"probabilities", "logits", "vote"});

@@ -42,6 +42,9 @@ std::vector<MemberSpec> ParseMembers(const std::string& text,
 struct SpeculationOptions {
   std::string kind = "hidden";
   ModelSizes sizes;
+  // Folder of a finished run: its sizes and weights are what training starts from
+  // (pre-training on one store, fine-tuning on another); empty = seeded weights.
+  std::string start_from;
   std::string members;                    // of an ensemble; empty = the kind's own three
   std::string combine = "probabilities";  // or logits, vote: how members are mixed
   int epochs = 8;                         // at most; early stopping may end before

@@ -66,6 +66,7 @@ class SpeculationTrainer {
         options_.validate_every > 0
             ? options_.validate_every
             : std::max<int64_t>(1, std::min(per_epoch, steps_ / kEvaluationsPerRun));
+    StartFromRun(options_, model_.get());
     model_->To(job.device);
     weights_ = {options_.confidence_weight,   options_.next_token_weight,
                 options_.set_weight,          options_.distill_weight,

@@ -217,6 +217,47 @@ TEST_F(SpeculationTraining, ASearchKeepsTheBetterTrialsAndGoesOn) {
   EXPECT_EQ(fs::last_write_time(kept), written);
 }
 
+TEST_F(SpeculationTraining, StartsFromTheWeightsOfAnotherRun) {
+  const SyntheticTraces traces = Traces(60);
+  SpeculationJob first = Job("first");
+  first.options.steps = 60;
+  Train(first, traces);
+  SpeculationJob more = Job("more");
+  more.options.steps = 1;
+  more.options.start_from = first.out;
+  SpeculationJob fresh = more;
+  fresh.out = folder_ / "fresh";
+  fresh.options.start_from.clear();
+  const double started = Train(more, traces).losses.front();
+  EXPECT_LT(started, Train(fresh, traces).losses.front() - 0.1);
+  // Bits survive a stop, as for any other run.
+  more.options.steps = 6;
+  SpeculationJob parts = more;
+  more.out = folder_ / "whole";
+  parts.out = folder_ / "parts";
+  Train(more, traces);
+  parts.stop_after = 2;
+  EXPECT_THROW(Train(parts, traces), StoppedError);
+  parts.stop_after = 0;
+  Train(parts, traces);
+  EXPECT_TRUE(Weights(parts) == Weights(more));
+}
+
+TEST_F(SpeculationTraining, RefusesToStartFromWhatDoesNotFit) {
+  const SyntheticTraces traces = Traces(40);
+  const SpeculationJob first = Job("first");
+  Train(first, traces);
+  SpeculationJob other = Job("other", "interlayer");
+  other.options.start_from = first.out;
+  EXPECT_THROW(Train(other, traces), UsageError);
+  other = Job("other");
+  other.options.start_from = folder_ / "nowhere";
+  EXPECT_THROW(Train(other, traces), UsageError);
+  other.options.start_from = first.out;
+  other.options.sizes.width = 32;
+  EXPECT_THROW(other.options.Validate(), UsageError);
+}
+
 TEST_F(SpeculationTraining, RefusesAnotherConfigurationInTheSameFolder) {
   const SyntheticTraces traces = Traces(60);
   SpeculationJob job = Job("run");
