@@ -45,8 +45,14 @@ std::string PredictorForesight::name() const { return predictor_->name(); }
 
 std::vector<LayerForecast> PredictorForesight::AtPassBegin(const PassInfo& pass) {
   const at::Tensor guessed = std::exchange(guessed_B1_, at::Tensor());
+  // Rows that have ended count no more.
   const bool answered = guessed.defined() && pass.stack == Stack::kDecoder &&
-                        pass.first_position > 0 && at::equal(guessed, pass.token_ids_BT);
+                        pass.first_position > 0 &&
+                        guessed.sizes() == pass.token_ids_BT.sizes() &&
+                        guessed.eq(pass.token_ids_BT)
+                            .logical_or(pass.valid_BT.logical_not())
+                            .all()
+                            .item<bool>();
   SkipPass(pass);
   // What was said at the last pass' end is of this very question.
   return answered ? std::vector<LayerForecast>{} : Ask(-1);

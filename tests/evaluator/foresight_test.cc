@@ -154,6 +154,14 @@ TEST_F(EarlyForesightTest, AWrongGuessIsAskedAgain) {
   ExpectRow(early.AtPassBegin(Pass(Stack::kDecoder, 1, 1)), -1, 1);
 }
 
+TEST_F(EarlyForesightTest, ARowThatHasEndedAsksNothingAgain) {
+  PredictorForesight early(&predictor_, g_, 8, guess_);
+  EndOfFirst(&early, (SecondToken() + 1) % 11);
+  PassInfo ended = Pass(Stack::kDecoder, 1, 1);
+  ended.valid_BT = at::zeros({1, 1}, at::kBool);
+  EXPECT_TRUE(early.AtPassBegin(ended).empty());
+}
+
 TEST_F(EarlyForesightTest, AGuessBeforeASkippedPassAnswersNoLaterOne) {
   PredictorForesight early(&predictor_, g_, 8, guess_);
   EndOfFirst(&early, trace_.decoder.token_ids[2]);
