@@ -45,6 +45,10 @@ NextTokenGuess::NextTokenGuess(const at::Tensor& head_VD, int64_t rows)
   const c10::NoGradGuard no_grad;
   const int64_t V = head_VD_.size(0), D = head_VD_.size(1);
   if (V == 0 || D == 0) throw std::logic_error("a vocabulary head of no size");
+  if (!at::isfinite(head_VD_).all().item<bool>()) {
+    throw DataError(ErrorText("the vocabulary head holds numbers that are not finite", "",
+                              "give a sound checkpoint, or --guess_next_token=false"));
+  }
   const int64_t R = std::min<int64_t>(kDirections, D);
   // The directions in which the head's rows differ most; ascending eigenvalues.
   const at::Tensor centred = head_VD_ - head_VD_.mean(0, true);

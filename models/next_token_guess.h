@@ -19,7 +19,8 @@ class NextTokenGuess {
   static constexpr int kDirections = 96, kCandidates = 16;
 
   // head_VD: scores = head output. `rows` >= V charges the preview of a larger vocabulary
-  // (a replay's): rows past V are computed and never chosen; 0 = V.
+  // (a replay's): rows past V are computed and never chosen; 0 = V. DataError where the
+  // head is not finite.
   explicit NextTokenGuess(const at::Tensor& head_VD, int64_t rows = 0);
 
   // output [B,D] float32 -> int64 [B]. Any thread.

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include "common/errors.h"
+
 namespace routecast {
 namespace {
 
@@ -44,6 +46,12 @@ TEST(NextTokenGuessTest, NotANumberIsAnIdAllTheSame) {
       guess(at::full({1, 16}, std::numeric_limits<float>::quiet_NaN())).item<int64_t>();
   EXPECT_GE(id, 0);
   EXPECT_LT(id, 100);
+}
+
+TEST(NextTokenGuessTest, AHeadThatIsNotFiniteIsBadData) {
+  at::Tensor head = Head(100, 16, 16);
+  head[3][5] = std::numeric_limits<float>::infinity();
+  EXPECT_THROW(NextTokenGuess{head}, DataError);
 }
 
 TEST(NextTokenGuessTest, AnOutputOfAnotherWidthIsADefect) {
