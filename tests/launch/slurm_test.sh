@@ -27,9 +27,10 @@ export PATH=$folder/bin:$PATH ROUTECAST_BUILD=$folder/build STATE=$folder
 export SLURM_JOB_ID=77 SLURM_JOB_NUM_NODES=1 SLURM_NTASKS=2 SLURM_CPUS_PER_TASK=3
 export SLURM_SUBMIT_DIR=$ROUTECAST_SOURCE_DIR
 
+# What the run before has left: gone before the next one starts, which may run beside us.
+clear_traces() { rm -f "$folder"/{rank,ready}.* "$folder/scontrol.log"; }
 # run TEMPLATE FLAGS...: of a copy, elsewhere, as slurmd keeps it.
 run() {
-  rm -f "$folder"/{rank,ready}.* "$folder/scontrol.log"
   cp "$ROUTECAST_SOURCE_DIR/launch/slurm/$1.sbatch" "$folder/slurm_script"
   shift
   (cd / && exec bash "$folder/slurm_script" "$@") >"$folder/log" 2>&1
@@ -41,6 +42,7 @@ for template in collect pretrain train; do
   check "$template may be requeued" 0 $?
   grep -q '^#SBATCH --signal=B:USR1@[0-9]*$' "$ROUTECAST_SOURCE_DIR/launch/slurm/$template.sbatch"
   check "$template is told of its limit" 0 $?
+  clear_traces
   run $template --code=75 --more
   check "$template: stopped" 75 $?
   check "$template: back into the queue" "requeue 77" "$(requeued)"
@@ -48,11 +50,13 @@ for template in collect pretrain train; do
   check "$template: flags" "--threads=3 --code=75 --more" "$(cat "$folder/rank.1")"
 done
 for code in 0 3; do
+  clear_traces
   run collect --code=$code
   check "code $code" $code $?
   check "code $code stays out of the queue" "" "$(requeued)"
 done
 for signal in USR1 TERM; do
+  clear_traces  # a ready file that is left over would send the signal too early
   run collect --wait &
   job=$!
   for _ in $(seq 200); do
