@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <numeric>
+#include <utility>
 
 #include "common/errors.h"
 #include "evaluator/expert_store.h"
@@ -68,6 +70,39 @@ void LoadPredictors(const EvaluationOptions& options,
                                               setup->reader.get(), options.quiet)[0]);
 }
 
+// The ids that the store's train part says most often, `count` at most; none where there
+// are no more than that.
+std::vector<int64_t> FrequentIds(const TraceReader& reader, int64_t vocab_size,
+                                 int64_t count) {
+  if (vocab_size <= count) return {};
+  std::vector<uint64_t> train;
+  for (const SequenceInfo& info : reader.sequences()) {
+    if (SplitOf(info.group_id) == SplitPart::kTrain) train.push_back(info.sequence_id);
+  }
+  std::vector<int64_t> said(static_cast<size_t>(vocab_size)), ids(said.size());
+  for (const RoutingTrace& trace : reader.ReadMany(train, WithHidden::kNo)) {
+    for (uint32_t id : trace.decoder.token_ids) {
+      if (id < said.size()) ++said[id];
+    }
+  }
+  std::iota(ids.begin(), ids.end(), 0);
+  std::stable_sort(ids.begin(), ids.end(), [&](int64_t a, int64_t b) {
+    return said[static_cast<size_t>(a)] > said[static_cast<size_t>(b)];
+  });
+  ids.resize(static_cast<size_t>(count));
+  return ids;
+}
+
+std::shared_ptr<const NextTokenGuess> GuessOf(const at::Tensor& head_VD, int64_t rows,
+                                              const TraceReader* reader) {
+  // Without a store nobody knows which ids are frequent: all are looked at.
+  const int64_t longest = reader ? NextTokenGuess::kShortlist : rows;
+  std::vector<int64_t> shortlist;
+  if (reader) shortlist = FrequentIds(*reader, head_VD.size(0), longest);
+  return std::make_shared<NextTokenGuess>(head_VD, std::min(rows, longest),
+                                          std::move(shortlist));
+}
+
 ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
   ReplayOptions replay = options.replay;
   replay.batch = batch;
@@ -116,7 +151,7 @@ void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
   const at::Tensor head =
       ReadVocabularyHead(setup->reader->routers_path(), setup->geometry.d_model);
   if (options.guess_next_token && head.defined()) {
-    setup->next_token = std::make_shared<NextTokenGuess>(head, replay.vocab_size);
+    setup->next_token = GuessOf(head, replay.vocab_size, setup->reader.get());
   }
   setup->file = SyntheticExperts(
       ExpertCacheFolder(options.cache), ReplayConfig(setup->geometry, replay).geometry(),
@@ -193,8 +228,8 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
     return;
   }
   if (options.guess_next_token) {
-    setup->next_token = std::make_shared<NextTokenGuess>(
-        VocabularyHeadOf(config, setup->checkpoint->parameters));
+    setup->next_token = GuessOf(VocabularyHeadOf(config, setup->checkpoint->parameters),
+                                config.vocab_size, setup->reader.get());
   }
   setup->file =
       ExpertsOfCheckpoint(ExpertCacheFolder(options.cache), options.model, config,

@@ -4,23 +4,82 @@
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
+#include <cstring>
 #include <utility>
 
 namespace routecast {
 
 namespace {
 
-// 1 - prod(1 - p) over the tokens that count, for each expert. Plain loops: between two
-// layers of a step a dozen tensor calls a lead are felt.
-std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& counts_BT) {
-  const at::Tensor probs = probs_BTE.to(at::kCPU, at::kFloat).contiguous();
-  const auto experts = static_cast<size_t>(probs.size(-1));
+// A question stands between two layers of a pass, whose weights have driven everything
+// else out of the caches: a tensor call then takes some ten microseconds, so that windows
+// are put together by copying rows.
+
+// The tensor itself where it is one of plain rows on the CPU already.
+at::Tensor PlainRows(const at::Tensor& t, at::ScalarType type) {
+  if (t.is_cpu() && t.scalar_type() == type && t.is_contiguous()) return t;
+  return t.to(at::kCPU, type).contiguous();
+}
+
+size_t TokenBytes(const at::Tensor& rows_BT) {
+  const int64_t tokens = rows_BT.size(0) * rows_BT.size(1);
+  return tokens == 0 ? 0 : rows_BT.nbytes() / static_cast<size_t>(tokens);
+}
+
+at::Tensor EmptyOfTokens(const at::Tensor& like, int64_t tokens) {
+  std::vector<int64_t> sizes = like.sizes().vec();
+  sizes[1] = tokens;
+  return at::empty(sizes, like.scalar_type());
+}
+
+// Tokens [first, first + count) of each sequence of `from` to its tokens from `at` on.
+void CopyTokens(const at::Tensor& from, int64_t first, int64_t count, at::Tensor* to,
+                int64_t at) {
+  const size_t bytes = TokenBytes(from);
+  const auto* source = static_cast<const std::byte*>(from.const_data_ptr());
+  auto* target = static_cast<std::byte*>(to->mutable_data_ptr());
+  for (int64_t b = 0; b < from.size(0); ++b) {
+    std::memcpy(target + static_cast<size_t>(b * to->size(1) + at) * bytes,
+                source + static_cast<size_t>(b * from.size(1) + first) * bytes,
+                static_cast<size_t>(count) * bytes);
+  }
+}
+
+// The newest `keep` tokens of `old`, then all of `fresh`; plain rows.
+at::Tensor Extended(const at::Tensor& old, int64_t keep, const at::Tensor& fresh) {
+  if (keep <= 0) return fresh;
+  at::Tensor all = EmptyOfTokens(fresh, keep + fresh.size(1));
+  CopyTokens(old, old.size(1) - keep, keep, &all, 0);
+  CopyTokens(fresh, 0, fresh.size(1), &all, keep);
+  return all;
+}
+
+// Whether the newest ids of each sequence are those of `pass`, where they count.
+bool SameIds(const at::Tensor& ids_B1, const PassInfo& pass) {
+  if (!ids_B1.defined() || ids_B1.sizes() != pass.token_ids_BT.sizes()) return false;
+  const at::Tensor ids = PlainRows(pass.token_ids_BT, at::kLong),
+                   valid = PlainRows(pass.valid_BT, at::kBool);
+  for (int64_t b = 0; b < ids.size(0); ++b) {
+    if (valid.const_data_ptr<bool>()[b] &&
+        ids.const_data_ptr<int64_t>()[b] != ids_B1.const_data_ptr<int64_t>()[b]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// 1 - prod(1 - p) over the tokens that count, for each expert; probs_BTE is of the newest
+// tokens of valid_BT.
+std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& valid_BT) {
+  const at::Tensor probs = PlainRows(probs_BTE, at::kFloat);
+  const int64_t tokens = probs.size(1), before = valid_BT.size(1) - tokens;
+  const auto experts = static_cast<size_t>(probs.size(2));
   const float* p = probs.const_data_ptr<float>();
-  const bool* counts = counts_BT.const_data_ptr<bool>();
+  const bool* valid = valid_BT.const_data_ptr<bool>();
   std::vector<float> none(experts, 1.f);
-  for (int64_t row = 0; row < counts_BT.numel(); ++row, p += experts) {
-    if (!counts[row]) continue;
+  for (int64_t row = 0; row < probs.size(0) * tokens; ++row, p += experts) {
+    const int64_t b = row / tokens;
+    if (!valid[b * valid_BT.size(1) + before + row % tokens]) continue;
     for (size_t e = 0; e < experts; ++e) {
       // A predictor may say anything.
       none[e] *= 1 - (std::isnan(p[e]) ? 0.f : std::clamp(p[e], 0.f, 1.f));
@@ -46,44 +105,41 @@ std::string PredictorForesight::name() const { return predictor_->name(); }
 std::vector<LayerForecast> PredictorForesight::AtPassBegin(const PassInfo& pass) {
   const at::Tensor guessed = std::exchange(guessed_B1_, at::Tensor());
   // Rows that have ended count no more.
-  const bool answered = guessed.defined() && pass.stack == Stack::kDecoder &&
-                        pass.first_position > 0 &&
-                        guessed.sizes() == pass.token_ids_BT.sizes() &&
-                        guessed.eq(pass.token_ids_BT)
-                            .logical_or(pass.valid_BT.logical_not())
-                            .all()
-                            .item<bool>();
-  SkipPass(pass);
+  const bool answered =
+      pass.stack == Stack::kDecoder && pass.first_position > 0 && SameIds(guessed, pass);
+  if (!answered) {
+    SkipPass(pass);
+    return Ask(-1);
+  }
   // What was said at the last pass' end is of this very question.
-  return answered ? std::vector<LayerForecast>{} : Ask(-1);
+  StartPass(pass);
+  return {};
 }
 
 void PredictorForesight::SkipPass(const PassInfo& pass) {
   guessed_B1_ = at::Tensor();  // an answer to an earlier pass
+  StartPass(pass);
+}
+
+void PredictorForesight::StartPass(const PassInfo& pass) {
   const int64_t batch = pass.token_ids_BT.size(0), tokens = pass.token_ids_BT.size(1);
   const int64_t layers = geometry_.layers(pass.stack);
   const bool goes_on = pass.stack == Stack::kDecoder && pass.first_position > 0 &&
-                       stack_ == Stack::kDecoder && tokens_BT_.defined() &&
-                       tokens_BT_.size(0) == batch;
-  const at::Tensor unknown =
-      at::full({batch, tokens, layers}, geometry_.num_experts, at::kLong);
-  if (goes_on) {
-    // A decoder window keeps the newest tokens that the predictor looks at.
-    const int64_t keep = std::min<int64_t>(tokens_BT_.size(1), history_ - tokens);
-    const auto extend = [&](const at::Tensor& old, const at::Tensor& fresh) {
-      return keep > 0 ? at::cat({old.slice(1, old.size(1) - keep), fresh}, 1) : fresh;
-    };
-    tokens_BT_ = extend(tokens_BT_, pass.token_ids_BT);
-    valid_BT_ = extend(valid_BT_, pass.valid_BT);
-    experts_BTL_ = extend(experts_BTL_, unknown);
-  } else {
-    tokens_BT_ = pass.token_ids_BT;
-    valid_BT_ = pass.valid_BT;
-    experts_BTL_ = unknown;
-    hidden_BTD_.assign(static_cast<size_t>(layers), at::Tensor());
-  }
-  stack_ = pass.stack;
-  pass_tokens_ = static_cast<int>(tokens);
+                       window_.stack == Stack::kDecoder && window_.tokens_BT.defined() &&
+                       window_.tokens_BT.size(0) == batch;
+  at::Tensor unknown = at::empty({batch, tokens, layers}, at::kLong);
+  std::fill_n(unknown.data_ptr<int64_t>(), unknown.numel(), geometry_.num_experts);
+  // A decoder window keeps the newest tokens that the predictor looks at.
+  const int64_t keep =
+      goes_on ? std::min<int64_t>(window_.tokens_BT.size(1), history_ - tokens) : 0;
+  window_.tokens_BT =
+      Extended(window_.tokens_BT, keep, PlainRows(pass.token_ids_BT, at::kLong));
+  window_.valid_BT =
+      Extended(window_.valid_BT, keep, PlainRows(pass.valid_BT, at::kBool));
+  window_.experts_BTL = Extended(window_.experts_BTL, keep, unknown);
+  if (!goes_on) hidden_BTD_.assign(static_cast<size_t>(layers), at::Tensor());
+  window_.stack = pass.stack;
+  window_.pass_tokens = static_cast<int>(tokens);
   if (pass.stack == Stack::kEncoder) source_BSD_ = at::Tensor();
   if (pass.stack == Stack::kDecoder && pass.source_BSD.defined()) {
     source_BSD_ = pass.source_BSD;
@@ -93,19 +149,27 @@ void PredictorForesight::SkipPass(const PassInfo& pass) {
 
 void PredictorForesight::Remember(const LayerRouting& routing) {
   const int layer = geometry_.LayerInStack(routing.layer);
-  const int64_t from = tokens_BT_.size(1) - pass_tokens_;
+  const int64_t tokens = window_.tokens_BT.size(1), from = tokens - window_.pass_tokens;
   // A copy: the window handed out before must not change under its reader.
-  experts_BTL_ = experts_BTL_.clone();
-  experts_BTL_.slice(1, from).select(2, layer).copy_(routing.expert_ids_BT);
+  at::Tensor experts = EmptyOfTokens(window_.experts_BTL, tokens);
+  CopyTokens(window_.experts_BTL, 0, tokens, &experts, 0);
+  const at::Tensor chosen = PlainRows(routing.expert_ids_BT, at::kLong);
+  const int64_t layers = experts.size(2);
+  for (int64_t row = 0; row < chosen.numel(); ++row) {
+    const int64_t b = row / window_.pass_tokens, t = from + row % window_.pass_tokens;
+    experts.data_ptr<int64_t>()[(b * tokens + t) * layers + layer] =
+        chosen.const_data_ptr<int64_t>()[row];
+  }
+  window_.experts_BTL = std::move(experts);
   if (!predictor_->needs_hidden() || !routing.input_BTD.defined()) return;
   at::Tensor& kept = hidden_BTD_[static_cast<size_t>(layer)];
-  const at::Tensor fresh = routing.input_BTD.to(at::kCPU, at::kFloat);
-  if (stack_ == Stack::kEncoder && layer + 1 == geometry_.encoder_layers) {
+  const at::Tensor fresh = PlainRows(routing.input_BTD, at::kFloat);
+  if (window_.stack == Stack::kEncoder && layer + 1 == geometry_.encoder_layers) {
     source_BSD_ = fresh.clone(at::MemoryFormat::Contiguous);  // outlives the pass
-    source_valid_BS_ = valid_BT_.contiguous();
+    source_valid_BS_ = window_.valid_BT;
   }
-  const int64_t keep = kept.defined() ? std::min<int64_t>(kept.size(1), from) : 0;
-  kept = keep > 0 ? at::cat({kept.slice(1, kept.size(1) - keep), fresh}, 1) : fresh;
+  kept =
+      Extended(kept, kept.defined() ? std::min<int64_t>(kept.size(1), from) : 0, fresh);
 }
 
 std::vector<LayerForecast> PredictorForesight::AtLayer(const LayerRouting& routing) {
@@ -123,18 +187,17 @@ std::vector<LayerForecast> PredictorForesight::AtPassEnd(const PassInfo& pass) {
   const int64_t tokens = pass.token_ids_BT.size(1);
   PassInfo next;
   next.stack = pass.stack;
-  next.token_ids_BT = (*next_token_)(pass.output_BTD.select(1, tokens - 1)).unsqueeze(1);
-  next.valid_BT = pass.valid_BT.narrow(1, tokens - 1, 1);
+  const auto newest = [&](const at::Tensor& rows_BT) {
+    return tokens == 1 ? rows_BT : rows_BT.narrow(1, tokens - 1, 1);
+  };
+  next.token_ids_BT = (*next_token_)(newest(pass.output_BTD));
+  next.valid_BT = newest(pass.valid_BT);
   next.first_position = pass.first_position + static_cast<int>(tokens);
   // The window as it will be, for this question only.
-  const auto [ids, valid, experts] = std::tuple(tokens_BT_, valid_BT_, experts_BTL_);
-  const int pass_tokens = pass_tokens_;
-  SkipPass(next);
+  const Window now = window_;
+  StartPass(next);
   std::vector<LayerForecast> forecasts = Ask(-1);
-  tokens_BT_ = ids;
-  valid_BT_ = valid;
-  experts_BTL_ = experts;
-  pass_tokens_ = pass_tokens;
+  window_ = now;
   guessed_B1_ = next.token_ids_BT;
   return forecasts;
 }
@@ -143,54 +206,54 @@ void PredictorForesight::Skip(const LayerRouting& routing) { Remember(routing); 
 
 at::Tensor PredictorForesight::Context(bool newest_known) const {
   const at::Tensor& last = hidden_BTD_.back();
-  const int64_t batch = tokens_BT_.size(0), tokens = tokens_BT_.size(1);
+  const int64_t tokens = window_.tokens_BT.size(1);
   const int64_t before = last.defined() ? last.size(1) - newest_known : 0;
   const int64_t kept = std::min(before, tokens - 1);
   if (kept == 0) return {};  // counts as zeros
   // Only the newest row matters where the history was cut.
-  return at::cat({at::zeros({batch, tokens - kept, last.size(2)}),
-                  last.narrow(1, before - kept, kept)},
-                 1);
+  at::Tensor context = EmptyOfTokens(last, tokens);
+  std::memset(context.mutable_data_ptr(), 0, context.nbytes());
+  CopyTokens(last, before - kept, kept, &context, tokens - kept);
+  return context;
 }
 
 std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   RoutingWindow window;
-  window.stack = stack_;
+  window.stack = window_.stack;
   window.source_layer = source_layer;
-  window.num_layers = geometry_.layers(stack_);
+  window.num_layers = geometry_.layers(window_.stack);
   window.num_experts = geometry_.num_experts;
-  window.token_ids_BT = tokens_BT_;
-  window.valid_BT = valid_BT_;
-  window.experts_BTL = experts_BTL_;
+  window.token_ids_BT = window_.tokens_BT;
+  window.valid_BT = window_.valid_BT;
+  window.experts_BTL = window_.experts_BTL;
+  const int64_t batch = window_.tokens_BT.size(0);
   if (source_layer >= 0 && predictor_->needs_hidden()) {
     const at::Tensor& hidden = hidden_BTD_[static_cast<size_t>(source_layer)];
     // Where the history began without this layer, only a window of equal length serves.
-    if (!hidden.defined() || hidden.size(1) != tokens_BT_.size(1)) return {};
+    if (!hidden.defined() || hidden.size(1) != window_.tokens_BT.size(1)) return {};
     window.hidden_BTD = hidden;
   }
-  if (stack_ == Stack::kDecoder && predictor_->needs_hidden()) {
+  const bool decoder = window_.stack == Stack::kDecoder;
+  if (decoder && predictor_->needs_hidden()) {
     window.context_BTD = Context(source_layer == window.num_layers - 1);
-    if (source_BSD_.defined() && source_BSD_.size(0) == tokens_BT_.size(0)) {
+    if (source_BSD_.defined() && source_BSD_.size(0) == batch) {
       window.source_BSD = source_BSD_;
       window.source_valid_BS = source_valid_BS_;
     }
   }
   std::vector<LayerForecast> forecasts;
-  const bool decoder = stack_ == Stack::kDecoder;
   // Encoder: layers ahead. Decoder: up to this layer's next turn.
   const int reach = decoder ? window.num_layers : window.num_layers - 1 - source_layer;
   const int leads = std::min(max_lead_, reach);
   if (leads < 1) return {};
   const auto answers = decoder ? predictor_->PredictLast(window, leads)
                                : predictor_->PredictLeads(window, leads);
-  const at::Tensor counts =
-      (decoder ? valid_BT_.slice(1, valid_BT_.size(1) - 1) : valid_BT_).contiguous();
   for (int lead = 1; lead <= leads; ++lead) {
     const int target = source_layer + lead;
     const std::optional<at::Tensor>& probs = answers[static_cast<size_t>(lead - 1)];
     if (!probs) continue;
-    forecasts.push_back({geometry_.GlobalLayer(stack_, target % window.num_layers), lead,
-                         NeededByAny(*probs, counts)});
+    forecasts.push_back({geometry_.GlobalLayer(window_.stack, target % window.num_layers),
+                         lead, NeededByAny(*probs, window_.valid_BT)});
   }
   return forecasts;
 }

@@ -49,9 +49,16 @@ class PredictorForesight : public Foresight {
 
  private:
   bool AsksAtEnd(int source_layer) const {
-    return stack_ == Stack::kDecoder && source_layer == geometry_.decoder_layers - 1 &&
-           next_token_ != nullptr;
+    return window_.stack == Stack::kDecoder &&
+           source_layer == geometry_.decoder_layers - 1 && next_token_ != nullptr;
   }
+  // Plain rows on the CPU.
+  struct Window {
+    Stack stack = Stack::kEncoder;
+    int pass_tokens = 0;  // of the pass under way: the newest columns
+    at::Tensor tokens_BT, valid_BT, experts_BTL;
+  };
+  void StartPass(const PassInfo& pass);
   void Remember(const LayerRouting& routing);
   std::vector<LayerForecast> Ask(int source_layer);
   at::Tensor Context(bool newest_known) const;  // RoutingWindow::context_BTD
@@ -61,10 +68,7 @@ class PredictorForesight : public Foresight {
   int max_lead_, history_;
   std::shared_ptr<const NextTokenGuess> next_token_;
   at::Tensor guessed_B1_;  // what the next pass was asked about under; undefined: nothing
-  Stack stack_ = Stack::kEncoder;
-  int pass_tokens_ = 0;              // of the pass under way: the newest columns
-  at::Tensor tokens_BT_, valid_BT_;  // window so far
-  at::Tensor experts_BTL_;
+  Window window_;
   std::vector<at::Tensor> hidden_BTD_;  // by layer of the stack; kept where needed
   at::Tensor source_BSD_,
       source_valid_BS_;  // of the encoder's newest pass, or a replay's

@@ -3,12 +3,38 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string_view>
 
 #include "common/errors.h"
 #include "models/online_predictor.h"
 
 namespace routecast {
+
+namespace {
+
+constexpr int64_t kFewLogits = 1 << 13;  // up to here tensor calls cost more than numbers
+
+// softmax(logits of one lead / temperature) in plain loops, for a question between
+// layers.
+at::Tensor Softmax(const at::Tensor& logits_BTHE, int lead, double temperature) {
+  const int64_t H = logits_BTHE.size(2), E = logits_BTHE.size(3);
+  at::Tensor probs = at::empty({logits_BTHE.size(0), logits_BTHE.size(1), E}, at::kFloat);
+  const auto scale = static_cast<float>(1 / temperature);
+  const float* from = logits_BTHE.const_data_ptr<float>() + lead * E;
+  float* to = probs.data_ptr<float>();
+  for (int64_t row = 0; row < probs.numel(); row += E, from += H * E, to += E) {
+    const float largest = *std::max_element(from, from + E);
+    float total = 0;
+    for (int64_t e = 0; e < E; ++e)
+      total += to[e] = std::exp((from[e] - largest) * scale);
+    for (int64_t e = 0; e < E; ++e) to[e] /= total;
+  }
+  return probs;
+}
+
+}  // namespace
 
 LearnedPredictor::LearnedPredictor(std::string name, SavedSpeculationModel saved)
     : name_(std::move(name)), saved_(std::move(saved)) {}
@@ -49,15 +75,19 @@ void LearnedPredictor::RequireOwn(const RoutingWindow& window) const {
 
 std::vector<std::optional<at::Tensor>> LearnedPredictor::Calibrated(
     const RoutingWindow& window, const at::Tensor& logits_BTHE, int num_leads) const {
+  const auto leads = static_cast<int>(logits_BTHE.size(2));
+  const bool few = logits_BTHE.is_cpu() && logits_BTHE.is_contiguous() &&
+                   logits_BTHE.numel() <= kFewLogits;
   std::vector<std::optional<at::Tensor>> all;
   for (int lead = 1; lead <= num_leads; ++lead) {
-    if (lead > logits_BTHE.size(2)) {
+    if (lead > leads) {
       all.push_back(std::nullopt);
       continue;
     }
     const double temperature =
         saved_.calibration.Temperature(window.stack, window.source_layer, lead);
-    all.push_back(at::softmax(logits_BTHE.select(2, lead - 1) / temperature, -1));
+    all.push_back(few ? Softmax(logits_BTHE, lead - 1, temperature)
+                      : at::softmax(logits_BTHE.select(2, lead - 1) / temperature, -1));
   }
   return all;
 }

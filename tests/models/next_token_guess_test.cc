@@ -40,6 +40,20 @@ TEST(NextTokenGuessTest, RowsOfALargerVocabularyAreNeverChosen) {
   EXPECT_LT(charged(outputs).max().item<int64_t>(), 130);
 }
 
+TEST(NextTokenGuessTest, OfAShortlistTheBestIdIsNamed) {
+  const at::Tensor head = Head(400, 32, 32);
+  const std::vector<int64_t> ids = {399, 7, 128, 64, 200};
+  const at::Tensor of_rows = at::tensor(ids, at::kLong);
+  const at::Tensor outputs = at::randn({100, 3, 32});
+  const at::Tensor best =
+      at::matmul(outputs, head.index_select(0, of_rows).t()).argmax(-1);
+  const at::Tensor named = NextTokenGuess(head, 1000, ids)(outputs);
+  ASSERT_EQ(named.sizes(), best.sizes());
+  const at::Tensor expected = of_rows.index_select(0, best.flatten()).view({100, 3});
+  EXPECT_GE(named.eq(expected).to(at::kFloat).mean().item<double>(), 0.98);
+  EXPECT_TRUE(at::isin(named, of_rows).all().item<bool>());
+}
+
 TEST(NextTokenGuessTest, NotANumberIsAnIdAllTheSame) {
   const NextTokenGuess guess(Head(100, 16, 16));
   const int64_t id =
