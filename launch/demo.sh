@@ -8,20 +8,23 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: launch/demo.sh [--quick] [--pretrain] [--out DIR]
+Usage: launch/demo.sh [--quick] [--pretrain] [--scratch] [--out DIR]
   --quick     a tenth of the size
   --pretrain  train the `demo` preset anew and go on with that, instead of the checkpoint that
               the repository ships
-  --out DIR   results (default: out/demo, with -quick and -pretrain added)
+  --scratch   train the speculation model `hidden` from nothing, instead of going on with the one
+              that the repository ships (with --pretrain always)
+  --out DIR   results (default: out/demo, with -quick, -pretrain and -scratch added)
   --help      this text
 TEXT
 }
 
-quick=no pretrain=no out=
+quick=no pretrain=no scratch=no out=
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=yes ;;
     --pretrain) pretrain=yes ;;
+    --scratch) scratch=yes ;;
     --out) [ $# -ge 2 ] || die 2 "--out needs a folder"; out=$2; shift ;;
     --out=*) out=${1#--out=} ;;
     --help) usage; exit 0 ;;
@@ -33,6 +36,7 @@ if [ -z "$out" ]; then
   out=$root/out/demo
   [ "$quick" = no ] || out+=-quick
   [ "$pretrain" = no ] || out+=-pretrain
+  [ "$scratch" = no ] || out+=-scratch
 fi
 
 ranks=2
@@ -42,13 +46,13 @@ data=(--data="text:$corpus/gcide.txt#blocks" --data="text:$corpus/anarchism.txt#
 if [ "$quick" = yes ]; then
   pretrain_steps=10 sequences=100 generated=400
   rows=(--rounds=3 --warmup_rounds=1 --max_new_tokens=8)
-  train_hidden=(--steps=80 --test_sequences=100 --validation_sequences=64)
+  hidden_steps=80 train_hidden=(--test_sequences=100 --validation_sequences=64)
   train_interlayer=(--steps=16 --global_batch=16 --micro_batch=8 --test_sequences=16
                     --validation_sequences=16)
 else
   pretrain_steps=60 sequences=1000 generated=4000
   rows=(--rounds=20 --warmup_rounds=3)
-  train_hidden=(--steps=1200 --test_sequences=600)
+  hidden_steps=1200 train_hidden=(--test_sequences=600)
   # A window of `interlayer` costs many times one of `hidden`: small steps, so that there are some.
   train_interlayer=(--steps=240 --global_batch=16 --micro_batch=8 --test_sequences=64
                     --validation_sequences=32)
@@ -60,6 +64,13 @@ checkpoint=$(dirname "$(find "$root/configs/checkpoints" -name config.json 2>/de
 if [ "$pretrain" = yes ]; then
   size=()
   checkpoint=$out/pretrain
+fi
+# The shipped predictor of the shipped checkpoint learned from five times as many sequences, for
+# half an hour: it goes on with what was collected here, at a sixth of the first learning rate.
+predictor=$root/configs/predictors/$(basename "$checkpoint")-hidden
+if [ "$pretrain" = no ] && [ "$scratch" = no ] && [ -e "$predictor/config.json" ]; then
+  train_hidden+=(--start_from="$predictor" --learning_rate=1e-3)
+  [ "$quick" = yes ] || hidden_steps=300
 fi
 
 num_steps=9
@@ -78,7 +89,8 @@ run_demo() {
   # Both models learn from generation, which is what the runtime runs: there the next token follows
   # from the model's own state, which it does not where the text decides it.
   step train-hidden "speculation model: hidden, $ranks ranks" "$root/launch/train.sh" \
-    -n $ranks --store="$out/store-generate" --kind=hidden "${train_hidden[@]}" \
+    -n $ranks --store="$out/store-generate" --kind=hidden --steps="$hidden_steps" \
+    "${train_hidden[@]}" \
     --out="$out/train-hidden"
   step train-interlayer "speculation model: interlayer, $ranks ranks" \
     "$root/launch/train.sh" -n $ranks --store="$out/store-generate" --kind=interlayer \
