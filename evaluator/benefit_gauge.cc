@@ -49,7 +49,7 @@ bool BenefitGauge::Speculate() const {
   return block % 4 == 0 || block % 4 == 3;
 }
 
-void BenefitGauge::Record(double seconds) {
+void BenefitGauge::Record(double seconds, bool may_begin) {
   if (in_trial_) {
     // The first step of a block still carries the other mode's cache.
     if (position_ % options_.block_steps != 0)
@@ -62,7 +62,8 @@ void BenefitGauge::Record(double seconds) {
     }
     return;
   }
-  if (++position_ >= spell_) {
+  position_ = std::min(position_ + 1, spell_);
+  if (due() && may_begin) {
     position_ = 0;
     in_trial_ = true;
     spell_ = std::min(2 * spell_, options_.longest_spell);

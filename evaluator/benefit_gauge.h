@@ -24,12 +24,17 @@ class BenefitGauge {
 
   // Whether the step that comes may speculate.
   bool Speculate() const;
-  // The step is over: `seconds` that it cost (waiting for experts, and the predictor).
-  void Record(double seconds);
+  // The step is over: `seconds` that it cost (waiting for experts, and the predictor). A
+  // trial that is due begins after a step that `may_begin` one.
+  void Record(double seconds, bool may_begin = true);
   // The verdict of the last trial: false = speculation is off. True before the first one
   // ends.
   bool helps() const { return helps_; }
   bool in_trial() const { return in_trial_; }
+  // The spell is over, and the next trial waits for a step that may begin it.
+  bool due() const { return !in_trial_ && position_ >= spell_; }
+  // Whether the predictor must know what is routed: it is asked now, or may be soon.
+  bool needs_predictor() const { return in_trial_ || helps_ || due(); }
   // Seconds a step, by the evidence so far; 0 before the first trial ends.
   double with_seconds() const { return with_; }
   double without_seconds() const { return without_; }

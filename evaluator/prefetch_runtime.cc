@@ -34,7 +34,8 @@ PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* eng
       options_(std::move(options)),
       clock_(options_.clock ? *options_.clock : steady_clock_),
       cache_(spec.geometry, options_.num_slots, options_.eviction),
-      planner_(Filled(options_.planner, spec, *engine), &cache_, &clock_) {
+      planner_(Filled(options_.planner, spec, *engine), &cache_, &clock_),
+      gauges_{BenefitGauge(options_.gauge), BenefitGauge(options_.gauge)} {
   const int64_t d = spec.geometry.d_model, f = spec.d_ff;
   const auto view = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int slot = 0; slot < options_.num_slots; ++slot) {
@@ -97,9 +98,15 @@ void PrefetchRuntime::WatchTransfer(uint64_t id, TransferOutcome outcome) {
 }
 
 bool PrefetchRuntime::Speculating() const {
-  if (!foresight_ || !options_.planner.policy.speculate) return false;
+  if (!foresight_ || !options_.planner.policy.speculate || !following_) return false;
   return !options_.planner.policy.auto_off ||
          gauges_[static_cast<int>(stack_)].Speculate();
+}
+
+bool PrefetchRuntime::AnyGaugeNeedsPredictor() const {
+  if (!options_.planner.policy.auto_off) return true;
+  return (runs_[0] && gauges_[0].needs_predictor()) ||
+         (runs_[1] && gauges_[1].needs_predictor());
 }
 
 void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
@@ -107,8 +114,11 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
   pass_begin_ = clock_.Now();
   stall_ = predict_ = 0;
   if (!foresight_) return;
+  runs_[static_cast<int>(stack_)] = true;
+  // A window begins with its sequence.
+  if (pass.first_position == 0) following_ = AnyGaugeNeedsPredictor();
   if (!Speculating()) {
-    foresight_->SkipPass(pass);
+    if (following_) foresight_->SkipPass(pass);
     std::lock_guard lock(mutex_);
     planner_.ForgetPredictions();
     return;
@@ -150,7 +160,7 @@ void PrefetchRuntime::Begin(int layer, std::span<const int> experts) {
   std::vector<LayerForecast> forecasts;
   if (Speculating()) {
     forecasts = foresight_->AtLayer(pending_);
-  } else {
+  } else if (following_) {
     foresight_->Skip(pending_);
   }
   const double asked = clock_.Now();
@@ -220,7 +230,7 @@ void PrefetchRuntime::OnPassEnd(const PassInfo& pass) {
   }
   if (foresight_ && options_.planner.policy.auto_off) {
     // What speculation changes, without the noise of computing: waiting, and asking.
-    gauges_[static_cast<int>(stack_)].Record(stall_ + predict_);
+    gauges_[static_cast<int>(stack_)].Record(stall_ + predict_, following_);
   }
   PhaseStats& stats = stats_[static_cast<int>(stack_)];
   ++stats.passes;

@@ -27,7 +27,8 @@ namespace routecast {
 struct RuntimeOptions {
   int num_slots = 2;
   Eviction eviction = Eviction::kLru;
-  PlannerOptions planner;  // cancelling, and expert_bytes where 0, are filled in
+  PlannerOptions planner;     // cancelling, and expert_bytes where 0, are filled in
+  BenefitGaugeOptions gauge;  // of each stack
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
   const Clock* clock = nullptr;  // outlives the runtime; null: a steady one of its own
@@ -97,6 +98,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   void Wait(std::unique_lock<std::mutex>* lock);  // for the next event of the engine
   void WaitIdle(std::unique_lock<std::mutex>* lock);
   bool Speculating() const;
+  bool AnyGaugeNeedsPredictor() const;
 
   ExpertFileSpec spec_;
   TransferEngine* engine_;
@@ -110,6 +112,10 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   PrefetchPlanner planner_;
   std::vector<ExpertWeights> slots_;  // views of slot memory
   BenefitGauge gauges_[2];
+  bool runs_[2] = {false, false};  // stacks that have been seen
+  // Whether the foresight is told of this sequence. Where speculation is off it is not:
+  // keeping its window costs a small model's step some hundredths.
+  bool following_ = true;
   PhaseStats stats_[2];
   TransferLedger last_ledger_;
   LayerRouting pending_;  // told by OnRouting, used in Begin after the demand

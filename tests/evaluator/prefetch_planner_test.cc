@@ -350,5 +350,16 @@ TEST(BenefitGaugeTest, TriesAgainAfterASpell) {
   EXPECT_TRUE(gauge.helps());
 }
 
+TEST(BenefitGaugeTest, ATrialThatIsDueWaitsForAStepThatMayBeginIt) {
+  BenefitGauge gauge({4, 4, 10, 40});
+  while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 2 : 1);
+  EXPECT_FALSE(gauge.needs_predictor());
+  for (int i = 0; i < 15; ++i) gauge.Record(1, false);
+  EXPECT_FALSE(gauge.in_trial());
+  EXPECT_TRUE(gauge.needs_predictor());
+  gauge.Record(1, true);
+  EXPECT_TRUE(gauge.in_trial());
+}
+
 }  // namespace
 }  // namespace routecast

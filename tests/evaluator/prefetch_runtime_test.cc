@@ -5,6 +5,7 @@
 #include <c10/core/GradMode.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <thread>
@@ -200,6 +201,50 @@ TEST_F(PrefetchRuntimeTest, WhatIsSaidAtAPassEndIsFetchedForTheNextToken) {
   const PhaseStats stats = second->stats(Stack::kDecoder);
   EXPECT_GT(stats.speculations, 0);
   EXPECT_GT(stats.predictor_seconds, 0);
+}
+
+// Costs more than it could ever save, and counts what it is told.
+class CountingForesight : public Foresight {
+ public:
+  explicit CountingForesight(int* told) : told_(told) {}
+  std::string name() const override { return "counting"; }
+  std::vector<LayerForecast> AtPassBegin(const PassInfo&) override { return Slowly(); }
+  std::vector<LayerForecast> AtLayer(const LayerRouting&) override { return Slowly(); }
+  void SkipPass(const PassInfo&) override { ++*told_; }
+  void Skip(const LayerRouting&) override { ++*told_; }
+
+ private:
+  std::vector<LayerForecast> Slowly() {
+    ++*told_;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    return {};
+  }
+  int* told_;
+};
+
+TEST_F(PrefetchRuntimeTest, APredictorThatIsOffIsToldNothingUntilTheNextTrial) {
+  DiskTransferEngine engine(file_, 32, {});
+  RuntimeOptions options;
+  options.num_slots = 32;  // after the first sequence nothing is waited for
+  options.planner.policy = ParsePolicy("auto");
+  // Trials of four steps, clear or not; 20 steps until the second.
+  options.gauge = {2, 1, 20, 20, 0};
+  int told = 0;
+  PrefetchRuntime runtime(file_->spec(), &engine,
+                          std::make_unique<CountingForesight>(&told), options);
+  for (int i = 0; i < 4; ++i) Decode(&runtime, &runtime);  // the encoder's trial, too
+  ASSERT_GT(told, 0);
+  ASSERT_FALSE(runtime.speculation_helps(Stack::kEncoder));
+  ASSERT_FALSE(runtime.speculation_helps(Stack::kDecoder));
+  const auto tells = [&] {
+    const int before = told;
+    EXPECT_EQ(Decode(&runtime, &runtime), Resident());
+    return told > before;
+  };
+  std::vector<bool> told_in;
+  for (int i = 0; i < 6; ++i) told_in.push_back(tells());
+  EXPECT_NE(std::find(told_in.begin(), told_in.end(), false), told_in.end());
+  EXPECT_NE(std::find(told_in.begin(), told_in.end(), true), told_in.end());
 }
 
 TEST_F(PrefetchRuntimeTest, OracleHitsWhatItForesees) {
