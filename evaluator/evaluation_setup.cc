@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <numeric>
 #include <utility>
 
 #include "common/errors.h"
@@ -68,29 +67,6 @@ void LoadPredictors(const EvaluationOptions& options,
   const std::vector<std::string> name = {"token_table"};
   setup->scheduler = std::move(MakePredictors(name, name, setup->geometry, routers,
                                               setup->reader.get(), options.quiet)[0]);
-}
-
-// The ids that the store's train part says most often, `count` at most; none where there
-// are no more than that.
-std::vector<int64_t> FrequentIds(const TraceReader& reader, int64_t vocab_size,
-                                 int64_t count) {
-  if (vocab_size <= count) return {};
-  std::vector<uint64_t> train;
-  for (const SequenceInfo& info : reader.sequences()) {
-    if (SplitOf(info.group_id) == SplitPart::kTrain) train.push_back(info.sequence_id);
-  }
-  std::vector<int64_t> said(static_cast<size_t>(vocab_size)), ids(said.size());
-  for (const RoutingTrace& trace : reader.ReadMany(train, WithHidden::kNo)) {
-    for (uint32_t id : trace.decoder.token_ids) {
-      if (id < said.size()) ++said[id];
-    }
-  }
-  std::iota(ids.begin(), ids.end(), 0);
-  std::stable_sort(ids.begin(), ids.end(), [&](int64_t a, int64_t b) {
-    return said[static_cast<size_t>(a)] > said[static_cast<size_t>(b)];
-  });
-  ids.resize(static_cast<size_t>(count));
-  return ids;
 }
 
 std::shared_ptr<const NextTokenGuess> GuessOf(const at::Tensor& head_VD, int64_t rows,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <numeric>
 
 #include "common/errors.h"
 #include "models/predictor_factory.h"
@@ -17,13 +18,17 @@ bool Has(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
-// Counts of the train part: what the simple baselines predict from.
-std::shared_ptr<const BaselineTables> FitTables(const TraceReader& reader, bool quiet) {
+std::vector<RoutingTrace> ReadTrainPart(const TraceReader& reader) {
   std::vector<uint64_t> train;
   for (const SequenceInfo& info : reader.sequences()) {
     if (SplitOf(info.group_id) == SplitPart::kTrain) train.push_back(info.sequence_id);
   }
-  const std::vector<RoutingTrace> traces = reader.ReadMany(train, WithHidden::kNo);
+  return reader.ReadMany(train, WithHidden::kNo);
+}
+
+// Counts of the train part: what the simple baselines predict from.
+std::shared_ptr<const BaselineTables> FitTables(const TraceReader& reader, bool quiet) {
+  const std::vector<RoutingTrace> traces = ReadTrainPart(reader);
   uint32_t vocab = 0;
   for (const RoutingTrace& trace : traces) {
     for (uint32_t id : trace.encoder.token_ids) vocab = std::max(vocab, id);
@@ -90,6 +95,23 @@ std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     predictors.push_back(MakeBaseline(name, tables, geometry, routers));
   }
   return predictors;
+}
+
+std::vector<int64_t> FrequentIds(const TraceReader& reader, int64_t vocab_size,
+                                 int64_t count) {
+  if (vocab_size <= count) return {};
+  std::vector<int64_t> said(static_cast<size_t>(vocab_size)), ids(said.size());
+  for (const RoutingTrace& trace : ReadTrainPart(reader)) {
+    for (uint32_t id : trace.decoder.token_ids) {
+      if (id < said.size()) ++said[id];
+    }
+  }
+  std::iota(ids.begin(), ids.end(), 0);
+  std::stable_sort(ids.begin(), ids.end(), [&](int64_t a, int64_t b) {
+    return said[static_cast<size_t>(a)] > said[static_cast<size_t>(b)];
+  });
+  ids.resize(static_cast<size_t>(count));
+  return ids;
 }
 
 }  // namespace routecast

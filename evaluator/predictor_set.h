@@ -28,4 +28,9 @@ std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
 // Of a store; empty where it has none.
 std::vector<RouterWeights> StoredRouters(const TraceReader& reader);
 
+// The ids that decoders of the store's train part say most often, `count` of them, the
+// most frequent first, equals by id; none where the vocabulary has no more than that.
+std::vector<int64_t> FrequentIds(const TraceReader& reader, int64_t vocab_size,
+                                 int64_t count);
+
 }  // namespace routecast

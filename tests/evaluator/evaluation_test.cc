@@ -9,6 +9,7 @@
 #include <set>
 
 #include "common/errors.h"
+#include "evaluator/predictor_set.h"
 #include "gtest/gtest.h"
 #include "storage/trace_reader.h"
 #include "tests/evaluator/synthetic_store.h"
@@ -66,6 +67,25 @@ TEST_F(EvaluationTest, ReplayWritesResultsAndReport) {
   }
   EXPECT_EQ(ReadJsonFile(options.out / "run.json")["exit_status"], 0);
   EXPECT_GT(fs::file_size(options.out / "report.html"), 1000u);
+}
+
+TEST_F(EvaluationTest, FrequentIdsAreThoseOfTheTrainPart) {
+  const TraceReader reader(folder_ / "store");
+  std::map<int64_t, int> said;
+  for (const SequenceInfo& info : reader.sequences()) {
+    if (SplitOf(info.group_id) != SplitPart::kTrain) continue;
+    for (uint32_t id : reader.Read(info.sequence_id, WithHidden::kNo).decoder.token_ids)
+      ++said[id];
+  }
+  const std::vector<int64_t> ids = FrequentIds(reader, 96, 7);
+  ASSERT_EQ(ids.size(), 7u);
+  EXPECT_EQ(std::set<int64_t>(ids.begin(), ids.end()).size(), 7u);
+  EXPECT_GT(said[ids[0]], 0);
+  for (size_t i = 1; i < ids.size(); ++i) EXPECT_LE(said[ids[i]], said[ids[i - 1]]);
+  int more = 0;  // ids that are said more often than the last one that is named
+  for (const auto& [id, times] : said) more += times > said[ids.back()];
+  EXPECT_LT(more, 7);
+  EXPECT_TRUE(FrequentIds(reader, 96, 96).empty());
 }
 
 // Routers and a vocabulary head that know nothing of the traces.
