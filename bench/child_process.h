@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,7 @@ class LineProcess {
       dup2(in[0], 0);
       dup2(out[1], 1);
       for (int fd : {in[0], in[1], out[0], out[1]}) close(fd);
+      unsetenv("THP_MEM_ALLOC_ENABLE");  // our own programs' choice, not the baseline's
       std::vector<char*> argv;
       for (const auto& word : command) argv.push_back(const_cast<char*>(word.c_str()));
       argv.push_back(nullptr);

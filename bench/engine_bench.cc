@@ -13,6 +13,7 @@
 #include <cstdio>
 
 #include "bench/child_process.h"
+#include "common/process_memory.h"
 #include "models/checkpoint.h"
 #include "models/linear.h"
 #include "models/static_decoder.h"
@@ -333,6 +334,8 @@ int Main() {
 }  // namespace routecast
 
 int main(int argc, char** argv) {
+  routecast::KeepFreedMemory();
+  routecast::PreferLargePages();
   gflags::SetUsageMessage("times the Switch Transformer engine beside its reference");
   gflags::ParseCommandLineFlags(&argc, &argv, true);
   try {

@@ -11,6 +11,7 @@
 
 #include "collector/routing_recorder.h"
 #include "common/errors.h"
+#include "common/process_memory.h"
 #include "models/checkpoint.h"
 #include "storage/trace_store.h"
 
@@ -151,6 +152,8 @@ void Run() {
 }  // namespace routecast
 
 int main(int argc, char** argv) {
+  routecast::KeepFreedMemory();
+  routecast::PreferLargePages();
   gflags::SetUsageMessage("measures what recording routing costs");
   gflags::ParseCommandLineFlags(&argc, &argv, true);
   try {

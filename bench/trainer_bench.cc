@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "bench/child_process.h"
+#include "common/process_memory.h"
 #include "common/random.h"
 #include "models/ensemble_model.h"
 #include "trainer/gradient_reducer.h"
@@ -204,6 +205,8 @@ int Main() {
 }  // namespace routecast
 
 int main(int argc, char** argv) {
+  routecast::KeepFreedMemory();
+  routecast::PreferLargePages();
   gflags::SetUsageMessage("times training steps of speculation models");
   gflags::ParseCommandLineFlags(&argc, &argv, true);
   try {

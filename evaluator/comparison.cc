@@ -3,14 +3,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <numeric>
-#include <stdexcept>
 
 #include "common/errors.h"
 #include "common/progress.h"
 #include "common/stop.h"
+#include "evaluator/comparison_row.h"
 #include "evaluator/decoding_engine.h"
 #include "evaluator/expert_copies.h"
 
@@ -21,19 +19,6 @@ constexpr int kOracleHorizon = 12;  // visits that the oracle tells ahead
 constexpr int kStagingSlots = 4;    // of compressed experts
 constexpr uint64_t kReferenceBytes = uint64_t{256} << 20;  // of logits that are kept
 constexpr double kLeastBound = 1.5;  // below it the demo's link is paced (--link=auto)
-
-double Quantile(std::vector<double> values, double q) {
-  if (values.empty()) return 0;
-  std::sort(values.begin(), values.end());
-  const double at = q * static_cast<double>(values.size() - 1);
-  const auto low = static_cast<size_t>(at);
-  const size_t high = std::min(low + 1, values.size() - 1);
-  return values[low] + (at - static_cast<double>(low)) * (values[high] - values[low]);
-}
-
-double Sum(const std::vector<double>& values) {
-  return std::accumulate(values.begin(), values.end(), 0.0);
-}
 
 uint64_t AvailableMemory() {
   return static_cast<uint64_t>(::sysconf(_SC_AVPHYS_PAGES)) *
@@ -51,74 +36,6 @@ std::vector<ExpertKey> AllKeys(const ExpertFile& file) {
 
 }  // namespace
 
-int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec) {
-  const auto slots = static_cast<int>(budget_bytes / spec.stride_bytes());
-  if (slots >= 2) return slots;
-  throw UsageError(ErrorText(
-      "--expert_budget is smaller than one step needs",
-      FormatBytes(budget_bytes) + " given; two experts (one runs, one arrives) need " +
-          FormatBytes(2 * spec.stride_bytes()),
-      "use --expert_budget=" + std::to_string(2 * spec.stride_bytes()) + " or more"));
-}
-
-uint64_t ParseBudget(const std::string& text, uint64_t whole_bytes) {
-  if (text.empty() || text.back() != '%') return ParseBytes("--expert_budget", text);
-  size_t used = 0;
-  double percent = -1;
-  try {
-    percent = std::stod(text, &used);
-  } catch (const std::exception&) {
-  }
-  if (used + 1 != text.size() || !(percent > 0) || percent > 100) {
-    throw UsageError(ErrorText("--expert_budget=" + text + " is not a share",
-                               "more than 0% and at most 100%", "write 25% or 512MiB"));
-  }
-  return static_cast<uint64_t>(percent / 100 * static_cast<double>(whole_bytes));
-}
-
-MissCount CountMisses(const MoeGeometry& geometry, int slots, Eviction eviction,
-                      const std::vector<OracleForesight::Visit>& visits,
-                      size_t counted_from) {
-  ExpertCache cache(geometry, slots, eviction);
-  if (eviction == Eviction::kBelady) {
-    std::vector<ExpertKey> future;
-    for (const auto& visit : visits) {
-      for (int expert : visit.experts) future.push_back({visit.layer, expert});
-    }
-    cache.SetFuture(future);
-  }
-  MissCount count;
-  for (size_t i = 0; i < visits.size(); ++i) {
-    cache.BeginLayer(visits[i].layer);
-    for (int expert : visits[i].experts) {
-      const ExpertKey key{visits[i].layer, expert};
-      if (cache.state(key) != ExpertCache::State::kReady) {
-        if (i >= counted_from)
-          ++count.misses[static_cast<int>(geometry.StackOf(key.layer))];
-        if (cache.free_slots() == 0) cache.Drop(*cache.Victim());
-        cache.Load(key);
-        cache.Arrive(key);
-      }
-      cache.Use(key);
-    }
-  }
-  return count;
-}
-
-struct Comparison::Row {
-  std::string policy, predictor, eviction;
-  DiskTransferEngine* disk = nullptr;  // what is paced
-  bool is_resident = false, is_lossy = false;
-  int slots = 0;
-  OracleForesight* oracle = nullptr;  // owned by the runtime
-  std::unique_ptr<PrefetchRuntime> runtime;
-  OutputHash hash;
-  std::vector<double> rates[2];    // tokens/s by round
-  std::vector<double> seconds[2];  // of a round
-  std::vector<double> steps[2];
-  LossyQuality quality;
-};
-
 Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> file,
                        std::vector<ExpertPredictor*> predictors,
                        ComparisonOptions options)
@@ -127,10 +44,21 @@ Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> fil
       predictors_(std::move(predictors)),
       options_(std::move(options)) {
   slots_ = std::min(SlotsOfBudget(options_.budget_bytes, file_->spec()), file_->count());
+  if (options_.kv_in_budget) ShareBudget();
   if (workload_->num_segments() < 1) {
     throw UsageError(ErrorText("nothing to run: fewer sequences than one batch", "",
                                "give more prompts or a smaller --batch"));
   }
+}
+
+void Comparison::ShareBudget() {
+  const uint64_t most = workload_->MaxKeyValueBytes();
+  const SharedSlots shared =
+      SlotsBeside(options_.budget_bytes, most, file_->count(), file_->spec());
+  notes_.push_back("keys and values, up to " + FormatBytes(most) +
+                   ", share the budget: between " + std::to_string(shared.most) +
+                   " and " + std::to_string(shared.least) + " experts of " +
+                   std::to_string(file_->count()) + " fit beside them");
 }
 
 Comparison::~Comparison() {
@@ -276,6 +204,12 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
   options.planner.policy = ParsePolicy(row->is_resident ? "on_demand" : policy);
   options.planner.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
   if (row->is_lossy) options.planner.expert_bytes = options_.copies->spec().blob_bytes();
+  if (options_.kv_in_budget && !row->is_resident) {
+    options.memory_bytes = options_.budget_bytes;
+    options.key_value_bytes = [this](const PassInfo& pass) {
+      return workload_->KeyValueBytes(pass);
+    };
+  }
   if (predictor == "oracle") {
     row->oracle = static_cast<OracleForesight*>(foresight.get());
     options.planner.policy.max_lead = kOracleHorizon;
@@ -316,8 +250,8 @@ void Comparison::AddSpeculatingRows(DiskTransferEngine* disk) {
   const int max_lead = ParsePolicy(options_.policy).max_lead;
   for (ExpertPredictor* predictor : predictors_) {
     AddRow(options_.policy, predictor->name(), options_.eviction,
-           std::make_unique<PredictorForesight>(predictor, workload_->geometry(), max_lead,
-                                                options_.next_token),
+           std::make_unique<PredictorForesight>(predictor, workload_->geometry(),
+                                                max_lead, options_.next_token),
            disk);
   }
   const std::string oracle_policy =
@@ -404,82 +338,6 @@ void Comparison::DrawRound(int round) {
   }
 }
 
-RowResult Comparison::Summarise(const Row& row, Stack phase) const {
-  const int s = static_cast<int>(phase);
-  const PhaseStats stats = row.runtime->stats(phase);
-  const MoeGeometry& g = workload_->geometry();
-  RowResult result;
-  result.policy = row.policy;
-  result.predictor = row.predictor;
-  result.eviction = row.eviction;
-  result.tier = "host";
-  result.phase = phase;
-  result.budget_bytes = static_cast<uint64_t>(row.slots) * file_->spec().stride_bytes();
-  result.held_bytes_peak = static_cast<uint64_t>(row.runtime->held_peak_slots()) *
-                           file_->spec().stride_bytes();
-  result.budget_phase_share =
-      std::min(1.0, static_cast<double>(row.slots) / (g.layers(phase) * g.num_experts));
-  result.batch = options_.batch;
-  result.emulated = pace_ > 0;
-  result.pairs = static_cast<int>(row.rates[s].size());
-  result.tokens_per_second = Quantile(row.rates[s], 0.5);
-  result.spread = Quantile(row.rates[s], 0.75) - Quantile(row.rates[s], 0.25);
-  result.p50_ms = 1e3 * Quantile(row.steps[s], 0.50);
-  result.p95_ms = 1e3 * Quantile(row.steps[s], 0.95);
-  result.p99_ms = 1e3 * Quantile(row.steps[s], 0.99);
-  result.hit_rate =
-      stats.uses > 0 ? static_cast<double>(stats.hits) / static_cast<double>(stats.uses)
-                     : 0;
-  result.bytes_useful = stats.bytes_useful;
-  result.bytes_late = stats.bytes_late;
-  result.bytes_wasted = stats.bytes_wasted;
-  result.stall_seconds = stats.stall_seconds;
-  result.predictor_seconds = stats.predictor_seconds;
-  result.compute_seconds =
-      Sum(row.seconds[s]) - stats.stall_seconds - stats.predictor_seconds;
-  const double moved =
-      static_cast<double>(stats.bytes_useful + stats.bytes_late + stats.bytes_wasted);
-  result.transfer_seconds = moved / (pace_ > 0 ? pace_ : peak_);
-  result.output_sha256 = row.hash.Hex();
-  result.lossless = !row.is_lossy && result.output_sha256 == rows_.front()->hash.Hex();
-  if (row.is_lossy) {
-    result.copies = CopyName(options_.copies->spec().copies);
-    result.exact_match = row.quality.exact_match();
-    result.logit_kl = row.quality.logit_kl();
-    result.perplexity_change = row.quality.perplexity_change();
-    result.compared_sequences = row.quality.sequences();
-  }
-  result.speculation_used = stats.speculations > 0
-                                ? static_cast<double>(stats.speculations_used) /
-                                      static_cast<double>(stats.speculations)
-                                : 0;
-  result.switched_off = !row.runtime->speculation_helps(phase);
-  return result;
-}
-
-void Comparison::AddBounds(std::vector<RowResult>* rows) const {
-  size_t from = 0;
-  const auto visits = AllVisits(&from);
-  const MissCount best =
-      CountMisses(workload_->geometry(), slots_, Eviction::kBelady, visits, from);
-  for (RowResult& row : *rows) {
-    const int s = static_cast<int>(row.phase);
-    // Tc: computing with nothing to wait for. Tx: moving what on-demand LRU moves.
-    double tc = compute_[s] * options_.rounds, tx = 0;
-    for (const RowResult& other : *rows) {
-      if (other.phase != row.phase || other.copies != "lossless") continue;
-      if (other.policy == "resident") tc = other.compute_seconds;
-      if (other.policy == "on_demand" && other.eviction == "lru")
-        tx = other.transfer_seconds;
-    }
-    row.bound = tc + tx > 0 ? (tc + tx) / std::max(tc, tx) : 1;
-    if (row.policy != "resident") {
-      row.bytes_belady =
-          best.misses[s] * static_cast<int64_t>(file_->spec().blob_bytes());
-    }
-  }
-}
-
 ComparisonResult Comparison::Run() {
   Record();
   ChooseLink();
@@ -501,42 +359,6 @@ ComparisonResult Comparison::Run() {
 
   ComparisonResult result = Result();
   if (options_.timeline) DrawRound(rounds);
-  return result;
-}
-
-ComparisonResult Comparison::Result() {
-  ComparisonResult result;
-  size_t baseline = 0;
-  while (rows_[baseline]->eviction != "lru") ++baseline;
-  result.lossless = true;
-  for (Stack phase : {Stack::kEncoder, Stack::kDecoder}) {
-    if (!workload_->runs(phase)) continue;
-    for (const auto& row : rows_) {
-      RowResult summary = Summarise(*row, phase);
-      const auto& base = rows_[baseline]->rates[static_cast<int>(phase)];
-      std::vector<double> ratios;
-      for (size_t i = 0; i < base.size(); ++i) {
-        ratios.push_back(row->rates[static_cast<int>(phase)][i] / base[i]);
-      }
-      summary.speed_up = Quantile(ratios, 0.5);
-      result.lossless = result.lossless && (summary.lossless || row->is_lossy);
-      result.rows.push_back(std::move(summary));
-    }
-  }
-  AddBounds(&result.rows);
-  result.device = "cpu";
-  result.link = engine_->description();
-  result.link_peak_bytes_per_second = peak_;
-  result.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
-  result.emulated = pace_ > 0;
-  result.synthetic_weights = options_.synthetic_weights;
-  for (const auto& row : result.rows) {
-    if (row.switched_off) {
-      notes_.push_back(row.predictor + " (" + StackName(row.phase) +
-                       "): prefetching did not help here and is off");
-    }
-  }
-  result.notes = notes_;
   return result;
 }
 

@@ -10,6 +10,7 @@
 
 #include "evaluator/comparison_result.h"
 #include "evaluator/disk_transfer_engine.h"
+#include "evaluator/expert_budget.h"
 #include "evaluator/expert_file.h"
 #include "evaluator/lossy_quality.h"
 #include "evaluator/prefetch_runtime.h"
@@ -21,6 +22,7 @@ namespace routecast {
 
 struct ComparisonOptions {
   uint64_t budget_bytes = 0;    // of expert memory; whole slots are used
+  bool kv_in_budget = false;    // keys and values as well: slots make room for them
   std::string policy = "auto";  // of the rows that speculate
   Eviction eviction = Eviction::kLru;
   int rounds = 20;        // measured, a segment each; segments repeat when fewer
@@ -33,7 +35,7 @@ struct ComparisonOptions {
   bool oracle = true, resident = true, uncached = true;
   // Compressed copies of the same experts: rows on them too, named lossy. Null = none.
   std::shared_ptr<const ExpertFile> copies;
-  bool synthetic_weights = false;     // label only
+  bool synthetic_weights = false;  // label only
   // Predictors are asked about the next token while the vocabulary head runs; null = not.
   std::shared_ptr<const NextTokenGuess> next_token;
   at::ScalarType dtype = at::kFloat;  // of the experts on disk
@@ -41,12 +43,6 @@ struct ComparisonOptions {
   Timeline* timeline = nullptr;
   bool quiet = false;
 };
-
-// Slots that `budget_bytes` buys. UsageError naming the least that works: two experts,
-// one that runs and one that arrives.
-int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec);
-// "25%" of `whole_bytes`, or bytes with a unit.
-uint64_t ParseBudget(const std::string& text, uint64_t whole_bytes);
 
 // Experts that a policy would load over these visits with `slots`; counted from visit
 // `counted_from` on, by stack of the visit.
@@ -68,6 +64,7 @@ class Comparison {
 
  private:
   struct Row;
+  void ShareBudget();
   void Record();      // first pass: visits, Tc
   void ChooseLink();  // native or paced
   void MakeRows();

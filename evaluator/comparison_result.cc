@@ -46,6 +46,10 @@ Json ComparisonResult::ToJson() const {
     entry["budget_bytes"] = row.budget_bytes;
     entry["held_bytes_peak"] = row.held_bytes_peak;
     entry["budget_phase_share"] = row.budget_phase_share;
+    if (row.memory_bytes_peak > 0) {
+      entry["memory_bytes_peak"] = row.memory_bytes_peak;
+      entry["least_slots"] = row.least_slots;
+    }
     entry["phase"] = StackName(row.phase);
     entry["batch"] = row.batch;
     entry["prompts"] = row.prompts;

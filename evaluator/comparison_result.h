@@ -16,6 +16,10 @@ struct RowResult {
   Stack phase = Stack::kDecoder;
   uint64_t budget_bytes = 0, held_bytes_peak = 0;
   double budget_phase_share = 0;
+  // Where keys and values share the budget: the most that they and slots took, and the
+  // fewest slots that were left. Else 0.
+  uint64_t memory_bytes_peak = 0;
+  int least_slots = 0;
   int batch = 1, pairs = 0;
   std::string prompts;                // which requests: store, lines.txt, squad:dev.json
   std::string schedule = "in_order";  // how they were batched

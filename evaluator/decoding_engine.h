@@ -29,6 +29,8 @@ class DecodingEngine : public TransferEngine {
   void Cancel(uint64_t id) override;
   bool can_cancel() const override { return inner_->can_cancel(); }
   std::byte* slot(int slot) const override { return arena_.slot(slot); }
+  void Discard(int slot) override { arena_.Discard(slot); }
+  void Reclaim(int slot) override { arena_.Reclaim(slot); }
   std::string description() const override;
   std::string last_error() const override { return inner_->last_error(); }
   bool is_stepped() const override { return inner_->is_stepped(); }

@@ -42,6 +42,8 @@ class DiskTransferEngine : public TransferEngine {
   void Cancel(uint64_t id) override;
   bool can_cancel() const override { return true; }
   std::byte* slot(int slot) const override { return arena_.slot(slot); }
+  void Discard(int slot) override { arena_.Discard(slot); }
+  void Reclaim(int slot) override { arena_.Reclaim(slot); }
   std::string description() const override;
   std::string last_error() const override;
 

@@ -21,6 +21,7 @@ ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFil
   ComparisonOptions comparison;
   comparison.budget_bytes =
       BudgetOf(options, static_cast<uint64_t>(file.count()) * file.spec().stride_bytes());
+  comparison.kv_in_budget = options.kv_in_budget;
   comparison.policy = options.policy;
   comparison.eviction = ParseEviction(options.eviction);
   comparison.rounds = options.rounds;

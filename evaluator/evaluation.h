@@ -19,6 +19,7 @@ struct EvaluationOptions {             // one field a flag of the same name
   std::string eviction = "lru";
   std::string expert_budget = "25%";  // of the experts of the stacks that run, or bytes
   bool budget_given = true;           // false: the default, which --tier may overrule
+  bool kv_in_budget = false;          // keys and values count against the budget
   std::string tier;                   // tier_spec.h; empty: host,disk
   std::string copies = "lossless";    // int8, int4: lossy rows beside the others
   std::string phase = "decoder";      // replay: decoder, encoder or both

@@ -93,6 +93,24 @@ void ExpertCache::Drop(ExpertKey key) {
   entry.state = State::kAbsent;
 }
 
+int ExpertCache::Retire() {
+  Require(!free_.empty(), "Retire without a free slot");
+  retired_.push_back(free_.back());
+  free_.pop_back();
+  return retired_.back();
+}
+
+int ExpertCache::Restore() {
+  Require(!retired_.empty(), "Restore without a retired slot");
+  free_.push_back(retired_.back());
+  retired_.pop_back();
+  return free_.back();
+}
+
+bool ExpertCache::IsRetired(int slot) const {
+  return std::find(retired_.begin(), retired_.end(), slot) != retired_.end();
+}
+
 void ExpertCache::Pin(ExpertKey key) {
   Require(Of(key).state != State::kAbsent, "Pin of an absent key");
   ++Of(key).pins;

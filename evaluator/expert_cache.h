@@ -39,6 +39,10 @@ class ExpertCache {
   int pins(ExpertKey key) const { return Of(key).pins; }
   int num_slots() const { return static_cast<int>(in_slot_.size()); }
   int free_slots() const { return static_cast<int>(free_.size()); }
+  int retired_slots() const { return static_cast<int>(retired_.size()); }
+  bool IsRetired(int slot) const;
+  // Slots with an expert in them or on its way.
+  int held_slots() const { return num_slots() - free_slots() - retired_slots(); }
   Eviction eviction() const { return eviction_; }
   const MoeGeometry& geometry() const { return geometry_; }
   // The key in a slot, -1 (as an index) where free.
@@ -53,6 +57,10 @@ class ExpertCache {
   void Arrive(ExpertKey key);  // loading -> ready
   // Loading or ready -> absent. REQUIRES no pins.
   void Drop(ExpertKey key);
+  // Takes a free slot out of service, and puts the one back that was taken last; the
+  // slot. REQUIRES free_slots() > 0, retired_slots() > 0.
+  int Retire();
+  int Restore();
   void Pin(ExpertKey key);  // REQUIRES not absent
   void Unpin(ExpertKey key);
   // Ready and without pins.
@@ -90,7 +98,7 @@ class ExpertCache {
   Eviction eviction_;
   std::vector<Entry> entries_;  // by key index
   std::vector<int> in_slot_;    // slot -> key index, -1 free
-  std::vector<int> free_;
+  std::vector<int> free_, retired_;
   int layer_ = -1;       // running now
   uint64_t visits_ = 0;  // of any layer
   std::vector<uint64_t> layer_visits_;

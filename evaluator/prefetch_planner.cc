@@ -20,6 +20,8 @@ constexpr double kWorthSpan = 4;
 constexpr double kSwitchGain =
     1.5;  // how much better a speculation must be to replace one
 
+double Discount(int slots) { return 1 - kWorthSpan / (kWorthSpan + slots); }
+
 template <typename T>
 bool Contains(const std::vector<T>& values, const T& value) {
   return std::find(values.begin(), values.end(), value) != values.end();
@@ -47,7 +49,8 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
       clock_(clock),
       timeline_(cache->geometry().num_layers()),
       unused_(cache->geometry().num_keys(), 0),
-      discount_(1 - kWorthSpan / (kWorthSpan + cache->num_slots())),
+      capacity_(cache->num_slots()),
+      discount_(Discount(capacity_)),
       top_k_(options_.policy.top_k) {
   if (cache->num_slots() < 2 || options_.max_in_flight < 2 ||
       options_.expert_bytes == 0) {
@@ -191,9 +194,33 @@ TransferOrder PrefetchPlanner::Launch(ExpertKey key, bool demand, long visit) {
   return order;
 }
 
+void PrefetchPlanner::SetCapacity(int slots) {
+  if (slots < 2 || slots > cache_->num_slots())
+    throw std::logic_error("PrefetchPlanner: a capacity of two slots, or of too many");
+  capacity_ = slots;
+  discount_ = Discount(slots);
+}
+
+// Two slots are always left, and not more than two transfers are under way: once nothing
+// is leased, there is an expert to evict.
+void PrefetchPlanner::FitCapacity(PlannerActions* actions) {
+  while (!within_capacity()) {
+    if (cache_->free_slots() == 0) {
+      const std::optional<ExpertKey> victim = PickVictim();
+      if (!victim) return;
+      Evict(*victim);
+    }
+    actions->retired.push_back(cache_->Retire());
+  }
+  while (cache_->retired_slots() > cache_->num_slots() - capacity_) {
+    actions->restored.push_back(cache_->Restore());
+  }
+}
+
 PlannerActions PrefetchPlanner::Poll() {
   PlannerActions actions;
   actions.promote.swap(promotions_);
+  FitCapacity(&actions);
   CancelWrong(&actions);
   StartDemands(&actions);
   if (demands_.empty()) StartSpeculations(&actions);

@@ -14,7 +14,9 @@
 // - speculation takes the slot of an expert only when that expert is worth less, by
 // probability
 //   and by when it is next expected, than the one it brings; what the running layer needs
-//   is never evicted.
+//   is never evicted;
+// - no more slots are in service than SetCapacity allows, as soon as experts that are not
+//   leased, needed or on their way leave enough of them.
 #pragma once
 
 #include <cstdint>
@@ -63,10 +65,11 @@ struct TransferOrder {
 };
 
 struct PlannerActions {
-  std::vector<TransferOrder> start;  // in this order
-  std::vector<uint64_t> promote;     // speculations that a demand joined
-  std::vector<uint64_t> cancel;      // speculations that turned out wrong; best effort
-  std::vector<ExpertKey> evicted;    // since the last Poll, for those who watch
+  std::vector<TransferOrder> start;    // in this order
+  std::vector<uint64_t> promote;       // speculations that a demand joined
+  std::vector<uint64_t> cancel;        // speculations that turned out wrong; best effort
+  std::vector<ExpertKey> evicted;      // since the last Poll, for those who watch
+  std::vector<int> retired, restored;  // slots out of service, and back in it
 };
 
 enum class TransferOutcome { kArrived, kCancelled, kFailed };
@@ -102,6 +105,13 @@ class PrefetchPlanner {
   // replaces what was said of that visit before.
   void Predict(int layer, int distance, std::span<const float> probabilities);
   void ForgetPredictions() { forecasts_.clear(); }
+
+  // How many slots may be in service from the next Poll on. REQUIRES 2 <= slots <= those
+  // of the cache.
+  void SetCapacity(int slots);
+  bool within_capacity() const {
+    return cache_->num_slots() - cache_->retired_slots() <= capacity_;
+  }
 
   // What to do now. Call after every event.
   PlannerActions Poll();
@@ -145,6 +155,7 @@ class PrefetchPlanner {
     long visit = 0;
     double probability = 0, score = 0;
   };
+  void FitCapacity(PlannerActions* actions);
   void StartDemands(PlannerActions* actions);
   void CancelWrong(PlannerActions* actions);
   void StartSpeculations(PlannerActions* actions);
@@ -174,6 +185,7 @@ class PrefetchPlanner {
   std::optional<ExpertKey> failed_;
   uint64_t next_id_ = 1;
   double stall_ = 0, transfer_seconds_ = 0, last_done_ = -1;
+  int capacity_;  // slots in service, at most
   double discount_, top_k_;
   TransferLedger ledger_;
 };

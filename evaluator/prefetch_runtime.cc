@@ -36,6 +36,7 @@ PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* eng
       cache_(spec.geometry, options_.num_slots, options_.eviction),
       planner_(Filled(options_.planner, spec, *engine), &cache_, &clock_),
       gauges_{BenefitGauge(options_.gauge), BenefitGauge(options_.gauge)} {
+  least_slots_ = options_.num_slots;
   const int64_t d = spec.geometry.d_model, f = spec.d_ff;
   const auto view = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int slot = 0; slot < options_.num_slots; ++slot) {
@@ -60,8 +61,29 @@ void PrefetchRuntime::Act() {
       timeline_->Mark(Timeline::Track::kCache, "evict " + NameOf(key), clock_.Now());
     }
   }
+  for (int slot : actions.retired) engine_->Discard(slot);
+  for (int slot : actions.restored) engine_->Reclaim(slot);
   for (const TransferOrder& order : actions.start) engine_->Start(order);
-  held_peak_ = std::max(held_peak_, cache_.num_slots() - cache_.free_slots());
+  held_peak_ = std::max(held_peak_, cache_.held_slots());
+}
+
+void PrefetchRuntime::FitMemory(const PassInfo& pass) {
+  if (options_.memory_bytes == 0) return;
+  const uint64_t others = options_.key_value_bytes(pass), slot = spec_.stride_bytes();
+  const uint64_t room =
+      options_.memory_bytes > others ? (options_.memory_bytes - others) / slot : 0;
+  if (room < 2) {
+    throw std::logic_error(
+        "PrefetchRuntime: keys and values leave no room for two slots");
+  }
+  std::unique_lock lock(mutex_);
+  planner_.SetCapacity(static_cast<int>(
+      std::min<uint64_t>(room, static_cast<uint64_t>(cache_.num_slots()))));
+  Act();
+  while (!planner_.within_capacity()) Wait(&lock);  // each arrival acts
+  const int slots = cache_.num_slots() - cache_.retired_slots();
+  least_slots_ = std::min(least_slots_, slots);
+  memory_peak_ = std::max(memory_peak_, static_cast<uint64_t>(slots) * slot + others);
 }
 
 void PrefetchRuntime::OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes) {
@@ -113,6 +135,7 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
   stack_ = pass.stack;
   pass_begin_ = clock_.Now();
   stall_ = predict_ = 0;
+  FitMemory(pass);
   if (!foresight_) return;
   runs_[static_cast<int>(stack_)] = true;
   // A window begins with its sequence.
@@ -295,6 +318,9 @@ void PrefetchRuntime::Resume() {
   });
   std::unique_lock lock(mutex_);
   for (int slot = 0; slot < cache_.num_slots(); ++slot) {
+    if (options_.memory_bytes > 0) {  // the engine's last user may have left it otherwise
+      cache_.IsRetired(slot) ? engine_->Discard(slot) : engine_->Reclaim(slot);
+    }
     if (cache_.KeyIndexIn(slot) < 0) continue;
     restoring_.push_back(next_restore_);
     engine_->Start({next_restore_++,
@@ -317,7 +343,7 @@ void PrefetchRuntime::Preload(const std::vector<ExpertKey>& keys) {
       cache_.Load(key);
       cache_.Arrive(key);  // Resume below brings the bytes before anyone asks
     }
-    held_peak_ = std::max(held_peak_, cache_.num_slots() - cache_.free_slots());
+    held_peak_ = std::max(held_peak_, cache_.held_slots());
   }
   Resume();
 }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -29,6 +30,11 @@ struct RuntimeOptions {
   Eviction eviction = Eviction::kLru;
   PlannerOptions planner;     // cancelling, and expert_bytes where 0, are filled in
   BenefitGaugeOptions gauge;  // of each stack
+  // Where above 0: slots and the model's keys and values together take no more. What
+  // those take at a pass' end is asked at its begin, and experts make room before it goes
+  // on. REQUIRES two slots' room beside the most that they take.
+  uint64_t memory_bytes = 0;
+  std::function<uint64_t(const PassInfo&)> key_value_bytes;
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
   const Clock* clock = nullptr;  // outlives the runtime; null: a steady one of its own
@@ -73,6 +79,9 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   PhaseStats stats(Stack stack) const;
   void ResetStats();
   int held_peak_slots() const { return held_peak_; }
+  // Fewest slots in service, and the most bytes of slots in service with keys and values.
+  int least_slots() const { return least_slots_; }
+  uint64_t memory_peak_bytes() const { return memory_peak_; }
   bool speculation_helps(Stack stack) const {
     return gauges_[static_cast<int>(stack)].helps();
   }
@@ -89,6 +98,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   std::byte* MemoryOf(ExpertKey key);
 
  private:
+  void FitMemory(const PassInfo& pass);
   void Act();  // lock held: polls the planner and drives the engine
   void WatchTransfer(uint64_t id, TransferOutcome outcome);  // lock held
   void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
@@ -122,7 +132,8 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   bool has_pending_ = false;
   Stack stack_ = Stack::kEncoder;
   double pass_begin_ = 0, stall_ = 0, predict_ = 0;
-  int held_peak_ = 0;
+  int held_peak_ = 0, least_slots_ = 0;
+  uint64_t memory_peak_ = 0;
   bool active_ = false;
   std::vector<uint64_t> restoring_;  // transfers of Resume or Preload still under way
   bool restore_failed_ = false;

@@ -208,13 +208,38 @@ int ReplayWorkload::num_segments() const {
   return static_cast<int>(traces_.size()) / options_.batch;
 }
 
+int64_t ReplayWorkload::SourceLength(int segment) const {
+  int64_t length = 1;
+  for (int b = 0; b < options_.batch; ++b) {
+    const auto i = static_cast<size_t>(segment * options_.batch + b);
+    length = std::max<int64_t>(length, traces_[i].encoder.num_tokens);
+  }
+  return std::min<int64_t>(length, options_.max_source);
+}
+
+uint64_t ReplayWorkload::KeyValueBytes(const PassInfo& pass) const {
+  if (pass.stack == Stack::kEncoder) return 0;
+  const at::Tensor& ids = pass.token_ids_BT;
+  return routecast::KeyValueBytes(config_, model_->dtype(), ids.size(0),
+                                  SourceLength(running_),
+                                  pass.first_position + ids.size(1));
+}
+
+uint64_t ReplayWorkload::MaxKeyValueBytes() const {
+  if (!options_.decoder) return 0;
+  uint64_t most = 0;
+  for (int segment = 0; segment < num_segments(); ++segment) {
+    most =
+        std::max(most, routecast::KeyValueBytes(config_, model_->dtype(), options_.batch,
+                                                SourceLength(segment), options_.tokens));
+  }
+  return most;
+}
+
 at::Tensor ReplayWorkload::Source(const std::vector<const RoutingSpan*>& spans,
                                   OutputHash* hash, SegmentTimes* times,
                                   at::Tensor* valid_BS) {
-  int64_t length = 1;
-  for (const RoutingSpan* span : spans)
-    length = std::max<int64_t>(length, span->num_tokens);
-  length = std::min<int64_t>(length, options_.max_source);
+  const int64_t length = SourceLength(running_);
   const at::Tensor ids = TokenIds(spans, length, config_.vocab_size, valid_BS);
   tape_.LoadSource(spans, length);
   if (!options_.encoder) {
@@ -262,6 +287,7 @@ SegmentTimes ReplayWorkload::Run(int segment, ExpertSource* source,
                                  RoutingObserver* observer, OutputHash* hash) {
   const c10::NoGradGuard no_grad;
   source_.Set(source);
+  running_ = segment;
   tape_.SetInner(observer);
   std::vector<const RoutingSpan*> encoder, decoder;
   for (int b = 0; b < options_.batch; ++b) {

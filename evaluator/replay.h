@@ -68,10 +68,13 @@ class ReplayWorkload : public Workload {
   bool runs(Stack stack) const override {
     return stack == Stack::kEncoder ? options_.encoder : options_.decoder;
   }
+  uint64_t KeyValueBytes(const PassInfo& pass) const override;
+  uint64_t MaxKeyValueBytes() const override;
   SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
                    OutputHash* hash) override;
 
  private:
+  int64_t SourceLength(int segment) const;
   at::Tensor Source(const std::vector<const RoutingSpan*>& spans, OutputHash* hash,
                     SegmentTimes* times, at::Tensor* valid_BS);
   void Steps(const std::vector<const RoutingSpan*>& spans, const at::Tensor& encoded_BSD,
@@ -85,6 +88,7 @@ class ReplayWorkload : public Workload {
   LocalExpertExecutor executor_;
   std::unique_ptr<SwitchModel> model_;
   ReplayTape tape_;
+  int running_ = 0;  // segment
 };
 
 }  // namespace routecast

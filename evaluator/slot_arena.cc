@@ -27,6 +27,18 @@ SlotArena::SlotArena(int num_slots, uint64_t slot_bytes)
   if (!locked_) std::memset(memory, 0, size_);  // at least no page faults inside a step
 }
 
+void SlotArena::Discard(int slot) {
+  ::munlock(this->slot(slot), stride_);
+  ::madvise(this->slot(slot), stride_, MADV_DONTNEED);
+}
+
+void SlotArena::Reclaim(int slot) {
+  if (!locked_ || ::mlock(this->slot(slot), stride_) == 0) return;
+  throw EnvironmentError(ErrorText("a slot's memory cannot be locked again",
+                                   FormatBytes(stride_) + ": " + std::strerror(errno),
+                                   "free memory, or choose a smaller --expert_budget"));
+}
+
 SlotArena::~SlotArena() { ::munmap(base_, size_); }
 
 }  // namespace routecast

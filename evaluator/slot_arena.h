@@ -1,5 +1,6 @@
 // The experts' fast memory: one mapping of equal, page-aligned slots, locked where
-// allowed. Thread rule: the memory is the user's; the object is immutable.
+// allowed. Thread rule: the memory is the user's; the object is immutable but for Discard
+// and Reclaim, which any thread may call for a slot that nobody reads or writes.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +22,11 @@ class SlotArena {
   std::byte* base() const { return base_; }
   uint64_t stride_bytes() const { return stride_; }
   uint64_t size_bytes() const { return size_; }
+  // Gives the slot's memory back to the system; what it held is lost.
+  void Discard(int slot);
+  // Takes the memory again, locked where it was, before the first byte arrives. Throws
+  // EnvironmentError when it is not to be had.
+  void Reclaim(int slot);
   bool locked() const { return locked_; }  // false: RLIMIT_MEMLOCK is too small
 
  private:

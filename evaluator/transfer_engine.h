@@ -28,6 +28,11 @@ class TransferEngine {
   virtual bool can_cancel() const = 0;
   // A slot's memory, where the model reads it; valid as long as the engine.
   virtual std::byte* slot(int slot) const = 0;
+  // A slot that nothing is under way to is not used for now: its memory may go back to
+  // the system. Reclaim before the next Start into it. Engines whose memory is one piece
+  // keep it.
+  virtual void Discard(int) {}
+  virtual void Reclaim(int) {}
   virtual std::string description() const = 0;  // for reports: path, mode, pace
   virtual std::string last_error() const { return ""; }
   // True where the engine has no threads and time stands still unless the waiting caller

@@ -65,9 +65,28 @@ GenerateWorkload::GenerateWorkload(Checkpoint checkpoint,
   }
 }
 
+uint64_t GenerateWorkload::KeyValueBytes(const PassInfo& pass) const {
+  if (pass.stack == Stack::kEncoder) return 0;
+  const at::Tensor& ids = pass.token_ids_BT;
+  return routecast::KeyValueBytes(checkpoint_.config, model_.dtype(), ids.size(0),
+                                  ids_BS_[running_].size(1),
+                                  pass.first_position + ids.size(1));
+}
+
+uint64_t GenerateWorkload::MaxKeyValueBytes() const {
+  uint64_t most = 0;
+  for (const at::Tensor& ids : ids_BS_) {
+    most = std::max(
+        most, routecast::KeyValueBytes(checkpoint_.config, model_.dtype(), ids.size(0),
+                                       ids.size(1), max_new_tokens_));
+  }
+  return most;
+}
+
 SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source,
                                    RoutingObserver* observer, OutputHash* hash) {
   source_.Set(source);
+  running_ = static_cast<size_t>(segment);
   const SteadyClock clock;
   PassWatch watch(observer, &clock);
   SegmentTimes times;

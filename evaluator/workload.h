@@ -40,6 +40,10 @@ class Workload {
   virtual int num_segments() const = 0;
   virtual const MoeGeometry& geometry() const = 0;
   virtual bool runs(Stack stack) const = 0;
+  // Keys and values that are held when a pass of the segment under way ends (0 after the
+  // encoder's: they are the decoder's), and the most that any segment comes to.
+  virtual uint64_t KeyValueBytes(const PassInfo& pass) const = 0;
+  virtual uint64_t MaxKeyValueBytes() const = 0;
   // Runs one segment. `observer` may be null. Every step's fp32 logits (encoder: output)
   // and ids go into `hash`, outside the measured time.
   virtual SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
@@ -57,6 +61,8 @@ class GenerateWorkload : public Workload {
   int num_segments() const override { return static_cast<int>(ids_BS_.size()); }
   const MoeGeometry& geometry() const override { return geometry_; }
   bool runs(Stack) const override { return true; }
+  uint64_t KeyValueBytes(const PassInfo& pass) const override;
+  uint64_t MaxKeyValueBytes() const override;
   SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
                    OutputHash* hash) override;
 
@@ -68,6 +74,7 @@ class GenerateWorkload : public Workload {
   LocalExpertExecutor executor_;
   SwitchModel model_;
   std::vector<at::Tensor> ids_BS_, valid_BS_;
+  size_t running_ = 0;  // segment
 };
 
 }  // namespace routecast

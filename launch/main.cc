@@ -2,7 +2,6 @@
 
 #include <gflags/gflags.h>
 #include <glog/logging.h>
-#include <malloc.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include <thread>
 
 #include "common/errors.h"
+#include "common/process_memory.h"
 #include "common/stop.h"
 
 DEFINE_bool(quiet, false, "no progress; only results and errors");
@@ -113,14 +113,6 @@ void StartLogging(const char* argv0) {
   google::InstallFailureFunction(&ExitDefect);
 }
 
-// A step allocates the same tensors as the one before it. By default the large ones go
-// back to the kernel each time and come again as zeroed pages: a fifth of the time of a
-// pre-training step with 20 M parameters.
-void KeepFreedMemory() {
-  mallopt(M_MMAP_THRESHOLD, 256 << 20);
-  mallopt(M_TRIM_THRESHOLD, 512 << 20);
-}
-
 void RequireFewArguments(const CommandLine& line, const Program& program) {
   if (static_cast<int>(line.arguments.size()) <= program.max_arguments) return;
   const std::string& extra = line.arguments[static_cast<size_t>(program.max_arguments)];
@@ -147,6 +139,7 @@ int ThreadsPerRank(int local_world) {
 
 int Main(int argc, char** argv, Program program, const std::function<void()>& run) {
   KeepFreedMemory();
+  PreferLargePages();
   ProgramName() = fs::path(argc > 0 ? argv[0] : "routecast").filename().string();
   CommandLine line;
   const std::vector<std::string> args(argv + std::min(argc, 1), argv + argc);

@@ -37,6 +37,10 @@ DEFINE_string(policy, "auto", "on_demand, multi_look, top_k, intelligent or auto
 DEFINE_string(eviction, "lru", "none, lru, lfu, lfru, least_stale or phase_aware");
 DEFINE_string(expert_budget, "25%",
               "expert memory: a share of the experts that run, or bytes");
+DEFINE_bool(
+    kv_in_budget, false,
+    "the model's keys and values share the budget: experts make room as sequences "
+    "grow");
 DEFINE_string(tier, "",
               "memories that experts move through: host:SIZE,disk or "
               "gpu:SIZE,host:SIZE,disk; the first SIZE is the budget");
@@ -109,6 +113,7 @@ EvaluationOptions OptionsFromFlags() {
   options.eviction = FLAGS_eviction;
   options.expert_budget = FLAGS_expert_budget;
   options.budget_given = !gflags::GetCommandLineFlagInfoOrDie("expert_budget").is_default;
+  options.kv_in_budget = FLAGS_kv_in_budget;
   options.tier = FLAGS_tier;
   options.copies = FLAGS_copies;
   options.phase = FLAGS_phase;

@@ -5,6 +5,7 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <type_traits>
@@ -18,6 +19,7 @@ constexpr int64_t kFewRows = 96;
 constexpr int kRows = 3, kColumns = 4;  // 12 sums, 3 inputs and a weight: 16 registers
 constexpr int64_t kDepth = 1024;        // a tile of 4 weight rows this deep stays in L1
 constexpr int64_t kGrain = 1 << 17;     // products that are worth a thread
+constexpr int64_t kPiece = 1 << 15;     // products that a thread takes at once
 
 using Bf16 = uint16_t;  // the upper half of a float
 
@@ -188,17 +190,29 @@ void RangeWide(const Product<Weight>& p, int64_t begin, int64_t end) {
 bool HasWide() { return false; }
 #endif
 
+// Whole tiles at a time: the split changes no sum. Threads take pieces as they come: one
+// that the machine takes away for a while (a transfer on its core) keeps one piece
+// waiting, not half of the product.
 template <class Weight>
 void Multiply(const Product<Weight>& p) {
-  // Whole tiles a thread: the split changes no sum.
   const int64_t tiles = (p.columns + kColumns - 1) / kColumns;
-  const int64_t work = p.rows * p.depth * kColumns;
-  at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / std::max<int64_t>(work, 1)),
-                   [&](int64_t begin, int64_t end) {
-                     const auto range =
-                         HasWide() ? RangeWide<Weight> : RangePlain<Weight>;
-                     range(p, begin * kColumns, std::min(end * kColumns, p.columns));
-                   });
+  const int64_t work = std::max<int64_t>(1, p.rows * p.depth * kColumns);
+  const auto run = HasWide() ? RangeWide<Weight> : RangePlain<Weight>;
+  const int64_t piece = std::max<int64_t>(1, kPiece / work);
+  const int64_t pieces = (tiles + piece - 1) / piece;
+  const int64_t threads = std::min<int64_t>(
+      {at::get_num_threads(), pieces, (tiles * work + kGrain - 1) / kGrain});
+  if (threads <= 1 || at::in_parallel_region()) {
+    run(p, 0, p.columns);
+    return;
+  }
+  std::atomic<int64_t> next = 0;
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < pieces; i = next++) {
+      const int64_t from = i * piece * kColumns;
+      run(p, from, std::min(from + piece * kColumns, p.columns));
+    }
+  });
 }
 
 // Instructions for bfloat16 that LibTorch's library makes use of.
@@ -220,8 +234,7 @@ bool Pays(const at::Tensor& x, const at::Tensor& weight, int64_t rows) {
   if (c10::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) {
     return false;
   }
-  // One row of float32: the library streams the weights as fast as they come.
-  if (x.scalar_type() == at::kFloat) return rows > 1 && rows <= kFewRows;
+  if (x.scalar_type() == at::kFloat) return rows <= kFewRows;
   return x.scalar_type() == at::kBFloat16 && !HasBf16();
 }
 

@@ -80,6 +80,14 @@ SwitchModel::SwitchModel(SwitchConfig config, const Parameters& parameters,
 SwitchModel::~SwitchModel() = default;
 
 at::Device SwitchModel::device() const { return lm_head_.device(); }
+uint64_t KeyValueBytes(const SwitchConfig& config, at::ScalarType dtype, int64_t batch,
+                       int64_t source, int64_t target) {
+  const int64_t token = batch * config.num_heads * config.d_kv *
+                        static_cast<int64_t>(at::elementSize(dtype));  // keys or values
+  const int64_t held = 2 * int64_t{config.num_decoder_layers} * (source + target);
+  return static_cast<uint64_t>(token * (held + target));
+}
+
 at::ScalarType SwitchModel::dtype() const { return lm_head_.scalar_type(); }
 
 SwitchModel::StackWeights SwitchModel::LoadStack(Stack stack,

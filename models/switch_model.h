@@ -46,6 +46,11 @@ struct DecoderCache {
   int length = 0;
 };
 
+// Bytes of a DecoderCache of `batch` sequences with `source` and `target` tokens, and of
+// what replaces one of its tensors while the last token is added.
+uint64_t KeyValueBytes(const SwitchConfig& config, at::ScalarType dtype, int64_t batch,
+                       int64_t source, int64_t target);
+
 // Thread rule: one thread at a time. Keeps references to the parameters; the executor is
 // borrowed and must outlive the model. Gradients flow where the parameters require them.
 class SwitchModel {

@@ -77,6 +77,39 @@ TEST_F(ComparisonTest, RowsKeepTheirBudget) {
   }
 }
 
+// Slots make room as sequences grow, come back, and change no bit.
+TEST_F(ComparisonTest, KeysAndValuesShareTheBudget) {
+  options_.link = "native";
+  SignalPredictor predictor(traces_);
+  const std::string alone = Compare({&predictor}).rows[0].output_sha256;
+  const uint64_t slot = 4 * 4096;
+  options_.kv_in_budget = true;
+  options_.budget_bytes = 7 * slot;
+  const ComparisonResult shared = Compare({&predictor});
+  for (const RowResult& row : shared.rows) {
+    EXPECT_EQ(row.output_sha256, alone) << row.policy;
+    if (row.policy == "resident") continue;
+    EXPECT_LE(row.memory_bytes_peak, options_.budget_bytes) << row.policy;
+    EXPECT_GT(row.memory_bytes_peak, 6 * slot) << "room is used, too";
+    EXPECT_LT(row.least_slots, 7) << row.policy;
+    EXPECT_GE(row.least_slots, 2) << row.policy;
+  }
+  EXPECT_NE(shared.notes[0].find("share the budget: between 7 and"), std::string::npos)
+      << shared.notes[0];
+}
+
+TEST_F(ComparisonTest, KeysAndValuesThatLeaveNoRoomAreRefused) {
+  options_.kv_in_budget = true;
+  options_.budget_bytes = 2 * 4 * 4096 + 1024;
+  try {
+    Compare({});
+    FAIL();
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("keys and values come to"), std::string::npos)
+        << e.what();
+  }
+}
+
 TEST_F(ComparisonTest, ResidentNeverWaitsAndUncachedNeverHits) {
   const ComparisonResult result = Compare({});
   for (const RowResult& row : result.rows) {

@@ -180,6 +180,39 @@ TEST(PrefetchPlannerTest, WithoutCacheNothingStays) {
   EXPECT_DOUBLE_EQ(rig.Layer(0, {1}), 1);
 }
 
+TEST(PrefetchPlannerTest, LessRoomEvictsWhatIsWorthLeastAndComesBack) {
+  Rig rig(3, Eager());
+  rig.Layer(0, {0, 1, 2}, 1);
+  rig.planner.SetCapacity(2);
+  const PlannerActions less = rig.planner.Poll();
+  ASSERT_EQ(less.evicted.size(), 1u);
+  EXPECT_EQ(less.evicted[0].expert, 0) << "least recently used";
+  ASSERT_EQ(less.retired.size(), 1u);
+  EXPECT_TRUE(rig.cache.IsRetired(less.retired[0]));
+  rig.Layer(1, {0}, 1);  // evicts, though a third slot exists
+  EXPECT_EQ(rig.cache.held_slots(), 2);
+  rig.planner.SetCapacity(3);
+  EXPECT_EQ(rig.planner.Poll().restored, less.retired);
+  rig.Layer(1, {1}, 1);
+  EXPECT_EQ(rig.cache.held_slots(), 3);
+}
+
+TEST(PrefetchPlannerTest, ALeasedExpertIsNotEvictedForLackOfRoom) {
+  Rig rig(3, Eager());
+  rig.Layer(0, {0, 1}, 1);
+  rig.planner.BeginLayer(1, std::vector<int>{0});
+  rig.Drive();
+  while (rig.link.NextEvent() >= 0) rig.link.AdvanceTo(rig.link.NextEvent());
+  const auto leased = rig.planner.TakeReady();
+  ASSERT_TRUE(leased);
+  rig.planner.SetCapacity(2);
+  rig.Drive();
+  EXPECT_TRUE(rig.planner.within_capacity());
+  EXPECT_EQ(rig.cache.state(*leased), ExpertCache::State::kReady);
+  EXPECT_THROW(rig.planner.SetCapacity(1), std::logic_error);
+  rig.planner.Release(*leased);
+}
+
 TEST(PrefetchPlannerTest, FailedDemandIsReported) {
   Rig rig(2);
   rig.planner.BeginLayer(0, std::vector<int>{3});
@@ -247,6 +280,8 @@ void RunSchedule(uint64_t seed) {
       speculated |= !order.demand;
       if (order.demand) demanded.insert(order.id);
       ASSERT_EQ(cache.slot(order.key), order.slot);
+      ASSERT_FALSE(cache.IsRetired(order.slot))
+          << "a transfer into a slot out of service";
       if (!order.demand && draw(20) == 0) link.FailOn(order.id);
     }
     ASSERT_LE(planner.in_flight(), 2);
@@ -299,6 +334,14 @@ void RunSchedule(uint64_t seed) {
     }
     for (; !leases.empty(); leases.pop_back()) planner.Release(leases.back());
     drive();
+    if (draw(4) == 0) {  // other users of the memory take room, or give it back
+      planner.SetCapacity(2 + static_cast<int>(draw(static_cast<uint64_t>(slots) - 1)));
+      drive();
+      while (!planner.within_capacity()) {
+        ASSERT_GE(link.NextEvent(), 0) << "stuck above the capacity";
+        link.AdvanceTo(link.NextEvent());
+      }
+    }
     link.AdvanceTo(clock.Now() + static_cast<double>(draw(30)) / 10);
   }
   ASSERT_EQ(served, asked);

@@ -63,7 +63,8 @@ TEST_P(LinearTest, ThreadsChangeNoBit) {
 INSTANTIATE_TEST_SUITE_P(Shapes, LinearTest,
                          testing::Values(Shape{1, 8, 4}, Shape{2, 7, 3}, Shape{3, 16, 5},
                                          Shape{5, 100, 9}, Shape{7, 1030, 6},
-                                         Shape{20, 2053, 33}, Shape{97, 768, 50}),
+                                         Shape{20, 2053, 33}, Shape{97, 768, 50},
+                                         Shape{1, 768, 3073}),
                          [](const auto& info) {
                            return std::to_string(info.param.rows) + "x" +
                                   std::to_string(info.param.depth) + "x" +

@@ -72,6 +72,29 @@ TEST(SwitchModel, RightPaddingDoesNotChangeRealTokens) {
                            1e-4));
 }
 
+// What a budget that holds them reckons with is what is there.
+TEST(SwitchModel, KeyValueBytesAreThoseOfTheCache) {
+  SwitchConfig config = SmallConfig();
+  config.num_decoder_layers = 3;
+  config.d_kv = 6;
+  config.num_sparse_decoder_layers = 1;
+  ResidentModel model(RandomCheckpoint(config, 5));
+  const at::Tensor ids = at::randint(2, 96, {2, 7}, at::kLong);
+  const at::Tensor all = at::ones({2, 7}, at::kBool), one = at::ones({2, 1}, at::kBool);
+  const at::Tensor encoded = model.model().Encode(ids, all);
+  DecoderCache cache;
+  for (int t = 0; t < 5; ++t) {
+    model.model().Decode(at::full({2, 1}, 3, at::kLong), one, encoded, all, &cache);
+  }
+  size_t held = 0;
+  for (const auto* part :
+       {&cache.self_key, &cache.self_value, &cache.cross_key, &cache.cross_value}) {
+    for (const at::Tensor& tensor : *part) held += tensor.nbytes();
+  }
+  EXPECT_EQ(KeyValueBytes(config, at::kFloat, 2, 7, 5),
+            held + cache.self_key[0].nbytes());
+}
+
 TEST(SwitchModel, OverrideForcesRouting) {
   class AllToThree : public RoutingOverride {
     void Replace(int, at::Tensor* ids, at::Tensor*) override { ids->fill_(3); }

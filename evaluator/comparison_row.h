@@ -1,0 +1,31 @@
+// One row of a comparison while it is measured: between comparison.cc, which runs the
+// rows, and comparison_summary.cc, which makes figures of them. Nobody else includes it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "evaluator/comparison.h"
+
+namespace routecast {
+
+struct Comparison::Row {
+  std::string policy, predictor, eviction;
+  DiskTransferEngine* disk = nullptr;  // what is paced
+  bool is_resident = false, is_lossy = false;
+  int slots = 0;
+  OracleForesight* oracle = nullptr;  // owned by the runtime
+  std::unique_ptr<PrefetchRuntime> runtime;
+  OutputHash hash;
+  std::vector<double> rates[2];    // tokens/s by round
+  std::vector<double> seconds[2];  // of a round
+  std::vector<double> steps[2];
+  LossyQuality quality;
+};
+
+// Of sorted values, between neighbours; 0 where there are none.
+double Quantile(std::vector<double> values, double q);
+double Sum(const std::vector<double>& values);
+
+}  // namespace routecast

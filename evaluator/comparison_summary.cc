@@ -1,0 +1,170 @@
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "evaluator/comparison.h"
+#include "evaluator/comparison_row.h"
+#include "evaluator/expert_cache.h"
+
+namespace routecast {
+
+double Quantile(std::vector<double> values, double q) {
+  if (values.empty()) return 0;
+  std::sort(values.begin(), values.end());
+  const double at = q * static_cast<double>(values.size() - 1);
+  const auto low = static_cast<size_t>(at);
+  const size_t high = std::min(low + 1, values.size() - 1);
+  return values[low] + (at - static_cast<double>(low)) * (values[high] - values[low]);
+}
+
+double Sum(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0);
+}
+
+MissCount CountMisses(const MoeGeometry& geometry, int slots, Eviction eviction,
+                      const std::vector<OracleForesight::Visit>& visits,
+                      size_t counted_from) {
+  ExpertCache cache(geometry, slots, eviction);
+  if (eviction == Eviction::kBelady) {
+    std::vector<ExpertKey> future;
+    for (const auto& visit : visits) {
+      for (int expert : visit.experts) future.push_back({visit.layer, expert});
+    }
+    cache.SetFuture(future);
+  }
+  MissCount count;
+  for (size_t i = 0; i < visits.size(); ++i) {
+    cache.BeginLayer(visits[i].layer);
+    for (int expert : visits[i].experts) {
+      const ExpertKey key{visits[i].layer, expert};
+      if (cache.state(key) != ExpertCache::State::kReady) {
+        if (i >= counted_from)
+          ++count.misses[static_cast<int>(geometry.StackOf(key.layer))];
+        if (cache.free_slots() == 0) cache.Drop(*cache.Victim());
+        cache.Load(key);
+        cache.Arrive(key);
+      }
+      cache.Use(key);
+    }
+  }
+  return count;
+}
+
+RowResult Comparison::Summarise(const Row& row, Stack phase) const {
+  const int s = static_cast<int>(phase);
+  const PhaseStats stats = row.runtime->stats(phase);
+  const MoeGeometry& g = workload_->geometry();
+  RowResult result;
+  result.policy = row.policy;
+  result.predictor = row.predictor;
+  result.eviction = row.eviction;
+  result.tier = "host";
+  result.phase = phase;
+  result.budget_bytes = static_cast<uint64_t>(row.slots) * file_->spec().stride_bytes();
+  result.held_bytes_peak = static_cast<uint64_t>(row.runtime->held_peak_slots()) *
+                           file_->spec().stride_bytes();
+  if (options_.kv_in_budget && !row.is_resident) {
+    result.budget_bytes = options_.budget_bytes;
+    result.memory_bytes_peak = row.runtime->memory_peak_bytes();
+    result.least_slots = row.runtime->least_slots();
+  }
+  result.budget_phase_share =
+      std::min(1.0, static_cast<double>(row.slots) / (g.layers(phase) * g.num_experts));
+  result.batch = options_.batch;
+  result.emulated = pace_ > 0;
+  result.pairs = static_cast<int>(row.rates[s].size());
+  result.tokens_per_second = Quantile(row.rates[s], 0.5);
+  result.spread = Quantile(row.rates[s], 0.75) - Quantile(row.rates[s], 0.25);
+  result.p50_ms = 1e3 * Quantile(row.steps[s], 0.50);
+  result.p95_ms = 1e3 * Quantile(row.steps[s], 0.95);
+  result.p99_ms = 1e3 * Quantile(row.steps[s], 0.99);
+  result.hit_rate =
+      stats.uses > 0 ? static_cast<double>(stats.hits) / static_cast<double>(stats.uses)
+                     : 0;
+  result.bytes_useful = stats.bytes_useful;
+  result.bytes_late = stats.bytes_late;
+  result.bytes_wasted = stats.bytes_wasted;
+  result.stall_seconds = stats.stall_seconds;
+  result.predictor_seconds = stats.predictor_seconds;
+  result.compute_seconds =
+      Sum(row.seconds[s]) - stats.stall_seconds - stats.predictor_seconds;
+  const double moved =
+      static_cast<double>(stats.bytes_useful + stats.bytes_late + stats.bytes_wasted);
+  result.transfer_seconds = moved / (pace_ > 0 ? pace_ : peak_);
+  result.output_sha256 = row.hash.Hex();
+  result.lossless = !row.is_lossy && result.output_sha256 == rows_.front()->hash.Hex();
+  if (row.is_lossy) {
+    result.copies = CopyName(options_.copies->spec().copies);
+    result.exact_match = row.quality.exact_match();
+    result.logit_kl = row.quality.logit_kl();
+    result.perplexity_change = row.quality.perplexity_change();
+    result.compared_sequences = row.quality.sequences();
+  }
+  result.speculation_used = stats.speculations > 0
+                                ? static_cast<double>(stats.speculations_used) /
+                                      static_cast<double>(stats.speculations)
+                                : 0;
+  result.switched_off = !row.runtime->speculation_helps(phase);
+  return result;
+}
+
+void Comparison::AddBounds(std::vector<RowResult>* rows) const {
+  size_t from = 0;
+  const auto visits = AllVisits(&from);
+  const MissCount best =
+      CountMisses(workload_->geometry(), slots_, Eviction::kBelady, visits, from);
+  for (RowResult& row : *rows) {
+    const int s = static_cast<int>(row.phase);
+    // Tc: computing with nothing to wait for. Tx: moving what on-demand LRU moves.
+    double tc = compute_[s] * options_.rounds, tx = 0;
+    for (const RowResult& other : *rows) {
+      if (other.phase != row.phase || other.copies != "lossless") continue;
+      if (other.policy == "resident") tc = other.compute_seconds;
+      if (other.policy == "on_demand" && other.eviction == "lru")
+        tx = other.transfer_seconds;
+    }
+    row.bound = tc + tx > 0 ? (tc + tx) / std::max(tc, tx) : 1;
+    if (row.policy != "resident") {
+      row.bytes_belady =
+          best.misses[s] * static_cast<int64_t>(file_->spec().blob_bytes());
+    }
+  }
+}
+
+ComparisonResult Comparison::Result() {
+  ComparisonResult result;
+  size_t baseline = 0;
+  while (rows_[baseline]->eviction != "lru") ++baseline;
+  result.lossless = true;
+  for (Stack phase : {Stack::kEncoder, Stack::kDecoder}) {
+    if (!workload_->runs(phase)) continue;
+    for (const auto& row : rows_) {
+      RowResult summary = Summarise(*row, phase);
+      const auto& base = rows_[baseline]->rates[static_cast<int>(phase)];
+      std::vector<double> ratios;
+      for (size_t i = 0; i < base.size(); ++i) {
+        ratios.push_back(row->rates[static_cast<int>(phase)][i] / base[i]);
+      }
+      summary.speed_up = Quantile(ratios, 0.5);
+      result.lossless = result.lossless && (summary.lossless || row->is_lossy);
+      result.rows.push_back(std::move(summary));
+    }
+  }
+  AddBounds(&result.rows);
+  result.device = "cpu";
+  result.link = engine_->description();
+  result.link_peak_bytes_per_second = peak_;
+  result.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
+  result.emulated = pace_ > 0;
+  result.synthetic_weights = options_.synthetic_weights;
+  for (const auto& row : result.rows) {
+    if (row.switched_off) {
+      notes_.push_back(row.predictor + " (" + StackName(row.phase) +
+                       "): prefetching did not help here and is off");
+    }
+  }
+  result.notes = notes_;
+  return result;
+}
+
+}  // namespace routecast

@@ -1,0 +1,53 @@
+#include "evaluator/expert_budget.h"
+
+#include <algorithm>
+
+#include "common/errors.h"
+
+namespace routecast {
+
+int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec) {
+  const auto slots = static_cast<int>(budget_bytes / spec.stride_bytes());
+  if (slots >= 2) return slots;
+  throw UsageError(ErrorText(
+      "--expert_budget is smaller than one step needs",
+      FormatBytes(budget_bytes) + " given; two experts (one runs, one arrives) need " +
+          FormatBytes(2 * spec.stride_bytes()),
+      "use --expert_budget=" + std::to_string(2 * spec.stride_bytes()) + " or more"));
+}
+
+SharedSlots SlotsBeside(uint64_t budget_bytes, uint64_t most_key_value_bytes, int count,
+                        const ExpertFileSpec& spec) {
+  const uint64_t slot = spec.stride_bytes(), least = most_key_value_bytes + 2 * slot;
+  if (budget_bytes < least) {
+    throw UsageError(
+        ErrorText("--expert_budget is smaller than one step needs",
+                  FormatBytes(budget_bytes) + " given; keys and values come to " +
+                      FormatBytes(most_key_value_bytes) + ", and two experts need " +
+                      FormatBytes(2 * slot),
+                  "use --expert_budget=" + std::to_string(least) +
+                      " or more, a smaller --batch or fewer --max_new_tokens"));
+  }
+  const auto slots = [&](uint64_t bytes) {
+    return static_cast<int>(
+        std::min<uint64_t>(bytes / slot, static_cast<uint64_t>(count)));
+  };
+  return {slots(budget_bytes), slots(budget_bytes - most_key_value_bytes)};
+}
+
+uint64_t ParseBudget(const std::string& text, uint64_t whole_bytes) {
+  if (text.empty() || text.back() != '%') return ParseBytes("--expert_budget", text);
+  size_t used = 0;
+  double percent = -1;
+  try {
+    percent = std::stod(text, &used);
+  } catch (const std::exception&) {
+  }
+  if (used + 1 != text.size() || !(percent > 0) || percent > 100) {
+    throw UsageError(ErrorText("--expert_budget=" + text + " is not a share",
+                               "more than 0% and at most 100%", "write 25% or 512MiB"));
+  }
+  return static_cast<uint64_t>(percent / 100 * static_cast<double>(whole_bytes));
+}
+
+}  // namespace routecast
