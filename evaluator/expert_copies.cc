@@ -1,6 +1,5 @@
 #include "evaluator/expert_copies.h"
 
-#include <cstdio>
 #include <cstring>
 #include <fstream>
 
@@ -23,18 +22,6 @@ std::vector<float> ToFloats(const std::byte* bytes, uint64_t count, ExpertDtype 
     values[i] = Bf16ToFloat(bits);
   }
   return values;
-}
-
-std::shared_ptr<const ExpertFile> OpenIfGood(const fs::path& path,
-                                             const ExpertFileSpec& spec, int count) {
-  if (!fs::exists(path)) return nullptr;
-  try {
-    auto file = std::make_shared<const ExpertFile>(path);
-    if (file->spec() == spec && file->count() == count) return file;
-  } catch (const DataError& e) {
-    std::fprintf(stderr, "%s\nit is written again\n", e.what());
-  }
-  return nullptr;
 }
 
 // Writes expert after expert. The blobs that are read are checked: a damaged expert must

@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 
 #include "common/errors.h"
@@ -255,6 +256,18 @@ void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,
   }
   writer.Finish();
   progress.Finish();
+}
+
+std::shared_ptr<const ExpertFile> OpenIfGood(const fs::path& path,
+                                             const ExpertFileSpec& spec, int count) {
+  if (!fs::exists(path)) return nullptr;
+  try {
+    auto file = std::make_shared<const ExpertFile>(path);
+    if (file->spec() == spec && file->count() == count) return file;
+  } catch (const DataError& e) {
+    std::fprintf(stderr, "%s\nit is written again\n", e.what());
+  }
+  return nullptr;
 }
 
 }  // namespace routecast

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -89,6 +90,11 @@ class ExpertFile {
   std::vector<int> position_;     // by key index, -1 absent
   std::vector<uint64_t> hashes_;  // by position
 };
+
+// The file, where it is there, sound, of this content and with `count` experts; else null
+// (a damaged one is named on stderr: who asks writes it again).
+std::shared_ptr<const ExpertFile> OpenIfGood(const fs::path& path,
+                                             const ExpertFileSpec& spec, int count);
 
 // Writes distinct weights for every expert of `layers` (global MoE layers), uniform with
 // the deviation that keeps activations near one: a pure function of content_id, key and

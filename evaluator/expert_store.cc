@@ -12,19 +12,6 @@
 namespace routecast {
 namespace {
 
-// The file, where it is there, whole and of this content.
-std::shared_ptr<const ExpertFile> OpenIfGood(const fs::path& path,
-                                             const ExpertFileSpec& spec, int count) {
-  if (!fs::exists(path)) return nullptr;
-  try {
-    auto file = std::make_shared<const ExpertFile>(path);
-    if (file->spec() == spec && file->count() == count) return file;
-  } catch (const DataError& e) {
-    std::fprintf(stderr, "%s\nit is written again\n", e.what());
-  }
-  return nullptr;
-}
-
 std::span<const std::byte> Bytes(const at::Tensor& tensor) {
   return {static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()};
 }

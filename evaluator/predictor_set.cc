@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/errors.h"
+#include "models/checkpoint.h"
 #include "models/predictor_factory.h"
 
 namespace routecast {
@@ -58,18 +59,8 @@ std::vector<std::string> WithBaselines(std::vector<std::string> names,
 }
 
 std::vector<RouterWeights> StoredRouters(const TraceReader& reader) {
-  std::vector<RouterWeights> routers;
-  if (!fs::exists(reader.routers_path())) return routers;
-  const Parameters all = ReadParameters(reader.routers_path(), at::kFloat);
-  for (int layer = 0; layer < reader.config().geometry.num_layers(); ++layer) {
-    const std::string name = "layer." + std::to_string(layer) + ".";
-    RouterWeights router;
-    router.weight_ED = all.Get(name + "weight");
-    if (all.Has(name + "bias")) router.bias_E = all.Get(name + "bias");
-    router.norm_gain_D = all.Get(name + "norm_gain");
-    routers.push_back(router);
-  }
-  return routers;
+  if (!fs::exists(reader.routers_path())) return {};
+  return ReadRouters(reader.routers_path(), reader.config().geometry);
 }
 
 std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(

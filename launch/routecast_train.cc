@@ -10,6 +10,7 @@
 #include "common/run_record.h"
 #include "launch/flags.h"
 #include "launch/main.h"
+#include "models/checkpoint.h"
 #include "models/device_choice.h"
 #include "models/speculation_onnx.h"
 #include "trainer/leaderboard.h"

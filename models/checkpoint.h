@@ -73,6 +73,9 @@ struct RouterWeights {
 std::vector<RouterWeights> RoutersOf(const SwitchConfig& config,
                                      const Parameters& parameters);
 
+// The same of a trace store's file. Throws DataError where they do not fit the geometry.
+std::vector<RouterWeights> ReadRouters(const fs::path& file, const MoeGeometry& geometry);
+
 // What the decoder's output is multiplied with, float32 on the CPU: [V,D], the tied
 // embedding's factor included.
 at::Tensor VocabularyHeadOf(const SwitchConfig& config, const Parameters& parameters);

@@ -157,30 +157,6 @@ Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
   return calibration;
 }
 
-std::vector<RouterWeights> ReadRouters(const fs::path& file,
-                                       const MoeGeometry& geometry) {
-  const Parameters stored = ReadParameters(file, at::kFloat);
-  std::vector<RouterWeights> routers;
-  for (int l = 0; l < geometry.num_layers(); ++l) {
-    const std::string prefix = "layer." + std::to_string(l) + ".";
-    RouterWeights r;
-    r.weight_ED = stored.Get(prefix + "weight");
-    if (stored.Has(prefix + "bias")) r.bias_E = stored.Get(prefix + "bias");
-    r.norm_gain_D = stored.Get(prefix + "norm_gain");
-    if (r.weight_ED.dim() != 2 || r.weight_ED.size(0) != geometry.num_experts ||
-        r.weight_ED.size(1) != geometry.d_model ||
-        r.norm_gain_D.numel() != geometry.d_model) {
-      throw DataError(
-          ErrorText(file.string() + ": " + prefix + "weight has another shape",
-                    std::to_string(geometry.num_experts) + " x " +
-                        std::to_string(geometry.d_model) + " expected",
-                    "collect the store again"));
-    }
-    routers.push_back(r);
-  }
-  return routers;
-}
-
 std::shared_ptr<const BaselineTables> FitBaselines(TraceDataset* dataset,
                                                    const fs::path& folder,
                                                    const fs::path& file,

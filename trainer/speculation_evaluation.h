@@ -40,9 +40,6 @@ std::vector<ValidationScores> ValidateMembers(SpeculationModel* model,
 Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
                            Communicator* comm);
 
-// Router weights of a store. Throws DataError where they do not fit the geometry.
-std::vector<RouterWeights> ReadRouters(const fs::path& file, const MoeGeometry& geometry);
-
 // The counting baselines over the train part. Each rank counts its share and leaves it in
 // `folder` (seen by all ranks); `file` gets the sum.
 std::shared_ptr<const BaselineTables> FitBaselines(TraceDataset* dataset,

@@ -77,6 +77,9 @@ class SlowForesight : public Foresight {
   std::vector<LayerForecast> AtLayer(const LayerRouting& routing) override {
     return Asked(inner_->AtLayer(routing));
   }
+  std::vector<LayerForecast> AtPassEnd(const PassInfo& pass) override {
+    return Asked(inner_->AtPassEnd(pass));
+  }
   void SkipPass(const PassInfo& pass) override { inner_->SkipPass(pass); }
   void Skip(const LayerRouting& routing) override { inner_->Skip(routing); }
 

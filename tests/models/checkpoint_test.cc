@@ -280,5 +280,17 @@ TEST_F(CheckpointTest, ADiskThatFillsUpLeavesNoHalfCheckpoint) {
   EXPECT_TRUE(fs::is_empty(folder));
 }
 
+TEST(StoredRouters, ThoseOfAnotherGeometryAreRefused) {
+  const fs::path file = TestFolder("routers") / "routers.safetensors";
+  Parameters routers;
+  routers.Add("layer.0.weight", at::randn({4, 8}));
+  routers.Add("layer.0.norm_gain", at::randn({8}));
+  WriteParameters(file, routers, at::ScalarType::Undefined);
+  EXPECT_EQ(ReadRouters(file, {0, 1, 4, 1, 8}).size(), 1u);
+  EXPECT_THROW(ReadRouters(file, {0, 1, 5, 1, 8}), DataError) << "experts";
+  EXPECT_THROW(ReadRouters(file, {0, 1, 4, 1, 9}), DataError) << "width";
+  EXPECT_THROW(ReadRouters(file, {0, 2, 4, 1, 8}), DataError) << "a layer is missing";
+}
+
 }  // namespace
 }  // namespace routecast
