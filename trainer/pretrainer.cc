@@ -120,7 +120,8 @@ class Pretrainer {
       const bool validate =
           step_ % options_.validate_every == 0 || step_ == options_.steps;
       if (step_ % options_.log_every == 0 || validate) {
-        LogLine(loss, progress.Rate(uint64_t(step_)), validate, metrics ? &*metrics : nullptr);
+        LogLine(loss, progress.Rate(uint64_t(step_)), validate,
+                metrics ? &*metrics : nullptr);
       }
       char note[48];
       std::snprintf(note, sizeof note, "loss %.3f", loss);
@@ -140,7 +141,7 @@ class Pretrainer {
   void ResumeIfAsked() {
     const fs::path folder = job_.out / "state";
     if (job_.resume == Resume::kNever) {
-      if (rank_.is_root()) fs::remove_all(folder);
+      if (rank_.is_root()) RemoveTrainStates(folder);
       comm_->Barrier();
       return;
     }
@@ -230,7 +231,7 @@ class Pretrainer {
 
   void Save() {
     if (rank_.is_root()) {
-      SaveTrainState(job_.out / "state", {step_, options_.ToJson(), Json::object()},
+      SaveTrainState(job_.out / "state", {step_, options_.ToJson(), Json::object(), {}},
                      parameters_, *optimizer_);
     }
     comm_->Barrier();
@@ -250,7 +251,7 @@ class Pretrainer {
       SaveCheckpoint(job_.out, config_, written, job_.save_dtype);
       Json json = {{"options", options_.ToJson()}, {"test", measures.ToJson()}};
       WriteFileAtomic(job_.out / "pretrain.json", json.dump(2) + "\n");
-      fs::remove_all(job_.out / "state");
+      RemoveTrainStates(job_.out / "state");
     }
     comm_->Barrier();
     return measures;

@@ -128,7 +128,7 @@ class SpeculationTrainer {
   void Resume() {
     if (rank_.is_root()) {
       MakeFolder(job_.out);
-      if (job_.resume == "never") fs::remove_all(StateFolder());
+      if (job_.resume == "never") RemoveTrainStates(StateFolder());
     }
     comm_->Barrier();
     if (job_.resume == "never") return;
@@ -293,16 +293,21 @@ class SpeculationTrainer {
     Save();
   }
 
+  static std::string BestName(int64_t step) {
+    return "best-" + std::to_string(step) + ".safetensors";
+  }
   static fs::path BestFile(const fs::path& folder, int64_t step) {
-    return folder / ("best-" + std::to_string(step) + ".safetensors");
+    return folder / BestName(step);
   }
   // The best parameters first, under a name of their own: the state that names them comes
   // after, and only then an older best goes.
   void Save() {
     if (rank_.is_root()) {
       MakeFolder(StateFolder());
-      if (best_step_ > 0 && !fs::exists(BestFile(StateFolder(), best_step_))) {
-        WriteParameters(BestFile(StateFolder(), best_step_), best_, at::kFloat);
+      const fs::path best = BestFile(StateFolder(), best_step_);
+      // One that is there may be of a run that was killed before its first checkpoint.
+      if (best_step_ > 0 && (best_step_ != previous_best_ || !fs::exists(best))) {
+        WriteParameters(best, best_, at::kFloat);
       }
       const Json extra = {{"best_score", best_score_},
                           {"best_step", best_step_},
@@ -312,8 +317,10 @@ class SpeculationTrainer {
                           {"loss_sum", loss_sum_},
                           {"loss_steps", loss_steps_},
                           {"samples", samples_}};
-      SaveTrainState(StateFolder(), {step_, Configuration(), extra}, TrainedTensors(),
-                     optimizer_->adamw());
+      std::vector<std::string> beside;
+      if (best_step_ > 0) beside.push_back(BestName(best_step_));
+      SaveTrainState(StateFolder(), {step_, Configuration(), extra, beside},
+                     TrainedTensors(), optimizer_->adamw());
       RemoveOldBests();
     }
     comm_->Barrier();
@@ -370,7 +377,7 @@ class SpeculationTrainer {
                            {{"options", options_.ToJson()}, {"best_step", best_step_}});
       if (job_.onnx) WriteSpeculationOnnx(job_.out / "onnx", *model_);
       WriteFileAtomic(job_.out / "results.json", result.results.dump(2) + "\n");
-      fs::remove_all(StateFolder());
+      RemoveTrainStates(StateFolder());
     }
     comm_->Barrier();
     return result;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "common/byte_file.h"
 #include "common/errors.h"
 
 namespace routecast {
@@ -13,6 +14,10 @@ namespace {
 
 constexpr size_t kKept = 2;
 constexpr char kPrefix[] = "step-";
+constexpr char kTemporary[] = ".tmp";
+constexpr char kStateFile[] = "state.json", kChecksum[] = "checksum";
+constexpr char kParametersFile[] = "parameters.safetensors";
+constexpr char kOptimizerFile[] = "optimizer.safetensors";
 
 fs::path StepFolder(const fs::path& folder, int64_t step) {
   char name[32];
@@ -26,7 +31,7 @@ std::vector<fs::path> Checkpoints(const fs::path& folder) {
   if (!fs::is_directory(folder)) return found;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    if (name.rfind(kPrefix, 0) == 0 && entry.path().extension() != ".tmp") {
+    if (name.rfind(kPrefix, 0) == 0 && entry.path().extension() != kTemporary) {
       found.push_back(entry.path());
     }
   }
@@ -34,47 +39,116 @@ std::vector<fs::path> Checkpoints(const fs::path& folder) {
   return found;
 }
 
+void RemoveAll(const fs::path& path) {
+  std::error_code error;
+  fs::remove_all(path, error);
+  if (error) ThrowErrno(error.value(), "remove", path);
+}
+
+// Under another name first: what a kill leaves of it is not taken for the whole.
+void RemoveWhole(const fs::path& path) {
+  const fs::path leaving = path.string() + kTemporary;
+  RemoveAll(leaving);
+  std::error_code error;
+  fs::rename(path, leaving, error);
+  if (error == std::errc::no_such_file_or_directory) return;
+  if (error) ThrowErrno(error.value(), "rename", path);
+  RemoveAll(leaving);
+}
+
+void RemoveOrphans(const fs::path& folder) {
+  std::vector<fs::path> orphans;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.path().extension() == kTemporary) orphans.push_back(entry.path());
+  }
+  for (const fs::path& path : orphans) RemoveAll(path);
+}
+
+[[noreturn]] void Damaged(const fs::path& checkpoint, const fs::path& file,
+                          const std::string& why) {
+  throw DataError(ErrorText(file.string() + " is damaged: " + why, "",
+                            "remove " + checkpoint.string() +
+                                " to go on from the one before it, or start anew with "
+                                "--resume=never"));
+}
+
+// Of everything but itself.
+std::string ChecksumOf(Json state) {
+  state.erase(kChecksum);
+  return Hex64(Hash64(state.dump()));
+}
+
+Json ReadState(const fs::path& checkpoint) {
+  const fs::path file = checkpoint / kStateFile;
+  if (!fs::exists(file)) Damaged(checkpoint, file, "it is not there");
+  Json json;
+  try {
+    json = ReadJsonFile(file);
+  } catch (const DataError&) {
+    Damaged(checkpoint, file, "it is not JSON");
+  }
+  if (!json.is_object() || !json.contains(kChecksum) ||
+      json[kChecksum] != ChecksumOf(json)) {
+    Damaged(checkpoint, file, "its checksum does not hold");
+  }
+  return json;
+}
+
 }  // namespace
 
 void SaveTrainState(const fs::path& folder, const TrainState& state,
                     const Parameters& parameters, const AdamW& optimizer) {
   MakeFolder(folder);
+  RemoveOrphans(folder);
   SealedFolder sealed(StepFolder(folder, state.step));
-  WriteParameters(sealed.path() / "parameters.safetensors", parameters,
-                  at::ScalarType::Undefined);
-  WriteParameters(sealed.path() / "optimizer.safetensors", optimizer.State(),
-                  at::ScalarType::Undefined);
-  const Json json = {{"step", state.step},
-                     {"configuration", state.configuration},
-                     {"extra", state.extra}};
-  WriteFileAtomic(sealed.path() / "state.json", json.dump(2) + "\n");
+  Json files;  // by path from the checkpoint
+  const auto write = [&](const char* name, const Parameters& tensors) {
+    WriteParameters(sealed.path() / name, tensors, at::ScalarType::Undefined);
+    files[name] = Hex64(HashFile(sealed.path() / name));
+  };
+  write(kParametersFile, parameters);
+  write(kOptimizerFile, optimizer.State());
+  for (const std::string& name : state.beside) {
+    files["../" + name] = Hex64(HashFile(folder / name));
+  }
+  Json json = {{"step", state.step},
+               {"configuration", state.configuration},
+               {"extra", state.extra},
+               {"beside", state.beside},
+               {"files", files}};
+  json[kChecksum] = ChecksumOf(json);
+  WriteFileAtomic(sealed.path() / kStateFile, json.dump(2) + "\n");
   sealed.Commit();
   std::vector<fs::path> all = Checkpoints(folder);
-  for (size_t i = 0; i + kKept < all.size(); ++i) fs::remove_all(all[i]);
+  for (size_t i = 0; i + kKept < all.size(); ++i) RemoveWhole(all[i]);
 }
 
 std::optional<TrainState> FindTrainState(const fs::path& folder) {
   const std::vector<fs::path> all = Checkpoints(folder);
   if (all.empty()) return std::nullopt;
-  const fs::path file = all.back() / "state.json";
-  const Json json = ReadJsonFile(file);
-  if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer() ||
-      !json.contains("configuration") || !json.contains("extra")) {
-    throw DataError(ErrorText(file.string() + " is not a training state", "",
-                              "remove that folder to go on from an older one"));
+  const fs::path& newest = all.back();
+  const Json json = ReadState(newest);
+  for (const auto& [name, checksum] : json.at("files").items()) {
+    const fs::path file = (newest / name).lexically_normal();
+    if (!fs::exists(file)) Damaged(newest, file, "it is not there");
+    if (checksum != Hex64(HashFile(file))) {
+      Damaged(newest, file, "its checksum does not hold");
+    }
   }
-  return TrainState{json["step"].get<int64_t>(), json["configuration"], json["extra"]};
+  return TrainState{json.at("step"), json.at("configuration"), json.at("extra"),
+                    json.at("beside")};
 }
+
+void RemoveTrainStates(const fs::path& folder) { RemoveWhole(folder); }
 
 void LoadTrainState(const fs::path& folder, int64_t step, const Parameters& parameters,
                     AdamW* optimizer) {
   const c10::NoGradGuard no_grad;
   const fs::path from = StepFolder(folder, step);
   const Parameters stored =
-      ReadParameters(from / "parameters.safetensors", at::ScalarType::Undefined);
+      ReadParameters(from / kParametersFile, at::ScalarType::Undefined);
   for (const auto& [name, tensor] : parameters.items()) tensor.copy_(stored.Get(name));
-  optimizer->Load(
-      ReadParameters(from / "optimizer.safetensors", at::ScalarType::Undefined));
+  optimizer->Load(ReadParameters(from / kOptimizerFile, at::ScalarType::Undefined));
 }
 
 void CheckSameConfiguration(const Json& stored, const Json& current,

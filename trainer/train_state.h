@@ -1,9 +1,12 @@
 // Checkpoints of a training run: FOLDER/step-00000200/{parameters,optimizer}.safetensors
 // and state.json, sealed by a rename, so that a reader finds step n or an older one,
-// never a part. The newest two are kept. Thread rule: rank 0 saves; every rank loads.
+// never a part. The newest two are kept. state.json holds its own checksum and those of
+// all files that the state needs. Thread rule: rank 0 saves; every rank loads.
 #pragma once
 
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "common/run_record.h"
 #include "models/parameters.h"
@@ -15,16 +18,22 @@ struct TrainState {
   int64_t step = 0;    // steps done
   Json configuration;  // what must be equal to go on
   Json extra;          // the trainer's own counters (epoch, best score, ...)
+  // Files of FOLDER beside the checkpoints that this state needs, too.
+  std::vector<std::string> beside;
 };
 
+// Also removes what a killed save left in FOLDER.
 void SaveTrainState(const fs::path& folder, const TrainState& state,
                     const Parameters& parameters, const AdamW& optimizer);
 // The newest whole checkpoint's state, or nothing where there is none. Throws DataError
-// where one is damaged.
+// naming the file where one that it needs is damaged: every byte is checked.
 std::optional<TrainState> FindTrainState(const fs::path& folder);
 // Copies that checkpoint's tensors into parameters and optimizer.
 void LoadTrainState(const fs::path& folder, int64_t step, const Parameters& parameters,
                     AdamW* optimizer);
+// Removes a folder of checkpoints, if it is there; a kill on the way leaves no part of it
+// under its name.
+void RemoveTrainStates(const fs::path& folder);
 // UsageError naming the first key that differs.
 void CheckSameConfiguration(const Json& stored, const Json& current,
                             const fs::path& folder);

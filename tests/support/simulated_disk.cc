@@ -66,7 +66,7 @@ void SimulatedDisk::Apply(const FileChange& c) {
 void SimulatedDisk::Collect(const Node& node, const std::string& path, Lost lost,
                             DiskState* state) {
   if (!node.folder) {
-    state->files[path] = node.safe_bytes;
+    state->files[path] = lost == Lost::kNothing ? node.bytes : node.safe_bytes;
     return;
   }
   if (!path.empty()) state->folders.push_back(path);

@@ -53,8 +53,9 @@ struct DiskState {
 };
 
 enum class Lost {
-  kUnsynced,      // bytes and names that no fsync (of file, of folder) has secured
-  kUnsyncedBytes  // the bytes only: names reached the disk ahead of them
+  kUnsynced,       // bytes and names that no fsync (of file, of folder) has secured
+  kUnsyncedBytes,  // the bytes only: names reached the disk ahead of them
+  kNothing         // the process was killed, the machine lives
 };
 
 class FileWatch {
@@ -68,8 +69,8 @@ class FileWatch {
 
   const std::vector<SeenCall>& calls() const;
   bool fired() const;  // the fault has happened
-  // Disks after a power loss between any two calls, consecutive equal ones once.
-  // `promises` gets, for each, how often Promise() had been called by then.
+  // Disks after a power loss (or kill) between any two calls, consecutive equal ones
+  // once. `promises` gets, for each, how often Promise() had been called by then.
   std::vector<DiskState> PowerLosses(Lost lost, std::vector<int>* promises) const;
   // Marks a point of the job at which it has promised something to be durable.
   void Promise();
