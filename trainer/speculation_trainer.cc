@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -32,6 +33,17 @@ constexpr uint64_t kValidationStream = 0x76616cULL;
 constexpr uint64_t kTestStream = 0x74657374ULL;
 constexpr int kEvaluationsPerRun = 8;
 constexpr int kEvaluationMicroBatch = 32;
+
+class Stopwatch {
+ public:
+  double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_)
+        .count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
 
 // What the traces are, for "the same run".
 std::string FingerprintOf(const TraceDataset& dataset) {
@@ -171,10 +183,13 @@ class SpeculationTrainer {
     const auto mine = sampler_.Step(epoch, static_cast<uint64_t>(step_ % per_epoch),
                                     rank_.rank, rank_.world);
     double sums[4] = {0, 0, 0, 0};  // loss, labels, windows, a stop was requested
+    const Stopwatch step;
     reducer_->BeginStep();
     for (size_t i = 0; i < mine.size(); ++i) {
       if (i + 1 == mine.size()) reducer_->LastBackward();
+      const Stopwatch data;
       SpeculationBatch batch = MakeSpeculationBatch(mine[i], dataset_, hidden_);
+      data_seconds_ += data.seconds();
       Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch);
       const at::Tensor loss = Loss(batch);
       loss.backward();
@@ -189,6 +204,7 @@ class SpeculationTrainer {
     reducer_->Scale(1 / labels);
     const double share = options_.schedule.Share(step_, steps_, lowered_);
     const double norm = optimizer_->Step(share);
+    step_seconds_ += step.seconds();
     ++step_;
     stop_ = sums[3] > 0;
     samples_ += static_cast<int64_t>(sums[2]);
@@ -232,7 +248,8 @@ class SpeculationTrainer {
   }
   void LogStep(double rate, double norm, double samples_per_second) {
     const double loss = loss_sum_ / static_cast<double>(loss_steps_);
-    loss_sum_ = 0;
+    const double waiting = data_seconds_ / std::max(1e-9, step_seconds_);
+    loss_sum_ = data_seconds_ = step_seconds_ = 0;
     loss_steps_ = 0;
     if (!metrics_) return;
     metrics_->Write({{"step", step_},
@@ -241,7 +258,8 @@ class SpeculationTrainer {
                      {"train_loss", loss},
                      {"learning_rate", rate},
                      {"grad_norm", norm},
-                     {"samples_per_second", samples_per_second}});
+                     {"samples_per_second", samples_per_second},
+                     {"waiting_for_data", waiting}});
     events_->Write(step_, {{"train/loss", loss},
                            {"train/learning_rate", rate},
                            {"train/grad_norm", norm},
@@ -426,6 +444,7 @@ class SpeculationTrainer {
   int64_t previous_best_ = 0;
   bool stop_ = false, exhausted_ = false;
   double process_samples_ = 0;
+  double data_seconds_ = 0, step_seconds_ = 0;  // since the last logged step
   std::vector<double> losses_;
 };
 

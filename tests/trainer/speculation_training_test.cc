@@ -283,6 +283,9 @@ TEST_F(SpeculationTraining, TheMetricsOfAStoppedRunReadLikeThoseOfAWholeOne) {
   for (std::string line; std::getline(lines, line);) {
     const Json json = ParseJson(line, "metrics.jsonl");
     (json.contains("valid_loss") ? validations : steps).push_back(json["step"]);
+    if (json.contains("valid_loss")) continue;
+    EXPECT_GT(json["waiting_for_data"], 0);
+    EXPECT_LT(json["waiting_for_data"], 1);
   }
   EXPECT_THAT(steps, testing::ElementsAre(5, 10, 15, 20, 24));
   EXPECT_THAT(validations, testing::ElementsAre(8, 16, 24));
