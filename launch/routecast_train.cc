@@ -7,14 +7,14 @@
 
 #include "comm/mpi_session.h"
 #include "common/errors.h"
+#include "common/model_folder.h"
 #include "common/run_record.h"
 #include "launch/flags.h"
 #include "launch/main.h"
 #include "models/checkpoint.h"
 #include "models/device_choice.h"
 #include "models/speculation_onnx.h"
-#include "trainer/leaderboard.h"
-#include "trainer/search.h"
+#include "trainer/run_plan.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
@@ -86,6 +86,10 @@ DEFINE_int32(seeds, 3, "Seeds a kind of --leaderboard, from --seed on");
 DEFINE_double(pass_us, 0,
               "Microseconds of one token through the decoder: kinds whose questions take "
               "more than 5 % of it are marked; 0 = not known");
+DEFINE_string(
+    model, "",
+    "With --leaderboard, instead of --pass_us: the checkpoint that the store was "
+    "collected from; its pass is timed beside the questions");
 DEFINE_string(
     search, "",
     "JSON file of a search space: successive halving over its trials, each on a "
@@ -179,6 +183,11 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
   job.run = run;
   job.seeds = FLAGS_seeds;
   job.pass_us = FLAGS_pass_us;
+  if (FLAGS_pass_us > 0 && !FLAGS_model.empty()) {
+    throw UsageError(
+        "--model times the pass that --pass_us says\n  leave one of the two out");
+  }
+  job.checkpoint = FindModelFolder(FLAGS_model);
   std::stringstream entries(FLAGS_leaderboard);
   for (std::string entry; std::getline(entries, entry, ',');) {
     if (entry.find('/') == std::string::npos && entry != "all" && !fs::exists(entry)) {
@@ -200,6 +209,9 @@ void Run(int argc, char** argv) {
   if (!FLAGS_leaderboard.empty() && !FLAGS_search.empty()) {
     throw UsageError(ErrorText("--leaderboard and --search are two jobs", "",
                                "leave one of the two out"));
+  }
+  if (!FLAGS_model.empty() && FLAGS_leaderboard.empty()) {
+    throw UsageError("--model is of --leaderboard\n  give both, or neither");
   }
   if (!FLAGS_leaderboard.empty()) board = Leaderboard(job);
   if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);
@@ -228,7 +240,12 @@ void Run(int argc, char** argv) {
   }
   TraceDataset dataset(reader, data_options);
   if (FLAGS_dry_run) {
-    const std::string plan = DescribeSpeculation(job, &dataset, rank.world);
+    if (board) board->run = job;
+    const bool routers = fs::exists(reader->routers_path());
+    const std::string plan =
+        board   ? DescribeLeaderboard(*board, &dataset, routers, rank.world)
+        : space ? DescribeSearch({*space, job}, &dataset, rank.world)
+                : DescribeSpeculation(job, &dataset, rank.world);
     if (rank.is_root()) std::printf("%s", plan.c_str());
     return;
   }

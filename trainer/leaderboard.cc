@@ -1,37 +1,27 @@
 #include "trainer/leaderboard.h"
 
-#include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
-
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <limits>
 #include <tuple>
 
 #include "common/errors.h"
-#include "models/predictor_factory.h"
 #include "report/html_report.h"
 #include "report/table.h"
+#include "trainer/question_timing.h"
+#include "trainer/run_plan.h"
 
 namespace routecast {
 namespace {
 
 constexpr double kServableShare = 0.05;  // of the pass
-constexpr int kTimedCalls = 40;
-
-struct Entry {
-  std::string name;
-  std::vector<fs::path> folders;  // one a seed
-};
 
 bool IsKind(const std::string& name) {
   const auto kinds = SpeculationKinds();
   return std::find(kinds.begin(), kinds.end(), name) != kinds.end();
 }
 
-std::vector<std::string> EntriesOf(const LeaderboardJob& job, const TraceDataset& dataset,
-                                   bool routers) {
+std::vector<std::string> NamesOf(const LeaderboardJob& job, const TraceDataset& dataset,
+                                 bool routers) {
   if (job.entries != std::vector<std::string>{"all"}) return job.entries;
   std::vector<std::string> kinds;
   for (const std::string& kind : SpeculationKinds()) {
@@ -41,50 +31,6 @@ std::vector<std::string> EntriesOf(const LeaderboardJob& job, const TraceDataset
     kinds.push_back(kind);
   }
   return kinds;
-}
-
-// True where the folder holds a finished run of these options.
-bool Finished(const fs::path& folder, const SpeculationOptions& options) {
-  if (!fs::exists(folder / "results.json") || !fs::exists(folder / "config.json")) {
-    return false;
-  }
-  const Json config = ReadJsonFile(folder / "config.json");
-  return config.contains("extra") && config["extra"].contains("options") &&
-         config["extra"]["options"] == options.ToJson();
-}
-
-// The middle of the times of one question to the model: a decoder token with what it
-// needs of the tokens before, from every source layer in turn.
-double PredictMicroseconds(const fs::path& folder, TraceDataset* dataset) {
-  const c10::NoGradGuard no_grad;
-  auto saved = LoadSpeculationModel(folder);
-  const MoeGeometry& g = dataset->geometry();
-  const Stack stack = g.decoder_layers > 0 ? Stack::kDecoder : Stack::kEncoder;
-  const WithHidden hidden =
-      saved.model->config().hidden_width > 0 ? WithHidden::kYes : WithHidden::kNo;
-  auto sequences = dataset->Select(SplitPart::kTest, stack, hidden);
-  if (sequences.empty()) sequences = dataset->Select(SplitPart::kTrain, stack, hidden);
-  if (sequences.empty()) return std::numeric_limits<double>::quiet_NaN();
-  const auto trace = dataset->Read({&sequences[0], 1}, hidden)[0];
-  std::vector<double> times;
-  for (int i = 0; i < kTimedCalls; ++i) {
-    const int source = i % g.layers(stack) - (stack == Stack::kEncoder ? 1 : 0);
-    RoutingWindow window = WindowOf(*trace, stack, source, g.num_experts);
-    if (hidden == WithHidden::kNo) ForgetRouterInputs(&window);
-    const int64_t tokens = window.token_ids_BT.size(1);
-    const int64_t kept = std::min<int64_t>(tokens, saved.model->history_tokens());
-    for (at::Tensor* x : {&window.token_ids_BT, &window.valid_BT, &window.experts_BTL,
-                          &window.hidden_BTD, &window.context_BTD}) {
-      if (x->defined()) *x = x->narrow(1, tokens - kept, kept).contiguous();
-    }
-    const auto start = std::chrono::steady_clock::now();
-    saved.model->ForwardLast(window);
-    const std::chrono::duration<double, std::micro> us =
-        std::chrono::steady_clock::now() - start;
-    times.push_back(us.count());
-  }
-  std::nth_element(times.begin(), times.begin() + kTimedCalls / 2, times.end());
-  return times[kTimedCalls / 2];
 }
 
 using Place = std::tuple<std::string, int, int>;  // phase, layer, lead
@@ -197,15 +143,12 @@ Json ReadResults(const fs::path& folder, const Json& split) {
   return results;
 }
 
-void TrainEntry(const LeaderboardJob& job, const Entry& entry, TraceDataset* dataset,
-                const std::vector<RouterWeights>& routers, Communicator* comm) {
+void TrainEntry(const LeaderboardJob& job, const LeaderboardEntry& entry,
+                TraceDataset* dataset, const std::vector<RouterWeights>& routers,
+                Communicator* comm) {
   for (size_t i = 0; i < entry.folders.size(); ++i) {
-    SpeculationJob run = job.run;
-    run.options.kind = entry.name;
-    run.options.seed = job.run.options.seed + i;
-    run.out = entry.folders[i];
-    if (Finished(run.out, run.options)) continue;
-    TrainSpeculation(run, dataset, routers, comm);
+    const SpeculationJob run = RunOf(job, entry, i);
+    if (!IsFinished(run)) TrainSpeculation(run, dataset, routers, comm);
   }
 }
 
@@ -222,40 +165,67 @@ void AddBaselines(const std::vector<Json>& results, Json* rows) {
 
 }  // namespace
 
-Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
-                     const std::vector<RouterWeights>& routers, Communicator* comm) {
-  const Json split = dataset->SplitJson();
-  std::vector<Entry> entries;
-  for (const std::string& name : EntriesOf(job, *dataset, !routers.empty())) {
-    Entry entry{name, {}};
-    for (int i = 0; IsKind(name) && i < job.seeds; ++i) {
+std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset* dataset,
+                                        bool routers) {
+  std::vector<LeaderboardEntry> entries;
+  for (const std::string& name : NamesOf(job, *dataset, routers)) {
+    LeaderboardEntry entry{name, IsKind(name), {}};
+    for (int i = 0; entry.is_kind && i < job.seeds; ++i) {
       const uint64_t seed = job.run.options.seed + static_cast<uint64_t>(i);
       entry.folders.push_back(job.run.out / name / ("seed-" + std::to_string(seed)));
     }
-    if (entry.folders.empty()) entry.folders.push_back(name);
+    if (!entry.is_kind) {
+      entry.folders.push_back(name);
+      ReadResults(name, dataset->SplitJson());
+    }
     entries.push_back(entry);
   }
-  for (const Entry& entry : entries) {  // wrong folders before anything is trained
-    if (!IsKind(entry.name)) ReadResults(entry.folders[0], split);
+  return entries;
+}
+
+SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
+                     size_t number) {
+  SpeculationJob run = job.run;
+  run.options.kind = entry.name;
+  run.options.seed = job.run.options.seed + number;
+  run.out = entry.folders.at(number);
+  return run;
+}
+
+Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
+                     const std::vector<RouterWeights>& routers, Communicator* comm) {
+  const Json split = dataset->SplitJson();
+  // What is wrong with folders and checkpoint is said before anything is trained.
+  const std::vector<LeaderboardEntry> entries = EntriesOf(job, dataset, !routers.empty());
+  if (!job.checkpoint.empty()) RequireTracedModel(job.checkpoint, dataset->geometry());
+  std::vector<fs::path> timed;
+  for (const LeaderboardEntry& entry : entries) {
+    if (entry.is_kind) TrainEntry(job, entry, dataset, routers, comm);
+    timed.push_back(entry.folders[0]);
   }
-  for (const Entry& entry : entries) {
-    if (IsKind(entry.name)) TrainEntry(job, entry, dataset, routers, comm);
+  QuestionTimes times;
+  times.question_us.assign(entries.size(), 0);
+  times.pass_us = job.pass_us;
+  if (comm->rank_info().is_root()) {
+    times = TimeQuestions(timed, job.checkpoint, job.run.device, dataset);
+    if (job.checkpoint.empty()) times.pass_us = job.pass_us;
   }
   Json board = {{"store", job.run.store}, {"split", split}, {"rows", Json::array()}};
-  if (job.pass_us > 0) board["pass_us"] = job.pass_us;
+  if (times.pass_us > 0) board["pass_us"] = times.pass_us;
+  if (!job.checkpoint.empty()) board["pass_model"] = job.checkpoint.string();
   const MoeGeometry& g = dataset->geometry();
   const int questions = g.decoder_layers > 0 ? g.decoder_layers + 1 : g.encoder_layers;
   std::vector<Json> last;
-  for (const Entry& entry : entries) {
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const LeaderboardEntry& entry = entries[i];
     std::vector<Json> results;
     for (const fs::path& f : entry.folders) results.push_back(ReadResults(f, split));
-    const double us =
-        comm->rank_info().is_root() ? PredictMicroseconds(entry.folders[0], dataset) : 0;
-    const std::string name = IsKind(entry.name)
+    const std::string name = entry.is_kind
                                  ? entry.name
                                  : results[0].at("kind").get<std::string>() + " (" +
                                        fs::path(entry.name).filename().string() + ")";
-    board["rows"].push_back(LeaderboardRow(name, results, us, job.pass_us, questions));
+    board["rows"].push_back(
+        LeaderboardRow(name, results, times.question_us[i], times.pass_us, questions));
     last = results;
   }
   if (!last.empty()) AddBaselines(last, &board["rows"]);
@@ -319,6 +289,12 @@ std::string LeaderboardHtml(const Json& board) {
   page.Paragraph(
       "Test documents, %; means over layers, leads and seeds. us: one question for one "
       "decoder token on the machine that made this table; serve: within 5 % of a pass.");
+  if (board.contains("pass_us")) {
+    page.Paragraph(
+        "A pass of one decoder token: " + Fixed(board.at("pass_us").get<double>(), 0) +
+        (board.contains("pass_model") ? " us, timed beside the questions."
+                                      : " us, as given."));
+  }
   page.AddTable(TableOf(board), "best first");
   page.Section("Single places");
   page.Paragraph(

@@ -16,9 +16,24 @@ struct LeaderboardJob {
   std::vector<std::string> entries;
   int seeds = 3;
   double pass_us = 0;  // one token through the decoder; 0 = not known
+  // The traced model: its pass is timed here, beside the questions; empty = pass_us.
+  fs::path checkpoint;
   // What every run is trained by, but kind, seed and folder; `out` is the table's folder.
   SpeculationJob run;
 };
+
+// A row to be: a kind with a folder a seed, or a finished run.
+struct LeaderboardEntry {
+  std::string name;
+  bool is_kind = false;
+  std::vector<fs::path> folders;
+};
+// Throws UsageError where a folder holds no finished run or one of another store.
+std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset* dataset,
+                                        bool routers);
+// The training of a kind's entry `number` (seed, folder).
+SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
+                     size_t number);
 
 // A finished run of the same options is not trained again, an unfinished one goes on.
 // Returns leaderboard.json's content. Throws what TrainSpeculation throws; UsageError

@@ -9,6 +9,8 @@
 #include "common/progress.h"
 #include "common/random.h"
 #include "report/table.h"
+#include "trainer/model_setup.h"
+#include "trainer/run_plan.h"
 
 namespace routecast {
 namespace {
@@ -147,6 +149,28 @@ int64_t RungSteps(int64_t steps, int rung, int rungs, int factor) {
   return std::max<int64_t>(1, static_cast<int64_t>(share));
 }
 
+void RequireSteps(const SearchJob& job) {
+  if (job.run.options.steps >= 1) return;
+  throw UsageError(ErrorText("--search needs --steps", "the steps of the last rung",
+                             "give --steps=N"));
+}
+
+SpeculationJob TrialRun(const SearchJob& job, int trial, int rung) {
+  SpeculationJob run = job.run;
+  for (const auto& [name, value] : job.space.Draw(job.run.options.seed, trial)) {
+    SetOption(name, value, &run.options);
+  }
+  run.options.steps =
+      RungSteps(job.run.options.steps, rung, job.space.rungs(), job.space.factor());
+  run.options.test_sequences = kFewTestSequences;
+  run.options.Validate();
+  char folder[48];
+  std::snprintf(folder, sizeof folder, "rung-%d/trial-%04d", rung, trial);
+  run.out = job.run.out / folder;
+  run.quiet = true;
+  return run;
+}
+
 namespace {
 
 struct Trial {
@@ -156,26 +180,7 @@ struct Trial {
 };
 
 SpeculationJob JobOf(const SearchJob& job, const Trial& trial, int rung) {
-  SpeculationJob run = job.run;
-  for (const auto& [name, value] : trial.values) SetOption(name, value, &run.options);
-  run.options.steps =
-      RungSteps(job.run.options.steps, rung, job.space.rungs(), job.space.factor());
-  run.options.test_sequences = kFewTestSequences;
-  run.options.Validate();
-  char folder[48];
-  std::snprintf(folder, sizeof folder, "rung-%d/trial-%04d", rung, trial.number);
-  run.out = job.run.out / folder;
-  run.quiet = true;
-  return run;
-}
-
-bool Done(const SpeculationJob& run) {
-  if (!fs::exists(run.out / "results.json") || !fs::exists(run.out / "config.json")) {
-    return false;
-  }
-  const Json config = ReadJsonFile(run.out / "config.json");
-  return config.contains("extra") && config["extra"].contains("options") &&
-         config["extra"]["options"] == run.options.ToJson();
+  return TrialRun(job, trial.number, rung);
 }
 
 // This rank's trials of the rung. False where it was asked to stop.
@@ -189,7 +194,7 @@ bool RunRung(const SearchJob& job, const std::vector<Trial>& trials, int rung,
     if (static_cast<int>(i) % rank.world != rank.rank) continue;
     const SpeculationJob run = JobOf(job, trials[i], rung);
     try {
-      if (!Done(run)) TrainSpeculation(run, dataset, routers, &alone);
+      if (!IsFinished(run)) TrainSpeculation(run, dataset, routers, &alone);
     } catch (const StoppedError&) {
       return false;
     }
@@ -230,15 +235,13 @@ void WriteBest(const SearchJob& job, const Trial& best) {
 
 Json Search(const SearchJob& job, TraceDataset* dataset,
             const std::vector<RouterWeights>& routers, Communicator* comm) {
-  if (job.run.options.steps < 1) {
-    throw UsageError(ErrorText("--search needs --steps", "the steps of the last rung",
-                               "give --steps=N"));
-  }
+  RequireSteps(job);
   const RankInfo rank = comm->rank_info();
   std::vector<Trial> alive, out;  // `out`: those that were left behind, best first
   for (int t = 0; t < job.space.trials(); ++t) {
     alive.push_back({t, job.space.Draw(job.run.options.seed, t), {}});
-    JobOf(job, alive.back(), 0);  // wrong values before anything is trained
+    // Wrong values, before anything is trained.
+    ConfigOf(JobOf(job, alive.back(), 0).options, dataset);
   }
   for (int rung = 0; rung < job.space.rungs(); ++rung) {
     const bool whole = RunRung(job, alive, rung, dataset, routers, rank);

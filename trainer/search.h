@@ -48,6 +48,11 @@ struct SearchJob {
   SpeculationJob run;  // options that are not searched; `out` is the search's folder and
                        // options.steps, which is needed, the last rung's
 };
+// UsageError where the last rung's steps are not said.
+void RequireSteps(const SearchJob& job);
+// The training of a trial in a rung: a pure function of the job. UsageError where the
+// drawn values are no options.
+SpeculationJob TrialRun(const SearchJob& job, int trial, int rung);
 // search.json's content: `trials` with values, and steps and validation loss by rung;
 // best first. Also writes best.flags, which routecast-train takes as a flag file. Throws
 // StoppedError on every rank where one was asked to stop.

@@ -458,15 +458,24 @@ SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* data
   return SpeculationTrainer(job, dataset, routers, comm).Run();
 }
 
-std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
-                                int world) {
-  const SpeculationOptions& o = job.options;
+SpeculationSize SizeOf(const SpeculationOptions& o, TraceDataset* dataset) {
   const SpeculationConfig config = ConfigOf(o, dataset);
   const WindowSampler sampler(GroupsOf(*dataset, SplitPart::kTrain, HiddenOf(config)),
                               {o.seed, o.micro_batch, o.global_batch});
-  const int64_t elements =
-      MakeSpeculationModel(config, o.seed)->parameters().num_elements();
-  const auto per_epoch = static_cast<long long>(sampler.steps_per_epoch());
+  SpeculationSize size;
+  size.parameters = MakeSpeculationModel(config, o.seed)->parameters().num_elements();
+  size.steps_per_epoch = static_cast<int64_t>(sampler.steps_per_epoch());
+  size.windows_per_epoch = sampler.samples_per_epoch();
+  size.steps = o.steps > 0 ? o.steps : o.epochs * size.steps_per_epoch;
+  // Weights, gradients, two moments, the best weights so far.
+  size.bytes = static_cast<uint64_t>(size.parameters) * sizeof(float) * 5;
+  return size;
+}
+
+std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
+                                int world) {
+  const SpeculationOptions& o = job.options;
+  const SpeculationSize size = SizeOf(o, dataset);
   char text[512];
   std::snprintf(text, sizeof text,
                 "traces: %s\nmodel: %s, %lld parameters\nrun: %lld steps of %d windows "
@@ -474,11 +483,11 @@ std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset
                 "%lld steps an epoch of %llu windows\nmemory: %s a rank before "
                 "activations and traces\n",
                 dataset->SplitJson().dump().c_str(), o.kind.c_str(),
-                static_cast<long long>(elements),
-                static_cast<long long>(o.steps > 0 ? o.steps : o.epochs * per_epoch),
-                o.global_batch, world, per_epoch,
-                static_cast<unsigned long long>(sampler.samples_per_epoch()),
-                FormatBytes(static_cast<uint64_t>(elements) * 4 * 5).c_str());
+                static_cast<long long>(size.parameters),
+                static_cast<long long>(size.steps), o.global_batch, world,
+                static_cast<long long>(size.steps_per_epoch),
+                static_cast<unsigned long long>(size.windows_per_epoch),
+                FormatBytes(size.bytes).c_str());
   return text;
 }
 

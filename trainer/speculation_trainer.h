@@ -45,6 +45,16 @@ SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* data
                                    const std::vector<RouterWeights>& routers,
                                    Communicator* comm);
 
+// What a run takes, before any of it is done.
+struct SpeculationSize {
+  int64_t parameters = 0;
+  int64_t steps = 0;  // at most
+  int64_t steps_per_epoch = 0;
+  uint64_t windows_per_epoch = 0;
+  uint64_t bytes = 0;  // of memory a rank, before activations and traces
+};
+// Throws what TrainSpeculation throws for options that do not fit the traces.
+SpeculationSize SizeOf(const SpeculationOptions& options, TraceDataset* dataset);
 // What --dry_run prints: model, parameters, windows, steps, memory.
 std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
                                 int world);

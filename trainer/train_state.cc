@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 
 #include "common/byte_file.h"
 #include "common/errors.h"
@@ -137,6 +138,13 @@ std::optional<TrainState> FindTrainState(const fs::path& folder) {
   }
   return TrainState{json.at("step"), json.at("configuration"), json.at("extra"),
                     json.at("beside")};
+}
+
+std::optional<int64_t> NewestStep(const fs::path& folder) {
+  const std::vector<fs::path> all = Checkpoints(folder);
+  if (all.empty()) return std::nullopt;
+  const std::string digits = all.back().filename().string().substr(sizeof kPrefix - 1);
+  return std::strtoll(digits.c_str(), nullptr, 10);
 }
 
 void RemoveTrainStates(const fs::path& folder) { RemoveWhole(folder); }

@@ -28,6 +28,8 @@ void SaveTrainState(const fs::path& folder, const TrainState& state,
 // The newest whole checkpoint's state, or nothing where there is none. Throws DataError
 // naming the file where one that it needs is damaged: every byte is checked.
 std::optional<TrainState> FindTrainState(const fs::path& folder);
+// Its step alone, unchecked: for a look at what is there.
+std::optional<int64_t> NewestStep(const fs::path& folder);
 // Copies that checkpoint's tensors into parameters and optimizer.
 void LoadTrainState(const fs::path& folder, int64_t step, const Parameters& parameters,
                     AdamW* optimizer);

@@ -37,12 +37,13 @@ fi
 # A wrong leaderboard or search is refused before a store is looked for, and leaves nothing.
 if [ -x "$ROUTECAST_BIN_DIR/routecast-train" ]; then
   out=$(mktemp -u)
-  for wrong in "--leaderboard=hiden" "--search=/nowhere.json" "--leaderboard=all --search=x"; do
+  for wrong in "--leaderboard=hiden" "--search=/nowhere.json" "--leaderboard=all --search=x" \
+    "--model=/nowhere" "--leaderboard=all --model=/nowhere --pass_us=1"; do
     # shellcheck disable=SC2086
     error=$("$ROUTECAST_BIN_DIR/routecast-train" $wrong --store=/nowhere --out="$out" 2>&1)
     code=$?
     [ "$code" -eq 2 ] || fail "$wrong gave exit $code: $error"
-    grep -q "hidden?\|/nowhere.json\|two jobs" <<<"$error" || fail "$wrong: $error"
+    grep -q "hidden?\|/nowhere.json\|two jobs\|--model" <<<"$error" || fail "$wrong: $error"
     [ "$(wc -l <<<"$error")" -le 3 ] || fail "$wrong: more than three lines"
     [ ! -e "$out" ] || fail "$wrong left $out"
   done

@@ -138,6 +138,10 @@ TEST_F(TrainPipeline, ASearchIsOneCommand) {
         "--search=" + space.string(), "--out=" + out.string()}) {
     search.push_back(flag);
   }
+  auto dry = search;
+  dry.push_back("--dry_run");
+  ASSERT_EQ(RunProgram(dry), 0);
+  EXPECT_FALSE(fs::exists(out));
   ASSERT_EQ(RunProgram(UnderMpirun(2, search)), 0);
   EXPECT_EQ(ReadJsonFile(out / "search.json")["trials"].size(), 4u);
   command.push_back("--flagfile=" + (out / "best.flags").string());
@@ -148,14 +152,28 @@ TEST_F(TrainPipeline, ASearchIsOneCommand) {
 
 TEST_F(TrainPipeline, ALeaderboardIsOneCommand) {
   const fs::path out = folder_ / "board";
-  ASSERT_EQ(RunProgram(UnderMpirun(
-                2, {Bin("routecast-train"), "--quiet", "--threads=1", "--device=cpu",
-                    "--leaderboard=hidden,simple", "--seeds=1", "--steps=6",
-                    "--global_batch=16", "--micro_batch=8", "--validation_sequences=16",
-                    "--distill_weight=0.5", "--store=" + (folder_ / "store").string(),
-                    "--out=" + out.string()})),
-            0);
-  EXPECT_EQ(ReadJsonFile(out / "leaderboard.json")["rows"].size(), 2u + 9);
+  const std::vector<std::string> command = {Bin("routecast-train"),
+                                            "--quiet",
+                                            "--threads=1",
+                                            "--device=cpu",
+                                            "--leaderboard=hidden,simple",
+                                            "--seeds=1",
+                                            "--steps=6",
+                                            "--global_batch=16",
+                                            "--micro_batch=8",
+                                            "--validation_sequences=16",
+                                            "--distill_weight=0.5",
+                                            "--model=" + (folder_ / "model").string(),
+                                            "--store=" + (folder_ / "store").string(),
+                                            "--out=" + out.string()};
+  auto dry = command;
+  dry.push_back("--dry_run");
+  ASSERT_EQ(RunProgram(dry), 0);
+  EXPECT_FALSE(fs::exists(out));
+  ASSERT_EQ(RunProgram(UnderMpirun(2, command)), 0);
+  const Json board = ReadJsonFile(out / "leaderboard.json");
+  EXPECT_EQ(board["rows"].size(), 2u + 9);
+  EXPECT_GT(board["pass_us"], 0.0);
   EXPECT_TRUE(fs::exists(out / "leaderboard.html"));
 }
 

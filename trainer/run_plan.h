@@ -1,0 +1,21 @@
+// What a job of many trainings would do, and what of it is done: --dry_run of
+// --leaderboard and --search. Nothing is written. Thread rule: one thread.
+#pragma once
+
+#include <string>
+
+#include "trainer/leaderboard.h"
+#include "trainer/search.h"
+
+namespace routecast {
+
+// True where run.out holds a finished run of these options: it is not trained again.
+bool IsFinished(const SpeculationJob& run);
+
+// Runs, steps, memory and disk, a line an entry. Throws what the job itself would refuse
+// before its first step.
+std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
+                                bool routers, int world);
+std::string DescribeSearch(const SearchJob& job, TraceDataset* dataset, int world);
+
+}  // namespace routecast
