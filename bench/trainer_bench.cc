@@ -16,7 +16,7 @@
 #include "models/ensemble_model.h"
 #include "trainer/gradient_reducer.h"
 #include "trainer/member_optimizer.h"
-#include "trainer/speculation_batch.h"
+#include "trainer/speculation_loss.h"
 
 DEFINE_string(python, "", "Python with torch; empty = without the reference");
 DEFINE_int32(threads, 2, "Threads of both sides");

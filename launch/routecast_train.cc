@@ -67,7 +67,9 @@ DEFINE_double(augment_parts, 0, "Chance that a part of a sequence is taken");
 DEFINE_double(augment_permutation, 0, "Chance that experts are relabelled (ablation)");
 DEFINE_double(augment_mask, 0, "Share of tokens whose routing is hidden in training");
 DEFINE_double(augment_unmasked, 1, "Weight of the other tokens' labels then");
-DEFINE_string(monitor, "loss", "What validation must better: loss or top1");
+DEFINE_string(monitor, "loss",
+              "What validation must better: loss or top1 (models of several experts a "
+              "token: recall of them)");
 DEFINE_int32(patience, 5, "Validations without a better one before it stops; 0 = never");
 DEFINE_int32(validate_every, 0, "Steps between validations; 0 = eight a run or more");
 DEFINE_uint64(validation_sequences, 256, "Sequences a source layer; 0 = all");
@@ -231,7 +233,7 @@ void Run(int argc, char** argv) {
                        job.out / "watchdog");
   job.quiet = FLAGS_quiet || !rank.is_root();
 
-  const auto reader = std::make_shared<const TraceReader>(FLAGS_store);
+  const auto reader = std::make_shared<const TraceReader>(FLAGS_store, NeedTokens::kNo);
   data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world);
   if (data_options.keep_top_k && reader->config().top_k == 0) {
     throw UsageError(ErrorText("--distill_weight needs the routers' top-k",

@@ -28,7 +28,9 @@ void DropLayers(double share, uint64_t key, SpeculationBatch* batch) {
   for (int64_t b = 0; b < w.experts_BTL.size(0); ++b) {
     for (int64_t l = 0; l < known; ++l) {
       if (l == w.source_layer || Draw(key, kLayer, b, l) >= share) continue;
-      w.experts_BTL.select(0, b).select(1, l).fill_(w.num_experts);
+      for (const at::Tensor& ids : {w.experts_BTL, w.others_BTLK}) {
+        if (ids.defined()) ids.select(0, b).select(1, l).fill_(w.num_experts);
+      }
     }
   }
 }
@@ -56,9 +58,11 @@ void TakeParts(double share, uint64_t key, SpeculationBatch* batch) {
     Shift(w.token_ids_BT, b, first, count, 0);
     Shift(w.valid_BT, b, first, count, 0);
     Shift(w.experts_BTL, b, first, count, w.num_experts);
+    Shift(w.others_BTLK, b, first, count, w.num_experts);
     Shift(w.hidden_BTD, b, first, count, 0);
     Shift(w.context_BTD, b, first, count, 0);
     Shift(batch->labels_BTH, b, first, count, -100);
+    Shift(batch->others_BTHK, b, first, count, -100);
     Shift(batch->documents_BT, b, first, count, 0);
     // The token after the part is not seen any more: its layers are no leads of the last.
     if (w.stack == Stack::kDecoder && first + count < tokens) {
@@ -81,13 +85,14 @@ void PermuteExperts(double share, uint64_t key, SpeculationBatch* batch) {
       names[static_cast<int64_t>(e)] = static_cast<int64_t>(permutation(e));
     }
     names[w.num_experts] = w.num_experts;  // unknown stays unknown
-    const auto ids = w.experts_BTL.select(0, b);
-    ids.copy_(names.index_select(0, ids.flatten()).view(ids.sizes()));
-    const auto labels = batch->labels_BTH.select(0, b);
-    const auto counts = labels.ge(0);
-    const auto renamed =
-        names.index_select(0, labels.clamp_min(0).flatten()).view(labels.sizes());
-    labels.copy_(at::where(counts, renamed, labels));
+    for (const at::Tensor& x :
+         {w.experts_BTL, w.others_BTLK, batch->labels_BTH, batch->others_BTHK}) {
+      if (!x.defined()) continue;
+      const auto ids = x.select(0, b);
+      const auto renamed =
+          names.index_select(0, ids.clamp_min(0).flatten()).view(ids.sizes());
+      ids.copy_(at::where(ids.ge(0), renamed, ids));  // below 0: does not count
+    }
   }
 }
 
@@ -98,6 +103,9 @@ void MaskTokens(const AugmentOptions& options, uint64_t key, SpeculationBatch* b
     for (int64_t t = 0; t < w.valid_BT.size(1); ++t) {
       if (Draw(key, kMask, b, t) >= options.mask) continue;
       w.experts_BTL.select(0, b).select(0, t).fill_(w.num_experts);
+      if (w.others_BTLK.defined()) {
+        w.others_BTLK.select(0, b).select(0, t).fill_(w.num_experts);
+      }
       if (w.hidden_BTD.defined()) w.hidden_BTD.select(0, b).select(0, t).zero_();
       if (w.context_BTD.defined()) w.context_BTD.select(0, b).select(0, t).zero_();
       batch->weights_BT.select(0, b).select(0, t).fill_(1);
@@ -132,9 +140,9 @@ void AugmentOptions::Validate() const {
 void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch) {
   if (!options.any()) return;
   // Windows may share memory with what the data set keeps.
-  for (at::Tensor* x :
-       {&batch->window.token_ids_BT, &batch->window.valid_BT, &batch->window.experts_BTL,
-        &batch->window.hidden_BTD, &batch->window.context_BTD}) {
+  for (at::Tensor* x : {&batch->window.token_ids_BT, &batch->window.valid_BT,
+                        &batch->window.experts_BTL, &batch->window.others_BTLK,
+                        &batch->window.hidden_BTD, &batch->window.context_BTD}) {
     if (x->defined()) *x = x->clone();
   }
   if (options.subsequence > 0) TakeParts(options.subsequence, key, batch);

@@ -20,14 +20,15 @@ bool IsKind(const std::string& name) {
   return std::find(kinds.begin(), kinds.end(), name) != kinds.end();
 }
 
-std::vector<std::string> NamesOf(const LeaderboardJob& job, const TraceDataset& dataset,
+std::vector<std::string> NamesOf(const LeaderboardJob& job, TraceDataset* dataset,
                                  bool routers) {
   if (job.entries != std::vector<std::string>{"all"}) return job.entries;
   std::vector<std::string> kinds;
   for (const std::string& kind : SpeculationKinds()) {
     const bool reads = KindOf(kind).router_inputs != RouterInputs::kNever;
-    if (reads && !dataset.any_hidden()) continue;
+    if (reads && !dataset->any_hidden()) continue;
     if (kind == "stale_correction" && !routers) continue;
+    if (KindOf(kind).token_ids && dataset->vocab_size() == 0) continue;
     kinds.push_back(kind);
   }
   return kinds;
@@ -40,23 +41,28 @@ using Place = std::tuple<std::string, int, int>;  // phase, layer, lead
 Json Merged(const std::vector<const Json*>& lists) {
   struct Sum {
     double top1 = 0, top4 = 0, cross_entropy = 0, ece = 0, low = 1, high = 0;
+    double recall = 0, recall_twice = 0;  // of several experts a token
     double least = 1, most = 0;
     int seeds = 0;
+    bool sets = false;
   };
   std::map<Place, Sum> sums;
   for (const Json* list : lists) {
     for (const Json& s : *list) {
       Sum& sum = sums[Place(s.at("phase").get<std::string>(), s.at("layer").get<int>(),
                             s.at("lead").get<int>())];
-      const double top1 = s.at("top1").get<double>();
-      sum.top1 += top1;
+      const double headline = s.at(s.contains("recall") ? "recall" : "top1");
+      sum.top1 += s.at("top1").get<double>();
+      sum.sets = s.contains("recall");
+      sum.recall += s.value("recall", 0.0);
+      sum.recall_twice += s.value("recall_at_2k", 0.0);
       sum.top4 += s.at("top4").get<double>();
       sum.cross_entropy += s.at("cross_entropy").get<double>();
       sum.ece += s.at("ece").get<double>();
       sum.low = std::min(sum.low, s.at("ci95").at(0).get<double>());
       sum.high = std::max(sum.high, s.at("ci95").at(1).get<double>());
-      sum.least = std::min(sum.least, top1);
-      sum.most = std::max(sum.most, top1);
+      sum.least = std::min(sum.least, headline);
+      sum.most = std::max(sum.most, headline);
       ++sum.seeds;
     }
   }
@@ -72,6 +78,9 @@ Json Merged(const std::vector<const Json*>& lists) {
                       {"ece", s.ece / s.seeds},
                       {"ci95", {s.low, s.high}},
                       {"seed_range", {s.least, s.most}}});
+    if (!s.sets) continue;
+    merged.back()["recall"] = s.recall / s.seeds;
+    merged.back()["recall_at_2k"] = s.recall_twice / s.seeds;
   }
   return merged;
 }
@@ -83,6 +92,7 @@ Json MeanOf(const Json& scores, const std::string& phase, bool only_next,
   int count = 0;
   for (const Json& s : scores) {
     if (s.at("phase") != phase || (only_next && s.at("lead") != 1)) continue;
+    if (!s.contains(key)) return Json();
     sum += s.at(key).get<double>();
     ++count;
   }
@@ -96,6 +106,9 @@ void AddSummary(Json* row) {
     (*row)[name + "_next_top1"] = MeanOf(scores, name, true, "top1");
     (*row)[name + "_next_top4"] = MeanOf(scores, name, true, "top4");
     (*row)[name + "_top1"] = MeanOf(scores, name, false, "top1");
+    (*row)[name + "_next_recall"] = MeanOf(scores, name, true, "recall");
+    (*row)[name + "_next_recall_at_2k"] = MeanOf(scores, name, true, "recall_at_2k");
+    (*row)[name + "_recall"] = MeanOf(scores, name, false, "recall");
   }
 }
 
@@ -168,7 +181,7 @@ void AddBaselines(const std::vector<Json>& results, Json* rows) {
 std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset* dataset,
                                         bool routers) {
   std::vector<LeaderboardEntry> entries;
-  for (const std::string& name : NamesOf(job, *dataset, routers)) {
+  for (const std::string& name : NamesOf(job, dataset, routers)) {
     LeaderboardEntry entry{name, IsKind(name), {}};
     for (int i = 0; entry.is_kind && i < job.seeds; ++i) {
       const uint64_t seed = job.run.options.seed + static_cast<uint64_t>(i);
@@ -229,7 +242,9 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
     last = results;
   }
   if (!last.empty()) AddBaselines(last, &board["rows"]);
-  const char* key = g.decoder_layers > 0 ? "decoder_top1" : "encoder_top1";
+  board["experts_per_token"] = g.experts_per_token;
+  const std::string key = std::string(g.decoder_layers > 0 ? "decoder" : "encoder") +
+                          (g.experts_per_token > 1 ? "_recall" : "_top1");
   std::vector<Json> rows = board["rows"];
   std::stable_sort(rows.begin(), rows.end(), [&](const Json& a, const Json& b) {
     const auto value = [&](const Json& r) {
@@ -253,10 +268,17 @@ std::string Share(const Json& value) {
   return value.is_number() ? Fixed(100 * value.get<double>(), 1) : "-";
 }
 
+// Of models of several experts a token the scores are of the set of all K.
+bool Sets(const Json& board) { return board.value("experts_per_token", 1) > 1; }
+
 Table TableOf(const Json& board) {
-  Table table({"<kind", "parameters", "seeds", "valid. loss", "dec next top-1",
-               "dec next top-4", "dec all top-1", "enc next top-1", "enc all top-1", "us",
-               "<serve"});
+  const bool sets = Sets(board);
+  const std::string first = sets ? "recall at K" : "top-1",
+                    one = sets ? "recall" : "top1";
+  const std::string wide = sets ? "recall_at_2k" : "top4";
+  Table table({"<kind", "parameters", "seeds", "valid. loss", "dec next " + first,
+               std::string("dec next ") + (sets ? "at 2K" : "top-4"), "dec all " + first,
+               "enc next " + first, "enc all " + first, "us", "<serve"});
   for (const Json& r : board.at("rows")) {
     const bool baseline = r.contains("baseline");
     const Json& us = r.at("predict_us");
@@ -269,9 +291,9 @@ Table TableOf(const Json& board) {
                   r.at("validation_loss").is_number()
                       ? Fixed(r.at("validation_loss").get<double>(), 3)
                       : "-",
-                  Share(r.at("decoder_next_top1")), Share(r.at("decoder_next_top4")),
-                  Share(r.at("decoder_top1")), Share(r.at("encoder_next_top1")),
-                  Share(r.at("encoder_top1")),
+                  Share(r.at("decoder_next_" + one)), Share(r.at("decoder_next_" + wide)),
+                  Share(r.at("decoder_" + one)), Share(r.at("encoder_next_" + one)),
+                  Share(r.at("encoder_" + one)),
                   us.is_number() ? Fixed(us.get<double>(), 0) : "-",
                   offline.is_boolean() ? (offline.get<bool>() ? "no" : "yes") : "-"});
   }
@@ -300,14 +322,17 @@ std::string LeaderboardHtml(const Json& board) {
   page.Paragraph(
       "95 %: from the lowest to the highest end of the seeds' intervals over documents.");
   for (const Json& r : board.at("rows")) {
-    Table places({"<phase", "layer", "lead", "top-1", "95 %", "over seeds", "top-4",
-                  "nats", "ECE"});
+    const bool sets = Sets(board);
+    Table places({"<phase", "layer", "lead", sets ? "recall at K" : "top-1", "95 %",
+                  "over seeds", sets ? "at 2K" : "top-4", "nats", "ECE"});
     for (const Json& s : r.at("scores")) {
       places.AddRow({s.at("phase"), std::to_string(s.at("layer").get<int>()),
-                     std::to_string(s.at("lead").get<int>()), Share(s.at("top1")),
+                     std::to_string(s.at("lead").get<int>()),
+                     Share(s.at(sets ? "recall" : "top1")),
                      Share(s.at("ci95")[0]) + "-" + Share(s.at("ci95")[1]),
                      Share(s.at("seed_range")[0]) + "-" + Share(s.at("seed_range")[1]),
-                     Share(s.at("top4")), Fixed(s.at("cross_entropy").get<double>(), 3),
+                     Share(s.at(sets ? "recall_at_2k" : "top4")),
+                     Fixed(s.at("cross_entropy").get<double>(), 3),
                      Fixed(100 * s.at("ece").get<double>(), 1)});
     }
     page.Details(r.at("kind"), places);

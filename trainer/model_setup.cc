@@ -32,6 +32,10 @@ SpeculationConfig MemberConfig(const std::string& kind, const ModelSizes& sizes,
         ErrorText("--kind=" + kind + " needs router inputs; the store has none", "",
                   "collect with --record=ids,hidden, or use --kind=interlayer"));
   }
+  if (KindOf(kind).token_ids && dataset->vocab_size() == 0) {
+    throw UsageError(ErrorText("--kind=" + kind + " needs token ids; the store has none",
+                               "", "use --kind=interlayer"));
+  }
   SpeculationConfig config = DefaultSpeculationConfig(
       kind, dataset->geometry(), static_cast<int>(dataset->vocab_size()),
       reads ? dataset->geometry().d_model : 0);

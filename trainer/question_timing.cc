@@ -59,12 +59,14 @@ class AskedModel {
     const auto trace = AnySequence(dataset, stack, hidden);
     for (int i = 0; trace && i < g.layers(stack); ++i) {
       const int source = i - (stack == Stack::kEncoder ? 1 : 0);
-      RoutingWindow window = WindowOf(*trace, stack, source, g.num_experts);
+      RoutingWindow window =
+          WindowOf(*trace, stack, source, g.num_experts, g.experts_per_token);
       if (hidden == WithHidden::kNo) ForgetRouterInputs(&window);
       const int64_t tokens = window.token_ids_BT.size(1);
       const int64_t kept = std::min<int64_t>(tokens, model_->history_tokens());
-      for (at::Tensor* x : {&window.token_ids_BT, &window.valid_BT, &window.experts_BTL,
-                            &window.hidden_BTD, &window.context_BTD}) {
+      for (at::Tensor* x :
+           {&window.token_ids_BT, &window.valid_BT, &window.experts_BTL,
+            &window.others_BTLK, &window.hidden_BTD, &window.context_BTD}) {
         if (x->defined()) *x = x->narrow(1, tokens - kept, kept).contiguous();
       }
       windows_.push_back(window);

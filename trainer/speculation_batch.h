@@ -1,6 +1,6 @@
-// Samples -> windows and labels -> loss. The one place where training, validation and
-// test meet the featuriser.
-// B windows, T tokens, H leads, E experts.
+// Samples -> windows and labels. The one place where training, validation and test meet
+// the featuriser.
+// B windows, T tokens, H leads, K experts a token.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,8 +14,11 @@
 namespace routecast {
 
 struct SpeculationBatch {
-  RoutingWindow window;     // on the CPU; To() gives the device's
-  at::Tensor labels_BTH;    // int64, -100 = does not count; [.., h] is lead h + 1
+  RoutingWindow window;   // on the CPU; To() gives the device's
+  at::Tensor labels_BTH;  // int64, -100 = does not count; [.., h] is lead h + 1
+  // Models of K > 1 experts a token: the further choices [B,T,H,K-1] where labels_BTH
+  // counts; else undefined.
+  at::Tensor others_BTHK;
   at::Tensor documents_BT;  // int64, the bits of the document's id
   at::Tensor weights_BT;    // float32, of the tokens' labels in training; undefined = 1
   // The router's own top-k at the label's place, and how probable it found each; 0 where
@@ -29,6 +32,8 @@ struct SpeculationBatch {
 // SeesRouterInputs).
 SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dataset,
                                       WithHidden hidden);
+// All experts of each label [B,T,H,K], the first choice first; -100 = does not count.
+at::Tensor LabelSets(const SpeculationBatch& batch);
 RoutingWindow WindowTo(const RoutingWindow& window, at::Device device);
 // As a kind sees it that reads none.
 void ForgetRouterInputs(RoutingWindow* window);
@@ -45,24 +50,5 @@ std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
                                           const std::vector<SampleGroup>& groups,
                                           int micro_batch, uint64_t sequences,
                                           uint64_t seed);
-
-struct LossSums {
-  at::Tensor total;  // summed over labels; what backward runs from
-  double cross_entropy = 0, top1 = 0, top4 = 0;  // sums over labels
-  int64_t labels = 0;
-};
-struct LossWeights {
-  double confidence = 0;  // of the binary cross-entropy of "the top-1 is right"
-  double next_token = 0;  // of the next token's id, where the model guesses it
-  double set = 0;         // of the encoder's set prediction (speculation_sets.h)
-  double distill = 0;     // share of the loss that is towards the router's own top-k
-  double distill_temperature = 1;
-  double label_smoothing = 0;
-};
-// Cross-entropy of the routing and what the weights add to it; cross_entropy and top1 are
-// of the plain labels. Throws std::logic_error naming the batch where a value is not
-// finite.
-LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
-                         const LossWeights& weights);
 
 }  // namespace routecast

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/errors.h"
+#include "trainer/speculation_loss.h"
 
 namespace routecast {
 namespace {
@@ -47,9 +48,9 @@ std::vector<LeadKey> KeysOf(const EvaluationData& data) {
   return keys;
 }
 
-// Logits and labels of the rows that count at one lead.
+// Logits and labels of the rows that count at one lead; K experts a token.
 struct LeadRows {
-  at::Tensor values_NE, labels_N, documents_N;
+  at::Tensor values_NE, labels_NK, documents_N;
 };
 LeadRows RowsOf(const at::Tensor& values_BTE, const SpeculationBatch& batch, int lead) {
   const at::Tensor labels = batch.labels_BTH.select(2, lead - 1).flatten();
@@ -57,7 +58,7 @@ LeadRows RowsOf(const at::Tensor& values_BTE, const SpeculationBatch& batch, int
   return {values_BTE.reshape({-1, values_BTE.size(-1)})
               .index_select(0, rows.to(values_BTE.device()))
               .cpu(),
-          labels.index_select(0, rows),
+          LabelSets(batch).select(2, lead - 1).flatten(0, 1).index_select(0, rows),
           batch.documents_BT.flatten().index_select(0, rows)};
 }
 
@@ -71,12 +72,12 @@ double Vertex(double a, double b, double c) {
 
 namespace {
 
-// One row of sums a column of `outputs`: cross-entropy, top-1, top-4, labels.
+// One row of sums a column of `outputs`: cross-entropy, top-1, top-4, recall, labels.
 template <typename Outputs>
 std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
                                     Communicator* comm, const Outputs& outputs) {
   const c10::NoGradGuard no_grad;
-  std::vector<double> sums(4 * columns, 0);
+  std::vector<double> sums(5 * columns, 0);
   for (const MicroBatch* micro : Mine(data, comm)) {
     const SpeculationBatch batch =
         MakeSpeculationBatch(*micro, data.dataset, data.hidden);
@@ -85,18 +86,20 @@ std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
         outputs(WindowTo(batch.window, data.device));
     for (size_t i = 0; i < columns; ++i) {
       const LossSums loss = SpeculationLoss(all.at(i), batch, {});
-      sums[4 * i] += loss.cross_entropy;
-      sums[4 * i + 1] += loss.top1;
-      sums[4 * i + 2] += loss.top4;
-      sums[4 * i + 3] += static_cast<double>(loss.labels);
+      sums[5 * i] += loss.cross_entropy;
+      sums[5 * i + 1] += loss.top1;
+      sums[5 * i + 2] += loss.top4;
+      sums[5 * i + 3] += loss.recall;
+      sums[5 * i + 4] += static_cast<double>(loss.labels);
     }
   }
   comm->AllReduceSum(sums);
   std::vector<ValidationScores> scores;
   for (size_t i = 0; i < columns; ++i) {
-    const double n = std::max(1.0, sums[4 * i + 3]);
-    scores.push_back({sums[4 * i] / n, sums[4 * i + 1] / n, sums[4 * i + 2] / n,
-                      static_cast<int64_t>(sums[4 * i + 3])});
+    const double* sum = &sums[5 * i];
+    const double n = std::max(1.0, sum[4]);
+    scores.push_back(
+        {sum[0] / n, sum[1] / n, sum[2] / n, sum[3] / n, static_cast<int64_t>(sum[4])});
   }
   return scores;
 }
@@ -131,13 +134,13 @@ Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
     const SpeculationOutput out = model->Forward(WindowTo(batch.window, data.device), 0);
     for (int lead = 1; lead <= static_cast<int>(batch.labels_BTH.size(2)); ++lead) {
       const LeadRows rows = RowsOf(out.logits_BTHE.select(2, lead - 1), batch, lead);
-      if (rows.labels_N.size(0) == 0) continue;
+      if (rows.labels_NK.size(0) == 0) continue;
       const size_t at = place.at({micro->stack, micro->source_layer, lead});
       for (int k = 0; k < kGridPoints; ++k) {
         const double temperature = std::exp((k - kGridHalf) * kLogRatio);
         loss[at * kGridPoints + static_cast<size_t>(k)] +=
-            at::cross_entropy_loss(rows.values_NE / temperature, rows.labels_N, {},
-                                   at::Reduction::Sum)
+            RoutingCrossEntropy(rows.values_NE / temperature, rows.labels_NK)
+                .sum()
                 .item<double>();
       }
     }
@@ -250,9 +253,9 @@ Accumulators MakeAccumulators(const EvaluationData& data) {
 void AddRows(Accumulators* to, const at::Tensor& probs_BTE, const SpeculationBatch& batch,
              int lead) {
   const LeadRows rows = RowsOf(probs_BTE, batch, lead);
-  if (rows.labels_N.size(0) == 0) return;
+  if (rows.labels_NK.size(0) == 0) return;
   to->at({batch.window.stack, batch.window.source_layer, lead})
-      .Add(rows.values_NE, rows.labels_N, rows.documents_N);
+      .Add(rows.values_NE, rows.labels_NK, rows.documents_N);
 }
 
 // Sums of all ranks, in rank order: the same on every rank.
@@ -296,6 +299,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   std::vector<std::unique_ptr<ExpertPredictor>> baselines;
   for (const std::string& name : BaselineNames()) {
     if (name == "stale_gate" && routers.empty()) continue;
+    if (name == "token_table" && tables->vocab_size() == 0) continue;
     baselines.push_back(MakeBaseline(name, tables, data.dataset->geometry(), routers));
   }
   Accumulators model_sums = MakeAccumulators(data), raw_sums = model_sums;
@@ -319,7 +323,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
       calibrated.push_back(probs);
     }
     if (micro->stack == Stack::kEncoder && leads > 0) {
-      sets.Add(micro->source_layer, at::stack(calibrated, 2).cpu(), batch.labels_BTH,
+      sets.Add(micro->source_layer, at::stack(calibrated, 2).cpu(), LabelSets(batch),
                FrequencyOf(*tables, *micro, leads));
     }
     for (size_t b = 0; b < baselines.size(); ++b) {

@@ -23,8 +23,9 @@ struct EvaluationData {
 };
 
 struct ValidationScores {
-  double loss = 0;  // mean cross-entropy over (token, lead), nats
-  double top1 = 0, top4 = 0;
+  double loss = 0;            // mean cross-entropy over (token, lead), nats
+  double top1 = 0, top4 = 0;  // of the first choice
+  double recall = 0;          // of a token's K experts among the K likeliest
   int64_t labels = 0;
 };
 ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,

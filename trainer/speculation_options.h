@@ -61,7 +61,8 @@ struct SpeculationOptions {
   double distill_weight = 0;  // share of the loss that is towards the router's own top-k
   double distill_temperature = 1;
   AugmentOptions augment;
-  std::string monitor = "loss";  // what validation must better: loss or top1
+  std::string monitor = "loss";  // what validation must better: loss or top1 (of
+                                 // several experts a token: recall)
   int patience = 5;              // validations without a better one; 0 = never stop
   int validate_every = 0;        // steps; 0 = an epoch, at least 8 times a run
   int log_every = 20;            // steps

@@ -29,17 +29,22 @@ std::string Format(const char* format, Values... values) {
   return text;
 }
 
+// What models are compared by, and what ci95 is of: top-1, or where a token takes K
+// experts the recall of them among the K likeliest.
+double Headline(const LeadScores& s) { return s.by_choice.empty() ? s.top[0] : s.recall; }
+
 std::string Row(const LeadScores& s, const TestScores& test) {
-  std::string row =
-      Format("%-8s %5d %5d %6d  %5.1f %5.1f %5.1f  %5.1f-%-5.1f", StackName(s.phase),
-             s.layer, s.lead, s.target, 100 * s.top[0], 100 * s.top[1], 100 * s.top[3],
-             100 * s.ci95_low, 100 * s.ci95_high);
+  const bool sets = !s.by_choice.empty();
+  std::string row = Format(
+      "%-8s %5d %5d %6d  %5.1f %5.1f %5.1f  %5.1f-%-5.1f", StackName(s.phase), s.layer,
+      s.lead, s.target, 100 * Headline(s), 100 * (sets ? s.recall_twice : s.top[1]),
+      100 * (sets ? s.top[0] : s.top[3]), 100 * s.ci95_low, 100 * s.ci95_high);
   for (const char* name : kShown) {
     const LeadScores* other = nullptr;
     for (const auto& [baseline, scores] : test.baselines) {
       if (baseline == name) other = Find(scores, s);
     }
-    row += other ? Format(" %11.1f", 100 * other->top[0]) : Format(" %11s", "-");
+    row += other ? Format(" %11.1f", 100 * Headline(*other)) : Format(" %11s", "-");
   }
   return row + "\n";
 }
@@ -60,6 +65,7 @@ Json ResultsJson(const SpeculationReport& r) {
                 {{"loss", r.validation.loss},
                  {"top1", r.validation.top1},
                  {"top4", r.validation.top4},
+                 {"recall", r.validation.recall},
                  {"samples", r.validation.labels}}},
                {"scores", Entries(r.test.model)},
                {"baselines", baselines}};
@@ -68,7 +74,8 @@ Json ResultsJson(const SpeculationReport& r) {
   for (const ValidationScores& member : r.members) {
     json["members"].push_back({{"validation_loss", member.loss},
                                {"validation_top1", member.top1},
-                               {"validation_top4", member.top4}});
+                               {"validation_top4", member.top4},
+                               {"validation_recall", member.recall}});
   }
   for (size_t i = 0; i < r.test.uncalibrated.size(); ++i) {
     json["scores"][i]["ece_uncalibrated"] = r.test.uncalibrated[i].ece;
@@ -87,8 +94,10 @@ std::string ResultsTable(const SpeculationReport& r, int num_experts) {
       "validation %.3f)\n",
       r.options.kind.c_str(), static_cast<long long>(r.parameters), 100.0 / num_experts,
       std::log(double(num_experts)), r.validation.loss);
+  const bool sets = !r.test.model.empty() && !r.test.model[0].by_choice.empty();
   text += Format("%-8s %5s %5s %6s  %5s %5s %5s  %-11s", "phase", "layer", "lead",
-                 "target", "top1", "top2", "top4", "top1 95 %");
+                 "target", sets ? "at K" : "top1", sets ? "at 2K" : "top2",
+                 sets ? "top1" : "top4", sets ? "at K 95 %" : "top1 95 %");
   for (const char* name : kShown) text += Format(" %11.11s", name);
   text += "\n";
   for (const LeadScores& s : r.test.model) text += Row(s, r.test);

@@ -26,7 +26,9 @@ struct SpeculationReport {
 };
 
 Json ResultsJson(const SpeculationReport& report);
-// A row a (phase, layer, lead): top-1/2/4 of the model, top-1 of the baselines.
+// A row a (phase, layer, lead): top-1/2/4 of the model, top-1 of the baselines. Where a
+// token takes K experts: recall among the K and 2K likeliest and the first choice's
+// top-1, the baselines' recall among K.
 std::string ResultsTable(const SpeculationReport& report, int num_experts);
 
 }  // namespace routecast

@@ -12,22 +12,28 @@ enum Value { kRecall, kPrecision, kSize, kTrueSize, kFrequencyRecall, kSequences
 
 }  // namespace
 
-at::Tensor LogUnneeded(const at::Tensor& probs_BTHE, const at::Tensor& counts_BTH) {
+at::Tensor LogUnneeded(const at::Tensor& probs_BTHE, const at::Tensor& counts_BTH,
+                       int64_t choices) {
   const auto counts = counts_BTH.unsqueeze(3).to(at::kFloat);
-  return (at::log1p(-probs_BTHE.clamp_max(kLargest)) * counts).sum(1);
+  const auto taken = (probs_BTHE * static_cast<double>(choices)).clamp_max(kLargest);
+  return (at::log1p(-taken) * counts).sum(1);
 }
 
-at::Tensor NeededExperts(const at::Tensor& labels_BTH, int64_t num_experts) {
-  const auto counts = labels_BTH.ge(0).unsqueeze(3);
-  const auto one_hot = at::one_hot(labels_BTH.clamp_min(0), num_experts);
-  return one_hot.logical_and(counts).any(1).to(at::kFloat);
+at::Tensor NeededExperts(const at::Tensor& labels_BTHK, int64_t num_experts) {
+  const int64_t B = labels_BTHK.size(0), H = labels_BTHK.size(2);
+  const auto ids = at::where(labels_BTHK.ge(0), labels_BTHK, num_experts);
+  const auto needed =
+      at::zeros({B, H, num_experts + 1}, labels_BTHK.options().dtype(at::kFloat));
+  return needed.scatter(2, ids.permute({0, 2, 1, 3}).flatten(2), 1)
+      .narrow(2, 0, num_experts);
 }
 
-at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTH) {
-  const auto counts = labels_BTH.ge(0);
+at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTHK) {
+  const auto counts = labels_BTHK.select(3, 0).ge(0);
   const auto unneeded =
-      LogUnneeded(at::softmax(logits_BTHE, -1), counts).clamp_max(-1e-6);
-  const auto needed = NeededExperts(labels_BTH, logits_BTHE.size(3));
+      LogUnneeded(at::softmax(logits_BTHE, -1), counts, labels_BTHK.size(3))
+          .clamp_max(-1e-6);
+  const auto needed = NeededExperts(labels_BTHK, logits_BTHE.size(3));
   const auto loss = needed * at::log(-at::expm1(unneeded)) + (1 - needed) * unneeded;
   return -(loss.mean(2) * counts.sum(1).to(at::kFloat)).sum();
 }
@@ -41,11 +47,12 @@ Json SetScores::ToJson() const {
 }
 
 void SetAccumulator::Add(int layer, const at::Tensor& probs_BTHE,
-                         const at::Tensor& labels_BTH, const at::Tensor& frequency_HE) {
+                         const at::Tensor& labels_BTHK, const at::Tensor& frequency_HE) {
   const int64_t E = probs_BTHE.size(3);
-  const auto counts = labels_BTH.ge(0);
-  const auto likely = -at::expm1(LogUnneeded(probs_BTHE, counts));  // [B,H,E]
-  const auto needed = NeededExperts(labels_BTH, E);
+  const auto counts = labels_BTHK.select(3, 0).ge(0);
+  const auto likely =
+      -at::expm1(LogUnneeded(probs_BTHE, counts, labels_BTHK.size(3)));  // [B,H,E]
+  const auto needed = NeededExperts(labels_BTHK, E);
   const auto budget = likely.sum(2).ceil().clamp(1, static_cast<double>(E));
   // Rank of each expert from 0; the set is those below the budget.
   const auto taken = [&](const at::Tensor& score) {

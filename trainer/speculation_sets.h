@@ -1,6 +1,6 @@
 // The encoder's question: which experts does a layer need for all tokens of a sequence?
 // An expert is needed where one token needs it: P(e) = 1 - prod over tokens (1 - p_te).
-// B sequences, T tokens, H leads, E experts.
+// B sequences, T tokens, H leads, E experts, K experts a token.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,13 +16,15 @@
 
 namespace routecast {
 
-// log(1 - P(e)) [B,H,E] over the tokens that `counts_BTH` says, with p <= 1 - 1e-6.
-at::Tensor LogUnneeded(const at::Tensor& probs_BTHE, const at::Tensor& counts_BTH);
+// log(1 - P(e)) [B,H,E] over the tokens that `counts_BTH` says, with p <= 1 - 1e-6. Where
+// a token takes several experts (`choices`), p is so many times as large.
+at::Tensor LogUnneeded(const at::Tensor& probs_BTHE, const at::Tensor& counts_BTH,
+                       int64_t choices = 1);
 // The experts of the labels (-100 = none), as 0 and 1. [B,H,E] float32.
-at::Tensor NeededExperts(const at::Tensor& labels_BTH, int64_t num_experts);
+at::Tensor NeededExperts(const at::Tensor& labels_BTHK, int64_t num_experts);
 // Binary cross-entropy of P(e) against the true set, a mean over experts, times the
 // sequence's labels, so that it weighs like the loss of as many tokens; summed.
-at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTH);
+at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTHK);
 
 // Scores of ranked sets over sequences, one a (source layer, lead) of the encoder.
 // The predicted set holds the ceil(sum P) experts of the largest P.
@@ -40,7 +42,7 @@ struct SetScores {
 class SetAccumulator {
  public:
   // probs [B,T,H,E] of one source layer; frequency_HE: of the leads' targets.
-  void Add(int layer, const at::Tensor& probs_BTHE, const at::Tensor& labels_BTH,
+  void Add(int layer, const at::Tensor& probs_BTHE, const at::Tensor& labels_BTHK,
            const at::Tensor& frequency_HE);
   // Sums as numbers, for a reduction over ranks; in the order of Keys of `most` sources
   // and leads.

@@ -1,13 +1,11 @@
 #include "trainer/speculation_trainer.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <limits>
 #include <optional>
 
 #include "common/errors.h"
@@ -17,9 +15,11 @@
 #include "models/ensemble_model.h"
 #include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
+#include "trainer/best_parameters.h"
 #include "trainer/gradient_reducer.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/model_setup.h"
+#include "trainer/speculation_loss.h"
 #include "trainer/speculation_report.h"
 #include "trainer/tensorboard_events.h"
 #include "trainer/train_state.h"
@@ -155,16 +155,10 @@ class SpeculationTrainer {
     CheckSameConfiguration(state->configuration, Configuration(), job_.out);
     LoadTrainState(from, state->step, TrainedTensors(), &optimizer_->adamw());
     step_ = state->step;
-    best_score_ = state->extra.at("best_score");
-    lowered_ = state->extra.at("lowered");
-    since_lowered_ = state->extra.at("since_lowered");
-    best_step_ = state->extra.at("best_step");
-    worse_ = state->extra.at("worse");
+    best_.Load(from, state->extra);
     loss_sum_ = state->extra.at("loss_sum");
     loss_steps_ = state->extra.at("loss_steps");
     samples_ = state->extra.at("samples");
-    previous_best_ = best_step_;
-    if (best_step_ > 0) best_ = ReadParameters(BestFile(from, best_step_), at::kFloat);
   }
 
   void OpenMetrics() {
@@ -202,7 +196,7 @@ class SpeculationTrainer {
     comm_->AllReduceSum(sums);
     const double labels = std::max(1.0, sums[1]);
     reducer_->Scale(1 / labels);
-    const double share = options_.schedule.Share(step_, steps_, lowered_);
+    const double share = options_.schedule.Share(step_, steps_, best_.plateaus());
     const double norm = optimizer_->Step(share);
     step_seconds_ += step.seconds();
     ++step_;
@@ -269,7 +263,7 @@ class SpeculationTrainer {
     char text[96];
     // Of top-1 the score is its negative: less is better.
     std::snprintf(text, sizeof text, "loss %.3f, best %.3f (ln E %.3f)", loss,
-                  best_step_ > 0 ? std::abs(best_score_) : 0.0,
+                  std::abs(best_.score()),
                   std::log(double(config_.geometry.num_experts)));
     return text;
   }
@@ -285,94 +279,46 @@ class SpeculationTrainer {
                        {"samples", samples_},
                        {"valid_loss", scores.loss},
                        {"top1", scores.top1},
-                       {"top4", scores.top4}});
+                       {"top4", scores.top4},
+                       {"recall", scores.recall}});
       events_->Write(step_, {{"valid/loss", scores.loss},
                              {"valid/top1", scores.top1},
-                             {"valid/top4", scores.top4}});
+                             {"valid/top4", scores.top4},
+                             {"valid/recall", scores.recall}});
     }
-    const double score = options_.monitor == "top1" ? -scores.top1 : scores.loss;
-    if (best_step_ == 0 || score < best_score_) {
-      best_score_ = score;
-      best_step_ = step_;
-      worse_ = since_lowered_ = 0;
-      best_ = Parameters();
-      for (const auto& [name, tensor] : model_->parameters().items()) {
-        best_.Add(name, tensor.detach().clone());
-      }
-    } else {
-      ++worse_;
-      if (++since_lowered_ >= options_.schedule.plateau_patience) {
-        ++lowered_;
-        since_lowered_ = 0;
-      }
-    }
+    const double score = options_.monitor == "top1" ? -scores.recall : scores.loss;
+    best_.Offer(score, step_, model_->parameters(), options_.schedule.plateau_patience);
     optimizer_->SwapAverages();
-    exhausted_ = options_.patience > 0 && worse_ >= options_.patience;
+    exhausted_ = options_.patience > 0 && best_.worse() >= options_.patience;
     Save();
   }
 
-  static std::string BestName(int64_t step) {
-    return "best-" + std::to_string(step) + ".safetensors";
-  }
-  static fs::path BestFile(const fs::path& folder, int64_t step) {
-    return folder / BestName(step);
-  }
   // The best parameters first, under a name of their own: the state that names them comes
   // after, and only then an older best goes.
   void Save() {
     if (rank_.is_root()) {
       MakeFolder(StateFolder());
-      const fs::path best = BestFile(StateFolder(), best_step_);
-      // One that is there may be of a run that was killed before its first checkpoint.
-      if (best_step_ > 0 && (best_step_ != previous_best_ || !fs::exists(best))) {
-        WriteParameters(best, best_, at::kFloat);
-      }
-      const Json extra = {{"best_score", best_score_},
-                          {"best_step", best_step_},
-                          {"worse", worse_},
-                          {"lowered", lowered_},
-                          {"since_lowered", since_lowered_},
-                          {"loss_sum", loss_sum_},
-                          {"loss_steps", loss_steps_},
-                          {"samples", samples_}};
+      best_.Write(StateFolder());
+      Json extra = best_.ToJson();
+      extra.update(
+          {{"loss_sum", loss_sum_}, {"loss_steps", loss_steps_}, {"samples", samples_}});
       std::vector<std::string> beside;
-      if (best_step_ > 0) beside.push_back(BestName(best_step_));
+      if (best_.step() > 0) beside.push_back(best_.file_name());
       SaveTrainState(StateFolder(), {step_, Configuration(), extra, beside},
                      TrainedTensors(), optimizer_->adamw());
-      RemoveOldBests();
+      best_.RemoveOld(StateFolder());
     }
     comm_->Barrier();
   }
-  // Bests that neither this state nor the one before can name.
-  void RemoveOldBests() {
-    if (previous_best_ != best_step_) {
-      for (const auto& entry : fs::directory_iterator(StateFolder())) {
-        const fs::path& p = entry.path();
-        if (p.extension() == ".safetensors" && p != BestFile(StateFolder(), best_step_) &&
-            p != BestFile(StateFolder(), previous_best_)) {
-          fs::remove(p);
-        }
-      }
-    }
-    previous_best_ = best_step_;
-  }
-
-  void UseBest() {
-    const c10::NoGradGuard no_grad;
-    if (best_step_ == 0) return;
-    for (const auto& [name, tensor] : model_->parameters().items()) {
-      tensor.copy_(best_.Get(name));
-    }
-  }
 
   SpeculationResult Finish(const StaleControl& control) {
-    UseBest();
+    best_.CopyTo(model_->parameters());
     SpeculationReport report;
     report.options = options_;
     report.parameters = model_->parameters().num_elements();
     report.world_size = rank_.world;
     report.steps = step_;
-    report.best_step = best_step_;
+    report.best_step = best_.step();
     report.split = dataset_->SplitJson();
     report.members = WeighMembers();
     report.validation = Validate(model_.get(), validation_, comm_);
@@ -392,7 +338,7 @@ class SpeculationTrainer {
     result.losses = losses_;
     if (rank_.is_root()) {
       SaveSpeculationModel(job_.out, *model_, calibration,
-                           {{"options", options_.ToJson()}, {"best_step", best_step_}});
+                           {{"options", options_.ToJson()}, {"best_step", best_.step()}});
       if (job_.onnx) WriteSpeculationOnnx(job_.out / "onnx", *model_);
       WriteFileAtomic(job_.out / "results.json", result.results.dump(2) + "\n");
       RemoveTrainStates(StateFolder());
@@ -406,7 +352,7 @@ class SpeculationTrainer {
     if (config_.members.empty()) return {};
     const auto scores = ValidateMembers(model_.get(), validation_, comm_);
     std::vector<double> weights;
-    for (const ValidationScores& s : scores) weights.push_back(s.top1 + 1e-9);
+    for (const ValidationScores& s : scores) weights.push_back(s.recall + 1e-9);
     SetMemberWeights(model_.get(), weights);
     return scores;
   }
@@ -433,15 +379,10 @@ class SpeculationTrainer {
 
   // What a checkpoint holds beside the tensors.
   int64_t step_ = 0, samples_ = 0;
-  double best_score_ = 0;  // of validation, less is better
-  int64_t best_step_ = 0;  // 0 = not validated yet
-  Parameters best_;
-  int worse_ = 0;                        // validations since the best
-  int lowered_ = 0, since_lowered_ = 0;  // times a plateau was hit, validations since
+  BestParameters best_;
   double loss_sum_ = 0;
   int64_t loss_steps_ = 0;
 
-  int64_t previous_best_ = 0;
   bool stop_ = false, exhausted_ = false;
   double process_samples_ = 0;
   double data_seconds_ = 0, step_seconds_ = 0;  // since the last logged step

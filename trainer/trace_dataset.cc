@@ -18,12 +18,13 @@ uint64_t BytesOf(const RoutingSpan& s) {
 }
 
 // Training looks at ids, drops and router inputs; the rest would only fill memory.
-void DropUnused(RoutingSpan* span, bool keep_top_k) {
+void DropUnused(RoutingSpan* span, int experts_per_token, bool keep_top_k) {
   span->gate_probs = {};
   span->margins = {};
   if (keep_top_k) return;
-  span->topk_ids = {};
   span->topk_probs = {};
+  if (experts_per_token > 1) return;  // the ids are labels
+  span->topk_ids = {};
   span->top_k = 0;
 }
 
@@ -71,20 +72,24 @@ bool TraceDataset::any_hidden() const {
 }
 
 int64_t TraceDataset::vocab_size() {
-  if (vocab_size_ > 0) return vocab_size_;
-  uint32_t largest = 0;
+  if (reader_ && !reader_->config().token_ids) return 0;
+  if (vocab_size_) return *vocab_size_;
+  int64_t size = 0;
   std::vector<uint32_t> batch;
   for (uint32_t i = 0; i < sequences_.size(); ++i) {
     batch.push_back(i);
     if (batch.size() < kScanSequences && i + 1 < sequences_.size()) continue;
     for (const auto& trace : Read(batch, WithHidden::kNo)) {
       for (const RoutingSpan* span : {&trace->encoder, &trace->decoder}) {
-        for (const uint32_t id : span->token_ids) largest = std::max(largest, id);
+        for (const uint32_t id : span->token_ids) {
+          size = std::max(size, int64_t{id} + 1);
+        }
       }
     }
     batch.clear();
   }
-  return vocab_size_ = int64_t{largest} + 1;
+  vocab_size_ = size;
+  return size;
 }
 
 void TraceDataset::Keep(uint32_t sequence, bool hidden,
@@ -116,8 +121,9 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
   if (missing.empty()) return found;
   std::vector<RoutingTrace> read = reader_->ReadMany(ids, with_hidden);
   for (size_t m = 0; m < missing.size(); ++m) {
-    DropUnused(&read[m].encoder, options_.keep_top_k);
-    DropUnused(&read[m].decoder, options_.keep_top_k);
+    for (RoutingSpan* span : {&read[m].encoder, &read[m].decoder}) {
+      DropUnused(span, geometry_.experts_per_token, options_.keep_top_k);
+    }
     found[missing[m]] = std::make_shared<const RoutingTrace>(std::move(read[m]));
     Keep(sequences[missing[m]], hidden, found[missing[m]]);
   }

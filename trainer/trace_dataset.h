@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -35,8 +36,8 @@ class TraceDataset {
   uint32_t length(uint32_t sequence, Stack stack) const;
   bool any_hidden() const;
   bool keeps_top_k() const { return options_.keep_top_k; }
-  // The largest token id of the store plus one: the smallest vocabulary that covers it.
-  // Reads every record, once.
+  // The largest token id of the store plus one: the smallest vocabulary that covers it; 0
+  // where no ids are recorded. Reads every record, once.
   int64_t vocab_size();
 
   // In the order asked. Router inputs are there where asked for and recorded; they may be
@@ -64,7 +65,7 @@ class TraceDataset {
   std::vector<SplitPart> parts_;
   std::vector<Kept> kept_;  // parallel to sequences_
   uint64_t kept_bytes_ = 0;
-  int64_t vocab_size_ = 0;  // 0 = not looked up yet
+  std::optional<int64_t> vocab_size_;  // once it was looked up
 };
 
 }  // namespace routecast

@@ -1,5 +1,5 @@
 // The loss against plain loops.
-#include "trainer/speculation_batch.h"
+#include "trainer/speculation_loss.h"
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>

@@ -208,7 +208,7 @@ TEST(SpeculationSetsTest, AreScoredLikeSets) {
   labels[2].narrow(0, 4, 3).fill_(-100);
   const auto frequency = at::softmax(at::randn({2, 6}), -1);
   SetAccumulator accumulator;
-  accumulator.Add(-1, probs, labels, frequency);
+  accumulator.Add(-1, probs, labels.unsqueeze(3), frequency);
   const auto scores = SetAccumulator::Scores(accumulator.Sums(2), 2);
   ASSERT_EQ(scores.size(), 2u);
   for (int lead = 1; lead <= 2; ++lead) {
@@ -259,11 +259,11 @@ TEST(SpeculationSetsTest, TheLossIsFiniteAndPrefersTheTrueSet) {
   const auto right = at::one_hot(labels.clamp_min(0), 4).to(at::kFloat) * 30;
   const auto wrong = at::one_hot(labels.clamp_min(0) + 1, 4).to(at::kFloat) * 30;
   auto logits = right.clone().requires_grad_();
-  const auto loss = SetLoss(logits, labels);
+  const auto loss = SetLoss(logits, labels.unsqueeze(3));
   loss.backward();
   EXPECT_TRUE(at::isfinite(logits.grad()).all().item<bool>());
   EXPECT_LT(loss.item<double>(), 0.1);
-  EXPECT_GT(SetLoss(wrong, labels).item<double>(), 5);
+  EXPECT_GT(SetLoss(wrong, labels.unsqueeze(3)).item<double>(), 5);
 }
 
 SpeculationConfig TinyEnsemble() {

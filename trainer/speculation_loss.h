@@ -1,0 +1,34 @@
+// What a model's outputs cost on a batch.
+// B windows, T tokens, H leads, E experts, K experts a token, N rows that count.
+#pragma once
+
+#include "trainer/speculation_batch.h"
+
+namespace routecast {
+
+struct LossSums {
+  at::Tensor total;  // summed over labels; what backward runs from
+  double cross_entropy = 0, top1 = 0, top4 = 0;  // sums over labels
+  double recall = 0;  // of the K experts among the K likeliest; K = 1: top1
+  int64_t labels = 0;
+};
+struct LossWeights {
+  double confidence = 0;  // of the binary cross-entropy of "the top-1 is right"
+  double next_token = 0;  // of the next token's id, where the model guesses it
+  double set = 0;         // of the encoder's set prediction (speculation_sets.h)
+  double distill = 0;     // share of the loss that is towards the router's own top-k
+  double distill_temperature = 1;
+  double label_smoothing = 0;
+};
+// Cross-entropy of the routing and what the weights add to it; cross_entropy, recall and
+// top1 (of the first choice) are of the plain labels. Throws std::logic_error naming the
+// batch where a value is not finite.
+LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
+                         const LossWeights& weights);
+
+// [N]: the mean over a row's K experts (int64 [N,K]) of -log softmax(logits)[expert];
+// least where all K are equally likely and nothing else is.
+at::Tensor RoutingCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& truth_NK,
+                               double label_smoothing = 0);
+
+}  // namespace routecast
