@@ -67,6 +67,10 @@ DEFINE_double(augment_parts, 0, "Chance that a part of a sequence is taken");
 DEFINE_double(augment_permutation, 0, "Chance that experts are relabelled (ablation)");
 DEFINE_double(augment_mask, 0, "Share of tokens whose routing is hidden in training");
 DEFINE_double(augment_unmasked, 1, "Weight of the other tokens' labels then");
+DEFINE_int32(
+    curriculum_epochs, 0,
+    "Epochs until all targets count, those that a Markov table finds easy first; "
+    "0 = all from the start");
 DEFINE_string(monitor, "loss",
               "What validation must better: loss or top1 (models of several experts a "
               "token: recall of them)");
@@ -139,6 +143,7 @@ SpeculationJob Validate() {
   o.distill_temperature = FLAGS_distill_temperature;
   o.augment = {FLAGS_augment_layers, FLAGS_augment_parts, FLAGS_augment_permutation,
                FLAGS_augment_mask, FLAGS_augment_unmasked};
+  o.curriculum_epochs = FLAGS_curriculum_epochs;
   o.monitor = FLAGS_monitor;
   o.patience = FLAGS_patience;
   o.validate_every = FLAGS_validate_every;

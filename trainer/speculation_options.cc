@@ -184,6 +184,7 @@ Json SpeculationOptions::ToJson() const {
           {"distill_weight", distill_weight},
           {"distill_temperature", distill_temperature},
           {"augment", augment.ToJson()},
+          {"curriculum_epochs", curriculum_epochs},
           {"monitor", monitor},
           {"patience", patience},
           {"validate_every", validate_every},
@@ -230,6 +231,7 @@ void SpeculationOptions::Validate() const {
                                "it is " + std::to_string(distill_weight), ""));
   }
   RequirePositive("--distill_temperature", distill_temperature);
+  RequireNotNegative("--curriculum_epochs", curriculum_epochs);
   RequireNotNegative("--patience", patience);
   RequireNotNegative("--validate_every", validate_every);
   RequirePositive("--log_every", log_every);

@@ -61,6 +61,8 @@ struct SpeculationOptions {
   double distill_weight = 0;  // share of the loss that is towards the router's own top-k
   double distill_temperature = 1;
   AugmentOptions augment;
+  int curriculum_epochs =
+      0;  // until all targets count (curriculum.h); 0 = from the start
   std::string monitor = "loss";  // what validation must better: loss or top1 (of
                                  // several experts a token: recall)
   int patience = 5;              // validations without a better one; 0 = never stop

@@ -16,6 +16,7 @@
 #include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
 #include "trainer/best_parameters.h"
+#include "trainer/curriculum.h"
 #include "trainer/gradient_reducer.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/model_setup.h"
@@ -97,6 +98,10 @@ class SpeculationTrainer {
     tables_ = FitBaselines(dataset_, job_.out, job_.out / "baselines.safetensors", comm_);
     model_->FitPriors(*tables_);
     model_->FitRouters(routers_);
+    if (options_.curriculum_epochs > 0) {
+      curriculum_.emplace(options_.curriculum_epochs, tables_, dataset_,
+                          sampler_.groups(), options_.seed);
+    }
     OpenMetrics();
     Progress progress("train " + options_.kind, "steps", static_cast<uint64_t>(steps_),
                       job_.quiet || !rank_.is_root());
@@ -184,6 +189,7 @@ class SpeculationTrainer {
       const Stopwatch data;
       SpeculationBatch batch = MakeSpeculationBatch(mine[i], dataset_, hidden_);
       data_seconds_ += data.seconds();
+      if (curriculum_) curriculum_->Apply(epoch, &batch);
       Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch);
       const at::Tensor loss = Loss(batch);
       loss.backward();
@@ -369,6 +375,7 @@ class SpeculationTrainer {
   EvaluationData validation_;
   std::unique_ptr<SpeculationModel> model_;
   std::shared_ptr<const BaselineTables> tables_;  // of the train part
+  std::optional<Curriculum> curriculum_;
   std::optional<GradientReducer> reducer_;
   std::optional<MemberOptimizer> optimizer_;
   LossWeights weights_;

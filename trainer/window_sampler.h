@@ -62,6 +62,7 @@ class WindowSampler {
   // Windows a group gives to each epoch.
   uint64_t Quota(size_t group) const { return quotas_[group]; }
   size_t num_groups() const { return groups_.size(); }
+  const std::vector<SampleGroup>& groups() const { return groups_; }
 
  private:
   uint64_t MicroPerStep() const {

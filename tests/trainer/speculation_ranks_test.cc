@@ -29,6 +29,7 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
     if (kind == "ensemble") {
       job.options.members = "interlayer*2:width=16,heads=2,layers=1;simple";
       job.options.augment.layer_dropout = 0.2;
+      job.options.curriculum_epochs = 1;
     }
     job.options.steps = steps(kind);
     job.options.validation_sequences = 8;

@@ -97,6 +97,7 @@ TEST_F(SpeculationTraining, AnEnsembleWithAllOptionsGoesOnWithEqualBits) {
     job.options.monitor = "top1";
     job.options.validate_every = 4;
     job.options.augment = {0.2, 0.3, 0.1, 0.15, 0.5};
+    job.options.curriculum_epochs = 2;
     return job;
   };
   const SpeculationJob whole = configure("whole");
