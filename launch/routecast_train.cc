@@ -62,9 +62,16 @@ DEFINE_double(set_weight, 0, "Of the encoder's set prediction in the loss");
 DEFINE_double(distill_weight, 0,
               "Share of the loss towards the routers' own top-k (--record=topk)");
 DEFINE_double(distill_temperature, 1, "Of --distill_weight");
+DEFINE_double(contrastive_weight, 0,
+              "Of InfoNCE between a lead and the experts' embeddings in the loss");
 DEFINE_double(augment_layers, 0, "Chance that a known layer is hidden in training");
 DEFINE_double(augment_parts, 0, "Chance that a part of a sequence is taken");
 DEFINE_double(augment_permutation, 0, "Chance that experts are relabelled (ablation)");
+DEFINE_double(
+    augment_mixup, 0,
+    "Chance that a sequence's embedded experts are mixed with another's, labels "
+    "alike");
+DEFINE_double(augment_noise, 0, "Deviation of noise on embedded experts in training");
 DEFINE_double(augment_mask, 0, "Share of tokens whose routing is hidden in training");
 DEFINE_double(augment_unmasked, 1, "Weight of the other tokens' labels then");
 DEFINE_int32(
@@ -141,8 +148,10 @@ SpeculationJob Validate() {
   o.start_from = FLAGS_start_from;
   o.distill_weight = FLAGS_distill_weight;
   o.distill_temperature = FLAGS_distill_temperature;
-  o.augment = {FLAGS_augment_layers, FLAGS_augment_parts, FLAGS_augment_permutation,
-               FLAGS_augment_mask, FLAGS_augment_unmasked};
+  o.contrastive_weight = FLAGS_contrastive_weight;
+  o.augment = {FLAGS_augment_layers, FLAGS_augment_parts,    FLAGS_augment_permutation,
+               FLAGS_augment_mask,   FLAGS_augment_unmasked, FLAGS_augment_mixup,
+               FLAGS_augment_noise};
   o.curriculum_epochs = FLAGS_curriculum_epochs;
   o.monitor = FLAGS_monitor;
   o.patience = FLAGS_patience;

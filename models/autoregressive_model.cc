@@ -74,7 +74,7 @@ class AutoregressiveModel final : public TrunkModel {
   Context Encode(const RoutingWindow& window, KeyedDropout* dropout) const;
   // before_NH: the expert of the lead before each. [N,H,D]
   at::Tensor Decode(const Context& context, const at::Tensor& before_NH,
-                    KeyedDropout* dropout) const;
+                    const RoutingWindow& window, KeyedDropout* dropout) const;
   at::Tensor Logits(const at::Tensor& h_NHD, const RoutingWindow& window) const;
   at::Tensor Greedy(const Context& context, const RoutingWindow& window, int64_t leads,
                     KeyedDropout* dropout) const;
@@ -102,11 +102,14 @@ AutoregressiveModel::Context AutoregressiveModel::Encode(const RoutingWindow& wi
 
 at::Tensor AutoregressiveModel::Decode(const Context& context,
                                        const at::Tensor& before_NH,
+                                       const RoutingWindow& window,
                                        KeyedDropout* dropout) const {
-  const int64_t H = before_NH.size(1);
+  const int64_t N = before_NH.size(0), H = before_NH.size(1);
   const auto place = at::arange(H, before_NH.options());
   const auto mask = AdditiveMask(place.unsqueeze(0).le(place.unsqueeze(1)));
-  auto y = AddRows(before_(before_NH), lead_.Rows(0, H));
+  const auto told = before_(before_NH).reshape({window.token_ids_BT.size(0), -1});
+  auto y =
+      AddRows(Mixed(told, window.training).view({N, H, config_.width}), lead_.Rows(0, H));
   for (const LeadLayer& layer : decoder_) {
     y = layer(y, mask, context.rows_NRD, context.mask, dropout);
   }
@@ -126,7 +129,7 @@ at::Tensor AutoregressiveModel::Greedy(const Context& context,
                                        KeyedDropout* dropout) const {
   at::Tensor before = context.newest_N1;
   for (int64_t h = 1;; ++h) {
-    const auto logits = Logits(Decode(context, before, dropout), window);
+    const auto logits = Logits(Decode(context, before, window, dropout), window);
     if (h == leads) return logits;
     const auto next = logits.detach().select(2, h - 1).argmax(-1).view({-1, 1});
     before = at::cat({before, next}, 1);
@@ -144,7 +147,8 @@ SpeculationOutput AutoregressiveModel::Compute(const RoutingWindow& window,
     const auto told = at::where(truth.ge(0), truth, config_.geometry.num_experts)
                           .view({B * T, H})
                           .narrow(1, 0, H - 1);
-    const auto h = Decode(context, at::cat({context.newest_N1, told}, 1), dropout);
+    const auto h =
+        Decode(context, at::cat({context.newest_N1, told}, 1), window, dropout);
     out.logits_BTHE = Logits(h, window);
     out.features_BTHD = h.view({B, T, H, config_.width});
     out.expert_keys_ED = embed_.Keys();

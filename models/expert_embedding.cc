@@ -47,12 +47,8 @@ at::Tensor ExpertEmbedding::operator()(const ExpertSlots& slots,
   x = AddRow(x, stack.Row(static_cast<int64_t>(window.stack)));
   x = AddRow(x, source.Row(window.source_layer + 1));
   x = x.view({B, T * R, width});
-  const TrainingHints& hints = window.training;
-  if (hints.order_B.defined()) {
-    const auto share = hints.share_B.view({B, 1, 1});
-    x = x * share + x.index_select(0, hints.order_B) * (1 - share);
-  }
-  if (hints.noise > 0) x = dropout->AddNoise(x, hints.noise);
+  x = Mixed(x, window.training);
+  if (window.training.noise > 0) x = dropout->AddNoise(x, window.training.noise);
   return x + Sinusoid(T * R, width, x.options().requires_grad(false));
 }
 

@@ -112,6 +112,14 @@ at::Tensor OneHotExperts(const at::Tensor& ids, int64_t num_experts) {
   return at::one_hot(ids, num_experts + 1).narrow(-1, 0, num_experts).to(at::kFloat);
 }
 
+at::Tensor Mixed(const at::Tensor& x, const TrainingHints& hints) {
+  if (!hints.order_B.defined()) return x;
+  std::vector<int64_t> rows(static_cast<size_t>(x.dim()), 1);
+  rows[0] = x.size(0);
+  const auto share = hints.share_B.view(rows);
+  return x * share + x.index_select(0, hints.order_B) * (1 - share);
+}
+
 RoutingWindow ForMembers(const RoutingWindow& window, int64_t members) {
   if (members == 1) return window;
   RoutingWindow all = window;

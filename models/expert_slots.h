@@ -40,6 +40,10 @@ at::Tensor SequenceMean(const at::Tensor& x_BTD, const RoutingWindow& window);
 // 1 at the expert's place, zeros where it is unknown. [.., E] float32.
 at::Tensor OneHotExperts(const at::Tensor& ids, int64_t num_experts);
 
+// Mixup of x [B, ..], a function of the window's experts (TrainingHints); x itself where
+// there is none.
+at::Tensor Mixed(const at::Tensor& x, const TrainingHints& hints);
+
 // Every tensor of the window repeated for M members, one after another.
 RoutingWindow ForMembers(const RoutingWindow& window, int64_t members);
 

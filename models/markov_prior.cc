@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "models/expert_slots.h"
 #include "models/speculation_config.h"
 
 namespace routecast {
@@ -43,7 +44,7 @@ void MarkovPrior::Fit(const BaselineTables& tables) {
 at::Tensor MarkovPrior::AddTo(const at::Tensor& logits_BTHE,
                               const RoutingWindow& window) const {
   if (window.source_layer < 0) return logits_BTHE;
-  return logits_BTHE + Logits(window, logits_BTHE.size(2));
+  return logits_BTHE + Mixed(Logits(window, logits_BTHE.size(2)), window.training);
 }
 
 at::Tensor MarkovPrior::Logits(const RoutingWindow& window, int64_t leads) const {

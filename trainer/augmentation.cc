@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <numeric>
+#include <cmath>
 
 #include "common/errors.h"
 #include "common/random.h"
@@ -12,7 +12,8 @@ namespace routecast {
 namespace {
 
 constexpr int64_t kShortest = 8;
-enum Stream : uint64_t { kLayer = 1, kPart, kPermute, kMask };
+constexpr double kMixupShape = 0.2;  // of the Beta distribution
+enum Stream : uint64_t { kLayer = 1, kPart, kPermute, kMask, kMix };
 
 // In [0, 1), by everything that tells one draw from another.
 template <typename... Values>
@@ -63,6 +64,7 @@ void TakeParts(double share, uint64_t key, SpeculationBatch* batch) {
     Shift(w.context_BTD, b, first, count, 0);
     Shift(batch->labels_BTH, b, first, count, -100);
     Shift(batch->others_BTHK, b, first, count, -100);
+    Shift(w.training.teacher_BTH, b, first, count, -100);
     Shift(batch->documents_BT, b, first, count, 0);
     // The token after the part is not seen any more: its layers are no leads of the last.
     if (w.stack == Stack::kDecoder && first + count < tokens) {
@@ -85,8 +87,8 @@ void PermuteExperts(double share, uint64_t key, SpeculationBatch* batch) {
       names[static_cast<int64_t>(e)] = static_cast<int64_t>(permutation(e));
     }
     names[w.num_experts] = w.num_experts;  // unknown stays unknown
-    for (const at::Tensor& x :
-         {w.experts_BTL, w.others_BTLK, batch->labels_BTH, batch->others_BTHK}) {
+    for (const at::Tensor& x : {w.experts_BTL, w.others_BTLK, batch->labels_BTH,
+                                batch->others_BTHK, w.training.teacher_BTH}) {
       if (!x.defined()) continue;
       const auto ids = x.select(0, b);
       const auto renamed =
@@ -113,12 +115,38 @@ void MaskTokens(const AugmentOptions& options, uint64_t key, SpeculationBatch* b
   }
 }
 
+// Beta(a, a) by Joehnk's rejection: u^(1/a) / (u^(1/a) + v^(1/a)) where the sum is at
+// most
+// 1. About half the tries are kept.
+double DrawBeta(double a, uint64_t key, int64_t b) {
+  for (uint64_t i = 0;; ++i) {
+    const double x = std::pow(Draw(key, kMix, b, 2, i), 1 / a);
+    const double y = std::pow(Draw(key, kMix, b, 3, i), 1 / a);
+    if (x + y > 0 && x + y <= 1) return x / (x + y);
+  }
+}
+
+void MixSequences(double share, uint64_t key, RoutingWindow* w) {
+  const int64_t B = w->valid_BT.size(0);
+  if (B < 2) return;
+  w->training.order_B = at::arange(B, at::kLong);
+  w->training.share_B = at::ones({B});
+  for (int64_t b = 0; b < B; ++b) {
+    if (Draw(key, kMix, b, 0) >= share) continue;
+    const auto step = static_cast<int64_t>(Draw(key, kMix, b, 1) * double(B - 1));
+    w->training.order_B[b] = (b + 1 + step) % B;  // another one
+    w->training.share_B[b] = DrawBeta(kMixupShape, key, b);
+  }
+}
+
 }  // namespace
 
 Json AugmentOptions::ToJson() const {
   return {{"layer_dropout", layer_dropout},
           {"subsequence", subsequence},
           {"permutation", permutation},
+          {"mixup", mixup},
+          {"noise", noise},
           {"mask", mask},
           {"unmasked_weight", unmasked_weight}};
 }
@@ -135,20 +163,25 @@ void AugmentOptions::Validate() const {
   share("--augment_permutation", permutation, true);
   share("--augment_mask", mask, false);
   share("--augment_unmasked", unmasked_weight, true);
+  share("--augment_mixup", mixup, true);
+  share("--augment_noise", noise, true);
 }
 
 void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch) {
   if (!options.any()) return;
   // Windows may share memory with what the data set keeps.
-  for (at::Tensor* x : {&batch->window.token_ids_BT, &batch->window.valid_BT,
-                        &batch->window.experts_BTL, &batch->window.others_BTLK,
-                        &batch->window.hidden_BTD, &batch->window.context_BTD}) {
+  for (at::Tensor* x :
+       {&batch->window.token_ids_BT, &batch->window.valid_BT, &batch->window.experts_BTL,
+        &batch->window.others_BTLK, &batch->window.hidden_BTD, &batch->window.context_BTD,
+        &batch->window.training.teacher_BTH}) {
     if (x->defined()) *x = x->clone();
   }
   if (options.subsequence > 0) TakeParts(options.subsequence, key, batch);
   if (options.permutation > 0) PermuteExperts(options.permutation, key, batch);
   if (options.layer_dropout > 0) DropLayers(options.layer_dropout, key, batch);
   if (options.mask > 0) MaskTokens(options, key, batch);
+  if (options.mixup > 0) MixSequences(options.mixup, key, &batch->window);
+  batch->window.training.noise = options.noise;
   batch->num_labels = batch->labels_BTH.ne(-100).sum().item<int64_t>();
 }
 

@@ -16,8 +16,12 @@ struct AugmentOptions {
                              // alike; destroys what an id means: for ablation
   double mask = 0;           // share of tokens whose routing and state are hidden; the
   double unmasked_weight = 1;  // others' labels then count by this much
+  double mixup = 0;            // probability of mixing a sequence's embedded experts with
+                               // another's, labels in proportion; share ~ Beta(.2, .2)
+  double noise = 0;            // deviation of normal noise on embedded experts
   bool any() const {
-    return layer_dropout > 0 || subsequence > 0 || permutation > 0 || mask > 0;
+    return layer_dropout > 0 || subsequence > 0 || permutation > 0 || mask > 0 ||
+           mixup > 0 || noise > 0;
   }
 
   Json ToJson() const;

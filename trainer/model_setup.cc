@@ -65,6 +65,29 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   return config;
 }
 
+bool EmbedsExperts(const SpeculationConfig& config) {
+  if (config.members.empty()) return KindOf(config.kind).embeds_experts;
+  return std::all_of(config.members.begin(), config.members.end(), EmbedsExperts);
+}
+
+// Throws where an option works on embedded experts and the model has none.
+void CheckEmbedding(const SpeculationOptions& options, const SpeculationConfig& config) {
+  const std::pair<const char*, double> needing[] = {
+      {"--contrastive_weight", options.contrastive_weight},
+      {"--augment_mixup", options.augment.mixup},
+      {"--augment_noise", options.augment.noise}};
+  std::string kinds;
+  for (const std::string& kind : SpeculationKinds()) {
+    if (KindOf(kind).embeds_experts) kinds += (kinds.empty() ? "" : ", ") + kind;
+  }
+  for (const auto& [flag, value] : needing) {
+    if (value == 0 || EmbedsExperts(config)) continue;
+    throw UsageError(ErrorText(std::string(flag) + " needs a kind that embeds experts",
+                               "--kind=" + config.kind + " does not",
+                               "use one of " + kinds + ", or an ensemble of them"));
+  }
+}
+
 }  // namespace
 
 void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
@@ -76,8 +99,10 @@ void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
   }
 }
 
-SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
-  if (!options.start_from.empty()) return ConfigOfRun(options, dataset);
+namespace {
+
+SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
+                                TraceDataset* dataset) {
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
   if (options.kind == "ensemble") {
     config.combine = options.combine;
@@ -97,6 +122,16 @@ SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* data
     throw UsageError(ErrorText("--kind=" + options.kind + " has no such sizes", problem,
                                "change --width, --heads, --ff, --layers or --context"));
   }
+  return config;
+}
+
+}  // namespace
+
+SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
+  const SpeculationConfig config = options.start_from.empty()
+                                       ? ConfigOfSizes(options, dataset)
+                                       : ConfigOfRun(options, dataset);
+  CheckEmbedding(options, config);
   return config;
 }
 

@@ -9,8 +9,8 @@
 
 namespace routecast {
 
-// UsageError where the kind needs router inputs that the store has not, or the run to
-// start from is of another kind or of other traces.
+// UsageError where the kind needs what the store has not, an option what the kind has
+// not, or the run to start from is of another kind or of other traces.
 SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset);
 // Copies the weights of the run options.start_from names, if any, into `model`, which
 // ConfigOf described. Counts are the new store's.

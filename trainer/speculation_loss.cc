@@ -12,6 +12,7 @@ namespace routecast {
 namespace {
 
 constexpr int64_t kIgnore = -100;
+constexpr double kContrastiveTemperature = 0.1;
 constexpr double kLargestConfidence = 1 - 1e-6;  // keeps the logarithm finite
 
 // KL(teacher || student) a row, of the router's top-k with the rest spread evenly over
@@ -61,37 +62,96 @@ at::Tensor RoutingCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& tr
            label_smoothing * log_probs.mean(1));
 }
 
+at::Tensor ContrastiveLoss(const at::Tensor& features_ND, const at::Tensor& keys_ED,
+                           const at::Tensor& truth_NK) {
+  const auto unit = [](const at::Tensor& x) {
+    return x / x.norm(2, {1}, true).clamp_min(1e-8);
+  };
+  const auto cosines = at::mm(unit(features_ND), unit(keys_ED).t());
+  return RoutingCrossEntropy(cosines / kContrastiveTemperature, truth_NK);
+}
+
+namespace {
+
+// Labels that count: their rows among B * T * H, all experts of each, and how much each
+// counts (undefined: 1).
+struct Targets {
+  at::Tensor rows, truth_NK, weight_N;
+  at::Tensor Sum(const at::Tensor& x) const {
+    return weight_N.defined() ? (x * weight_N).sum() : x.sum();
+  }
+};
+
+Targets TargetsOf(const at::Tensor& sets_BTHK, const at::Tensor& weight_BT,
+                  at::Device device) {
+  Targets targets;
+  const auto first = sets_BTHK.select(3, 0);
+  const auto rows = first.flatten().ne(kIgnore).nonzero().squeeze(1);
+  targets.truth_NK = sets_BTHK.flatten(0, 2).index_select(0, rows).to(device);
+  if (weight_BT.defined()) {
+    const auto all = weight_BT.unsqueeze(2).expand(first.sizes()).flatten();
+    targets.weight_N = all.index_select(0, rows).to(device);
+  }
+  targets.rows = rows.to(device);
+  return targets;
+}
+
+// What tokens count: as augmentation says, times `share_B` where a batch is mixed.
+at::Tensor Weights(const SpeculationBatch& batch, const at::Tensor& share_B) {
+  if (!share_B.defined()) return batch.weights_BT;
+  const auto share = share_B.unsqueeze(1).expand(batch.window.valid_BT.sizes());
+  return batch.weights_BT.defined() ? batch.weights_BT * share : share;
+}
+
+at::Tensor RowsOf(const at::Tensor& x_BTHX, const Targets& targets) {
+  return x_BTHX.reshape({-1, x_BTHX.size(3)}).index_select(0, targets.rows);
+}
+
+at::Tensor RoutingLoss(const SpeculationOutput& output, const Targets& targets,
+                       const LossWeights& weights) {
+  at::Tensor loss = targets.Sum(RoutingCrossEntropy(
+      RowsOf(output.logits_BTHE, targets), targets.truth_NK, weights.label_smoothing));
+  if (weights.contrastive > 0 && output.features_BTHD.defined()) {
+    loss = loss + weights.contrastive * targets.Sum(ContrastiveLoss(
+                                            RowsOf(output.features_BTHD, targets),
+                                            output.expert_keys_ED, targets.truth_NK));
+  }
+  return loss;
+}
+
+// The labels of each sequence's partner where the sequence itself has a token.
+Targets PartnersOf(const SpeculationBatch& batch, at::Device device) {
+  const TrainingHints& hints = batch.window.training;
+  const auto absent = batch.window.valid_BT.logical_not().unsqueeze(2).unsqueeze(3);
+  const auto sets = LabelSets(batch).index_select(0, hints.order_B);
+  return TargetsOf(sets.masked_fill(absent, kIgnore), Weights(batch, 1 - hints.share_B),
+                   device);
+}
+
+}  // namespace
+
 LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
                          const LossWeights& weights) {
-  const int64_t experts = output.logits_BTHE.size(-1);
   const auto device = output.logits_BTHE.device();
-  const at::Tensor labels = batch.labels_BTH.to(device).flatten();
-  const at::Tensor rows = labels.ne(kIgnore).nonzero().squeeze(1);
-  const at::Tensor logits =
-      output.logits_BTHE.reshape({-1, experts}).index_select(0, rows);
-  const at::Tensor truth =
-      LabelSets(batch).to(device).flatten(0, 2).index_select(0, rows);  // [N,K]
-  at::Tensor weight;
-  if (batch.weights_BT.defined()) {
-    weight = batch.weights_BT.to(device)
-                 .unsqueeze(2)
-                 .expand(batch.labels_BTH.sizes())
-                 .flatten()
-                 .index_select(0, rows);
+  const TrainingHints& hints = batch.window.training;
+  const Targets targets =
+      TargetsOf(LabelSets(batch), Weights(batch, hints.share_B), device);
+  const at::Tensor logits = RowsOf(output.logits_BTHE, targets);
+  const at::Tensor &rows = targets.rows, &truth = targets.truth_NK;
+  at::Tensor routing = RoutingLoss(output, targets, weights);
+  if (hints.order_B.defined()) {
+    routing = routing + RoutingLoss(output, PartnersOf(batch, device), weights);
   }
-  const auto sum = [&](const at::Tensor& x) {
-    return weight.defined() ? (x * weight).sum() : x.sum();
-  };
-  at::Tensor routing = sum(RoutingCrossEntropy(logits, truth, weights.label_smoothing));
   if (weights.distill > 0 && batch.teacher_ids_BTHK.defined()) {
     const int64_t k = batch.teacher_ids_BTHK.size(3);
     const auto teacher = [&](const at::Tensor& x) {
       return x.to(device).reshape({-1, k}).index_select(0, rows);
     };
     routing = routing * (1 - weights.distill) +
-              weights.distill * sum(Distillation(logits, teacher(batch.teacher_ids_BTHK),
-                                                 teacher(batch.teacher_probs_BTHK),
-                                                 weights.distill_temperature));
+              weights.distill *
+                  targets.Sum(Distillation(logits, teacher(batch.teacher_ids_BTHK),
+                                           teacher(batch.teacher_probs_BTHK),
+                                           weights.distill_temperature));
   }
   LossSums sums;
   sums.labels = rows.size(0);
@@ -106,8 +166,8 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
         output.confidence_BTH.flatten().index_select(0, rows).clamp(
             1 - kLargestConfidence, kLargestConfidence);
     sums.total = sums.total +
-                 weights.confidence * sum(at::binary_cross_entropy(confidence, right, {},
-                                                                   at::Reduction::None));
+                 weights.confidence * targets.Sum(at::binary_cross_entropy(
+                                          confidence, right, {}, at::Reduction::None));
   }
   if (weights.next_token > 0 && output.next_token_BTV.defined() &&
       batch.window.token_ids_BT.size(1) > 1) {

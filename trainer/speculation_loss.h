@@ -19,8 +19,10 @@ struct LossWeights {
   double distill = 0;     // share of the loss that is towards the router's own top-k
   double distill_temperature = 1;
   double label_smoothing = 0;
+  double contrastive = 0;  // of ContrastiveLoss, where the model embeds experts
 };
-// Cross-entropy of the routing and what the weights add to it; cross_entropy, recall and
+// Cross-entropy of the routing and what the weights add to it (of a batch with mixup, of
+// the labels of both sequences by their shares); cross_entropy, recall and
 // top1 (of the first choice) are of the plain labels. Throws std::logic_error naming the
 // batch where a value is not finite.
 LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
@@ -30,5 +32,10 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
 // least where all K are equally likely and nothing else is.
 at::Tensor RoutingCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& truth_NK,
                                double label_smoothing = 0);
+
+// [N]: InfoNCE at temperature .1 between what a model makes of a lead and its embeddings
+// of the experts: -log softmax(cosines / .1) of the true experts, the mean over the K.
+at::Tensor ContrastiveLoss(const at::Tensor& features_ND, const at::Tensor& keys_ED,
+                           const at::Tensor& truth_NK);
 
 }  // namespace routecast

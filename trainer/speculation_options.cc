@@ -183,6 +183,7 @@ Json SpeculationOptions::ToJson() const {
           {"start_from", start_from},
           {"distill_weight", distill_weight},
           {"distill_temperature", distill_temperature},
+          {"contrastive_weight", contrastive_weight},
           {"augment", augment.ToJson()},
           {"curriculum_epochs", curriculum_epochs},
           {"monitor", monitor},
@@ -232,6 +233,12 @@ void SpeculationOptions::Validate() const {
   }
   RequirePositive("--distill_temperature", distill_temperature);
   RequireNotNegative("--curriculum_epochs", curriculum_epochs);
+  RequireNotNegative("--contrastive_weight", contrastive_weight);
+  if (augment.mixup > 0 && distill_weight > 0) {
+    throw UsageError(ErrorText("--augment_mixup and --distill_weight exclude each other",
+                               "the router's top-k of a mixture is not known",
+                               "leave one of the two out"));
+  }
   RequireNotNegative("--patience", patience);
   RequireNotNegative("--validate_every", validate_every);
   RequirePositive("--log_every", log_every);

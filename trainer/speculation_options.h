@@ -60,6 +60,7 @@ struct SpeculationOptions {
   double set_weight = 0;           // of the encoder's set prediction
   double distill_weight = 0;  // share of the loss that is towards the router's own top-k
   double distill_temperature = 1;
+  double contrastive_weight = 0;  // of InfoNCE between leads and expert embeddings
   AugmentOptions augment;
   int curriculum_epochs =
       0;  // until all targets count (curriculum.h); 0 = from the start

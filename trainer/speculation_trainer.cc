@@ -83,7 +83,8 @@ class SpeculationTrainer {
     model_->To(job.device);
     weights_ = {options_.confidence_weight,   options_.next_token_weight,
                 options_.set_weight,          options_.distill_weight,
-                options_.distill_temperature, 0};
+                options_.distill_temperature, 0,
+                options_.contrastive_weight};
     for (const MemberOptions& o : TrainingOf(options_, config_)) {
       smoothing_.push_back(o.label_smoothing);
     }
@@ -189,6 +190,7 @@ class SpeculationTrainer {
       const Stopwatch data;
       SpeculationBatch batch = MakeSpeculationBatch(mine[i], dataset_, hidden_);
       data_seconds_ += data.seconds();
+      batch.window.training.teacher_BTH = batch.labels_BTH;
       if (curriculum_) curriculum_->Apply(epoch, &batch);
       Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch);
       const at::Tensor loss = Loss(batch);

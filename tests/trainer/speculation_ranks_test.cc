@@ -31,6 +31,11 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
       job.options.augment.layer_dropout = 0.2;
       job.options.curriculum_epochs = 1;
     }
+    if (kind == "interlayer") {
+      job.options.contrastive_weight = 0.1;
+      job.options.augment.mixup = 0.3;
+      job.options.augment.noise = 0.05;
+    }
     job.options.steps = steps(kind);
     job.options.validation_sequences = 8;
     job.options.test_sequences = 8;

@@ -4,12 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <set>
+#include <string>
 
 #include "common/errors.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/trainer/synthetic_traces.h"
+#include "trainer/augmentation.h"
 #include "trainer/curriculum.h"
+#include "trainer/speculation_loss.h"
 #include "trainer/speculation_trainer.h"
 
 namespace routecast {
@@ -100,6 +102,141 @@ TEST_F(TrainingAids, TheCurriculumChangesWhatAStepLearns) {
   SpeculationJob staged = Job("staged", "interlayer");
   staged.options.curriculum_epochs = 3;
   EXPECT_LT(Losses(staged)[0], Losses(plain)[0] - 0.1);  // easy targets alone
+}
+
+// Against cosines one by one; negative ones are no harm.
+TEST(ContrastiveLoss, IsInfoNceOverCosines) {
+  at::manual_seed(4);
+  const auto h = at::randn({3, 5}), keys = at::randn({4, 5});
+  const auto truth = at::tensor({0, 1, 3, 2, 2, 0}, at::kLong).view({3, 2});
+  const auto loss = ContrastiveLoss(h, keys, truth);
+  for (int n = 0; n < 3; ++n) {
+    double all = 0, expected = 0;
+    std::vector<double> cosine;
+    for (int e = 0; e < 4; ++e) {
+      const double norms = h[n].norm().item<double>() * keys[e].norm().item<double>();
+      cosine.push_back(h[n].dot(keys[e]).item<double>() / norms);
+      all += std::exp(cosine.back() / 0.1);
+    }
+    for (int k = 0; k < 2; ++k) {
+      expected += (std::log(all) - cosine[size_t(truth[n][k].item<int64_t>())] / 0.1) / 2;
+    }
+    EXPECT_NEAR(loss[n].item<double>(), expected, 1e-4);
+  }
+}
+
+TEST_F(TrainingAids, TheContrastiveTermIsLearnt) {
+  for (const char* kind : {"interlayer", "moe", "autoregressive"}) {
+    const SpeculationJob plain = Job(std::string("plain_") + kind, kind);
+    SpeculationJob more = Job(std::string("more_") + kind, kind);
+    more.options.contrastive_weight = 0.1;
+    EXPECT_GT(Losses(more)[0], Losses(plain)[0] + 0.05) << kind;  // it is a term more
+    more.options.steps = 60;
+    more.out = folder_.path() / (std::string("long_") + kind);
+    const auto losses = Losses(more);
+    EXPECT_LT(losses.back(), losses.front() - 0.1) << kind;
+  }
+}
+
+TEST_F(TrainingAids, OptionsOnEmbeddingsAreRefusedWhereThereAreNone) {
+  for (const char* option : {"contrastive", "mixup", "noise"}) {
+    SpeculationJob job = Job("run", "simple");
+    if (option == std::string("contrastive")) job.options.contrastive_weight = .1;
+    if (option == std::string("mixup")) job.options.augment.mixup = .2;
+    if (option == std::string("noise")) job.options.augment.noise = .05;
+    EXPECT_THROW(Losses(job), UsageError) << option;
+    job.options.kind = "ensemble";
+    job.options.sizes = {};
+    job.options.members = "interlayer;simple";
+    EXPECT_THROW(Losses(job), UsageError) << option;
+    EXPECT_FALSE(fs::exists(job.out));
+  }
+}
+
+TEST(Mixup, IsAFunctionOfItsKeyAndDrawsABeta) {
+  SpeculationBatch batch;
+  batch.window.valid_BT = at::ones({64, 2}, at::kBool);
+  batch.labels_BTH = at::zeros({64, 2, 1}, at::kLong);
+  double sum = 0, squares = 0;
+  int mixed = 0;
+  for (uint64_t key = 0; key < 40; ++key) {
+    SpeculationBatch a = batch, b = batch;
+    Augment({.mixup = .5}, key, &a);
+    at::manual_seed(key);
+    Augment({.mixup = .5}, key, &b);
+    const TrainingHints &x = a.window.training, &y = b.window.training;
+    EXPECT_TRUE(at::equal(x.order_B, y.order_B) && at::equal(x.share_B, y.share_B));
+    for (int64_t i = 0; i < 64; ++i) {
+      if (x.order_B[i].item<int64_t>() == i) {
+        EXPECT_EQ(x.share_B[i].item<double>(), 1);
+        continue;
+      }
+      const auto share = x.share_B[i].item<double>();
+      sum += share;
+      squares += share * share;
+      ++mixed;
+    }
+  }
+  EXPECT_NEAR(mixed / (40. * 64), 0.5, 0.04);
+  const double mean = sum / mixed;
+  EXPECT_NEAR(mean, 0.5, 0.04);
+  // Beta(.2, .2): variance 1 / (4 (2 a + 1)).
+  EXPECT_NEAR(squares / mixed - mean * mean, 1 / 5.6, 0.02);
+}
+
+// lambda CE(A) + (1 - lambda) CE(B), where A has a token.
+TEST(Mixup, LabelsCountByTheirShares) {
+  at::manual_seed(6);
+  SpeculationBatch batch;
+  batch.window.token_ids_BT = at::zeros({2, 2}, at::kLong);
+  batch.window.valid_BT = at::tensor({1, 1, 1, 0}).to(at::kBool).view({2, 2});
+  batch.labels_BTH = at::tensor({1, 2, 0, -100}, at::kLong).view({2, 2, 1});
+  batch.window.training.order_B = at::tensor({1, 0}, at::kLong);
+  batch.window.training.share_B = at::tensor({.75, .5}).to(at::kFloat);
+  const SpeculationOutput output{at::randn({2, 2, 1, 3}), at::ones({2, 2, 1})};
+  const auto log_probs = at::log_softmax(output.logits_BTHE, 3);
+  const auto cost = [&](int b, int t, int label) {
+    return -log_probs[b][t][0][label].item<double>();
+  };
+  const double expected = .75 * cost(0, 0, 1) + .25 * cost(0, 0, 0) +  // B: 0
+                          .75 * cost(0, 1, 2) +                        // B has none there
+                          .5 * cost(1, 0, 0) + .5 * cost(1, 0, 1);
+  const LossSums sums = SpeculationLoss(output, batch, {});
+  EXPECT_NEAR(sums.total.item<double>(), expected, 1e-5);
+  EXPECT_EQ(sums.labels, 3);
+}
+
+// All of it is a function of seed and step: a run that was stopped has equal bits.
+TEST_F(TrainingAids, StoppedRunsGoOnWithEqualBits) {
+  const auto configure = [&](const std::string& name) {
+    SpeculationJob job = Job(name, "ensemble");
+    job.options.sizes = {};
+    job.options.members =
+        "interlayer*2:width=16,heads=2,layers=1;autoregressive:width=16,heads=2,layers=1";
+    job.options.curriculum_epochs = 2;
+    job.options.contrastive_weight = 0.1;
+    job.options.augment.mixup = job.options.augment.noise = 0.3;
+    return job;
+  };
+  const SpeculationJob whole = configure("whole");
+  SpeculationJob parts = configure("parts");
+  const auto expected = Losses(whole);
+  parts.stop_after = 3;
+  EXPECT_THROW(Losses(parts), StoppedError);
+  parts.stop_after = 0;
+  const auto rest = Losses(parts);
+  EXPECT_EQ(rest, std::vector<double>(expected.begin() + 3, expected.end()));
+  EXPECT_EQ(ReadFile(parts.out / "model.safetensors"),
+            ReadFile(whole.out / "model.safetensors"));
+}
+
+TEST_F(TrainingAids, MixupAndNoiseChangeWhatAStepLearns) {
+  const auto plain = Losses(Job("plain", "interlayer"));
+  SpeculationJob mixed = Job("mixed", "interlayer"), noisy = Job("noisy", "interlayer");
+  mixed.options.augment.mixup = 1;
+  noisy.options.augment.noise = .5;
+  EXPECT_NE(Losses(mixed)[0], plain[0]);
+  EXPECT_NE(Losses(noisy)[0], plain[0]);
 }
 
 }  // namespace
