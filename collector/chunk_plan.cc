@@ -14,6 +14,8 @@ constexpr uint64_t kMaxChunkBytes = 128 << 10;  // of text: bounds a rank's memo
 constexpr uint64_t kMinChunkBytes = 8 << 10;    // below, staging and ingestion would show
 constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is left
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
+constexpr double kTextBytesPerToken = 3;        // and as many tokens of the decoder
+constexpr double kBytesPerId = 5.2;             // id, probability, margin, drop bit
 constexpr uint64_t kOrderKey = 0x636f6c6c656374ULL;
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
 
@@ -138,6 +140,21 @@ ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& 
     begin = corpus.intake_ends()[intake];
   }
   return plan;
+}
+
+uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes) {
+  const MoeGeometry& g = config.geometry;
+  const double tokens = static_cast<double>(text_bytes) / kTextBytesPerToken;
+  double bytes = 0;
+  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    if (stack == Stack::kDecoder && config.task == Task::kEncode) continue;
+    const double layers = g.layers(stack);
+    double beside = 2.0 * g.d_model * layers;  // bf16
+    if (stack == Stack::kDecoder && config.Records("output")) beside += 2.0 * g.d_model;
+    beside += layers * config.AttentionHeads(stack) * kAttentionBytesPerHead;
+    bytes += tokens * (layers * kBytesPerId + config.hidden_share * beside);
+  }
+  return static_cast<uint64_t>(bytes);
 }
 
 std::set<uint64_t> ForcedHiddenGroups(const Corpus& corpus, const ChunkPlan& plan,

@@ -12,6 +12,7 @@
 #include "common/routing.h"
 #include "corpus/corpus.h"
 #include "corpus/tokenizer.h"
+#include "storage/store_config.h"
 
 namespace routecast {
 
@@ -70,6 +71,10 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, size_t intake,
                                 uint64_t max_sequences, int threads);
 // `limits`: one an intake.
 ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits);
+
+// What a store takes for so much text, roughly: records of ids, and of the share of
+// sequences with router inputs what is recorded beside them.
+uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes);
 
 // Document groups whose router inputs are recorded: a share by hash, and where that
 // leaves a split part without any in an intake and those before it, the part's first

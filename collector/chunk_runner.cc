@@ -152,9 +152,10 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
     hidden_rows.push_back(RecordsHidden(s->group));
     inputs.push_back(&s->inputs);
   }
-  RoutingRecorder recorder(
-      model_->geometry(),
-      {config_.Records("probs"), config_.top_k, config_.Records("output")}, hidden_rows);
+  RoutingRecorder recorder(model_->geometry(),
+                           {config_.Records("probs"), config_.top_k,
+                            config_.Records("output"), config_.Records("attention")},
+                           hidden_rows);
   ForwardOptions forward;
   forward.observer = &recorder;
   const Padded source = Pad(inputs, model_config.pad_token_id);

@@ -27,9 +27,6 @@
 namespace routecast {
 namespace {
 
-constexpr double kBytesPerId =
-    5.2;  // id, probability, margin, drop bit; for the estimate
-
 // `values` of rank 0 on every rank.
 void Share(std::vector<int64_t>* values) {
   int64_t count = static_cast<int64_t>(values->size());
@@ -87,6 +84,7 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
   c.expert_parallel = options.expert_parallel;
   c.num_shards = options.num_shards;
   c.hidden_share = c.Records("hidden") ? options.hidden_share : 0;
+  c.attention_heads = c.Records("attention") ? checkpoint.config.num_heads : 0;
   c.max_length = options.max_length;
   c.compression = options.compression;
   c.batch_size = options.batch_size;
@@ -127,15 +125,6 @@ void WriteRouters(const fs::path& store, const Checkpoint& checkpoint, bool with
   WriteSafetensors(store / "routers.safetensors", tensors);
 }
 
-// What the store will take, roughly.
-uint64_t EstimatedBytes(const StoreConfig& config, const ChunkPlan& plan) {
-  // About three bytes of text make a token; decoders add their targets.
-  const double tokens = static_cast<double>(plan.text_bytes) / 3;
-  const double ids = tokens * config.geometry.num_layers();
-  return static_cast<uint64_t>(ids * kBytesPerId +
-                               ids * config.hidden_share * config.geometry.d_model * 2);
-}
-
 void PrintPlan(const CollectOptions& options, const StoreConfig& config,
                const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
   std::printf("corpus     %s\n", corpus.Summary().c_str());
@@ -148,7 +137,7 @@ void PrintPlan(const CollectOptions& options, const StoreConfig& config,
               config.geometry.encoder_layers, config.geometry.decoder_layers,
               config.geometry.num_experts);
   std::printf("store      %s: about %s; %s free\n", options.store.c_str(),
-              FormatBytes(EstimatedBytes(config, plan)).c_str(),
+              FormatBytes(EstimatedStoreBytes(config, plan.text_bytes)).c_str(),
               FormatBytes(FreeBytes(options.store)).c_str());
 }
 
@@ -200,13 +189,18 @@ void CollectOptions::Validate() const {
   require(!data.empty(), "--data is missing", "give text, e.g. --data=text:book.txt");
   require(!store.empty(), "--store is missing", "give the trace store's folder");
   for (const std::string& what : record) {
-    ParseChoice("--record", what, {"ids", "probs", "topk", "hidden", "output"});
+    ParseChoice("--record", what,
+                {"ids", "probs", "topk", "hidden", "output", "attention"});
   }
   const auto has = [&](const char* what) {
     return std::find(record.begin(), record.end(), what) != record.end();
   };
   require(!has("output") || has("hidden"), "--record has output without hidden",
           "the output is recorded beside the router inputs: add hidden to the list");
+  require(!has("attention") || has("hidden"), "--record has attention without hidden",
+          "summaries are recorded beside the router inputs: add hidden to the list");
+  require(!has("attention") || max_length <= kNoKey,
+          "--record=attention goes up to --max_length=65535", "cut documents shorter");
   require(has("ids"), "--record lacks ids",
           "traces are made of expert ids: add ids to the list");
   require(top_k >= 1 && top_k <= 64, "--top_k is out of range", "use 1 to 64");
@@ -270,7 +264,7 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     if (rank.is_root()) PrintPlan(options, config, corpus, plan, rank);
     // An existing store has taken some of it already: its start knows how much.
     if (!fs::exists(store / "store.json")) {
-      RequireFreeBytes(store, EstimatedBytes(config, plan));
+      RequireFreeBytes(store, EstimatedStoreBytes(config, plan.text_bytes));
     }
     return CollectEnd::kComplete;
   }
@@ -311,8 +305,8 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   spans.Write("open", opened, {{"rank", rank.rank}, {"ranks", rank.world}});
 
   if (rank.is_root() && !todo.empty()) {
-    RequireFreeBytes(store,
-                     EstimatedBytes(config, plan) / plan.chunks.size() * todo.size());
+    RequireFreeBytes(store, EstimatedStoreBytes(config, plan.text_bytes) /
+                                plan.chunks.size() * todo.size());
   }
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 
@@ -98,6 +99,32 @@ TopLogits TopOf(const at::Tensor& logits_BTE, int top_k) {
   return top;
 }
 
+// Of one token and head: the entropy of its weights, and the keys with the largest.
+void AppendSummary(const float* weights, int64_t num_keys, std::vector<float>* entropy,
+                   std::vector<uint16_t>* keys) {
+  double sum = 0;
+  float best[kStrongestKeys] = {};
+  uint16_t positions[kStrongestKeys];
+  std::fill_n(positions, kStrongestKeys, kNoKey);
+  for (int64_t s = 0; s < num_keys; ++s) {
+    const float w = weights[s];
+    if (!(w > 0)) continue;
+    sum -= static_cast<double>(w) * std::log(static_cast<double>(w));
+    // Only a larger one goes before what is there: of equal ones the first stays first.
+    int place = kStrongestKeys;
+    while (place > 0 && w > best[place - 1]) --place;
+    if (place == kStrongestKeys) continue;
+    for (int i = kStrongestKeys - 1; i > place; --i) {
+      best[i] = best[i - 1];
+      positions[i] = positions[i - 1];
+    }
+    best[place] = w;
+    positions[place] = static_cast<uint16_t>(s);
+  }
+  entropy->push_back(static_cast<float>(std::max(0.0, sum)));
+  keys->insert(keys->end(), positions, positions + kStrongestKeys);
+}
+
 }  // namespace
 
 RoutingRecorder::RoutingRecorder(const MoeGeometry& geometry,
@@ -191,6 +218,58 @@ void RoutingRecorder::OnPassEnd(const PassInfo& pass) {
   pass_ = nullptr;
 }
 
+bool RoutingRecorder::WantsAttention() const {
+  return options_.attention &&
+         std::find(hidden_rows_.begin(), hidden_rows_.end(), true) != hidden_rows_.end();
+}
+
+void RoutingRecorder::OnAttention(const LayerAttention& attention) {
+  const Stack stack = geometry_.StackOf(attention.layer);
+  auto& rows = rows_[static_cast<size_t>(stack)];
+  const auto valid = pass_->valid_BT.accessor<bool, 2>();
+  const int64_t num_heads = attention.weights_BHTS.size(1);
+  const int64_t num_tokens = attention.weights_BHTS.size(2);
+  const int64_t num_keys = attention.weights_BHTS.size(3);
+  num_heads_ = num_heads;
+  for (size_t b = 0; b < rows.size(); ++b) {
+    if (!hidden_rows_[b]) continue;
+    const auto row = static_cast<int64_t>(b);
+    const at::Tensor weights_HTS =
+        OnCpu(attention.weights_BHTS.select(0, row), at::kFloat);
+    const float* weights = weights_HTS.const_data_ptr<float>();
+    Attended& to =
+        rows[b]
+            .layers[static_cast<size_t>(geometry_.LayerInStack(attention.layer))]
+            .attended[attention.cross];
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      if (!valid[row][t]) continue;
+      for (int64_t h = 0; h < num_heads; ++h) {
+        AppendSummary(weights + (h * num_tokens + t) * num_keys, num_keys, &to.entropy,
+                      &to.keys);
+      }
+    }
+  }
+}
+
+void RoutingRecorder::TakeAttention(Stack stack, const RowRecord& record,
+                                    RoutingSpan* span) const {
+  const int kinds = stack == Stack::kDecoder ? 2 : 1;
+  span->attention_heads = static_cast<int>(num_heads_) * kinds;
+  for (const LayerRecord& layer : record.layers) {
+    for (int64_t t = 0; t < span->num_tokens; ++t) {
+      for (int kind = 0; kind < kinds; ++kind) {  // a token's heads of both side by side
+        const Attended& from = layer.attended[kind];
+        const auto entropy = from.entropy.begin() + t * num_heads_;
+        const auto keys = from.keys.begin() + t * num_heads_ * kStrongestKeys;
+        span->attention_entropy.insert(span->attention_entropy.end(), entropy,
+                                       entropy + num_heads_);
+        span->attention_keys.insert(span->attention_keys.end(), keys,
+                                    keys + num_heads_ * kStrongestKeys);
+      }
+    }
+  }
+}
+
 RoutingSpan RoutingRecorder::Take(Stack stack, int row) {
   RowRecord record =
       std::move(rows_[static_cast<size_t>(stack)][static_cast<size_t>(row)]);
@@ -211,6 +290,9 @@ RoutingSpan RoutingRecorder::Take(Stack stack, int row) {
   }
   if (hidden_rows_[static_cast<size_t>(row)]) span.hidden_width = geometry_.d_model;
   span.output = std::move(record.output);
+  if (WantsAttention() && hidden_rows_[static_cast<size_t>(row)]) {
+    TakeAttention(stack, record, &span);
+  }
   return span;
 }
 

@@ -11,8 +11,9 @@ namespace routecast {
 
 struct RecordOptions {
   bool probs = true;
-  int top_k = 0;        // 0 = not recorded
-  bool output = false;  // the decoder's, of the rows with router inputs
+  int top_k = 0;           // 0 = not recorded
+  bool output = false;     // the decoder's, of the rows with router inputs
+  bool attention = false;  // summaries, of the rows with router inputs
 };
 
 // Thread rule: the forward thread. One batch at a time; several passes of a stack
@@ -24,6 +25,8 @@ class RoutingRecorder final : public RoutingObserver {
                   std::vector<bool> hidden_rows);
   void OnPassBegin(const PassInfo& pass) override;
   void OnRouting(const LayerRouting& routing) override;
+  bool WantsAttention() const override;
+  void OnAttention(const LayerAttention& attention) override;
   void OnPassEnd(const PassInfo& pass) override;
 
   // The row's span in that stack, planes layer-major. Call once a row and stack, at the
@@ -31,7 +34,12 @@ class RoutingRecorder final : public RoutingObserver {
   RoutingSpan Take(Stack stack, int row);
 
  private:
-  struct LayerRecord {  // of one row and layer, in token order
+  struct Attended {  // [T,H] and [T,H,kStrongestKeys]
+    std::vector<float> entropy;
+    std::vector<uint16_t> keys;
+  };
+  struct LayerRecord {     // of one row and layer, in token order
+    Attended attended[2];  // self-attention, cross-attention
     std::vector<uint16_t> ids, topk_ids, hidden;
     std::vector<uint8_t> dropped;
     std::vector<float> probs, margins, topk_probs;
@@ -44,12 +52,14 @@ class RoutingRecorder final : public RoutingObserver {
   // The row's real tokens, as bf16 bits.
   void AppendStates(const at::Tensor& states_BTD, size_t row,
                     std::vector<uint16_t>* to) const;
+  void TakeAttention(Stack stack, const RowRecord& record, RoutingSpan* span) const;
   void RecordHidden(const LayerRouting& routing, int layer);
 
   MoeGeometry geometry_;
   RecordOptions options_;
   std::vector<bool> hidden_rows_;
   std::vector<RowRecord> rows_[2];
+  int64_t num_heads_ = 0;  // of an attention, once one was seen
   const PassInfo* pass_ = nullptr;
 };
 

@@ -57,6 +57,9 @@ struct ExpertKey {
   }
 };
 
+inline constexpr int kStrongestKeys = 4;
+inline constexpr uint16_t kNoKey = 0xFFFF;
+
 // What happened to one sequence in one stack. Layer-major planes: element (l, t) at l*T +
 // t. Real tokens only; padding is never recorded. Empty planes = not recorded (or stack
 // not run).
@@ -77,6 +80,13 @@ struct RoutingSpan {
   // [T*D] what the stack ends with, after its last norm, bf16 bits. The decoder's alone,
   // with router inputs; empty = not recorded.
   std::vector<uint16_t> output;
+  // What each token looked at in the block of each MoE layer, with router inputs. Heads:
+  // the encoder's self-attention; the decoder's self-attention, then its cross-attention.
+  int attention_heads = 0;               // A, 0 = not recorded
+  std::vector<float> attention_entropy;  // [L*T*A] of the weights, nats (stored as bf16)
+  // [L*T*A*kStrongestKeys] positions of the keys with the largest weights, the largest
+  // first (equal ones: the lower position); kNoKey where fewer have a weight above 0.
+  std::vector<uint16_t> attention_keys;
   bool operator==(const RoutingSpan&) const = default;
 };
 

@@ -24,9 +24,10 @@ DEFINE_string(
 DEFINE_string(store, "", "Folder of the trace store: made anew, or gone on with");
 DEFINE_string(cache, "", "Folder of the corpus index; default: STORE.corpus");
 DEFINE_string(task, "denoise", "encode, denoise or generate");
-DEFINE_string(
-    record, "ids,probs,hidden,output",
-    "List of: ids, probs, topk, hidden (router inputs), output (the decoder's)");
+DEFINE_string(record, "ids,probs,hidden,output",
+              "List of: ids, probs, topk, hidden (router inputs), output (the "
+              "decoder's), attention "
+              "(summaries by head)");
 DEFINE_int32(top_k, 4, "Experts stored a token where topk is recorded");
 DEFINE_double(hidden_share, 0.1, "Share of document groups with router inputs");
 DEFINE_int32(num_shards, 16, "Databases of the store; fixed at creation");

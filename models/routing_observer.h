@@ -35,6 +35,14 @@ struct LayerRouting {
   at::Tensor margins_BT{};   // fp32: largest logit minus the second; may be undefined
 };
 
+// The attention of a block with an MoE layer, on the model's device; valid during the
+// call.
+struct LayerAttention {
+  int layer = 0;            // global MoE layer
+  bool cross = false;       // over the encoder's tokens; else over the stack's own
+  at::Tensor weights_BHTS;  // model dtype; H heads, S keys; 0 at padding and later tokens
+};
+
 // Called on the forward thread, in layer order. Absent (nullptr) costs nothing.
 class RoutingObserver {
  public:
@@ -42,6 +50,10 @@ class RoutingObserver {
   virtual void OnPassBegin(const PassInfo& pass) = 0;
   // After the router's choice and before the layer's experts run.
   virtual void OnRouting(const LayerRouting& routing) = 0;
+  // Asked for by who returns true here: each layer's attention, before its OnRouting;
+  // decoder: self-attention, then cross-attention.
+  virtual bool WantsAttention() const { return false; }
+  virtual void OnAttention(const LayerAttention&) {}
   virtual void OnPassEnd(const PassInfo& pass) = 0;
 };
 

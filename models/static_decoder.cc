@@ -20,6 +20,7 @@ constexpr int64_t kMostRows = 32;
 bool StaticDecoder::Serves(const SwitchModel& model, const ForwardOptions& options,
                            int64_t rows) {
   if (rows > kMostRows || options.routing_override || options.jitter > 0) return false;
+  if (options.observer && options.observer->WantsAttention()) return false;
   const MoeGeometry& g = model.geometry();
   for (int l = 0; l < g.layers(Stack::kDecoder); ++l) {
     if (!model.executor_->Table(g.GlobalLayer(Stack::kDecoder, l))) return false;

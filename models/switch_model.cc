@@ -57,6 +57,26 @@ at::Tensor Counted(const at::Tensor& valid_BT, at::Device device,
   return options.ignore_padding ? valid_BT.to(device) : at::Tensor();
 }
 
+// Offers the weights of a block's attention to an observer that wants them.
+class AttentionReport {
+ public:
+  AttentionReport(int moe_layer, RoutingObserver* observer)
+      : layer_(moe_layer),
+        observer_(moe_layer >= 0 && observer != nullptr && observer->WantsAttention()
+                      ? observer
+                      : nullptr) {}
+  // Where Attend is to leave them; null where nobody asks.
+  at::Tensor* weights() { return observer_ != nullptr ? &weights_ : nullptr; }
+  void Tell(bool cross) {
+    if (observer_ != nullptr) observer_->OnAttention({layer_, cross, weights_});
+  }
+
+ private:
+  int layer_;
+  RoutingObserver* observer_;
+  at::Tensor weights_;
+};
+
 }  // namespace
 
 SwitchModel::SwitchModel(SwitchConfig config, const Parameters& parameters,
@@ -167,9 +187,10 @@ at::Tensor SwitchModel::Heads(const at::Tensor& x, const at::Tensor& weight) con
 
 at::Tensor SwitchModel::Attend(const at::Tensor& q, const at::Tensor& k,
                                const at::Tensor& v, const at::Tensor& bias,
-                               const at::Tensor& o) const {
+                               const at::Tensor& o, at::Tensor* seen_weights) const {
   // No scaling of the product: T5 folds it into the initialisation.
   const at::Tensor weights = at::softmax(at::matmul(q, k.transpose(2, 3)) + bias, -1);
+  if (seen_weights != nullptr) *seen_weights = weights;
   const at::Tensor out =
       at::matmul(weights, v)
           .transpose(1, 2)
@@ -220,8 +241,11 @@ at::Tensor SwitchModel::Encode(const at::Tensor& ids_BS, const at::Tensor& valid
   const at::Tensor counted = Counted(valid_BS, device(), options);
   for (const Block& block : encoder_.blocks) {
     const at::Tensor x = Norm(hidden, block.self.norm);
+    AttentionReport report(block.moe_layer, options.observer);
     hidden = Clamped(hidden + Attend(Heads(x, block.self.q), Heads(x, block.self.k),
-                                     Heads(x, block.self.v), bias, block.self.o));
+                                     Heads(x, block.self.v), bias, block.self.o,
+                                     report.weights()));
+    report.Tell(/*cross=*/false);
     hidden = AddFeedForward(block, hidden, counted, options);
   }
   hidden = Norm(hidden, encoder_.final_norm);
@@ -263,7 +287,10 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
       cache->self_key[i] = k;
       cache->self_value[i] = v;
     }
-    hidden = Clamped(hidden + Attend(Heads(x, block.self.q), k, v, bias, block.self.o));
+    AttentionReport report(block.moe_layer, options.observer);
+    hidden = Clamped(hidden + Attend(Heads(x, block.self.q), k, v, bias, block.self.o,
+                                     report.weights()));
+    report.Tell(/*cross=*/false);
 
     x = Norm(hidden, block.cross.norm);
     at::Tensor cross_k, cross_v;
@@ -279,7 +306,8 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
       }
     }
     hidden = Clamped(hidden + Attend(Heads(x, block.cross.q), cross_k, cross_v,
-                                     cross_bias, block.cross.o));
+                                     cross_bias, block.cross.o, report.weights()));
+    report.Tell(/*cross=*/true);
     hidden = AddFeedForward(block, hidden, counted, options);
   }
   if (cache) cache->length += static_cast<int>(length);

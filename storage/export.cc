@@ -22,6 +22,8 @@ struct StackArrays {
   std::vector<std::vector<float>> gate_probs, margins, topk_probs, hidden;
   std::vector<std::vector<uint8_t>> dropped;
   std::vector<float> output;
+  std::vector<std::vector<float>> attention_entropy;
+  std::vector<std::vector<uint16_t>> attention_keys;
 
   explicit StackArrays(int layers)
       : expert_ids(layers),
@@ -30,7 +32,9 @@ struct StackArrays {
         margins(layers),
         topk_probs(layers),
         hidden(layers),
-        dropped(layers) {}
+        dropped(layers),
+        attention_entropy(layers),
+        attention_keys(layers) {}
   void Add(const RoutingSpan& span);
 };
 
@@ -54,6 +58,9 @@ void StackArrays::Add(const RoutingSpan& span) {
     AddLayer(span.margins, l, tokens, &margins[l]);
     AddLayer(span.topk_ids, l, tokens * span.top_k, &topk_ids[l]);
     AddLayer(span.topk_probs, l, tokens * span.top_k, &topk_probs[l]);
+    const size_t heads = tokens * span.attention_heads;
+    AddLayer(span.attention_entropy, l, heads, &attention_entropy[l]);
+    AddLayer(span.attention_keys, l, heads * kStrongestKeys, &attention_keys[l]);
     const size_t width = tokens * span.hidden_width;
     for (size_t i = 0; i < width; ++i)
       hidden[l].push_back(Bf16ToFloat(span.hidden[l * width + i]));
@@ -183,6 +190,11 @@ class Part {
         static_cast<int64_t>(s.output.size()) == hidden_tokens * width) {
       Name(prefix + "output", s.output, {hidden_tokens, width});
     }
+    const int64_t heads = config_.AttentionHeads(stack);
+    NamePlane(prefix + "attention_entropy", s.attention_entropy,
+              {layers, hidden_tokens, heads}, heads > 0);
+    NamePlane(prefix + "attention_keys", s.attention_keys,
+              {layers, hidden_tokens, heads, kStrongestKeys}, heads > 0);
   }
 
   const StoreConfig& config_;
@@ -204,9 +216,12 @@ uint64_t PartBytes(const SequenceInfo& info, const StoreConfig& c) {
         stack == Stack::kEncoder ? info.encoder_tokens : info.decoder_tokens;
     const uint64_t width =
         info.has_hidden ? 4u * static_cast<unsigned>(c.geometry.d_model) : 0;
+    const uint64_t heads =
+        info.has_hidden ? static_cast<uint64_t>(c.AttentionHeads(stack)) : 0;
     bytes += tokens * (4 + width +
                        static_cast<uint64_t>(c.geometry.layers(stack)) *
-                           (11 + 6u * static_cast<unsigned>(c.top_k) + width));
+                           (11 + 6u * static_cast<unsigned>(c.top_k) + width +
+                            heads * (4 + 2 * kStrongestKeys)));
   }
   return bytes * 2;  // planes are joined from their layers
 }

@@ -8,6 +8,7 @@
 #include "common/errors.h"
 #include "storage/import_source.h"
 #include "storage/store_builder.h"
+#include "storage/trace_format.h"
 
 namespace routecast {
 namespace {
@@ -107,6 +108,8 @@ class Survey {
     c.record = {"ids"};
     if (hidden_ > 0) c.record.insert(c.record.begin(), "hidden");
     if (output_) c.record.push_back("output");
+    if (heads_ > 0) c.record.insert(c.record.begin(), "attention");
+    c.attention_heads = std::max(0, heads_);
     if (planes_ && planes_->probs) c.record.push_back("probs");
     if (planes_ && planes_->top_k > 0) c.record.push_back("topk");
     c.top_k = planes_ ? planes_->top_k : 0;
@@ -148,6 +151,12 @@ class Survey {
     if (s.hidden_width > 0) {
       if (width_ == 0) width_ = s.hidden_width;
       if (s.hidden_width != width_) Refuse(trace, "router inputs of another width");
+      const int heads = s.attention_heads / (stack == Stack::kDecoder ? 2 : 1);
+      if (heads_ < 0) heads_ = heads;
+      if (heads != heads_) Refuse(trace, "attention of another number of heads");
+      if (!AttentionFits(s, stack)) {
+        Refuse(trace, "an attended position beyond its tokens");
+      }
     }
     for (const auto* ids : {&s.expert_ids, &s.topk_ids}) {
       for (const uint16_t id : *ids) largest_id_ = std::max<int>(largest_id_, id);
@@ -172,6 +181,7 @@ class Survey {
 
   std::optional<Planes> planes_;
   bool output_ = false;
+  int heads_ = -1;  // of the attention; -1 = no router inputs so far
   int layers_[2] = {0, 0};
   int largest_id_ = 0, width_ = 0;
   uint64_t sequences_ = 0, last_id_ = 0, tokens_ = 0, hidden_ = 0;

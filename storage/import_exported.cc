@@ -6,6 +6,7 @@
 #include "common/errors.h"
 #include "storage/import_source.h"
 #include "storage/npy_reader.h"
+#include "storage/store_config.h"
 #include "storage/trace_format.h"
 
 namespace routecast {
@@ -63,6 +64,17 @@ class StackReader {
     }
     Shape("hidden", {layers_, hidden_tokens_, width_});
     Shape("output", {hidden_tokens_, width_});
+    const NpyArray* entropy = Find("attention_entropy");
+    if (entropy == nullptr) return;
+    heads_ = entropy->shape.size() == 3 ? entropy->shape[2] : 0;
+    if (heads_ < 1 || heads_ > 2 * kMaxAttentionHeads ||
+        (stack == Stack::kDecoder && heads_ % 2 != 0)) {
+      RefuseImport(file.Where(*entropy),
+                   "attention of " + std::to_string(heads_) + " heads");
+    }
+    Need("attention_keys", 4);
+    Shape("attention_entropy", {layers_, hidden_tokens_, heads_});
+    Shape("attention_keys", {layers_, hidden_tokens_, heads_, kStrongestKeys});
   }
 
   int64_t layers() const { return layers_; }
@@ -172,6 +184,11 @@ class StackReader {
     span->hidden_width = static_cast<int>(width_);
     span->hidden.resize(values.size());
     std::transform(values.begin(), values.end(), span->hidden.begin(), Bf16OfExported);
+    span->attention_heads = static_cast<int>(heads_);
+    Slice("attention_entropy", hidden_at_, count, heads_, hidden_tokens_,
+          &span->attention_entropy);
+    Slice("attention_keys", hidden_at_, count, heads_ * kStrongestKeys, hidden_tokens_,
+          &span->attention_keys);
     hidden_at_ += static_cast<int64_t>(count);
   }
 
@@ -180,7 +197,7 @@ class StackReader {
   std::vector<int64_t> offsets_;
   int64_t layers_ = 0, tokens_ = 0, top_k_ = 0, width_ = 0;
   const NpyArray* hidden_index_ = nullptr;
-  int64_t hidden_tokens_ = 0, hidden_at_ = 0;
+  int64_t hidden_tokens_ = 0, hidden_at_ = 0, heads_ = 0;
 };
 
 std::optional<MoeGeometry> GeometryOf(const NpyFile& file) {

@@ -108,9 +108,15 @@ class Input {
       for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
         const uint64_t tokens =
             stack == Stack::kEncoder ? s.encoder_tokens : s.decoder_tokens;
-        bytes += tokens * (4 + width +
-                           static_cast<uint64_t>(g.layers(stack)) *
-                               (11 + 6u * static_cast<unsigned>(top_k) + width));
+        const uint64_t attended =
+            s.has_hidden
+                ? static_cast<uint64_t>(reader_->config().AttentionHeads(stack)) *
+                      kAttentionBytesPerHead
+                : 0;
+        bytes +=
+            tokens * (4 + width +
+                      static_cast<uint64_t>(g.layers(stack)) *
+                          (11 + 6u * static_cast<unsigned>(top_k) + width + attended));
       }
       bytes += sizeof(RoutingTrace);
       ids.push_back(s.sequence_id);

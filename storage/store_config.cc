@@ -148,10 +148,11 @@ void RequireCompression(const std::string& compression, const MoeGeometry& geome
 
 Json StoreConfig::ToJson() const {
   Json json;
-  json["schema"] = Records("output")  ? kOutputSchema
-                   : !intakes.empty() ? kIntakesSchema
-                   : ContextCoded()   ? kCodedSchema
-                                      : kStoreSchema;
+  json["schema"] = Records("attention") ? kAttentionSchema
+                   : Records("output")  ? kOutputSchema
+                   : !intakes.empty()   ? kIntakesSchema
+                   : ContextCoded()     ? kCodedSchema
+                                        : kStoreSchema;
   json["model"] = model;
   json["model_fingerprint"] = model_fingerprint;
   json["tokenizer_fingerprint"] = tokenizer_fingerprint;
@@ -164,6 +165,7 @@ Json StoreConfig::ToJson() const {
   json["experts_per_token"] = geometry.experts_per_token;
   json["record"] = record;
   json["top_k"] = top_k;
+  if (attention_heads > 0) json["attention_heads"] = attention_heads;
   if (!token_ids) json["token_ids"] = false;
   json["data"] = data;
   json["task"] = TaskName(task);
@@ -198,11 +200,11 @@ Json StoreConfig::ToJson() const {
 StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   const Fields in(json, where);
   const int64_t schema = in.Number("schema", 0, int64_t{1} << 32);
-  if (schema < kStoreSchema || schema > kOutputSchema) {
+  if (schema < kStoreSchema || schema > kAttentionSchema) {
     throw UsageError(ErrorText(
         where + ": store of another schema",
         "schema " + std::to_string(schema) + ", this program reads " +
-            std::to_string(kStoreSchema) + " to " + std::to_string(kOutputSchema),
+            std::to_string(kStoreSchema) + " to " + std::to_string(kAttentionSchema),
         "use the routecast that wrote it, or collect again"));
   }
   StoreConfig c;
@@ -213,6 +215,9 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   c.geometry = ReadGeometry(in.At("geometry"), where + " (geometry)");
   c.record = in.Texts("record");
   c.top_k = in.Int("top_k", 0, 64);
+  if (json.contains("attention_heads")) {
+    c.attention_heads = in.Int("attention_heads", 1, kMaxAttentionHeads);
+  }
   if (json.contains("token_ids")) {
     if (!json["token_ids"].is_boolean()) in.Fail("token_ids is not true or false");
     c.token_ids = json["token_ids"].get<bool>();
@@ -255,7 +260,9 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
     if (!json["intakes"].is_array()) in.Fail("intakes is not a list");
     c.intakes = ReadIntakes(json["intakes"], where + " (intakes)");
   }
-  if (c.Records("output") != (schema == kOutputSchema)) {
+  const bool attends = c.Records("attention");
+  if (attends != (schema == kAttentionSchema) || attends != (c.attention_heads > 0) ||
+      (!attends && c.Records("output") != (schema == kOutputSchema))) {
     in.Fail("what it records does not go with its schema");
   }
   const bool several = c.intakes.size() > 1;

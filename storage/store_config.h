@@ -17,6 +17,11 @@ inline constexpr int kCodedSchema = 2;
 inline constexpr int kIntakesSchema = 3;
 // Of stores with the decoder's output (`output` in `record`), with one intake or several.
 inline constexpr int kOutputSchema = 4;
+// Of stores with attention summaries, with or without all of these.
+inline constexpr int kAttentionSchema = 5;
+inline constexpr int kMaxAttentionHeads = 4096;
+// Of a token, layer and head: an entropy and the positions of the strongest keys.
+inline constexpr int kAttentionBytesPerHead = 2 + 2 * kStrongestKeys;
 
 // How tokens of Task::kGenerate were chosen. temperature 0 = greedily; such a store's
 // configuration does not speak of it.
@@ -44,8 +49,10 @@ struct StoreConfig {
   std::string tokenizer_fingerprint;
   std::string corpus_fingerprint;  // of the documents and their order
   MoeGeometry geometry;
-  std::vector<std::string> record = {"ids"};  // ids, probs, topk, hidden, output
-  int top_k = 0;                              // K stored a token; 0 without topk
+  // ids, probs, topk, hidden, output, attention
+  std::vector<std::string> record = {"ids"};
+  int top_k = 0;            // K stored a token; 0 without topk
+  int attention_heads = 0;  // the model's; 0 without attention
   // False in imported stores whose input had none; store.json says so only then.
   bool token_ids = true;
   std::vector<std::string> data;  // kind:path as given, of all intakes
@@ -74,6 +81,10 @@ struct StoreConfig {
   // and UsageError for another schema version (with both versions).
   static StoreConfig FromJson(const Json& json, const std::string& where);
   bool Records(const std::string& what) const;
+  // Heads that are summarised in that stack: decoders have self- and cross-attention.
+  int AttentionHeads(Stack stack) const {
+    return attention_heads * (stack == Stack::kDecoder ? 2 : 1);
+  }
   // All intakes: one where nothing was added.
   std::vector<StoreIntake> AllIntakes() const;
   // Makes data, corpus_fingerprint, num_chunks, max_sequences and intakes those of `all`.

@@ -8,6 +8,7 @@
 #include "common/errors.h"
 #include "storage/byte_codec.h"
 #include "storage/context_model.h"
+#include "storage/store_config.h"
 #include "xxhash.h"
 
 namespace routecast {
@@ -39,9 +40,11 @@ void Seal(std::string_view key, std::string* value, uint64_t model = 0) {
   ByteWriter(value).U64(sum);
 }
 
-// The value without its checksum; throws where it does not hold.
+// The value without version and checksum; throws where the checksum does not hold.
+// `attended`: version 2 is taken as well, and said.
 std::string_view Unseal(std::string_view key, std::string_view value,
-                        const std::string& where, uint64_t model = 0) {
+                        const std::string& where, uint64_t model = 0,
+                        bool* attended = nullptr) {
   if (value.size() <= kChecksumBytes)
     ByteReader(value, where).Fail("shorter than a checksum");
   const std::string_view body = value.substr(0, value.size() - kChecksumBytes);
@@ -52,10 +55,12 @@ std::string_view Unseal(std::string_view key, std::string_view value,
         .Fail("checksum " + std::to_string(sum) + ", bytes give " +
               std::to_string(Checksum(key, body, model)));
   }
-  if (static_cast<uint8_t>(body[0]) != kRecordVersion) {
+  const auto version = static_cast<uint8_t>(body[0]);
+  if (attended != nullptr) *attended = version == kAttendedVersion;
+  if (version != kRecordVersion && (attended == nullptr || !*attended)) {
     ByteReader(value, where)
-        .Fail("record version " + std::to_string(static_cast<uint8_t>(body[0])) +
-              ", this program reads " + std::to_string(kRecordVersion));
+        .Fail("record version " + std::to_string(version) + ", this program reads " +
+              std::to_string(kRecordVersion));
   }
   return body.substr(1);
 }
@@ -163,6 +168,24 @@ void ReadDropped(ByteReader* in, uint64_t count, bool any,
   std::vector<uint16_t> bits(count);
   UnpackBits(in->Raw(PackedBytes(count, 1)), 1, &bits);
   std::copy(bits.begin(), bits.end(), dropped->begin());
+}
+
+// Of as many tokens and layers as `span` has.
+void ReadAttention(ByteReader* in, std::string_view key, RoutingSpan* span) {
+  const uint64_t heads = in->Varint("attention heads", 2 * kMaxAttentionHeads);
+  const auto kind = static_cast<RecordKind>(static_cast<uint8_t>(key[0]));
+  const Stack stack = kind == RecordKind::kEncoder ? Stack::kEncoder : Stack::kDecoder;
+  if (heads == 0 || (stack == Stack::kDecoder && heads % 2 != 0)) {
+    in->Fail(std::to_string(heads) + " attention heads");
+  }
+  const uint64_t rows = static_cast<uint64_t>(span->num_tokens) *
+                        static_cast<uint64_t>(span->num_layers) * heads;
+  span->attention_heads = static_cast<int>(heads);
+  ReadFloats(in, rows, &span->attention_entropy);
+  const std::string_view bytes = in->Raw(rows * kStrongestKeys * 2);
+  span->attention_keys.resize(rows * kStrongestKeys);
+  if (rows > 0) std::memcpy(span->attention_keys.data(), bytes.data(), bytes.size());
+  if (!AttentionFits(*span, stack)) in->Fail("an attended position beyond the sequence");
 }
 
 }  // namespace
@@ -300,19 +323,40 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
   return decoded;
 }
 
+bool AttentionFits(const RoutingSpan& span, Stack stack) {
+  const auto heads = static_cast<size_t>(span.attention_heads);
+  const size_t own = stack == Stack::kDecoder ? heads / 2 : heads;
+  for (size_t i = 0; i < span.attention_keys.size(); ++i) {
+    const uint16_t at = span.attention_keys[i];
+    if (i / kStrongestKeys % heads < own && at != kNoKey && at >= span.num_tokens) {
+      return false;
+    }
+  }
+  return true;
+}
+
 std::string EncodeHidden(std::string_view key, const RoutingSpan& span) {
   const size_t n =
       static_cast<size_t>(span.num_tokens) * span.num_layers * span.hidden_width;
   RequireSize(span.hidden.size() == n, "hidden");
   const size_t state = static_cast<size_t>(span.num_tokens) * span.hidden_width;
   RequireSize(span.output.empty() || span.output.size() == state, "output");
+  const size_t heads =
+      static_cast<size_t>(span.num_tokens) * span.num_layers * span.attention_heads;
+  RequireSize(span.attention_entropy.size() == heads, "attention_entropy");
+  RequireSize(span.attention_keys.size() == heads * kStrongestKeys, "attention_keys");
   std::string value;
-  value.reserve((n + span.output.size()) * 2 + 32);
+  value.reserve((n + span.output.size() + heads * (1 + kStrongestKeys)) * 2 + 32);
   ByteWriter out(&value);
-  out.U8(kRecordVersion);
+  out.U8(span.attention_heads > 0 ? kAttendedVersion : kRecordVersion);
   out.Varint(span.num_tokens);
   out.Varint(span.num_layers);
   out.Varint(span.hidden_width);
+  if (span.attention_heads > 0) {
+    out.Varint(span.attention_heads);
+    out.Bf16Planes(span.attention_entropy);
+    out.Raw(span.attention_keys.data(), span.attention_keys.size() * 2);
+  }
   out.Raw(span.hidden.data(), n * 2);
   out.Raw(span.output.data(), span.output.size() * 2);
   Seal(key, &value);
@@ -321,7 +365,8 @@ std::string EncodeHidden(std::string_view key, const RoutingSpan& span) {
 
 void DecodeHidden(std::string_view key, std::string_view value, const std::string& where,
                   RoutingSpan* span) {
-  ByteReader in(Unseal(key, value, where), where);
+  bool attended = false;
+  ByteReader in(Unseal(key, value, where, 0, &attended), where);
   const uint64_t tokens = in.Varint("token count", kMaxTokens);
   const uint64_t layers = in.Varint("layer count", kMaxLayers);
   const uint64_t width = in.Varint("router input width", kMaxWidth);
@@ -331,6 +376,7 @@ void DecodeHidden(std::string_view key, std::string_view value, const std::strin
             std::to_string(layers) + " layers, routing has " +
             std::to_string(span->num_tokens) + " x " + std::to_string(span->num_layers));
   }
+  if (attended) ReadAttention(&in, key, span);
   const uint64_t n = tokens * layers * width;
   const uint64_t state = tokens * width;  // the output's, where it is recorded
   if (2 * n != in.left() && 2 * (n + state) != in.left()) {

@@ -33,6 +33,7 @@ inline RecordKind KindOf(Stack s) {
 }
 
 inline constexpr uint8_t kRecordVersion = 1;
+inline constexpr uint8_t kAttendedVersion = 2;  // of router inputs with attention
 inline constexpr size_t kKeyBytes = 9;
 inline constexpr size_t kChecksumBytes = 8;
 // True where the value's checksum is right: of a value that needs no context model, or,
@@ -77,9 +78,17 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
                        const std::string& where, const ContextModel* model = nullptr);
 
 // Router inputs of one (sequence, stack): u8 version | varint T | varint L | varint D |
-// bf16 [L*T*D] | bf16 [T*D], the stack's output, or nothing | u64 checksum. Decode fills
-// span.hidden, span.hidden_width and span.output and demands that T and L agree with
-// `span`.
+// bf16 [L*T*D] | bf16 [T*D], the stack's output, or nothing | u64 checksum.
+// With attention summaries version 2: u8 version | varint T | varint L | varint D |
+// varint A | bf16 high bytes [L*T*A], then low bytes: entropies | u16 [L*T*A*4]: keys |
+// the inputs and the output as above | u64 checksum.
+// Decode fills span.hidden, span.hidden_width, span.output and the attention's fields and
+// demands that T and L agree with `span`, and that keys are positions of it.
+//
+// Whether each key is kNoKey or a position of the sequence. Keys of cross-attention, the
+// second half of the decoder's heads, are the encoder's, whose length a span does not
+// know.
+bool AttentionFits(const RoutingSpan& span, Stack stack);
 std::string EncodeHidden(std::string_view key, const RoutingSpan& span);
 void DecodeHidden(std::string_view key, std::string_view value, const std::string& where,
                   RoutingSpan* span);

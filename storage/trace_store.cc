@@ -179,6 +179,10 @@ void ChunkWriter::AddSpan(const RoutingTrace& trace, Stack stack) {
     throw std::logic_error("ChunkWriter: token ids are not as store.json says");
   }
   std::string key = EncodeKey(KindOf(stack), trace.sequence_id);
+  const int heads = span.hidden_width > 0 ? config_.AttentionHeads(stack) : 0;
+  if (span.attention_heads != heads) {
+    throw std::logic_error("ChunkWriter: attention is not as store.json says");
+  }
   if (span.hidden_width > 0) {
     std::string value = EncodeHidden(key, span);
     record_bytes_ += value.size();

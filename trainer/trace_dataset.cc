@@ -21,6 +21,9 @@ uint64_t BytesOf(const RoutingSpan& s) {
 void DropUnused(RoutingSpan* span, int experts_per_token, bool keep_top_k) {
   span->gate_probs = {};
   span->margins = {};
+  span->attention_heads = 0;
+  span->attention_entropy = {};
+  span->attention_keys = {};
   if (keep_top_k) return;
   span->topk_probs = {};
   if (experts_per_token > 1) return;  // the ids are labels

@@ -3,12 +3,14 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cmath>
 #include <thread>
 
 #include "common/errors.h"
 #include "common/safetensors.h"
 #include "models/next_token_guess.h"
 #include "models/routing_window.h"
+#include "storage/trace_format.h"
 #include "storage/trace_reader.h"
 #include "tests/collector/collect_fixture.h"
 
@@ -125,6 +127,70 @@ TEST_F(CollectTest, HeadAndOutputExplainTheNextToken) {
   }
   EXPECT_GT(looked, 50);
   EXPECT_EQ(right, looked);
+}
+
+// What is looked at is of the sequence, and recording it changes nothing else; any number
+// of ranks records the same bits.
+TEST_F(CollectTest, RecordsWhatTokensLookAt) {
+  const std::vector<std::string> flags = {"--max_sequences=60", "--hidden_share=0.5"};
+  const auto with = [&](int ranks, const char* name, const char* record) {
+    auto all = flags;
+    all.push_back(std::string("--record=ids,probs,hidden,output") + record);
+    ASSERT_EQ(Collect(ranks, name, all), 0);
+  };
+  with(1, "attended", ",attention");
+  with(2, "attended2", ",attention");
+  with(1, "unattended", "");
+  const TraceReader reader(folder_ / "attended"), two(folder_ / "attended2"),
+      plain(folder_ / "unattended");
+  const int heads = TinyConfig().num_heads;
+  int looked = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    EXPECT_EQ(t, two.Read(s.sequence_id, WithHidden::kYes));
+    for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+      RoutingSpan& span = stack == Stack::kEncoder ? t.encoder : t.decoder;
+      const int kinds = stack == Stack::kEncoder ? 1 : 2;
+      EXPECT_EQ(span.attention_heads, s.has_hidden ? heads * kinds : 0);
+      EXPECT_TRUE(AttentionFits(span, stack));
+      for (size_t i = 0; i < span.attention_entropy.size(); ++i) {
+        const bool cross = i % static_cast<size_t>(heads * kinds) >= size_t(heads);
+        const int keys = cross ? t.encoder.num_tokens : span.num_tokens;
+        EXPECT_GE(span.attention_entropy[i], 0);
+        EXPECT_LE(span.attention_entropy[i], 1.01 * std::log(double(keys)));
+        const uint16_t* key = &span.attention_keys[i * kStrongestKeys];
+        EXPECT_LT(key[0], keys);  // one there always is
+        for (int k = 0; k < kStrongestKeys; ++k) {
+          EXPECT_TRUE(key[k] < keys || key[k] == kNoKey);
+        }
+        ++looked;
+      }
+      // The decoder's first token sees itself alone.
+      if (stack == Stack::kDecoder && s.has_hidden) {
+        EXPECT_EQ(span.attention_entropy[0], 0);
+        EXPECT_EQ(span.attention_keys[0], 0);
+        EXPECT_EQ(span.attention_keys[1], kNoKey);
+      }
+      span.attention_heads = 0;
+      span.attention_entropy.clear();
+      span.attention_keys.clear();
+    }
+    EXPECT_EQ(t, plain.Read(s.sequence_id, WithHidden::kYes));
+  }
+  EXPECT_GT(looked, 1000);
+}
+
+TEST_F(CollectTest, GeneratedTokensHaveTheirAttention) {
+  ASSERT_EQ(Collect(1, "stepwise",
+                    {"--task=generate", "--max_sequences=24", "--hidden_share=1",
+                     "--record=ids,hidden,attention"}),
+            0);
+  const TraceReader reader(folder_ / "stepwise");
+  for (const SequenceInfo& s : reader.sequences()) {
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    EXPECT_EQ(t.decoder.attention_entropy.size(),
+              t.decoder.expert_ids.size() * size_t(2 * TinyConfig().num_heads));
+  }
 }
 
 // The recorded choice is the argmax of the recorded router on the recorded input: the
@@ -278,6 +344,9 @@ TEST_F(CollectTest, SampledTokensDependOnTheSeedAndNotOnTheRanks) {
 TEST_F(CollectTest, SamplingFlagsThatDoNothingAreRefused) {
   EXPECT_EQ(Collect(1, "none", {"--temperature=1"}), kExitUsage);  // denoise
   EXPECT_EQ(Collect(1, "none", {"--record=ids,output"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "none", {"--record=ids,attention"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "none", {"--record=ids,hidden,attention", "--max_length=70000"}),
+            kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--task=generate", "--top_p=0.9"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--task=generate", "--temperature=-1"}), kExitUsage);
   EXPECT_FALSE(fs::exists(folder_ / "none"));

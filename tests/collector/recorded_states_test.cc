@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "collector/routing_recorder.h"
 
 namespace routecast {
@@ -72,6 +74,56 @@ TEST(RecordedStatesTest, RowsThatAreNotAskedForHaveNoStates) {
   EXPECT_EQ(with.hidden_width, kWidth);
   EXPECT_EQ(with.hidden.size(), 2u * kWidth);
   EXPECT_EQ(with.output.size(), 1u * kWidth);
+}
+
+// One row of three encoder tokens (the last is padding), two heads.
+TEST(RecordedStatesTest, SummarisesAttentionByHead) {
+  RoutingRecorder recorder(Geometry(), {.attention = true}, {true});
+  EXPECT_TRUE(recorder.WantsAttention());
+  PassInfo pass;
+  pass.token_ids_BT = at::full({1, 3}, 5, at::kLong);
+  pass.valid_BT = at::ones({1, 3}, at::kBool);
+  pass.valid_BT[0][2] = false;
+  recorder.OnPassBegin(pass);
+  const at::Tensor weights =
+      at::tensor({0.5f, 0.5f, 0.0f,  // head 0: equal ones
+                  0.0f, 1.0f, 0.0f,  //
+                  1.0f, 0.0f, 0.0f,  // padding
+                  0.25f, 0.75f, 0.0f, 1.0f, 0.0f, 0.0f, 0.0f, 1.0f, 0.0f});
+  recorder.OnAttention({0, false, weights.view({1, 2, 3, 3})});
+  recorder.OnRouting(Routing(0, 1, 3));
+  recorder.OnPassEnd(pass);
+  const RoutingSpan span = recorder.Take(Stack::kEncoder, 0);
+  EXPECT_EQ(span.attention_heads, 2);
+  ASSERT_EQ(span.attention_entropy.size(), 4u);  // token 0: heads 0, 1; token 1: 0, 1
+  EXPECT_FLOAT_EQ(span.attention_entropy[0], std::log(2.0f));
+  EXPECT_FLOAT_EQ(span.attention_entropy[1],
+                  -0.25f * std::log(0.25f) - 0.75f * std::log(0.75f));
+  EXPECT_EQ(span.attention_entropy[2], 0);
+  const uint16_t no = kNoKey;
+  EXPECT_EQ(span.attention_keys, (std::vector<uint16_t>{0, 1, no, no, 1, 0, no, no, 1, no,
+                                                        no, no, 0, no, no, no}));
+}
+
+TEST(RecordedStatesTest, KeepsTheFourStrongestKeys) {
+  RoutingRecorder recorder(Geometry(), {.attention = true}, {true});
+  PassInfo pass;
+  pass.token_ids_BT = at::full({1, 1}, 5, at::kLong);
+  pass.valid_BT = at::ones({1, 1}, at::kBool);
+  recorder.OnPassBegin(pass);
+  const at::Tensor weights =
+      at::tensor({0.1f, 0.3f, 0.05f, 0.2f, 0.1f, 0.15f, 0.1f}).view({1, 1, 1, 7});
+  recorder.OnAttention({0, false, weights});
+  recorder.OnRouting(Routing(0, 1, 1));
+  recorder.OnPassEnd(pass);
+  EXPECT_EQ(recorder.Take(Stack::kEncoder, 0).attention_keys,
+            (std::vector<uint16_t>{1, 3, 5, 0}));
+}
+
+TEST(RecordedStatesTest, AttentionIsAskedForWhereARowIsRecorded) {
+  EXPECT_FALSE(RoutingRecorder(Geometry(), {}, {true}).WantsAttention());
+  EXPECT_FALSE(
+      RoutingRecorder(Geometry(), {.attention = true}, {false}).WantsAttention());
 }
 
 TEST(RecordedStatesTest, WithoutTheWordThereIsNoOutput) {

@@ -1,0 +1,46 @@
+// The dry run's estimate of the disk counts what is recorded.
+#include <gtest/gtest.h>
+
+#include "collector/chunk_plan.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kText = 3'000'000;  // a million tokens
+
+StoreConfig Config(std::vector<std::string> record) {
+  StoreConfig c;
+  c.geometry = {6, 6, 128, 1, 768};
+  c.record = std::move(record);
+  c.hidden_share = c.Records("hidden") ? 0.1 : 0;
+  c.attention_heads = c.Records("attention") ? 12 : 0;
+  return c;
+}
+
+uint64_t Estimate(std::vector<std::string> record) {
+  return EstimatedStoreBytes(Config(std::move(record)), kText);
+}
+
+TEST(StoreEstimateTest, CountsRouterInputsOfTheirShare) {
+  EXPECT_NEAR(Estimate({"hidden", "ids"}) - Estimate({"ids"}), 0.1 * 1e6 * 12 * 768 * 2,
+              1e3);
+}
+
+TEST(StoreEstimateTest, CountsTheDecodersOutput) {
+  EXPECT_NEAR(Estimate({"hidden", "ids", "output"}) - Estimate({"hidden", "ids"}),
+              0.1 * 1e6 * 768 * 2, 1e3);
+}
+
+TEST(StoreEstimateTest, CountsAttentionOfBothKindsInTheDecoder) {
+  EXPECT_NEAR(Estimate({"attention", "hidden", "ids"}) - Estimate({"hidden", "ids"}),
+              0.1 * 1e6 * 6 * (12 + 24) * 10, 1e3);
+}
+
+TEST(StoreEstimateTest, TheEncoderAloneHasNoDecodersRecords) {
+  StoreConfig encode = Config({"hidden", "ids", "output"});
+  encode.task = Task::kEncode;
+  EXPECT_NEAR(EstimatedStoreBytes(encode, kText), 1e6 * 6 * (5.2 + 0.1 * 768 * 2), 1e3);
+}
+
+}  // namespace
+}  // namespace routecast
