@@ -135,13 +135,21 @@ TEST_P(StaticDecoderTest, DoesNotServeWhereSomethingHappensBetweenLayers) {
   class Nothing : public RoutingOverride {
     void Replace(int, at::Tensor*, at::Tensor*) override {}
   } override_nothing;
+  class Watcher : public RoutingObserver {
+    void OnPassBegin(const PassInfo&) override {}
+    void OnRouting(const LayerRouting&) override {}
+    void OnPassEnd(const PassInfo&) override {}
+    bool WantsAttention() const override { return true; }
+  } watcher;
   const auto resident = Model(SmallConfig());
-  ForwardOptions forced, noisy;
+  ForwardOptions forced, noisy, watched;
+  watched.observer = &watcher;
   forced.routing_override = &override_nothing;
   noisy.jitter = 0.1;
   EXPECT_TRUE(StaticDecoder::Serves(resident->model(), {}, 1));
   EXPECT_FALSE(StaticDecoder::Serves(resident->model(), forced, 1));
   EXPECT_FALSE(StaticDecoder::Serves(resident->model(), noisy, 1));
+  EXPECT_FALSE(StaticDecoder::Serves(resident->model(), watched, 1));
   EXPECT_FALSE(StaticDecoder::Serves(resident->model(), {}, 1000));
 }
 
