@@ -20,10 +20,11 @@ DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
 DECLARE_uint64(seed);
 DEFINE_string(store, "", "Trace store to learn from");
-DEFINE_string(kind, "hidden",
-              "Kind of model: hidden, stale_correction, interlayer, multiscale, moe, "
-              "ensemble, contextual, transformer, hierarchical, simple, lstm, attention, "
-              "conv1d or legacy_multiscale; docs/speculation.md says what each is");
+DEFINE_string(
+    kind, "hidden",
+    "Kind of model: hidden, stale_correction, interlayer, autoregressive, multiscale, "
+    "moe, ensemble, contextual, transformer, hierarchical, simple, lstm, attention, "
+    "conv1d or legacy_multiscale; docs/speculation.md says what each is");
 DEFINE_string(out, "", "Folder of the new speculation model");
 DEFINE_int32(epochs, 8, "Epochs at most; early stopping may end before");
 DEFINE_int64(steps, 0, "Training steps at most, instead of --epochs; 0 = by --epochs");
@@ -41,6 +42,14 @@ DEFINE_string(
     "Members of an ensemble, e.g. interlayer:width=512,heads=16,lr=5e-5;hidden*2");
 DEFINE_string(start_from, "",
               "Folder of a finished run of this kind whose weights training starts from");
+DEFINE_bool(
+    transfer, false,
+    "Of --start_from, take only what does not belong to the traced model: layers, "
+    "not embeddings and heads");
+DEFINE_int32(freeze_layers, 0,
+             "Lowest layers of --start_from that stay as they are at first");
+DEFINE_int32(freeze_epochs, 1,
+             "Epochs until the top one of them is trained, and from each to the next");
 DEFINE_string(combine, "probabilities",
               "How an ensemble mixes: probabilities, logits, vote");
 DEFINE_string(schedule, "cosine",
@@ -72,6 +81,11 @@ DEFINE_double(
     "Chance that a sequence's embedded experts are mixed with another's, labels "
     "alike");
 DEFINE_double(augment_noise, 0, "Deviation of noise on embedded experts in training");
+DEFINE_double(augment_context, 0,
+              "Chance that a micro-batch looks at fewer layers than --context");
+DEFINE_double(masked_ids, 0,
+              "Share of known experts that are hidden and predicted, too (pre-training: "
+              ".15)");
 DEFINE_double(augment_mask, 0, "Share of tokens whose routing is hidden in training");
 DEFINE_double(augment_unmasked, 1, "Weight of the other tokens' labels then");
 DEFINE_int32(
@@ -146,12 +160,14 @@ SpeculationJob Validate() {
   o.confidence_weight = FLAGS_confidence_weight;
   o.set_weight = FLAGS_set_weight;
   o.start_from = FLAGS_start_from;
+  o.transfer = FLAGS_transfer;
+  o.freeze = {FLAGS_freeze_layers, FLAGS_freeze_epochs};
   o.distill_weight = FLAGS_distill_weight;
   o.distill_temperature = FLAGS_distill_temperature;
   o.contrastive_weight = FLAGS_contrastive_weight;
   o.augment = {FLAGS_augment_layers, FLAGS_augment_parts,    FLAGS_augment_permutation,
                FLAGS_augment_mask,   FLAGS_augment_unmasked, FLAGS_augment_mixup,
-               FLAGS_augment_noise};
+               FLAGS_augment_noise,  FLAGS_augment_context,  FLAGS_masked_ids};
   o.curriculum_epochs = FLAGS_curriculum_epochs;
   o.monitor = FLAGS_monitor;
   o.patience = FLAGS_patience;

@@ -90,7 +90,7 @@ class AutoregressiveModel final : public TrunkModel {
 
 AutoregressiveModel::Context AutoregressiveModel::Encode(const RoutingWindow& window,
                                                          KeyedDropout* dropout) const {
-  const ExpertSlots slots = SlotsOf(window, config_.context);
+  const ExpertSlots slots = SlotsOf(window, ContextOf(window, config_.context));
   const auto mask = SlotMask(slots, window.stack);
   auto x = embed_(slots, window, dropout);
   for (const EncoderLayer& layer : encoder_) x = layer(x, mask, dropout);
@@ -156,6 +156,9 @@ SpeculationOutput AutoregressiveModel::Compute(const RoutingWindow& window,
     out.logits_BTHE = Greedy(context, window, H, dropout);
   }
   out.confidence_BTH = LargestProbability(out.logits_BTHE);
+  if (dropout->active() && window.training.hidden_ids_BTL.defined()) {
+    out.own_loss = embed_.HiddenIdLoss(context.rows_NRD, window);
+  }
   return out;
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace routecast {
 namespace {
@@ -37,8 +38,10 @@ at::Tensor ExpertEmbedding::operator()(const ExpertSlots& slots,
                                        KeyedDropout* dropout) const {
   const int64_t B = slots.ids_BTR.size(0), T = slots.ids_BTR.size(1);
   const int64_t R = slots.ids_BTR.size(2), W = context;
-  auto rows = slot.Rows(0, W);
-  if (R > W) rows = at::cat({slot.Rows(W, W), rows}, rows.dim() - 2);
+  const bool before = window.stack == Stack::kDecoder;  // the token before has rows, too
+  const int64_t seen = before ? R / 2 : R, first = W - seen;
+  auto rows = slot.Rows(first, seen);
+  if (before) rows = at::cat({slot.Rows(W + first, seen), rows}, rows.dim() - 2);
   auto x = expert(slots.ids_BTR);
   if (!others.empty() && slots.others_BTRK.defined()) {
     x = x + others[0](slots.others_BTRK).sum(3);
@@ -49,7 +52,24 @@ at::Tensor ExpertEmbedding::operator()(const ExpertSlots& slots,
   x = x.view({B, T * R, width});
   x = Mixed(x, window.training);
   if (window.training.noise > 0) x = dropout->AddNoise(x, window.training.noise);
-  return x + Sinusoid(T * R, width, x.options().requires_grad(false));
+  const int64_t parts = before ? 2 : 1;
+  const auto places = Sinusoid(T * parts * W, width, x.options().requires_grad(false))
+                          .view({T * parts, W, width})
+                          .narrow(1, first, seen);
+  return x + places.reshape({T * R, width});
+}
+
+at::Tensor ExpertEmbedding::HiddenIdLoss(const at::Tensor& x_BND,
+                                         const RoutingWindow& window) const {
+  const int64_t M = expert.weight.dim() == 3 ? expert.weight.size(0) : 1;
+  const auto labels =
+      SlotRows(window.training.hidden_ids_BTL, window, ContextOf(window, context), -100);
+  const auto keys = Keys().view({M, -1, width}) / std::sqrt(static_cast<double>(width));
+  const auto logits = at::matmul(x_BND.reshape({M, -1, width}), keys.transpose(1, 2));
+  return at::cross_entropy_loss(logits.flatten(0, 1), labels.flatten(), {},
+                                at::Reduction::None, -100)
+      .view({M, -1})
+      .sum(1);
 }
 
 at::Tensor ExpertEmbedding::Keys() const {

@@ -13,9 +13,13 @@ namespace routecast {
 
 struct ExpertEmbedding {
   ExpertEmbedding(ParameterMaker* make, const SpeculationConfig& config);
-  // [M * B,T * R,D]. Models of several experts a token see all of them.
+  // [M * B,T * R,D]. Models of several experts a token see all of them. Where the slots
+  // hold fewer layers than the context, rows are those that the whole would have.
   at::Tensor operator()(const ExpertSlots& slots, const RoutingWindow& window,
                         KeyedDropout* dropout) const;
+  // What naming the hidden experts (TrainingHints) costs, by what became of their rows:
+  // [M], summed over them. x_BND as operator() gives it, N = T * R.
+  at::Tensor HiddenIdLoss(const at::Tensor& x_BND, const RoutingWindow& window) const;
   // A vector an expert [M * E,D], without the row of unknown ones.
   at::Tensor Keys() const;
 

@@ -25,26 +25,20 @@ at::Tensor Repeat(const at::Tensor& x, int64_t members) {
 
 }  // namespace
 
-namespace {
-
-// The ids of all rows [B,T,R], of one choice each.
-at::Tensor SlotIds(const at::Tensor& experts_BTL, const RoutingWindow& window,
-                   int context) {
-  const int64_t unknown = window.num_experts;
-  const auto own = LastLayers(experts_BTL, window.source_layer + 1, context, unknown);
+at::Tensor SlotRows(const at::Tensor& ids_BTL, const RoutingWindow& window, int context,
+                    int64_t padding) {
+  const auto own = LastLayers(ids_BTL, window.source_layer + 1, context, padding);
   if (window.stack == Stack::kEncoder) return own;
-  const auto all = LastLayers(experts_BTL, experts_BTL.size(2), context, unknown);
+  const auto all = LastLayers(ids_BTL, ids_BTL.size(2), context, padding);
   const auto before = at::cat(
-      {at::full_like(all.narrow(1, 0, 1), unknown), all.narrow(1, 0, all.size(1) - 1)},
+      {at::full_like(all.narrow(1, 0, 1), padding), all.narrow(1, 0, all.size(1) - 1)},
       1);
   return at::cat({before, own}, 2);
 }
 
-}  // namespace
-
 ExpertSlots SlotsOf(const RoutingWindow& window, int context) {
   ExpertSlots slots;
-  slots.ids_BTR = SlotIds(window.experts_BTL, window, context);
+  slots.ids_BTR = SlotRows(window.experts_BTL, window, context, window.num_experts);
   auto valid = slots.ids_BTR.ne(window.num_experts);
   // The newest slot always counts: before the first layer its padding id says just that.
   valid.select(2, valid.size(2) - 1).fill_(true);
@@ -52,7 +46,7 @@ ExpertSlots SlotsOf(const RoutingWindow& window, int context) {
   if (window.others_BTLK.defined()) {
     std::vector<at::Tensor> others;
     for (const at::Tensor& choice : window.others_BTLK.unbind(3)) {
-      others.push_back(SlotIds(choice, window, context));
+      others.push_back(SlotRows(choice, window, context, window.num_experts));
     }
     slots.others_BTRK = at::stack(others, 3);
   }
@@ -126,7 +120,7 @@ RoutingWindow ForMembers(const RoutingWindow& window, int64_t members) {
   for (at::Tensor* x :
        {&all.token_ids_BT, &all.valid_BT, &all.experts_BTL, &all.others_BTLK,
         &all.hidden_BTD, &all.context_BTD, &all.source_BSD, &all.source_valid_BS,
-        &all.training.teacher_BTH, &all.training.share_B}) {
+        &all.training.teacher_BTH, &all.training.share_B, &all.training.hidden_ids_BTL}) {
     *x = Repeat(*x, members);
   }
   if (all.training.order_B.defined()) {  // partners within the member

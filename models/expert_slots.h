@@ -2,6 +2,8 @@
 // to. B sequences, T tokens, W context layers, R rows a token, E experts, D width.
 #pragma once
 
+#include <algorithm>
+
 #include "models/routing_window.h"
 #include "models/speculation_layers.h"
 
@@ -19,6 +21,13 @@ struct ExpertSlots {
   at::Tensor others_BTRK;
 };
 ExpertSlots SlotsOf(const RoutingWindow& window, int context);
+// The rows of SlotsOf filled from any ids [B,T,L], `padding` where there is no layer.
+at::Tensor SlotRows(const at::Tensor& ids_BTL, const RoutingWindow& window, int context,
+                    int64_t padding);
+// The layers that a model of `context` looks at in this window.
+inline int ContextOf(const RoutingWindow& window, int context) {
+  return window.context_layers > 0 ? std::min(context, window.context_layers) : context;
+}
 
 // The newest `count` layers that are known at each token, newest last: the own token's up
 // to the source, before them in the decoder the previous token's. [B,T,count], E = none.

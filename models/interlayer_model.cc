@@ -108,7 +108,7 @@ at::Tensor InterlayerModel::Pool(const at::Tensor& x_BND,
 SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
                                            KeyedDropout* dropout) {
   const int64_t H = NumLeads(window.stack, window.source_layer);
-  const ExpertSlots slots = SlotsOf(window, config_.context);
+  const ExpertSlots slots = SlotsOf(window, ContextOf(window, config_.context));
   const auto mask = SlotMask(slots, window.stack);
   auto x = net_.embed(slots, window, dropout);
   at::Tensor balance;
@@ -140,6 +140,10 @@ SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
   if (balance.defined()) {
     const auto tokens = window.valid_BT.view({members(), -1}).sum(1).to(at::kFloat);
     out.own_loss = balance * tokens * kBalanceWeight;
+  }
+  if (dropout->active() && window.training.hidden_ids_BTL.defined()) {
+    const auto hidden = net_.embed.HiddenIdLoss(x, window);
+    out.own_loss = out.own_loss.defined() ? out.own_loss + hidden : hidden;
   }
   return out;
 }

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "common/errors.h"
+#include "models/adaptive_context.h"
 #include "models/online_predictor.h"
 
 namespace routecast {
@@ -94,6 +95,8 @@ std::vector<std::optional<at::Tensor>> LearnedPredictor::Calibrated(
 
 namespace {
 
+constexpr std::string_view kAdaptivePrefix = "adaptive_context:";
+constexpr double kConfident = 0.7;  // the original engine's threshold
 constexpr std::string_view kOnlinePrefix = "online:";
 constexpr double kOnlineRate = 0.005;  // of a token's gradient
 
@@ -113,8 +116,13 @@ bool SameRouting(const MoeGeometry& a, const MoeGeometry& b) {
          a.num_experts == b.num_experts;
 }
 
-std::unique_ptr<ExpertPredictor> LoadLearned(const fs::path& folder,
-                                             const MoeGeometry& geometry) {
+[[noreturn]] void NoFolder(const std::string& name) {
+  throw UsageError(ErrorText("no such predictor folder: " + name, "",
+                             "name the folder of a finished run"));
+}
+
+std::unique_ptr<LearnedPredictor> LoadLearned(const fs::path& folder,
+                                              const MoeGeometry& geometry) {
   const bool inside = !fs::exists(folder / "config.json") && fs::exists(folder / "model");
   auto saved = LoadSpeculationModel(inside ? folder / "model" : folder);
   const SpeculationConfig& config = saved.model->config();
@@ -136,10 +144,15 @@ std::unique_ptr<ExpertPredictor> LoadPredictor(
                       baselines_file, routers),
         kOnlineRate);
   }
+  if (name_or_folder.starts_with(kAdaptivePrefix)) {
+    const std::string folder = name_or_folder.substr(kAdaptivePrefix.size());
+    if (!fs::is_directory(folder)) NoFolder(folder);
+    return std::make_unique<AdaptiveContextPredictor>(LoadLearned(folder, geometry),
+                                                      kConfident);
+  }
   if (fs::is_directory(name_or_folder)) return LoadLearned(name_or_folder, geometry);
   if (name_or_folder.find('/') != std::string::npos) {
-    throw UsageError(ErrorText("no such predictor folder: " + name_or_folder, "",
-                               "name the folder of a finished run"));
+    NoFolder(name_or_folder);
   }
   ParseChoice("--predictor", name_or_folder, BaselineNames());
   std::shared_ptr<const BaselineTables> tables;

@@ -25,6 +25,9 @@ struct TrainingHints {
   // sequence order_B[b]. Undefined = none.
   at::Tensor order_B, share_B;
   double noise = 0;  // standard deviation of what is added to embeddings
+  // int64: where the window hides a known expert, the true one, else -100; models that
+  // embed experts predict it. Undefined = none.
+  at::Tensor hidden_ids_BTL;
 };
 
 struct RoutingWindow {
@@ -53,6 +56,9 @@ struct RoutingWindow {
   // the decoder attends to, and which of them are real; undefined = not available.
   at::Tensor source_BSD;
   at::Tensor source_valid_BS;  // bool; defined with source_BSD
+  // Models that embed experts look at so many of the newest layers at most; 0 = at their
+  // own context.
+  int context_layers = 0;
   TrainingHints training;
 };
 

@@ -47,7 +47,7 @@ void AdamW::Step(double learning_rate) {
 void AdamW::Step(const std::vector<double>& learning_rates) {
   const c10::NoGradGuard no_grad;
   for (Group& g : groups_) {
-    if (g.slices.empty()) continue;
+    if (g.slices.empty() || learning_rates.at(g.rate) < 0) continue;
     std::vector<at::Tensor> parameters, gradients;
     for (const ParameterSlice& slice : g.slices) {
       parameters.push_back(slice.Value());

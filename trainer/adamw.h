@@ -28,7 +28,8 @@ class AdamW {
   // Groups with a weight decay of their own (that of `options` is not read).
   AdamW(const std::vector<AdamWGroup>& groups, AdamWOptions options);
   void Step(double learning_rate);
-  // One learning rate a group, in the constructor's order.
+  // One learning rate a group, in the constructor's order; below 0: nothing of the group
+  // changes, not its moments either.
   void Step(const std::vector<double>& learning_rates);
   // Moments and step counts as named tensors, for checkpoints; Load REQUIRES the same
   // names.

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kShortest = 8;
 constexpr double kMixupShape = 0.2;  // of the Beta distribution
-enum Stream : uint64_t { kLayer = 1, kPart, kPermute, kMask, kMix };
+enum Stream : uint64_t { kLayer = 1, kPart, kPermute, kMask, kMix, kContext, kHide };
 
 // In [0, 1), by everything that tells one draw from another.
 template <typename... Values>
@@ -139,6 +139,26 @@ void MixSequences(double share, uint64_t key, RoutingWindow* w) {
   }
 }
 
+void HideIds(double share, uint64_t key, RoutingWindow* w) {
+  w->training.hidden_ids_BTL = at::full(w->experts_BTL.sizes(), -100, at::kLong);
+  const int64_t T = w->experts_BTL.size(1), L = w->experts_BTL.size(2);
+  auto* hidden = w->training.hidden_ids_BTL.data_ptr<int64_t>();
+  w->experts_BTL = w->experts_BTL.contiguous();
+  auto* ids = w->experts_BTL.data_ptr<int64_t>();
+  for (int64_t b = 0; b < w->experts_BTL.size(0); ++b) {
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t l = 0; l < L; ++l) {
+        const int64_t at = (b * T + t) * L + l;
+        if (ids[at] == w->num_experts || Draw(key, kHide, b, t, l) >= share) continue;
+        hidden[at] = ids[at];
+        ids[at] = w->num_experts;
+        if (!w->others_BTLK.defined()) continue;
+        w->others_BTLK.select(0, b).select(0, t).select(0, l).fill_(w->num_experts);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 Json AugmentOptions::ToJson() const {
@@ -147,6 +167,8 @@ Json AugmentOptions::ToJson() const {
           {"permutation", permutation},
           {"mixup", mixup},
           {"noise", noise},
+          {"context", context},
+          {"masked_ids", masked_ids},
           {"mask", mask},
           {"unmasked_weight", unmasked_weight}};
 }
@@ -165,9 +187,12 @@ void AugmentOptions::Validate() const {
   share("--augment_unmasked", unmasked_weight, true);
   share("--augment_mixup", mixup, true);
   share("--augment_noise", noise, true);
+  share("--augment_context", context, true);
+  share("--masked_ids", masked_ids, false);
 }
 
-void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch) {
+void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch,
+             int context) {
   if (!options.any()) return;
   // Windows may share memory with what the data set keeps.
   for (at::Tensor* x :
@@ -182,6 +207,10 @@ void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batc
   if (options.mask > 0) MaskTokens(options, key, batch);
   if (options.mixup > 0) MixSequences(options.mixup, key, &batch->window);
   batch->window.training.noise = options.noise;
+  if (options.masked_ids > 0) HideIds(options.masked_ids, key, &batch->window);
+  if (Draw(key, kContext, 0) < options.context) {
+    batch->window.context_layers = 1 + static_cast<int>(Draw(key, kContext, 1) * context);
+  }
   batch->num_labels = batch->labels_BTH.ne(-100).sum().item<int64_t>();
 }
 

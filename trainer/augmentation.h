@@ -19,17 +19,21 @@ struct AugmentOptions {
   double mixup = 0;            // probability of mixing a sequence's embedded experts with
                                // another's, labels in proportion; share ~ Beta(.2, .2)
   double noise = 0;            // deviation of normal noise on embedded experts
+  double context = 0;          // probability that a micro-batch looks at fewer layers: 1
+                               // to the context, evenly
+  double masked_ids = 0;       // share of known experts that are hidden and predicted
   bool any() const {
     return layer_dropout > 0 || subsequence > 0 || permutation > 0 || mask > 0 ||
-           mixup > 0 || noise > 0;
+           mixup > 0 || noise > 0 || context > 0 || masked_ids > 0;
   }
 
   Json ToJson() const;
   void Validate() const;  // UsageError naming the flag
 };
 
-// `key` is of the micro-batch. Afterwards batch->weights_BT is defined where labels do
-// not count alike.
-void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch);
+// `key` is of the micro-batch, `context` the layers that the model looks at. Afterwards
+// batch->weights_BT is defined where labels do not count alike.
+void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch,
+             int context = 0);
 
 }  // namespace routecast

@@ -176,6 +176,30 @@ void AddBaselines(const std::vector<Json>& results, Json* rows) {
   }
 }
 
+// What router inputs could tell, by their nearest neighbours (knn_estimate.h): no
+// predictor, and of the places that have a router input alone.
+void AddEstimates(const std::vector<Json>& results, Json* rows) {
+  if (!results.at(0).contains("neighbours")) return;
+  const Json& places = results.at(0).at("neighbours");
+  const std::pair<const char*, const char*> kinds[] = {
+      {"nearest state", "top1_nearest"},
+      {"32 nearest states", "top1_of_32"},
+      {"bound by the nearest state", "bayes_bound"}};
+  for (const auto& [name, key] : kinds) {
+    Json row = {{"kind", name},           {"parameters", nullptr},
+                {"seeds", Json::array()}, {"validation_loss", nullptr},
+                {"predict_us", nullptr},  {"offline_only", nullptr},
+                {"baseline", true},       {"estimate", true},
+                {"scores", Json::array()}};
+    AddSummary(&row);  // the same keys as every row's
+    for (const char* phase : {"encoder", "decoder"}) {
+      row[phase + std::string("_next_top1")] = MeanOf(places, phase, true, key);
+      row[phase + std::string("_top1")] = MeanOf(places, phase, false, key);
+    }
+    rows->push_back(row);
+  }
+}
+
 }  // namespace
 
 std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset* dataset,
@@ -242,6 +266,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
     last = results;
   }
   if (!last.empty()) AddBaselines(last, &board["rows"]);
+  if (!last.empty() && g.experts_per_token == 1) AddEstimates(last, &board["rows"]);
   board["experts_per_token"] = g.experts_per_token;
   const std::string key = std::string(g.decoder_layers > 0 ? "decoder" : "encoder") +
                           (g.experts_per_token > 1 ? "_recall" : "_top1");
@@ -283,7 +308,8 @@ Table TableOf(const Json& board) {
     const bool baseline = r.contains("baseline");
     const Json& us = r.at("predict_us");
     const Json& offline = r.at("offline_only");
-    table.AddRow({r.at("kind").get<std::string>() + (baseline ? " (baseline)" : ""),
+    const char* what = r.contains("estimate") ? " (estimate)" : " (baseline)";
+    table.AddRow({r.at("kind").get<std::string>() + (baseline ? what : ""),
                   r.at("parameters").is_number()
                       ? std::to_string(r.at("parameters").get<int64_t>())
                       : "-",

@@ -14,13 +14,15 @@ namespace routecast {
 class MemberOptimizer {
  public:
   // Shares the model's parameters; `training` as of TrainingOf. Gradients must exist.
+  // UsageError where `freeze` names layers and the model has none.
   MemberOptimizer(const SpeculationModel& model, std::vector<MemberOptions> training,
-                  double beta1, double beta2, double ema);
+                  double beta1, double beta2, double ema, LayerFreezing freeze = {});
 
-  // `share` of each member's peak learning rate. Returns the largest member's gradient
+  // `share` of each member's peak learning rate. What is frozen in `epoch` stays as it is
+  // and counts in no norm. Returns the largest member's gradient
   // norm before clipping. Throws std::logic_error naming the first tensor whose gradient
   // is not finite; nothing is changed then.
-  double Step(double share);
+  double Step(double share, int64_t epoch = 0);
   // Highest rate at `share`: what logs show.
   double LearningRate(double share) const;
 
@@ -32,9 +34,18 @@ class MemberOptimizer {
   void SwapAverages();
 
  private:
-  std::vector<double> Norms() const;
+  // Parameters of one member that are released together.
+  struct Part {
+    size_t member = 0;
+    int64_t released_at = 0;  // epoch
+    std::vector<ParameterSlice> slices;
+  };
+  static std::vector<Part> PartsOf(const SpeculationModel& model,
+                                   const LayerFreezing& freeze);
+  std::vector<AdamWGroup> Groups() const;
+  std::vector<double> Norms(int64_t epoch) const;  // by member
   Parameters parameters_, averages_;
-  std::vector<std::vector<ParameterSlice>> members_;
+  std::vector<Part> parts_;
   std::vector<MemberOptions> training_;
   double ema_;
   AdamW adamw_;

@@ -45,14 +45,17 @@ SpeculationConfig MemberConfig(const std::string& kind, const ModelSizes& sizes,
 
 // The sizes of the run to start from, where it fits these traces.
 SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* dataset) {
-  const SpeculationConfig config =
-      LoadSpeculationModel(options.start_from).model->config();
+  SpeculationConfig config = LoadSpeculationModel(options.start_from).model->config();
   const auto refuse = [&](const std::string& why) {
     throw UsageError(ErrorText("--start_from=" + options.start_from + " does not fit",
                                why, "name a run of this kind over this model's traces"));
   };
   if (config.kind != options.kind) {
     refuse("it is of kind " + config.kind + ", not " + options.kind);
+  }
+  if (options.transfer && KindOf(config.kind).embeds_experts) {
+    config.geometry = dataset->geometry();
+    config.priors = DefaultSpeculationConfig(config.kind, config.geometry, 0, 0).priors;
   }
   if (!(config.geometry == dataset->geometry())) refuse("it learned another model");
   if (config.vocab_size > 0 && dataset->vocab_size() > config.vocab_size) {
@@ -70,12 +73,25 @@ bool EmbedsExperts(const SpeculationConfig& config) {
   return std::all_of(config.members.begin(), config.members.end(), EmbedsExperts);
 }
 
+// Of kinds that embed experts: what numbers of layers and experts and their meaning
+// decide.
+bool OfTracedModel(const std::string& parameter) {
+  for (const char* prefix : {"expert.", "others.", "source.", "lead.", "before.",
+                             "prior.", "head.out.", "head.weight", "head.bias"}) {
+    if (parameter.starts_with(prefix)) return true;
+  }
+  return false;
+}
+
 // Throws where an option works on embedded experts and the model has none.
 void CheckEmbedding(const SpeculationOptions& options, const SpeculationConfig& config) {
   const std::pair<const char*, double> needing[] = {
       {"--contrastive_weight", options.contrastive_weight},
       {"--augment_mixup", options.augment.mixup},
-      {"--augment_noise", options.augment.noise}};
+      {"--augment_noise", options.augment.noise},
+      {"--augment_context", options.augment.context},
+      {"--masked_ids", options.augment.masked_ids},
+      {"--transfer", options.transfer ? 1 : 0}};
   std::string kinds;
   for (const std::string& kind : SpeculationKinds()) {
     if (KindOf(kind).embeds_experts) kinds += (kinds.empty() ? "" : ", ") + kind;
@@ -95,6 +111,7 @@ void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
   const c10::NoGradGuard no_grad;
   const SavedSpeculationModel saved = LoadSpeculationModel(options.start_from);
   for (const auto& [name, tensor] : model->parameters().items()) {
+    if (options.transfer && OfTracedModel(name)) continue;
     tensor.copy_(saved.model->parameters().Get(name));
   }
 }

@@ -119,7 +119,8 @@ RoutingWindow WindowTo(const RoutingWindow& window, at::Device device) {
     moved.source_valid_BS = window.source_valid_BS.to(device);
   }
   TrainingHints& hints = moved.training;
-  for (at::Tensor* x : {&hints.teacher_BTH, &hints.order_B, &hints.share_B}) {
+  for (at::Tensor* x :
+       {&hints.teacher_BTH, &hints.order_B, &hints.share_B, &hints.hidden_ids_BTL}) {
     if (x->defined()) *x = x->to(device);
   }
   return moved;

@@ -181,6 +181,8 @@ Json SpeculationOptions::ToJson() const {
           {"next_token_weight", next_token_weight},
           {"set_weight", set_weight},
           {"start_from", start_from},
+          {"transfer", transfer},
+          {"freeze", freeze.ToJson()},
           {"distill_weight", distill_weight},
           {"distill_temperature", distill_temperature},
           {"contrastive_weight", contrastive_weight},
@@ -219,6 +221,13 @@ void SpeculationOptions::Validate() const {
   if (!start_from.empty() && sized) {
     throw UsageError(ErrorText("--start_from goes with no sizes and no --members",
                                "the run's own are kept", "leave one of the two out"));
+  }
+  RequireNotNegative("--freeze_layers", freeze.layers);
+  RequirePositive("--freeze_epochs", freeze.epochs);
+  if (start_from.empty() && (transfer || freeze.layers > 0)) {
+    throw UsageError(ErrorText("--transfer and --freeze_layers need --start_from",
+                               "a new model's layers have learned nothing",
+                               "name the folder of a finished run"));
   }
   ParseMembers(members, training);
   ParseChoice("--combine", combine, {"probabilities", "logits", "vote"});

@@ -7,6 +7,7 @@
 
 #include "common/run_record.h"
 #include "trainer/augmentation.h"
+#include "trainer/layer_freezing.h"
 #include "trainer/learning_schedule.h"
 
 namespace routecast {
@@ -45,6 +46,10 @@ struct SpeculationOptions {
   // Folder of a finished run: its sizes and weights are what training starts from
   // (pre-training on one store, fine-tuning on another); empty = seeded weights.
   std::string start_from;
+  // Takes of that run what does not belong to the traced model: layers, attention,
+  // patterns. Embeddings and heads are new, so the run may be of another model's traces.
+  bool transfer = false;
+  LayerFreezing freeze;                   // of what start_from gave
   std::string members;                    // of an ensemble; empty = the kind's own three
   std::string combine = "probabilities";  // or logits, vote: how members are mixed
   int epochs = 8;                         // at most; early stopping may end before

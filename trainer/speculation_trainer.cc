@@ -90,7 +90,7 @@ class SpeculationTrainer {
     }
     reducer_.emplace(model_->parameters().tensors(), comm, job.bucket_bytes);
     optimizer_.emplace(*model_, TrainingOf(options_, config_), options_.beta1,
-                       options_.beta2, options_.ema);
+                       options_.beta2, options_.ema, options_.freeze);
   }
 
   SpeculationResult Run() {
@@ -192,7 +192,8 @@ class SpeculationTrainer {
       data_seconds_ += data.seconds();
       batch.window.training.teacher_BTH = batch.labels_BTH;
       if (curriculum_) curriculum_->Apply(epoch, &batch);
-      Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch);
+      Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch,
+              config_.context);
       const at::Tensor loss = Loss(batch);
       loss.backward();
       sums[0] += loss.item<double>() / static_cast<double>(smoothing_.size());
@@ -205,7 +206,7 @@ class SpeculationTrainer {
     const double labels = std::max(1.0, sums[1]);
     reducer_->Scale(1 / labels);
     const double share = options_.schedule.Share(step_, steps_, best_.plateaus());
-    const double norm = optimizer_->Step(share);
+    const double norm = optimizer_->Step(share, static_cast<int64_t>(epoch));
     step_seconds_ += step.seconds();
     ++step_;
     stop_ = sums[3] > 0;

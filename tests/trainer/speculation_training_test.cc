@@ -169,14 +169,19 @@ TEST_F(SpeculationTraining, ALeaderboardTrainsWhatIsMissing) {
     EXPECT_TRUE(row["offline_only"].get<bool>());  // of a pass of one microsecond
   }
   EXPECT_EQ(models, 2);
-  EXPECT_EQ(baselines, 9);
+  EXPECT_EQ(baselines, 9 + 3);  // three estimates by neighbours
   EXPECT_EQ(ReadJsonFile(job.run.out / "leaderboard.json"), board);
   EXPECT_THAT(ReadFile(job.run.out / "leaderboard.html"), testing::HasSubstr("simple"));
   EXPECT_THAT(ReadFile(job.run.out / "leaderboard.csv"), testing::HasSubstr("markov"));
   // Finished runs are read, not trained again; a finished folder is an entry, too.
   const auto written = fs::last_write_time(job.run.out / "simple/seed-1/results.json");
   job.entries = {"simple", (job.run.out / "interlayer/seed-2").string()};
-  EXPECT_EQ(make()["rows"].size(), 2u + 9);
+  EXPECT_EQ(make()["rows"].size(), 2u + 9 + 3);
+  for (const Json& row : board["rows"]) {
+    if (!row.contains("estimate")) continue;
+    EXPECT_GT(row["decoder_top1"].get<double>(), 0.125);  // of 8 experts
+    EXPECT_LE(row["decoder_top1"].get<double>(), 1);
+  }
   EXPECT_EQ(fs::last_write_time(job.run.out / "simple/seed-1/results.json"), written);
   job.entries = {(folder_ / "nothing").string()};
   EXPECT_THROW(make(), UsageError);

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/errors.h"
+#include "models/expert_slots.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/trainer/synthetic_traces.h"
 #include "trainer/augmentation.h"
@@ -139,11 +140,13 @@ TEST_F(TrainingAids, TheContrastiveTermIsLearnt) {
 }
 
 TEST_F(TrainingAids, OptionsOnEmbeddingsAreRefusedWhereThereAreNone) {
-  for (const char* option : {"contrastive", "mixup", "noise"}) {
+  for (const char* option : {"contrastive", "mixup", "noise", "context", "masked"}) {
     SpeculationJob job = Job("run", "simple");
     if (option == std::string("contrastive")) job.options.contrastive_weight = .1;
     if (option == std::string("mixup")) job.options.augment.mixup = .2;
     if (option == std::string("noise")) job.options.augment.noise = .05;
+    if (option == std::string("context")) job.options.augment.context = .5;
+    if (option == std::string("masked")) job.options.augment.masked_ids = .15;
     EXPECT_THROW(Losses(job), UsageError) << option;
     job.options.kind = "ensemble";
     job.options.sizes = {};
@@ -216,6 +219,8 @@ TEST_F(TrainingAids, StoppedRunsGoOnWithEqualBits) {
     job.options.curriculum_epochs = 2;
     job.options.contrastive_weight = 0.1;
     job.options.augment.mixup = job.options.augment.noise = 0.3;
+    job.options.augment.context = 0.5;
+    job.options.augment.masked_ids = 0.15;
     return job;
   };
   const SpeculationJob whole = configure("whole");
@@ -237,6 +242,137 @@ TEST_F(TrainingAids, MixupAndNoiseChangeWhatAStepLearns) {
   noisy.options.augment.noise = .5;
   EXPECT_NE(Losses(mixed)[0], plain[0]);
   EXPECT_NE(Losses(noisy)[0], plain[0]);
+}
+
+TEST_F(TrainingAids, HiddenIdsAreTheTrueOnes) {
+  const auto groups = GroupsOf(dataset_, SplitPart::kTrain, WithHidden::kNo);
+  const auto micro = EvaluationBatches(dataset_, groups, 8, 8, 1).back();
+  SpeculationBatch batch = MakeSpeculationBatch(micro, &dataset_, WithHidden::kNo);
+  const auto before = batch.window.experts_BTL.clone();
+  SpeculationBatch again = batch;
+  Augment({.masked_ids = .15}, 9, &batch);
+  Augment({.masked_ids = .15}, 9, &again);
+  const auto& ids = batch.window.training.hidden_ids_BTL;
+  EXPECT_TRUE(at::equal(ids, again.window.training.hidden_ids_BTL));
+  const auto hidden = ids.ge(0);
+  EXPECT_TRUE(at::equal(batch.window.experts_BTL, at::where(hidden, 8, before)));
+  EXPECT_TRUE(at::equal(at::where(hidden, ids, before), before));
+  const double share = hidden.sum().item<double>() / before.lt(8).sum().item<double>();
+  EXPECT_NEAR(share, 0.15, 0.05);
+}
+
+TEST_F(TrainingAids, NamingHiddenIdsIsLearnt) {
+  SpeculationJob job = Job("run", "interlayer");
+  job.options.augment.masked_ids = 0.15;
+  job.options.training.learning_rate = 3e-3;
+  // Nats a hidden expert of training windows, after so many steps.
+  const auto cost = [&](int64_t steps) {
+    job.options.steps = job.options.validate_every = steps;
+    job.out = folder_.path() / std::to_string(steps);
+    Losses(job);
+    const auto model = LoadSpeculationModel(job.out).model;
+    const auto groups = GroupsOf(dataset_, SplitPart::kTrain, WithHidden::kNo);
+    const auto micro = EvaluationBatches(dataset_, groups, 8, 8, 1).back();
+    SpeculationBatch batch = MakeSpeculationBatch(micro, &dataset_, WithHidden::kNo);
+    Augment({.masked_ids = .15}, 9, &batch);
+    const auto asked = SlotRows(batch.window.training.hidden_ids_BTL, batch.window,
+                                model->config().context, -100);
+    return model->Forward(batch.window, 5).own_loss.item<double>() /
+           asked.ge(0).sum().item<double>();
+  };
+  const double untrained = cost(1);
+  const double trained = cost(300);
+  EXPECT_LT(trained, untrained - 0.2);
+  EXPECT_LT(trained, std::log(8.0));  // better than chance
+}
+
+TEST(ContextLength, IsDrawnEvenly) {
+  int count[4] = {};
+  for (uint64_t key = 0; key < 900; ++key) {
+    SpeculationBatch batch;
+    batch.labels_BTH = at::zeros({1, 2, 1}, at::kLong);
+    Augment({.context = 1}, key, &batch, 3);
+    ++count[batch.window.context_layers];
+  }
+  EXPECT_EQ(count[0], 0);
+  for (int layers = 1; layers <= 3; ++layers) EXPECT_NEAR(count[layers], 300, 60);
+}
+
+TEST_F(TrainingAids, AShorterContextChangesWhatAStepLearns) {
+  SpeculationJob job = Job("short", "interlayer");
+  job.options.augment.context = 1;
+  EXPECT_NE(Losses(job)[0], Losses(Job("plain", "interlayer"))[0]);
+}
+
+TEST(LayerFreezing, ReleasesFromTheTop) {
+  const LayerFreezing freeze{3, 4};
+  EXPECT_EQ(freeze.ReleasedAt("layer.2.in.weight"), 4);
+  EXPECT_EQ(freeze.ReleasedAt("group.1.layer.1.out_norm.bias"), 8);
+  EXPECT_EQ(freeze.ReleasedAt("block.0.in.weight"), 12);
+  EXPECT_EQ(freeze.ReleasedAt("expert.embedding"), 12);
+  EXPECT_EQ(freeze.ReleasedAt("layer.3.in.weight"), 0);
+  EXPECT_EQ(freeze.ReleasedAt("head.out.weight"), 0);
+  EXPECT_EQ(LayerFreezing{}.ReleasedAt("layer.0.in.weight"), 0);
+}
+
+TEST_F(TrainingAids, FrozenLayersStayUntilTheyAreReleased) {
+  const SpeculationJob first = Job("first", "interlayer");
+  Losses(first);
+  const auto before = ReadParameters(first.out / "model.safetensors", at::kFloat);
+  for (const int epochs : {1, 1000}) {
+    SpeculationJob more = Job("more" + std::to_string(epochs), "interlayer");
+    more.options.sizes = {};
+    more.options.start_from = first.out;
+    more.options.freeze = {1, epochs};
+    more.options.ema = 0.5;
+    more.options.steps = 40;  // several epochs
+    more.options.validate_every = 40;
+    Losses(more);
+    const auto after = ReadParameters(more.out / "model.safetensors", at::kFloat);
+    for (const char* name : {"layer.0.in.weight", "expert.embedding"}) {
+      EXPECT_EQ(at::equal(before.Get(name), after.Get(name)), epochs == 1000) << name;
+    }
+    EXPECT_FALSE(at::equal(before.Get("head.out.weight"), after.Get("head.out.weight")));
+  }
+  SpeculationJob none = Job("none", "simple");
+  Losses(none);
+  none.options.sizes = {};
+  none.options.start_from = none.out;
+  none.out = folder_.path() / "more_none";
+  none.options.freeze = {1, 1};
+  EXPECT_THROW(Losses(none), UsageError);  // it has no layers
+}
+
+TEST_F(TrainingAids, LayersMoveToAnotherModelsTraces) {
+  const SpeculationJob first = Job("first", "interlayer");
+  Losses(first);
+  const SyntheticTraces other = TraceSynthesizer(2, 6, 24, 200, 9).Make(40, 6, 24, true);
+  TraceDataset dataset(other.traces, other.geometry);
+  LocalCommunicator comm;
+  SpeculationJob more = Job("more", "interlayer");
+  more.options.sizes = {};
+  more.options.start_from = first.out;
+  more.options.freeze = {1, 1000};
+  more.options.steps = 2;
+  EXPECT_THROW(TrainSpeculation(more, &dataset, {}, &comm), UsageError);
+  more.options.transfer = true;
+  TrainSpeculation(more, &dataset, {}, &comm);
+  const auto before = ReadParameters(first.out / "model.safetensors", at::kFloat);
+  const auto after = ReadParameters(more.out / "model.safetensors", at::kFloat);
+  EXPECT_TRUE(at::equal(before.Get("layer.0.in.weight"), after.Get("layer.0.in.weight")));
+  EXPECT_EQ(after.Get("expert.embedding").size(0), 7);
+  EXPECT_EQ(after.Get("head.out.weight").size(0), 6);
+}
+
+TEST(FineTuning, NeedsARunToStartFrom) {
+  SpeculationOptions options;
+  options.transfer = true;
+  EXPECT_THROW(options.Validate(), UsageError);
+  options.transfer = false;
+  options.freeze.layers = 1;
+  EXPECT_THROW(options.Validate(), UsageError);
+  options.start_from = "somewhere";
+  options.Validate();
 }
 
 }  // namespace
