@@ -11,6 +11,9 @@ namespace routecast {
 namespace {
 
 constexpr int64_t kIgnore = -100;
+// Up to this length a micro-batch holds all its sequences; attention takes memory by the
+// square.
+constexpr int64_t kFullTokens = 128;
 
 std::vector<std::shared_ptr<const RoutingTrace>> TracesOf(const MicroBatch& micro,
                                                           TraceDataset* dataset,
@@ -171,8 +174,13 @@ std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
              std::tuple(has_hidden(b), pool.lengths[b], b);
     });
     for (uint64_t i = 0; i < count; ++i) {
-      if (i == 0 || has_hidden(chosen[i]) != has_hidden(chosen[i - 1]) ||
-          batches.back().sequences.size() == static_cast<size_t>(micro_batch)) {
+      const auto tokens = static_cast<int64_t>(pool.lengths[chosen[i]]);
+      const int64_t longest = std::max(tokens, kFullTokens);
+      const auto full = [&] {
+        const auto held = static_cast<int64_t>(batches.back().sequences.size());
+        return (held + 1) * longest * longest > micro_batch * kFullTokens * kFullTokens;
+      };
+      if (i == 0 || has_hidden(chosen[i]) != has_hidden(chosen[i - 1]) || full()) {
         batches.push_back({batches.size(), group.stack, group.source_layer, {}});
       }
       batches.back().sequences.push_back(pool.sequences[chosen[i]]);

@@ -44,8 +44,8 @@ void ForgetRouterInputs(RoutingWindow* window);
 std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
                                   WithHidden hidden);
 // A part's windows in a fixed order as micro-batches of similar length, with router
-// inputs in all or none of their sequences. At most `sequences` of each group (0 = all),
-// chosen by `seed`.
+// inputs in all or none of their sequences; of more than 128 tokens fewer together. At
+// most `sequences` of each group (0 = all), chosen by `seed`.
 std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
                                           const std::vector<SampleGroup>& groups,
                                           int micro_batch, uint64_t sequences,

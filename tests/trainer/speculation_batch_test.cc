@@ -1,10 +1,11 @@
 // The loss against plain loops.
-#include "trainer/speculation_loss.h"
-
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+
+#include "trainer/speculation_loss.h"
 
 namespace routecast {
 namespace {
@@ -36,6 +37,30 @@ TEST(SpeculationLoss, AddsTheNextTokensWhereTheModelGuessesThem) {
   const LossSums sums = SpeculationLoss(output, batch, {0, 0.5});
   EXPECT_NEAR(sums.total.item<double>(), routing + 0.5 * next, 1e-5);
   EXPECT_NEAR(sums.cross_entropy, routing, 1e-5);  // what is reported is the routing's
+}
+
+// All sequences once, as many together as their memory allows.
+TEST(EvaluationBatches, LongSequencesComeInFewer) {
+  std::vector<RoutingTrace> traces(60);
+  for (size_t i = 0; i < traces.size(); ++i) {
+    traces[i].sequence_id = traces[i].group_id = i;
+    traces[i].decoder.num_tokens = i % 2 == 0 ? 100 : 256;
+    traces[i].decoder.num_layers = 1;
+  }
+  TraceDataset dataset(traces, {0, 1, 4, 1, 0});
+  const auto groups = GroupsOf(dataset, SplitPart::kTrain, WithHidden::kNo);
+  ASSERT_EQ(groups.size(), 2u);  // sources -1 and 0
+  size_t seen = 0, largest = 0, of_long = 0;
+  for (const MicroBatch& batch : EvaluationBatches(dataset, groups, 8, 0, 1)) {
+    bool any_long = false;
+    for (const uint32_t s : batch.sequences) any_long = any_long || s % 2 == 1;
+    auto& most = any_long ? of_long : largest;
+    most = std::max(most, batch.sequences.size());
+    seen += batch.sequences.size();
+  }
+  EXPECT_EQ(seen, 2 * groups[0].pool->sequences.size());
+  EXPECT_EQ(largest, 8u);
+  EXPECT_EQ(of_long, 2u);
 }
 
 }  // namespace
