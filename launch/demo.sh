@@ -67,11 +67,12 @@ if [ "$pretrain" = yes ]; then
   size=()
   checkpoint=$out/pretrain
 fi
-# The shipped predictor of the shipped checkpoint learned from five times as many sequences, for
-# half an hour: it goes on with what was collected here, at a sixth of the first learning rate.
+# The shipped predictor of the shipped checkpoint learned from fourteen times as many sequences, for
+# an hour and three quarters: it goes on with what was collected here, at a twentieth of the first
+# learning rate (at a sixth it forgets: docs/speculation.md).
 predictor=$root/configs/predictors/$(basename "$checkpoint")-hidden
 if [ "$pretrain" = no ] && [ "$scratch" = no ] && [ -e "$predictor/config.json" ]; then
-  train_hidden+=(--start_from="$predictor" --learning_rate=1e-3)
+  train_hidden+=(--start_from="$predictor" --learning_rate=3e-4)
   [ "$quick" = yes ] || hidden_steps=300
 fi
 
