@@ -62,10 +62,13 @@ install_site() {  # install_site FOLDER LOCK_FILE
   ) 9>"$folder.lock"
 }
 
+# The cores that this process may use, whatever is said to OpenMP: nproc heeds its variables.
+cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }
+
 # Compile jobs: cores, but 2.5 GB of memory each (a LibTorch translation unit takes 1.5-2 GB).
 build_jobs() {
   local cores memory_kb limit
-  cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # nproc heeds them
+  cores=$(cores)
   memory_kb=$(awk '/^MemTotal/ {print $2}' /proc/meminfo)
   limit=$(cat /sys/fs/cgroup/memory.max 2>/dev/null || echo max)
   if [ "$limit" != max ] && [ $((limit / 1024)) -lt "$memory_kb" ]; then

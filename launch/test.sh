@@ -14,7 +14,7 @@ export ROUTECAST_PYTHON=$build/python/bin/python
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Before CTest, so that a crash of CTest itself cannot leave an older result to be read.
 rm -f "$build/tests.xml"
-ctest --test-dir "$build" --parallel "$(nproc)" --output-on-failure \
+ctest --test-dir "$build" --parallel "$(cores)" --output-on-failure \
   --output-junit "$build/tests.xml" --test-output-size-passed 1000000 \
   --test-output-size-failed 1000000 "$@" || true
 ctest --test-dir "$build" --show-only=json-v1 "$@" >"$build/tests.json"

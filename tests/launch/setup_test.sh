@@ -50,4 +50,5 @@ jobs=$(build_jobs)
 [ "$jobs" -ge 1 ] && [ "$jobs" -le "$cores" ] || fail "$jobs compile jobs on $cores cores"
 [ "$(OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 build_jobs)" = "$jobs" ] ||
   fail "OMP_NUM_THREADS changed the compile jobs"
+[ "$(OMP_NUM_THREADS=1 cores)" = "$cores" ] || fail "OMP_NUM_THREADS changed the cores: tests ran one by one"
 exit $failed
