@@ -1,7 +1,5 @@
 #include "evaluator/comparison.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 
@@ -9,30 +7,13 @@
 #include "common/progress.h"
 #include "common/stop.h"
 #include "evaluator/comparison_row.h"
-#include "evaluator/decoding_engine.h"
-#include "evaluator/expert_copies.h"
 
 namespace routecast {
 namespace {
 
 constexpr int kOracleHorizon = 12;  // visits that the oracle tells ahead
-constexpr int kStagingSlots = 4;    // of compressed experts
 constexpr uint64_t kReferenceBytes = uint64_t{256} << 20;  // of logits that are kept
 constexpr double kLeastBound = 1.5;  // below it the demo's link is paced (--link=auto)
-
-uint64_t AvailableMemory() {
-  return static_cast<uint64_t>(::sysconf(_SC_AVPHYS_PAGES)) *
-         static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-}
-
-std::vector<ExpertKey> AllKeys(const ExpertFile& file) {
-  std::vector<ExpertKey> keys;
-  for (int i = 0; i < file.spec().geometry.num_keys(); ++i) {
-    const ExpertKey key = ExpertKey::FromIndex(i, file.spec().geometry);
-    if (file.Contains(key)) keys.push_back(key);
-  }
-  return keys;
-}
 
 }  // namespace
 
@@ -45,6 +26,12 @@ Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> fil
       options_(std::move(options)) {
   slots_ = std::min(SlotsOfBudget(options_.budget_bytes, file_->spec()), file_->count());
   if (options_.kv_in_budget) ShareBudget();
+  if (options_.profile) {
+    paced_compute_.emplace(
+        LayerWorkOf(workload_->config(),
+                    static_cast<double>(c10::elementSize(options_.dtype))),
+        *options_.profile, options_.device, &clock_);
+  }
   if (workload_->num_segments() < 1) {
     throw UsageError(ErrorText("nothing to run: fewer sequences than one batch", "",
                                "give more prompts or a smaller --batch"));
@@ -65,34 +52,70 @@ Comparison::~Comparison() {
   for (auto& row : rows_) row->runtime.reset();  // before the engines
 }
 
-void Comparison::Record() {
+double Comparison::PeakOfLink() {
+  std::vector<ExpertKey> keys = file_->keys();
+  size_t least = 0;
+  if (tiers_.host_slots > 0) {
+    // The last hop alone: from what the tier in the middle holds, once it holds it.
+    keys.resize(std::min(keys.size(), static_cast<size_t>(tiers_.host_slots)));
+    least = keys.size();
+    MeasurePeak(tiers_.engine.get(), keys, slots_, 0, least);
+  }
+  return MeasurePeak(tiers_.engine.get(), keys, slots_, options_.peak_seconds, least);
+}
+
+void Comparison::OpenLinks() {
+  tiers_ = OpenTiers(file_, slots_, options_.tiers);
   const uint64_t whole =
       static_cast<uint64_t>(file_->count()) * file_->spec().stride_bytes();
-  const uint64_t room = AvailableMemory();
+  uint64_t room = FreeFastBytes(options_.tiers);
+  if (options_.profile && options_.profile->memory_bytes > 0)
+    room = std::min(room, options_.profile->memory_bytes);
   resident_fits_ = whole < room / 10 * 8;
   if (!resident_fits_) {
     notes_.push_back("no row with all experts resident: they take " + FormatBytes(whole) +
                      ", " + FormatBytes(room) + " are free");
   }
-  DiskEngineOptions engine_options;
-  engine_options.num_threads = options_.io_threads;
-  engine_ = std::make_unique<DiskTransferEngine>(file_, slots_, engine_options);
-  engine_->SetDone([](uint64_t, TransferOutcome, uint64_t) {});
-  peak_ = engine_->MeasurePeak(options_.peak_seconds);
-  if (resident_fits_) {
-    resident_engine_ =
-        std::make_unique<DiskTransferEngine>(file_, file_->count(), engine_options);
+  if (tiers_.host_slots > 0 && tiers_.host_slots < file_->count()) {
+    ExpertTierOptions disk_only = options_.tiers;
+    disk_only.chain.gpu = false;
+    const ExpertTiers disk = OpenTiers(file_, std::min(slots_, 8), disk_only);
+    disk_peak_ = MeasurePeak(disk.engine.get(), file_->keys(), std::min(slots_, 8),
+                             options_.peak_seconds);
+    notes_.push_back(
+        "the host tier holds " + std::to_string(tiers_.host_slots) + " of " +
+        std::to_string(file_->count()) +
+        " experts, for all rows as they come: what one leaves there the next finds");
   }
+  peak_ = PeakOfLink();
+  if (resident_fits_) resident_tiers_ = OpenResidentTiers(file_, options_.tiers);
+}
+
+double Comparison::LinkSeconds(double moved, double read) const {
+  const double last = moved / (pace_ > 0 ? pace_ : peak_);
+  return disk_peak_ > 0 ? std::max(last, read / disk_peak_) : last;
+}
+
+SegmentTimes Comparison::RunSegment(int segment, PrefetchRuntime* runtime,
+                                    OutputHash* hash) {
+  if (!paced_compute_) return workload_->Run(segment, runtime, runtime, hash);
+  paced_compute_->Set(runtime, runtime);
+  return workload_->Run(segment, &*paced_compute_, &*paced_compute_, hash);
+}
+
+void Comparison::Record() {
+  OpenLinks();
   RuntimeOptions runtime_options;
   runtime_options.num_slots = resident_fits_ ? file_->count() : slots_;
   runtime_options.planner.policy = ParsePolicy("on_demand");
   runtime_options.dtype = options_.dtype;
+  runtime_options.device = options_.device;
   PrefetchRuntime runtime(file_->spec(),
-                          resident_fits_ ? resident_engine_.get() : engine_.get(),
+                          (resident_fits_ ? resident_tiers_ : tiers_).engine.get(),
                           nullptr, runtime_options);
   if (resident_fits_) {
     runtime.Suspend();
-    runtime.Preload(AllKeys(*file_));
+    runtime.Preload(file_->keys());
   }
   const int rounds =
       std::min(workload_->num_segments(), options_.rounds + options_.warmup_rounds);
@@ -109,7 +132,7 @@ void Comparison::Record() {
       references_.emplace_back(reference_room);
       ignored.SetTap([&](const at::Tensor& t) { references_.back().Add(t); });
     }
-    const SegmentTimes times = workload_->Run(segment, &runtime, &runtime, &ignored);
+    const SegmentTimes times = RunSegment(segment, &runtime, &ignored);
     if (options_.copies) reference_room -= references_.back().bytes();
     visits_.push_back(runtime.TakeVisits());
     for (int s = 0; s < 2; ++s) {
@@ -140,7 +163,31 @@ std::vector<OracleForesight::Visit> Comparison::AllVisits(size_t* counted_from) 
   return all;
 }
 
+// This disk is slower than the link to emulate.
+void Comparison::UsePageCache() {
+  options_.tiers.direct = false;
+  tiers_ = OpenTiers(file_, slots_, options_.tiers);
+  const std::vector<ExpertKey> keys = file_->keys();
+  MeasurePeak(tiers_.engine.get(), keys, slots_, 0, 2 * keys.size());  // fills it
+  peak_ = PeakOfLink();
+  notes_.push_back("the emulated link reads through the page cache");
+}
+
+void Comparison::EmulateLink() {
+  const DeviceProfile& profile = *options_.profile;
+  const bool slower = peak_ <= profile.link_bytes_per_second;
+  if (!slower) pace_ = profile.link_bytes_per_second;
+  notes_.push_back(
+      "emulates " + profile.name +
+      ": its memory, compute paced to its own (this machine "
+      "is slower itself in " +
+      std::to_string(static_cast<int>(100 * paced_compute_->slower_share() + 0.5)) +
+      " % of the parts of passes), " +
+      (slower ? "and this machine's own link, which is slower" : "and its link"));
+}
+
 void Comparison::ChooseLink() {
+  if (options_.profile) return EmulateLink();
   size_t from = 0;
   const auto visits = AllVisits(&from);
   const MissCount lru =
@@ -154,9 +201,9 @@ void Comparison::ChooseLink() {
     return (tc + tx) / std::max(tc, tx);
   };
   const double native = bound(peak_);
-  const bool pace =
-      options_.link == "emulated" ||
-      (options_.link == "auto" && (native < kLeastBound || !engine_->direct()));
+  const bool pace = options_.link == "emulated" ||
+                    (options_.link == "auto" && !options_.tiers.chain.gpu &&
+                     (native < kLeastBound || !tiers_.direct));
   if (!options_.quiet) {
     std::fprintf(stderr,
                  "calibration (%s, a round): Tc %.1f ms, Tx %.1f ms at the link's %s/s, "
@@ -167,19 +214,8 @@ void Comparison::ChooseLink() {
   }
   if (!pace || bytes_a_round <= 0) return;
   pace_ = bytes_a_round / ((options_.emulated_bound - 1) * tc);
-  if (pace_ > 0.8 * peak_) {
-    // This disk is slower than the link to emulate: the page cache plays the far memory.
-    DiskEngineOptions engine_options;
-    engine_options.num_threads = options_.io_threads;
-    engine_options.direct = false;
-    engine_ = std::make_unique<DiskTransferEngine>(file_, slots_, engine_options);
-    engine_->SetDone([](uint64_t, TransferOutcome, uint64_t) {});
-    engine_->MeasurePeak(2 * static_cast<double>(file_->size_bytes()) /
-                         peak_);  // fills it
-    peak_ = engine_->MeasurePeak(options_.peak_seconds);
-    pace_ = std::min(pace_, 0.9 * peak_);
-    notes_.push_back("the emulated link reads through the page cache");
-  }
+  if (!options_.tiers.chain.gpu && pace_ > 0.8 * peak_) UsePageCache();
+  pace_ = std::min(pace_, 0.9 * peak_);
   notes_.push_back("link paced to " + FormatBytes(static_cast<uint64_t>(pace_)) +
                    "/s for a bound near " + std::to_string(bound(pace_)).substr(0, 4) +
                    " (this machine's own: " + std::to_string(native).substr(0, 4) + ")");
@@ -188,19 +224,20 @@ void Comparison::ChooseLink() {
 
 void Comparison::AddRow(const std::string& policy, const std::string& predictor,
                         Eviction eviction, std::unique_ptr<Foresight> foresight,
-                        DiskTransferEngine* disk) {
+                        LinkEngine* link) {
   auto row = std::make_unique<Row>();
   row->policy = policy;
   row->predictor = predictor;
   row->eviction = EvictionName(eviction);
-  row->disk = disk;
-  row->is_resident = disk == resident_engine_.get();
-  row->is_lossy = disk == copies_disk_;
+  row->link = link;
+  row->is_resident = link == resident_tiers_.engine.get();
+  row->is_lossy = link == copies_tiers_.link;
   row->slots = row->is_resident ? file_->count() : slots_;
   RuntimeOptions options;
   options.num_slots = row->slots;
   options.eviction = eviction;
   options.dtype = options_.dtype;
+  options.device = options_.device;
   options.planner.policy = ParsePolicy(row->is_resident ? "on_demand" : policy);
   options.planner.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
   if (row->is_lossy) options.planner.expert_bytes = options_.copies->spec().blob_bytes();
@@ -216,50 +253,42 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
     options.planner.policy.top_k = workload_->geometry().num_experts;
     options.planner.policy.auto_off = false;  // the upper bound is shown as it is
   }
-  TransferEngine* engine = disk;
-  if (row->is_lossy) engine = copies_engine_.get();
+  TransferEngine* engine = link;
+  if (row->is_lossy) engine = copies_tiers_.engine.get();
   row->runtime = std::make_unique<PrefetchRuntime>(file_->spec(), engine,
                                                    std::move(foresight), options);
   row->runtime->Suspend();
   if (row->is_resident) {
-    row->runtime->Preload(AllKeys(*file_));
+    row->runtime->Preload(file_->keys());
     row->runtime->Suspend();
   }
   rows_.push_back(std::move(row));
 }
 
 void Comparison::OpenCopies() {
-  DiskEngineOptions engine_options;
-  engine_options.num_threads = options_.io_threads;
-  engine_options.direct = engine_->direct();
-  const ExpertFileSpec spec = options_.copies->spec();
-  auto disk = std::make_unique<DiskTransferEngine>(options_.copies, kStagingSlots,
-                                                   engine_options);
-  copies_disk_ = disk.get();
-  if (!engine_->direct()) {  // fills the page cache, as for the lossless experts
-    disk->SetDone([](uint64_t, TransferOutcome, uint64_t) {});
-    disk->MeasurePeak(2 * static_cast<double>(options_.copies->size_bytes()) / peak_);
-  }
-  copies_engine_ = std::make_unique<DecodingEngine>(
-      std::move(disk), kStagingSlots, slots_, spec.expert_bytes(),
-      [spec](const std::byte* blob, std::byte* to) { DecodeExpert(spec, blob, to); },
-      std::string(CopyName(spec.copies)) + " copies");
+  ExpertTierOptions options = options_.tiers;
+  options.direct = tiers_.direct;
+  copies_tiers_ = OpenDecodingTiers(options_.copies, slots_, options);
+  if (tiers_.direct && !options.chain.gpu) return;
+  // Fills the page cache or the host tier, as for the lossless experts.
+  const std::vector<ExpertKey> keys = options_.copies->keys();
+  MeasurePeak(copies_tiers_.link, keys, copies_tiers_.staging_slots, 0, keys.size());
 }
 
-void Comparison::AddSpeculatingRows(DiskTransferEngine* disk) {
+void Comparison::AddSpeculatingRows(LinkEngine* link) {
   const int max_lead = ParsePolicy(options_.policy).max_lead;
   for (ExpertPredictor* predictor : predictors_) {
     AddRow(options_.policy, predictor->name(), options_.eviction,
            std::make_unique<PredictorForesight>(predictor, workload_->geometry(),
                                                 max_lead, options_.next_token),
-           disk);
+           link);
   }
   const std::string oracle_policy =
       options_.policy == "on_demand" ? "auto" : options_.policy;
   if (options_.oracle) {
     AddRow(oracle_policy, "oracle", options_.eviction,
            std::make_unique<OracleForesight>(workload_->geometry(), kOracleHorizon),
-           disk);
+           link);
   }
 }
 
@@ -269,20 +298,20 @@ void Comparison::MakeRows() {
         "the next token is guessed from the decoder's output while the vocabulary head "
         "is at work");
   }
-  DiskTransferEngine* disk = engine_.get();
-  if (options_.uncached) AddRow("on_demand", "none", Eviction::kNone, nullptr, disk);
+  LinkEngine* link = tiers_.engine.get();
+  if (options_.uncached) AddRow("on_demand", "none", Eviction::kNone, nullptr, link);
   // What the others are measured by.
-  AddRow("on_demand", "none", Eviction::kLru, nullptr, disk);
+  AddRow("on_demand", "none", Eviction::kLru, nullptr, link);
   if (options_.eviction != Eviction::kLru && options_.eviction != Eviction::kBelady) {
-    AddRow("on_demand", "none", options_.eviction, nullptr, disk);
+    AddRow("on_demand", "none", options_.eviction, nullptr, link);
   }
-  AddSpeculatingRows(disk);
+  AddSpeculatingRows(link);
   if (options_.resident && resident_fits_)
-    AddRow("resident", "none", Eviction::kLru, nullptr, resident_engine_.get());
+    AddRow("resident", "none", Eviction::kLru, nullptr, resident_tiers_.engine.get());
   if (!options_.copies) return;
   OpenCopies();
-  AddRow("on_demand", "none", Eviction::kLru, nullptr, copies_disk_);
-  AddSpeculatingRows(copies_disk_);
+  AddRow("on_demand", "none", Eviction::kLru, nullptr, copies_tiers_.link);
+  AddSpeculatingRows(copies_tiers_.link);
 }
 
 void Comparison::RunRow(Row* row, int round, bool measured) {
@@ -290,9 +319,9 @@ void Comparison::RunRow(Row* row, int round, bool measured) {
   const int segment = SegmentOf(round);
   if (!row->is_resident) {
     // Bringing the row's experts back is not part of the measurement.
-    row->disk->SetPace(0);
+    row->link->SetPace(0);
     row->runtime->Resume();
-    row->disk->SetPace(pace_);
+    row->link->SetPace(pace_);
   }
   if (row->oracle) {
     row->oracle->SetFuture(visits_[static_cast<size_t>(segment) % visits_.size()]);
@@ -304,14 +333,16 @@ void Comparison::RunRow(Row* row, int round, bool measured) {
     reference = &references_[static_cast<size_t>(segment) % references_.size()];
     row->hash.SetTap([&](const at::Tensor& t) { log.Add(t); });
   }
-  const SegmentTimes times = workload_->Run(
-      segment, row->runtime.get(), row->runtime.get(), measured ? &row->hash : &ignored);
+  const uint64_t read_before = row->link->disk_bytes();
+  const SegmentTimes times =
+      RunSegment(segment, row->runtime.get(), measured ? &row->hash : &ignored);
   row->hash.SetTap({});
   if (reference && reference->whole() && log.whole())
     row->quality.Compare(*reference, log);
   if (!row->is_resident) row->runtime->Suspend();
   row->runtime->TakeVisits();
   if (!measured) return;
+  row->disk_bytes += row->link->disk_bytes() - read_before;
   for (int s = 0; s < 2; ++s) {
     if (times.step_seconds[s].empty()) continue;
     const double seconds = Sum(times.step_seconds[s]);
@@ -355,7 +386,7 @@ ComparisonResult Comparison::Run() {
   progress.Finish();
   // Again, now that the disk has seen every expert: a first look at a cold disk would
   // leave the link slow and the bound high.
-  peak_ = std::max(peak_, engine_->MeasurePeak(options_.peak_seconds));
+  peak_ = std::max(peak_, PeakOfLink());
 
   ComparisonResult result = Result();
   if (options_.timeline) DrawRound(rounds);

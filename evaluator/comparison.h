@@ -5,14 +5,17 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "evaluator/comparison_result.h"
-#include "evaluator/disk_transfer_engine.h"
+#include "evaluator/device_profile.h"
 #include "evaluator/expert_budget.h"
 #include "evaluator/expert_file.h"
+#include "evaluator/expert_tiers.h"
 #include "evaluator/lossy_quality.h"
+#include "evaluator/paced_compute.h"
 #include "evaluator/prefetch_runtime.h"
 #include "evaluator/timeline.h"
 #include "evaluator/workload.h"
@@ -28,10 +31,13 @@ struct ComparisonOptions {
   int rounds = 20;        // measured, a segment each; segments repeat when fewer
   int warmup_rounds = 3;  // not measured: caches fill, gauges decide
   int batch = 1;
-  std::string link = "auto";    // auto, native, emulated
+  ExpertTierOptions tiers;       // the memories that experts move through
+  at::Device device = at::kCPU;  // of the model, and of the fastest tier
+  std::string link = "auto";     // auto, native, emulated; auto paces no gpu tier
+  // Limits memory, link and compute to this device's, where this machine's are more.
+  std::optional<DeviceProfile> profile;
   double emulated_bound = 1.8;  // what a paced link aims at, in (1, 2)
-  int io_threads = 3;
-  double peak_seconds = 0.5;  // spent on measuring the link alone
+  double peak_seconds = 0.5;    // spent on measuring the link alone
   bool oracle = true, resident = true, uncached = true;
   // Compressed copies of the same experts: rows on them too, named lossy. Null = none.
   std::shared_ptr<const ExpertFile> copies;
@@ -69,9 +75,16 @@ class Comparison {
   void ChooseLink();  // native or paced
   void MakeRows();
   void AddRow(const std::string& policy, const std::string& predictor, Eviction eviction,
-              std::unique_ptr<Foresight> foresight, DiskTransferEngine* disk);
+              std::unique_ptr<Foresight> foresight, LinkEngine* link);
   void OpenCopies();  // the engines of lossy rows
-  void AddSpeculatingRows(DiskTransferEngine* disk);
+  void AddSpeculatingRows(LinkEngine* link);
+  void OpenLinks();
+  void EmulateLink();  // the profile's
+  SegmentTimes RunSegment(int segment, PrefetchRuntime* runtime, OutputHash* hash);
+  void UsePageCache();  // plays the far memory of an emulated link
+  double PeakOfLink();  // of tiers_, now
+  // What the last hop needs for `moved` bytes, of which `read` came from disk first.
+  double LinkSeconds(double moved, double read) const;
   void RunRound(int round, bool measured);
   void RunRow(Row* row, int round, bool measured);
   void DrawRound(int round);  // into the timeline, a process a row
@@ -87,15 +100,16 @@ class Comparison {
   ComparisonOptions options_;
   int slots_ = 0;
   bool resident_fits_ = false;
-  std::unique_ptr<DiskTransferEngine> engine_, resident_engine_;
-  // Compressed experts into staging slots, and from there, decoded, into slots.
-  std::unique_ptr<TransferEngine> copies_engine_;
-  DiskTransferEngine* copies_disk_ = nullptr;  // copies_engine_ owns it
-  std::vector<OutputLog> references_;          // by segment, where there are lossy rows
+  ExpertTiers tiers_, resident_tiers_;
+  DecodingTiers copies_tiers_;         // compressed experts, decoded into slots
+  std::vector<OutputLog> references_;  // by segment, where there are lossy rows
   double peak_ = 0, pace_ = 0;
-  double compute_[2] = {0, 0};                               // Tc of a round, by stack
+  double disk_peak_ = 0;        // where a tier in the middle holds a part only; else 0
+  double compute_[2] = {0, 0};  // Tc of a round, by stack
   std::vector<std::vector<OracleForesight::Visit>> visits_;  // by segment
   std::vector<std::unique_ptr<Row>> rows_;
+  SteadyClock clock_;
+  std::optional<PacedCompute> paced_compute_;  // with a profile
   std::vector<std::string> notes_;
 };
 

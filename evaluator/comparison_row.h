@@ -12,12 +12,13 @@ namespace routecast {
 
 struct Comparison::Row {
   std::string policy, predictor, eviction;
-  DiskTransferEngine* disk = nullptr;  // what is paced
+  LinkEngine* link = nullptr;  // what is paced
   bool is_resident = false, is_lossy = false;
   int slots = 0;
   OracleForesight* oracle = nullptr;  // owned by the runtime
   std::unique_ptr<PrefetchRuntime> runtime;
   OutputHash hash;
+  uint64_t disk_bytes = 0;         // read for a tier in the middle, in measured rounds
   std::vector<double> rates[2];    // tokens/s by round
   std::vector<double> seconds[2];  // of a round
   std::vector<double> steps[2];

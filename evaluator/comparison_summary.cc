@@ -21,6 +21,12 @@ double Sum(const std::vector<double>& values) {
   return std::accumulate(values.begin(), values.end(), 0.0);
 }
 
+namespace {
+double MovedBytes(const PhaseStats& stats) {
+  return static_cast<double>(stats.bytes_useful + stats.bytes_late + stats.bytes_wasted);
+}
+}  // namespace
+
 MissCount CountMisses(const MoeGeometry& geometry, int slots, Eviction eviction,
                       const std::vector<OracleForesight::Visit>& visits,
                       size_t counted_from) {
@@ -58,7 +64,7 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   result.policy = row.policy;
   result.predictor = row.predictor;
   result.eviction = row.eviction;
-  result.tier = "host";
+  result.tier = options_.tiers.chain.fastest();
   result.phase = phase;
   result.budget_bytes = static_cast<uint64_t>(row.slots) * file_->spec().stride_bytes();
   result.held_bytes_peak = static_cast<uint64_t>(row.runtime->held_peak_slots()) *
@@ -71,7 +77,7 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   result.budget_phase_share =
       std::min(1.0, static_cast<double>(row.slots) / (g.layers(phase) * g.num_experts));
   result.batch = options_.batch;
-  result.emulated = pace_ > 0;
+  result.emulated = pace_ > 0 || options_.profile.has_value();
   result.pairs = static_cast<int>(row.rates[s].size());
   result.tokens_per_second = Quantile(row.rates[s], 0.5);
   result.spread = Quantile(row.rates[s], 0.75) - Quantile(row.rates[s], 0.25);
@@ -88,9 +94,13 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   result.predictor_seconds = stats.predictor_seconds;
   result.compute_seconds =
       Sum(row.seconds[s]) - stats.stall_seconds - stats.predictor_seconds;
-  const double moved =
-      static_cast<double>(stats.bytes_useful + stats.bytes_late + stats.bytes_wasted);
-  result.transfer_seconds = moved / (pace_ > 0 ? pace_ : peak_);
+  const PhaseStats both[2] = {row.runtime->stats(Stack::kEncoder),
+                              row.runtime->stats(Stack::kDecoder)};
+  // What was read from disk counts for the stacks as what they moved.
+  const double all = MovedBytes(both[0]) + MovedBytes(both[1]);
+  const double read =
+      all > 0 ? static_cast<double>(row.disk_bytes) * MovedBytes(stats) / all : 0;
+  result.transfer_seconds = LinkSeconds(MovedBytes(stats), read);
   result.output_sha256 = row.hash.Hex();
   result.lossless = !row.is_lossy && result.output_sha256 == rows_.front()->hash.Hex();
   if (row.is_lossy) {
@@ -151,11 +161,11 @@ ComparisonResult Comparison::Result() {
     }
   }
   AddBounds(&result.rows);
-  result.device = "cpu";
-  result.link = engine_->description();
+  result.device = tiers_.device;
+  result.link = tiers_.engine->description();
   result.link_peak_bytes_per_second = peak_;
   result.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
-  result.emulated = pace_ > 0;
+  result.emulated = pace_ > 0 || options_.profile.has_value();
   result.synthetic_weights = options_.synthetic_weights;
   for (const auto& row : result.rows) {
     if (row.switched_off) {

@@ -1,13 +1,14 @@
 #include "evaluator/decoding_engine.h"
 
 #include <algorithm>
+#include <exception>
 
 namespace routecast {
 
 DecodingEngine::DecodingEngine(std::unique_ptr<TransferEngine> inner, int num_staging,
-                               int num_slots, uint64_t slot_bytes, Decode decode,
+                               std::unique_ptr<SlotMemory> slots, Decode decode,
                                std::string name)
-    : arena_(num_slots, slot_bytes),
+    : slots_(std::move(slots)),
       decode_(std::move(decode)),
       name_(std::move(name)),
       inner_(std::move(inner)) {
@@ -50,6 +51,11 @@ std::string DecodingEngine::description() const {
   return inner_->description() + ", " + name_;
 }
 
+std::string DecodingEngine::last_error() const {
+  std::lock_guard lock(mutex_);
+  return error_.empty() ? inner_->last_error() : error_;
+}
+
 void DecodingEngine::Feed() {
   while (!free_staging_.empty()) {
     auto best = waiting_.end();
@@ -78,10 +84,18 @@ void DecodingEngine::OnArrival(const Done& done, uint64_t id, TransferOutcome ou
                            [&](const Flight& f) { return f.id == id; });
   }
   // The staging slot is this flight's until it is freed below.
-  if (outcome == TransferOutcome::kArrived)
-    decode_(inner_->slot(flight.staging), arena_.slot(flight.slot));
+  std::string error;
+  if (outcome == TransferOutcome::kArrived) {
+    try {
+      decode_(inner_->slot(flight.staging), slots_->slot(flight.slot));
+    } catch (const std::exception& e) {
+      outcome = TransferOutcome::kFailed;
+      error = e.what();
+    }
+  }
   {
     std::lock_guard lock(mutex_);
+    if (!error.empty()) error_ = error;
     std::erase_if(flights_, [&](const Flight& f) { return f.id == id; });
     free_staging_.push_back(flight.staging);
     Feed();

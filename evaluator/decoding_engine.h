@@ -17,10 +17,11 @@ namespace routecast {
 class DecodingEngine : public TransferEngine {
  public:
   using Decode = std::function<void(const std::byte* blob, std::byte* expert)>;
-  // `inner` has at least num_staging slots, and belongs to this engine. slot_bytes: of a
-  // decoded expert. `name` is for description(). REQUIRES num_staging >= 2.
-  DecodingEngine(std::unique_ptr<TransferEngine> inner, int num_staging, int num_slots,
-                 uint64_t slot_bytes, Decode decode, std::string name);
+  // `inner` has at least num_staging slots and belongs to this engine, as does `slots`,
+  // the memory of decoded experts, where `decode` writes. `name` is for description().
+  // REQUIRES num_staging >= 2.
+  DecodingEngine(std::unique_ptr<TransferEngine> inner, int num_staging,
+                 std::unique_ptr<SlotMemory> slots, Decode decode, std::string name);
   ~DecodingEngine() override;
 
   void SetDone(Done done) override;
@@ -28,11 +29,11 @@ class DecodingEngine : public TransferEngine {
   void Promote(uint64_t id) override;
   void Cancel(uint64_t id) override;
   bool can_cancel() const override { return inner_->can_cancel(); }
-  std::byte* slot(int slot) const override { return arena_.slot(slot); }
-  void Discard(int slot) override { arena_.Discard(slot); }
-  void Reclaim(int slot) override { arena_.Reclaim(slot); }
+  std::byte* slot(int slot) const override { return slots_->slot(slot); }
+  void Discard(int slot) override { slots_->Discard(slot); }
+  void Reclaim(int slot) override { slots_->Reclaim(slot); }
   std::string description() const override;
-  std::string last_error() const override { return inner_->last_error(); }
+  std::string last_error() const override;
   bool is_stepped() const override { return inner_->is_stepped(); }
   void Step() override { inner_->Step(); }
 
@@ -40,10 +41,10 @@ class DecodingEngine : public TransferEngine {
   void Feed();  // lock held: waiting orders into free staging slots, demands first
   void OnArrival(const Done& done, uint64_t id, TransferOutcome outcome, uint64_t bytes);
 
-  SlotArena arena_;
+  std::unique_ptr<SlotMemory> slots_;
   Decode decode_;
   std::string name_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   struct Waiting {
     TransferOrder order;
     bool cancelled = false;
@@ -55,6 +56,7 @@ class DecodingEngine : public TransferEngine {
   std::deque<Waiting> waiting_;  // for a staging slot
   std::vector<Flight> flights_;
   std::vector<int> free_staging_;
+  std::string error_;                      // of decoding: a device may refuse
   std::unique_ptr<TransferEngine> inner_;  // last: its threads end first
 };
 

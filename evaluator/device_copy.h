@@ -8,6 +8,8 @@
 #include <memory>
 #include <string>
 
+#include "evaluator/expert_file.h"
+
 namespace routecast {
 
 // Thread rule: one thread at a time. What the device refuses is an EnvironmentError that
@@ -20,6 +22,7 @@ class DeviceCopy {
   virtual std::byte* Allocate(uint64_t bytes) = 0;
   // Pins a whole mapping, once. It must outlive this object's copies.
   virtual void Register(std::byte* host, uint64_t bytes) = 0;
+  virtual uint64_t FreeBytes() const = 0;  // that Allocate could have now, about
   // Before the mapping goes. REQUIRES no copy from it under way.
   virtual void Unregister(std::byte* host) = 0;
   // Copies enqueued from now on wait for the work that the model gave the device so far:
@@ -32,6 +35,10 @@ class DeviceCopy {
   // The same from one place of the device to another.
   virtual Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
                                  int stream) = 0;
+  // DecodeExpert (expert_copies.h) from one place of the device to another, after the
+  // work that the model gave the device so far. Returns when it is over.
+  virtual void Decode(const ExpertFileSpec& spec, const std::byte* blob,
+                      std::byte* expert) = 0;
   // True once the copy is over.
   virtual bool IsOver(Ticket ticket) = 0;
   virtual double Now() const = 0;  // seconds

@@ -8,6 +8,7 @@
 #include "common/errors.h"
 #include "common/files.h"
 #include "evaluator/device_copy.h"
+#include "evaluator/expert_codec_cuda.h"
 
 namespace routecast {
 namespace {
@@ -59,6 +60,13 @@ class CudaCopy final : public DeviceCopy {
     return slabs_.back();
   }
 
+  uint64_t FreeBytes() const override {
+    Check(cudaSetDevice(index_), "cudaSetDevice");
+    size_t free = 0, whole = 0;
+    Check(cudaMemGetInfo(&free, &whole), "cudaMemGetInfo");
+    return free;
+  }
+
   void Register(std::byte* host, uint64_t bytes) override {
     Check(cudaSetDevice(index_), "cudaSetDevice");
     Check(cudaHostRegister(host, bytes, cudaHostRegisterDefault), "cudaHostRegister");
@@ -84,6 +92,18 @@ class CudaCopy final : public DeviceCopy {
   Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
                          int stream) override {
     return Enqueue(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+  }
+
+  void Decode(const ExpertFileSpec& spec, const std::byte* blob,
+              std::byte* expert) override {
+    FenceAfterCompute();
+    const auto d = static_cast<uint64_t>(spec.geometry.d_model),
+               f = static_cast<uint64_t>(spec.d_ff);
+    cudaStream_t stream = streams_[1];
+    DecodeMatrixOnDevice(spec.copies, blob, f, d, spec.dtype, expert, stream);
+    DecodeMatrixOnDevice(spec.copies, blob + CodedBytes(spec.copies, f, d), d, f,
+                         spec.dtype, expert + spec.expert_bytes() / 2, stream);
+    Check(cudaStreamSynchronize(stream), "decoding (cudaStreamSynchronize)");
   }
 
   bool IsOver(Ticket ticket) override {

@@ -280,6 +280,8 @@ Json DeviceProfile::ToJson() const {
                {"link_bytes_per_second", link_bytes_per_second},
                {"link_fixed_seconds", link_fixed_seconds},
                {"memory_bytes_per_second", memory_bytes_per_second},
+               {"memory_bytes", memory_bytes},
+               {"flops_per_second", flops_per_second},
                {"bytes_at_90_percent", bytes_at_90_percent},
                {"memory_share_with_transfers", memory_share_with_transfers},
                {"sweep", Json::array()}};
@@ -317,6 +319,11 @@ DeviceProfile DeviceProfile::FromJson(const Json& json, const std::string& what)
   if (profile.link_bytes_per_second < 1 || profile.memory_bytes_per_second < 1) {
     number("a rate above 0");
   }
+  // Files of earlier versions lack these.
+  if (json.contains("memory_bytes"))
+    profile.memory_bytes = static_cast<uint64_t>(number("memory_bytes"));
+  if (json.contains("flops_per_second"))
+    profile.flops_per_second = number("flops_per_second");
   profile.name = json.value("name", what);
   profile.emulated = json.value("emulated", false);
   return profile;
@@ -330,6 +337,8 @@ DeviceProfile FindProfile(const std::string& name_or_file) {
     profile.link_bytes_per_second = 25e9;
     profile.link_fixed_seconds = 10e-6;
     profile.memory_bytes_per_second = 936e9;
+    profile.memory_bytes = uint64_t{24} << 30;
+    profile.flops_per_second = 71e12;
     return profile;
   }
   fs::path file = name_or_file;

@@ -28,6 +28,8 @@ struct DeviceProfile {
   bool emulated = false;  // from a data sheet, not measured here
   double link_bytes_per_second = 0, link_fixed_seconds = 0;
   double memory_bytes_per_second = 0;  // weights of a batch of one stream at this rate
+  uint64_t memory_bytes = 0;           // of the device; 0 = not known
+  double flops_per_second = 0;         // dense bf16 products; 0 = not known
   uint64_t bytes_at_90_percent = 0;    // smallest transfer at 90 % of the peak
   double memory_share_with_transfers = 1;  // of the memory rate, while the link is busy
   std::vector<TransferPoint> sweep;
@@ -36,8 +38,8 @@ struct DeviceProfile {
   static DeviceProfile FromJson(const Json& json, const std::string& what);
 };
 
-// rtx3090 (25 GB/s over PCIe 4 x16, 936 GB/s: data sheet), or a device_profile.json or a
-// folder that holds one. UsageError naming what there is.
+// rtx3090 (24 GiB, 25 GB/s over PCIe 4 x16, 936 GB/s, 71 TFLOP/s bf16: data sheet), or a
+// device_profile.json or a folder that holds one. UsageError naming what there is.
 DeviceProfile FindProfile(const std::string& name_or_file);
 
 struct TransferOptions {

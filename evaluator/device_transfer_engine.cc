@@ -6,6 +6,10 @@
 #include "common/errors.h"
 
 namespace routecast {
+namespace {
+// A late wake-up is caught up, an idle link is not.
+constexpr double kPaceSlackSeconds = 200e-6;
+}  // namespace
 
 DeviceTransferEngine::DeviceTransferEngine(const ExpertFileSpec& spec,
                                            std::unique_ptr<DeviceCopy> device,
@@ -76,8 +80,27 @@ void DeviceTransferEngine::Cancel(uint64_t id) {
 }
 
 std::string DeviceTransferEngine::description() const {
-  return device_name_ + ", copies of " + FormatBytes(options_.chunk_bytes) +
-         " from pinned host memory, filled by " + host_->description();
+  std::lock_guard lock(mutex_);
+  std::string text = device_name_ + ", copies of " + FormatBytes(options_.chunk_bytes) +
+                     " from pinned host memory";
+  if (pace_ > 0) {
+    text += ", paced to " + FormatBytes(static_cast<uint64_t>(pace_)) + "/s";
+  }
+  return text + ", filled by " + host_->description();
+}
+
+void DeviceTransferEngine::SetPace(double bytes_per_second) {
+  {
+    std::lock_guard lock(mutex_);
+    pace_ = bytes_per_second;
+    link_free_ = 0;
+  }
+  wake_.notify_all();
+}
+
+uint64_t DeviceTransferEngine::disk_bytes() const {
+  std::lock_guard lock(mutex_);
+  return disk_bytes_;
 }
 
 std::string DeviceTransferEngine::last_error() const {
@@ -114,6 +137,7 @@ void DeviceTransferEngine::OnRead(uint64_t id, TransferOutcome outcome) {
     std::lock_guard lock(mutex_);
     Job* job = Find(id);
     if (outcome == TransferOutcome::kArrived) {
+      disk_bytes_ += spec_.blob_bytes();
       tier_.Arrive(job->key);  // worth keeping, also where the job was cancelled
       job->phase = Phase::kHeld;
     } else {
@@ -125,8 +149,13 @@ void DeviceTransferEngine::OnRead(uint64_t id, TransferOutcome outcome) {
   wake_.notify_all();
 }
 
+bool DeviceTransferEngine::WaitsForPace() const {
+  return pace_ > 0 && device_->Now() < link_free_;
+}
+
 bool DeviceTransferEngine::StartCopy() {
   if (static_cast<int>(copies_.size()) >= options_.max_copies) return false;
+  if (WaitsForPace()) return false;
   Job* best = nullptr;
   for (Job& job : jobs_) {
     if (job.phase != Phase::kHeld || job.cancelled || job.failed) continue;
@@ -141,13 +170,19 @@ bool DeviceTransferEngine::StartCopy() {
       slot(best->order.slot) + from, host_->slot(tier_.slot(best->key)) + from, bytes, 0);
   best->handed += bytes;
   ++best->copies;
-  copies_.push_back({ticket, best->order.id, bytes, device_->Now()});
+  const double now = device_->Now();
+  if (pace_ > 0) {
+    link_free_ = std::max(link_free_, now - kPaceSlackSeconds) +
+                 static_cast<double>(bytes) / pace_;
+  }
+  copies_.push_back({ticket, best->order.id, bytes, now, pace_ > 0 ? link_free_ : now});
   return true;
 }
 
 bool DeviceTransferEngine::FinishCopies() {
   bool changed = false;
-  while (!copies_.empty() && device_->IsOver(copies_.front().ticket)) {
+  while (!copies_.empty() && device_->IsOver(copies_.front().ticket) &&
+         device_->Now() >= copies_.front().carried) {
     Job* job = Find(copies_.front().job);
     job->finished += copies_.front().bytes;
     --job->copies;
@@ -232,7 +267,7 @@ void DeviceTransferEngine::Work() {
       continue;
     }
     if (changed) continue;
-    if (copies_.empty()) {
+    if (copies_.empty() && !WaitsForPace()) {
       wake_.wait(lock);
       continue;
     }

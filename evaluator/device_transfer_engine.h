@@ -2,7 +2,7 @@
 // disk engine fills the slots of its arena (the host tier); a thread copies from there to
 // the slots of one slab on the device, in chunks on a stream of its own, at most two
 // under way, so that a demand overtakes a speculation between two chunks. What the host
-// tier still holds needs no disk.
+// tier still holds needs no disk. A pace is that of the last hop.
 #pragma once
 
 #include <condition_variable>
@@ -16,7 +16,7 @@
 #include "evaluator/device_copy.h"
 #include "evaluator/expert_file.h"
 #include "evaluator/host_tier.h"
-#include "evaluator/transfer_engine.h"
+#include "evaluator/link_engine.h"
 
 namespace routecast {
 
@@ -27,7 +27,7 @@ struct DeviceEngineOptions {
   double poll_seconds = 10e-6;     // between two looks at an event
 };
 
-class DeviceTransferEngine : public TransferEngine {
+class DeviceTransferEngine : public LinkEngine {
  public:
   // `host` has host_slots slots at `host_base` (host_bytes in all), which are pinned here
   // for as long as this engine lives. Throws what the device refuses.
@@ -47,6 +47,8 @@ class DeviceTransferEngine : public TransferEngine {
   }
   std::string description() const override;
   std::string last_error() const override;
+  void SetPace(double bytes_per_second) override;
+  uint64_t disk_bytes() const override;
 
  private:
   enum class Phase { kNew, kReading, kHeld, kOver };
@@ -61,12 +63,13 @@ class DeviceTransferEngine : public TransferEngine {
   struct Copy {
     DeviceCopy::Ticket ticket;
     uint64_t job, bytes;
-    double started;
+    double started, carried;  // carried: not over before, on a paced link
   };
   // All with the lock held, on the copying thread, unless said otherwise.
   void Work();
   bool BringToHost(Job* job);  // true where something changed
   bool StartCopy();
+  bool WaitsForPace() const;
   bool FinishCopies();
   void FailAll(const std::string& why);               // the device is lost
   void Settle();                                      // jobs that are over go to over_
@@ -94,6 +97,8 @@ class DeviceTransferEngine : public TransferEngine {
     uint64_t bytes;
   };
   std::vector<Over> over_;
+  double pace_ = 0, link_free_ = 0;  // when the paced link may take the next chunk
+  uint64_t disk_bytes_ = 0;
   std::string error_;
   bool stopping_ = false, lost_ = false;
   std::thread thread_;

@@ -216,44 +216,4 @@ void DiskTransferEngine::FinishIfDone(Job* job, std::unique_lock<std::mutex>* lo
   lock->lock();
 }
 
-double DiskTransferEngine::MeasurePeak(double seconds) {
-  std::mutex mutex;
-  std::condition_variable arrived;
-  int under_way = 0;
-  uint64_t bytes = 0;
-  const double pace = options_.pace_bytes_per_second;
-  SetPace(0);
-  std::unique_lock swap(done_mutex_);
-  const Done before = done_;
-  done_ = [&](uint64_t, TransferOutcome, uint64_t moved) {
-    std::lock_guard lock(mutex);
-    --under_way;
-    bytes += moved;
-    arrived.notify_all();
-  };
-  swap.unlock();
-  std::vector<ExpertKey> keys;
-  for (int i = 0; i < file_->spec().geometry.num_keys(); ++i) {
-    const ExpertKey key = ExpertKey::FromIndex(i, file_->spec().geometry);
-    if (file_->Contains(key)) keys.push_back(key);
-  }
-  const int num_slots = static_cast<int>(arena_.size_bytes() / arena_.stride_bytes());
-  const double start = clock_.Now();
-  std::unique_lock lock(mutex);
-  for (uint64_t i = 0; clock_.Now() - start < seconds; ++i) {
-    arrived.wait(lock, [&] { return under_way < 2; });
-    ++under_way;
-    lock.unlock();
-    Start({i, keys[i % keys.size()], static_cast<int>(i % num_slots), true});
-    lock.lock();
-  }
-  arrived.wait(lock, [&] { return under_way == 0; });
-  const double peak = static_cast<double>(bytes) / (clock_.Now() - start);
-  lock.unlock();
-  swap.lock();  // the last call has returned
-  done_ = before;
-  SetPace(pace);
-  return peak;
-}
-
 }  // namespace routecast

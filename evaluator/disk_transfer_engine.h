@@ -15,8 +15,8 @@
 
 #include "evaluator/clock.h"
 #include "evaluator/expert_file.h"
+#include "evaluator/link_engine.h"
 #include "evaluator/slot_arena.h"
-#include "evaluator/transfer_engine.h"
 
 namespace routecast {
 
@@ -28,7 +28,7 @@ struct DiskEngineOptions {
   bool direct = true;                // false: through the page cache
 };
 
-class DiskTransferEngine : public TransferEngine {
+class DiskTransferEngine : public LinkEngine {
  public:
   // Opens the file for direct reads; falls back to buffered ones where the file system
   // refuses (direct() tells, description() says so). Slots hold one blob each.
@@ -49,10 +49,7 @@ class DiskTransferEngine : public TransferEngine {
 
   bool direct() const { return direct_; }
   const SlotArena& arena() const { return arena_; }
-  void SetPace(double bytes_per_second);  // 0 = none
-  // What the link carries alone: reads experts one after another into the slots for about
-  // `seconds`, unpaced. REQUIRES nothing under way. Overwrites slots.
-  double MeasurePeak(double seconds);
+  void SetPace(double bytes_per_second) override;
 
  private:
   struct Job {

@@ -28,6 +28,7 @@ ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFil
   comparison.warmup_rounds = options.warmup_rounds;
   comparison.batch = batch;
   comparison.link = options.link;
+  if (!options.profile.empty()) comparison.profile = FindProfile(options.profile);
   comparison.oracle = comparison.resident = comparison.uncached = options.compare;
   comparison.oracle =
       options.compare ||
@@ -102,6 +103,8 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
   std::vector<ExpertPredictor*> predictors;
   for (const auto& predictor : setup.predictors) predictors.push_back(predictor.get());
   ComparisonOptions comparing = ComparisonOf(options, *setup.file, group.batch);
+  comparing.tiers = setup.placement.tiers;
+  comparing.device = setup.placement.device;
   comparing.timeline = timeline;
   comparing.next_token = setup.next_token;
   const CopyKind copies = ParseCopies(options.copies);
@@ -131,12 +134,13 @@ ComparisonResult RunGroups(const EvaluationOptions& options, const EvaluationSet
 }
 
 void ValidateTiers(const EvaluationOptions& options) {
-  const TierChain chain = ParseTiers(options.tier);
-  if (chain.gpu) {
-    ParseDevice(options.device == "auto" ? "cuda" : options.device, 0);  // or says so
-    throw UsageError(ErrorText("--tier=" + options.tier + " is not served yet",
-                               "experts run on the CPU, under a budget of host memory",
-                               "use --tier=host:SIZE,disk"));
+  const TierChain chain = PlacementOf(options).tiers.chain;
+  if (!options.profile.empty()) {
+    FindProfile(options.profile);
+    if (options.link == "emulated") {
+      throw UsageError(ErrorText("--profile has a link of its own", "--link=emulated",
+                                 "leave one of them out"));
+    }
   }
   // Of a share it is known later what it comes to.
   if (options.expert_budget.back() != '%')
@@ -217,12 +221,6 @@ void ValidateEvaluation(const EvaluationOptions& options) {
   ValidateTiers(options);
   if (IsReplay(options) && options.dtype != "fp32") {
     throw UsageError(ErrorText("replay runs in fp32", "", "leave --dtype out"));
-  }
-  if (options.device != "auto" && options.device != "cpu") {
-    ParseDevice(options.device, 0);  // says when there is none
-    throw UsageError(ErrorText(
-        "--device=" + options.device + " is not served by this program",
-        "experts run on the CPU, under a budget of host memory", "use --device=cpu"));
   }
   if (options.max_new_tokens < 1 || options.rounds < 1 || options.warmup_rounds < 0) {
     throw UsageError(ErrorText("--max_new_tokens and --rounds are at least 1", "", ""));

@@ -2,6 +2,8 @@
 // Thread rule: one thread.
 #pragma once
 
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -24,6 +26,7 @@ struct EvaluationOptions {             // one field a flag of the same name
   std::string copies = "lossless";    // int8, int4: lossy rows beside the others
   std::string phase = "decoder";      // replay: decoder, encoder or both
   std::string link = "auto";
+  std::string profile;             // device that this one is to be like; empty: itself
   std::vector<int> batches = {1};  // a comparison each
   // in_order; by_route: batches of requests whose foretold experts overlap, rows too
   std::vector<std::string> schedules = {"in_order"};
@@ -44,6 +47,8 @@ struct EvaluationOptions {             // one field a flag of the same name
   ReplayOptions replay;
   double peak_seconds = 0.5;
   bool guess_next_token = true;  // where the vocabulary head is known
+  // A test's device for the gpu tier, whose memory the CPU can read; null: --device's.
+  std::function<std::unique_ptr<DeviceCopy>()> open_device;
 };
 
 // "1,4,16,32" -> sizes; UsageError naming what is none.

@@ -86,6 +86,7 @@ ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
   replay.encoder = RunsEncoder(options);
   replay.decoder = RunsDecoder(options);
   replay.seed = options.seed;
+  replay.device = PlacementOf(options).device;
   return replay;
 }
 
@@ -186,8 +187,8 @@ void CheckStore(const EvaluationSetup& setup) {
 
 void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
   const at::ScalarType dtype = ParseDtype("--dtype", options.dtype);
-  setup->checkpoint =
-      LoadCheckpoint(options.model, dtype, at::kCPU, ExpertLoading::kLeaveOut);
+  setup->checkpoint = LoadCheckpoint(options.model, dtype, setup->placement.device,
+                                     ExpertLoading::kLeaveOut);
   const SwitchConfig& config = setup->checkpoint->config;
   setup->geometry = config.geometry();
   if (setup->reader) CheckStore(*setup);
@@ -215,13 +216,46 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
 }  // namespace
 
 uint64_t BudgetOf(const EvaluationOptions& options, uint64_t whole_bytes) {
-  return TierBudget(ParseTiers(options.tier),
-                    ParseBudget(options.expert_budget, whole_bytes),
-                    options.budget_given);
+  const uint64_t budget =
+      TierBudget(ParseTiers(options.tier),
+                 ParseBudget(options.expert_budget, whole_bytes), options.budget_given);
+  const uint64_t memory =
+      options.profile.empty() ? 0 : FindProfile(options.profile).memory_bytes;
+  if (memory == 0 || budget <= memory) return budget;
+  throw UsageError(ErrorText(
+      "the budget is larger than the profile's memory",
+      FormatBytes(budget) + ", " + options.profile + " has " + FormatBytes(memory),
+      "use a smaller --expert_budget or --tier"));
+}
+
+Placement PlacementOf(const EvaluationOptions& options) {
+  Placement placement;
+  TierChain& chain = placement.tiers.chain;
+  chain = ParseTiers(options.tier);
+  placement.tiers.open_device = options.open_device;
+  if (options.open_device) return placement;  // a test's device computes on the CPU
+  const bool open = options.tier.empty() && options.device != "cpu";
+  if (chain.gpu && options.device == "cpu") {
+    throw UsageError(ErrorText("--device=cpu has no gpu tier", "--tier=" + options.tier,
+                               "use --tier=host:SIZE,disk, or leave --device out"));
+  }
+  const bool asks = chain.gpu && options.device == "auto";
+  const at::Device device = ParseDevice(asks ? "cuda" : options.device, 0);
+  if (device.is_cuda() && !chain.gpu && !open && options.device != "auto") {
+    throw UsageError(ErrorText(
+        "--device=" + options.device + " runs on experts in a gpu tier",
+        "--tier=" + options.tier, "use --tier=gpu:SIZE,host,disk, or --device=cpu"));
+  }
+  if (open) chain.gpu = device.is_cuda();
+  if (!chain.gpu) return placement;
+  placement.device = device;
+  placement.tiers.open_device = [device] { return OpenCudaDevice(device.index()); };
+  return placement;
 }
 
 EvaluationSetup SetUpEvaluation(const EvaluationOptions& options) {
   EvaluationSetup setup;
+  setup.placement = PlacementOf(options);
   if (!options.store.empty()) setup.reader = std::make_unique<TraceReader>(options.store);
   if (IsReplay(options)) {
     SetUpReplay(options, &setup);

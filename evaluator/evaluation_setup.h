@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "evaluator/evaluation.h"
+#include "evaluator/expert_tiers.h"
 #include "evaluator/requests.h"
 #include "evaluator/tier_spec.h"
 #include "models/next_token_guess.h"
@@ -15,10 +16,19 @@
 
 namespace routecast {
 
+// Where the model runs and through which memories its experts come: --device and --tier.
+struct Placement {
+  at::Device device = at::kCPU;
+  ExpertTierOptions tiers;
+};
+// UsageError where the two do not fit together, EnvironmentError: no such device.
+Placement PlacementOf(const EvaluationOptions& options);
+
 struct EvaluationSetup {
   std::unique_ptr<TraceReader> reader;   // null without --store
   std::optional<Checkpoint> checkpoint;  // generate: without experts
   MoeGeometry geometry;                  // of what runs
+  Placement placement;
   std::vector<std::unique_ptr<ExpertPredictor>> predictors;
   // Null where it is not asked for, or the vocabulary head is not known.
   std::shared_ptr<const NextTokenGuess> next_token;

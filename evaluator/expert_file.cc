@@ -201,6 +201,15 @@ ExpertFile::ExpertFile(const fs::path& path) : path_(path) {
   }
 }
 
+std::vector<ExpertKey> ExpertFile::keys() const {
+  std::vector<ExpertKey> keys;
+  for (size_t i = 0; i < position_.size(); ++i) {
+    if (position_[i] >= 0)
+      keys.push_back(ExpertKey::FromIndex(static_cast<int>(i), spec_.geometry));
+  }
+  return keys;
+}
+
 uint64_t ExpertFile::Offset(ExpertKey key) const {
   const int position = position_[key.Index(spec_.geometry)];
   if (position < 0) throw std::logic_error("ExpertFile: the expert is not in this file");

@@ -77,6 +77,7 @@ class ExpertFile {
   const fs::path& path() const { return path_; }
   bool Contains(ExpertKey key) const { return position_[key.Index(spec_.geometry)] >= 0; }
   int count() const { return count_; }
+  std::vector<ExpertKey> keys() const;   // those it contains, ascending
   uint64_t Offset(ExpertKey key) const;  // REQUIRES Contains
   uint64_t size_bytes() const { return size_; }
   // Throws DataError when `blob` (blob_bytes) is not what was written for `key`.

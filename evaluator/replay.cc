@@ -12,22 +12,25 @@
 #include "common/random.h"
 #include "common/stop.h"
 #include "evaluator/clock.h"
+#include "models/device_choice.h"
 
 namespace routecast {
 namespace {
 
 // Uniform weights that keep activations near one; the seed and the name decide them.
-Parameters DenseParameters(const SwitchConfig& config, uint64_t seed) {
+Parameters DenseParameters(const SwitchConfig& config, uint64_t seed, at::Device device) {
   Parameters parameters;
   for (const auto& [name, shape] : ParameterShapes(config)) {
     if (IsExpertTensor(name)) continue;
     if (shape.size() == 1) {
-      parameters.Add(name, at::ones(shape, at::kFloat));
+      parameters.Add(name, at::ones(shape, at::kFloat).to(device));
       continue;
     }
     at::Generator generator = at::detail::createCPUGenerator(Mix(seed, Hash64(name)));
     const double limit = std::sqrt(3.0 / static_cast<double>(shape[1]));
-    parameters.Add(name, at::empty(shape, at::kFloat).uniform_(-limit, limit, generator));
+    // Drawn on the CPU: the same weights on every device.
+    parameters.Add(
+        name, at::empty(shape, at::kFloat).uniform_(-limit, limit, generator).to(device));
   }
   return parameters;
 }
@@ -148,9 +151,12 @@ void ReplayTape::Replace(int layer, at::Tensor* expert_ids_BT,
                          at::Tensor* gate_probs_BT) {
   const Stream& stream = streams_[static_cast<int>(geometry_.StackOf(layer))];
   const int64_t l = geometry_.LayerInStack(layer);
-  *expert_ids_BT = stream.experts_LBT[l].narrow(1, from_, tokens_).contiguous();
-  *gate_probs_BT =
-      stream.gates_LBT[l].narrow(1, from_, tokens_).to(gate_probs_BT->scalar_type());
+  const at::Device device = expert_ids_BT->device();
+  *expert_ids_BT =
+      stream.experts_LBT[l].narrow(1, from_, tokens_).contiguous().to(device);
+  *gate_probs_BT = stream.gates_LBT[l]
+                       .narrow(1, from_, tokens_)
+                       .to(device, gate_probs_BT->scalar_type());
 }
 
 void ReplayTape::OnRouting(const LayerRouting& routing) {
@@ -200,8 +206,8 @@ ReplayWorkload::ReplayWorkload(const MoeGeometry& recorded,
                                    " decoder MoE layers",
                                "collect with a Switch Transformer"));
   }
-  model_ = std::make_unique<SwitchModel>(config_, DenseParameters(config_, options.seed),
-                                         &executor_);
+  model_ = std::make_unique<SwitchModel>(
+      config_, DenseParameters(config_, options.seed, options.device), &executor_);
 }
 
 int ReplayWorkload::num_segments() const {
@@ -245,11 +251,13 @@ at::Tensor ReplayWorkload::Source(const std::vector<const RoutingSpan*>& spans,
   if (!options_.encoder) {
     at::Generator generator = at::detail::createCPUGenerator(Mix(options_.seed, 7));
     return at::empty({ids.size(0), length, config_.d_model}, at::kFloat)
-        .normal_(0, 1, generator);
+        .normal_(0, 1, generator)
+        .to(options_.device);
   }
   const SteadyClock clock;
   const double from = clock.Now();
   const at::Tensor encoded = model_->Encode(ids, *valid_BS, {&tape_, &tape_});
+  Synchronize(options_.device);
   times->step_seconds[0].push_back(clock.Now() - from);
   times->tokens[0] += valid_BS->sum().item<int64_t>();
   hash->Add(encoded);
@@ -273,8 +281,8 @@ void ReplayWorkload::Steps(const std::vector<const RoutingSpan*>& spans,
         model_->Decode(ids.narrow(1, t, 1), valid_BT.narrow(1, t, 1), encoded_BSD,
                        valid_BS, &cache, {&tape_, &tape_});
     const at::Tensor logits = model_->Logits(hidden.select(1, 0));
-    const at::Tensor chosen =
-        logits.argmax(-1);  // forced tokens go on; part of the output
+    // Forced tokens go on; these are a part of the output.
+    const at::Tensor chosen = logits.argmax(-1).to(at::kCPU);
     times->step_seconds[1].push_back(clock.Now() - from);
     times->tokens[1] += ids.size(0);
     hash->Add(logits);

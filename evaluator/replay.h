@@ -21,6 +21,7 @@ struct ReplayOptions {
   bool encoder = false;  // replay encoder passes (expert file with encoder layers)
   bool decoder = true;
   uint64_t seed = 1;  // of the dense weights
+  at::Device device = at::kCPU;
 };
 
 // Forces the routing of a batch of traces, and shows the recorded router inputs to
@@ -65,6 +66,7 @@ class ReplayWorkload : public Workload {
                  const ReplayOptions& options);
   int num_segments() const override;
   const MoeGeometry& geometry() const override { return geometry_; }
+  const SwitchConfig& config() const override { return config_; }
   bool runs(Stack stack) const override {
     return stack == Stack::kEncoder ? options_.encoder : options_.decoder;
   }

@@ -8,25 +8,35 @@
 
 namespace routecast {
 
-class SlotArena {
+// Memory of equal slots: host memory here, or a device's (expert_tiers.h).
+class SlotMemory {
+ public:
+  virtual ~SlotMemory() = default;
+  virtual std::byte* slot(int slot) const = 0;
+  // Gives the slot's memory back to the system; what it held is lost. Memory that is one
+  // piece keeps it.
+  virtual void Discard(int) {}
+  // Takes the memory again before the first byte arrives. Throws EnvironmentError when it
+  // is not to be had.
+  virtual void Reclaim(int) {}
+};
+
+class SlotArena : public SlotMemory {
  public:
   // Rounds slot_bytes up to 4 KiB. Throws EnvironmentError when the memory is not to be
   // had.
   SlotArena(int num_slots, uint64_t slot_bytes);
-  ~SlotArena();
+  ~SlotArena() override;
   SlotArena(const SlotArena&) = delete;
   SlotArena& operator=(const SlotArena&) = delete;
-  std::byte* slot(int slot) const {
+  std::byte* slot(int slot) const override {
     return base_ + static_cast<uint64_t>(slot) * stride_;
   }
   std::byte* base() const { return base_; }
   uint64_t stride_bytes() const { return stride_; }
   uint64_t size_bytes() const { return size_; }
-  // Gives the slot's memory back to the system; what it held is lost.
-  void Discard(int slot);
-  // Takes the memory again, locked where it was, before the first byte arrives. Throws
-  // EnvironmentError when it is not to be had.
-  void Reclaim(int slot);
+  void Discard(int slot) override;
+  void Reclaim(int slot) override;         // locked where it was
   bool locked() const { return locked_; }  // false: RLIMIT_MEMLOCK is too small
 
  private:

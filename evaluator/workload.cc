@@ -7,6 +7,7 @@
 #include "common/errors.h"
 #include "common/stop.h"
 #include "evaluator/clock.h"
+#include "models/device_choice.h"
 
 namespace routecast {
 namespace {
@@ -14,7 +15,8 @@ namespace {
 // Passes everything on, and notes when passes begin and end.
 class PassWatch : public RoutingObserver {
  public:
-  PassWatch(RoutingObserver* inner, const Clock* clock) : inner_(inner), clock_(clock) {}
+  PassWatch(RoutingObserver* inner, const Clock* clock, at::Device device)
+      : inner_(inner), clock_(clock), device_(device) {}
   void OnPassBegin(const PassInfo& pass) override {
     begin_ = clock_->Now();
     if (inner_) inner_->OnPassBegin(pass);
@@ -24,7 +26,9 @@ class PassWatch : public RoutingObserver {
   }
   void OnPassEnd(const PassInfo& pass) override {
     if (inner_) inner_->OnPassEnd(pass);
-    if (pass.stack == Stack::kEncoder) encoder_seconds_ = clock_->Now() - begin_;
+    if (pass.stack != Stack::kEncoder) return;  // a step ends with its ids on the host
+    Synchronize(device_);
+    encoder_seconds_ = clock_->Now() - begin_;
   }
   double begin() const { return begin_; }
   double encoder_seconds() const { return encoder_seconds_; }
@@ -32,6 +36,7 @@ class PassWatch : public RoutingObserver {
  private:
   RoutingObserver* inner_;
   const Clock* clock_;
+  at::Device device_;
   double begin_ = 0, encoder_seconds_ = 0;
 };
 
@@ -88,7 +93,7 @@ SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source,
   source_.Set(source);
   running_ = static_cast<size_t>(segment);
   const SteadyClock clock;
-  PassWatch watch(observer, &clock);
+  PassWatch watch(observer, &clock, model_.device());
   SegmentTimes times;
   GenerationOptions options;
   options.max_new_tokens = max_new_tokens_;

@@ -39,6 +39,7 @@ class Workload {
   virtual ~Workload() = default;
   virtual int num_segments() const = 0;
   virtual const MoeGeometry& geometry() const = 0;
+  virtual const SwitchConfig& config() const = 0;
   virtual bool runs(Stack stack) const = 0;
   // Keys and values that are held when a pass of the segment under way ends (0 after the
   // encoder's: they are the decoder's), and the most that any segment comes to.
@@ -53,13 +54,15 @@ class Workload {
 // Greedy decoding of prompts by a checkpoint. A segment is one batch.
 class GenerateWorkload : public Workload {
  public:
-  // `checkpoint` without experts. prompts: token ids, ended as the model was trained;
-  // batches of `batch` in the order given, right-padded with the pad id.
+  // `checkpoint` without experts, on the device that runs it. prompts: token ids, ended
+  // as the model was trained; batches of `batch` in the order given, right-padded with
+  // the pad id.
   GenerateWorkload(Checkpoint checkpoint,
                    const std::vector<std::vector<int64_t>>& prompts, int batch,
                    int max_new_tokens);
   int num_segments() const override { return static_cast<int>(ids_BS_.size()); }
   const MoeGeometry& geometry() const override { return geometry_; }
+  const SwitchConfig& config() const override { return checkpoint_.config; }
   bool runs(Stack) const override { return true; }
   uint64_t KeyValueBytes(const PassInfo& pass) const override;
   uint64_t MaxKeyValueBytes() const override;

@@ -41,9 +41,11 @@ DEFINE_bool(
     kv_in_budget, false,
     "the model's keys and values share the budget: experts make room as sequences "
     "grow");
-DEFINE_string(tier, "",
-              "memories that experts move through: host:SIZE,disk or "
-              "gpu:SIZE,host:SIZE,disk; the first SIZE is the budget");
+DEFINE_string(
+    tier, "",
+    "memories that experts move through: host:SIZE,disk or "
+    "gpu:SIZE,host:SIZE,disk (the default on a CUDA device, every expert in host "
+    "memory); the first SIZE is the budget");
 DEFINE_string(copies, "lossless",
               "int8 or int4: rows on compressed copies as well, LOSSY and named so");
 DEFINE_string(
@@ -51,8 +53,10 @@ DEFINE_string(
     "generate (with --model, or a replay of --store), quality (predictors on "
     "--store), simulate (policies on --store under --profile), transfer "
     "(measures the disk, and a CUDA device's link), status (what there is below --in)");
-DEFINE_string(profile, "rtx3090",
-              "device of --mode=simulate: rtx3090, or a file of --mode=transfer");
+DEFINE_string(
+    profile, "rtx3090",
+    "device of --mode=simulate: rtx3090, or a file of --mode=transfer; where given "
+    "with other modes, rows are limited to its memory, link and compute");
 DEFINE_int32(sequences, 200, "test sequences of --mode=quality and simulate, at most");
 DEFINE_double(question_us, 200, "cost of a question in --mode=simulate");
 DEFINE_string(in, ".", "folder that --mode=status looks into");
@@ -77,7 +81,8 @@ DEFINE_string(out, "", "folder for results.json, run.json, table.txt and report.
 DEFINE_string(report_with, "",
               "comma list of other output folders that report.html shows");
 DEFINE_string(cache, "", "folder of expert files; default: the user's cache folder");
-DEFINE_string(device, "auto", "auto or cpu");
+DEFINE_string(device, "auto",
+              "auto, cpu, cuda or cuda:N; on a CUDA device the budget is of its memory");
 DEFINE_string(dtype, "fp32", "fp32 or bf16");
 
 namespace routecast {
@@ -118,6 +123,8 @@ EvaluationOptions OptionsFromFlags() {
   options.copies = FLAGS_copies;
   options.phase = FLAGS_phase;
   options.link = FLAGS_link;
+  if (!gflags::GetCommandLineFlagInfoOrDie("profile").is_default)
+    options.profile = FLAGS_profile;
   options.guess_next_token = FLAGS_guess_next_token;
   options.batches = ParseBatches(FLAGS_batch);
   options.schedules = List(FLAGS_schedule);

@@ -1,6 +1,7 @@
 #include "models/device_choice.h"
 
 #include <ATen/Context.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "common/errors.h"
 
@@ -49,6 +50,11 @@ void CheckOwnDevice(const std::string& name, c10::Device device, int local_world
       std::to_string(local_world) + " ranks on this machine, " + Found(num_cuda),
       one_for_all ? "use --device=cuda, which gives each rank its own"
                   : "start a rank a device, or use --device=cpu"));
+}
+
+void Synchronize(c10::Device device) {
+  if (device.is_cpu()) return;
+  c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
 }
 
 }  // namespace routecast

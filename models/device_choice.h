@@ -17,6 +17,9 @@ c10::Device ChooseDevice(const std::string& name, int local_rank, int num_cuda);
 void CheckOwnDevice(const std::string& name, c10::Device device, int local_world,
                     int num_cuda);
 
+// Returns when `device` has done all work given to it; at once for the CPU.
+void Synchronize(c10::Device device);
+
 // The CUDA devices of this machine; 0 in a build without CUDA.
 int NumCudaDevices();
 

@@ -199,6 +199,41 @@ TEST_F(ComparisonTest, CompressedCopiesMoveFewerBytes) {
   EXPECT_EQ(whole / blob * copy, compressed);
 }
 
+// A slower device's memory bounds every step from below, in all rows, and no bit changes.
+TEST_F(ComparisonTest, AProfilePacesStepsAndLink) {
+  replay_.encoder = false;
+  options_.link = "native";
+  const ComparisonResult own = Compare({});
+  DeviceProfile slow;
+  slow.name = "slow";
+  const LayerWork work = LayerWorkOf(ReplayConfig(traces_.geometry, replay_), 4);
+  const double step = 2 * (work.between[1] + work.expert) + work.head;  // weights
+  constexpr double kStepSeconds = 0.01;
+  slow.memory_bytes_per_second = 4 * step / kStepSeconds;
+  slow.link_bytes_per_second = 1e8;
+  options_.profile = slow;
+  const ComparisonResult paced = Compare({});
+  for (const RowResult& row : paced.rows) {
+    EXPECT_GE(row.p50_ms, 0.99e3 * kStepSeconds) << row.policy;
+    EXPECT_TRUE(row.emulated);
+    EXPECT_EQ(row.output_sha256, own.rows[0].output_sha256);
+  }
+  EXPECT_FALSE(own.rows[0].emulated);
+  EXPECT_LE(paced.link_bytes_per_second, 1e8);
+  EXPECT_NE(paced.notes[0].find("emulates slow"), std::string::npos) << paced.notes[0];
+}
+
+// What the profile's memory does not hold is not resident.
+TEST_F(ComparisonTest, AProfilesMemoryBoundsTheResidentRow) {
+  DeviceProfile small;
+  small.name = "small";
+  small.memory_bytes_per_second = small.link_bytes_per_second = 1e15;
+  small.memory_bytes = 10 * 4 * 4096;  // of 24 experts
+  options_.profile = small;
+  const ComparisonResult result = Compare({});
+  for (const RowResult& row : result.rows) EXPECT_NE(row.policy, "resident");
+}
+
 TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
   const Json json = Compare({}).ToJson();
   const std::vector<std::string> expected = {"policy",

@@ -42,9 +42,11 @@ class DeviceEngineTest : public testing::Test {
     const uint64_t bytes = disk->arena().size_bytes();
     DeviceEngineOptions options;
     options.chunk_bytes = kChunk;
-    engine_ = std::make_unique<DeviceTransferEngine>(
-        file_->spec(), std::make_unique<FakeDevice>(log_, 1e9), std::move(disk), base,
-        bytes, host_slots, device_slots, options);
+    auto device = std::make_unique<FakeDevice>(log_, 1e9);
+    clock_ = device.get();
+    engine_ = std::make_unique<DeviceTransferEngine>(file_->spec(), std::move(device),
+                                                     std::move(disk), base, bytes,
+                                                     host_slots, device_slots, options);
     engine_->SetDone([this](uint64_t id, TransferOutcome outcome, uint64_t bytes) {
       std::lock_guard lock(mutex_);
       EXPECT_EQ(done_.count(id), 0u) << "reported twice";
@@ -83,6 +85,7 @@ class DeviceEngineTest : public testing::Test {
   std::map<uint64_t, std::pair<TransferOutcome, uint64_t>> done_;
   std::vector<uint64_t> finished_;
   std::unique_ptr<DeviceTransferEngine> engine_;
+  const FakeDevice* clock_ = nullptr;  // the engine's
 };
 
 TEST_F(DeviceEngineTest, EveryExpertArrivesWhole) {
@@ -167,6 +170,24 @@ TEST_F(DeviceEngineTest, WhatTheHostHoldsNeedsNoDisk) {
   Start(2, 6, 2, true);  // and this one is on disk only
   EXPECT_EQ(Wait(2), TransferOutcome::kFailed);
   EXPECT_NE(engine_->last_error(), "");
+}
+
+TEST_F(DeviceEngineTest, APacedLinkTakesItsTime) {
+  Open(kExperts, kExperts);
+  for (int e = 0; e < kExperts; ++e) Start(static_cast<uint64_t>(e), e, e, true);
+  for (int e = 0; e < kExperts; ++e) Wait(static_cast<uint64_t>(e));  // now host memory
+  constexpr double kSeconds = 1;  // virtual ones, for all experts
+  const double before = clock_->Now();
+  engine_->SetPace(kExperts * static_cast<double>(file_->spec().blob_bytes()) / kSeconds);
+  for (int e = 0; e < kExperts; ++e) Start(100 + static_cast<uint64_t>(e), e, e, true);
+  for (int e = 0; e < kExperts; ++e) Wait(100 + static_cast<uint64_t>(e));
+  EXPECT_NEAR(clock_->Now() - before, kSeconds, 0.01 * kSeconds);
+  EXPECT_NE(engine_->description().find("paced to"), std::string::npos);
+  engine_->SetPace(0);
+  Start(200, 0, 0, true);
+  Wait(200);
+  EXPECT_LT(clock_->Now() - before, 1.02 * kSeconds);
+  EXPECT_EQ(engine_->disk_bytes(), kExperts * file_->spec().blob_bytes());
 }
 
 TEST_F(DeviceEngineTest, AnExpertThatCouldNotBeReadIsTriedAgain) {

@@ -191,8 +191,8 @@ TEST_F(ExpertCopiesTest, AChangedHeaderIsRefused) {
 TEST_F(ExpertCopiesTest, TheDecodingEngineBringsPlainWeights) {
   const auto copy = CompressedCopy(file_, CopyKind::kInt8, true);
   DecodingEngine engine(
-      std::make_unique<DiskTransferEngine>(copy, 2, DiskEngineOptions{2, 4096}), 2, 4,
-      copy->spec().expert_bytes(),
+      std::make_unique<DiskTransferEngine>(copy, 2, DiskEngineOptions{2, 4096}), 2,
+      std::make_unique<SlotArena>(4, copy->spec().expert_bytes()),
       [&](const std::byte* blob, std::byte* to) { DecodeExpert(copy->spec(), blob, to); },
       "int8 copies");
   std::mutex mutex;
@@ -223,6 +223,36 @@ TEST_F(ExpertCopiesTest, TheDecodingEngineBringsPlainWeights) {
       EXPECT_EQ(std::memcmp(engine.slot(3 - e), expected.data(), expected.size()), 0);
     }
   }
+}
+
+// What the device refuses while it decodes fails the transfer, and says why.
+TEST(DecodingEngineTest, ARefusedDecodingFailsTheTransfer) {
+  class Instant : public TransferEngine {
+   public:
+    void SetDone(Done done) override { done_ = std::move(done); }
+    void Start(const TransferOrder& order) override { order_ = order; }
+    void Promote(uint64_t) override {}
+    void Cancel(uint64_t) override {}
+    bool can_cancel() const override { return false; }
+    std::byte* slot(int) const override { return nullptr; }
+    std::string description() const override { return ""; }
+    void Arrive() { done_(order_.id, TransferOutcome::kArrived, 7); }
+
+   private:
+    Done done_;
+    TransferOrder order_;
+  };
+  auto inner = std::make_unique<Instant>();
+  Instant* instant = inner.get();
+  DecodingEngine engine(
+      std::move(inner), 2, std::make_unique<SlotArena>(1, 4096),
+      [](const std::byte*, std::byte*) { throw EnvironmentError("no kernel"); }, "int8");
+  TransferOutcome outcome = TransferOutcome::kArrived;
+  engine.SetDone([&](uint64_t, TransferOutcome o, uint64_t) { outcome = o; });
+  engine.Start({1, {0, 0}, 0, true});
+  instant->Arrive();
+  EXPECT_EQ(outcome, TransferOutcome::kFailed);
+  EXPECT_EQ(engine.last_error(), "no kernel");
 }
 
 }  // namespace

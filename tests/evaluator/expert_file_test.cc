@@ -194,10 +194,8 @@ TEST_F(ExpertFileTest, PaceIsKept) {
 
 TEST_F(ExpertFileTest, PeakIsMeasuredUnpaced) {
   const auto file = std::make_shared<ExpertFile>(path());
-  Reports reports;
   DiskTransferEngine engine(file, 4, {2, 1 << 20, 1000, false});
-  reports.Listen(&engine);
-  EXPECT_GT(engine.MeasurePeak(0.05), 1e5);
+  EXPECT_GT(MeasurePeak(&engine, file->keys(), 4, 0.05), 1e5);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 
 #include "common/errors.h"
 #include "evaluator/device_copy.h"
+#include "evaluator/expert_copies.h"
 
 namespace routecast {
 
@@ -31,6 +32,8 @@ struct FakeDeviceLog {
   std::vector<uint64_t> registered;   // sizes
   int unregistered = 0;
   std::vector<std::unique_ptr<std::byte[]>> slabs;
+  uint64_t free_bytes = uint64_t{1} << 34;
+  int decoded = 0;
   bool held = false;     // Pause waits: time stands still
   bool hanging = false;  // no copy completes any more
   bool failing = false;  // the next copy is refused
@@ -56,6 +59,10 @@ class FakeDevice : public DeviceCopy {
     std::lock_guard lock(log_->mutex);
     log_->slabs.push_back(std::make_unique<std::byte[]>(bytes));
     return log_->slabs.back().get();
+  }
+  uint64_t FreeBytes() const override {
+    std::lock_guard lock(log_->mutex);
+    return log_->free_bytes;
   }
   void Register(std::byte* host, uint64_t bytes) override {
     std::lock_guard lock(log_->mutex);
@@ -100,6 +107,14 @@ class FakeDevice : public DeviceCopy {
         std::max(free_at_, now_) + static_cast<double>(bytes) / (10 * rate_);
     queue_.push_back({++last_, to, from, bytes, over_at});
     return last_;
+  }
+  void Decode(const ExpertFileSpec& spec, const std::byte* blob,
+              std::byte* expert) override {
+    {
+      std::lock_guard lock(log_->mutex);
+      ++log_->decoded;
+    }
+    DecodeExpert(spec, blob, expert);
   }
   bool IsOver(Ticket ticket) override {
     std::lock_guard lock(log_->mutex);

@@ -1,0 +1,50 @@
+#include "evaluator/link_engine.h"
+
+#include <condition_variable>
+#include <mutex>
+
+#include "common/errors.h"
+#include "evaluator/clock.h"
+
+namespace routecast {
+
+double MeasurePeak(LinkEngine* engine, std::span<const ExpertKey> keys, int num_slots,
+                   double seconds, size_t least) {
+  constexpr int kUnderWay = 2;  // a link never waits for the next order
+  std::mutex mutex;
+  std::condition_variable arrived;
+  int under_way = 0;
+  uint64_t bytes = 0;
+  bool failed = false;
+  engine->SetPace(0);
+  engine->SetDone([&](uint64_t, TransferOutcome outcome, uint64_t moved) {
+    std::lock_guard lock(mutex);
+    --under_way;
+    bytes += moved;
+    failed = failed || outcome == TransferOutcome::kFailed;
+    arrived.notify_all();
+  });
+  const SteadyClock clock;
+  const double start = clock.Now();
+  std::unique_lock lock(mutex);
+  for (uint64_t i = 0; (clock.Now() - start < seconds || i < least) && !failed; ++i) {
+    arrived.wait(lock, [&] { return under_way < kUnderWay; });
+    ++under_way;
+    lock.unlock();
+    engine->Start({i, keys[i % keys.size()],
+                   static_cast<int>(i % static_cast<uint64_t>(num_slots)), true});
+    lock.lock();
+  }
+  arrived.wait(lock, [&] { return under_way == 0; });
+  const double peak = static_cast<double>(bytes) / (clock.Now() - start);
+  lock.unlock();
+  engine->SetDone([](uint64_t, TransferOutcome, uint64_t) {});  // the last call is over
+  if (failed) {
+    throw EnvironmentError(ErrorText("experts cannot be brought", engine->last_error(),
+                                     "check the disk; remove the expert file to write it "
+                                     "anew"));
+  }
+  return peak;
+}
+
+}  // namespace routecast

@@ -1,0 +1,30 @@
+// The programs' gpu tier on the first CUDA device, where there is one.
+#include "models/device_choice.h"
+#include "tests/evaluator/gpu_tier_bodies.h"
+
+namespace routecast {
+namespace {
+
+class GpuTierGpuTest : public GpuTierBodies {
+ protected:
+  void SetUp() override {
+    if (NumCudaDevices() == 0) GTEST_SKIP() << "no CUDA device was found";
+  }
+  void Place(EvaluationOptions* options) override { options->device = "cuda:0"; }
+};
+
+TEST_F(GpuTierGpuTest, AReplaysRowsPutOutTheSameBits) {
+  EveryRowPutsOutTheSameBits(false);
+}
+TEST_F(GpuTierGpuTest, AGenerationsRowsPutOutTheSameBits) {
+  EveryRowPutsOutTheSameBits(true);
+}
+TEST_F(GpuTierGpuTest, AHostTierMayHoldAPartOnly) {
+  GpuTierBodies::AHostTierMayHoldAPartOnly();
+}
+TEST_F(GpuTierGpuTest, CompressedCopiesAreDecodedOnTheDevice) {
+  GpuTierBodies::CompressedCopiesAreDecodedOnTheDevice();
+}
+
+}  // namespace
+}  // namespace routecast

@@ -1,0 +1,120 @@
+// The programs' gpu tier on a fake device, whose memory the CPU computes from.
+#include "common/errors.h"
+#include "evaluator/evaluation_setup.h"
+#include "models/device_choice.h"
+#include "tests/evaluator/fake_device.h"
+#include "tests/evaluator/gpu_tier_bodies.h"
+
+namespace routecast {
+namespace {
+
+class GpuTierTest : public GpuTierBodies {
+ protected:
+  void Place(EvaluationOptions* options) override {
+    options->tier = "gpu,host,disk";
+    options->open_device = [log = log_] {
+      return std::make_unique<FakeDevice>(log, 1e9);
+    };
+  }
+  std::shared_ptr<FakeDeviceLog> log_ = std::make_shared<FakeDeviceLog>();
+};
+
+TEST_F(GpuTierTest, AReplaysRowsPutOutTheSameBits) {
+  EveryRowPutsOutTheSameBits(false);
+  EXPECT_GT(log_->copies.size(), 0u);
+}
+
+TEST_F(GpuTierTest, AGenerationsRowsPutOutTheSameBits) {
+  EveryRowPutsOutTheSameBits(true);
+}
+
+TEST_F(GpuTierTest, TheOutputIsThatOfTheHostTier) {
+  EvaluationOptions options = Options(true);
+  const std::string device = Run(options)["rows"][0]["output_sha256"];
+  options.tier.clear();
+  options.open_device = nullptr;
+  options.device = "cpu";
+  EXPECT_EQ(Run(options)["rows"][0]["output_sha256"], device);
+}
+
+TEST_F(GpuTierTest, AHostTierMayHoldAPartOnly) {
+  GpuTierBodies::AHostTierMayHoldAPartOnly();
+}
+
+TEST_F(GpuTierTest, CompressedCopiesAreDecodedOnTheDevice) {
+  GpuTierBodies::CompressedCopiesAreDecodedOnTheDevice();
+  EXPECT_GT(log_->decoded, 0);
+}
+
+TEST_F(GpuTierTest, WithoutRoomForAllThereIsNoResidentRow) {
+  log_->free_bytes = 100'000;
+  const EvaluationOptions options = Options(false);
+  const Json results = Run(options);
+  EXPECT_GE(results["rows"].size(), 6u);
+  for (const Json& row : results["rows"]) EXPECT_NE(row["policy"], "resident");
+  EXPECT_NE(ReadJsonFile(options.out / "run.json").dump().find("no row with all experts"),
+            std::string::npos);
+}
+
+// A machine's own link is shown as it is, unless pacing is asked for.
+TEST_F(GpuTierTest, OnlyAnEmulatedLinkIsPaced) {
+  EvaluationOptions options = Options(false);
+  EXPECT_FALSE(Run(options)["rows"][0]["emulated"].get<bool>());
+  options.link = "emulated";
+  EXPECT_TRUE(Run(options)["rows"][0]["emulated"].get<bool>());
+}
+
+TEST_F(GpuTierTest, ALostDeviceEndsTheRunByName) {
+  log_->failing = true;
+  try {
+    Run(Options(false));
+    FAIL();
+  } catch (const EnvironmentError& e) {
+    EXPECT_NE(std::string(e.what()).find("fake words"), std::string::npos) << e.what();
+  }
+}
+
+TEST(PlacementTest, DeviceAndTierAgreeOrAreRefused) {
+  EvaluationOptions options;
+  options.device = "cpu";
+  EXPECT_FALSE(PlacementOf(options).tiers.chain.gpu);
+  options.tier = "gpu:1GiB,host,disk";
+  EXPECT_THROW(PlacementOf(options), UsageError);
+  options.device = "auto";
+  options.tier = "host:1GiB,disk";
+  EXPECT_EQ(PlacementOf(options).device, at::Device(at::kCPU));
+  options.device = "cuda";
+  if (NumCudaDevices() == 0) {
+    EXPECT_THROW(PlacementOf(options), EnvironmentError);
+    options.tier = "gpu:1GiB,host,disk";
+    EXPECT_THROW(PlacementOf(options), EnvironmentError);
+    return;
+  }
+  EXPECT_THROW(PlacementOf(options), UsageError);
+  options.tier.clear();
+  EXPECT_TRUE(PlacementOf(options).tiers.chain.gpu);
+}
+
+TEST(HostSlotsTest, ASizeTooSmallNamesTheLeast) {
+  const fs::path path =
+      fs::temp_directory_path() / ("host_slots." + std::to_string(::getpid()));
+  ExpertFileSpec spec;
+  spec.geometry = {0, 1, 6, 1, 32};
+  spec.d_ff = 64;
+  WriteSyntheticExperts(path, spec, {0}, true);
+  const ExpertFile file(path);
+  fs::remove(path);
+  EXPECT_EQ(HostSlots(ParseTiers("host:1GiB,disk"), file), 0);
+  EXPECT_EQ(HostSlots(ParseTiers("gpu,host,disk"), file), 6);
+  EXPECT_EQ(HostSlots(ParseTiers("gpu,host:49152,disk"), file), 3);
+  try {
+    HostSlots(ParseTiers("gpu,host:16384,disk"), file);
+    FAIL();
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("host:32768 at least"), std::string::npos)
+        << e.what();
+  }
+}
+
+}  // namespace
+}  // namespace routecast
