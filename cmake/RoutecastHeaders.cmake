@@ -1,7 +1,7 @@
-# LibTorch's headers take three quarters of the time of every file that includes them: they are
-# compiled once, here, for all targets that link it. GCC wants equal flags for that, so that code
+# LibTorch's headers take three quarters of the time of every file that includes them, GoogleTest's
+# a third of a plain test's: they are compiled once, here, for all targets that link them. GCC wants equal flags for that, so that code
 # is position-independent in one way for libraries and programs (CMakeLists.txt).
-option(ROUTECAST_PRECOMPILE "Compile LibTorch's headers once for all targets" ON)
+option(ROUTECAST_PRECOMPILE "Compile large headers once for all targets" ON)
 
 # Whether `target` links LibTorch, itself or by what it links.
 function(routecast_links_torch target result)
@@ -30,16 +30,29 @@ function(routecast_links_torch target result)
   endforeach()
 endfunction()
 
+# An object library that owns the precompiled form of the headers in ARGN.
+function(routecast_header_owner name libraries)
+  file(WRITE ${CMAKE_BINARY_DIR}/${name}.cc "// The owner of precompiled headers.\n")
+  add_library(${name} OBJECT ${CMAKE_BINARY_DIR}/${name}.cc)
+  target_link_libraries(${name} PRIVATE ${libraries})
+  target_precompile_headers(${name} PRIVATE ${ARGN})
+endfunction()
+
 function(routecast_precompile_headers)
-  if(NOT ROUTECAST_PRECOMPILE OR NOT TARGET rc_models)
+  if(NOT ROUTECAST_PRECOMPILE)
     return()
   endif()
-  file(WRITE ${CMAKE_BINARY_DIR}/torch_headers.cc "// The owner of the precompiled headers.\n")
-  add_library(rc_torch_headers OBJECT ${CMAKE_BINARY_DIR}/torch_headers.cc)
-  target_link_libraries(rc_torch_headers PRIVATE dep::torch nlohmann_json::nlohmann_json)
-  target_precompile_headers(rc_torch_headers PRIVATE
-    <ATen/ATen.h> <algorithm> <filesystem> <functional> <map> <memory> <nlohmann/json.hpp> <span>
-    <string> <vector>)
+  if(TARGET rc_models)
+    routecast_header_owner(rc_torch_headers "dep::torch;nlohmann_json::nlohmann_json"
+      <ATen/ATen.h> <algorithm> <filesystem> <functional> <map> <memory> <nlohmann/json.hpp> <span>
+      <string> <vector>)
+  endif()
+  # What the other tests begin with.
+  if(TARGET GTest::gtest)
+    routecast_header_owner(rc_test_headers "GTest::gtest;nlohmann_json::nlohmann_json"
+      <gtest/gtest.h> <algorithm> <filesystem> <functional> <map> <memory> <mutex>
+      <nlohmann/json.hpp> <span> <string> <vector>)
+  endif()
   foreach(folder ${ARGN})
     get_property(targets DIRECTORY ${folder} PROPERTY BUILDSYSTEM_TARGETS)
     foreach(target ${targets})
@@ -48,8 +61,11 @@ function(routecast_precompile_headers)
         continue()
       endif()
       routecast_links_torch(${target} links)
-      if(links)
+      get_target_property(linked ${target} LINK_LIBRARIES)
+      if(links AND TARGET rc_torch_headers)
         target_precompile_headers(${target} REUSE_FROM rc_torch_headers)
+      elseif(NOT links AND "GTest::gtest" IN_LIST linked AND TARGET rc_test_headers)
+        target_precompile_headers(${target} REUSE_FROM rc_test_headers)
       endif()
     endforeach()
   endforeach()
