@@ -16,6 +16,16 @@ constexpr double kRateDecay = 1.0 - 1.0 / 8;
 const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
                                          "least_stale", "phase_aware", "belady"};
 
+// kRateDecay to the power of `visits`.
+double Decay(uint64_t visits) {
+  static const std::vector<double> powers = [] {
+    std::vector<double> p;
+    for (int i = 0; i < 512; ++i) p.push_back(std::pow(kRateDecay, i));
+    return p;
+  }();
+  return visits < powers.size() ? powers[visits] : 0;
+}
+
 void Require(bool ok, const char* rule) {
   if (!ok) throw std::logic_error(std::string("ExpertCache: ") + rule);
 }
@@ -35,6 +45,8 @@ ExpertCache::ExpertCache(const MoeGeometry& geometry, int num_slots, Eviction ev
       eviction_(eviction),
       entries_(geometry.num_keys()),
       in_slot_(std::max(num_slots, 0), -1),
+      by_policy_(geometry.num_layers()),
+      by_rate_(geometry.num_layers()),
       layer_visits_(geometry.num_layers(), 0) {
   Require(num_slots >= 1, "at least one slot");
   for (int slot = num_slots - 1; slot >= 0; --slot) free_.push_back(slot);
@@ -48,8 +60,10 @@ void ExpertCache::BeginLayer(int layer) {
 
 void ExpertCache::Use(ExpertKey key) {
   Entry& entry = Of(key);
+  const bool ranked = Evictable(key);
+  if (ranked) Leave(key);
   const uint64_t visit = layer_visits_[key.layer];
-  entry.rate *= std::pow(kRateDecay, static_cast<double>(visit - entry.rate_at));
+  entry.rate *= Decay(visit - entry.rate_at);
   entry.rate += 1 - kRateDecay;
   entry.rate_at = visit;
   entry.last_use = ++num_uses_;
@@ -65,6 +79,37 @@ void ExpertCache::Use(ExpertKey key) {
     ++head;
     ++future_position_;
   }
+  if (ranked) Enter(key);
+}
+
+ExpertCache::Rank ExpertCache::ByPolicy(ExpertKey key) const {
+  const Entry& entry = Of(key);
+  double score = 0;  // least stale: who was not used at the layer's latest visit was
+                     // used before those who were
+  if (eviction_ == Eviction::kLfu) score = static_cast<double>(entry.uses);
+  if (eviction_ == Eviction::kBelady)
+    score = -static_cast<double>(NextUse(key.Index(geometry_)));
+  return {score, entry.last_use, key.expert};
+}
+
+// log(rate) at visit 0 of the layer, had it fallen since then as it will from now on.
+ExpertCache::Rank ExpertCache::ByRate(ExpertKey key) const {
+  const Entry& entry = Of(key);
+  static const double fall = -std::log(kRateDecay);
+  return {std::log(entry.rate) + fall * static_cast<double>(entry.rate_at),
+          entry.last_use, key.expert};
+}
+
+void ExpertCache::Enter(ExpertKey key) {
+  const auto layer = static_cast<size_t>(key.layer);
+  by_policy_[layer].insert(ByPolicy(key));
+  by_rate_[layer].insert(ByRate(key));
+}
+
+void ExpertCache::Leave(ExpertKey key) {
+  const auto layer = static_cast<size_t>(key.layer);
+  by_policy_[layer].erase(ByPolicy(key));
+  by_rate_[layer].erase(ByRate(key));
 }
 
 int ExpertCache::Load(ExpertKey key) {
@@ -81,12 +126,14 @@ int ExpertCache::Load(ExpertKey key) {
 void ExpertCache::Arrive(ExpertKey key) {
   Require(Of(key).state == State::kLoading, "Arrive of a key that was not loading");
   Of(key).state = State::kReady;
+  if (Evictable(key)) Enter(key);
 }
 
 void ExpertCache::Drop(ExpertKey key) {
   Entry& entry = Of(key);
   Require(entry.state != State::kAbsent && entry.pins == 0,
           "Drop of a pinned or absent key");
+  if (Evictable(key)) Leave(key);
   in_slot_[entry.slot] = -1;
   free_.push_back(entry.slot);
   entry.slot = -1;
@@ -113,20 +160,25 @@ bool ExpertCache::IsRetired(int slot) const {
 
 void ExpertCache::Pin(ExpertKey key) {
   Require(Of(key).state != State::kAbsent, "Pin of an absent key");
+  if (Evictable(key)) Leave(key);
   ++Of(key).pins;
 }
 
 void ExpertCache::Unpin(ExpertKey key) {
   Require(Of(key).pins > 0, "Unpin without a pin");
   --Of(key).pins;
+  if (Evictable(key)) Enter(key);
 }
 
-std::optional<ExpertKey> ExpertCache::Victim() const {
+std::optional<ExpertKey> ExpertCache::Victim(std::span<const ExpertKey> kept) const {
   std::optional<ExpertKey> victim;
-  for (int index : in_slot_) {
-    if (index < 0) continue;
-    const ExpertKey key = ExpertKey::FromIndex(index, geometry_);
-    if (Evictable(key) && (!victim || LeavesBefore(key, *victim))) victim = key;
+  for (int layer = 0; layer < geometry_.num_layers(); ++layer) {
+    for (const Rank& rank : by_policy_[static_cast<size_t>(layer)]) {
+      const ExpertKey key{layer, rank.expert};
+      if (std::find(kept.begin(), kept.end(), key) != kept.end()) continue;
+      if (!victim || LeavesBefore(key, *victim)) victim = key;
+      if (eviction_ != Eviction::kLfru) break;
+    }
   }
   return victim;
 }
@@ -178,20 +230,28 @@ bool ExpertCache::LeavesBefore(ExpertKey a, ExpertKey b) const {
 
 double ExpertCache::UseRate(ExpertKey key) const {
   const Entry& entry = Of(key);
-  const auto visits = static_cast<double>(layer_visits_[key.layer]);
-  if (visits == 0) return 0;
-  const double age = visits - static_cast<double>(entry.rate_at);
+  if (layer_visits_[key.layer] == 0) return 0;
+  const uint64_t age = layer_visits_[key.layer] - entry.rate_at;
   // Divided by the weight that the visits so far can reach: unbiased from the first visit
   // on.
-  return entry.rate * std::pow(kRateDecay, age) / (1 - std::pow(kRateDecay, visits));
+  return entry.rate * Decay(age) / (1 - Decay(layer_visits_[key.layer]));
 }
 
 void ExpertCache::SetFuture(const std::vector<ExpertKey>& uses) {
+  const auto evictable = [this](auto&& act) {
+    for (int index : in_slot_) {
+      if (index < 0) continue;
+      const ExpertKey key = ExpertKey::FromIndex(index, geometry_);
+      if (Evictable(key)) act(key);
+    }
+  };
+  evictable([this](ExpertKey key) { Leave(key); });
   future_.assign(entries_.size(), {});
   future_head_.assign(entries_.size(), 0);
   future_position_ = 0;
   for (uint64_t i = 0; i < uses.size(); ++i)
     future_[uses[i].Index(geometry_)].push_back(i);
+  evictable([this](ExpertKey key) { Enter(key); });
 }
 
 uint64_t ExpertCache::NextUse(int key_index) const {

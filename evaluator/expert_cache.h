@@ -3,8 +3,11 @@
 // Thread rule: one thread at a time (its owner's lock).
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <optional>
+#include <set>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -67,12 +70,24 @@ class ExpertCache {
   bool Evictable(ExpertKey key) const {
     return Of(key).state == State::kReady && Of(key).pins == 0;
   }
-  // The evictable key that the policy gives up first; nullopt where none is evictable.
-  std::optional<ExpertKey> Victim() const;
+  // The evictable key outside `kept` that the policy gives up first; nullopt where there
+  // is none. A look at each layer's first, but for kLfru, whose order changes with every
+  // visit: at each slot.
+  std::optional<ExpertKey> Victim(std::span<const ExpertKey> kept = {}) const;
   // True where the policy gives up `a` before `b`.
   bool LeavesBefore(ExpertKey a, ExpertKey b) const;
   // Share of its layer's recent visits that used the key (decays over about 8 visits).
   double UseRate(ExpertKey key) const;
+  struct Rank {
+    double score = 0;  // the lower, the sooner it leaves
+    uint64_t last_use = 0;
+    int expert = 0;
+    auto operator<=>(const Rank&) const = default;
+  };
+  // The layer's evictable experts by rising use rate.
+  const std::set<Rank>& EvictableByRate(int layer) const {
+    return by_rate_[static_cast<size_t>(layer)];
+  }
 
   // kBelady: the demand uses to come, in order. Each Use must follow it.
   void SetFuture(const std::vector<ExpertKey>& uses);
@@ -92,6 +107,12 @@ class ExpertCache {
   const Entry& Of(ExpertKey key) const { return entries_[key.Index(geometry_)]; }
   Entry& Of(ExpertKey key) { return entries_[key.Index(geometry_)]; }
   uint64_t NextUse(int key_index) const;
+  Rank ByPolicy(ExpertKey key) const;
+  Rank ByRate(ExpertKey key) const;
+  // An evictable key enters its layer's orders; it leaves them before anything changes
+  // that they go by.
+  void Enter(ExpertKey key);
+  void Leave(ExpertKey key);
   int LayerDistance(int layer) const;
 
   MoeGeometry geometry_;
@@ -99,6 +120,10 @@ class ExpertCache {
   std::vector<Entry> entries_;  // by key index
   std::vector<int> in_slot_;    // slot -> key index, -1 free
   std::vector<int> free_, retired_;
+  // Evictable experts by layer. Within a layer both orders stand still between an
+  // expert's own uses: its policy's (kLfru has none), and that of rates, which all fall
+  // alike.
+  std::vector<std::set<Rank>> by_policy_, by_rate_;
   int layer_ = -1;       // running now
   uint64_t visits_ = 0;  // of any layer
   std::vector<uint64_t> layer_visits_;

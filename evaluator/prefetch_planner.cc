@@ -11,20 +11,13 @@ namespace {
 
 constexpr double kLinkSmoothing =
     0.2;  // share of the newest transfer in the link's estimate
-constexpr double kRateFloor = 0.125;  // of the uniform use rate, for experts never used
 // A visit farther ahead can still be started later, with better knowledge.
 constexpr double kLeadDiscount = 0.6;
-// Visits after which a slot's worth has fallen to 1/e: slots over this, about. Chosen
-// like the lead's discount by planner_bench on validation sequences.
-constexpr double kWorthSpan = 4;
 constexpr double kSwitchGain =
     1.5;  // how much better a speculation must be to replace one
 
-double Discount(int slots) { return 1 - kWorthSpan / (kWorthSpan + slots); }
-
-template <typename T>
-bool Contains(const std::vector<T>& values, const T& value) {
-  return std::find(values.begin(), values.end(), value) != values.end();
+bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
+  return std::find(keys.begin(), keys.end(), key) != keys.end();
 }
 
 }  // namespace
@@ -48,9 +41,9 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
       cache_(cache),
       clock_(clock),
       timeline_(cache->geometry().num_layers()),
+      worth_(cache, &timeline_, &forecasts_),
       unused_(cache->geometry().num_keys(), 0),
       capacity_(cache->num_slots()),
-      discount_(Discount(capacity_)),
       top_k_(options_.policy.top_k) {
   if (cache->num_slots() < 2 || options_.max_in_flight < 2 ||
       options_.expert_bytes == 0) {
@@ -61,8 +54,6 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
       static_cast<double>(options_.expert_bytes) / options_.link_bytes_per_second;
 }
 
-bool PrefetchPlanner::Needed(ExpertKey key) const { return Contains(unserved_, key); }
-
 void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
   if (!unserved_.empty())
     throw std::logic_error("PrefetchPlanner: last layer not served");
@@ -70,6 +61,7 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
   stall_ = 0;
   cache_->BeginLayer(layer);
   forecasts_.erase(forecasts_.begin(), forecasts_.upper_bound(timeline_.visit()));
+  worth_.Renew();
   for (int expert : experts) {
     const ExpertKey key{layer, expert};
     cache_->Use(key);
@@ -116,7 +108,8 @@ void PrefetchPlanner::Release(ExpertKey key) {
 void PrefetchPlanner::Predict(int layer, int distance,
                               std::span<const float> probabilities) {
   if (distance > options_.policy.max_lead || !options_.policy.speculate) return;
-  Forecast& forecast = forecasts_[timeline_.visit() + distance];
+  VisitForecast& forecast = forecasts_[timeline_.visit() + distance];
+  worth_.Renew();
   forecast.layer = layer;
   forecast.probabilities.assign(probabilities.begin(), probabilities.end());
   // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
@@ -135,48 +128,14 @@ void PrefetchPlanner::Predict(int layer, int distance,
   if (forecast.ranked.size() > k) forecast.ranked.resize(k);
 }
 
-double PrefetchPlanner::Worth(ExpertKey key) const {
-  const std::optional<int> distance = timeline_.DistanceTo(key.layer);
-  double missed = 1,
-         worth = 0;  // probability of no use so far; worth of the foreseen uses
-  double last = 0;
-  bool foreseen = false;
-  for (const auto& [visit, forecast] : forecasts_) {
-    if (forecast.layer != key.layer) continue;
-    const double p = forecast.probabilities[key.expert];
-    last = static_cast<double>(visit - timeline_.visit());
-    worth += missed * p * std::pow(discount_, last);
-    missed *= 1 - p;
-    foreseen = true;
-  }
-  if (!distance) return worth;
-  // Beyond what is foreseen: the layer comes round again, and uses the key at its usual
-  // rate.
-  const double cycle = cache_->geometry().layers(cache_->geometry().StackOf(key.layer));
-  const double next = foreseen ? last + cycle : *distance;
-  const double rate =
-      std::max(cache_->UseRate(key), kRateFloor / cache_->geometry().num_experts);
-  const double tail = rate / (1 - (1 - rate) * std::pow(discount_, cycle));
-  return worth + missed * tail * std::pow(discount_, next);
+std::optional<ExpertKey> PrefetchPlanner::PickVictim() {
+  const bool foresees = !forecasts_.empty() && cache_->eviction() != Eviction::kBelady;
+  return foresees ? worth_.Least(unserved_) : cache_->Victim(unserved_);
 }
 
-std::optional<ExpertKey> PrefetchPlanner::PickVictim() const {
-  const bool foresees = !forecasts_.empty() && cache_->eviction() != Eviction::kBelady;
-  std::optional<ExpertKey> victim;
-  double victim_worth = 0;
-  for (int slot = 0; slot < cache_->num_slots(); ++slot) {
-    if (cache_->KeyIndexIn(slot) < 0) continue;
-    const ExpertKey key =
-        ExpertKey::FromIndex(cache_->KeyIndexIn(slot), cache_->geometry());
-    if (!cache_->Evictable(key) || Needed(key)) continue;
-    const double worth = foresees ? Worth(key) : 0;
-    if (!victim || worth < victim_worth ||
-        (worth == victim_worth && cache_->LeavesBefore(key, *victim))) {
-      victim = key;
-      victim_worth = worth;
-    }
-  }
-  return victim;
+void PrefetchPlanner::ForgetPredictions() {
+  forecasts_.clear();
+  worth_.Renew();
 }
 
 void PrefetchPlanner::Evict(ExpertKey key) {
@@ -198,7 +157,7 @@ void PrefetchPlanner::SetCapacity(int slots) {
   if (slots < 2 || slots > cache_->num_slots())
     throw std::logic_error("PrefetchPlanner: a capacity of two slots, or of too many");
   capacity_ = slots;
-  discount_ = Discount(slots);
+  worth_.SetSlots(slots);
 }
 
 // Two slots are always left, and not more than two transfers are under way: once nothing
@@ -345,7 +304,7 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
     cache_->Arrive(key);
     if (flight.order.demand) {
       ledger_.bytes_useful += bytes;
-    } else if (flight.joined || Needed(key)) {
+    } else if (flight.joined || Contains(unserved_, key)) {
       ++ledger_.speculations_used;
       ledger_.bytes_late += bytes;
     } else {
@@ -354,7 +313,7 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
   } else {
     cache_->Drop(key);
     ledger_.bytes_wasted += bytes;
-    const bool wanted = Needed(key);
+    const bool wanted = Contains(unserved_, key);
     if (outcome == TransferOutcome::kFailed && wanted) failed_ = key;
     if (outcome == TransferOutcome::kFailed) {  // not tried again until it is demanded
       for (auto& [visit, forecast] : forecasts_) {

@@ -28,6 +28,7 @@
 
 #include "evaluator/clock.h"
 #include "evaluator/expert_cache.h"
+#include "evaluator/expert_worth.h"
 #include "evaluator/layer_timeline.h"
 
 namespace routecast {
@@ -89,6 +90,8 @@ class PrefetchPlanner {
   // `cache` and `clock` outlive the planner. REQUIRES >= 2 slots: one expert runs while
   // the next one arrives.
   PrefetchPlanner(PlannerOptions options, ExpertCache* cache, const Clock* clock);
+  PrefetchPlanner(const PrefetchPlanner&) = delete;
+  PrefetchPlanner& operator=(const PrefetchPlanner&) = delete;
 
   // The model starts `layer` and needs `experts` (distinct). REQUIRES the last layer's to
   // be served and released.
@@ -104,7 +107,7 @@ class PrefetchPlanner {
   // Probability that each expert [E] of `layer` is needed `distance` >= 1 visits ahead;
   // replaces what was said of that visit before.
   void Predict(int layer, int distance, std::span<const float> probabilities);
-  void ForgetPredictions() { forecasts_.clear(); }
+  void ForgetPredictions();
 
   // How many slots may be in service from the next Poll on. REQUIRES 2 <= slots <= those
   // of the cache.
@@ -122,11 +125,7 @@ class PrefetchPlanner {
 
   int in_flight() const { return static_cast<int>(flights_.size()); }
   bool idle() const { return flights_.empty() && demands_.empty(); }
-  // What a slot is worth that holds `key`: the expectation of g^(visits until its next
-  // use), with g = slots / (4 + slots): a quarter of the time that an expert stays, as
-  // what is foretold soon is worth more than a habit. Predictions as far as they reach,
-  // beyond them the layer's turn and the key's use rate. In [0, 1].
-  double Worth(ExpertKey key) const;
+  double Worth(ExpertKey key) { return worth_.Of(key); }
   double TransferSeconds() const { return transfer_seconds_; }
   const LayerTimeline& timeline() const { return timeline_; }
   // Transfers whose fate is known: an expert prefetched but not used yet is in none of
@@ -145,11 +144,6 @@ class PrefetchPlanner {
     bool joined = false;  // a demand waits for it
     bool cancelling = false;
   };
-  struct Forecast {
-    int layer = 0;
-    std::vector<float> probabilities;
-    std::vector<int> ranked;  // candidates, best first
-  };
   struct Candidate {
     ExpertKey key;
     long visit = 0;
@@ -165,8 +159,7 @@ class PrefetchPlanner {
   std::vector<Candidate> Candidates() const;
   bool ArrivesInTime(const Candidate& candidate) const;
   bool MakeRoomFor(const Candidate& candidate);
-  std::optional<ExpertKey> PickVictim() const;
-  bool Needed(ExpertKey key) const;
+  std::optional<ExpertKey> PickVictim();
   TransferOrder Launch(ExpertKey key, bool demand, long visit);
   void Evict(ExpertKey key);
   void AdaptTopK(bool in_time);
@@ -175,18 +168,19 @@ class PrefetchPlanner {
   ExpertCache* cache_;
   const Clock* clock_;
   LayerTimeline timeline_;
-  std::map<long, Forecast> forecasts_;  // by target visit
-  std::vector<ExpertKey> unserved_;     // needed by this layer, not yet handed out
-  std::vector<ExpertKey> demands_;      // of those: absent, transfer not yet started
-  std::vector<Flight> flights_;         // in starting order
-  std::vector<uint8_t> unused_;         // by key: prefetched and not used yet
+  std::map<long, VisitForecast> forecasts_;  // by target visit
+  ExpertWorth worth_;
+  std::vector<ExpertKey> unserved_;  // needed by this layer, not yet handed out
+  std::vector<ExpertKey> demands_;   // of those: absent, transfer not yet started
+  std::vector<Flight> flights_;      // in starting order
+  std::vector<uint8_t> unused_;      // by key: prefetched and not used yet
   std::vector<uint64_t> promotions_;
   std::vector<ExpertKey> evicted_;
   std::optional<ExpertKey> failed_;
   uint64_t next_id_ = 1;
   double stall_ = 0, transfer_seconds_ = 0, last_done_ = -1;
   int capacity_;  // slots in service, at most
-  double discount_, top_k_;
+  double top_k_;
   TransferLedger ledger_;
 };
 

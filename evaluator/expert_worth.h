@@ -1,0 +1,57 @@
+// What a slot is worth that holds an expert: the expectation of g^(visits until its next
+// use), with g = slots / (4 + slots): a quarter of the time that an expert stays, as what
+// is foretold soon is worth more than a habit. Predictions as far as they reach, beyond
+// them the layer's turn and the expert's use rate. In [0, 1]. Thread rule: one thread at
+// a time.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "evaluator/expert_cache.h"
+#include "evaluator/layer_timeline.h"
+
+namespace routecast {
+
+// What was said of one visit to come.
+struct VisitForecast {
+  int layer = 0;
+  std::vector<float> probabilities;  // of use, by expert; in [0, 1]
+  std::vector<int> ranked;           // candidates, best first
+};
+
+class ExpertWorth {
+ public:
+  // All outlive this; forecasts by the visit that they are about.
+  ExpertWorth(const ExpertCache* cache, const LayerTimeline* timeline,
+              const std::map<long, VisitForecast>* forecasts);
+  void SetSlots(int slots);
+  // What was said or the visit has changed since the last question.
+  void Renew() { stale_ = true; }
+  double Of(ExpertKey key);
+  // The evictable expert of the least worth that is not in `kept`; equals as the cache's
+  // policy has them. Looks at each layer's experts by rising use rate, and no further
+  // than where what is not foreseen of them is worth more already.
+  std::optional<ExpertKey> Least(std::span<const ExpertKey> kept);
+
+ private:
+  struct Outlook {                // of a layer
+    bool returns = false;         // it is known to come
+    double after = 0, cycle = 0;  // g^(visits until its first turn not foreseen), g^turn
+    std::vector<std::pair<const float*, double>> foreseen;  // probabilities, g^distance
+  };
+  void Look();
+  double Power(int visits) const;
+  double Beyond(const Outlook& outlook, ExpertKey key) const;
+
+  const ExpertCache* cache_;
+  const LayerTimeline* timeline_;
+  const std::map<long, VisitForecast>* forecasts_;
+  std::vector<double> powers_;  // of g
+  std::vector<Outlook> outlooks_;
+  bool stale_ = true;
+};
+
+}  // namespace routecast
