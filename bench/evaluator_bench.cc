@@ -14,6 +14,7 @@
 #include "evaluator/disk_transfer_engine.h"
 #include "evaluator/expert_file.h"
 #include "evaluator/prefetch_planner.h"
+#include "evaluator/prefetch_simulation.h"
 #include "evaluator/simulated_link.h"
 
 namespace routecast {
@@ -77,6 +78,43 @@ void BM_PlannerLayer(benchmark::State& state) {
   }
 }
 BENCHMARK(BM_PlannerLayer)->Arg(32)->Arg(192);
+
+// Layer steps a second of the simulation (goal: 10^6 a core): a decoder of 6 x 128
+// experts, skewed routing; on demand, and with what a predictor said of the next four
+// layers.
+void BM_Simulation(benchmark::State& state) {
+  constexpr int kSteps = 20'000;
+  const bool told = state.range(0) != 0;
+  std::vector<SimulatedVisit> visits;
+  for (uint64_t i = 0; i < kSteps; ++i) {
+    const auto expert_at = [](uint64_t visit) {
+      const double u = ToUnit(Mix(visit, 3));
+      return static_cast<int>(u * u * 128);
+    };
+    SimulatedVisit visit;
+    visit.layer = 6 + static_cast<int>(i % 6);
+    visit.experts = {expert_at(i)};
+    visit.seconds_before = 2e-4;
+    visit.seconds_expert = 1e-4;
+    for (uint64_t lead = 1; told && lead <= 4; ++lead) {
+      LayerForecast forecast{6 + static_cast<int>((i + lead) % 6), static_cast<int>(lead),
+                             std::vector<float>(128, 0.002f)};
+      const bool right = ToUnit(Mix(i, lead, 5)) < 0.8;
+      forecast.probabilities[static_cast<size_t>(expert_at(right ? i + lead : i))] = 0.8f;
+      visit.at_layer.push_back(std::move(forecast));
+    }
+    visits.push_back(std::move(visit));
+  }
+  PlannerOptions planner{1 << 20, 4e9,  2,
+                         0.9,     true, ParsePolicy(told ? "auto" : "on_demand")};
+  for (auto _ : state) {
+    benchmark::DoNotOptimize(SimulatePrefetch(kGeometry, 192, Eviction::kLru, planner,
+                                              {1 << 20, 1 << 20, 4e9, 0, true}, visits,
+                                              0));
+  }
+  state.SetItemsProcessed(state.iterations() * kSteps);
+}
+BENCHMARK(BM_Simulation)->Arg(0)->Arg(1)->Unit(benchmark::kMillisecond);
 
 // A file of full-size experts (switch-base, fp32) in the working folder, removed at the
 // end.

@@ -52,7 +52,7 @@ void ExpertWorth::Look() {
       outlook.after = Power(distance);
       outlook.cycle = Power(cycle_of(layer));
     }
-    layer = timeline_->LayerAt(distance + 1);
+    layer = timeline_->After(layer);
   }
   for (const auto& [visit, forecast] : *forecasts_) {
     const int distance = static_cast<int>(visit - timeline_->visit());

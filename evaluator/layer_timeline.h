@@ -22,6 +22,8 @@ class LayerTimeline {
   std::optional<int> DistanceTo(int layer) const;
   // The layer that is expected `distance` >= 1 visits ahead; -1 where unknown.
   int LayerAt(int distance) const;
+  // The layer that followed `layer` last; -1 where unknown.
+  int After(int layer) const { return next_[static_cast<size_t>(layer)]; }
   // Seconds of work from the start of the present visit to the start of the one
   // `distance` ahead.
   double SecondsTo(int distance) const;

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "common/errors.h"
+#include "common/wide_loops.h"
 
 namespace routecast {
 namespace {
@@ -15,6 +17,20 @@ constexpr double kLinkSmoothing =
 constexpr double kLeadDiscount = 0.6;
 constexpr double kSwitchGain =
     1.5;  // how much better a speculation must be to replace one
+
+// Numbers outside [0, 1] to its nearest end, what is not finite to 0; how many are
+// `least` or more.
+ROUTECAST_WIDE int Clean(float* p, int count, float least) {
+  constexpr float kMost = std::numeric_limits<float>::max();
+  int enough = 0;
+  for (int i = 0; i < count; ++i) {
+    const float sound = p[i] <= kMost ? p[i] : 0.f;
+    const float low = sound > 0.f ? sound : 0.f;
+    p[i] = low < 1.f ? low : 1.f;
+    enough += p[i] >= least;
+  }
+  return enough;
+}
 
 bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
   return std::find(keys.begin(), keys.end(), key) != keys.end();
@@ -113,13 +129,13 @@ void PrefetchPlanner::Predict(int layer, int distance,
   forecast.layer = layer;
   forecast.probabilities.assign(probabilities.begin(), probabilities.end());
   // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
-  for (float& p : forecast.probabilities)
-    p = std::isfinite(p) ? std::clamp(p, 0.f, 1.f) : 0.f;
+  float* p = forecast.probabilities.data();
+  const int experts = static_cast<int>(probabilities.size());
+  const auto least = static_cast<float>(options_.policy.min_probability);
+  const int candidates = Clean(p, experts, least);
   forecast.ranked.clear();
-  for (int e = 0; e < static_cast<int>(probabilities.size()); ++e) {
-    if (forecast.probabilities[e] >= options_.policy.min_probability) {
-      forecast.ranked.push_back(e);
-    }
+  for (int e = 0; static_cast<int>(forecast.ranked.size()) < candidates; ++e) {
+    if (p[e] >= least) forecast.ranked.push_back(e);
   }
   std::stable_sort(forecast.ranked.begin(), forecast.ranked.end(), [&](int a, int b) {
     return forecast.probabilities[a] > forecast.probabilities[b];
@@ -229,8 +245,9 @@ bool PrefetchPlanner::Outdone(const Flight& flight) const {
 }
 
 double PrefetchPlanner::Score(double probability, long visit) const {
-  const double distance = static_cast<double>(visit - timeline_.visit());
-  return probability * std::pow(kLeadDiscount, distance - 1);
+  double score = probability;
+  for (long v = timeline_.visit() + 1; v < visit; ++v) score *= kLeadDiscount;
+  return score;
 }
 
 std::vector<PrefetchPlanner::Candidate> PrefetchPlanner::Candidates() const {
