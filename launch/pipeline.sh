@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One configuration file: collect, train, evaluate. Done steps are not done again; a changed one
+# One configuration file: pre-train, collect, train, evaluate, pack. Done steps are not done again; a changed one
 # and those behind it are. Interrupt it and start it again: it goes on.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -10,10 +10,16 @@ usage() {
 Usage: launch/pipeline.sh [--dry_run] CONFIG
 CONFIG has sections of flags, a flag a line; `#` begins a comment line:
   [pipeline]           out=FOLDER (default: out/pipeline) and ranks=N (default: 1)
-  [collect]            flags of routecast-collect but --store, which is FOLDER/store
+  [pretrain]           flags of routecast-pretrain but --out, which is FOLDER/model
+  [collect]            flags of routecast-collect but --store, which is FOLDER/store; --model is
+                       FOLDER/model where there is a [pretrain]
   [train NAME]         flags of routecast-train but --store and --out; any number of sections
+  [leaderboard NAME]   the same with --leaderboard=KINDS
   [evaluate NAME]      flags of routecast-evaluate; any number. --store is FOLDER/store, --out
                        FOLDER/evaluate-NAME, and --predictor all trained models unless it is given
+  [pack]               traces=SIZE (48MiB): results of all steps, and documents of the store up to
+                       that size, in FOLDER/pipeline.tar.gz
+{out} in a flag is FOLDER.
 configs/pipelines/ has an example.
 TEXT
 }
@@ -32,7 +38,8 @@ done
 [ -r "$config" ] || die 2 "cannot read $config"
 
 out=out/pipeline ranks=1
-sections=()          # collect, "train NAME", "evaluate NAME", in this order of jobs
+traces=              # bytes of the store that are packed; empty: there is no [pack]
+sections=()          # pretrain, collect, "train NAME", "leaderboard NAME", "evaluate NAME", in this order of jobs
 declare -A flags=()  # by section, a flag a line
 wrong() { die 2 "$config, line $number: $1" "${2:-launch/pipeline.sh --help}"; }
 
@@ -46,12 +53,26 @@ read_setting() {  # of [pipeline]
   esac
 }
 
+read_pack() {
+  case $1 in
+    traces=?*) traces=$(numfmt --from=iec-i --suffix=B "${1#traces=}" 2>/dev/null) ||
+      wrong "'${1#traces=}' is no size" "traces=48MiB" ;;
+    *) wrong "'$1' is not a setting" "traces=SIZE" ;;
+  esac
+  traces=${traces%B}
+}
+
 begin_section() {
   section=$1
   case $section in
     pipeline) return ;;
-    collect | "train "?* | "evaluate "?*) ;;
-    *) wrong "[$section] is not a section" "pipeline, collect, train NAME or evaluate NAME" ;;
+    pack)
+      [ -z "$traces" ] || wrong "[pack] is there twice"
+      traces=0
+      return ;;
+    pretrain | collect | "train "?* | "leaderboard "?* | "evaluate "?*) ;;
+    *) wrong "[$section] is not a section" \
+      "pipeline, pretrain, collect, train NAME, leaderboard NAME, evaluate NAME or pack" ;;
   esac
   case ${section#* } in *[!A-Za-z0-9._-]*) wrong "a name has letters, digits and ._-" ;; esac
   [ -z "${flags[$section]+there}" ] || wrong "[$section] is there twice"
@@ -72,6 +93,7 @@ read_config() {
         case $section in
           '') wrong "a flag before the first section" ;;
           pipeline) read_setting "$line" ;;
+          pack) read_pack "$line" ;;
           *)
             case $line in
               --store=* | --out=*) wrong "${line%%=*} is the pipeline's to set" "give out= in [pipeline]" ;;
@@ -88,20 +110,27 @@ job() {
   local section=$1 folder=$2 given=()
   shift 2
   [ -z "${flags[$section]}" ] || mapfile -t given <<<"${flags[$section]%$'\n'}"
+  given=("${given[@]//'{out}'/$out}")
   if [ "$dry_run" = yes ]; then printf '%s\n' "$(printf '%q ' "$@" "${given[@]}")"; return; fi
   step "$folder" "$section" "$@" "${given[@]}"
 }
 
 run_pipeline() {
-  local section name models=
+  local section name models= model=()
+  if [ -n "${flags[pretrain]+there}" ]; then
+    job pretrain pretrain "$root/launch/pretrain.sh" -n "$ranks" --out="$out/model"
+    model=(--model="$out/model")
+  fi
+  [ -z "${flags[collect]+there}" ] ||
+    job collect collect "$root/launch/collect.sh" -n "$ranks" --store="$out/store" "${model[@]}"
   for section in "${sections[@]}"; do
-    [ "$section" != collect ] ||
-      job collect collect "$root/launch/collect.sh" -n "$ranks" --store="$out/store"
-  done
-  for section in "${sections[@]}"; do
-    case $section in "train "*) ;; *) continue ;; esac
-    name=train-${section#train }
-    models+=${models:+,}$out/$name
+    case $section in
+      "train "*)
+        name=train-${section#train }
+        models+=${models:+,}$out/$name ;;
+      "leaderboard "*) name=leaderboard-${section#leaderboard } ;;
+      *) continue ;;
+    esac
     job "$section" "$name" "$root/launch/train.sh" -n "$ranks" --store="$out/store" --out="$out/$name"
   done
   for section in "${sections[@]}"; do
@@ -113,9 +142,38 @@ run_pipeline() {
   done
 }
 
+# What of the steps is worth sending: results and logs, and a share of the traces.
+pack() {
+  local share try files=()
+  local store_bytes
+  rm -rf "$out/traces" "$out/pack.tmp"
+  store_bytes=$(du -sb "$out/store" | cut -f1)
+  # A store's index and logs do not shrink with its share: the second try is smaller.
+  for try in 90 60 30; do
+    [ "$traces" -gt 0 ] || break
+    share=$(awk -v t="$traces" -v s="$store_bytes" -v p="$try" \
+      'BEGIN { f = p / 100 * t / s; printf "%.6f", f < 1 ? f : 1 }')
+    rm -rf "$out/traces"
+    "$build/bin/routecast-trace" subset --store="$out/store" --out="$out/traces" --share="$share" || break
+    [ "$(du -sb "$out/traces" | cut -f1)" -gt "$traces" ] || break
+    rm -rf "$out/traces"
+  done
+  mapfile -t files < <(cd "$out" && find . -path ./store -prune -o -path ./traces -prune -o -type f \
+    \( -name '*.json' -o -name '*.jsonl' -o -name '*.txt' -o -name '*.html' -o -name '*.csv' -o -name '*.log' \) -print)
+  if [ -d "$out/traces" ]; then files+=(traces)
+  elif [ "$traces" -gt 0 ]; then say "no traces are packed: no share of the store fits into $traces bytes"; fi
+  tar -C "$out" --sort=name --owner=0 --group=0 -czf "$out/pack.tmp" "${files[@]}" || return
+  mv "$out/pack.tmp" "$out/pipeline.tar.gz"
+  printf 'packed: %s (%s bytes)\n' "$out/pipeline.tar.gz" "$(stat -c %s "$out/pipeline.tar.gz")"
+}
+
 read_config
 num_steps=${#sections[@]}
 [ "$num_steps" -gt 0 ] || die 2 "$config has no section to run" "launch/pipeline.sh --help"
 [ "$dry_run" = yes ] || begin_steps "$out"
 run_pipeline
+if [ -n "$traces" ] && [ "$dry_run" = no ]; then
+  [ "$traces" -eq 0 ] || [ -d "$out/store" ] || die 2 "[pack] has no traces: there is no $out/store"
+  pack || die 4 "packing failed" "see what is said above"
+fi
 [ "$dry_run" = yes ] || printf '\n%s\n' "${times[@]}"

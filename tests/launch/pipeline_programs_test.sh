@@ -14,8 +14,12 @@ cat >"$folder/config" <<CONFIG
 [pipeline]
 out=$out
 ranks=2
+[pretrain]
+--preset=demo
+--data=text:$root/docs/*.md#blocks
+--steps=3
+--log_every=1
 [collect]
---model=$root/configs/checkpoints/small-16
 --data=text:$root/docs/*.md#blocks
 --cache=$folder/cache
 --task=generate
@@ -29,12 +33,14 @@ ranks=2
 --test_sequences=8
 --validation_sequences=8
 [evaluate generate]
---model=$root/configs/checkpoints/small-16
+--model={out}/model
 --compare
 --baselines=none
 --rounds=2
 --warmup_rounds=1
 --max_new_tokens=6
+[pack]
+traces=4MiB
 CONFIG
 
 # Ctrl-C (as launch scripts see it: TERM) while collecting: 75, and the store goes on.
@@ -54,6 +60,17 @@ case $code in 75 | 0) ;; *) fail "stopped with $code: $(tail -3 "$folder/log")" 
 table=$out/evaluate-generate/table.txt
 grep -q "^decoder  auto *hidden" "$table" || fail "no row of the trained model: $(cat "$table")"
 grep -q '"lossless": true' "$out/evaluate-generate/results.json" || fail "rows differ in bits"
+
+# The package holds results of every step, and traces of no more than was asked for.
+mkdir "$folder/package"
+tar -C "$folder/package" -xzf "$out/pipeline.tar.gz" || fail "no package"
+for file in model/config.json train-hidden/results.json evaluate-generate/table.txt \
+  traces/store.json log/collect.log; do
+  [ -e "$folder/package/$file" ] || fail "the package lacks $file"
+done
+[ "$(du -sb "$folder/package/traces" | cut -f1)" -le 4194304 ] || fail "too many traces are packed"
+"$ROUTECAST_BIN_DIR/routecast-trace" verify --store="$folder/package/traces" >"$folder/log" 2>&1 ||
+  fail "the packed traces: $(tail -2 "$folder/log")"
 
 touch "$folder/before"
 "$root/launch/pipeline.sh" "$folder/config" >"$folder/log" 2>&1 || fail "again: $?"
