@@ -90,6 +90,15 @@ ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
   return replay;
 }
 
+// The way of an expert, for a dry run.
+std::string WayOf(const Placement& placement) {
+  const TierChain& chain = placement.tiers.chain;
+  if (!chain.gpu) return "disk -> host memory";
+  const std::string held =
+      chain.host_bytes ? FormatBytes(*chain.host_bytes) : "every expert";
+  return "disk -> host memory (" + held + ") -> " + placement.device.str();
+}
+
 void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& setup,
                      size_t sequences) {
   const ReplayOptions replay = ReplayOf(options, 1);
@@ -106,9 +115,10 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
               sequences, layers, full.num_experts, FormatBytes(spec.blob_bytes()).c_str(),
               FormatBytes(whole).c_str(),
               ExpertCacheFolder(options.cache).string().c_str());
-  std::printf("budget: %d experts, %s; %zu predictors, %d + %d rounds\n", slots,
+  std::printf("budget: %d experts, %s; %s; %zu predictors, %d + %d rounds\n", slots,
               FormatBytes(static_cast<uint64_t>(slots) * spec.stride_bytes()).c_str(),
-              setup.predictors.size(), options.warmup_rounds, options.rounds);
+              WayOf(setup.placement).c_str(), setup.predictors.size(),
+              options.warmup_rounds, options.rounds);
 }
 
 void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
@@ -198,10 +208,11 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
     size_t prompts = 0;
     for (const RequestSet& set : setup->requests) prompts += set.size();
     std::printf(
-        "generate: %zu prompts, %d MoE layers x %d experts, %zu predictors, "
+        "generate: %zu prompts, %d MoE layers x %d experts, %s; %zu predictors, "
         "%d + %d rounds\n",
         prompts, setup->geometry.num_layers(), setup->geometry.num_experts,
-        setup->predictors.size(), options.warmup_rounds, options.rounds);
+        WayOf(setup->placement).c_str(), setup->predictors.size(), options.warmup_rounds,
+        options.rounds);
     return;
   }
   if (options.guess_next_token) {

@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
+#include <string>
 #include <utility>
 
 #include "common/errors.h"
@@ -18,7 +20,13 @@ constexpr int kStagingSlots = 4;    // of compressed experts
 constexpr int kPassingSlots = 8;    // of a host tier that is only passed through
 constexpr int kLeastHostSlots = 2;  // one is read while the other leaves
 
+// What the system could give without swapping: the page cache counts, where it says so.
 uint64_t FreeHostBytes() {
+  std::ifstream info("/proc/meminfo");
+  std::string key;
+  for (uint64_t kibibytes = 0; info >> key >> kibibytes; info.ignore(64, '\n')) {
+    if (key == "MemAvailable:") return kibibytes << 10;
+  }
   return static_cast<uint64_t>(::sysconf(_SC_AVPHYS_PAGES)) *
          static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
 }

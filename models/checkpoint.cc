@@ -155,9 +155,16 @@ Checkpoint LoadCheckpoint(const fs::path& folder, at::ScalarType dtype, at::Devi
   Checkpoint checkpoint;
   checkpoint.config = reader.config();
   checkpoint.fingerprint = reader.Fingerprint();
+  const bool stacks =
+      experts == ExpertLoading::kStack ||
+      (experts == ExpertLoading::kLoad && HasGroupedProducts(device, dtype));
+  ExpertStacker stacker(checkpoint.config.num_experts);
   for (const std::string& name : reader.names()) {
-    if (experts == ExpertLoading::kLeaveOut && IsExpertTensor(name)) continue;
-    checkpoint.parameters.Add(name, reader.Read(name, dtype).to(device));
+    const bool expert = IsExpertTensor(name);
+    if (experts == ExpertLoading::kLeaveOut && expert) continue;
+    const at::Tensor weight = reader.Read(name, dtype);
+    checkpoint.parameters.Add(
+        name, stacks && expert ? stacker.Place(name, weight, device) : weight.to(device));
   }
   return checkpoint;
 }
@@ -236,10 +243,11 @@ std::vector<RouterWeights> ReadRouters(const fs::path& file,
   return routers;
 }
 
-ResidentModel::ResidentModel(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {
+ResidentModel::ResidentModel(Checkpoint checkpoint, Grouping grouping)
+    : checkpoint_(std::move(checkpoint)) {
   source_ = std::make_unique<ResidentExpertSource>(
       checkpoint_.config.geometry(),
-      ExpertWeightsOf(checkpoint_.config, checkpoint_.parameters));
+      ExpertWeightsOf(checkpoint_.config, checkpoint_.parameters), grouping);
   executor_ =
       std::make_unique<LocalExpertExecutor>(source_.get(), checkpoint_.config.activation);
   model_ = std::make_unique<SwitchModel>(checkpoint_.config, checkpoint_.parameters,

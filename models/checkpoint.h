@@ -20,7 +20,9 @@ struct Checkpoint {
   std::string fingerprint;  // of config.json and the weights' bytes
 };
 
-enum class ExpertLoading { kLoad, kLeaveOut };
+// kLoad: in stacks (expert_stack.h) where grouped products are one kernel, else one by
+// one. kStack: in stacks.
+enum class ExpertLoading { kLoad, kStack, kLeaveOut };
 
 // A checkpoint's headers, checked against its config.json: every parameter is there once,
 // with its shape, and nothing else. Weights are read one at a time.
@@ -83,7 +85,7 @@ at::Tensor VocabularyHeadOf(const SwitchConfig& config, const Parameters& parame
 // A model with every expert resident: what collection and the all-resident row run.
 class ResidentModel {
  public:
-  explicit ResidentModel(Checkpoint checkpoint);
+  explicit ResidentModel(Checkpoint checkpoint, Grouping grouping = Grouping::kWhereFast);
   SwitchModel& model() { return *model_; }
   const Checkpoint& checkpoint() const { return checkpoint_; }
 

@@ -2,6 +2,7 @@
 // on a GPU there, so a call is a defect.
 #include <stdexcept>
 
+#include "models/device_choice.h"
 #include "models/expert_gemv_body.h"
 #include "models/rms_norm_body.h"
 #include "models/token_groups_body.h"
@@ -21,5 +22,6 @@ void NormRowsCuda(const NormArgs&, int) { None(); }
 void SortCuda(const SortArgs&) { None(); }
 void GatherCuda(const GatherArgs&, int) { None(); }
 void ScatterCuda(const ScatterArgs&, int) { None(); }
+int CudaComputeMajor(int) { None(); }
 
 }  // namespace routecast

@@ -20,6 +20,9 @@ void CheckOwnDevice(const std::string& name, c10::Device device, int local_world
 // Returns when `device` has done all work given to it; at once for the CPU.
 void Synchronize(c10::Device device);
 
+// The major compute capability of a CUDA device. REQUIRES that it is there.
+int CudaComputeMajor(int index);
+
 // The CUDA devices of this machine; 0 in a build without CUDA.
 int NumCudaDevices();
 

@@ -10,8 +10,9 @@
 namespace routecast {
 
 ResidentExpertSource::ResidentExpertSource(MoeGeometry geometry,
-                                           std::vector<ExpertWeights> weights)
-    : geometry_(geometry), weights_(std::move(weights)) {
+                                           std::vector<ExpertWeights> weights,
+                                           Grouping grouping)
+    : geometry_(geometry), weights_(std::move(weights)), grouping_(grouping) {
   if (static_cast<int>(weights_.size()) != geometry_.num_keys()) {
     throw std::logic_error("ResidentExpertSource: one entry an expert is needed");
   }
@@ -40,6 +41,20 @@ const ExpertTable* ResidentExpertSource::Table(int layer) {
   auto& table = tables_[layer];
   if (all) table = std::make_unique<ExpertTable>(TableOf(experts));
   return table.get();
+}
+
+const ExpertStack* ResidentExpertSource::Stacked(int layer) {
+  const auto known = stacks_.find(layer);
+  if (known != stacks_.end()) return known->second ? &*known->second : nullptr;
+  const std::span<const ExpertWeights> experts(
+      &weights_[ExpertKey{layer, 0}.Index(geometry_)],
+      static_cast<size_t>(geometry_.num_experts));
+  const at::Tensor& first = experts.front().wi_FD;
+  const bool fast =
+      first.defined() && HasGroupedProducts(first.device(), first.scalar_type());
+  auto& stack = stacks_[layer];
+  if (grouping_ == Grouping::kAlways || fast) stack = StackOf(experts);
+  return stack ? &*stack : nullptr;
 }
 
 at::Tensor ApplyFeedForward(Activation activation, const ExpertWeights& weights,

@@ -3,28 +3,37 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "models/expert_gemv.h"
 #include "models/expert_source.h"
+#include "models/expert_stack.h"
 #include "models/parameters.h"
 #include "models/switch_config.h"
 
 namespace routecast {
 
+// Whether stacked experts run in grouped products: where that is one kernel, or always.
+enum class Grouping { kWhereFast, kAlways };
+
 // Every expert resident: leases cost nothing and come in ascending order.
 class ResidentExpertSource final : public ExpertSource {
  public:
   // weights[ExpertKey::Index]; tensors are shared, not copied.
-  ResidentExpertSource(MoeGeometry geometry, std::vector<ExpertWeights> weights);
+  ResidentExpertSource(MoeGeometry geometry, std::vector<ExpertWeights> weights,
+                       Grouping grouping = Grouping::kWhereFast);
   void Begin(int layer, std::span<const int> experts) override;
   ExpertLease Next() override;
   const ExpertTable* Table(int layer) override;  // null where an entry is undefined
+  const ExpertStack* Stacked(int layer) override;
 
  private:
   MoeGeometry geometry_;
   std::vector<ExpertWeights> weights_;
+  Grouping grouping_;
   std::map<int, std::unique_ptr<ExpertTable>> tables_;  // of the layers asked for
+  std::map<int, std::optional<ExpertStack>> stacks_;    // likewise
   int layer_ = 0;
   std::vector<int> pending_;
   size_t next_ = 0;
@@ -44,6 +53,7 @@ class LocalExpertExecutor final : public ExpertExecutor {
   at::Tensor RunSorted(int layer, const at::Tensor& rows_ND,
                        std::span<const int64_t> offsets_E1) override;
   const ExpertTable* Table(int layer) override { return source_->Table(layer); }
+  const ExpertStack* Stacked(int layer) override { return source_->Stacked(layer); }
 
  private:
   ExpertSource* source_;

@@ -13,6 +13,7 @@
 namespace routecast {
 
 struct ExpertTable;  // expert_gemv.h
+struct ExpertStack;  // expert_stack.h
 
 struct ExpertWeights {
   at::Tensor wi_FD;  // first projection, [d_ff, d_model]; gated: the activated one, wi_0
@@ -63,6 +64,9 @@ class ExpertSource {
   virtual ExpertLease Next() = 0;
   // Where all experts of `layer` lie, if they are there and stay; else null.
   virtual const ExpertTable* Table(int layer) { return nullptr; }
+  // All experts of `layer` in one tensor a projection, where they lie so, stay there, and
+  // grouped products are worth it; else null.
+  virtual const ExpertStack* Stacked(int layer) { return nullptr; }
 };
 
 // Executes a layer's experts: tokens [N,D] with their expert ids -> outputs [N,D].
@@ -79,8 +83,9 @@ class ExpertExecutor {
   // nobody). Returns [offsets.back(),D]. REQUIRES one row at least.
   virtual at::Tensor RunSorted(int layer, const at::Tensor& rows_ND,
                                std::span<const int64_t> offsets_E1);
-  // As ExpertSource::Table: null where experts cannot be run without the host.
+  // As ExpertSource's: null where experts cannot be run without the host.
   virtual const ExpertTable* Table(int layer) { return nullptr; }
+  virtual const ExpertStack* Stacked(int layer) { return nullptr; }
 };
 
 }  // namespace routecast

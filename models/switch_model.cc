@@ -9,6 +9,7 @@
 
 #include "common/errors.h"
 #include "common/random.h"
+#include "models/expert_stack.h"
 #include "models/host_copy.h"
 #include "models/linear.h"
 #include "models/relative_position.h"
@@ -373,10 +374,18 @@ at::Tensor SwitchModel::AddSparse(const Block& block, const at::Tensor& hidden_B
   const TokenGroups groups = GroupByExpert(
       routing.expert_ids_BT.reshape({-1}),
       may_drop ? routing.dropped_BT.reshape({-1}) : at::Tensor(), config_.num_experts);
-  HostCopy offsets(groups.offsets_E1);
+  const ExpertStack* stack = executor_->Stacked(block.moe_layer);
+  HostCopy offsets = stack ? HostCopy() : HostCopy(groups.offsets_E1);
   if (options.observer) options.observer->OnRouting(routing);
   // Queued before the wait for the offsets: the rows are there when the first product is.
   const at::Tensor rows = GatherRows(normed_BTD.reshape({-1, config_.d_model}), groups);
+  if (stack) {
+    return AddScattered(
+               hidden_BTD.reshape({-1, config_.d_model}),
+               GroupedFeedForward(config_.activation, *stack, rows, groups.offsets_E1),
+               routing.gate_probs_BT.reshape({-1}), groups)
+        .view_as(hidden_BTD);
+  }
   const std::span<const int64_t> ends(offsets.Wait().const_data_ptr<int64_t>(),
                                       static_cast<size_t>(config_.num_experts) + 1);
   // A dropped token contributes zero: the residual alone carries it.

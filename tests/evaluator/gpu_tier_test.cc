@@ -56,6 +56,16 @@ TEST_F(GpuTierTest, WithoutRoomForAllThereIsNoResidentRow) {
             std::string::npos);
 }
 
+TEST_F(GpuTierTest, ADryRunNamesTheWay) {
+  EvaluationOptions options = Options(false);
+  options.tier = "gpu,host:64KiB,disk";
+  options.dry_run = true;
+  testing::internal::CaptureStdout();
+  Evaluate(options, Json::object());
+  const std::string plan = testing::internal::GetCapturedStdout();
+  EXPECT_NE(plan.find("disk -> host memory (64.00 KiB) -> "), std::string::npos) << plan;
+}
+
 // A machine's own link is shown as it is, unless pacing is asked for.
 TEST_F(GpuTierTest, OnlyAnEmulatedLinkIsPaced) {
   EvaluationOptions options = Options(false);
