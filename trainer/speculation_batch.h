@@ -29,7 +29,7 @@ struct SpeculationBatch {
 };
 
 // `hidden`: router inputs are wanted (REQUIRED of all sequences where
-// SeesRouterInputs).
+// SeesRouterInputs). Thread rule: any thread; runs no operation of LibTorch in parallel.
 SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dataset,
                                       WithHidden hidden);
 // All experts of each label [B,T,H,K], the first choice first; -100 = does not count.

@@ -15,6 +15,7 @@
 #include "models/ensemble_model.h"
 #include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
+#include "trainer/batch_loader.h"
 #include "trainer/best_parameters.h"
 #include "trainer/curriculum.h"
 #include "trainer/gradient_reducer.h"
@@ -22,8 +23,8 @@
 #include "trainer/model_setup.h"
 #include "trainer/speculation_loss.h"
 #include "trainer/speculation_report.h"
-#include "trainer/tensorboard_events.h"
 #include "trainer/train_state.h"
+#include "trainer/training_log.h"
 
 namespace routecast {
 namespace {
@@ -103,12 +104,23 @@ class SpeculationTrainer {
       curriculum_.emplace(options_.curriculum_epochs, tables_, dataset_,
                           sampler_.groups(), options_.seed);
     }
-    OpenMetrics();
+    if (rank_.is_root()) log_ = TrainingLog(job_.out, step_);
+    Loop();
+    return Finish(control);
+  }
+
+ private:
+  void Loop() {
     Progress progress("train " + options_.kind, "steps", static_cast<uint64_t>(steps_),
                       job_.quiet || !rank_.is_root());
     progress.Update(static_cast<uint64_t>(step_));
+    BatchLoader loader(
+        step_, steps_, [this](int64_t step) { return MicroBatchesOf(step); },
+        [this](const MicroBatch& micro) {
+          return MakeSpeculationBatch(micro, dataset_, hidden_);
+        });
     while (step_ < steps_ && !exhausted_) {
-      const double loss = Step(progress.seconds());
+      const double loss = Step(&loader, progress.seconds());
       progress.Update(static_cast<uint64_t>(step_), Note(loss));
       if (step_ % validate_every_ == 0 || step_ == steps_) ValidateAndSave();
       if (stop_ && step_ < steps_ && !exhausted_) {
@@ -118,10 +130,8 @@ class SpeculationTrainer {
       }
     }
     progress.Finish();
-    return Finish(control);
   }
 
- private:
   EvaluationData Part(SplitPart part, uint64_t sequences, uint64_t stream) const {
     const std::vector<SampleGroup> groups = GroupsOf(*dataset_, part, hidden_);
     return {dataset_,
@@ -167,29 +177,30 @@ class SpeculationTrainer {
     samples_ = state->extra.at("samples");
   }
 
-  void OpenMetrics() {
-    if (!rank_.is_root()) return;
-    const fs::path file = job_.out / "metrics.jsonl";
-    if (step_ > 0) TruncateJsonLines(file, "step", step_);
-    metrics_.emplace(file, step_ > 0);
-    events_.emplace(job_.out / "tensorboard", step_ + 1);
+  uint64_t EpochOf(int64_t step) const {
+    return static_cast<uint64_t>(step) / sampler_.steps_per_epoch();
+  }
+  // Of this rank.
+  std::vector<MicroBatch> MicroBatchesOf(int64_t step) const {
+    return sampler_.Step(EpochOf(step),
+                         static_cast<uint64_t>(step) % sampler_.steps_per_epoch(),
+                         rank_.rank, rank_.world);
   }
 
   // One step of the global batch: fixed micro-batches dealt to ranks, gradients summed
   // while backward runs, divided by the labels of all ranks.
-  double Step(double seconds) {
-    const auto per_epoch = static_cast<int64_t>(sampler_.steps_per_epoch());
-    const auto epoch = static_cast<uint64_t>(step_ / per_epoch);
-    const auto mine = sampler_.Step(epoch, static_cast<uint64_t>(step_ % per_epoch),
-                                    rank_.rank, rank_.world);
+  double Step(BatchLoader* loader, double seconds) {
+    const uint64_t epoch = EpochOf(step_);
     double sums[4] = {0, 0, 0, 0};  // loss, labels, windows, a stop was requested
     const Stopwatch step;
     reducer_->BeginStep();
-    for (size_t i = 0; i < mine.size(); ++i) {
-      if (i + 1 == mine.size()) reducer_->LastBackward();
+    for (LoadedBatch next; !next.last;) {
       const Stopwatch data;
-      SpeculationBatch batch = MakeSpeculationBatch(mine[i], dataset_, hidden_);
+      next = loader->Next();
       data_seconds_ += data.seconds();
+      if (!next.batch) break;  // fewer micro-batches than ranks
+      if (next.last) reducer_->LastBackward();
+      SpeculationBatch& batch = *next.batch;
       batch.window.training.teacher_BTH = batch.labels_BTH;
       if (curriculum_) curriculum_->Apply(epoch, &batch);
       Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch,
@@ -198,7 +209,7 @@ class SpeculationTrainer {
       loss.backward();
       sums[0] += loss.item<double>() / static_cast<double>(smoothing_.size());
       sums[1] += static_cast<double>(batch.num_labels);
-      sums[2] += static_cast<double>(mine[i].sequences.size());
+      sums[2] += static_cast<double>(batch.window.token_ids_BT.size(0));
     }
     sums[3] = StopRequested() || step_ + 1 == job_.stop_after ? 1 : 0;
     reducer_->Finalize(1);  // before any other collective: see gradient_reducer.h
@@ -217,7 +228,7 @@ class SpeculationTrainer {
     ++loss_steps_;
     if (step_ % options_.log_every == 0 || step_ == steps_) {
       LogStep(optimizer_->LearningRate(share), norm,
-              process_samples_ / std::max(1e-9, seconds));
+              process_samples_ / std::max(1e-9, seconds), loader->seconds());
     }
     return losses_.back();
   }
@@ -246,27 +257,20 @@ class SpeculationTrainer {
     return all;
   }
 
-  double Epoch() const {
-    return static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch());
+  TrainingPlace Place() const {
+    return {step_,
+            static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch()),
+            samples_};
   }
-  void LogStep(double rate, double norm, double samples_per_second) {
-    const double loss = loss_sum_ / static_cast<double>(loss_steps_);
-    const double waiting = data_seconds_ / std::max(1e-9, step_seconds_);
+  // `loading`: seconds that the loader has worked in this process.
+  void LogStep(double rate, double norm, double samples_per_second, double loading) {
+    const double seconds = std::max(1e-9, step_seconds_);
+    log_.Write(Place(), {loss_sum_ / static_cast<double>(loss_steps_), rate, norm,
+                         samples_per_second, data_seconds_ / seconds,
+                         (loading - logged_loading_) / seconds});
     loss_sum_ = data_seconds_ = step_seconds_ = 0;
     loss_steps_ = 0;
-    if (!metrics_) return;
-    metrics_->Write({{"step", step_},
-                     {"epoch", Epoch()},
-                     {"samples", samples_},
-                     {"train_loss", loss},
-                     {"learning_rate", rate},
-                     {"grad_norm", norm},
-                     {"samples_per_second", samples_per_second},
-                     {"waiting_for_data", waiting}});
-    events_->Write(step_, {{"train/loss", loss},
-                           {"train/learning_rate", rate},
-                           {"train/grad_norm", norm},
-                           {"train/samples_per_second", samples_per_second}});
+    logged_loading_ = loading;
   }
   std::string Note(double loss) const {
     char text[96];
@@ -282,19 +286,7 @@ class SpeculationTrainer {
   void ValidateAndSave() {
     optimizer_->SwapAverages();
     const ValidationScores scores = Validate(model_.get(), validation_, comm_);
-    if (metrics_) {
-      metrics_->Write({{"step", step_},
-                       {"epoch", Epoch()},
-                       {"samples", samples_},
-                       {"valid_loss", scores.loss},
-                       {"top1", scores.top1},
-                       {"top4", scores.top4},
-                       {"recall", scores.recall}});
-      events_->Write(step_, {{"valid/loss", scores.loss},
-                             {"valid/top1", scores.top1},
-                             {"valid/top4", scores.top4},
-                             {"valid/recall", scores.recall}});
-    }
+    log_.Write(Place(), scores);
     const double score = options_.monitor == "top1" ? -scores.recall : scores.loss;
     best_.Offer(score, step_, model_->parameters(), options_.schedule.plateau_patience);
     optimizer_->SwapAverages();
@@ -382,9 +374,8 @@ class SpeculationTrainer {
   std::optional<GradientReducer> reducer_;
   std::optional<MemberOptimizer> optimizer_;
   LossWeights weights_;
-  std::vector<double> smoothing_;            // of each member's labels
-  std::optional<JsonLines> metrics_;         // rank 0
-  std::optional<TensorboardEvents> events_;  // rank 0
+  std::vector<double> smoothing_;  // of each member's labels
+  TrainingLog log_;                // rank 0's writes
   int64_t steps_ = 0, validate_every_ = 1;
 
   // What a checkpoint holds beside the tensors.
@@ -396,6 +387,7 @@ class SpeculationTrainer {
   bool stop_ = false, exhausted_ = false;
   double process_samples_ = 0;
   double data_seconds_ = 0, step_seconds_ = 0;  // since the last logged step
+  double logged_loading_ = 0;  // seconds of the loader's work up to there
   std::vector<double> losses_;
 };
 

@@ -98,6 +98,7 @@ int64_t TraceDataset::vocab_size() {
 void TraceDataset::Keep(uint32_t sequence, bool hidden,
                         std::shared_ptr<const RoutingTrace> trace) {
   Kept& kept = kept_[sequence];
+  if (kept.trace && kept.hidden) return;  // by another thread, meanwhile
   const uint64_t before =
       kept.trace ? BytesOf(kept.trace->encoder) + BytesOf(kept.trace->decoder) : 0;
   const uint64_t bytes = BytesOf(trace->encoder) + BytesOf(trace->decoder);
@@ -112,6 +113,7 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
   std::vector<std::shared_ptr<const RoutingTrace>> found(sequences.size());
   std::vector<size_t> missing;
   std::vector<uint64_t> ids;
+  std::unique_lock lock(*mutex_);
   for (size_t i = 0; i < sequences.size(); ++i) {
     const Kept& kept = kept_[sequences[i]];
     if (kept.trace && (kept.hidden || !hidden || !sequences_[sequences[i]].has_hidden)) {
@@ -121,6 +123,7 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
       ids.push_back(sequences_[sequences[i]].sequence_id);
     }
   }
+  lock.unlock();
   if (missing.empty()) return found;
   std::vector<RoutingTrace> read = reader_->ReadMany(ids, with_hidden);
   for (size_t m = 0; m < missing.size(); ++m) {
@@ -128,8 +131,9 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
       DropUnused(span, geometry_.experts_per_token, options_.keep_top_k);
     }
     found[missing[m]] = std::make_shared<const RoutingTrace>(std::move(read[m]));
-    Keep(sequences[missing[m]], hidden, found[missing[m]]);
   }
+  lock.lock();
+  for (const size_t m : missing) Keep(sequences[m], hidden, found[m]);
   return found;
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <vector>
@@ -21,7 +22,8 @@ struct TraceDatasetOptions {
   bool keep_top_k = false;  // the routers' top-k, where recorded: what distillation needs
 };
 
-// Thread rule: one thread at a time. `uint32_t` sequences are indices into sequences().
+// Thread rule: Read from any thread at once, all else from one thread. `uint32_t`
+// sequences are indices into sequences().
 class TraceDataset {
  public:
   // Throws UsageError where the store has no sequence, and what TraceReader throws.
@@ -56,6 +58,7 @@ class TraceDataset {
     std::shared_ptr<const RoutingTrace> trace;
     bool hidden = false;  // router inputs were asked for
   };
+  // REQUIRES *mutex_ held.
   void Keep(uint32_t sequence, bool hidden, std::shared_ptr<const RoutingTrace> trace);
 
   std::shared_ptr<const TraceReader> reader_;  // null: everything is in kept_
@@ -63,6 +66,8 @@ class TraceDataset {
   MoeGeometry geometry_;
   std::vector<SequenceInfo> sequences_;
   std::vector<SplitPart> parts_;
+  // Of what follows up to kept_bytes_.
+  std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
   std::vector<Kept> kept_;  // parallel to sequences_
   uint64_t kept_bytes_ = 0;
   std::optional<int64_t> vocab_size_;  // once it was looked up
