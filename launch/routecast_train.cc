@@ -73,6 +73,10 @@ DEFINE_double(distill_weight, 0,
 DEFINE_double(distill_temperature, 1, "Of --distill_weight");
 DEFINE_double(contrastive_weight, 0,
               "Of InfoNCE between a lead and the experts' embeddings in the loss");
+DEFINE_int32(backup_experts, 0,
+             "Heads for the router's second, third .. choice (published: 3); needs "
+             "--record=topk, kinds interlayer and moe");
+DEFINE_double(backup_weight, 0.3, "Of the mean of their cross-entropies in the loss");
 DEFINE_double(augment_layers, 0, "Chance that a known layer is hidden in training");
 DEFINE_double(augment_parts, 0, "Chance that a part of a sequence is taken");
 DEFINE_double(augment_permutation, 0, "Chance that experts are relabelled (ablation)");
@@ -165,6 +169,8 @@ SpeculationJob Validate() {
   o.distill_weight = FLAGS_distill_weight;
   o.distill_temperature = FLAGS_distill_temperature;
   o.contrastive_weight = FLAGS_contrastive_weight;
+  o.backup_experts = FLAGS_backup_experts;
+  o.backup_weight = FLAGS_backup_weight;
   o.augment = {FLAGS_augment_layers, FLAGS_augment_parts,    FLAGS_augment_permutation,
                FLAGS_augment_mask,   FLAGS_augment_unmasked, FLAGS_augment_mixup,
                FLAGS_augment_noise,  FLAGS_augment_context,  FLAGS_masked_ids};
@@ -190,7 +196,7 @@ SpeculationJob Validate() {
     throw UsageError(
         "--onnx is of one model\n  train it without --leaderboard and --search");
   }
-  if (job.onnx) RequireOnnxKind(o.kind);
+  if (job.onnx) RequireOnnxKind(o.kind, o.backup_experts);
   if (!(FLAGS_collective_deadline >= 1)) {
     throw UsageError("--collective_deadline must be 1 or more seconds");
   }
@@ -249,7 +255,8 @@ void Run(int argc, char** argv) {
   if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
-  data_options.keep_top_k = job.options.distill_weight > 0;
+  data_options.keep_top_k =
+      job.options.distill_weight > 0 || job.options.backup_experts > 0;
   MpiSession session(&argc, &argv);
   SetAbortHook([](int code) { MpiSession::Abort(code); });
   const RankInfo rank = session.rank_info();
@@ -265,7 +272,7 @@ void Run(int argc, char** argv) {
 
   const auto reader = std::make_shared<const TraceReader>(FLAGS_store, NeedTokens::kNo);
   data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world);
-  if (data_options.keep_top_k && reader->config().top_k == 0) {
+  if (job.options.distill_weight > 0 && reader->config().top_k == 0) {
     throw UsageError(ErrorText("--distill_weight needs the routers' top-k",
                                FLAGS_store + " was recorded without it",
                                "collect with --record=ids,topk"));

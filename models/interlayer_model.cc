@@ -39,6 +39,7 @@ struct InterlayerNet {
   at::Tensor memory;  // [kPatterns,D]
   NormLayer norm;
   LinearLayer head_in, head_mid, head_out, confidence_in, confidence_out;
+  std::vector<LinearLayer> backups;  // of the router's further choices; one or none
 };
 
 int MostLayers(const MoeGeometry& g) {
@@ -64,6 +65,10 @@ InterlayerNet::InterlayerNet(const SpeculationConfig& c, ParameterMaker* make)
     } else {
       layers.emplace_back(make, name, c.width, c.heads, c.ff);
     }
+  }
+  if (c.backup_experts > 0) {
+    backups.emplace_back(make, "head.backup", c.ff / 2,
+                         c.backup_experts * c.geometry.num_experts);
   }
 }
 
@@ -132,6 +137,10 @@ SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
   SpeculationOutput out;
   out.logits_BTHE = net_.head_out(hidden);
   if (prior_) out.logits_BTHE = prior_->AddTo(out.logits_BTHE, window);
+  if (!net_.backups.empty()) {
+    out.backups_BTHKE = net_.backups[0](hidden).unflatten(
+        3, {config_.backup_experts, config_.geometry.num_experts});
+  }
   if (dropout->active()) {
     out.features_BTHD = h;
     out.expert_keys_ED = net_.embed.Keys();

@@ -29,6 +29,7 @@ struct SpeculationKind {
   // Embeds expert ids: what mixup, noise and the contrastive term work on.
   bool embeds_experts = false;
   bool routers = false;  // needs the traced model's routers
+  bool backups = false;  // may have heads for the router's further choices
 };
 
 std::vector<std::string> SpeculationKinds();

@@ -35,6 +35,9 @@ struct SpeculationOutput {
   // What the contrastive term compares: a vector a lead, and one an expert ([E,D]).
   // Undefined where a kind has none, or is not trained.
   at::Tensor features_BTHD{}, expert_keys_ED{};
+  // Logits of the router's second, third .. choice [B,T,H,K,E], where a model has
+  // heads for them; else undefined.
+  at::Tensor backups_BTHKE{};
 };
 
 // Both stacks in one model. Thread rule: one thread at a time. Rows of padding are

@@ -65,6 +65,11 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   if (config.hidden_width > 0 && !dataset->any_hidden()) {
     refuse("it reads router inputs; the store has none");
   }
+  if (config.backup_experts != options.backup_experts) {
+    refuse("it has " + std::to_string(config.backup_experts) +
+           " backup experts, --backup_experts says " +
+           std::to_string(options.backup_experts));
+  }
   return config;
 }
 
@@ -76,8 +81,9 @@ bool EmbedsExperts(const SpeculationConfig& config) {
 // Of kinds that embed experts: what numbers of layers and experts and their meaning
 // decide.
 bool OfTracedModel(const std::string& parameter) {
-  for (const char* prefix : {"expert.", "others.", "source.", "lead.", "before.",
-                             "prior.", "head.out.", "head.weight", "head.bias"}) {
+  for (const char* prefix :
+       {"expert.", "others.", "source.", "lead.", "before.", "prior.", "head.out.",
+        "head.backup.", "head.weight", "head.bias"}) {
     if (parameter.starts_with(prefix)) return true;
   }
   return false;
@@ -104,6 +110,33 @@ void CheckEmbedding(const SpeculationOptions& options, const SpeculationConfig& 
   }
 }
 
+// Throws where there are no labels for the heads of backup experts, or no such heads.
+void CheckBackups(const SpeculationOptions& options, TraceDataset* dataset) {
+  if (options.backup_experts == 0) return;
+  const std::string flag = "--backup_experts=" + std::to_string(options.backup_experts);
+  const MoeGeometry& g = dataset->geometry();
+  if (!KindOf(options.kind).backups) {
+    throw UsageError(ErrorText(flag + " needs a kind that has heads for them",
+                               "--kind=" + options.kind + " has none",
+                               "use --kind=interlayer or --kind=moe"));
+  }
+  if (g.experts_per_token > 1) {
+    throw UsageError(ErrorText(flag + " is of models that route to one expert a token",
+                               "this one routes to " +
+                                   std::to_string(g.experts_per_token) +
+                                   ": all of them are labels already",
+                               "leave it out"));
+  }
+  if (dataset->top_k() <= options.backup_experts) {
+    throw UsageError(
+        ErrorText(flag + " needs the router's " +
+                      std::to_string(options.backup_experts + 1) + " likeliest experts",
+                  "the store holds " + std::to_string(dataset->top_k()) + " a token",
+                  "collect with --record=ids,topk --top_k=" +
+                      std::to_string(options.backup_experts + 1) + " or more"));
+  }
+}
+
 }  // namespace
 
 void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
@@ -121,6 +154,7 @@ namespace {
 SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
                                 TraceDataset* dataset) {
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
+  config.backup_experts = options.backup_experts;
   if (options.kind == "ensemble") {
     config.combine = options.combine;
     const auto members = ParseMembers(options.members, options.training);
@@ -145,6 +179,7 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
 }  // namespace
 
 SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
+  CheckBackups(options, dataset);
   const SpeculationConfig config = options.start_from.empty()
                                        ? ConfigOfSizes(options, dataset)
                                        : ConfigOfRun(options, dataset);

@@ -32,17 +32,22 @@ void AddTeacher(const Traces& traces, const MicroBatch& micro, SpeculationBatch*
     return micro.stack == Stack::kEncoder ? trace.encoder : trace.decoder;
   };
   int64_t most = 0;
+  bool probable = true;
   for (const RoutingTrace* trace : traces) {
     const RoutingSpan& span = span_of(*trace);
-    if (span.top_k == 0 || span.topk_probs.empty()) return;
+    if (span.top_k == 0 || span.topk_ids.empty()) return;
+    probable = probable && !span.topk_probs.empty();
     most = std::max<int64_t>(most, span.top_k);
   }
   const auto& labels = batch->labels_BTH;
   const int64_t T = labels.size(1), H = labels.size(2);
   batch->teacher_ids_BTHK = Zeros<int64_t>({labels.size(0), T, H, most});
-  batch->teacher_probs_BTHK = Zeros<float>({labels.size(0), T, H, most});
   int64_t* ids = batch->teacher_ids_BTHK.data_ptr<int64_t>();
-  float* probs = batch->teacher_probs_BTHK.data_ptr<float>();
+  float* probs = nullptr;
+  if (probable) {
+    batch->teacher_probs_BTHK = Zeros<float>({labels.size(0), T, H, most});
+    probs = batch->teacher_probs_BTHK.data_ptr<float>();
+  }
   for (size_t b = 0; b < traces.size(); ++b) {
     const RoutingSpan& span = span_of(*traces[b]);
     const int64_t tokens = span.num_tokens, layers = span.num_layers, k = span.top_k;
@@ -54,6 +59,7 @@ void AddTeacher(const Traces& traces, const MicroBatch& micro, SpeculationBatch*
         const size_t from = static_cast<size_t>(((target % layers) * tokens + token) * k);
         const int64_t to = ((static_cast<int64_t>(b) * T + t) * H + lead - 1) * most;
         std::copy_n(span.topk_ids.begin() + static_cast<int64_t>(from), k, ids + to);
+        if (!probable) continue;
         std::copy_n(span.topk_probs.begin() + static_cast<int64_t>(from), k, probs + to);
       }
     }

@@ -21,8 +21,9 @@ struct SpeculationBatch {
   at::Tensor others_BTHK;
   at::Tensor documents_BT;  // int64, the bits of the document's id
   at::Tensor weights_BT;    // float32, of the tokens' labels in training; undefined = 1
-  // The router's own top-k at the label's place, and how probable it found each; 0 where
-  // there is no label. Undefined where they are not asked for or not recorded.
+  // The router's own top-k at the label's place, the likeliest first, and how probable it
+  // found each; 0 where there is no label. Undefined where they are not asked for or not
+  // recorded.
   at::Tensor teacher_ids_BTHK, teacher_probs_BTHK;
   uint64_t id = 0;
   int64_t num_labels = 0;  // that count, over all leads

@@ -70,6 +70,7 @@ Json ResultsJson(const SpeculationReport& r) {
                {"scores", Entries(r.test.model)},
                {"baselines", baselines}};
   for (const SetScores& set : r.test.sets) json["sets"].push_back(set.ToJson());
+  for (const BackupScores& b : r.test.backups) json["backups"].push_back(b.ToJson());
   for (const KnnEstimate& e : r.neighbours) json["neighbours"].push_back(e.ToJson());
   for (const ValidationScores& member : r.members) {
     json["members"].push_back({{"validation_loss", member.loss},

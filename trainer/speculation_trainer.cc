@@ -85,7 +85,7 @@ class SpeculationTrainer {
     weights_ = {options_.confidence_weight,   options_.next_token_weight,
                 options_.set_weight,          options_.distill_weight,
                 options_.distill_temperature, 0,
-                options_.contrastive_weight};
+                options_.contrastive_weight,  options_.backup_weight};
     for (const MemberOptions& o : TrainingOf(options_, config_)) {
       smoothing_.push_back(o.label_smoothing);
     }
@@ -396,7 +396,9 @@ class SpeculationTrainer {
 SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* dataset,
                                    const std::vector<RouterWeights>& routers,
                                    Communicator* comm) {
-  if (job.onnx) RequireOnnxKind(job.options.kind);  // before any time is spent
+  if (job.onnx) {  // before any time is spent
+    RequireOnnxKind(job.options.kind, job.options.backup_experts);
+  }
   at::globalContext().setDeterministicAlgorithms(job.deterministic, /*warn_only=*/false);
   return SpeculationTrainer(job, dataset, routers, comm).Run();
 }

@@ -1,6 +1,7 @@
 #include "trainer/trace_dataset.h"
 
 #include <algorithm>
+#include <climits>
 #include <set>
 
 #include "common/errors.h"
@@ -72,6 +73,18 @@ uint32_t TraceDataset::length(uint32_t sequence, Stack stack) const {
 bool TraceDataset::any_hidden() const {
   return std::any_of(sequences_.begin(), sequences_.end(),
                      [](const SequenceInfo& s) { return s.has_hidden; });
+}
+
+int TraceDataset::top_k() const {
+  if (reader_) return reader_->config().top_k;
+  int least = kept_.empty() ? 0 : INT_MAX;
+  for (const Kept& kept : kept_) {
+    for (const RoutingSpan* span : {&kept.trace->encoder, &kept.trace->decoder}) {
+      if (span->num_tokens == 0) continue;
+      least = std::min(least, span->topk_ids.empty() ? 0 : span->top_k);
+    }
+  }
+  return least;
 }
 
 int64_t TraceDataset::vocab_size() {

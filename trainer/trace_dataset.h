@@ -19,7 +19,8 @@ struct TraceDatasetOptions {
   // Records that are kept in memory once read; what does not fit is read each time it is
   // needed. Per rank.
   uint64_t cache_bytes = uint64_t{1} << 30;
-  bool keep_top_k = false;  // the routers' top-k, where recorded: what distillation needs
+  bool keep_top_k = false;  // the routers' top-k, where recorded: what distillation and
+                            // backup experts need
 };
 
 // Thread rule: Read from any thread at once, all else from one thread. `uint32_t`
@@ -38,6 +39,8 @@ class TraceDataset {
   uint32_t length(uint32_t sequence, Stack stack) const;
   bool any_hidden() const;
   bool keeps_top_k() const { return options_.keep_top_k; }
+  // Choices of the router that every token's record holds; 0 = none.
+  int top_k() const;
   // The largest token id of the store plus one: the smallest vocabulary that covers it; 0
   // where no ids are recorded. Reads every record, once.
   int64_t vocab_size();
