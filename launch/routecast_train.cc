@@ -2,6 +2,7 @@
 #include <gflags/gflags.h>
 
 #include <cstdio>
+#include <deque>
 #include <optional>
 #include <sstream>
 
@@ -15,11 +16,15 @@
 #include "models/device_choice.h"
 #include "models/speculation_onnx.h"
 #include "trainer/run_plan.h"
+#include "trainer/speculation_size.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
 DECLARE_uint64(seed);
 DEFINE_string(store, "", "Trace store to learn from");
+DEFINE_string(also, "",
+              "Further stores, comma-separated, of other models, whose routing one trunk "
+              "learns together with --store (pre-training; kinds that embed experts)");
 DEFINE_string(
     kind, "hidden",
     "Kind of model: hidden, stale_correction, interlayer, autoregressive, multiscale, "
@@ -209,6 +214,13 @@ std::vector<RouterWeights> RoutersOf(const TraceReader& reader) {
   return ReadRouters(reader.routers_path(), reader.config().geometry);
 }
 
+std::vector<std::string> Listed(const std::string& text) {
+  std::vector<std::string> items;
+  std::stringstream all(text);
+  for (std::string item; std::getline(all, item, ',');) items.push_back(item);
+  return items;
+}
+
 SearchSpace SpaceOf(const fs::path& file) {
   return SearchSpace::FromJson(ReadJsonFile(file), file.string());
 }
@@ -226,8 +238,7 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
         "--model times the pass that --pass_us says\n  leave one of the two out");
   }
   job.checkpoint = FindModelFolder(FLAGS_model);
-  std::stringstream entries(FLAGS_leaderboard);
-  for (std::string entry; std::getline(entries, entry, ',');) {
+  for (const std::string& entry : Listed(FLAGS_leaderboard)) {
     if (entry.find('/') == std::string::npos && entry != "all" && !fs::exists(entry)) {
       ParseChoice("--leaderboard", entry, SpeculationKinds());
     }
@@ -241,6 +252,10 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
 
 void Run(int argc, char** argv) {
   SpeculationJob job = Validate();
+  if (!FLAGS_also.empty() && !(FLAGS_leaderboard.empty() && FLAGS_search.empty())) {
+    throw UsageError(
+        "--also is of one training\n  leave out --leaderboard and --search, or --also");
+  }
   // What is wrong in them is said before anything is written.
   std::optional<LeaderboardJob> board;
   std::optional<SearchSpace> space;
@@ -271,13 +286,20 @@ void Run(int argc, char** argv) {
   job.quiet = FLAGS_quiet || !rank.is_root();
 
   const auto reader = std::make_shared<const TraceReader>(FLAGS_store, NeedTokens::kNo);
-  data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world);
+  const std::vector<std::string> also = Listed(FLAGS_also);
+  data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world) * (1 + also.size());
   if (job.options.distill_weight > 0 && reader->config().top_k == 0) {
     throw UsageError(ErrorText("--distill_weight needs the routers' top-k",
                                FLAGS_store + " was recorded without it",
                                "collect with --record=ids,topk"));
   }
   TraceDataset dataset(reader, data_options);
+  std::deque<TraceDataset> others;
+  for (const std::string& store : also) {
+    others.emplace_back(std::make_shared<const TraceReader>(store, NeedTokens::kNo),
+                        data_options);
+    job.also.push_back({store, &others.back()});
+  }
   if (FLAGS_dry_run) {
     if (board) board->run = job;
     const bool routers = fs::exists(reader->routers_path());

@@ -74,7 +74,7 @@ InterlayerNet::InterlayerNet(const SpeculationConfig& c, ParameterMaker* make)
 
 class InterlayerModel final : public TrunkModel {
  public:
-  InterlayerModel(const SpeculationConfig& config, const std::vector<uint64_t>& seeds)
+  InterlayerModel(const SpeculationConfig& config, const ModelSeeds& seeds)
       : TrunkModel(config, static_cast<int64_t>(seeds.size())),
         make_(&parameters_, seeds),
         net_(config, &make_) {
@@ -160,7 +160,7 @@ SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
 }  // namespace
 
 std::unique_ptr<SpeculationModel> MakeInterlayer(const SpeculationConfig& config,
-                                                 const std::vector<uint64_t>& seeds) {
+                                                 const ModelSeeds& seeds) {
   return std::make_unique<InterlayerModel>(config, seeds);
 }
 

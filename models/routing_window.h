@@ -59,6 +59,7 @@ struct RoutingWindow {
   // Models that embed experts look at so many of the newest layers at most; 0 = at their
   // own context.
   int context_layers = 0;
+  int traced_model = 0;  // whose routing it is, of several (joint_model.h)
   TrainingHints training;
 };
 

@@ -123,6 +123,15 @@ std::vector<std::string> SpeculationKinds() {
   return names;
 }
 
+bool OfTracedModel(const std::string& parameter) {
+  for (const char* prefix :
+       {"expert.", "others.", "source.", "lead.", "before.", "prior.", "head.out.",
+        "head.backup.", "head.weight", "head.bias"}) {
+    if (parameter.starts_with(prefix)) return true;
+  }
+  return false;
+}
+
 const SpeculationKind& KindOf(const std::string& name) {
   for (const SpeculationKind& kind : kKinds) {
     if (name == kind.name) return kind;

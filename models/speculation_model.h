@@ -89,7 +89,9 @@ class SpeculationModel {
   Parameters parameters_, constants_;
 };
 
-// Seeded parameters on the CPU. Throws UsageError naming the nearest kind.
+// Throws UsageError where no model has such a configuration, naming the nearest kind.
+void RequirePossible(const SpeculationConfig& config);
+// Seeded parameters on the CPU. Throws as RequirePossible does.
 std::unique_ptr<SpeculationModel> MakeSpeculationModel(const SpeculationConfig& config,
                                                        uint64_t seed);
 // Sizes that suit the geometry: `interlayer` is the published baseline, smaller where

@@ -78,17 +78,6 @@ bool EmbedsExperts(const SpeculationConfig& config) {
   return std::all_of(config.members.begin(), config.members.end(), EmbedsExperts);
 }
 
-// Of kinds that embed experts: what numbers of layers and experts and their meaning
-// decide.
-bool OfTracedModel(const std::string& parameter) {
-  for (const char* prefix :
-       {"expert.", "others.", "source.", "lead.", "before.", "prior.", "head.out.",
-        "head.backup.", "head.weight", "head.bias"}) {
-    if (parameter.starts_with(prefix)) return true;
-  }
-  return false;
-}
-
 // Throws where an option works on embedded experts and the model has none.
 void CheckEmbedding(const SpeculationOptions& options, const SpeculationConfig& config) {
   const std::pair<const char*, double> needing[] = {
@@ -185,6 +174,33 @@ SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* data
                                        : ConfigOfRun(options, dataset);
   CheckEmbedding(options, config);
   return config;
+}
+
+std::vector<SpeculationConfig> ConfigsOf(const SpeculationOptions& options,
+                                         const std::vector<TraceDataset*>& stores) {
+  std::vector<SpeculationConfig> configs = {ConfigOf(options, stores.at(0))};
+  const auto refuse = [](const std::string& why, const std::string& fix) {
+    throw UsageError(ErrorText("--also trains one trunk on several stores", why, fix));
+  };
+  if (stores.size() > 1 && !KindOf(options.kind).embeds_experts) {
+    refuse("--kind=" + options.kind + " does not embed experts",
+           "use --kind=interlayer, moe or autoregressive");
+  }
+  if (stores.size() > 1 && options.curriculum_epochs > 0) {
+    refuse("--curriculum_epochs orders the targets of one", "leave one of the two out");
+  }
+  for (size_t i = 1; i < stores.size(); ++i) {
+    CheckBackups(options, stores[i]);
+    SpeculationConfig config = configs[0];
+    config.geometry = stores[i]->geometry();
+    config.priors = DefaultSpeculationConfig(config.kind, config.geometry, 0, 0).priors;
+    if (const std::string problem = ProblemOf(config); !problem.empty()) {
+      refuse("a store's model cannot have these sizes: " + problem,
+             "leave that store out");
+    }
+    configs.push_back(config);
+  }
+  return configs;
 }
 
 std::vector<MemberOptions> TrainingOf(const SpeculationOptions& options,

@@ -80,6 +80,7 @@ SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dat
   batch.id = micro.id;
   batch.window = WindowsOf(traces, micro.stack, micro.source_layer, g.num_experts,
                            g.experts_per_token, hidden == WithHidden::kYes);
+  batch.window.traced_model = micro.store;
   WindowTargets targets = WindowTargetsOf(traces, micro.stack, micro.source_layer, leads,
                                           g.experts_per_token);
   batch.labels_BTH = std::move(targets.labels_BTH);
@@ -127,7 +128,7 @@ RoutingWindow WindowTo(const RoutingWindow& window, at::Device device) {
 }
 
 std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
-                                  WithHidden hidden) {
+                                  WithHidden hidden, int store) {
   const MoeGeometry& g = dataset.geometry();
   std::vector<SampleGroup> groups;
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
@@ -145,10 +146,21 @@ std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
       const auto& pool =
           pools[hidden == WithHidden::kYes && SeesRouterInputs(stack, source)];
       if (NumLeadsOf(g, stack, source) < 1 || pool->sequences.empty()) continue;
-      groups.push_back({stack, source, pool});
+      groups.push_back({stack, source, pool, store});
     }
   }
   return groups;
+}
+
+std::vector<SampleGroup> GroupsOfAll(const std::vector<TraceDataset*>& stores,
+                                     SplitPart part, WithHidden hidden) {
+  std::vector<SampleGroup> all;
+  for (size_t i = 0; i < stores.size(); ++i) {
+    for (SampleGroup& group : GroupsOf(*stores[i], part, hidden, static_cast<int>(i))) {
+      all.push_back(std::move(group));
+    }
+  }
+  return all;
 }
 
 std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
@@ -178,7 +190,8 @@ std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
         return (held + 1) * longest * longest > micro_batch * kFullTokens * kFullTokens;
       };
       if (i == 0 || has_hidden(chosen[i]) != has_hidden(chosen[i - 1]) || full()) {
-        batches.push_back({batches.size(), group.stack, group.source_layer, {}});
+        batches.push_back(
+            {batches.size(), group.stack, group.source_layer, {}, group.store});
       }
       batches.back().sequences.push_back(pool.sequences[chosen[i]]);
     }

@@ -43,7 +43,10 @@ void ForgetRouterInputs(RoutingWindow* window);
 // layer) that has a lead and a sequence. Kinds that read router inputs get sequences that
 // have them where their windows do (SeesRouterInputs); every sequence serves the others.
 std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
-                                  WithHidden hidden);
+                                  WithHidden hidden, int store = 0);
+// Of several data sets, each group with its data set's number.
+std::vector<SampleGroup> GroupsOfAll(const std::vector<TraceDataset*>& stores,
+                                     SplitPart part, WithHidden hidden);
 // A part's windows in a fixed order as micro-batches of similar length, with router
 // inputs in all or none of their sequences; of more than 128 tokens fewer together. At
 // most `sequences` of each group (0 = all), chosen by `seed`.
