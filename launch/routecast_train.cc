@@ -9,6 +9,7 @@
 #include "comm/mpi_session.h"
 #include "common/errors.h"
 #include "common/model_folder.h"
+#include "common/process_memory.h"
 #include "common/run_record.h"
 #include "launch/flags.h"
 #include "launch/main.h"
@@ -272,6 +273,7 @@ void Run(int argc, char** argv) {
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
   data_options.keep_top_k =
       job.options.distill_weight > 0 || job.options.backup_experts > 0;
+  KeepAllFreedMemory();
   MpiSession session(&argc, &argv);
   SetAbortHook([](int code) { MpiSession::Abort(code); });
   const RankInfo rank = session.rank_info();
