@@ -56,6 +56,7 @@ LoadedBatch BatchLoader::Next() {
   }
   LoadedBatch next = std::move(waiting_.front());
   waiting_.pop_front();
+  lock.unlock();  // on one core the loader may run at once
   changed_.notify_all();
   return next;
 }
