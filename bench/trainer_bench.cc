@@ -206,6 +206,7 @@ int Main() {
 
 int main(int argc, char** argv) {
   routecast::KeepFreedMemory();
+  routecast::KeepAllFreedMemory();
   routecast::PreferLargePages();
   gflags::SetUsageMessage("times training steps of speculation models");
   gflags::ParseCommandLineFlags(&argc, &argv, true);

@@ -11,6 +11,8 @@ void KeepFreedMemory() {
   mallopt(M_TRIM_THRESHOLD, 512 << 20);
 }
 
+void KeepAllFreedMemory() { mallopt(M_TRIM_THRESHOLD, -1); }
+
 void PreferLargePages() { ::setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0); }
 
 }  // namespace routecast

@@ -2,12 +2,14 @@
 #include <gflags/gflags.h>
 
 #include <cstdio>
+#include <deque>
 #include <optional>
 #include <sstream>
 
 #include "comm/mpi_session.h"
 #include "common/errors.h"
 #include "common/model_folder.h"
+#include "common/process_memory.h"
 #include "common/run_record.h"
 #include "launch/flags.h"
 #include "launch/main.h"
@@ -15,11 +17,15 @@
 #include "models/device_choice.h"
 #include "models/speculation_onnx.h"
 #include "trainer/run_plan.h"
+#include "trainer/speculation_size.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
 DECLARE_uint64(seed);
 DEFINE_string(store, "", "Trace store to learn from");
+DEFINE_string(also, "",
+              "Further stores, comma-separated, of other models, whose routing one trunk "
+              "learns together with --store (pre-training; kinds that embed experts)");
 DEFINE_string(
     kind, "hidden",
     "Kind of model: hidden, stale_correction, interlayer, autoregressive, multiscale, "
@@ -73,6 +79,10 @@ DEFINE_double(distill_weight, 0,
 DEFINE_double(distill_temperature, 1, "Of --distill_weight");
 DEFINE_double(contrastive_weight, 0,
               "Of InfoNCE between a lead and the experts' embeddings in the loss");
+DEFINE_int32(backup_experts, 0,
+             "Heads for the router's second, third .. choice (published: 3); needs "
+             "--record=topk, kinds interlayer and moe");
+DEFINE_double(backup_weight, 0.3, "Of the mean of their cross-entropies in the loss");
 DEFINE_double(augment_layers, 0, "Chance that a known layer is hidden in training");
 DEFINE_double(augment_parts, 0, "Chance that a part of a sequence is taken");
 DEFINE_double(augment_permutation, 0, "Chance that experts are relabelled (ablation)");
@@ -165,6 +175,8 @@ SpeculationJob Validate() {
   o.distill_weight = FLAGS_distill_weight;
   o.distill_temperature = FLAGS_distill_temperature;
   o.contrastive_weight = FLAGS_contrastive_weight;
+  o.backup_experts = FLAGS_backup_experts;
+  o.backup_weight = FLAGS_backup_weight;
   o.augment = {FLAGS_augment_layers, FLAGS_augment_parts,    FLAGS_augment_permutation,
                FLAGS_augment_mask,   FLAGS_augment_unmasked, FLAGS_augment_mixup,
                FLAGS_augment_noise,  FLAGS_augment_context,  FLAGS_masked_ids};
@@ -190,7 +202,7 @@ SpeculationJob Validate() {
     throw UsageError(
         "--onnx is of one model\n  train it without --leaderboard and --search");
   }
-  if (job.onnx) RequireOnnxKind(o.kind);
+  if (job.onnx) RequireOnnxKind(o.kind, o.backup_experts);
   if (!(FLAGS_collective_deadline >= 1)) {
     throw UsageError("--collective_deadline must be 1 or more seconds");
   }
@@ -201,6 +213,13 @@ SpeculationJob Validate() {
 std::vector<RouterWeights> RoutersOf(const TraceReader& reader) {
   if (!fs::exists(reader.routers_path())) return {};
   return ReadRouters(reader.routers_path(), reader.config().geometry);
+}
+
+std::vector<std::string> Listed(const std::string& text) {
+  std::vector<std::string> items;
+  std::stringstream all(text);
+  for (std::string item; std::getline(all, item, ',');) items.push_back(item);
+  return items;
 }
 
 SearchSpace SpaceOf(const fs::path& file) {
@@ -220,8 +239,7 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
         "--model times the pass that --pass_us says\n  leave one of the two out");
   }
   job.checkpoint = FindModelFolder(FLAGS_model);
-  std::stringstream entries(FLAGS_leaderboard);
-  for (std::string entry; std::getline(entries, entry, ',');) {
+  for (const std::string& entry : Listed(FLAGS_leaderboard)) {
     if (entry.find('/') == std::string::npos && entry != "all" && !fs::exists(entry)) {
       ParseChoice("--leaderboard", entry, SpeculationKinds());
     }
@@ -235,6 +253,10 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
 
 void Run(int argc, char** argv) {
   SpeculationJob job = Validate();
+  if (!FLAGS_also.empty() && !(FLAGS_leaderboard.empty() && FLAGS_search.empty())) {
+    throw UsageError(
+        "--also is of one training\n  leave out --leaderboard and --search, or --also");
+  }
   // What is wrong in them is said before anything is written.
   std::optional<LeaderboardJob> board;
   std::optional<SearchSpace> space;
@@ -249,7 +271,9 @@ void Run(int argc, char** argv) {
   if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
-  data_options.keep_top_k = job.options.distill_weight > 0;
+  data_options.keep_top_k =
+      job.options.distill_weight > 0 || job.options.backup_experts > 0;
+  KeepAllFreedMemory();
   MpiSession session(&argc, &argv);
   SetAbortHook([](int code) { MpiSession::Abort(code); });
   const RankInfo rank = session.rank_info();
@@ -264,13 +288,20 @@ void Run(int argc, char** argv) {
   job.quiet = FLAGS_quiet || !rank.is_root();
 
   const auto reader = std::make_shared<const TraceReader>(FLAGS_store, NeedTokens::kNo);
-  data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world);
-  if (data_options.keep_top_k && reader->config().top_k == 0) {
+  const std::vector<std::string> also = Listed(FLAGS_also);
+  data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world) * (1 + also.size());
+  if (job.options.distill_weight > 0 && reader->config().top_k == 0) {
     throw UsageError(ErrorText("--distill_weight needs the routers' top-k",
                                FLAGS_store + " was recorded without it",
                                "collect with --record=ids,topk"));
   }
   TraceDataset dataset(reader, data_options);
+  std::deque<TraceDataset> others;
+  for (const std::string& store : also) {
+    others.emplace_back(std::make_shared<const TraceReader>(store, NeedTokens::kNo),
+                        data_options);
+    job.also.push_back({store, &others.back()});
+  }
   if (FLAGS_dry_run) {
     if (board) board->run = job;
     const bool routers = fs::exists(reader->routers_path());

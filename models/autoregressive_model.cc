@@ -42,7 +42,7 @@ struct LeadLayer {
 
 class AutoregressiveModel final : public TrunkModel {
  public:
-  AutoregressiveModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  AutoregressiveModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : TrunkModel(c, static_cast<int64_t>(seeds.size())),
         make_(&parameters_, seeds),
         embed_(&make_, c),
@@ -165,7 +165,7 @@ SpeculationOutput AutoregressiveModel::Compute(const RoutingWindow& window,
 }  // namespace
 
 std::unique_ptr<SpeculationModel> MakeAutoregressive(const SpeculationConfig& config,
-                                                     const std::vector<uint64_t>& seeds) {
+                                                     const ModelSeeds& seeds) {
   return std::make_unique<AutoregressiveModel>(config, seeds);
 }
 

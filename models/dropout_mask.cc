@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/random.h"
+#include "common/wide_loops.h"
 
 namespace routecast {
 namespace {
@@ -17,7 +18,8 @@ uint64_t Number(uint64_t key, uint64_t counter) {
 
 }  // namespace
 
-void FillDropoutMask(uint64_t key, double probability, int64_t count, float* mask) {
+ROUTECAST_WIDE void FillDropoutMask(uint64_t key, double probability, int64_t count,
+                                    float* mask) {
   const auto kept = static_cast<uint32_t>(
       std::clamp(std::round((1 - probability) * kRange), 1.0, kRange));
   const auto scale = static_cast<float>(kRange / kept);

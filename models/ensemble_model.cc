@@ -164,9 +164,9 @@ uint64_t MemberSeed(uint64_t seed, int64_t m) {
 }
 
 std::unique_ptr<SpeculationModel> MakeEnsemble(const SpeculationConfig& config,
-                                               const std::vector<uint64_t>& seeds) {
+                                               const ModelSeeds& seeds) {
   if (seeds.size() != 1) throw std::logic_error("an ensemble in an ensemble");
-  return std::make_unique<EnsembleModel>(config, seeds[0]);
+  return std::make_unique<EnsembleModel>(config, seeds.each[0]);
 }
 
 void SetMemberWeights(SpeculationModel* ensemble, const std::vector<double>& weights) {

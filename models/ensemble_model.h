@@ -11,7 +11,7 @@
 namespace routecast {
 
 std::unique_ptr<SpeculationModel> MakeEnsemble(const SpeculationConfig& config,
-                                               const std::vector<uint64_t>& seeds);
+                                               const ModelSeeds& seeds);
 
 // The seed that member `m` of an ensemble has, and with which a model alone is its equal.
 uint64_t MemberSeed(uint64_t seed, int64_t m);

@@ -24,7 +24,7 @@ struct Mlp {
 
 class GatingModel : public TrunkModel {
  protected:
-  GatingModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  GatingModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : TrunkModel(c, static_cast<int64_t>(seeds.size())), make_(&parameters_, seeds) {}
   void AddOurs() {
     const MoeGeometry& g = config_.geometry;
@@ -54,7 +54,7 @@ class GatingModel : public TrunkModel {
 // What `contextual` is made of, and most of `hierarchical`.
 class ContextualModel : public GatingModel {
  public:
-  ContextualModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  ContextualModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : GatingModel(c, seeds),
         in_(&make_, "in", S(), S()),
         position_(&make_, "position", kPositions, S(), 1),
@@ -111,7 +111,7 @@ class ContextualModel : public GatingModel {
 // `contextual` with a second opinion from the mean of the sequence.
 class HierarchicalModel final : public ContextualModel {
  public:
-  HierarchicalModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  HierarchicalModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : ContextualModel(c, seeds),
         sequence_(&make_, "sequence", S(), S() / 2, E()),
         share_(make_.Constant("share", {2}, 0)) {
@@ -141,7 +141,7 @@ class HierarchicalModel final : public ContextualModel {
 // Encoder layers over the state and a memory of the gates.
 class TransformerModel final : public GatingModel {
  public:
-  TransformerModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  TransformerModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : GatingModel(c, seeds),
         in_(&make_, "in", S(), S()),
         memory_{{&make_, "gates.0", c.context * E(), S() / 4},
@@ -181,7 +181,7 @@ class TransformerModel final : public GatingModel {
 }  // namespace
 
 std::unique_ptr<SpeculationModel> MakeGating(const SpeculationConfig& config,
-                                             const std::vector<uint64_t>& seeds) {
+                                             const ModelSeeds& seeds) {
   if (config.kind == "contextual") {
     return std::make_unique<ContextualModel>(config, seeds);
   }

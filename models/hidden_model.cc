@@ -258,7 +258,7 @@ SpeculationOutput HiddenModel::Compute(const RoutingWindow& window,
 }
 
 std::unique_ptr<SpeculationModel> MakeHidden(const SpeculationConfig& config,
-                                             const std::vector<uint64_t>& seeds) {
+                                             const ModelSeeds& seeds) {
   return std::make_unique<HiddenModel>(config, seeds);
 }
 

@@ -108,7 +108,7 @@ struct HiddenNet {
 
 class HiddenModel final : public TrunkModel {
  public:
-  HiddenModel(const SpeculationConfig& config, const std::vector<uint64_t>& seeds)
+  HiddenModel(const SpeculationConfig& config, const ModelSeeds& seeds)
       : TrunkModel(config, static_cast<int64_t>(seeds.size())),
         make_(&parameters_, seeds),
         net_(config, &make_) {

@@ -39,6 +39,7 @@ struct InterlayerNet {
   at::Tensor memory;  // [kPatterns,D]
   NormLayer norm;
   LinearLayer head_in, head_mid, head_out, confidence_in, confidence_out;
+  std::vector<LinearLayer> backups;  // of the router's further choices; one or none
 };
 
 int MostLayers(const MoeGeometry& g) {
@@ -65,11 +66,15 @@ InterlayerNet::InterlayerNet(const SpeculationConfig& c, ParameterMaker* make)
       layers.emplace_back(make, name, c.width, c.heads, c.ff);
     }
   }
+  if (c.backup_experts > 0) {
+    backups.emplace_back(make, "head.backup", c.ff / 2,
+                         c.backup_experts * c.geometry.num_experts);
+  }
 }
 
 class InterlayerModel final : public TrunkModel {
  public:
-  InterlayerModel(const SpeculationConfig& config, const std::vector<uint64_t>& seeds)
+  InterlayerModel(const SpeculationConfig& config, const ModelSeeds& seeds)
       : TrunkModel(config, static_cast<int64_t>(seeds.size())),
         make_(&parameters_, seeds),
         net_(config, &make_) {
@@ -124,16 +129,25 @@ SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
     x = layer.out_norm(y + (*dropout)(mixed.rows));
     balance = balance.defined() ? balance + mixed.balance : mixed.balance;
   }
-  const auto h = AddRows((*dropout)(Pool(x, slots)).unsqueeze(2).expand({-1, -1, H, -1}),
-                         net_.lead.Rows(0, H));
-  const auto hidden =
-      (*dropout)(at::gelu(net_.head_mid((*dropout)(at::gelu(net_.head_in(h))))));
-  const auto confidence = net_.confidence_out(at::gelu(net_.confidence_in(h)));
+  const auto token = (*dropout)(Pool(x, slots)).unsqueeze(2);  // [B,T,1,D]
+  const auto lead = net_.lead.Rows(0, H);
+  // A linear map of token + lead, the token's part once for all leads.
+  const auto of_both = [&](const LinearLayer& map) {
+    const auto rows = map(token).expand({-1, -1, H, -1});
+    return at::gelu(AddRows(rows, Product(lead, map.weight)));
+  };
+  const auto inner = (*dropout)(of_both(net_.head_in));
+  const auto hidden = (*dropout)(at::gelu(net_.head_mid(inner)));
+  const auto confidence = net_.confidence_out(of_both(net_.confidence_in));
   SpeculationOutput out;
   out.logits_BTHE = net_.head_out(hidden);
   if (prior_) out.logits_BTHE = prior_->AddTo(out.logits_BTHE, window);
+  if (!net_.backups.empty()) {
+    out.backups_BTHKE = net_.backups[0](hidden).unflatten(
+        3, {config_.backup_experts, config_.geometry.num_experts});
+  }
   if (dropout->active()) {
-    out.features_BTHD = h;
+    out.features_BTHD = AddRows(token.expand({-1, -1, H, -1}), lead);
     out.expert_keys_ED = net_.embed.Keys();
   }
   out.confidence_BTH = at::sigmoid(confidence).squeeze(3);
@@ -151,7 +165,7 @@ SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
 }  // namespace
 
 std::unique_ptr<SpeculationModel> MakeInterlayer(const SpeculationConfig& config,
-                                                 const std::vector<uint64_t>& seeds) {
+                                                 const ModelSeeds& seeds) {
   return std::make_unique<InterlayerModel>(config, seeds);
 }
 

@@ -14,7 +14,7 @@ namespace {
 // One vector a token, and how it is made.
 class LegacyModel : public TrunkModel {
  protected:
-  LegacyModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  LegacyModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : TrunkModel(c, static_cast<int64_t>(seeds.size())), make_(&parameters_, seeds) {}
   // REQUIRED once by the constructor, after the layers, so that what is published has the
   // streams of a model without our additions.
@@ -49,7 +49,7 @@ class LegacyModel : public TrunkModel {
 // Both inputs side by side -> one hidden layer.
 class SimpleModel final : public LegacyModel {
  public:
-  SimpleModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  SimpleModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : LegacyModel(c, seeds), in_(&make_, "in", S() + E(), c.width) {
     AddHead(c.width, c.width);
   }
@@ -77,7 +77,7 @@ struct SumInput {
 
 class AttentionModel final : public LegacyModel {
  public:
-  AttentionModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  AttentionModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : LegacyModel(c, seeds),
         in_(&make_, S(), E(), c.width),
         attention_(&make_, "attention", c.width, c.heads) {
@@ -98,7 +98,7 @@ class AttentionModel final : public LegacyModel {
 
 class LstmModel final : public LegacyModel {
  public:
-  LstmModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  LstmModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : LegacyModel(c, seeds), in_(&make_, S(), E(), c.width) {
     for (int i = 0; i < c.layers; ++i) {
       layers_.emplace_back(&make_, "lstm." + std::to_string(i), c.width, c.width);
@@ -141,7 +141,7 @@ struct TokenConvolution {
 
 class Conv1dModel final : public LegacyModel {
  public:
-  Conv1dModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  Conv1dModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : LegacyModel(c, seeds), in_(&make_, "in", S() + E(), c.width) {
     for (const int taps : {1, 3, 5}) {
       convolutions_.emplace_back(&make_, "convolution." + std::to_string(taps), c.width,
@@ -183,7 +183,7 @@ at::Tensor NearMean(const at::Tensor& x_BTI, const RoutingWindow& window, int sp
 
 class LegacyMultiscaleModel final : public LegacyModel {
  public:
-  LegacyMultiscaleModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  LegacyMultiscaleModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : LegacyModel(c, seeds),
         token_(&make_, "token", S() + E(), c.width),
         near_(&make_, "near", S() + E(), c.width),
@@ -211,7 +211,7 @@ class LegacyMultiscaleModel final : public LegacyModel {
 }  // namespace
 
 std::unique_ptr<SpeculationModel> MakeLegacy(const SpeculationConfig& config,
-                                             const std::vector<uint64_t>& seeds) {
+                                             const ModelSeeds& seeds) {
   if (config.kind == "simple") return std::make_unique<SimpleModel>(config, seeds);
   if (config.kind == "lstm") return std::make_unique<LstmModel>(config, seeds);
   if (config.kind == "attention") return std::make_unique<AttentionModel>(config, seeds);

@@ -45,7 +45,7 @@ struct Adapter {
 
 class MultiscaleModel final : public TrunkModel {
  public:
-  MultiscaleModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  MultiscaleModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : TrunkModel(c, static_cast<int64_t>(seeds.size())),
         make_(&parameters_, seeds),
         expert_(&make_, "expert.embedding", c.geometry.num_experts, c.width, 0.02),
@@ -146,7 +146,7 @@ SpeculationOutput MultiscaleModel::Compute(const RoutingWindow& window,
 }  // namespace
 
 std::unique_ptr<SpeculationModel> MakeMultiscale(const SpeculationConfig& config,
-                                                 const std::vector<uint64_t>& seeds) {
+                                                 const ModelSeeds& seeds) {
   return std::make_unique<MultiscaleModel>(config, seeds);
 }
 

@@ -4,11 +4,18 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
+#include <stdexcept>
 
 #include "common/errors.h"
+#include "common/wide_loops.h"
 
 namespace routecast {
 namespace {
+
+using Traces = std::vector<const RoutingTrace*>;
+
+constexpr int64_t kIgnore = -100;
 
 const RoutingSpan& SpanOf(const RoutingTrace& trace, Stack stack) {
   return stack == Stack::kEncoder ? trace.encoder : trace.decoder;
@@ -21,31 +28,21 @@ void CheckSource(const RoutingSpan& span, Stack stack, int source_layer) {
   }
 }
 
-// One plane of states, [1,T,D] float32.
-at::Tensor StatesOf(const RoutingSpan& span, const uint16_t* plane) {
-  auto bits = at::empty({1, span.num_tokens, span.hidden_width},
-                        at::TensorOptions(at::kBFloat16));
-  std::memcpy(bits.data_ptr(), plane, bits.nbytes());
-  return bits.to(at::kFloat);
+// at::full runs in parallel where it is large.
+template <typename T>
+at::Tensor Filled(at::IntArrayRef sizes, T value) {
+  at::Tensor x = at::empty(sizes, c10::CppTypeToScalarType<T>::value);
+  std::fill_n(x.data_ptr<T>(), x.numel(), value);
+  return x;
 }
 
-// Router inputs of one layer.
-at::Tensor HiddenOf(const RoutingSpan& span, int layer) {
-  const size_t plane = static_cast<size_t>(span.num_tokens) * span.hidden_width;
-  return StatesOf(span, span.hidden.data() + layer * plane);
+int64_t LongestOf(const Traces& traces, Stack stack) {
+  int64_t tokens = 0;
+  for (const RoutingTrace* trace : traces) {
+    tokens = std::max<int64_t>(tokens, SpanOf(*trace, stack).num_tokens);
+  }
+  return tokens;
 }
-
-// Right-pads dimension 1 to `tokens` with `value`.
-at::Tensor PadTokens(const at::Tensor& x, int64_t tokens, double value) {
-  if (x.size(1) == tokens) return x;
-  auto sizes = x.sizes().vec();
-  sizes[1] = tokens - x.size(1);
-  return at::cat({x, at::full(sizes, value, x.options())}, 1);
-}
-
-}  // namespace
-
-namespace {
 
 // The place of a lead's target: its layer in the stack, and how many tokens later.
 struct TargetPlace {
@@ -64,154 +61,236 @@ std::optional<TargetPlace> TargetPlaceOf(const RoutingSpan& span, Stack stack,
   return place;
 }
 
-// [1,T,L,K-1], unknown past the first `known` layers.
-at::Tensor OthersOf(const RoutingSpan& span, int known, int64_t unknown) {
-  const int64_t T = span.num_tokens, L = span.num_layers, K = span.top_k;
-  auto others = at::full({1, T, L, K - 1}, unknown, at::kLong);
-  int64_t* out = others.data_ptr<int64_t>();
-  for (int64_t l = 0; l < known; ++l) {
-    for (int64_t t = 0; t < T; ++t) {
-      for (int64_t k = 1; k < K; ++k) {
-        out[(t * L + l) * (K - 1) + k - 1] =
-            span.topk_ids[static_cast<size_t>((l * T + t) * K + k)];
-      }
-    }
+void RequireChoices(const RoutingTrace& trace, const RoutingSpan& span, int64_t choices) {
+  if (span.top_k == choices && !span.topk_ids.empty()) return;
+  throw DataError(ErrorText(
+      "sequence " + std::to_string(trace.sequence_id) + " does not hold every expert",
+      std::to_string(span.top_k) + " of " + std::to_string(choices) +
+          " a token are recorded",
+      "import or record the store again, with all of them"));
+}
+
+// Calls put(token, place in the planes) for every token that has a label at this lead.
+template <typename Put>
+void EachLabel(const RoutingSpan& span, Stack stack, int source_layer, int lead,
+               const Put& put) {
+  const auto place = TargetPlaceOf(span, stack, source_layer, lead);
+  if (!place) return;
+  const int64_t tokens = span.num_tokens;
+  for (int64_t t = 0; t + place->shift < tokens; ++t) {
+    const auto at = static_cast<size_t>(place->layer * tokens + t + place->shift);
+    if (span.dropped.empty() || !span.dropped[at]) put(t, at);
   }
-  return others;
 }
 
 }  // namespace
 
+WindowTargets WindowTargetsOf(const Traces& traces, Stack stack, int source_layer,
+                              int leads, int experts_per_token) {
+  const auto B = static_cast<int64_t>(traces.size());
+  const int64_t T = LongestOf(traces, stack), H = leads, K = experts_per_token;
+  WindowTargets targets;
+  targets.labels_BTH = Filled<int64_t>({B, T, H}, kIgnore);
+  if (K > 1) targets.others_BTHK = Filled<int64_t>({B, T, H, K - 1}, kIgnore);
+  int64_t* labels = targets.labels_BTH.data_ptr<int64_t>();
+  int64_t* others = K > 1 ? targets.others_BTHK.data_ptr<int64_t>() : nullptr;
+  for (int64_t b = 0; b < B; ++b) {
+    const RoutingTrace& trace = *traces[static_cast<size_t>(b)];
+    const RoutingSpan& span = SpanOf(trace, stack);
+    for (int64_t h = 0; h < H; ++h) {
+      if (K > 1 && TargetPlaceOf(span, stack, source_layer, static_cast<int>(h) + 1)) {
+        RequireChoices(trace, span, K);
+      }
+      EachLabel(span, stack, source_layer, static_cast<int>(h) + 1,
+                [&](int64_t t, size_t at) {
+                  const int64_t row = (b * T + t) * H + h;
+                  labels[row] = span.expert_ids[at];
+                  ++targets.num_labels;
+                  if (K == 1) return;
+                  const auto* chosen = &span.topk_ids[at * static_cast<size_t>(K)];
+                  labels[row] = chosen[0];
+                  std::copy_n(chosen + 1, K - 1, others + row * (K - 1));
+                });
+    }
+  }
+  return targets;
+}
+
 at::Tensor WindowLabels(const RoutingTrace& trace, Stack stack, int source_layer,
                         int lead) {
   const RoutingSpan& span = SpanOf(trace, stack);
-  const int tokens = span.num_tokens;
-  auto labels = at::full({tokens}, -100, at::kLong);
-  const auto place = TargetPlaceOf(span, stack, source_layer, lead);
-  if (!place) return labels;
+  auto labels = Filled<int64_t>({span.num_tokens}, kIgnore);
   int64_t* out = labels.data_ptr<int64_t>();
-  for (int t = 0; t + place->shift < tokens; ++t) {
-    const size_t at = static_cast<size_t>(place->layer) * tokens + t + place->shift;
-    if (!span.dropped.empty() && span.dropped[at]) continue;
-    out[t] = span.expert_ids[at];
-  }
+  EachLabel(span, stack, source_layer, lead,
+            [&](int64_t t, size_t at) { out[t] = span.expert_ids[at]; });
   return labels;
 }
 
-at::Tensor WindowLabelSets(const RoutingTrace& trace, Stack stack, int source_layer,
-                           int lead, int experts_per_token) {
-  const RoutingSpan& span = SpanOf(trace, stack);
-  const int64_t K = experts_per_token;
-  const auto first = WindowLabels(trace, stack, source_layer, lead);
-  if (K == 1) return first.unsqueeze(1);
-  auto labels = at::full({first.size(0), K}, -100, at::kLong);
-  const auto place = TargetPlaceOf(span, stack, source_layer, lead);
-  if (!place) return labels;
-  if (span.top_k != K || span.topk_ids.empty()) {
-    throw DataError(ErrorText(
-        "sequence " + std::to_string(trace.sequence_id) + " does not hold every expert",
-        std::to_string(span.top_k) + " of " + std::to_string(K) + " a token are recorded",
-        "import or record the store again, with all of them"));
+namespace {
+
+ROUTECAST_WIDE void Widen(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
   }
-  int64_t* out = labels.data_ptr<int64_t>();
-  for (int64_t t = 0; t + place->shift < first.size(0); ++t) {
-    if (first.data_ptr<int64_t>()[t] < 0) continue;
-    const int64_t at = int64_t{place->layer} * span.num_tokens + t + place->shift;
-    for (int64_t k = 0; k < K; ++k) {
-      out[t * K + k] = span.topk_ids[static_cast<size_t>(at * K + k)];
+}
+
+// Copies rows of bf16 bits as float32, zeros after them up to `rows`.
+float* PutStates(const uint16_t* from, int64_t count, int64_t rows, int64_t width,
+                 float* to) {
+  Widen(from, count * width, to);
+  return std::fill_n(to + count * width, (rows - count) * width, 0.f);
+}
+
+bool HasStates(const RoutingSpan& span) {
+  return span.hidden_width > 0 && !span.hidden.empty();
+}
+const uint16_t* PlaneOf(const RoutingSpan& span, int layer) {
+  return span.hidden.data() +
+         static_cast<size_t>(layer) * span.num_tokens * span.hidden_width;
+}
+
+bool HasContext(const RoutingTrace& trace) {
+  const RoutingSpan& span = trace.decoder;
+  return HasStates(span) && span.num_layers > 0 && span.num_tokens > 0;
+}
+bool HasSource(const RoutingTrace& trace) {
+  const RoutingSpan& source = trace.encoder;
+  return HasStates(trace.decoder) && HasStates(source) && source.num_layers > 0 &&
+         source.num_tokens > 0 && source.hidden_width == trace.decoder.hidden_width;
+}
+
+template <typename Has>
+bool All(const Traces& traces, const Has& has) {
+  return std::all_of(traces.begin(), traces.end(),
+                     [&](const RoutingTrace* trace) { return has(*trace); });
+}
+
+void AddStates(const Traces& traces, RoutingWindow* window) {
+  const bool decoder = window->stack == Stack::kDecoder;
+  const int source = window->source_layer;
+  const auto B = static_cast<int64_t>(traces.size());
+  const int64_t T = window->token_ids_BT.size(1);
+  const int64_t D = SpanOf(*traces[0], window->stack).hidden_width;
+  const auto span_of = [&](const RoutingTrace& t) -> const RoutingSpan& {
+    return SpanOf(t, window->stack);
+  };
+  if (source >= 0 && All(traces, [&](const auto& t) { return HasStates(span_of(t)); })) {
+    window->hidden_BTD = at::empty({B, T, D}, at::kFloat);
+    float* to = window->hidden_BTD.data_ptr<float>();
+    for (const RoutingTrace* trace : traces) {
+      const RoutingSpan& span = span_of(*trace);
+      to = PutStates(PlaneOf(span, source), span.num_tokens, T, D, to);
     }
   }
-  return labels;
+  if (decoder && All(traces, HasContext)) {
+    window->context_BTD = at::empty({B, T, D}, at::kFloat);
+    float* to = window->context_BTD.data_ptr<float>();
+    for (const RoutingTrace* trace : traces) {
+      const RoutingSpan& span = trace->decoder;
+      to = std::fill_n(to, D, 0.f);  // nothing is before the first token
+      to = PutStates(PlaneOf(span, span.num_layers - 1), span.num_tokens - 1, T - 1, D,
+                     to);
+    }
+  }
+  if (decoder && All(traces, HasSource)) {
+    const int64_t S = LongestOf(traces, Stack::kEncoder);
+    window->source_BSD = at::empty({B, S, D}, at::kFloat);
+    window->source_valid_BS = Filled<bool>({B, S}, false);
+    float* to = window->source_BSD.data_ptr<float>();
+    bool* valid = window->source_valid_BS.data_ptr<bool>();
+    for (const RoutingTrace* trace : traces) {
+      const RoutingSpan& span = trace->encoder;
+      to = PutStates(PlaneOf(span, span.num_layers - 1), span.num_tokens, S, D, to);
+      std::fill_n(valid, span.num_tokens, true);
+      valid += S;
+    }
+  }
+}
+
+// The further choices of the first `known` layers.
+void AddOthers(const Traces& traces, int known, int64_t K, RoutingWindow* window) {
+  const bool all = All(traces, [&](const RoutingTrace& trace) {
+    const RoutingSpan& span = SpanOf(trace, window->stack);
+    return span.top_k == K && !span.topk_ids.empty();
+  });
+  if (!all) return;
+  const auto B = static_cast<int64_t>(traces.size());
+  const int64_t T = window->token_ids_BT.size(1), L = window->num_layers;
+  window->others_BTLK = Filled<int64_t>({B, T, L, K - 1}, window->num_experts);
+  int64_t* others = window->others_BTLK.data_ptr<int64_t>();
+  for (int64_t b = 0; b < B; ++b) {
+    const RoutingSpan& span = SpanOf(*traces[static_cast<size_t>(b)], window->stack);
+    for (int64_t l = 0; l < known; ++l) {
+      for (int64_t t = 0; t < span.num_tokens; ++t) {
+        const auto at = static_cast<size_t>((l * span.num_tokens + t) * K + 1);
+        std::copy_n(&span.topk_ids[at], K - 1, others + ((b * T + t) * L + l) * (K - 1));
+      }
+    }
+  }
+}
+
+void CheckOneModel(const Traces& traces, Stack stack, int source_layer) {
+  if (traces.empty()) throw std::logic_error("a batch of no windows");
+  const RoutingSpan& first = SpanOf(*traces[0], stack);
+  for (const RoutingTrace* trace : traces) {
+    const RoutingSpan& span = SpanOf(*trace, stack);
+    CheckSource(span, stack, source_layer);
+    const bool same_width =
+        span.hidden_width == first.hidden_width || !HasStates(span) || !HasStates(first);
+    if (span.num_layers != first.num_layers || !same_width) {
+      throw std::logic_error("windows of different models in one batch");
+    }
+  }
+}
+
+}  // namespace
+
+RoutingWindow WindowsOf(const Traces& traces, Stack stack, int source_layer,
+                        int num_experts, int experts_per_token, bool router_inputs) {
+  CheckOneModel(traces, stack, source_layer);
+  const auto B = static_cast<int64_t>(traces.size());
+  const int64_t T = LongestOf(traces, stack);
+  RoutingWindow window;
+  window.stack = stack;
+  window.source_layer = source_layer;
+  window.num_layers = SpanOf(*traces[0], stack).num_layers;
+  window.num_experts = num_experts;
+  window.token_ids_BT = Filled<int64_t>({B, T}, 0);
+  window.valid_BT = Filled<bool>({B, T}, false);
+  const int64_t L = window.num_layers;
+  window.experts_BTL = Filled<int64_t>({B, T, L}, num_experts);
+  const int known = stack == Stack::kEncoder ? source_layer + 1 : window.num_layers;
+  for (int64_t b = 0; b < B; ++b) {
+    const RoutingSpan& span = SpanOf(*traces[static_cast<size_t>(b)], stack);
+    const int64_t tokens = span.num_tokens;
+    std::copy(span.token_ids.begin(), span.token_ids.end(),
+              window.token_ids_BT.data_ptr<int64_t>() + b * T);
+    std::fill_n(window.valid_BT.data_ptr<bool>() + b * T, tokens, true);
+    int64_t* experts = window.experts_BTL.data_ptr<int64_t>() + b * T * L;
+    for (int64_t l = 0; l < known && !span.expert_ids.empty(); ++l) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        experts[t * L + l] = span.expert_ids[static_cast<size_t>(l * tokens + t)];
+      }
+    }
+  }
+  if (experts_per_token > 1) AddOthers(traces, known, experts_per_token, &window);
+  if (router_inputs) AddStates(traces, &window);
+  return window;
 }
 
 RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
                        int num_experts, int experts_per_token) {
-  const RoutingSpan& span = SpanOf(trace, stack);
-  CheckSource(span, stack, source_layer);
-  const int tokens = span.num_tokens, layers = span.num_layers;
-  RoutingWindow window;
-  window.stack = stack;
-  window.source_layer = source_layer;
-  window.num_layers = layers;
-  window.num_experts = num_experts;
-  window.token_ids_BT = at::zeros({1, tokens}, at::kLong);
-  window.valid_BT = at::ones({1, tokens}, at::kBool);
-  window.experts_BTL = at::full({1, tokens, layers}, num_experts, at::kLong);
-  int64_t* ids = window.token_ids_BT.data_ptr<int64_t>();
-  std::copy(span.token_ids.begin(), span.token_ids.end(), ids);
-  int64_t* experts = window.experts_BTL.data_ptr<int64_t>();
-  const int known = stack == Stack::kEncoder ? source_layer + 1 : layers;
-  for (int l = 0; l < known && !span.expert_ids.empty(); ++l) {
-    for (int t = 0; t < tokens; ++t) {
-      experts[static_cast<size_t>(t) * layers + l] =
-          span.expert_ids[static_cast<size_t>(l) * tokens + t];
-    }
-  }
-  if (experts_per_token > 1 && span.top_k == experts_per_token &&
-      !span.topk_ids.empty()) {
-    window.others_BTLK = OthersOf(span, known, num_experts);
-  }
-  if (span.hidden_width > 0 && !span.hidden.empty()) {
-    if (source_layer >= 0) window.hidden_BTD = HiddenOf(span, source_layer);
-    if (stack == Stack::kDecoder && layers > 0 && tokens > 0) {
-      const at::Tensor last = HiddenOf(span, layers - 1);
-      window.context_BTD = at::cat(
-          {at::zeros_like(last.narrow(1, 0, 1)), last.narrow(1, 0, tokens - 1)}, 1);
-    }
-    const RoutingSpan& source = trace.encoder;
-    if (stack == Stack::kDecoder && source.num_layers > 0 && source.num_tokens > 0 &&
-        source.hidden_width == span.hidden_width && !source.hidden.empty()) {
-      window.source_BSD = HiddenOf(source, source.num_layers - 1);
-      window.source_valid_BS = at::ones({1, source.num_tokens}, at::kBool);
-    }
-  }
-  return window;
+  return WindowsOf({&trace}, stack, source_layer, num_experts, experts_per_token);
 }
 
 at::Tensor OutputOf(const RoutingTrace& trace) {
-  if (trace.decoder.output.empty()) return {};
-  return StatesOf(trace.decoder, trace.decoder.output.data());
-}
-
-RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows) {
-  if (windows.empty()) throw std::logic_error("a batch of no windows");
-  RoutingWindow batch = windows[0];
-  int64_t tokens = 0, source_tokens = 0;
-  bool hidden = true, context = true, source = true, further = true;
-  for (const RoutingWindow& w : windows) {
-    if (w.stack != batch.stack || w.source_layer != batch.source_layer ||
-        w.num_layers != batch.num_layers || w.num_experts != batch.num_experts) {
-      throw std::logic_error("windows of different sources in one batch");
-    }
-    tokens = std::max(tokens, w.token_ids_BT.size(1));
-    further = further && w.others_BTLK.defined();
-    hidden = hidden && w.hidden_BTD.defined();
-    context = context && w.context_BTD.defined();
-    source = source && w.source_BSD.defined();
-    if (source) source_tokens = std::max(source_tokens, w.source_BSD.size(1));
-  }
-  std::vector<at::Tensor> ids, valid, experts, others, states, contexts, sources,
-      source_valid;
-  for (const RoutingWindow& w : windows) {
-    ids.push_back(PadTokens(w.token_ids_BT, tokens, 0));
-    valid.push_back(PadTokens(w.valid_BT, tokens, 0));
-    experts.push_back(PadTokens(w.experts_BTL, tokens, w.num_experts));
-    if (further) others.push_back(PadTokens(w.others_BTLK, tokens, w.num_experts));
-    if (hidden) states.push_back(PadTokens(w.hidden_BTD, tokens, 0));
-    if (context) contexts.push_back(PadTokens(w.context_BTD, tokens, 0));
-    if (!source) continue;
-    sources.push_back(PadTokens(w.source_BSD, source_tokens, 0));
-    source_valid.push_back(PadTokens(w.source_valid_BS, source_tokens, 0));
-  }
-  batch.token_ids_BT = at::cat(ids);
-  batch.valid_BT = at::cat(valid);
-  batch.experts_BTL = at::cat(experts);
-  batch.others_BTLK = further ? at::cat(others) : at::Tensor();
-  batch.hidden_BTD = hidden ? at::cat(states) : at::Tensor();
-  batch.context_BTD = context ? at::cat(contexts) : at::Tensor();
-  batch.source_BSD = source ? at::cat(sources) : at::Tensor();
-  batch.source_valid_BS = source ? at::cat(source_valid) : at::Tensor();
-  return batch;
+  const RoutingSpan& span = trace.decoder;
+  if (span.output.empty()) return {};
+  at::Tensor output = at::empty({1, span.num_tokens, span.hidden_width}, at::kFloat);
+  PutStates(span.output.data(), span.num_tokens, span.num_tokens, span.hidden_width,
+            output.data_ptr<float>());
+  return output;
 }
 
 }  // namespace routecast

@@ -10,7 +10,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
+#include <vector>
 
 #include "common/routing.h"
 
@@ -59,6 +59,7 @@ struct RoutingWindow {
   // Models that embed experts look at so many of the newest layers at most; 0 = at their
   // own context.
   int context_layers = 0;
+  int traced_model = 0;  // whose routing it is, of several (joint_model.h)
   TrainingHints training;
 };
 
@@ -71,22 +72,34 @@ inline bool SeesRouterInputs(Stack stack, int source_layer) {
 // (padding, dropped by capacity, beyond the sequence).
 at::Tensor WindowLabels(const RoutingTrace& trace, Stack stack, int source_layer,
                         int lead);
-// The same with all experts of a token, most probable first: [T,K], the first column is
-// WindowLabels. Throws DataError where the trace does not hold K experts a token.
-at::Tensor WindowLabelSets(const RoutingTrace& trace, Stack stack, int source_layer,
-                           int lead, int experts_per_token);
+// Leads 1..H of several sequences at once, tokens padded on the right to the longest.
+struct WindowTargets {
+  at::Tensor labels_BTH;  // WindowLabels
+  // Models of K > 1 experts a token: the further choices by falling probability
+  // [B,T,H,K-1]; undefined where K is 1.
+  at::Tensor others_BTHK;
+  int64_t num_labels = 0;  // of labels_BTH, that count
+};
+// Throws DataError where a trace does not hold K experts a token.
+WindowTargets WindowTargetsOf(const std::vector<const RoutingTrace*>& traces, Stack stack,
+                              int source_layer, int leads, int experts_per_token);
 
-// Window of one recorded sequence (B = 1). hidden undefined where the trace has none.
-// experts_per_token > 1: with the further choices, where the trace holds as many.
+// Windows of recorded sequences, one a row: tokens are padded on the right to the
+// longest. Router inputs are undefined where one of the sequences has none, or where
+// they are not wanted; further choices likewise where there are fewer than
+// experts_per_token. Allocates tensors and fills them in plain loops: no operation that
+// LibTorch runs in parallel, so a thread that makes batches beside the training thread
+// starts no threads of its own. Throws std::logic_error for sequences of different
+// models.
+RoutingWindow WindowsOf(const std::vector<const RoutingTrace*>& traces, Stack stack,
+                        int source_layer, int num_experts, int experts_per_token = 1,
+                        bool router_inputs = true);
+// Of one sequence (B = 1).
 RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
                        int num_experts, int experts_per_token = 1);
 
 // The decoder's output states of a recorded sequence, [1,T,D] float32; undefined where
 // none were recorded.
 at::Tensor OutputOf(const RoutingTrace& trace);
-
-// Pads windows of the same stack and source layer to one batch (right padding of tokens).
-// hidden is undefined where one of the windows has none.
-RoutingWindow BatchWindows(const std::vector<RoutingWindow>& windows);
 
 }  // namespace routecast

@@ -33,7 +33,9 @@ std::string SizeProblem(const SpeculationConfig& c) {
                           {"ff", c.ff, 2, 1 << 16},
                           {"layers", c.layers, 0, 64},
                           {"context", c.context, 1, 1024},
-                          {"neighbours", c.neighbours, 0, 64}};
+                          {"neighbours", c.neighbours, 0, 64},
+                          {"backup_experts", c.backup_experts, 0,
+                           std::min(15, std::max(0, g.num_experts - 1))}};
   for (const Bound& b : bounds) {
     if (b.value < b.low || b.value > b.high) {
       return std::string(b.key) + "=" + std::to_string(b.value) + ", expected " +
@@ -57,7 +59,7 @@ double Elements(const SpeculationConfig& c) {
   const double keys = c.geometry.num_keys(), experts = c.geometry.num_experts;
   return 64.0 * c.vocab_size + 3.0 * keys * width + keys * c.ff +
          (c.layers + 1.0) * 8 * (4 * width * width + 2 * width * c.ff) +
-         c.ff * (c.ff / 2.0 + experts) +
+         c.ff * (c.ff / 2.0 + (c.backup_experts + 1) * experts) +
          (c.geometry.num_layers() + 4.0) * wide * (c.hidden_width + experts) +
          (c.context + 8.0) * wide * (wide / 4 + experts) + 128.0 * c.neighbours * width +
          (c.priors ? PriorElements(c) : 0);
@@ -100,6 +102,10 @@ std::string ProblemOf(const SpeculationConfig& c) {
   if (kind.router_inputs == RouterInputs::kRequired && c.hidden_width == 0) {
     return "hidden_width=0, expected the width of the router's input";
   }
+  if (c.backup_experts > 0 && !kind.backups) {
+    return "backup_experts=" + std::to_string(c.backup_experts) + ", expected 0 of " +
+           c.kind;
+  }
   if (c.next_token && (!c.priors || c.geometry.decoder_layers == 0)) {
     return "next_token=true, expected false without priors and a decoder";
   }
@@ -129,6 +135,7 @@ Json SpeculationConfig::ToJson() const {
             {"priors", priors},
             {"next_token", next_token},
             {"dropout", dropout}};
+  if (backup_experts > 0) json["backup_experts"] = backup_experts;
   if (members.empty()) return json;
   json["weights"] = weights;
   json["combine"] = combine;
@@ -186,6 +193,7 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.priors = in.Flag("priors");
   c.next_token = in.Flag("next_token");
   c.dropout = in.Number("dropout");
+  if (json.contains("backup_experts")) c.backup_experts = in.Int("backup_experts");
   if (c.kind == "ensemble") ReadMembers(in, what, &c);
   if (const std::string problem = ProblemOf(c); !problem.empty()) in.Bad(problem);
   return c;

@@ -98,11 +98,12 @@ constexpr SpeculationKind kKinds[] = {
     {"stale_correction", RouterInputs::kRequired, false, 3e-3, StaleCorrectionSizes,
      MakeStaleCorrection, false, true},
     {"interlayer", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer,
-     true},
+     true, false, true},
     {"autoregressive", RouterInputs::kNever, false, 1e-3, InterlayerSizes,
      MakeAutoregressive, true},
     {"multiscale", RouterInputs::kNever, false, 1e-3, MultiscaleSizes, MakeMultiscale},
-    {"moe", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer, true},
+    {"moe", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer, true,
+     false, true},
     {"ensemble", RouterInputs::kNever, false, 1e-3, EnsembleSizes, MakeEnsemble},
     {"contextual", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating},
     {"transformer", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating},
@@ -120,6 +121,15 @@ std::vector<std::string> SpeculationKinds() {
   std::vector<std::string> names;
   for (const SpeculationKind& kind : kKinds) names.emplace_back(kind.name);
   return names;
+}
+
+bool OfTracedModel(const std::string& parameter) {
+  for (const char* prefix :
+       {"expert.", "others.", "source.", "lead.", "before.", "prior.", "head.out.",
+        "head.backup.", "head.weight", "head.bias"}) {
+    if (parameter.starts_with(prefix)) return true;
+  }
+  return false;
 }
 
 const SpeculationKind& KindOf(const std::string& name) {

@@ -2,22 +2,35 @@
 // how it is made. A new kind is a file of its own and a row in speculation_kinds.cc.
 #pragma once
 
+#include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "models/speculation_config.h"
 
 namespace routecast {
 
+class Parameters;
 class SpeculationModel;
 
 enum class RouterInputs { kNever, kOptional, kRequired };
 
-// One seed a member: several make several models of one shape in one (see
-// speculation_layers.h), whose Forward returns the members one after another.
-using MakeKind = std::unique_ptr<SpeculationModel> (*)(
-    const SpeculationConfig& config, const std::vector<uint64_t>& seeds);
+// What a new model's parameters are. One seed a member: several make several models of
+// one shape in one (see speculation_layers.h), whose Forward returns the members one
+// after another.
+struct ModelSeeds {
+  ModelSeeds(std::initializer_list<uint64_t> seeds) : each(seeds) {}
+  ModelSeeds(std::vector<uint64_t> seeds) : each(std::move(seeds)) {}
+  size_t size() const { return each.size(); }
+  std::vector<uint64_t> each;
+  // Borrowed while the model is made: parameters of these names are not drawn but shared.
+  const Parameters* shared = nullptr;
+};
+using MakeKind = std::unique_ptr<SpeculationModel> (*)(const SpeculationConfig& config,
+                                                       const ModelSeeds& seeds);
 
 struct SpeculationKind {
   const char* name;
@@ -29,9 +42,13 @@ struct SpeculationKind {
   // Embeds expert ids: what mixup, noise and the contrastive term work on.
   bool embeds_experts = false;
   bool routers = false;  // needs the traced model's routers
+  bool backups = false;  // may have heads for the router's further choices
 };
 
 std::vector<std::string> SpeculationKinds();
+// Of kinds that embed experts: a parameter whose shape or meaning depends on the traced
+// model, on its numbers of layers and experts and what they are.
+bool OfTracedModel(const std::string& parameter);
 // REQUIRES a name of SpeculationKinds().
 const SpeculationKind& KindOf(const std::string& name);
 // Counts that a kind with priors keeps beside its weights.
@@ -39,23 +56,23 @@ double PriorElements(const SpeculationConfig& config);
 
 // One function for the name of each file <name>_model.cc.
 std::unique_ptr<SpeculationModel> MakeHidden(const SpeculationConfig& config,
-                                             const std::vector<uint64_t>& seeds);
+                                             const ModelSeeds& seeds);
 // `interlayer`, and `moe` with experts in place of two of its feed-forward layers.
 std::unique_ptr<SpeculationModel> MakeInterlayer(const SpeculationConfig& config,
-                                                 const std::vector<uint64_t>& seeds);
+                                                 const ModelSeeds& seeds);
 std::unique_ptr<SpeculationModel> MakeMultiscale(const SpeculationConfig& config,
-                                                 const std::vector<uint64_t>& seeds);
+                                                 const ModelSeeds& seeds);
 // autoregressive.
 std::unique_ptr<SpeculationModel> MakeAutoregressive(const SpeculationConfig& config,
-                                                     const std::vector<uint64_t>& seeds);
+                                                     const ModelSeeds& seeds);
 // contextual, transformer, hierarchical.
 std::unique_ptr<SpeculationModel> MakeGating(const SpeculationConfig& config,
-                                             const std::vector<uint64_t>& seeds);
+                                             const ModelSeeds& seeds);
 // simple, lstm, attention, conv1d, legacy_multiscale.
 std::unique_ptr<SpeculationModel> MakeLegacy(const SpeculationConfig& config,
-                                             const std::vector<uint64_t>& seeds);
+                                             const ModelSeeds& seeds);
 // stale_correction.
 std::unique_ptr<SpeculationModel> MakeStaleCorrection(const SpeculationConfig& config,
-                                                      const std::vector<uint64_t>& seeds);
+                                                      const ModelSeeds& seeds);
 
 }  // namespace routecast

@@ -5,6 +5,7 @@
 #include <c10/core/GradMode.h>
 
 #include <cmath>
+#include <stdexcept>
 
 #include "common/random.h"
 #include "models/dropout_mask.h"
@@ -12,6 +13,13 @@
 namespace routecast {
 
 at::Tensor ParameterMaker::Leaf(const std::string& name, at::Tensor tensor) {
+  if (shared_.Has(name)) {
+    if (shared_.Get(name).sizes() != tensor.sizes()) {
+      throw std::logic_error("the shared parameter " + name + " has another shape");
+    }
+    parameters_->Add(name, shared_.Get(name));
+    return shared_.Get(name);
+  }
   tensor.set_requires_grad(true);
   parameters_->Add(name, tensor);
   return tensor;

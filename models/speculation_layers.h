@@ -14,15 +14,19 @@
 #include <vector>
 
 #include "models/parameters.h"
+#include "models/speculation_kinds.h"
 
 namespace routecast {
 
 // Adds seeded leaf parameters to a model, each from its own stream. A member's values are
-// those that a model of its own with the member's seed would have.
+// those that a model of its own with the member's seed would have. Shared ones are the
+// other model's own tensors: what is learnt in one is learnt in both.
 class ParameterMaker {
  public:
-  ParameterMaker(Parameters* parameters, std::vector<uint64_t> seeds)
-      : parameters_(parameters), seeds_(std::move(seeds)) {}
+  ParameterMaker(Parameters* parameters, const ModelSeeds& seeds)
+      : parameters_(parameters), seeds_(seeds.each) {
+    if (seeds.shared != nullptr) shared_ = *seeds.shared;
+  }
   at::Tensor Xavier(const std::string& name, std::vector<int64_t> shape,
                     double gain = 1);  // fans: the last two dimensions
   at::Tensor Normal(const std::string& name, std::vector<int64_t> shape,
@@ -37,6 +41,7 @@ class ParameterMaker {
   at::Tensor Leaf(const std::string& name, at::Tensor tensor);
   Parameters* parameters_;
   std::vector<uint64_t> seeds_;
+  Parameters shared_;
   uint64_t count_ = 0;
 };
 

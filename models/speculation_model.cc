@@ -56,12 +56,16 @@ void SpeculationModel::To(at::Device device) {
   }
 }
 
-std::unique_ptr<SpeculationModel> MakeSpeculationModel(const SpeculationConfig& config,
-                                                       uint64_t seed) {
+void RequirePossible(const SpeculationConfig& config) {
   ParseChoice("--kind", config.kind, SpeculationKinds());
   if (const std::string problem = ProblemOf(config); !problem.empty()) {
     throw UsageError(ErrorText("no speculation model has these sizes", problem, ""));
   }
+}
+
+std::unique_ptr<SpeculationModel> MakeSpeculationModel(const SpeculationConfig& config,
+                                                       uint64_t seed) {
+  RequirePossible(config);
   return KindOf(config.kind).make(config, {seed});
 }
 

@@ -35,6 +35,9 @@ struct SpeculationOutput {
   // What the contrastive term compares: a vector a lead, and one an expert ([E,D]).
   // Undefined where a kind has none, or is not trained.
   at::Tensor features_BTHD{}, expert_keys_ED{};
+  // Logits of the router's second, third .. choice [B,T,H,K,E], where a model has
+  // heads for them; else undefined.
+  at::Tensor backups_BTHKE{};
 };
 
 // Both stacks in one model. Thread rule: one thread at a time. Rows of padding are
@@ -86,7 +89,9 @@ class SpeculationModel {
   Parameters parameters_, constants_;
 };
 
-// Seeded parameters on the CPU. Throws UsageError naming the nearest kind.
+// Throws UsageError where no model has such a configuration, naming the nearest kind.
+void RequirePossible(const SpeculationConfig& config);
+// Seeded parameters on the CPU. Throws as RequirePossible does.
 std::unique_ptr<SpeculationModel> MakeSpeculationModel(const SpeculationConfig& config,
                                                        uint64_t seed);
 // Sizes that suit the geometry: `interlayer` is the published baseline, smaller where

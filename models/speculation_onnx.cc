@@ -25,7 +25,13 @@ const OnnxKind& OnnxKindOf(const std::string& name) {
 
 }  // namespace
 
-void RequireOnnxKind(const std::string& kind) { OnnxKindOf(kind); }
+void RequireOnnxKind(const std::string& kind, int backup_experts) {
+  OnnxKindOf(kind);
+  if (backup_experts == 0) return;
+  throw UsageError(ErrorText("heads of backup experts cannot be written as ONNX",
+                             "--backup_experts=" + std::to_string(backup_experts),
+                             "leave out --onnx or --backup_experts"));
+}
 
 std::string OnnxFileName(Stack stack, int source_layer) {
   return std::string(StackName(stack)) + "-" +
@@ -34,13 +40,14 @@ std::string OnnxFileName(Stack stack, int source_layer) {
 
 std::string SpeculationOnnx(const SpeculationModel& model, Stack stack,
                             int source_layer) {
+  RequireOnnxKind(model.config().kind, model.config().backup_experts);
   const OnnxKind& kind = OnnxKindOf(model.config().kind);
   OnnxLayers layers(model, stack, source_layer);
   return kind.write(&layers);
 }
 
 void WriteSpeculationOnnx(const fs::path& folder, const SpeculationModel& model) {
-  RequireOnnxKind(model.config().kind);
+  RequireOnnxKind(model.config().kind, model.config().backup_experts);
   MakeFolder(folder);
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     for (int s = -1; s < model.config().geometry.layers(stack); ++s) {

@@ -17,7 +17,7 @@ constexpr double kGone = 1e-12;  // a channel whose gain is below cannot come ba
 
 class StaleCorrectionModel final : public TrunkModel {
  public:
-  StaleCorrectionModel(const SpeculationConfig& c, const std::vector<uint64_t>& seeds)
+  StaleCorrectionModel(const SpeculationConfig& c, const ModelSeeds& seeds)
       : TrunkModel(c, static_cast<int64_t>(seeds.size())),
         make_(&parameters_, seeds),
         features_(&make_, c, c.width),
@@ -107,8 +107,8 @@ class StaleCorrectionModel final : public TrunkModel {
 
 }  // namespace
 
-std::unique_ptr<SpeculationModel> MakeStaleCorrection(
-    const SpeculationConfig& config, const std::vector<uint64_t>& seeds) {
+std::unique_ptr<SpeculationModel> MakeStaleCorrection(const SpeculationConfig& config,
+                                                      const ModelSeeds& seeds) {
   return std::make_unique<StaleCorrectionModel>(config, seeds);
 }
 

@@ -65,6 +65,8 @@ void TakeParts(double share, uint64_t key, SpeculationBatch* batch) {
     Shift(batch->labels_BTH, b, first, count, -100);
     Shift(batch->others_BTHK, b, first, count, -100);
     Shift(w.training.teacher_BTH, b, first, count, -100);
+    Shift(batch->teacher_ids_BTHK, b, first, count, 0);
+    Shift(batch->teacher_probs_BTHK, b, first, count, 0);
     Shift(batch->documents_BT, b, first, count, 0);
     // The token after the part is not seen any more: its layers are no leads of the last.
     if (w.stack == Stack::kDecoder && first + count < tokens) {
@@ -87,8 +89,9 @@ void PermuteExperts(double share, uint64_t key, SpeculationBatch* batch) {
       names[static_cast<int64_t>(e)] = static_cast<int64_t>(permutation(e));
     }
     names[w.num_experts] = w.num_experts;  // unknown stays unknown
-    for (const at::Tensor& x : {w.experts_BTL, w.others_BTLK, batch->labels_BTH,
-                                batch->others_BTHK, w.training.teacher_BTH}) {
+    for (const at::Tensor& x :
+         {w.experts_BTL, w.others_BTLK, batch->labels_BTH, batch->others_BTHK,
+          batch->teacher_ids_BTHK, w.training.teacher_BTH}) {
       if (!x.defined()) continue;
       const auto ids = x.select(0, b);
       const auto renamed =

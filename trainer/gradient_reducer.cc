@@ -1,14 +1,28 @@
 #include "trainer/gradient_reducer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <cmath>
 
+#include "common/wide_loops.h"
+
 namespace routecast {
 namespace {
+
+ROUTECAST_WIDE void AddAndClear(int64_t count, float* from, double* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] += from[i];
+    from[i] = 0;
+  }
+}
+
+ROUTECAST_WIDE void Scaled(const double* from, int64_t count, double scale, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i] * scale);
+}
 
 class ArrivalHook final : public torch::autograd::PostAccumulateGradHook {
  public:
@@ -18,6 +32,25 @@ class ArrivalHook final : public torch::autograd::PostAccumulateGradHook {
  private:
   std::function<void()> arrived_;
 };
+
+constexpr int64_t kGrain = 1 << 15;
+
+// One pass where sum.add_(gradient) makes a copy in double first. The gradient is then 0.
+void MoveInto(const at::Tensor& gradient, const at::Tensor& sum) {
+  float* from = gradient.data_ptr<float>();  // contiguous: a part of a bucket
+  double* to = sum.data_ptr<double>();
+  at::parallel_for(0, sum.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    AddAndClear(end - begin, from + begin, to + begin);
+  });
+}
+
+void Narrow(const at::Tensor& sum, double scale, const at::Tensor& flat) {
+  const double* from = sum.data_ptr<double>();
+  float* to = flat.data_ptr<float>();
+  at::parallel_for(0, sum.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    Scaled(from + begin, end - begin, scale, to + begin);
+  });
+}
 
 }  // namespace
 
@@ -77,8 +110,12 @@ void GradientReducer::LastBackward() { last_backward_ = true; }
 void GradientReducer::Arrived(size_t bucket, const at::Tensor& gradient,
                               const at::Tensor& sum) {
   const c10::NoGradGuard no_grad;
-  sum.add_(gradient.reshape({-1}));
-  gradient.zero_();
+  if (gradient.is_cpu()) {
+    MoveInto(gradient, sum);
+  } else {
+    sum.add_(gradient.reshape({-1}));
+    gradient.zero_();
+  }
   if (!last_backward_) return;
   ++buckets_[bucket].arrived;
   LaunchReady(/*all=*/false);
@@ -97,7 +134,11 @@ void GradientReducer::Finalize(double scale) {
   for (Bucket& b : buckets_) {
     b.pending->Wait();
     b.pending.reset();
-    b.flat.copy_(b.sum.mul_(scale));
+    if (b.flat.is_cpu()) {
+      Narrow(b.sum, scale, b.flat);
+    } else {
+      b.flat.copy_(b.sum.mul_(scale));
+    }
   }
 }
 

@@ -112,6 +112,21 @@ void AddSummary(Json* row) {
   }
 }
 
+// Of heads for the router's further choices: their recall over places, choices and seeds,
+// and that of as many experts by the first head alone (speculation_backups.h).
+void AddBackups(const std::vector<Json>& results, Json* row) {
+  for (const char* key : {"recall", "recall_primary"}) {
+    double sum = 0;
+    int count = 0;
+    for (const Json& r : results) {
+      for (const Json& place : r.value("backups", Json::array())) {
+        for (const Json& choice : place.at(key)) sum += choice.get<double>(), ++count;
+      }
+    }
+    if (count > 0) (*row)["backup_" + std::string(key)] = sum / count;
+  }
+}
+
 }  // namespace
 
 Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
@@ -136,6 +151,7 @@ Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
     row["offline_only"] = predict_us * questions_a_pass > kServableShare * pass_us;
   }
   AddSummary(&row);
+  AddBackups(results, &row);
   return row;
 }
 
@@ -301,27 +317,48 @@ Table TableOf(const Json& board) {
   const std::string first = sets ? "recall at K" : "top-1",
                     one = sets ? "recall" : "top1";
   const std::string wide = sets ? "recall_at_2k" : "top4";
-  Table table({"<kind", "parameters", "seeds", "valid. loss", "dec next " + first,
-               std::string("dec next ") + (sets ? "at 2K" : "top-4"), "dec all " + first,
-               "enc next " + first, "enc all " + first, "us", "<serve"});
+  std::vector<std::string> columns = {
+      "<kind",
+      "parameters",
+      "seeds",
+      "valid. loss",
+      "dec next " + first,
+      std::string("dec next ") + (sets ? "at 2K" : "top-4"),
+      "dec all " + first,
+      "enc next " + first,
+      "enc all " + first,
+      "us",
+      "<serve"};
+  const Json& all = board.at("rows");
+  const bool backups = std::any_of(
+      all.begin(), all.end(), [](const Json& r) { return r.contains("backup_recall"); });
+  if (backups) columns.insert(columns.end(), {"choices 2+", "by head 1"});
+  Table table(columns);
   for (const Json& r : board.at("rows")) {
     const bool baseline = r.contains("baseline");
     const Json& us = r.at("predict_us");
     const Json& offline = r.at("offline_only");
     const char* what = r.contains("estimate") ? " (estimate)" : " (baseline)";
-    table.AddRow({r.at("kind").get<std::string>() + (baseline ? what : ""),
-                  r.at("parameters").is_number()
-                      ? std::to_string(r.at("parameters").get<int64_t>())
-                      : "-",
-                  baseline ? "-" : std::to_string(r.at("seeds").size()),
-                  r.at("validation_loss").is_number()
-                      ? Fixed(r.at("validation_loss").get<double>(), 3)
-                      : "-",
-                  Share(r.at("decoder_next_" + one)), Share(r.at("decoder_next_" + wide)),
-                  Share(r.at("decoder_" + one)), Share(r.at("encoder_next_" + one)),
-                  Share(r.at("encoder_" + one)),
-                  us.is_number() ? Fixed(us.get<double>(), 0) : "-",
-                  offline.is_boolean() ? (offline.get<bool>() ? "no" : "yes") : "-"});
+    std::vector<std::string> row = {
+        r.at("kind").get<std::string>() + (baseline ? what : ""),
+        r.at("parameters").is_number() ? std::to_string(r.at("parameters").get<int64_t>())
+                                       : "-",
+        baseline ? "-" : std::to_string(r.at("seeds").size()),
+        r.at("validation_loss").is_number()
+            ? Fixed(r.at("validation_loss").get<double>(), 3)
+            : "-",
+        Share(r.at("decoder_next_" + one)),
+        Share(r.at("decoder_next_" + wide)),
+        Share(r.at("decoder_" + one)),
+        Share(r.at("encoder_next_" + one)),
+        Share(r.at("encoder_" + one)),
+        us.is_number() ? Fixed(us.get<double>(), 0) : "-",
+        offline.is_boolean() ? (offline.get<bool>() ? "no" : "yes") : "-"};
+    if (backups) {
+      row.push_back(Share(r.value("backup_recall", Json())));
+      row.push_back(Share(r.value("backup_recall_primary", Json())));
+    }
+    table.AddRow(row);
   }
   return table;
 }

@@ -65,22 +65,17 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   if (config.hidden_width > 0 && !dataset->any_hidden()) {
     refuse("it reads router inputs; the store has none");
   }
+  if (config.backup_experts != options.backup_experts) {
+    refuse("it has " + std::to_string(config.backup_experts) +
+           " backup experts, --backup_experts says " +
+           std::to_string(options.backup_experts));
+  }
   return config;
 }
 
 bool EmbedsExperts(const SpeculationConfig& config) {
   if (config.members.empty()) return KindOf(config.kind).embeds_experts;
   return std::all_of(config.members.begin(), config.members.end(), EmbedsExperts);
-}
-
-// Of kinds that embed experts: what numbers of layers and experts and their meaning
-// decide.
-bool OfTracedModel(const std::string& parameter) {
-  for (const char* prefix : {"expert.", "others.", "source.", "lead.", "before.",
-                             "prior.", "head.out.", "head.weight", "head.bias"}) {
-    if (parameter.starts_with(prefix)) return true;
-  }
-  return false;
 }
 
 // Throws where an option works on embedded experts and the model has none.
@@ -104,6 +99,33 @@ void CheckEmbedding(const SpeculationOptions& options, const SpeculationConfig& 
   }
 }
 
+// Throws where there are no labels for the heads of backup experts, or no such heads.
+void CheckBackups(const SpeculationOptions& options, TraceDataset* dataset) {
+  if (options.backup_experts == 0) return;
+  const std::string flag = "--backup_experts=" + std::to_string(options.backup_experts);
+  const MoeGeometry& g = dataset->geometry();
+  if (!KindOf(options.kind).backups) {
+    throw UsageError(ErrorText(flag + " needs a kind that has heads for them",
+                               "--kind=" + options.kind + " has none",
+                               "use --kind=interlayer or --kind=moe"));
+  }
+  if (g.experts_per_token > 1) {
+    throw UsageError(ErrorText(flag + " is of models that route to one expert a token",
+                               "this one routes to " +
+                                   std::to_string(g.experts_per_token) +
+                                   ": all of them are labels already",
+                               "leave it out"));
+  }
+  if (dataset->top_k() <= options.backup_experts) {
+    throw UsageError(
+        ErrorText(flag + " needs the router's " +
+                      std::to_string(options.backup_experts + 1) + " likeliest experts",
+                  "the store holds " + std::to_string(dataset->top_k()) + " a token",
+                  "collect with --record=ids,topk --top_k=" +
+                      std::to_string(options.backup_experts + 1) + " or more"));
+  }
+}
+
 }  // namespace
 
 void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
@@ -121,6 +143,7 @@ namespace {
 SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
                                 TraceDataset* dataset) {
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
+  config.backup_experts = options.backup_experts;
   if (options.kind == "ensemble") {
     config.combine = options.combine;
     const auto members = ParseMembers(options.members, options.training);
@@ -145,11 +168,39 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
 }  // namespace
 
 SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
+  CheckBackups(options, dataset);
   const SpeculationConfig config = options.start_from.empty()
                                        ? ConfigOfSizes(options, dataset)
                                        : ConfigOfRun(options, dataset);
   CheckEmbedding(options, config);
   return config;
+}
+
+std::vector<SpeculationConfig> ConfigsOf(const SpeculationOptions& options,
+                                         const std::vector<TraceDataset*>& stores) {
+  std::vector<SpeculationConfig> configs = {ConfigOf(options, stores.at(0))};
+  const auto refuse = [](const std::string& why, const std::string& fix) {
+    throw UsageError(ErrorText("--also trains one trunk on several stores", why, fix));
+  };
+  if (stores.size() > 1 && !KindOf(options.kind).embeds_experts) {
+    refuse("--kind=" + options.kind + " does not embed experts",
+           "use --kind=interlayer, moe or autoregressive");
+  }
+  if (stores.size() > 1 && options.curriculum_epochs > 0) {
+    refuse("--curriculum_epochs orders the targets of one", "leave one of the two out");
+  }
+  for (size_t i = 1; i < stores.size(); ++i) {
+    CheckBackups(options, stores[i]);
+    SpeculationConfig config = configs[0];
+    config.geometry = stores[i]->geometry();
+    config.priors = DefaultSpeculationConfig(config.kind, config.geometry, 0, 0).priors;
+    if (const std::string problem = ProblemOf(config); !problem.empty()) {
+      refuse("a store's model cannot have these sizes: " + problem,
+             "leave that store out");
+    }
+    configs.push_back(config);
+  }
+  return configs;
 }
 
 std::vector<MemberOptions> TrainingOf(const SpeculationOptions& options,

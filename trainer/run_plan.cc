@@ -6,6 +6,7 @@
 #include "report/table.h"
 #include "trainer/model_setup.h"
 #include "trainer/question_timing.h"
+#include "trainer/speculation_size.h"
 #include "trainer/train_state.h"
 
 namespace routecast {

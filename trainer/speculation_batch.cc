@@ -15,33 +15,39 @@ constexpr int64_t kIgnore = -100;
 // square.
 constexpr int64_t kFullTokens = 128;
 
-std::vector<std::shared_ptr<const RoutingTrace>> TracesOf(const MicroBatch& micro,
-                                                          TraceDataset* dataset,
-                                                          WithHidden hidden) {
-  return dataset->Read(micro.sequences, SeesRouterInputs(micro.stack, micro.source_layer)
-                                            ? hidden
-                                            : WithHidden::kNo);
+using Traces = std::vector<const RoutingTrace*>;
+
+// at::zeros runs in parallel where it is large: see WindowsOf.
+template <typename T>
+at::Tensor Zeros(at::IntArrayRef sizes) {
+  at::Tensor x = at::empty(sizes, c10::CppTypeToScalarType<T>::value);
+  std::fill_n(x.data_ptr<T>(), x.numel(), T{0});
+  return x;
 }
 
 // What the router itself thought, at the place of each label. Traces without it leave the
 // batch without a teacher.
-void AddTeacher(const std::vector<std::shared_ptr<const RoutingTrace>>& traces,
-                const MicroBatch& micro, SpeculationBatch* batch) {
+void AddTeacher(const Traces& traces, const MicroBatch& micro, SpeculationBatch* batch) {
   const auto span_of = [&](const RoutingTrace& trace) -> const RoutingSpan& {
     return micro.stack == Stack::kEncoder ? trace.encoder : trace.decoder;
   };
   int64_t most = 0;
-  for (const auto& trace : traces) {
+  bool probable = true;
+  for (const RoutingTrace* trace : traces) {
     const RoutingSpan& span = span_of(*trace);
-    if (span.top_k == 0 || span.topk_probs.empty()) return;
+    if (span.top_k == 0 || span.topk_ids.empty()) return;
+    probable = probable && !span.topk_probs.empty();
     most = std::max<int64_t>(most, span.top_k);
   }
   const auto& labels = batch->labels_BTH;
   const int64_t T = labels.size(1), H = labels.size(2);
-  batch->teacher_ids_BTHK = at::zeros({labels.size(0), T, H, most}, at::kLong);
-  batch->teacher_probs_BTHK = at::zeros({labels.size(0), T, H, most});
+  batch->teacher_ids_BTHK = Zeros<int64_t>({labels.size(0), T, H, most});
   int64_t* ids = batch->teacher_ids_BTHK.data_ptr<int64_t>();
-  float* probs = batch->teacher_probs_BTHK.data_ptr<float>();
+  float* probs = nullptr;
+  if (probable) {
+    batch->teacher_probs_BTHK = Zeros<float>({labels.size(0), T, H, most});
+    probs = batch->teacher_probs_BTHK.data_ptr<float>();
+  }
   for (size_t b = 0; b < traces.size(); ++b) {
     const RoutingSpan& span = span_of(*traces[b]);
     const int64_t tokens = span.num_tokens, layers = span.num_layers, k = span.top_k;
@@ -53,6 +59,7 @@ void AddTeacher(const std::vector<std::shared_ptr<const RoutingTrace>>& traces,
         const size_t from = static_cast<size_t>(((target % layers) * tokens + token) * k);
         const int64_t to = ((static_cast<int64_t>(b) * T + t) * H + lead - 1) * most;
         std::copy_n(span.topk_ids.begin() + static_cast<int64_t>(from), k, ids + to);
+        if (!probable) continue;
         std::copy_n(span.topk_probs.begin() + static_cast<int64_t>(from), k, probs + to);
       }
     }
@@ -65,35 +72,26 @@ SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dat
                                       WithHidden hidden) {
   const MoeGeometry& g = dataset->geometry();
   const int leads = NumLeadsOf(g, micro.stack, micro.source_layer);
-  const auto traces = TracesOf(micro, dataset, hidden);
-  std::vector<RoutingWindow> windows;
-  for (const auto& trace : traces) {
-    windows.push_back(WindowOf(*trace, micro.stack, micro.source_layer, g.num_experts,
-                               g.experts_per_token));
-  }
+  const bool reads = SeesRouterInputs(micro.stack, micro.source_layer);
+  const auto kept = dataset->Read(micro.sequences, reads ? hidden : WithHidden::kNo);
+  Traces traces;
+  for (const auto& trace : kept) traces.push_back(trace.get());
   SpeculationBatch batch;
   batch.id = micro.id;
-  batch.window = BatchWindows(windows);
-  if (hidden == WithHidden::kNo) ForgetRouterInputs(&batch.window);
-  const int64_t b = batch.window.token_ids_BT.size(0), K = g.experts_per_token;
-  const int64_t t = batch.window.token_ids_BT.size(1);
-  batch.labels_BTH = at::full({b, t, leads}, kIgnore, at::kLong);
-  if (K > 1) batch.others_BTHK = at::full({b, t, leads, K - 1}, kIgnore, at::kLong);
-  batch.documents_BT = at::empty({b, t}, at::kLong);
-  for (int64_t i = 0; i < b; ++i) {
-    const RoutingTrace& trace = *traces[static_cast<size_t>(i)];
-    batch.documents_BT[i].fill_(static_cast<int64_t>(trace.document_id));
-    for (int lead = 1; lead <= leads; ++lead) {
-      const at::Tensor sets = WindowLabelSets(trace, micro.stack, micro.source_layer,
-                                              lead, static_cast<int>(K));
-      const auto put = [&](const at::Tensor& to, const at::Tensor& labels) {
-        to.select(0, i).select(1, lead - 1).narrow(0, 0, sets.size(0)).copy_(labels);
-      };
-      put(batch.labels_BTH, sets.select(1, 0));
-      if (K > 1) put(batch.others_BTHK, sets.narrow(1, 1, K - 1));
-    }
+  batch.window = WindowsOf(traces, micro.stack, micro.source_layer, g.num_experts,
+                           g.experts_per_token, hidden == WithHidden::kYes);
+  batch.window.traced_model = micro.store;
+  WindowTargets targets = WindowTargetsOf(traces, micro.stack, micro.source_layer, leads,
+                                          g.experts_per_token);
+  batch.labels_BTH = std::move(targets.labels_BTH);
+  batch.others_BTHK = std::move(targets.others_BTHK);
+  batch.num_labels = targets.num_labels;
+  batch.documents_BT = at::empty(batch.window.token_ids_BT.sizes(), at::kLong);
+  int64_t* documents = batch.documents_BT.data_ptr<int64_t>();
+  for (const RoutingTrace* trace : traces) {
+    documents = std::fill_n(documents, batch.documents_BT.size(1),
+                            static_cast<int64_t>(trace->document_id));
   }
-  batch.num_labels = batch.labels_BTH.ne(kIgnore).sum().item<int64_t>();
   if (dataset->keeps_top_k()) AddTeacher(traces, micro, &batch);
   return batch;
 }
@@ -130,7 +128,7 @@ RoutingWindow WindowTo(const RoutingWindow& window, at::Device device) {
 }
 
 std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
-                                  WithHidden hidden) {
+                                  WithHidden hidden, int store) {
   const MoeGeometry& g = dataset.geometry();
   std::vector<SampleGroup> groups;
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
@@ -148,10 +146,21 @@ std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
       const auto& pool =
           pools[hidden == WithHidden::kYes && SeesRouterInputs(stack, source)];
       if (NumLeadsOf(g, stack, source) < 1 || pool->sequences.empty()) continue;
-      groups.push_back({stack, source, pool});
+      groups.push_back({stack, source, pool, store});
     }
   }
   return groups;
+}
+
+std::vector<SampleGroup> GroupsOfAll(const std::vector<TraceDataset*>& stores,
+                                     SplitPart part, WithHidden hidden) {
+  std::vector<SampleGroup> all;
+  for (size_t i = 0; i < stores.size(); ++i) {
+    for (SampleGroup& group : GroupsOf(*stores[i], part, hidden, static_cast<int>(i))) {
+      all.push_back(std::move(group));
+    }
+  }
+  return all;
 }
 
 std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
@@ -181,7 +190,8 @@ std::vector<MicroBatch> EvaluationBatches(const TraceDataset& dataset,
         return (held + 1) * longest * longest > micro_batch * kFullTokens * kFullTokens;
       };
       if (i == 0 || has_hidden(chosen[i]) != has_hidden(chosen[i - 1]) || full()) {
-        batches.push_back({batches.size(), group.stack, group.source_layer, {}});
+        batches.push_back(
+            {batches.size(), group.stack, group.source_layer, {}, group.store});
       }
       batches.back().sequences.push_back(pool.sequences[chosen[i]]);
     }

@@ -21,15 +21,16 @@ struct SpeculationBatch {
   at::Tensor others_BTHK;
   at::Tensor documents_BT;  // int64, the bits of the document's id
   at::Tensor weights_BT;    // float32, of the tokens' labels in training; undefined = 1
-  // The router's own top-k at the label's place, and how probable it found each; 0 where
-  // there is no label. Undefined where they are not asked for or not recorded.
+  // The router's own top-k at the label's place, the likeliest first, and how probable it
+  // found each; 0 where there is no label. Undefined where they are not asked for or not
+  // recorded.
   at::Tensor teacher_ids_BTHK, teacher_probs_BTHK;
   uint64_t id = 0;
   int64_t num_labels = 0;  // that count, over all leads
 };
 
 // `hidden`: router inputs are wanted (REQUIRED of all sequences where
-// SeesRouterInputs).
+// SeesRouterInputs). Thread rule: any thread; runs no operation of LibTorch in parallel.
 SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dataset,
                                       WithHidden hidden);
 // All experts of each label [B,T,H,K], the first choice first; -100 = does not count.
@@ -42,7 +43,10 @@ void ForgetRouterInputs(RoutingWindow* window);
 // layer) that has a lead and a sequence. Kinds that read router inputs get sequences that
 // have them where their windows do (SeesRouterInputs); every sequence serves the others.
 std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
-                                  WithHidden hidden);
+                                  WithHidden hidden, int store = 0);
+// Of several data sets, each group with its data set's number.
+std::vector<SampleGroup> GroupsOfAll(const std::vector<TraceDataset*>& stores,
+                                     SplitPart part, WithHidden hidden);
 // A part's windows in a fixed order as micro-batches of similar length, with router
 // inputs in all or none of their sequences; of more than 128 tokens fewer together. At
 // most `sequences` of each group (0 = all), chosen by `seed`.

@@ -304,6 +304,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   }
   Accumulators model_sums = MakeAccumulators(data), raw_sums = model_sums;
   SetAccumulator sets;
+  BackupAccumulator backups(data.dataset->geometry(), model->config().backup_experts);
   std::vector<Accumulators> baseline_sums(baselines.size(), model_sums);
   // The stale gate needs router inputs even where the model does not.
   const WithHidden hidden = routers.empty() ? data.hidden : WithHidden::kYes;
@@ -313,6 +314,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
     if (data.hidden == WithHidden::kNo) ForgetRouterInputs(&seen);
     const SpeculationOutput out = model->Forward(WindowTo(seen, data.device), 0);
     const int leads = static_cast<int>(batch.labels_BTH.size(2));
+    if (out.backups_BTHKE.defined()) backups.Add(out, batch);
     std::vector<at::Tensor> calibrated;
     for (int lead = 1; lead <= leads; ++lead) {
       const double t = calibration.Temperature(micro->stack, micro->source_layer, lead);
@@ -342,6 +344,11 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   std::vector<double> set_sums = sets.Sums(encoder_layers);
   comm->AllReduceSum(set_sums);
   scores.sets = SetAccumulator::Scores(set_sums, encoder_layers);
+  if (model->config().backup_experts > 0) {
+    std::vector<double> backup_sums = backups.Sums();
+    comm->AllReduceSum(backup_sums);
+    scores.backups = backups.Scores(backup_sums);
+  }
   for (size_t b = 0; b < baselines.size(); ++b) {
     scores.baselines.emplace_back(baselines[b]->name(),
                                   Gather(baseline_sums[b], seed, comm));

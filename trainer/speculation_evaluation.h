@@ -10,6 +10,7 @@
 #include "comm/communicator.h"
 #include "models/baseline_predictors.h"
 #include "models/speculation_metrics.h"
+#include "trainer/speculation_backups.h"
 #include "trainer/speculation_batch.h"
 #include "trainer/speculation_sets.h"
 
@@ -63,6 +64,7 @@ struct TestScores {
   std::vector<LeadScores> model;
   std::vector<LeadScores> uncalibrated;  // the same without temperatures
   std::vector<SetScores> sets;           // of the encoder's sequences
+  std::vector<BackupScores> backups;     // where the model has heads for them
   // By baseline name, in the order of BaselineNames(); leads that a baseline cannot
   // predict are left out.
   std::vector<std::pair<std::string, std::vector<LeadScores>>> baselines;

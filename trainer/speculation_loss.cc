@@ -62,6 +62,13 @@ at::Tensor RoutingCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& tr
            label_smoothing * log_probs.mean(1));
 }
 
+at::Tensor BackupLoss(const at::Tensor& backups_NKE, const at::Tensor& choices_NK) {
+  return at::cross_entropy_loss(backups_NKE.flatten(0, 1), choices_NK.flatten(), {},
+                                at::Reduction::None)
+      .view(choices_NK.sizes())
+      .mean(1);
+}
+
 at::Tensor ContrastiveLoss(const at::Tensor& features_ND, const at::Tensor& keys_ED,
                            const at::Tensor& truth_NK) {
   const auto unit = [](const at::Tensor& x) {
@@ -142,16 +149,23 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
   if (hints.order_B.defined()) {
     routing = routing + RoutingLoss(output, PartnersOf(batch, device), weights);
   }
-  if (weights.distill > 0 && batch.teacher_ids_BTHK.defined()) {
-    const int64_t k = batch.teacher_ids_BTHK.size(3);
-    const auto teacher = [&](const at::Tensor& x) {
-      return x.to(device).reshape({-1, k}).index_select(0, rows);
-    };
+  const auto teacher = [&](const at::Tensor& x) {
+    return x.to(device).flatten(0, 2).index_select(0, rows);
+  };
+  if (weights.distill > 0 && batch.teacher_probs_BTHK.defined()) {
     routing = routing * (1 - weights.distill) +
               weights.distill *
                   targets.Sum(Distillation(logits, teacher(batch.teacher_ids_BTHK),
                                            teacher(batch.teacher_probs_BTHK),
                                            weights.distill_temperature));
+  }
+  if (weights.backup > 0 && output.backups_BTHKE.defined()) {
+    if (!batch.teacher_ids_BTHK.defined()) {
+      throw std::logic_error("backup experts without the router's choices");
+    }
+    const auto backups = output.backups_BTHKE.flatten(0, 2).index_select(0, rows);
+    const auto choices = teacher(batch.teacher_ids_BTHK).narrow(1, 1, backups.size(1));
+    routing = routing + weights.backup * targets.Sum(BackupLoss(backups, choices));
   }
   LossSums sums;
   sums.labels = rows.size(0);

@@ -20,6 +20,7 @@ struct LossWeights {
   double distill_temperature = 1;
   double label_smoothing = 0;
   double contrastive = 0;  // of ContrastiveLoss, where the model embeds experts
+  double backup = 0;       // of BackupLoss, where the model has heads for further choices
 };
 // Cross-entropy of the routing and what the weights add to it (of a batch with mixup, of
 // the labels of both sequences by their shares); cross_entropy, recall and
@@ -32,6 +33,10 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
 // least where all K are equally likely and nothing else is.
 at::Tensor RoutingCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& truth_NK,
                                double label_smoothing = 0);
+
+// [N]: the mean over K heads of the cross-entropy of each with the router's choice that
+// it is for.
+at::Tensor BackupLoss(const at::Tensor& backups_NKE, const at::Tensor& choices_NK);
 
 // [N]: InfoNCE at temperature .1 between what a model makes of a lead and its embeddings
 // of the experts: -log softmax(cosines / .1) of the true experts, the mean over the K.

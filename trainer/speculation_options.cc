@@ -186,6 +186,8 @@ Json SpeculationOptions::ToJson() const {
           {"distill_weight", distill_weight},
           {"distill_temperature", distill_temperature},
           {"contrastive_weight", contrastive_weight},
+          {"backup_experts", backup_experts},
+          {"backup_weight", backup_weight},
           {"augment", augment.ToJson()},
           {"curriculum_epochs", curriculum_epochs},
           {"monitor", monitor},
@@ -243,10 +245,15 @@ void SpeculationOptions::Validate() const {
   RequirePositive("--distill_temperature", distill_temperature);
   RequireNotNegative("--curriculum_epochs", curriculum_epochs);
   RequireNotNegative("--contrastive_weight", contrastive_weight);
-  if (augment.mixup > 0 && distill_weight > 0) {
-    throw UsageError(ErrorText("--augment_mixup and --distill_weight exclude each other",
-                               "the router's top-k of a mixture is not known",
-                               "leave one of the two out"));
+  RequireNotNegative("--backup_experts", backup_experts);
+  RequireNotNegative("--backup_weight", backup_weight);
+  const bool top_k = distill_weight > 0 || backup_experts > 0;
+  if (augment.mixup > 0 && top_k) {
+    throw UsageError(ErrorText(
+        "--augment_mixup and " +
+            std::string(distill_weight > 0 ? "--distill_weight" : "--backup_experts") +
+            " exclude each other",
+        "the router's top-k of a mixture is not known", "leave one of the two out"));
   }
   RequireNotNegative("--patience", patience);
   RequireNotNegative("--validate_every", validate_every);

@@ -54,6 +54,13 @@ std::string Row(const LeadScores& s, const TestScores& test) {
 Json ResultsJson(const SpeculationReport& r) {
   Json baselines = Json::object();
   for (const auto& [name, scores] : r.test.baselines) baselines[name] = Entries(scores);
+  const auto validation = [](const ValidationScores& v) {
+    return Json{{"loss", v.loss},
+                {"top1", v.top1},
+                {"top4", v.top4},
+                {"recall", v.recall},
+                {"samples", v.labels}};
+  };
   Json json = {{"kind", r.options.kind},
                {"parameters", r.parameters},
                {"seed", r.options.seed},
@@ -61,15 +68,14 @@ Json ResultsJson(const SpeculationReport& r) {
                {"steps", r.steps},
                {"best_step", r.best_step},
                {"split", r.split},
-               {"validation",
-                {{"loss", r.validation.loss},
-                 {"top1", r.validation.top1},
-                 {"top4", r.validation.top4},
-                 {"recall", r.validation.recall},
-                 {"samples", r.validation.labels}}},
+               {"validation", validation(r.validation)},
                {"scores", Entries(r.test.model)},
                {"baselines", baselines}};
+  for (const auto& [store, scores] : r.also) {
+    json["also"].push_back({{"store", store}, {"validation", validation(scores)}});
+  }
   for (const SetScores& set : r.test.sets) json["sets"].push_back(set.ToJson());
+  for (const BackupScores& b : r.test.backups) json["backups"].push_back(b.ToJson());
   for (const KnnEstimate& e : r.neighbours) json["neighbours"].push_back(e.ToJson());
   for (const ValidationScores& member : r.members) {
     json["members"].push_back({{"validation_loss", member.loss},

@@ -20,6 +20,8 @@ struct SpeculationReport {
   ValidationScores validation;
   std::vector<ValidationScores> members;  // of an ensemble, each alone
   TestScores test;
+  // Of pre-training: the further stores' validation, by name.
+  std::vector<std::pair<std::string, ValidationScores>> also;
   std::vector<KnnEstimate> neighbours;
   StaleControl control;
   bool has_control = false;  // router inputs were there to check

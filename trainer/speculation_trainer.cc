@@ -13,8 +13,10 @@
 #include "common/random.h"
 #include "common/stop.h"
 #include "models/ensemble_model.h"
+#include "models/joint_model.h"
 #include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
+#include "trainer/batch_loader.h"
 #include "trainer/best_parameters.h"
 #include "trainer/curriculum.h"
 #include "trainer/gradient_reducer.h"
@@ -22,8 +24,8 @@
 #include "trainer/model_setup.h"
 #include "trainer/speculation_loss.h"
 #include "trainer/speculation_report.h"
-#include "trainer/tensorboard_events.h"
 #include "trainer/train_state.h"
+#include "trainer/training_log.h"
 
 namespace routecast {
 namespace {
@@ -63,52 +65,76 @@ class SpeculationTrainer {
       : job_(job),
         options_(job.options),
         dataset_(dataset),
+        stores_(StoresOf(dataset, job.also)),
         routers_(routers),
         comm_(comm),
         rank_(comm->rank_info()),
-        config_(ConfigOf(job.options, dataset)),
+        configs_(ConfigsOf(job.options, stores_)),
+        config_(configs_[0]),
         hidden_(HiddenOf(config_)),
-        sampler_(GroupsOf(*dataset, SplitPart::kTrain, hidden_),
+        sampler_(GroupsOfAll(stores_, SplitPart::kTrain, hidden_),
                  {options_.seed, options_.micro_batch, options_.global_batch}),
-        validation_(Part(SplitPart::kValidation, options_.validation_sequences,
-                         kValidationStream)),
-        model_(MakeSpeculationModel(config_, options_.seed)) {
+        joint_(configs_, options_.seed),
+        model_(&joint_.part(0)) {
+    for (size_t i = 0; i < stores_.size(); ++i) {
+      validation_.push_back(Part(i, SplitPart::kValidation, options_.validation_sequences,
+                                 kValidationStream));
+    }
     const auto per_epoch = static_cast<int64_t>(sampler_.steps_per_epoch());
     steps_ = options_.steps > 0 ? options_.steps : options_.epochs * per_epoch;
     validate_every_ =
         options_.validate_every > 0
             ? options_.validate_every
             : std::max<int64_t>(1, std::min(per_epoch, steps_ / kEvaluationsPerRun));
-    StartFromRun(options_, model_.get());
-    model_->To(job.device);
+    StartFromRun(options_, model_);
+    joint_.To(job.device);
     weights_ = {options_.confidence_weight,   options_.next_token_weight,
                 options_.set_weight,          options_.distill_weight,
                 options_.distill_temperature, 0,
-                options_.contrastive_weight};
+                options_.contrastive_weight,  options_.backup_weight};
     for (const MemberOptions& o : TrainingOf(options_, config_)) {
       smoothing_.push_back(o.label_smoothing);
     }
-    reducer_.emplace(model_->parameters().tensors(), comm, job.bucket_bytes);
-    optimizer_.emplace(*model_, TrainingOf(options_, config_), options_.beta1,
+    reducer_.emplace(joint_.parameters().tensors(), comm, job.bucket_bytes);
+    optimizer_.emplace(joint_, TrainingOf(options_, config_), options_.beta1,
                        options_.beta2, options_.ema, options_.freeze);
   }
 
   SpeculationResult Run() {
     const StaleControl control = Control();
     Resume();
-    tables_ = FitBaselines(dataset_, job_.out, job_.out / "baselines.safetensors", comm_);
-    model_->FitPriors(*tables_);
+    for (size_t i = 0; i < stores_.size(); ++i) {
+      const fs::path folder = FolderOf(i);
+      if (rank_.is_root()) MakeFolder(folder);
+      comm_->Barrier();
+      const auto tables =
+          FitBaselines(stores_[i], folder, folder / "baselines.safetensors", comm_);
+      joint_.part(i).FitPriors(*tables);
+      if (i == 0) tables_ = tables;
+    }
     model_->FitRouters(routers_);
     if (options_.curriculum_epochs > 0) {
       curriculum_.emplace(options_.curriculum_epochs, tables_, dataset_,
                           sampler_.groups(), options_.seed);
     }
-    OpenMetrics();
+    if (rank_.is_root()) log_ = TrainingLog(job_.out, step_);
+    Loop();
+    return Finish(control);
+  }
+
+ private:
+  void Loop() {
     Progress progress("train " + options_.kind, "steps", static_cast<uint64_t>(steps_),
                       job_.quiet || !rank_.is_root());
     progress.Update(static_cast<uint64_t>(step_));
+    BatchLoader loader(
+        step_, steps_, [this](int64_t step) { return MicroBatchesOf(step); },
+        [this](const MicroBatch& micro) {
+          return MakeSpeculationBatch(micro, stores_[static_cast<size_t>(micro.store)],
+                                      hidden_);
+        });
     while (step_ < steps_ && !exhausted_) {
-      const double loss = Step(progress.seconds());
+      const double loss = Step(&loader, progress.seconds());
       progress.Update(static_cast<uint64_t>(step_), Note(loss));
       if (step_ % validate_every_ == 0 || step_ == steps_) ValidateAndSave();
       if (stop_ && step_ < steps_ && !exhausted_) {
@@ -118,29 +144,36 @@ class SpeculationTrainer {
       }
     }
     progress.Finish();
-    return Finish(control);
   }
 
- private:
-  EvaluationData Part(SplitPart part, uint64_t sequences, uint64_t stream) const {
-    const std::vector<SampleGroup> groups = GroupsOf(*dataset_, part, hidden_);
-    return {dataset_,
-            EvaluationBatches(*dataset_, groups, kEvaluationMicroBatch, sequences,
+  EvaluationData Part(size_t store, SplitPart part, uint64_t sequences,
+                      uint64_t stream) const {
+    const auto groups = GroupsOf(*stores_[store], part, hidden_, static_cast<int>(store));
+    return {stores_[store],
+            EvaluationBatches(*stores_[store], groups, kEvaluationMicroBatch, sequences,
                               Mix(options_.seed, stream)),
             hidden_, job_.device};
+  }
+  // Of a store's model.
+  fs::path FolderOf(size_t store) const {
+    return store == 0 ? job_.out : job_.out / ("also-" + std::to_string(store));
   }
   fs::path StateFolder() const { return job_.out / "state"; }
   Json Configuration() const {
     Json json = options_.ToJson();
     json["model"] = config_.ToJson();
     json["traces"] = FingerprintOf(*dataset_);
+    for (size_t i = 1; i < stores_.size(); ++i) {
+      json["also"].push_back(
+          {{"model", configs_[i].ToJson()}, {"traces", FingerprintOf(*stores_[i])}});
+    }
     return json;
   }
 
   // The stale gate's control, before any time is spent on training.
   StaleControl Control() const {
     if (routers_.empty() || !dataset_->any_hidden()) return {};
-    return CheckStaleGate(routers_, validation_, comm_);
+    return CheckStaleGate(routers_, validation_[0], comm_);
   }
 
   void Resume() {
@@ -167,29 +200,30 @@ class SpeculationTrainer {
     samples_ = state->extra.at("samples");
   }
 
-  void OpenMetrics() {
-    if (!rank_.is_root()) return;
-    const fs::path file = job_.out / "metrics.jsonl";
-    if (step_ > 0) TruncateJsonLines(file, "step", step_);
-    metrics_.emplace(file, step_ > 0);
-    events_.emplace(job_.out / "tensorboard", step_ + 1);
+  uint64_t EpochOf(int64_t step) const {
+    return static_cast<uint64_t>(step) / sampler_.steps_per_epoch();
+  }
+  // Of this rank.
+  std::vector<MicroBatch> MicroBatchesOf(int64_t step) const {
+    return sampler_.Step(EpochOf(step),
+                         static_cast<uint64_t>(step) % sampler_.steps_per_epoch(),
+                         rank_.rank, rank_.world);
   }
 
   // One step of the global batch: fixed micro-batches dealt to ranks, gradients summed
   // while backward runs, divided by the labels of all ranks.
-  double Step(double seconds) {
-    const auto per_epoch = static_cast<int64_t>(sampler_.steps_per_epoch());
-    const auto epoch = static_cast<uint64_t>(step_ / per_epoch);
-    const auto mine = sampler_.Step(epoch, static_cast<uint64_t>(step_ % per_epoch),
-                                    rank_.rank, rank_.world);
+  double Step(BatchLoader* loader, double seconds) {
+    const uint64_t epoch = EpochOf(step_);
     double sums[4] = {0, 0, 0, 0};  // loss, labels, windows, a stop was requested
     const Stopwatch step;
     reducer_->BeginStep();
-    for (size_t i = 0; i < mine.size(); ++i) {
-      if (i + 1 == mine.size()) reducer_->LastBackward();
+    for (LoadedBatch next; !next.last;) {
       const Stopwatch data;
-      SpeculationBatch batch = MakeSpeculationBatch(mine[i], dataset_, hidden_);
+      next = loader->Next();
       data_seconds_ += data.seconds();
+      if (!next.batch) break;  // fewer micro-batches than ranks
+      if (next.last) reducer_->LastBackward();
+      SpeculationBatch& batch = *next.batch;
       batch.window.training.teacher_BTH = batch.labels_BTH;
       if (curriculum_) curriculum_->Apply(epoch, &batch);
       Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch,
@@ -198,7 +232,7 @@ class SpeculationTrainer {
       loss.backward();
       sums[0] += loss.item<double>() / static_cast<double>(smoothing_.size());
       sums[1] += static_cast<double>(batch.num_labels);
-      sums[2] += static_cast<double>(mine[i].sequences.size());
+      sums[2] += static_cast<double>(batch.window.token_ids_BT.size(0));
     }
     sums[3] = StopRequested() || step_ + 1 == job_.stop_after ? 1 : 0;
     reducer_->Finalize(1);  // before any other collective: see gradient_reducer.h
@@ -217,7 +251,7 @@ class SpeculationTrainer {
     ++loss_steps_;
     if (step_ % options_.log_every == 0 || step_ == steps_) {
       LogStep(optimizer_->LearningRate(share), norm,
-              process_samples_ / std::max(1e-9, seconds));
+              process_samples_ / std::max(1e-9, seconds), loader->seconds());
     }
     return losses_.back();
   }
@@ -225,8 +259,8 @@ class SpeculationTrainer {
   // Of all members, each by its own output.
   at::Tensor Loss(const SpeculationBatch& batch) {
     const auto outputs =
-        model_->ForwardMembers(WindowTo(batch.window, job_.device),
-                               Mix(options_.seed, kDropoutStream, batch.id));
+        joint_.ForwardMembers(WindowTo(batch.window, job_.device),
+                              Mix(options_.seed, kDropoutStream, batch.id));
     at::Tensor total;
     for (size_t m = 0; m < outputs.size(); ++m) {
       LossWeights weights = weights_;
@@ -239,34 +273,27 @@ class SpeculationTrainer {
 
   // What a checkpoint holds beside the optimizer's moments.
   Parameters TrainedTensors() const {
-    Parameters all = model_->parameters();
+    Parameters all = joint_.parameters();
     for (const auto& [name, tensor] : optimizer_->averages().items()) {
       all.Add("average." + name, tensor);
     }
     return all;
   }
 
-  double Epoch() const {
-    return static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch());
+  TrainingPlace Place() const {
+    return {step_,
+            static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch()),
+            samples_};
   }
-  void LogStep(double rate, double norm, double samples_per_second) {
-    const double loss = loss_sum_ / static_cast<double>(loss_steps_);
-    const double waiting = data_seconds_ / std::max(1e-9, step_seconds_);
+  // `loading`: seconds that the loader has worked in this process.
+  void LogStep(double rate, double norm, double samples_per_second, double loading) {
+    const double seconds = std::max(1e-9, step_seconds_);
+    log_.Write(Place(), {loss_sum_ / static_cast<double>(loss_steps_), rate, norm,
+                         samples_per_second, data_seconds_ / seconds,
+                         (loading - logged_loading_) / seconds});
     loss_sum_ = data_seconds_ = step_seconds_ = 0;
     loss_steps_ = 0;
-    if (!metrics_) return;
-    metrics_->Write({{"step", step_},
-                     {"epoch", Epoch()},
-                     {"samples", samples_},
-                     {"train_loss", loss},
-                     {"learning_rate", rate},
-                     {"grad_norm", norm},
-                     {"samples_per_second", samples_per_second},
-                     {"waiting_for_data", waiting}});
-    events_->Write(step_, {{"train/loss", loss},
-                           {"train/learning_rate", rate},
-                           {"train/grad_norm", norm},
-                           {"train/samples_per_second", samples_per_second}});
+    logged_loading_ = loading;
   }
   std::string Note(double loss) const {
     char text[96];
@@ -277,26 +304,29 @@ class SpeculationTrainer {
     return text;
   }
 
+  // The mean over stores: each counts alike, however large.
+  ValidationScores ValidateAll() {
+    ValidationScores mean;
+    for (const EvaluationData& data : validation_) {
+      const ValidationScores own = Validate(&joint_, data, comm_);
+      const double share = 1 / static_cast<double>(validation_.size());
+      mean.loss += own.loss * share;
+      mean.top1 += own.top1 * share;
+      mean.top4 += own.top4 * share;
+      mean.recall += own.recall * share;
+      mean.labels += own.labels;
+    }
+    return mean;
+  }
+
   // Early stopping: the parameters of the best validation are what is kept; of averaged
   // ones where averages are.
   void ValidateAndSave() {
     optimizer_->SwapAverages();
-    const ValidationScores scores = Validate(model_.get(), validation_, comm_);
-    if (metrics_) {
-      metrics_->Write({{"step", step_},
-                       {"epoch", Epoch()},
-                       {"samples", samples_},
-                       {"valid_loss", scores.loss},
-                       {"top1", scores.top1},
-                       {"top4", scores.top4},
-                       {"recall", scores.recall}});
-      events_->Write(step_, {{"valid/loss", scores.loss},
-                             {"valid/top1", scores.top1},
-                             {"valid/top4", scores.top4},
-                             {"valid/recall", scores.recall}});
-    }
+    const ValidationScores scores = ValidateAll();
+    log_.Write(Place(), scores);
     const double score = options_.monitor == "top1" ? -scores.recall : scores.loss;
-    best_.Offer(score, step_, model_->parameters(), options_.schedule.plateau_patience);
+    best_.Offer(score, step_, joint_.parameters(), options_.schedule.plateau_patience);
     optimizer_->SwapAverages();
     exhausted_ = options_.patience > 0 && best_.worse() >= options_.patience;
     Save();
@@ -321,7 +351,7 @@ class SpeculationTrainer {
   }
 
   SpeculationResult Finish(const StaleControl& control) {
-    best_.CopyTo(model_->parameters());
+    best_.CopyTo(joint_.parameters());
     SpeculationReport report;
     report.options = options_;
     report.parameters = model_->parameters().num_elements();
@@ -330,17 +360,18 @@ class SpeculationTrainer {
     report.best_step = best_.step();
     report.split = dataset_->SplitJson();
     report.members = WeighMembers();
-    report.validation = Validate(model_.get(), validation_, comm_);
+    report.validation = Validate(model_, validation_[0], comm_);
     report.has_control = control.tokens > 0;
     report.control = control;
-    const Calibration calibration = FitCalibration(model_.get(), validation_, comm_);
+    const Calibration calibration = FitCalibration(model_, validation_[0], comm_);
     const EvaluationData test =
-        Part(SplitPart::kTest, options_.test_sequences, kTestStream);
+        Part(0, SplitPart::kTest, options_.test_sequences, kTestStream);
     report.test =
-        Test(model_.get(), calibration, tables_, routers_, test, options_.seed, comm_);
+        Test(model_, calibration, tables_, routers_, test, options_.seed, comm_);
     if (rank_.is_root()) {
       report.neighbours = EstimateByNeighbours(dataset_, options_.seed);
     }
+    FinishOthers(&report);
     SpeculationResult result;
     result.results = ResultsJson(report);
     result.table = ResultsTable(report, config_.geometry.num_experts);
@@ -356,35 +387,50 @@ class SpeculationTrainer {
     return result;
   }
 
+  // The models of the further stores: they share the trunk that is kept.
+  void FinishOthers(SpeculationReport* report) {
+    for (size_t i = 1; i < stores_.size(); ++i) {
+      SpeculationModel& part = joint_.part(i);
+      report->also.push_back(
+          {job_.also[i - 1].name, Validate(&part, validation_[i], comm_)});
+      const Calibration calibration = FitCalibration(&part, validation_[i], comm_);
+      if (!rank_.is_root()) continue;
+      SaveSpeculationModel(FolderOf(i), part, calibration,
+                           {{"options", options_.ToJson()}, {"best_step", best_.step()}});
+    }
+  }
+
   // An ensemble's members count by their validation top-1; no member, no scores.
   std::vector<ValidationScores> WeighMembers() {
     if (config_.members.empty()) return {};
-    const auto scores = ValidateMembers(model_.get(), validation_, comm_);
+    const auto scores = ValidateMembers(model_, validation_[0], comm_);
     std::vector<double> weights;
     for (const ValidationScores& s : scores) weights.push_back(s.recall + 1e-9);
-    SetMemberWeights(model_.get(), weights);
+    SetMemberWeights(model_, weights);
     return scores;
   }
 
   const SpeculationJob job_;
   const SpeculationOptions options_;
-  TraceDataset* dataset_;
+  TraceDataset* dataset_;                    // what is scored
+  const std::vector<TraceDataset*> stores_;  // it, and the further ones
   const std::vector<RouterWeights> routers_;
   Communicator* comm_;
   RankInfo rank_;
-  SpeculationConfig config_;
+  const std::vector<SpeculationConfig> configs_;  // by store
+  const SpeculationConfig config_;                // of the first
   WithHidden hidden_;
   WindowSampler sampler_;
-  EvaluationData validation_;
-  std::unique_ptr<SpeculationModel> model_;
+  std::vector<EvaluationData> validation_;  // by store
+  JointModel joint_;
+  SpeculationModel* model_;                       // its part for the first store
   std::shared_ptr<const BaselineTables> tables_;  // of the train part
   std::optional<Curriculum> curriculum_;
   std::optional<GradientReducer> reducer_;
   std::optional<MemberOptimizer> optimizer_;
   LossWeights weights_;
-  std::vector<double> smoothing_;            // of each member's labels
-  std::optional<JsonLines> metrics_;         // rank 0
-  std::optional<TensorboardEvents> events_;  // rank 0
+  std::vector<double> smoothing_;  // of each member's labels
+  TrainingLog log_;                // rank 0's writes
   int64_t steps_ = 0, validate_every_ = 1;
 
   // What a checkpoint holds beside the tensors.
@@ -396,6 +442,7 @@ class SpeculationTrainer {
   bool stop_ = false, exhausted_ = false;
   double process_samples_ = 0;
   double data_seconds_ = 0, step_seconds_ = 0;  // since the last logged step
+  double logged_loading_ = 0;  // seconds of the loader's work up to there
   std::vector<double> losses_;
 };
 
@@ -404,42 +451,11 @@ class SpeculationTrainer {
 SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* dataset,
                                    const std::vector<RouterWeights>& routers,
                                    Communicator* comm) {
-  if (job.onnx) RequireOnnxKind(job.options.kind);  // before any time is spent
+  if (job.onnx) {  // before any time is spent
+    RequireOnnxKind(job.options.kind, job.options.backup_experts);
+  }
   at::globalContext().setDeterministicAlgorithms(job.deterministic, /*warn_only=*/false);
   return SpeculationTrainer(job, dataset, routers, comm).Run();
-}
-
-SpeculationSize SizeOf(const SpeculationOptions& o, TraceDataset* dataset) {
-  const SpeculationConfig config = ConfigOf(o, dataset);
-  const WindowSampler sampler(GroupsOf(*dataset, SplitPart::kTrain, HiddenOf(config)),
-                              {o.seed, o.micro_batch, o.global_batch});
-  SpeculationSize size;
-  size.parameters = MakeSpeculationModel(config, o.seed)->parameters().num_elements();
-  size.steps_per_epoch = static_cast<int64_t>(sampler.steps_per_epoch());
-  size.windows_per_epoch = sampler.samples_per_epoch();
-  size.steps = o.steps > 0 ? o.steps : o.epochs * size.steps_per_epoch;
-  // Weights, gradients, two moments, the best weights so far.
-  size.bytes = static_cast<uint64_t>(size.parameters) * sizeof(float) * 5;
-  return size;
-}
-
-std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
-                                int world) {
-  const SpeculationOptions& o = job.options;
-  const SpeculationSize size = SizeOf(o, dataset);
-  char text[512];
-  std::snprintf(text, sizeof text,
-                "traces: %s\nmodel: %s, %lld parameters\nrun: %lld steps of %d windows "
-                "on %d ranks; "
-                "%lld steps an epoch of %llu windows\nmemory: %s a rank before "
-                "activations and traces\n",
-                dataset->SplitJson().dump().c_str(), o.kind.c_str(),
-                static_cast<long long>(size.parameters),
-                static_cast<long long>(size.steps), o.global_batch, world,
-                static_cast<long long>(size.steps_per_epoch),
-                static_cast<unsigned long long>(size.windows_per_epoch),
-                FormatBytes(size.bytes).c_str());
-  return text;
 }
 
 }  // namespace routecast

@@ -14,9 +14,19 @@
 
 namespace routecast {
 
+// A store of another traced model whose routing is learnt, too.
+struct FurtherStore {
+  std::string name;
+  TraceDataset* dataset = nullptr;  // borrowed
+};
+
 struct SpeculationJob {
   SpeculationOptions options;
   std::string store;  // what reports call the traces
+  // Pre-training: models of these traces share the trunk (joint_model.h). Steps hold
+  // windows of all stores, validation is the mean over them, and each one's model goes to
+  // out/also-N; scores are of `store`.
+  std::vector<FurtherStore> also;
   // Becomes a speculation model's folder (config.json, model.safetensors) with
   // baselines.safetensors, results.json and metrics.jsonl; holds state/ while training.
   fs::path out;
@@ -31,6 +41,14 @@ struct SpeculationJob {
   bool quiet = false;
 };
 
+// The job's data sets, by the number that groups and windows have.
+inline std::vector<TraceDataset*> StoresOf(TraceDataset* dataset,
+                                           const std::vector<FurtherStore>& also) {
+  std::vector<TraceDataset*> all = {dataset};
+  for (const FurtherStore& store : also) all.push_back(store.dataset);
+  return all;
+}
+
 struct SpeculationResult {
   Json results;       // what results.json holds
   std::string table;  // for people
@@ -44,19 +62,5 @@ struct SpeculationResult {
 SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* dataset,
                                    const std::vector<RouterWeights>& routers,
                                    Communicator* comm);
-
-// What a run takes, before any of it is done.
-struct SpeculationSize {
-  int64_t parameters = 0;
-  int64_t steps = 0;  // at most
-  int64_t steps_per_epoch = 0;
-  uint64_t windows_per_epoch = 0;
-  uint64_t bytes = 0;  // of memory a rank, before activations and traces
-};
-// Throws what TrainSpeculation throws for options that do not fit the traces.
-SpeculationSize SizeOf(const SpeculationOptions& options, TraceDataset* dataset);
-// What --dry_run prints: model, parameters, windows, steps, memory.
-std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
-                                int world);
 
 }  // namespace routecast

@@ -1,6 +1,7 @@
 #include "trainer/trace_dataset.h"
 
 #include <algorithm>
+#include <climits>
 #include <set>
 
 #include "common/errors.h"
@@ -74,6 +75,18 @@ bool TraceDataset::any_hidden() const {
                      [](const SequenceInfo& s) { return s.has_hidden; });
 }
 
+int TraceDataset::top_k() const {
+  if (reader_) return reader_->config().top_k;
+  int least = kept_.empty() ? 0 : INT_MAX;
+  for (const Kept& kept : kept_) {
+    for (const RoutingSpan* span : {&kept.trace->encoder, &kept.trace->decoder}) {
+      if (span->num_tokens == 0) continue;
+      least = std::min(least, span->topk_ids.empty() ? 0 : span->top_k);
+    }
+  }
+  return least;
+}
+
 int64_t TraceDataset::vocab_size() {
   if (reader_ && !reader_->config().token_ids) return 0;
   if (vocab_size_) return *vocab_size_;
@@ -98,6 +111,7 @@ int64_t TraceDataset::vocab_size() {
 void TraceDataset::Keep(uint32_t sequence, bool hidden,
                         std::shared_ptr<const RoutingTrace> trace) {
   Kept& kept = kept_[sequence];
+  if (kept.trace && kept.hidden) return;  // by another thread, meanwhile
   const uint64_t before =
       kept.trace ? BytesOf(kept.trace->encoder) + BytesOf(kept.trace->decoder) : 0;
   const uint64_t bytes = BytesOf(trace->encoder) + BytesOf(trace->decoder);
@@ -112,6 +126,7 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
   std::vector<std::shared_ptr<const RoutingTrace>> found(sequences.size());
   std::vector<size_t> missing;
   std::vector<uint64_t> ids;
+  std::unique_lock lock(*mutex_);
   for (size_t i = 0; i < sequences.size(); ++i) {
     const Kept& kept = kept_[sequences[i]];
     if (kept.trace && (kept.hidden || !hidden || !sequences_[sequences[i]].has_hidden)) {
@@ -121,6 +136,7 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
       ids.push_back(sequences_[sequences[i]].sequence_id);
     }
   }
+  lock.unlock();
   if (missing.empty()) return found;
   std::vector<RoutingTrace> read = reader_->ReadMany(ids, with_hidden);
   for (size_t m = 0; m < missing.size(); ++m) {
@@ -128,8 +144,9 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
       DropUnused(span, geometry_.experts_per_token, options_.keep_top_k);
     }
     found[missing[m]] = std::make_shared<const RoutingTrace>(std::move(read[m]));
-    Keep(sequences[missing[m]], hidden, found[missing[m]]);
   }
+  lock.lock();
+  for (const size_t m : missing) Keep(sequences[m], hidden, found[m]);
   return found;
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <vector>
@@ -18,10 +19,12 @@ struct TraceDatasetOptions {
   // Records that are kept in memory once read; what does not fit is read each time it is
   // needed. Per rank.
   uint64_t cache_bytes = uint64_t{1} << 30;
-  bool keep_top_k = false;  // the routers' top-k, where recorded: what distillation needs
+  bool keep_top_k = false;  // the routers' top-k, where recorded: what distillation and
+                            // backup experts need
 };
 
-// Thread rule: one thread at a time. `uint32_t` sequences are indices into sequences().
+// Thread rule: Read from any thread at once, all else from one thread. `uint32_t`
+// sequences are indices into sequences().
 class TraceDataset {
  public:
   // Throws UsageError where the store has no sequence, and what TraceReader throws.
@@ -36,6 +39,8 @@ class TraceDataset {
   uint32_t length(uint32_t sequence, Stack stack) const;
   bool any_hidden() const;
   bool keeps_top_k() const { return options_.keep_top_k; }
+  // Choices of the router that every token's record holds; 0 = none.
+  int top_k() const;
   // The largest token id of the store plus one: the smallest vocabulary that covers it; 0
   // where no ids are recorded. Reads every record, once.
   int64_t vocab_size();
@@ -56,6 +61,7 @@ class TraceDataset {
     std::shared_ptr<const RoutingTrace> trace;
     bool hidden = false;  // router inputs were asked for
   };
+  // REQUIRES *mutex_ held.
   void Keep(uint32_t sequence, bool hidden, std::shared_ptr<const RoutingTrace> trace);
 
   std::shared_ptr<const TraceReader> reader_;  // null: everything is in kept_
@@ -63,6 +69,8 @@ class TraceDataset {
   MoeGeometry geometry_;
   std::vector<SequenceInfo> sequences_;
   std::vector<SplitPart> parts_;
+  // Of what follows up to kept_bytes_.
+  std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
   std::vector<Kept> kept_;  // parallel to sequences_
   uint64_t kept_bytes_ = 0;
   std::optional<int64_t> vocab_size_;  // once it was looked up

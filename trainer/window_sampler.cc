@@ -106,6 +106,7 @@ MicroBatch WindowSampler::Make(uint64_t epoch, uint64_t number) const {
   batch.id = Mix(epoch, number);
   batch.stack = group.stack;
   batch.source_layer = group.source_layer;
+  batch.store = group.store;
   const uint64_t first = slot % kBucketMicroBatches * size;
   for (uint64_t i = first; i < std::min<uint64_t>(first + size, members.size()); ++i) {
     batch.sequences.push_back(group.pool->sequences[members[i]]);

@@ -27,6 +27,7 @@ struct SampleGroup {
   Stack stack = Stack::kEncoder;
   int source_layer = -1;
   std::shared_ptr<const SamplePool> pool;  // groups may share one; not empty
+  int store = 0;                           // which data set, where several are trained on
 };
 
 // The compute unit: the same at any world size.
@@ -35,6 +36,7 @@ struct MicroBatch {
   Stack stack = Stack::kEncoder;
   int source_layer = -1;
   std::vector<uint32_t> sequences;
+  int store = 0;  // the group's
 };
 
 struct WindowSamplerOptions {

@@ -47,9 +47,17 @@ int64_t ChosenAt(const RoutingSpan& span, int t, int l, int k) {
   return span.topk_ids[static_cast<size_t>((l * span.num_tokens + t) * kChosen + k)];
 }
 
+// Of the first sequence at one lead, [T,K].
+at::Tensor LabelSets(const WindowTargets& targets, int lead) {
+  return at::cat({targets.labels_BTH[0].narrow(1, lead - 1, 1),
+                  targets.others_BTHK[0].select(1, lead - 1)},
+                 1);
+}
+
 TEST(RoutingSetsTest, LabelsHoldEveryExpertOfTheTarget) {
   const RoutingTrace trace = SetTrace(1, 6, false);
-  const auto labels = WindowLabelSets(trace, Stack::kDecoder, 1, 3, kChosen);
+  const auto targets = WindowTargetsOf({&trace}, Stack::kDecoder, 1, 3, kChosen);
+  const auto labels = LabelSets(targets, 3);
   const auto first = WindowLabels(trace, Stack::kDecoder, 1, 3);
   for (int t = 0; t < 6; ++t) {  // lead 3 of 3 layers: layer 1 of the next token
     EXPECT_EQ(labels[t][0].item<int64_t>(), first[t].item<int64_t>());
@@ -62,7 +70,7 @@ TEST(RoutingSetsTest, LabelsHoldEveryExpertOfTheTarget) {
 TEST(RoutingSetsTest, ATraceWithoutAllExpertsIsDamage) {
   RoutingTrace trace = SetTrace(1, 6, false);
   trace.decoder.topk_ids.clear();
-  EXPECT_THROW(WindowLabelSets(trace, Stack::kDecoder, 1, 1, kChosen), DataError);
+  EXPECT_THROW(WindowTargetsOf({&trace}, Stack::kDecoder, 1, 1, kChosen), DataError);
 }
 
 TEST(RoutingSetsTest, TheEncoderHidesOtherChoicesPastTheSource) {

@@ -100,8 +100,7 @@ INSTANTIATE_TEST_SUITE_P(Kinds, StackedKindTest, testing::ValuesIn(Stackable()),
 
 RoutingWindow SomeWindow(Stack stack, int source) {
   const MoeGeometry g = SmallGeometry();
-  return BatchWindows({WindowOf(RandomTrace(g, 6, 5, 1), stack, source, 5),
-                       WindowOf(RandomTrace(g, 4, 3, 2), stack, source, 5)});
+  return BatchOf({RandomTrace(g, 6, 5, 1), RandomTrace(g, 4, 3, 2)}, stack, source, 5);
 }
 
 void FillConstants(SpeculationModel* model) {
@@ -186,8 +185,7 @@ TEST(SpeculationKindsTest, MultiscaleIsFiniteOnEveryBatch) {
     for (int source = -1; source < g.layers(stack) - 1; ++source) {
       for (const auto& window :
            {WindowOf(RandomTrace(g, 6, 6, 1), stack, source, 5),
-            BatchWindows({WindowOf(RandomTrace(g, 9, 9, 1), stack, source, 5),
-                          WindowOf(RandomTrace(g, 1, 1, 2), stack, source, 5)}),
+            BatchOf({RandomTrace(g, 9, 9, 1), RandomTrace(g, 1, 1, 2)}, stack, source, 5),
             WindowOf(RandomTrace(g, 1, 1, 3), stack, source, 5)}) {
         const auto out = model->Forward(window, 4);
         EXPECT_TRUE(at::isfinite(out.logits_BTHE).all().item<bool>());

@@ -148,9 +148,9 @@ TEST(WindowTest, DecoderSeesTheTokenBeforeAndTheEncoder) {
 }
 
 TEST(WindowTest, ABatchMarksThePaddingOfItsSources) {
-  const auto both = BatchWindows(
-      {WindowOf(RandomTrace(SmallGeometry(), 2, 3, 2), Stack::kDecoder, 0, 5),
-       WindowOf(RandomTrace(SmallGeometry(), 4, 3, 3), Stack::kDecoder, 0, 5)});
+  const auto both = BatchOf(
+      {RandomTrace(SmallGeometry(), 2, 3, 2), RandomTrace(SmallGeometry(), 4, 3, 3)},
+      Stack::kDecoder, 0, 5);
   EXPECT_EQ(both.source_BSD.sizes(), (std::vector<int64_t>{2, 4, 6}));
   EXPECT_EQ(both.source_valid_BS.sum(1).select(0, 0).item<int64_t>(), 2);
   EXPECT_EQ(both.source_valid_BS.sum(1).select(0, 1).item<int64_t>(), 4);

@@ -124,8 +124,9 @@ TEST_P(SpeculationKindTest, PaddingChangesNothing) {
   for (Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     for (int s = -1; s < g.layers(stack) - 1; ++s) {
       const auto shorter = WindowOf(RandomTrace(g, 3, 3, 8), stack, s, 5);
-      const auto longer = WindowOf(RandomTrace(g, 9, 9, 9), stack, s, 5);
-      const auto both = model_->Forward(BatchWindows({shorter, longer}), 0);
+      const auto padded =
+          BatchOf({RandomTrace(g, 3, 3, 8), RandomTrace(g, 9, 9, 9)}, stack, s, 5);
+      const auto both = model_->Forward(padded, 0);
       const auto alone = model_->Forward(shorter, 0);
       EXPECT_TRUE(at::allclose(both.logits_BTHE.narrow(0, 0, 1).narrow(1, 0, 3),
                                alone.logits_BTHE, 1e-4, 1e-5));
@@ -139,8 +140,8 @@ TEST_P(SpeculationKindTest, ServingEqualsTraining) {
   const MoeGeometry g = SmallGeometry();
   for (Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     for (int s = -1; s < g.layers(stack); ++s) {
-      const auto window = BatchWindows({WindowOf(RandomTrace(g, 3, 2, 8), stack, s, 5),
-                                        WindowOf(RandomTrace(g, 4, 3, 9), stack, s, 5)});
+      const auto window =
+          BatchOf({RandomTrace(g, 3, 2, 8), RandomTrace(g, 4, 3, 9)}, stack, s, 5);
       const auto expected = model_->Forward(window, 0);
       const c10::NoGradGuard no_grad;
       const auto got = model_->Forward(window, 0);

@@ -43,13 +43,11 @@ std::unique_ptr<SpeculationModel> RandomModel(const SpeculationConfig& config) {
 // Of sequences of these lengths (encoder tokens, decoder tokens).
 RoutingWindow Batch(const std::vector<std::pair<int, int>>& lengths, Stack stack,
                     int source) {
-  std::vector<RoutingWindow> windows;
+  std::vector<RoutingTrace> traces;
   for (const auto& [encoder, decoder] : lengths) {
-    windows.push_back(
-        WindowOf(RandomTrace(SmallGeometry(), encoder, decoder, windows.size() + 1),
-                 stack, source, kExperts));
+    traces.push_back(RandomTrace(SmallGeometry(), encoder, decoder, traces.size() + 1));
   }
-  return BatchWindows(windows);
+  return BatchOf(traces, stack, source, kExperts);
 }
 
 void WriteCase(const fs::path& file, const RoutingWindow& window,

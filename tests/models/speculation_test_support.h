@@ -47,6 +47,13 @@ inline RoutingTrace RandomTrace(const MoeGeometry& g, int source_tokens,
   return trace;
 }
 
+inline RoutingWindow BatchOf(const std::vector<RoutingTrace>& traces, Stack stack,
+                             int source, int num_experts, int experts_per_token = 1) {
+  std::vector<const RoutingTrace*> all;
+  for (const RoutingTrace& trace : traces) all.push_back(&trace);
+  return WindowsOf(all, stack, source, num_experts, experts_per_token);
+}
+
 inline SpeculationConfig SmallSpeculation(const std::string& kind) {
   SpeculationConfig c = DefaultSpeculationConfig(kind, SmallGeometry(), 11, 6);
   const auto shrink = [](SpeculationConfig* config) {

@@ -11,6 +11,7 @@
 #include "tests/support/tiny_checkpoint.h"
 #include "tests/trainer/synthetic_traces.h"
 #include "trainer/question_timing.h"
+#include "trainer/speculation_size.h"
 
 namespace routecast {
 namespace {

@@ -36,7 +36,10 @@ class TraceSynthesizer {
     }
   }
 
-  SyntheticTraces Make(int sequences, int shortest, int longest, bool every_hidden) {
+  // `top_k` > 0: the router's so many likeliest are recorded, too.
+  SyntheticTraces Make(int sequences, int shortest, int longest, bool every_hidden,
+                       int top_k = 0) {
+    top_k_ = top_k;
     SyntheticTraces made{geometry_, {}, routers_};
     for (int s = 0; s < sequences; ++s) {
       const auto key = static_cast<uint64_t>(s);
@@ -56,6 +59,16 @@ class TraceSynthesizer {
   }
 
  private:
+  void RecordTopK(const at::Tensor& logits, RoutingSpan* span) const {
+    if (top_k_ == 0) return;
+    span->top_k = top_k_;
+    const auto [probs, ids] = logits.softmax(1).topk(top_k_, 1);
+    const at::Tensor flat_ids = ids.contiguous(), flat_probs = probs.contiguous();
+    for (int64_t i = 0; i < flat_ids.numel(); ++i) {
+      span->topk_ids.push_back(static_cast<uint16_t>(flat_ids.data_ptr<int64_t>()[i]));
+      span->topk_probs.push_back(flat_probs.data_ptr<float>()[i]);
+    }
+  }
   RoutingSpan Span(Stack stack, uint64_t key, int tokens, bool hidden) const {
     RoutingSpan span;
     span.num_tokens = tokens;
@@ -76,8 +89,9 @@ class TraceSynthesizer {
       const at::Tensor norm = x * at::rsqrt(x.pow(2).mean(1, true) + 1e-6);
       const at::Tensor input =
           (norm * routers_[global].norm_gain_D).to(at::kBFloat16).to(at::kFloat);
-      const at::Tensor chosen =
-          at::matmul(input, routers_[global].weight_ED.t()).argmax(1).contiguous();
+      const at::Tensor logits = at::matmul(input, routers_[global].weight_ED.t());
+      const at::Tensor chosen = logits.argmax(1).contiguous();
+      RecordTopK(logits, &span);
       for (int t = 0; t < tokens; ++t) {
         span.expert_ids.push_back(static_cast<uint16_t>(chosen.data_ptr<int64_t>()[t]));
         span.gate_probs.push_back(0.5f);
@@ -93,6 +107,7 @@ class TraceSynthesizer {
   }
 
   int vocabulary_;
+  int top_k_ = 0;
   uint64_t seed_;
   MoeGeometry geometry_;
   at::Tensor ids_;

@@ -119,6 +119,27 @@ TEST_F(TrainPipeline, EveryConfigurationThatIsShippedFitsTheProgram) {
   EXPECT_FALSE(fs::exists(folder_ / "dry"));
 }
 
+TEST_F(TrainPipeline, SeveralStoresAreOneTraining) {
+  std::vector<std::string> command = {Bin("routecast-train"),
+                                      "--quiet",
+                                      "--threads=1",
+                                      "--device=cpu",
+                                      "--kind=interlayer",
+                                      "--masked_ids=0.15",
+                                      "--steps=4",
+                                      "--global_batch=16",
+                                      "--micro_batch=8",
+                                      "--validation_sequences=8",
+                                      "--store=" + (folder_ / "store").string(),
+                                      "--also=" + (folder_ / "store").string(),
+                                      "--out=" + (folder_ / "joint").string()};
+  ASSERT_EQ(RunProgram(UnderMpirun(2, command)), 0);
+  EXPECT_EQ(ReadJsonFile(folder_ / "joint" / "results.json")["also"].size(), 1u);
+  EXPECT_TRUE(fs::exists(folder_ / "joint" / "also-1" / "model.safetensors"));
+  command.push_back("--leaderboard=interlayer");
+  EXPECT_EQ(RunProgram(command), kExitUsage);
+}
+
 // Two ranks, four trials of their own each way, and a flag file for the run to come.
 TEST_F(TrainPipeline, ASearchIsOneCommand) {
   const fs::path out = folder_ / "search", space = folder_ / "space.json";

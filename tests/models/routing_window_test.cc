@@ -1,0 +1,188 @@
+// Windows and targets of several sequences against element-wise loops over their traces.
+#include "models/routing_window.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "speculation_test_support.h"
+
+namespace routecast {
+namespace {
+
+constexpr int kExperts = 5, kChosen = 3;
+
+// Of lengths that differ in both stacks; three choices a token.
+std::vector<RoutingTrace> Traces() {
+  std::vector<RoutingTrace> traces;
+  for (const auto& [source, target] : {std::pair{6, 5}, {3, 9}, {8, 1}}) {
+    traces.push_back(
+        RandomTrace(SmallGeometry(), source, target, uint64_t(10 * source + target)));
+    for (RoutingSpan* span : {&traces.back().encoder, &traces.back().decoder}) {
+      span->top_k = kChosen;
+      for (const uint16_t first : span->expert_ids) {
+        for (int k = 0; k < kChosen; ++k) {
+          span->topk_ids.push_back(static_cast<uint16_t>((first + 2 * k) % kExperts));
+        }
+      }
+    }
+  }
+  return traces;
+}
+
+const RoutingSpan& SpanOf(const RoutingTrace& trace, Stack stack) {
+  return stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+}
+size_t PlaceOf(const RoutingSpan& span, int64_t layer, int64_t token) {
+  return static_cast<size_t>(layer * span.num_tokens + token);
+}
+// Router inputs of a layer at a token, [D]; zeros where the token is not there.
+at::Tensor StateOf(const RoutingSpan& span, int64_t layer, int64_t token) {
+  at::Tensor state = at::zeros({span.hidden_width});
+  for (int64_t d = 0; token >= 0 && token < span.num_tokens && d < state.numel(); ++d) {
+    const size_t at = PlaceOf(span, layer, token) * size_t(span.hidden_width) + size_t(d);
+    state[d] = Bf16ToFloat(span.hidden[at]);
+  }
+  return state;
+}
+
+class WindowsTest : public testing::Test {
+ protected:
+  // Calls check(stack, source) for every source layer.
+  template <typename Check>
+  void EachSource(const Check& check) const {
+    for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+      for (int s = -1; s < SmallGeometry().layers(stack); ++s) {
+        SCOPED_TRACE(std::string(StackName(stack)) + " " + std::to_string(s));
+        check(stack, s);
+      }
+    }
+  }
+  int64_t Longest(Stack stack) const {
+    int64_t longest = 0;
+    for (const auto& t : traces_) {
+      longest = std::max<int64_t>(longest, SpanOf(t, stack).num_tokens);
+    }
+    return longest;
+  }
+  std::vector<const RoutingTrace*> All() const {
+    std::vector<const RoutingTrace*> all;
+    for (const RoutingTrace& t : traces_) all.push_back(&t);
+    return all;
+  }
+  std::vector<RoutingTrace> traces_ = Traces();
+};
+
+TEST_F(WindowsTest, HoldTheExpertsThatAreKnown) {
+  EachSource([&](Stack stack, int source) {
+    const RoutingWindow w = WindowsOf(All(), stack, source, kExperts, kChosen);
+    const int64_t T = Longest(stack), L = SmallGeometry().layers(stack);
+    ASSERT_EQ(w.experts_BTL.sizes(), (at::IntArrayRef{3, T, L}));
+    ASSERT_EQ(w.others_BTLK.sizes(), (at::IntArrayRef{3, T, L, kChosen - 1}));
+    for (int64_t b = 0; b < 3; ++b) {
+      const RoutingSpan& span = SpanOf(traces_[size_t(b)], stack);
+      for (int64_t t = 0; t < T; ++t) {
+        const bool there = t < span.num_tokens;
+        EXPECT_EQ(w.valid_BT[b][t].item<bool>(), there);
+        EXPECT_EQ(w.token_ids_BT[b][t].item<int64_t>(),
+                  there ? span.token_ids[size_t(t)] : 0);
+        for (int64_t l = 0; l < L; ++l) {
+          const bool known = there && (stack == Stack::kDecoder || l <= source);
+          const size_t at = known ? PlaceOf(span, l, t) : 0;
+          EXPECT_EQ(w.experts_BTL[b][t][l].item<int64_t>(),
+                    known ? span.expert_ids[at] : kExperts);
+          for (int64_t k = 1; k < kChosen; ++k) {
+            EXPECT_EQ(w.others_BTLK[b][t][l][k - 1].item<int64_t>(),
+                      known ? span.topk_ids[at * kChosen + size_t(k)] : kExperts);
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST_F(WindowsTest, HoldTheRouterInputsThatAreKnown) {
+  EachSource([&](Stack stack, int source) {
+    const RoutingWindow w = WindowsOf(All(), stack, source, kExperts);
+    const bool decoder = stack == Stack::kDecoder;
+    EXPECT_EQ(w.hidden_BTD.defined(), source >= 0);
+    EXPECT_EQ(w.context_BTD.defined(), decoder);
+    EXPECT_EQ(w.source_BSD.defined(), decoder);
+    for (int64_t b = 0; b < 3; ++b) {
+      const RoutingTrace& trace = traces_[size_t(b)];
+      const RoutingSpan& span = SpanOf(trace, stack);
+      for (int64_t t = 0; t < Longest(stack); ++t) {
+        if (source >= 0) {
+          EXPECT_TRUE(at::equal(w.hidden_BTD[b][t], StateOf(span, source, t)));
+        }
+        if (!decoder) continue;
+        const bool there = t < span.num_tokens;
+        EXPECT_TRUE(at::equal(w.context_BTD[b][t],
+                              StateOf(span, span.num_layers - 1, there ? t - 1 : -1)));
+      }
+      for (int64_t s = 0; decoder && s < Longest(Stack::kEncoder); ++s) {
+        EXPECT_EQ(w.source_valid_BS[b][s].item<bool>(), s < trace.encoder.num_tokens);
+        EXPECT_TRUE(at::equal(w.source_BSD[b][s],
+                              StateOf(trace.encoder, trace.encoder.num_layers - 1, s)));
+      }
+    }
+  });
+}
+
+TEST_F(WindowsTest, LeaveOutWhatOneSequenceHasNot) {
+  traces_[1].decoder.hidden.clear();
+  traces_[2].encoder.topk_ids.clear();
+  const auto decoder = WindowsOf(All(), Stack::kDecoder, 0, kExperts, kChosen);
+  EXPECT_FALSE(decoder.hidden_BTD.defined() || decoder.context_BTD.defined());
+  EXPECT_FALSE(decoder.source_BSD.defined());
+  EXPECT_TRUE(decoder.others_BTLK.defined());
+  const auto encoder = WindowsOf(All(), Stack::kEncoder, 0, kExperts, kChosen);
+  EXPECT_TRUE(encoder.hidden_BTD.defined());
+  EXPECT_FALSE(encoder.others_BTLK.defined());
+  const auto unwanted =
+      WindowsOf(All(), Stack::kEncoder, 0, kExperts, kChosen, /*router_inputs=*/false);
+  EXPECT_FALSE(unwanted.hidden_BTD.defined());
+}
+
+TEST_F(WindowsTest, RefuseSequencesOfAnotherModel) {
+  traces_[1].encoder.num_layers = 2;
+  EXPECT_THROW(WindowsOf(All(), Stack::kEncoder, 0, kExperts), std::logic_error);
+  EXPECT_THROW(WindowsOf({}, Stack::kEncoder, 0, kExperts), std::logic_error);
+}
+
+TEST_F(WindowsTest, TargetsAreThoseOfEachLead) {
+  EachSource([&](Stack stack, int source) {
+    const int L = SmallGeometry().layers(stack), H = L;
+    const WindowTargets targets = WindowTargetsOf(All(), stack, source, H, kChosen);
+    const WindowTargets first = WindowTargetsOf(All(), stack, source, H, 1);
+    EXPECT_TRUE(at::equal(targets.labels_BTH, first.labels_BTH));
+    EXPECT_FALSE(first.others_BTHK.defined());
+    int64_t labels = 0;
+    for (int64_t b = 0; b < 3; ++b) {
+      const RoutingSpan& span = SpanOf(traces_[size_t(b)], stack);
+      for (int64_t t = 0; t < Longest(stack); ++t) {
+        for (int lead = 1; lead <= H; ++lead) {
+          int layer = source + lead;
+          int64_t token = t;
+          if (stack == Stack::kDecoder && layer >= L) layer -= L, ++token;
+          const bool there = layer < L && token < span.num_tokens &&
+                             !span.dropped[PlaceOf(span, layer, token)];
+          labels += there;
+          const size_t at = there ? PlaceOf(span, layer, token) : 0;
+          EXPECT_EQ(targets.labels_BTH[b][t][lead - 1].item<int64_t>(),
+                    there ? span.expert_ids[at] : -100);
+          for (int64_t k = 1; k < kChosen; ++k) {
+            EXPECT_EQ(targets.others_BTHK[b][t][lead - 1][k - 1].item<int64_t>(),
+                      there ? span.topk_ids[at * kChosen + size_t(k)] : -100);
+          }
+        }
+      }
+    }
+    EXPECT_EQ(targets.num_labels, labels);
+    EXPECT_EQ(first.num_labels, labels);
+  });
+}
+
+}  // namespace
+}  // namespace routecast

@@ -1,0 +1,49 @@
+#include "trainer/training_log.h"
+
+namespace routecast {
+namespace {
+
+Json LineOf(const TrainingPlace& place) {
+  return {{"step", place.step}, {"epoch", place.epoch}, {"samples", place.samples}};
+}
+
+}  // namespace
+
+TrainingLog::TrainingLog(const fs::path& out, int64_t step) {
+  const fs::path file = out / "metrics.jsonl";
+  if (step > 0) TruncateJsonLines(file, "step", step);
+  metrics_.emplace(file, step > 0);
+  events_.emplace(out / "tensorboard", step + 1);
+}
+
+void TrainingLog::Write(const TrainingPlace& place, const StepFigures& figures) {
+  if (!metrics_) return;
+  Json line = LineOf(place);
+  line.update({{"train_loss", figures.loss},
+               {"learning_rate", figures.learning_rate},
+               {"grad_norm", figures.grad_norm},
+               {"samples_per_second", figures.samples_per_second},
+               {"waiting_for_data", figures.waiting_for_data},
+               {"making_batches", figures.making_batches}});
+  metrics_->Write(line);
+  events_->Write(place.step, {{"train/loss", figures.loss},
+                              {"train/learning_rate", figures.learning_rate},
+                              {"train/grad_norm", figures.grad_norm},
+                              {"train/samples_per_second", figures.samples_per_second}});
+}
+
+void TrainingLog::Write(const TrainingPlace& place, const ValidationScores& scores) {
+  if (!metrics_) return;
+  Json line = LineOf(place);
+  line.update({{"valid_loss", scores.loss},
+               {"top1", scores.top1},
+               {"top4", scores.top4},
+               {"recall", scores.recall}});
+  metrics_->Write(line);
+  events_->Write(place.step, {{"valid/loss", scores.loss},
+                              {"valid/top1", scores.top1},
+                              {"valid/top4", scores.top4},
+                              {"valid/recall", scores.recall}});
+}
+
+}  // namespace routecast
