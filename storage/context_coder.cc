@@ -48,7 +48,7 @@ uint64_t RecordsIn(const ShardDb& shard) {
 void WriteCoded(const ShardDb& shard, const StoreConfig& config,
                 const ContextModel& model, const fs::path& file) {
   rocksdb::SstFileWriter writer(rocksdb::EnvOptions(),
-                                FamilyOptions(Family::kRouting, config.compression));
+                                FamilyOptions(Family::kRouting, config));
   CheckStatus(writer.Open(file), "create", file);
   const auto put = [&](std::string_view key, std::string_view value) {
     CheckStatus(writer.Put(rocksdb::Slice(key), rocksdb::Slice(value)), "write", file);

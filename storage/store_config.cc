@@ -200,11 +200,12 @@ Json StoreConfig::ToJson() const {
 StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   const Fields in(json, where);
   const int64_t schema = in.Number("schema", 0, int64_t{1} << 32);
-  if (schema < kStoreSchema || schema > kAttentionSchema) {
+  if (schema < kStoreSchema || schema > kAttentionSchema || schema == kDroppedSchema) {
     throw UsageError(ErrorText(
         where + ": store of another schema",
         "schema " + std::to_string(schema) + ", this program reads " +
-            std::to_string(kStoreSchema) + " to " + std::to_string(kAttentionSchema),
+            std::to_string(kStoreSchema) + " to " + std::to_string(kAttentionSchema) +
+            " but for " + std::to_string(kDroppedSchema),
         "use the routecast that wrote it, or collect again"));
   }
   StoreConfig c;

@@ -18,7 +18,9 @@ inline constexpr int kIntakesSchema = 3;
 // Of stores with the decoder's output (`output` in `record`), with one intake or several.
 inline constexpr int kOutputSchema = 4;
 // Of stores with attention summaries, with or without all of these.
-inline constexpr int kAttentionSchema = 5;
+inline constexpr int kAttentionSchema = 6;
+// Attention in one record with the router inputs: never released, not read.
+inline constexpr int kDroppedSchema = 5;
 inline constexpr int kMaxAttentionHeads = 4096;
 // Of a token, layer and head: an entropy and the positions of the strongest keys.
 inline constexpr int kAttentionBytesPerHead = 2 + 2 * kStrongestKeys;

@@ -3,13 +3,11 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <stdexcept>
 
 #include "common/errors.h"
 #include "storage/byte_codec.h"
 #include "storage/context_model.h"
-#include "storage/store_config.h"
-#include "xxhash.h"
+#include "storage/record_seal.h"
 
 namespace routecast {
 namespace {
@@ -27,46 +25,6 @@ enum Flag : uint8_t {
 
 int IdBits(uint64_t num_experts) {
   return std::max(1, static_cast<int>(std::bit_width(num_experts - 1)));
-}
-
-// `model`: fingerprint of the context model that the value needs; 0 = none.
-uint64_t Checksum(std::string_view key, std::string_view value, uint64_t model) {
-  return XXH3_64bits_withSeed(value.data(), value.size(),
-                              XXH3_64bits(key.data(), key.size()) + model);
-}
-
-void Seal(std::string_view key, std::string* value, uint64_t model = 0) {
-  const uint64_t sum = Checksum(key, *value, model);
-  ByteWriter(value).U64(sum);
-}
-
-// The value without version and checksum; throws where the checksum does not hold.
-// `attended`: version 2 is taken as well, and said.
-std::string_view Unseal(std::string_view key, std::string_view value,
-                        const std::string& where, uint64_t model = 0,
-                        bool* attended = nullptr) {
-  if (value.size() <= kChecksumBytes)
-    ByteReader(value, where).Fail("shorter than a checksum");
-  const std::string_view body = value.substr(0, value.size() - kChecksumBytes);
-  uint64_t sum;
-  std::memcpy(&sum, value.data() + body.size(), sizeof sum);
-  if (sum != Checksum(key, body, model)) {
-    ByteReader(value, where)
-        .Fail("checksum " + std::to_string(sum) + ", bytes give " +
-              std::to_string(Checksum(key, body, model)));
-  }
-  const auto version = static_cast<uint8_t>(body[0]);
-  if (attended != nullptr) *attended = version == kAttendedVersion;
-  if (version != kRecordVersion && (attended == nullptr || !*attended)) {
-    ByteReader(value, where)
-        .Fail("record version " + std::to_string(version) + ", this program reads " +
-              std::to_string(kRecordVersion));
-  }
-  return body.substr(1);
-}
-
-void RequireSize(bool fits, const char* plane) {
-  if (!fits) throw std::logic_error(std::string("RoutingSpan: wrong size of ") + plane);
 }
 
 void CheckSpan(const RoutingSpan& span, int num_experts) {
@@ -170,33 +128,7 @@ void ReadDropped(ByteReader* in, uint64_t count, bool any,
   std::copy(bits.begin(), bits.end(), dropped->begin());
 }
 
-// Of as many tokens and layers as `span` has.
-void ReadAttention(ByteReader* in, std::string_view key, RoutingSpan* span) {
-  const uint64_t heads = in->Varint("attention heads", 2 * kMaxAttentionHeads);
-  const auto kind = static_cast<RecordKind>(static_cast<uint8_t>(key[0]));
-  const Stack stack = kind == RecordKind::kEncoder ? Stack::kEncoder : Stack::kDecoder;
-  if (heads == 0 || (stack == Stack::kDecoder && heads % 2 != 0)) {
-    in->Fail(std::to_string(heads) + " attention heads");
-  }
-  const uint64_t rows = static_cast<uint64_t>(span->num_tokens) *
-                        static_cast<uint64_t>(span->num_layers) * heads;
-  span->attention_heads = static_cast<int>(heads);
-  ReadFloats(in, rows, &span->attention_entropy);
-  const std::string_view bytes = in->Raw(rows * kStrongestKeys * 2);
-  span->attention_keys.resize(rows * kStrongestKeys);
-  if (rows > 0) std::memcpy(span->attention_keys.data(), bytes.data(), bytes.size());
-  if (!AttentionFits(*span, stack)) in->Fail("an attended position beyond the sequence");
-}
-
 }  // namespace
-
-bool ChecksumHolds(std::string_view key, std::string_view value, uint64_t model) {
-  if (value.size() <= kChecksumBytes) return false;
-  const std::string_view body = value.substr(0, value.size() - kChecksumBytes);
-  uint64_t sum = 0;
-  std::memcpy(&sum, value.data() + body.size(), sizeof sum);
-  return sum == Checksum(key, body, model);
-}
 
 std::string EncodeKey(RecordKind kind, uint64_t id) {
   std::string key(kKeyBytes, '\0');
@@ -262,7 +194,7 @@ std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
     out.Packed(span.topk_ids, IdBits(num_experts));
     out.Bf16Planes(span.topk_probs);
   }
-  Seal(key, &value, is_coded ? model->fingerprint() : 0);
+  SealRecord(key, &value, is_coded ? model->fingerprint() : 0);
   return value;
 }
 
@@ -272,7 +204,8 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
   if (is_coded && model == nullptr) {
     ByteReader(value, where).Fail("its ids are coded, and the context model is missing");
   }
-  ByteReader in(Unseal(key, value, where, is_coded ? model->fingerprint() : 0), where);
+  ByteReader in(UnsealRecord(key, value, where, is_coded ? model->fingerprint() : 0),
+                where);
   DecodedSpan decoded;
   RoutingSpan& span = decoded.span;
   const uint8_t flags = in.U8();
@@ -321,143 +254,6 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
     if (!(flags & kTopkIdsOnly)) ReadFloats(&in, k, &span.topk_probs);
   }
   return decoded;
-}
-
-bool AttentionFits(const RoutingSpan& span, Stack stack) {
-  const auto heads = static_cast<size_t>(span.attention_heads);
-  const size_t own = stack == Stack::kDecoder ? heads / 2 : heads;
-  for (size_t i = 0; i < span.attention_keys.size(); ++i) {
-    const uint16_t at = span.attention_keys[i];
-    if (i / kStrongestKeys % heads < own && at != kNoKey && at >= span.num_tokens) {
-      return false;
-    }
-  }
-  return true;
-}
-
-std::string EncodeHidden(std::string_view key, const RoutingSpan& span) {
-  const size_t n =
-      static_cast<size_t>(span.num_tokens) * span.num_layers * span.hidden_width;
-  RequireSize(span.hidden.size() == n, "hidden");
-  const size_t state = static_cast<size_t>(span.num_tokens) * span.hidden_width;
-  RequireSize(span.output.empty() || span.output.size() == state, "output");
-  const size_t heads =
-      static_cast<size_t>(span.num_tokens) * span.num_layers * span.attention_heads;
-  RequireSize(span.attention_entropy.size() == heads, "attention_entropy");
-  RequireSize(span.attention_keys.size() == heads * kStrongestKeys, "attention_keys");
-  std::string value;
-  value.reserve((n + span.output.size() + heads * (1 + kStrongestKeys)) * 2 + 32);
-  ByteWriter out(&value);
-  out.U8(span.attention_heads > 0 ? kAttendedVersion : kRecordVersion);
-  out.Varint(span.num_tokens);
-  out.Varint(span.num_layers);
-  out.Varint(span.hidden_width);
-  if (span.attention_heads > 0) {
-    out.Varint(span.attention_heads);
-    out.Bf16Planes(span.attention_entropy);
-    out.Raw(span.attention_keys.data(), span.attention_keys.size() * 2);
-  }
-  out.Raw(span.hidden.data(), n * 2);
-  out.Raw(span.output.data(), span.output.size() * 2);
-  Seal(key, &value);
-  return value;
-}
-
-void DecodeHidden(std::string_view key, std::string_view value, const std::string& where,
-                  RoutingSpan* span) {
-  bool attended = false;
-  ByteReader in(Unseal(key, value, where, 0, &attended), where);
-  const uint64_t tokens = in.Varint("token count", kMaxTokens);
-  const uint64_t layers = in.Varint("layer count", kMaxLayers);
-  const uint64_t width = in.Varint("router input width", kMaxWidth);
-  if (tokens != static_cast<uint64_t>(span->num_tokens) ||
-      layers != static_cast<uint64_t>(span->num_layers)) {
-    in.Fail("router inputs of " + std::to_string(tokens) + " tokens x " +
-            std::to_string(layers) + " layers, routing has " +
-            std::to_string(span->num_tokens) + " x " + std::to_string(span->num_layers));
-  }
-  if (attended) ReadAttention(&in, key, span);
-  const uint64_t n = tokens * layers * width;
-  const uint64_t state = tokens * width;  // the output's, where it is recorded
-  if (2 * n != in.left() && 2 * (n + state) != in.left()) {
-    in.Fail("needs " + std::to_string(2 * n) + " bytes, or " +
-            std::to_string(2 * (n + state)) + " with the output, has " +
-            std::to_string(in.left()));
-  }
-  const bool has_output = 2 * n != in.left();
-  span->hidden_width = static_cast<int>(width);
-  span->hidden.resize(n);
-  if (n > 0) std::memcpy(span->hidden.data(), in.Raw(2 * n).data(), 2 * n);
-  span->output.resize(has_output ? state : 0);
-  if (has_output) std::memcpy(span->output.data(), in.Raw(2 * state).data(), 2 * state);
-}
-
-std::string EncodeMark(std::string_view key, const ChunkMark& mark) {
-  std::string value;
-  ByteWriter out(&value);
-  out.U8(kRecordVersion);
-  out.Varint(mark.chunk);
-  out.Varint(mark.sequences.size());
-  uint64_t previous = 0;
-  for (const SequenceInfo& s : mark.sequences) {
-    RequireSize(previous <= s.sequence_id, "mark: ids must ascend");
-    out.Varint(s.sequence_id - previous);
-    out.Varint(s.document_id);
-    out.U64(s.group_id);
-    out.Varint(s.encoder_tokens);
-    out.Varint(uint64_t{s.decoder_tokens} * 2 + (s.has_hidden ? 1 : 0));
-    previous = s.sequence_id;
-  }
-  Seal(key, &value);
-  return value;
-}
-
-ChunkMark DecodeMark(std::string_view key, std::string_view value,
-                     const std::string& where) {
-  constexpr uint64_t kAny = ~uint64_t{0};
-  ByteReader in(Unseal(key, value, where), where);
-  ChunkMark mark;
-  mark.chunk = static_cast<uint32_t>(in.Varint("chunk", 0xFFFFFFFFu));
-  // An entry has at least 12 bytes, so the count is bounded by what is there.
-  const uint64_t count = in.Varint("sequence count", in.left() / 12);
-  mark.sequences.reserve(count);
-  uint64_t previous = 0;
-  for (uint64_t i = 0; i < count; ++i) {
-    SequenceInfo s;
-    const uint64_t step = in.Varint("sequence id", kAny);
-    if ((i > 0 && step == 0) || previous + step < previous) in.Fail("ids do not ascend");
-    s.sequence_id = previous + step;
-    s.document_id = in.Varint("document id", kAny);
-    s.group_id = in.U64();
-    s.encoder_tokens = static_cast<uint32_t>(in.Varint("token count", kMaxTokens));
-    const uint64_t decoder = in.Varint("token count", 2 * kMaxTokens + 1);
-    s.decoder_tokens = static_cast<uint32_t>(decoder / 2);
-    s.has_hidden = decoder & 1;
-    previous = s.sequence_id;
-    mark.sequences.push_back(s);
-  }
-  if (in.left() != 0) in.Fail(std::to_string(in.left()) + " bytes too many");
-  return mark;
-}
-
-std::string EncodeCoderMark(std::string_view key, const CoderMark& mark) {
-  std::string value;
-  ByteWriter out(&value);
-  out.U8(kRecordVersion);
-  out.U64(mark.fingerprint);
-  out.Varint(mark.records);
-  Seal(key, &value);
-  return value;
-}
-
-CoderMark DecodeCoderMark(std::string_view key, std::string_view value,
-                          const std::string& where) {
-  ByteReader in(Unseal(key, value, where), where);
-  CoderMark mark;
-  mark.fingerprint = in.U64();
-  mark.records = in.Varint("record count", ~uint64_t{0});
-  if (in.left() != 0) in.Fail(std::to_string(in.left()) + " bytes too many");
-  return mark;
 }
 
 }  // namespace routecast

@@ -33,7 +33,6 @@ inline RecordKind KindOf(Stack s) {
 }
 
 inline constexpr uint8_t kRecordVersion = 1;
-inline constexpr uint8_t kAttendedVersion = 2;  // of router inputs with attention
 inline constexpr size_t kKeyBytes = 9;
 inline constexpr size_t kChecksumBytes = 8;
 // True where the value's checksum is right: of a value that needs no context model, or,
@@ -79,19 +78,23 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
 
 // Router inputs of one (sequence, stack): u8 version | varint T | varint L | varint D |
 // bf16 [L*T*D] | bf16 [T*D], the stack's output, or nothing | u64 checksum.
-// With attention summaries version 2: u8 version | varint T | varint L | varint D |
-// varint A | bf16 high bytes [L*T*A], then low bytes: entropies | u16 [L*T*A*4]: keys |
-// the inputs and the output as above | u64 checksum.
-// Decode fills span.hidden, span.hidden_width, span.output and the attention's fields and
-// demands that T and L agree with `span`, and that keys are positions of it.
-//
+// Decode fills span.hidden, span.hidden_width and span.output and demands that T and L
+// agree with `span`.
+std::string EncodeHidden(std::string_view key, const RoutingSpan& span);
+void DecodeHidden(std::string_view key, std::string_view value, const std::string& where,
+                  RoutingSpan* span);
+
+// Attention summaries of one (sequence, stack), A heads: u8 version | varint T | varint L
+// | varint A | bf16 high bytes [L*T*A], then low bytes: entropies | u16 [L*T*A*4]: keys |
+// u64 checksum. Decode fills the attention's fields and demands that T and L agree with
+// `span` and that AttentionFits.
+std::string EncodeAttention(std::string_view key, const RoutingSpan& span);
+void DecodeAttention(std::string_view key, std::string_view value,
+                     const std::string& where, RoutingSpan* span);
 // Whether each key is kNoKey or a position of the sequence. Keys of cross-attention, the
 // second half of the decoder's heads, are the encoder's, whose length a span does not
 // know.
 bool AttentionFits(const RoutingSpan& span, Stack stack);
-std::string EncodeHidden(std::string_view key, const RoutingSpan& span);
-void DecodeHidden(std::string_view key, std::string_view value, const std::string& where,
-                  RoutingSpan* span);
 
 // What a store knows of a sequence without reading its records.
 struct SequenceInfo {

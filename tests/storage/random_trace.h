@@ -16,6 +16,7 @@ struct TraceShape {
   int num_experts = 128, layers = 3, top_k = 2, width = 8;
   int min_tokens = 1, max_tokens = 40;
   double hidden_share = 0.5;
+  int heads = 0;  // of the attention, where router inputs are
 };
 
 inline RoutingSpan RandomSpan(uint64_t key, const TraceShape& shape, bool hidden) {
@@ -53,6 +54,21 @@ inline RoutingSpan RandomSpan(uint64_t key, const TraceShape& shape, bool hidden
   return s;
 }
 
+inline void AddAttention(RoutingSpan* span, Stack stack, uint64_t key, int heads) {
+  span->attention_heads = heads * (stack == Stack::kDecoder ? 2 : 1);
+  const auto tokens = static_cast<uint64_t>(span->num_tokens);
+  const uint64_t rows = tokens * static_cast<uint64_t>(span->num_layers) *
+                        static_cast<uint64_t>(span->attention_heads);
+  for (uint64_t i = 0; i < rows; ++i) {
+    const auto entropy = static_cast<float>(3 * ToUnit(Mix(key, i)));
+    span->attention_entropy.push_back(Bf16ToFloat(FloatToBf16(entropy)));
+    for (uint64_t k = 0; k < kStrongestKeys; ++k) {
+      span->attention_keys.push_back(
+          k < tokens ? static_cast<uint16_t>(ToRange(Mix(key, i, k), tokens)) : kNoKey);
+    }
+  }
+}
+
 inline RoutingTrace RandomTrace(uint64_t id, const TraceShape& shape = {}) {
   RoutingTrace trace;
   trace.sequence_id = id;
@@ -63,6 +79,10 @@ inline RoutingTrace RandomTrace(uint64_t id, const TraceShape& shape = {}) {
   trace.decoder = RandomSpan(Mix(id, 200), shape, hidden);
   for (int i = 0; hidden && i < trace.decoder.num_tokens * shape.width; ++i) {
     trace.decoder.output.push_back(static_cast<uint16_t>(Mix(id, 300, i)));
+  }
+  if (hidden && shape.heads > 0) {
+    AddAttention(&trace.encoder, Stack::kEncoder, Mix(id, 400), shape.heads);
+    AddAttention(&trace.decoder, Stack::kDecoder, Mix(id, 500), shape.heads);
   }
   return trace;
 }
@@ -77,6 +97,8 @@ inline StoreConfig ConfigOf(const TraceShape& shape, int shards, int64_t chunks)
   c.num_shards = shards;
   c.num_chunks = chunks;
   c.hidden_share = shape.hidden_share;
+  c.attention_heads = shape.heads;
+  if (shape.heads > 0) c.record.push_back("attention");
   return c;
 }
 

@@ -33,6 +33,8 @@ uint64_t FromEnvironment(const char* name, uint64_t otherwise) {
 class StoreFlipsTest : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
+    if (GetParam() == "none") shape_.heads = 2;
+    config_ = ConfigOf(shape_, 2, kFlipChunks);
     config_.compression = GetParam();
     TraceStore::CreateOrOpen(store(), config_);
     WriteRouters();
@@ -138,7 +140,7 @@ class StoreFlipsTest : public testing::TestWithParam<std::string> {
   // Tables of many blocks.
   TraceShape shape_ = {
       .top_k = 8, .width = 32, .min_tokens = 150, .max_tokens = 200, .hidden_share = 0.2};
-  StoreConfig config_ = ConfigOf(shape_, 2, kFlipChunks);
+  StoreConfig config_;
   std::string exported_;
   std::vector<fs::path> files_;
   std::map<std::string, std::array<int, 2>> classes_;  // found, harmless; by kind of file
