@@ -27,6 +27,16 @@ int IdBits(uint64_t num_experts) {
   return std::max(1, static_cast<int>(std::bit_width(num_experts - 1)));
 }
 
+uint16_t LargestOf(const std::vector<uint16_t>& ids) {
+  uint16_t largest = 0;
+  for (const uint16_t id : ids) largest = std::max(largest, id);
+  return largest;
+}
+
+bool AllBelow(const std::vector<uint16_t>& ids, int num_experts) {
+  return ids.empty() || LargestOf(ids) < num_experts;
+}
+
 void CheckSpan(const RoutingSpan& span, int num_experts) {
   const size_t n = static_cast<size_t>(span.num_tokens) * span.num_layers;
   const size_t k = n * span.top_k;
@@ -40,8 +50,8 @@ void CheckSpan(const RoutingSpan& span, int num_experts) {
   RequireSize(span.topk_ids.size() == k, "topk_ids");
   RequireSize(span.topk_probs.empty() || span.topk_probs.size() == k, "topk_probs");
   RequireSize(num_experts >= 1 && static_cast<uint64_t>(num_experts) <= kMaxExperts, "E");
-  for (const uint16_t id : span.expert_ids) RequireSize(id < num_experts, "an expert id");
-  for (const uint16_t id : span.topk_ids) RequireSize(id < num_experts, "a top-k id");
+  RequireSize(AllBelow(span.expert_ids, num_experts), "an expert id");
+  RequireSize(AllBelow(span.topk_ids, num_experts), "a top-k id");
 }
 
 void WriteTokens(const RoutingSpan& span, bool wide, ByteWriter* out) {
@@ -78,39 +88,57 @@ void ReadIds(ByteReader* in, uint64_t count, uint64_t num_experts,
   const std::string_view bytes = in->Raw(PackedBytes(count, bits));
   ids->resize(count);
   UnpackBits(bytes, bits, ids);
-  uint16_t largest = 0;
-  for (const uint16_t id : *ids) largest = std::max(largest, id);
+  const uint16_t largest = LargestOf(*ids);
   if (count > 0 && largest >= num_experts) {
     in->Fail("expert id " + std::to_string(largest) + " of " +
              std::to_string(num_experts));
   }
 }
 
-// The coded plane is a size and so many bytes.
-std::string CodeIds(std::string_view key, const RoutingSpan& span,
-                    const ContextModel& model) {
-  std::string coded, plane;
+Stack StackOf(std::string_view key) {
   const auto kind = static_cast<RecordKind>(static_cast<uint8_t>(key[0]));
-  const Stack s = kind == RecordKind::kEncoder ? Stack::kEncoder : Stack::kDecoder;
-  RequireSize(model.num_layers(s) == span.num_layers, "the context model");
-  model.EncodeIds(s, span, &coded);
+  return kind == RecordKind::kEncoder ? Stack::kEncoder : Stack::kDecoder;
+}
+
+// A coded plane is a size and so many bytes.
+std::string Sized(const std::string& coded) {
+  std::string plane;
   ByteWriter out(&plane);
   out.Varint(coded.size());
   out.Raw(coded.data(), coded.size());
   return plane;
 }
 
-void ReadCodedIds(ByteReader* in, std::string_view key, uint64_t size,
-                  const ContextModel& model, int num_experts, RoutingSpan* span) {
-  const auto kind = static_cast<RecordKind>(static_cast<uint8_t>(key[0]));
-  const Stack s = kind == RecordKind::kEncoder ? Stack::kEncoder : Stack::kDecoder;
-  if (num_experts != model.num_experts() || span->num_layers != model.num_layers(s)) {
-    in->Fail(std::to_string(span->num_layers) + " layers of " +
-             std::to_string(num_experts) + " experts, the context model has " +
-             std::to_string(model.num_layers(s)) + " of " +
-             std::to_string(model.num_experts()));
+// The coded planes of a span; empty where a plane does not shrink, or cannot be coded.
+struct CodedPlanes {
+  std::string ids, topk;
+};
+
+CodedPlanes CodePlanes(std::string_view key, const RoutingSpan& span, int num_experts,
+                       const ContextModel& model) {
+  const Stack s = StackOf(key);
+  RequireSize(model.num_layers(s) == span.num_layers, "the context model");
+  const int bits = IdBits(num_experts);
+  CodedPlanes planes;
+  std::string coded;
+  model.EncodeIds(s, span, &coded);
+  planes.ids = Sized(coded);
+  if (planes.ids.size() >= PackedBytes(span.expert_ids.size(), bits)) planes.ids.clear();
+  coded.clear();
+  if (span.top_k > 0 && model.topk() && model.topk()->EncodeIds(s, span, &coded)) {
+    planes.topk = Sized(coded);
   }
-  if (!model.DecodeIds(s, in->Raw(size), span)) in->Fail("coded ids do not decode");
+  if (planes.topk.size() >= PackedBytes(span.topk_ids.size(), bits)) planes.topk.clear();
+  return planes;
+}
+
+void RequireModelFits(const ByteReader& in, Stack s, const ContextModel& model,
+                      int num_experts, const RoutingSpan& span) {
+  if (num_experts == model.num_experts() && span.num_layers == model.num_layers(s))
+    return;
+  in.Fail(std::to_string(span.num_layers) + " layers of " + std::to_string(num_experts) +
+          " experts, the context model has " + std::to_string(model.num_layers(s)) +
+          " of " + std::to_string(model.num_experts()));
 }
 
 void ReadFloats(ByteReader* in, uint64_t count, std::vector<float>* values) {
@@ -159,22 +187,20 @@ std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
                                 [](uint32_t id) { return id > 0xFFFF; });
   const bool any_dropped = std::any_of(span.dropped.begin(), span.dropped.end(),
                                        [](uint8_t d) { return d != 0; });
-  const std::string coded = model == nullptr ? "" : CodeIds(key, span, *model);
-  const bool is_coded =
-      model != nullptr &&
-      coded.size() < PackedBytes(span.expert_ids.size(), IdBits(num_experts));
+  const CodedPlanes coded =
+      model == nullptr ? CodedPlanes() : CodePlanes(key, span, num_experts, *model);
   const int flags = (wide ? kWideTokens : 0) | (span.gate_probs.empty() ? 0 : kProbs) |
                     (span.dropped.empty() ? 0 : kDroppedRecorded) |
                     (any_dropped ? kDroppedBits : 0) |
                     (span.margins.empty() ? 0 : kMargins) |
                     (span.num_tokens > 0 && span.token_ids.empty() ? kNoTokens : 0) |
                     (span.topk_ids.size() > span.topk_probs.size() ? kTopkIdsOnly : 0) |
-                    (is_coded ? kCodedIds : 0);
+                    (coded.ids.empty() ? 0 : kCodedIds);
   std::string value;
   value.reserve(64 + span.token_ids.size() * 4 +
                 span.expert_ids.size() * (7 + 4 * span.top_k));
   ByteWriter out(&value);
-  out.U8(kRecordVersion);
+  out.U8(coded.topk.empty() ? kRecordVersion : kCodedTopkVersion);
   out.U8(static_cast<uint8_t>(flags));
   out.U8(static_cast<uint8_t>(task));
   out.Varint(span.num_tokens);
@@ -182,29 +208,36 @@ std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
   out.Varint(num_experts);
   out.Varint(span.top_k);
   WriteTokens(span, wide, &out);
-  if (is_coded) {
-    out.Raw(coded.data(), coded.size());
-  } else {
+  if (coded.ids.empty()) {
     out.Packed(span.expert_ids, IdBits(num_experts));
+  } else {
+    out.Raw(coded.ids.data(), coded.ids.size());
   }
   out.Bf16Planes(span.gate_probs);
   if (any_dropped) WriteBits(span.dropped, &out);
   out.Bf16Planes(span.margins);
-  if (span.top_k > 0) {
+  if (coded.topk.empty()) {
     out.Packed(span.topk_ids, IdBits(num_experts));
-    out.Bf16Planes(span.topk_probs);
+  } else {
+    out.Raw(coded.topk.data(), coded.topk.size());
   }
+  out.Bf16Planes(span.topk_probs);
+  const bool is_coded = !coded.ids.empty() || !coded.topk.empty();
   SealRecord(key, &value, is_coded ? model->fingerprint() : 0);
   return value;
 }
 
 DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
                        const std::string& where, const ContextModel* model) {
-  const bool is_coded = value.size() > 1 && (static_cast<uint8_t>(value[1]) & kCodedIds);
+  const bool coded_ids = value.size() > 1 && (static_cast<uint8_t>(value[1]) & kCodedIds);
+  const bool coded_topk =
+      !value.empty() && static_cast<uint8_t>(value[0]) == kCodedTopkVersion;
+  const bool is_coded = coded_ids || coded_topk;
   if (is_coded && model == nullptr) {
     ByteReader(value, where).Fail("its ids are coded, and the context model is missing");
   }
-  ByteReader in(UnsealRecord(key, value, where, is_coded ? model->fingerprint() : 0),
+  ByteReader in(UnsealRecord(key, value, where, is_coded ? model->fingerprint() : 0,
+                             kCodedTopkVersion),
                 where);
   DecodedSpan decoded;
   RoutingSpan& span = decoded.span;
@@ -223,36 +256,48 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
   // The exact size follows from the dims: checked before any plane takes memory.
   const uint64_t token_bytes = flags & kNoTokens ? 0 : flags & kWideTokens ? 4 : 2;
   const uint64_t tokens = token_bytes * static_cast<uint64_t>(span.num_tokens);
-  // Coded ids say their size behind the token ids.
-  if (is_coded && tokens > in.left()) in.Fail("ends in its token ids");
-  ByteReader behind = in;
-  if (is_coded) behind.Raw(tokens);
-  const uint64_t coded = is_coded ? behind.Varint("coded ids", behind.left()) : 0;
-  if (is_coded && n / kMaxIdsPerByte > coded) in.Fail("too few bytes of coded ids");
-  const uint64_t id_bytes = is_coded ? in.left() - tokens - behind.left() + coded
-                                     : PackedBytes(n, IdBits(experts));
-  const uint64_t expected =
-      tokens + id_bytes + (flags & kProbs ? 2 * n : 0) +
-      (flags & kDroppedBits ? PackedBytes(n, 1) : 0) + (flags & kMargins ? 2 * n : 0) +
-      (k > 0 ? PackedBytes(k, IdBits(experts)) : 0) + (flags & kTopkIdsOnly ? 0 : 2 * k);
-  if (expected != in.left()) {
-    in.Fail("planes need " + std::to_string(expected) + " bytes, record has " +
-            std::to_string(in.left()));
+  const int bits = IdBits(experts);
+  const uint64_t beside = (flags & kProbs ? 2 * n : 0) +
+                          (flags & kDroppedBits ? PackedBytes(n, 1) : 0) +
+                          (flags & kMargins ? 2 * n : 0);
+  ByteReader ahead = in;
+  ahead.Raw(tokens);
+  const uint64_t ids = coded_ids ? ahead.Varint("coded ids", ahead.left()) : 0;
+  if (coded_ids && n / kMaxIdsPerByte > ids) in.Fail("too few bytes of coded ids");
+  ahead.Raw(coded_ids ? ids : PackedBytes(n, bits));
+  ahead.Raw(beside);
+  const uint64_t topk = coded_topk ? ahead.Varint("coded top-k ids", ahead.left()) : 0;
+  if (coded_topk && topk < TopkModel::LeastBytes(span)) {
+    in.Fail("too few bytes of coded top-k ids");
   }
+  const uint64_t expected =
+      (coded_topk ? topk : PackedBytes(k, bits)) + (flags & kTopkIdsOnly ? 0 : 2 * k);
+  if (expected != ahead.left()) {
+    in.Fail("the top-k planes need " + std::to_string(expected) + " bytes, record has " +
+            std::to_string(ahead.left()));
+  }
+  const Stack s = StackOf(key);
+  if (is_coded) RequireModelFits(in, s, *model, decoded.num_experts, span);
   if (!(flags & kNoTokens)) ReadTokens(&in, flags & kWideTokens, &span);
-  if (is_coded) {
-    in.Varint("coded ids", coded);
-    ReadCodedIds(&in, key, coded, *model, decoded.num_experts, &span);
+  if (coded_ids) {
+    in.Varint("coded ids", ids);
+    if (!model->DecodeIds(s, in.Raw(ids), &span)) in.Fail("coded ids do not decode");
   } else {
     ReadIds(&in, n, experts, &span.expert_ids);
   }
   if (flags & kProbs) ReadFloats(&in, n, &span.gate_probs);
   if (flags & kDroppedRecorded) ReadDropped(&in, n, flags & kDroppedBits, &span.dropped);
   if (flags & kMargins) ReadFloats(&in, n, &span.margins);
-  if (k > 0) {
+  if (coded_topk) {
+    in.Varint("coded top-k ids", topk);
+    if (k == 0 || model->topk() == nullptr ||
+        !model->topk()->DecodeIds(s, in.Raw(topk), &span)) {
+      in.Fail("coded top-k ids do not decode");
+    }
+  } else {
     ReadIds(&in, k, experts, &span.topk_ids);
-    if (!(flags & kTopkIdsOnly)) ReadFloats(&in, k, &span.topk_probs);
   }
+  if (!(flags & kTopkIdsOnly)) ReadFloats(&in, k, &span.topk_probs);
   return decoded;
 }
 

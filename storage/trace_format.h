@@ -33,6 +33,7 @@ inline RecordKind KindOf(Stack s) {
 }
 
 inline constexpr uint8_t kRecordVersion = 1;
+inline constexpr uint8_t kCodedTopkVersion = 2;  // of routing with coded top-k ids
 inline constexpr size_t kKeyBytes = 9;
 inline constexpr size_t kChecksumBytes = 8;
 // True where the value's checksum is right: of a value that needs no context model, or,
@@ -57,13 +58,14 @@ bool DecodeKey(std::string_view key, RecordKind* kind, uint64_t* id);
 //   gate probs  bf16 high bytes [L*T], then low bytes (flag)
 //   dropped     bits [L*T], absent when no token was dropped (flag)
 //   margins     bf16 high bytes, then low bytes (flag)
-//   top-k       ids bit-packed [L*T*K], probs bf16 high bytes, low bytes (K > 0; probs
-//               absent where they are not known: flag)
+//   top-k       ids bit-packed [L*T*K], or, in version 2, varint size and coded bytes;
+//               probs bf16 high bytes, low bytes (K > 0; probs absent where they are not
+//               known: flag)
 //   u64 checksum
 // REQUIRES the planes of `span` to have their sizes (std::logic_error otherwise: our
 // defect) and ids < num_experts. Floats are rounded to bf16. With a model of this
-// geometry expert ids are coded by it where that is smaller; the model's fingerprint then
-// seals the record beside its key.
+// geometry expert ids, and top-k ids, are coded by it where that is smaller; the model's
+// fingerprint then seals the record beside its key.
 std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
                        int num_experts, const ContextModel* model = nullptr);
 // Throws DataError naming `where` on any damage; sizes are checked before memory is

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <numeric>
 #include <string>
 
 #include "common/random.h"
@@ -17,7 +18,25 @@ struct TraceShape {
   int min_tokens = 1, max_tokens = 40;
   double hidden_share = 0.5;
   int heads = 0;  // of the attention, where router inputs are
+  // The top-k begins with the choice (mostly: probabilities may tie), and has no expert
+  // twice.
+  bool distinct = false;
 };
+
+// Behind a token's first expert others in turn, from a few strides.
+inline void DrawDistinct(uint64_t key, int num_experts, RoutingSpan* s) {
+  const auto experts = static_cast<uint64_t>(num_experts);
+  for (size_t i = 0; i < s->expert_ids.size(); ++i) {
+    uint64_t at = s->expert_ids[i];
+    if (Mix(key, 10, i) % 50 == 0) at = (at + 1) % experts;
+    uint64_t stride = 1 + Mix(key, 11, i) % 3;
+    while (std::gcd(stride, experts) != 1) ++stride;
+    for (int r = 0; r < s->top_k; ++r, at = (at + stride) % experts) {
+      s->topk_ids[i * static_cast<size_t>(s->top_k) + static_cast<size_t>(r)] =
+          static_cast<uint16_t>(at);
+    }
+  }
+}
 
 inline RoutingSpan RandomSpan(uint64_t key, const TraceShape& shape, bool hidden) {
   RoutingSpan s;
@@ -45,6 +64,7 @@ inline RoutingSpan RandomSpan(uint64_t key, const TraceShape& shape, bool hidden
     s.topk_ids.push_back(expert(7, i));
     s.topk_probs.push_back(real(8, i));
   }
+  if (shape.distinct) DrawDistinct(key, shape.num_experts, &s);
   if (hidden) {
     s.hidden_width = shape.width;
     for (uint64_t i = 0; i < n * s.hidden_width; ++i) {
