@@ -63,10 +63,6 @@ void WriteTokens(const RoutingSpan& span, bool wide, ByteWriter* out) {
   out->Raw(narrow.data(), narrow.size() * 2);
 }
 
-void WriteBits(const std::vector<uint8_t>& flags, ByteWriter* out) {
-  out->Packed(std::vector<uint16_t>(flags.begin(), flags.end()), 1);
-}
-
 void ReadTokens(ByteReader* in, bool wide, RoutingSpan* span) {
   span->token_ids.resize(span->num_tokens);
   if (wide) {
@@ -150,10 +146,7 @@ void ReadFloats(ByteReader* in, uint64_t count, std::vector<float>* values) {
 void ReadDropped(ByteReader* in, uint64_t count, bool any,
                  std::vector<uint8_t>* dropped) {
   dropped->assign(count, 0);
-  if (!any) return;
-  std::vector<uint16_t> bits(count);
-  UnpackBits(in->Raw(PackedBytes(count, 1)), 1, &bits);
-  std::copy(bits.begin(), bits.end(), dropped->begin());
+  if (any) UnpackFlags(in->Raw(PackedBytes(count, 1)), dropped);
 }
 
 }  // namespace
@@ -214,7 +207,7 @@ std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
     out.Raw(coded.ids.data(), coded.ids.size());
   }
   out.Bf16Planes(span.gate_probs);
-  if (any_dropped) WriteBits(span.dropped, &out);
+  if (any_dropped) out.Flags(span.dropped);
   out.Bf16Planes(span.margins);
   if (coded.topk.empty()) {
     out.Packed(span.topk_ids, IdBits(num_experts));
