@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <thread>
 
 #include "common/stop.h"
@@ -152,7 +153,9 @@ uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes) {
     double beside = 2.0 * g.d_model * layers;  // bf16
     if (stack == Stack::kDecoder && config.Records("output")) beside += 2.0 * g.d_model;
     beside += layers * config.AttentionHeads(stack) * kAttentionBytesPerHead;
-    bytes += tokens * (layers * kBytesPerId + config.hidden_share * beside);
+    const double topk =
+        config.top_k * (2 + std::bit_width(unsigned(g.num_experts - 1)) / 8.0);
+    bytes += tokens * (layers * (kBytesPerId + topk) + config.hidden_share * beside);
   }
   return static_cast<uint64_t>(bytes);
 }

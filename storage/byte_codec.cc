@@ -44,13 +44,31 @@ void ByteWriter::Packed(const std::vector<uint16_t>& values, int bits) {
   out_->resize(start + size);
 }
 
+void ByteWriter::Flags(const std::vector<uint8_t>& flags) {
+  constexpr uint64_t kGather = 0x0102040810204080;  // bit 0 of byte i to bit 56 + i
+  for (size_t i = 0; i < flags.size(); i += 8) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, flags.data() + i, std::min<size_t>(8, flags.size() - i));
+    U8(static_cast<uint8_t>((eight * kGather) >> 56));
+  }
+}
+
+// FloatToBf16 where the compiler can make vectors of it.
+static inline uint16_t RoundedToBf16(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t not_a_number = (bits >> 16) | 0x40;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? not_a_number
+                                                                  : rounded);
+}
+
 void ByteWriter::Bf16Planes(const std::vector<float>& values) {
   const size_t start = out_->size(), n = values.size();
   out_->resize(start + 2 * n);
   auto* high = reinterpret_cast<uint8_t*>(out_->data() + start);
   uint8_t* low = high + n;
   for (size_t i = 0; i < n; ++i) {
-    const uint16_t bits = FloatToBf16(values[i]);
+    const uint16_t bits = RoundedToBf16(values[i]);
     high[i] = static_cast<uint8_t>(bits >> 8);
     low[i] = static_cast<uint8_t>(bits);
   }
@@ -139,6 +157,15 @@ void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values)
     uint32_t word = 0;
     std::memcpy(&word, from + at / 8, std::min<size_t>(4, bytes.size() - at / 8));
     to[i] = static_cast<uint16_t>((word >> (at % 8)) & mask);
+  }
+}
+
+void UnpackFlags(std::string_view bytes, std::vector<uint8_t>* flags) {
+  constexpr uint64_t kEach = 0x0101010101010101, kOwnBit = 0x8040201008040201;
+  for (size_t i = 0; i < flags->size(); i += 8) {
+    const uint64_t bits = static_cast<uint8_t>(bytes[i / 8]) * kEach & kOwnBit;
+    const uint64_t eight = (bits + 0x7f * kEach) >> 7 & kEach;  // 1 where a bit is
+    std::memcpy(flags->data() + i, &eight, std::min<size_t>(8, flags->size() - i));
   }
 }
 

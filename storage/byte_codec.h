@@ -21,6 +21,8 @@ class ByteWriter {
   }
   // `bits` (1..16) of each value, least significant first, padded to a whole byte.
   void Packed(const std::vector<uint16_t>& values, int bits);
+  // A bit of each flag (0 or 1), least significant first, padded to a whole byte.
+  void Flags(const std::vector<uint8_t>& flags);
   // bf16 of each value: all high bytes, then all low bytes (equal bytes lie side by
   // side).
   void Bf16Planes(const std::vector<float>& values);
@@ -53,6 +55,7 @@ inline uint64_t PackedBytes(uint64_t count, int bits) {
   return (count * static_cast<uint64_t>(bits) + 7) / 8;
 }
 void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values);
+void UnpackFlags(std::string_view bytes, std::vector<uint8_t>* flags);
 void UnpackBf16Planes(std::string_view bytes, std::vector<float>* values);
 
 }  // namespace routecast

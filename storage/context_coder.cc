@@ -8,6 +8,7 @@
 #include "rocksdb/sst_file_writer.h"
 #include "storage/context_trainer.h"
 #include "storage/shard_db.h"
+#include "storage/topk_trainer.h"
 #include "storage/trace_reader.h"
 
 namespace routecast {
@@ -48,7 +49,7 @@ uint64_t RecordsIn(const ShardDb& shard) {
 void WriteCoded(const ShardDb& shard, const StoreConfig& config,
                 const ContextModel& model, const fs::path& file) {
   rocksdb::SstFileWriter writer(rocksdb::EnvOptions(),
-                                FamilyOptions(Family::kRouting, config.compression));
+                                FamilyOptions(Family::kRouting, config));
   CheckStatus(writer.Open(file), "create", file);
   const auto put = [&](std::string_view key, std::string_view value) {
     CheckStatus(writer.Put(rocksdb::Slice(key), rocksdb::Slice(value)), "write", file);
@@ -105,40 +106,62 @@ bool InTrainedShare(uint64_t sequence_id, double share) {
 }
 
 double TrainedShare(const std::vector<SequenceInfo>& sequences,
-                    const MoeGeometry& geometry) {
+                    const MoeGeometry& geometry, int ids_a_token) {
   uint64_t ids = 0;
   for (const SequenceInfo& s : sequences) {
     ids += uint64_t{s.encoder_tokens} * static_cast<uint64_t>(geometry.encoder_layers) +
            uint64_t{s.decoder_tokens} * static_cast<uint64_t>(geometry.decoder_layers);
   }
+  ids *= static_cast<uint64_t>(ids_a_token);
   if (ids <= kMaxTrainedIds) return 1;
   return static_cast<double>(kMaxTrainedIds) / static_cast<double>(ids);
 }
+
+namespace {
+
+// Of the store's sequences those in `share`, in their order, to a trainer.
+template <typename Trainer>
+void Count(const TraceReader& reader, double share, Trainer* trainer) {
+  const auto add = [&](const RoutingTrace& trace) {
+    StopIfAsked();
+    trainer->Add(Stack::kEncoder, trace.encoder);
+    trainer->Add(Stack::kDecoder, trace.decoder);
+  };
+  if (share == 1) {
+    reader.Scan([&](RoutingTrace&& trace) { add(trace); }, WithHidden::kNo);
+    return;
+  }
+  for (const SequenceInfo& s : reader.sequences()) {
+    if (!InTrainedShare(s.sequence_id, share)) continue;
+    add(reader.Read(s.sequence_id, WithHidden::kNo));
+  }
+}
+
+ContextModel Train(const fs::path& store, const StoreConfig& config,
+                   const std::string& where) {
+  const TraceReader reader(store, NeedTokens::kNo);
+  const MoeGeometry& g = config.geometry;
+  ContextModel model = [&] {
+    ContextTrainer trainer(g, {});
+    Count(reader, TrainedShare(reader.sequences(), g, 1), &trainer);
+    return trainer.Train(where);
+  }();
+  if (config.CodesTopk()) {
+    TopkTrainer trainer(g, {});
+    Count(reader, TrainedShare(reader.sequences(), g, config.top_k), &trainer);
+    model.Attach(trainer.Train(where));
+  }
+  return model;
+}
+
+}  // namespace
 
 void MakeContextModel(const fs::path& store, const StoreConfig& config,
                       const StepObserver& on_step) {
   if (!config.ContextCoded() || fs::exists(ContextModelPath(store))) return;
   Step(on_step, "code: count");
-  ContextTrainer trainer(config.geometry, {});
-  {
-    const TraceReader reader(store, NeedTokens::kNo);
-    const double share = TrainedShare(reader.sequences(), config.geometry);
-    const auto add = [&](const RoutingTrace& trace) {
-      StopIfAsked();
-      trainer.Add(Stack::kEncoder, trace.encoder);
-      trainer.Add(Stack::kDecoder, trace.decoder);
-    };
-    if (share == 1) {
-      reader.Scan([&](RoutingTrace&& trace) { add(trace); }, WithHidden::kNo);
-    } else {
-      for (const SequenceInfo& s : reader.sequences()) {
-        if (!InTrainedShare(s.sequence_id, share)) continue;
-        add(reader.Read(s.sequence_id, WithHidden::kNo));
-      }
-    }
-  }
   const fs::path path = ContextModelPath(store);
-  const std::string bytes = trainer.Train(path.string()).Serialize();
+  const std::string bytes = Train(store, config, path.string()).Serialize();
   Step(on_step, "code: seal model");
   WriteFileAtomic(path, bytes);
 }

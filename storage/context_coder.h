@@ -42,6 +42,6 @@ void CodeShard(const ShardDb& shard, const StoreConfig& config, const ContextMod
 bool InTrainedShare(uint64_t sequence_id, double share);
 // The share of the store's sequences that holds at most kMaxTrainedIds ids.
 double TrainedShare(const std::vector<SequenceInfo>& sequences,
-                    const MoeGeometry& geometry);
+                    const MoeGeometry& geometry, int ids_a_token = 1);
 
 }  // namespace routecast

@@ -2,24 +2,14 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
-#include <unordered_map>
 
-#include "common/errors.h"
 #include "common/files.h"
-#include "common/random.h"
 #include "common/wide_loops.h"
 #include "storage/range_coder.h"
 
 namespace routecast {
 namespace {
-
-constexpr uint64_t kFree = ~uint64_t{0};
-constexpr uint64_t kMaxFactors = uint64_t{1} << 25;    // 256 MiB
-constexpr uint64_t kMaxBaseCells = uint64_t{1} << 27;  // 256 MiB
-
-uint64_t KeyOf(uint32_t outer, uint32_t inner) { return uint64_t{outer} << 32 | inner; }
 
 constexpr size_t kLanes = 16;
 
@@ -53,61 +43,17 @@ ROUTECAST_WIDE uint32_t FillLongRow(const uint16_t* base, const uint32_t* times,
 
 }  // namespace
 
-uint32_t FactorTimes(int factor) {
-  static constexpr std::array<uint32_t, kFactorSteps> kSteps = {
-      65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194};
-  const uint32_t step = kSteps[static_cast<size_t>(factor & (kFactorSteps - 1))];
-  const int whole = factor >> 3;
-  return whole >= 0 ? step << whole : step >> -whole;
-}
-
-std::vector<uint32_t> BaseWeights(const std::vector<uint32_t>& marginal, const Row& row) {
-  std::vector<uint64_t> wide(marginal.begin(), marginal.end());
-  for (const RowEntry& entry : row) wide[entry.expert] *= FactorTimes(entry.factor);
-  size_t next = 0;
-  uint64_t sum = 0;
-  for (size_t e = 0; e < wide.size(); ++e) {
-    if (next < row.size() && row[next].expert == e) {
-      ++next;
-      wide[e] >>= 8;  // factors are in 1/65536: all weights in 1/256
-    } else {
-      wide[e] <<= 8;
-    }
-    sum += wide[e];
-  }
-  const auto spread = kBaseScale - static_cast<uint32_t>(wide.size());
-  std::vector<uint32_t> weights(wide.size());
-  uint32_t given = 0;
-  for (size_t e = 0; e < wide.size(); ++e) {
-    weights[e] = 1 + static_cast<uint32_t>(wide[e] * spread / std::max<uint64_t>(1, sum));
-    given += weights[e];
-  }
-  *std::max_element(weights.begin(), weights.end()) += kBaseScale - given;
-  return weights;
-}
-
-Row Compose(const Row& a, const Row& b) {
-  Row row;
-  size_t i = 0, j = 0;
-  while (i < a.size() || j < b.size()) {
-    const int left = i < a.size() ? a[i].expert : kMaxCodedExperts;
-    const int right = j < b.size() ? b[j].expert : kMaxCodedExperts;
-    RowEntry entry{static_cast<uint16_t>(std::min(left, right)), 0};
-    int factor = 0;
-    if (left <= right) factor += a[i++].factor;
-    if (right <= left) factor += b[j++].factor;
-    entry.factor = static_cast<int16_t>(std::clamp(factor, -kMaxFactor, kMaxFactor));
-    row.push_back(entry);
-  }
-  return row;
-}
-
 ContextModel::ContextModel(int num_experts, ContextKind kind, StackTables encoder,
                            StackTables decoder, const std::string& where)
     : num_experts_(num_experts),
       kind_(kind),
       tables_{std::move(encoder), std::move(decoder)} {
   for (size_t s = 0; s < 2; ++s) Build(tables_[s], where, &coded_[s]);
+  fingerprint_ = Hash64(Serialize());
+}
+
+void ContextModel::Attach(TopkModel topk) {
+  topk_ = std::move(topk);
   fingerprint_ = Hash64(Serialize());
 }
 
@@ -127,12 +73,8 @@ void ContextModel::Build(const StackTables& tables, const std::string& where,
                          Coded* coded) const {
   const auto experts = static_cast<size_t>(num_experts_);
   const size_t layers = tables.marginal.size();
-  const auto require = [&](bool fits, const char* what) {
-    if (fits) return;
-    throw DataError(ErrorText(where + ": the context model is too large", what,
-                              "make the store with another --compression"));
-  };
-  require(layers * (experts + 1) * (experts + 1) <= kMaxBaseCells, "base weights");
+  RequireModelSize(layers * (experts + 1) * (experts + 1) <= kMaxBaseCells, where,
+                   "base weights");
   for (size_t l = 0; l < layers; ++l) {
     std::vector<uint16_t>& to = coded->layers.emplace_back();
     const size_t rows = l == 0 ? 1 : experts + 1;
@@ -148,34 +90,17 @@ void ContextModel::Build(const StackTables& tables, const std::string& where,
     }
     to.resize(to.size() + kLanes);  // FillLongRow reads whole vectors
   }
-  coded->keys.assign(std::bit_ceil(2 * tables.contexts.size() + 2), kFree);
-  coded->places.resize(coded->keys.size());
+  coded->index = ContextIndex(tables);
   coded->begins.assign(layers + 1, 0);
   coded->long_rows.assign(layers, 0);
-  std::unordered_map<uint32_t, const StackTables::Context*> alone;
-  for (const auto& context : tables.contexts) {
-    if (context.outer == kAnyContext) alone[context.inner] = &context;
-  }
-  uint32_t place = 0;
-  for (const auto& context : tables.contexts) {
-    const uint64_t key = KeyOf(context.outer, context.inner);
-    size_t at = Mix(key) & (coded->keys.size() - 1);
-    while (coded->keys[at] != kFree) at = (at + 1) & (coded->keys.size() - 1);
-    coded->keys[at] = key;
-    coded->places[at] = ++place;
-    const auto inner = alone.find(context.inner);
-    const bool pair = context.outer != kAnyContext && inner != alone.end();
-    for (size_t l = 0; l < layers; ++l) {
-      const Row row =
-          pair ? Compose(inner->second->rows[l], context.rows[l]) : context.rows[l];
-      for (const RowEntry& e : row) {
-        coded->factors.push_back({e.expert, FactorTimes(e.factor)});
-      }
-      coded->begins.push_back(static_cast<uint32_t>(coded->factors.size()));
-      require(coded->factors.size() <= kMaxFactors, "rows of contexts");
-      AddLongRow(row, experts, coded);
+  ForEachRow(tables, [&](const Row& row) {
+    for (const RowEntry& e : row) {
+      coded->factors.push_back({e.expert, FactorTimes(e.factor)});
     }
-  }
+    coded->begins.push_back(static_cast<uint32_t>(coded->factors.size()));
+    RequireModelSize(coded->factors.size() <= kMaxFactors, where, "rows of contexts");
+    AddLongRow(row, experts, coded);
+  });
 }
 
 // The weights of one id: `count` experts of their own (in their row's order; of a long
@@ -244,17 +169,6 @@ size_t ContextModel::SlotOf(const RowView& row, const Slots& slots, uint16_t exp
   return i;
 }
 
-uint32_t ContextModel::Find(const Coded& c, uint32_t outer, uint32_t inner) {
-  for (const uint32_t o : {outer, kAnyContext}) {
-    const uint64_t key = KeyOf(o, inner);
-    for (size_t at = Mix(key) & (c.keys.size() - 1); c.keys[at] != kFree;
-         at = (at + 1) & (c.keys.size() - 1)) {
-      if (c.keys[at] == key) return c.places[at];
-    }
-  }
-  return 0;
-}
-
 ContextPair ContextOf(ContextKind kind, const RoutingSpan& span, int l, int t) {
   const uint16_t* ids = span.expert_ids.data() + static_cast<size_t>(l) * span.num_tokens;
   const bool tokens = !span.token_ids.empty();
@@ -284,7 +198,7 @@ void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visi
   std::vector<uint32_t> places(by_position ? span.token_ids.size() : 0);
   for (size_t t = 0; t < places.size(); ++t) {
     const ContextPair pair = ContextOf(kind_, span, 0, static_cast<int>(t));
-    places[t] = Find(c, pair.outer, pair.inner);
+    places[t] = c.index.Find(pair.outer, pair.inner);
   }
   for (int l = 0; l < span.num_layers; ++l) {
     const uint16_t* cumulative = c.layers[static_cast<size_t>(l)].data();
@@ -297,7 +211,7 @@ void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visi
         place = places[static_cast<size_t>(t)];
       } else {
         const ContextPair pair = ContextOf(kind_, span, l, t);
-        place = Find(c, pair.outer, pair.inner);
+        place = c.index.Find(pair.outer, pair.inner);
       }
       const size_t row = place * layers + static_cast<size_t>(l);
       const uint32_t numbers = c.long_rows[row];

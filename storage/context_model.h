@@ -15,55 +15,20 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "common/routing.h"
+#include "storage/context_tables.h"
+#include "storage/topk_model.h"
 
 namespace routecast {
 
-inline constexpr int kMaxCodedExperts = 1024;
-inline constexpr uint32_t kBaseScale = 1u << 15;  // sum of a base row's weights
-// Log2 of a row's factor in steps of 1/8; both ways at most this many steps.
-inline constexpr int kFactorSteps = 8, kMaxFactor = 15 * kFactorSteps;
-// Ids a byte of a coded plane at most: bounds what a small hostile record can claim.
-inline constexpr uint64_t kMaxIdsPerByte = 64;
-
 enum class ContextKind : uint8_t { kTokens = 0, kPair = 1 };
-inline constexpr uint32_t kAnyContext = 0xFFFFFFFFu;  // outer of a context of inner alone
-inline constexpr uint32_t kNoContext = 0xFFFFFFFEu;   // before the first token or layer
-struct ContextPair {
-  uint32_t outer, inner;
-};
 // The context of id (l, t), of which ids before it in (layer, position) order are known.
 ContextPair ContextOf(ContextKind kind, const RoutingSpan& span, int l, int t);
-
-struct RowEntry {
-  uint16_t expert;
-  int16_t factor;  // log2 in 1/kFactorSteps
-};
-using Row = std::vector<RowEntry>;  // ascending by expert
-
-// 2^(factor / kFactorSteps) in 1/65536. REQUIRES |factor| <= kMaxFactor.
-uint32_t FactorTimes(int factor);
-// The base weights that `row` makes of a layer's marginal: each at least 1, sum
-// kBaseScale.
-std::vector<uint32_t> BaseWeights(const std::vector<uint32_t>& marginal, const Row& row);
-// Both rows' factors together.
-Row Compose(const Row& a, const Row& b);
-
-// One stack as it is trained and stored: rows of differences.
-struct StackTables {
-  // [L][E] weights, each at least 1, sum kBaseScale.
-  std::vector<std::vector<uint32_t>> marginal;
-  std::vector<std::vector<Row>> previous;  // [L][E], to the marginal; none for layer 0
-  struct Context {
-    uint32_t outer, inner;
-    std::vector<Row> rows;  // [L]; of a pair: on top of inner's own
-  };
-  std::vector<Context> contexts;  // ascending by (outer, inner)
-};
 
 class ContextModel {
  public:
@@ -71,6 +36,10 @@ class ContextModel {
   // `where` when they are too large to be used.
   ContextModel(int num_experts, ContextKind kind, StackTables encoder,
                StackTables decoder, const std::string& where);
+  // Codes top-k ids as well from now on. REQUIRES its E and L.
+  void Attach(TopkModel topk);
+  // Null where top-k ids are not coded.
+  const TopkModel* topk() const { return topk_ ? &*topk_ : nullptr; }
   // The file's bytes, and back. Throws DataError on any damage; sizes are checked before
   // memory is taken.
   std::string Serialize() const;
@@ -97,8 +66,7 @@ class ContextModel {
   struct Coded {  // a stack as it is used
     // [L][E + 1][E + 1]; the first row of a layer: no layer before.
     std::vector<std::vector<uint16_t>> layers;
-    std::vector<uint64_t> keys;    // open addressing; kFree = none
-    std::vector<uint32_t> places;  // of a key's context, parallel to keys
+    ContextIndex index;
     std::vector<uint32_t> begins;  // [contexts * L + 1]; context 0 is empty
     std::vector<Factor> factors;
     // Long rows a second time, a number an expert, so that wide vectors can go over them:
@@ -118,7 +86,6 @@ class ContextModel {
   static void AddLongRow(const Row& row, size_t experts, Coded* coded);
   const Coded& stack(Stack s) const { return coded_[static_cast<size_t>(s)]; }
   void Build(const StackTables& tables, const std::string& where, Coded* coded) const;
-  static uint32_t Find(const Coded& c, uint32_t outer, uint32_t inner);
   template <typename Visit>
   void ForEachId(Stack s, const RoutingSpan& span, const Visit& visit) const;
 
@@ -126,6 +93,7 @@ class ContextModel {
   ContextKind kind_;
   StackTables tables_[2];
   Coded coded_[2];
+  std::optional<TopkModel> topk_;
   uint64_t fingerprint_ = 0;
 };
 

@@ -13,8 +13,11 @@ namespace routecast {
 namespace {
 
 constexpr std::string_view kMagic = "RCCONTXT";
-constexpr uint8_t kVersion = 1;
+constexpr uint8_t kVersion = 1, kTopkVersion = 2;
 constexpr int kZstdLevel = 9;
+// In which layers experts have rows of their own: those behind an expert of the layer
+// before, or of the same token's first one.
+enum class Rows { kBehindLayers, kInAllLayers };
 constexpr uint64_t kMaxLayersCoded = 4096;
 // What the body may unpack to: a small file cannot claim much memory.
 constexpr uint64_t kMaxRatio = 64, kFreeBytes = uint64_t{1} << 20;
@@ -34,11 +37,11 @@ void WriteRow(const Row& row, Streams* out) {
   }
 }
 
-void WriteTables(const StackTables& tables, Streams* out) {
+void WriteTables(const StackTables& tables, Rows rows, Streams* out) {
   ByteWriter numbers(&out->numbers);
   for (size_t l = 0; l < tables.marginal.size(); ++l) {
     for (const uint32_t weight : tables.marginal[l]) numbers.Varint(weight);
-    if (l == 0) continue;
+    if (l == 0 && rows == Rows::kBehindLayers) continue;
     for (const Row& row : tables.previous[l]) WriteRow(row, out);
   }
   numbers.Varint(tables.contexts.size());
@@ -61,12 +64,12 @@ class Body {
         factors_(factors, where),
         num_experts_(num_experts) {}
 
-  StackTables ReadTables(int layers) {
+  StackTables ReadTables(int layers, Rows rows) {
     StackTables tables;
     for (int l = 0; l < layers; ++l) {
       tables.marginal.push_back(ReadMarginal());
       tables.previous.emplace_back();
-      if (l == 0) continue;
+      if (l == 0 && rows == Rows::kBehindLayers) continue;
       for (int e = 0; e < num_experts_; ++e) tables.previous.back().push_back(ReadRow());
     }
     ReadContexts(layers, &tables);
@@ -147,7 +150,12 @@ std::string Unpack(std::string_view frame, uint64_t size, const ByteReader& in) 
 
 std::string ContextModel::Serialize() const {
   Streams streams;
-  for (const StackTables& tables : tables_) WriteTables(tables, &streams);
+  for (const StackTables& tables : tables_) {
+    WriteTables(tables, Rows::kBehindLayers, &streams);
+  }
+  for (const Stack s : {Stack::kEncoder, Stack::kDecoder}) {
+    if (topk_) WriteTables(topk_->tables(s), Rows::kInAllLayers, &streams);
+  }
   const std::string body = streams.numbers + streams.experts + streams.factors;
   std::string frame(ZSTD_compressBound(body.size()), '\0');
   const size_t size =
@@ -156,7 +164,7 @@ std::string ContextModel::Serialize() const {
   frame.resize(size);
   std::string bytes(kMagic);
   ByteWriter out(&bytes);
-  out.U8(kVersion);
+  out.U8(topk_ ? kTopkVersion : kVersion);
   out.U8(static_cast<uint8_t>(kind_));
   out.Varint(static_cast<uint64_t>(num_experts_));
   for (const StackTables& tables : tables_) out.Varint(tables.marginal.size());
@@ -176,9 +184,9 @@ ContextModel ContextModel::Parse(std::string_view bytes, const std::string& wher
   if (sum != Hash64(rest)) file.Fail("the context model's checksum does not hold");
   ByteReader in(rest.substr(kMagic.size()), where);
   const uint8_t version = in.U8();
-  if (version != kVersion) {
+  if (version != kVersion && version != kTopkVersion) {
     in.Fail("context model version " + std::to_string(version) + ", this program reads " +
-            std::to_string(kVersion));
+            std::to_string(kVersion) + " and " + std::to_string(kTopkVersion));
   }
   const uint8_t kind = in.U8();
   if (kind > static_cast<uint8_t>(ContextKind::kPair)) in.Fail("unknown context");
@@ -192,11 +200,16 @@ ContextModel ContextModel::Parse(std::string_view bytes, const std::string& wher
   const std::string_view all = body;
   Body reader(all.substr(0, sizes[0]), all.substr(sizes[0], sizes[1]),
               all.substr(sizes[0] + sizes[1]), experts, where);
-  StackTables encoder = reader.ReadTables(layers[0]);
-  StackTables decoder = reader.ReadTables(layers[1]);
-  reader.End();
+  StackTables encoder = reader.ReadTables(layers[0], Rows::kBehindLayers);
+  StackTables decoder = reader.ReadTables(layers[1], Rows::kBehindLayers);
   ContextModel model(experts, static_cast<ContextKind>(kind), std::move(encoder),
                      std::move(decoder), where);
+  if (version == kTopkVersion) {
+    StackTables behind = reader.ReadTables(layers[0], Rows::kInAllLayers);
+    model.topk_.emplace(experts, std::move(behind),
+                        reader.ReadTables(layers[1], Rows::kInAllLayers), where);
+  }
+  reader.End();
   // What a model says of itself is what its records are sealed with.
   model.fingerprint_ = Hash64(bytes);
   return model;

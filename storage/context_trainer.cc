@@ -1,68 +1,12 @@
 #include "storage/context_trainer.h"
 
 #include <algorithm>
-#include <cmath>
-#include <map>
 #include <stdexcept>
+
+#include "storage/context_fit.h"
 
 namespace routecast {
 namespace {
-
-// An expert in a context: how often it came, and how often the model without the row
-// expected it.
-struct Observed {
-  uint16_t expert;
-  double count, expected;
-};
-
-struct Fitted {
-  Row row;
-  double saved_bits = 0;  // what the entries save, beyond their cost
-};
-
-// Entries for the experts whose counts are far from expected. The others keep their
-// proportions: they share what is left, so every factor is relative to theirs.
-Fitted FitRow(const std::vector<Observed>& observed, double total,
-              const TrainerOptions& options) {
-  Fitted fitted;
-  std::vector<const Observed*> kept;
-  double rest = total, expected_rest = total;
-  for (const Observed& o : observed) {
-    // Log likelihood ratio of Poisson counts, in bits.
-    const double ratio = (o.count + options.prior) / (o.expected + options.prior);
-    const double bits =
-        o.count * std::log2(ratio) - (o.count - o.expected) * std::log2(std::exp(1.0));
-    if (bits <= options.entry_bits) continue;
-    kept.push_back(&o);
-    fitted.saved_bits += bits - options.entry_bits;
-    rest -= o.count;
-    expected_rest -= o.expected;
-  }
-  const double others = (std::max(rest, 0.0) + options.prior) /
-                        (std::max(expected_rest, 0.0) + options.prior);
-  for (const Observed* o : kept) {
-    const double ratio = (o->count + options.prior) / (o->expected + options.prior);
-    const long factor = std::lround(kFactorSteps * std::log2(ratio / others));
-    fitted.row.push_back({o->expert, static_cast<int16_t>(std::clamp<long>(
-                                         factor, -kMaxFactor, kMaxFactor))});
-  }
-  return fitted;
-}
-
-std::vector<uint32_t> MarginalWeights(const std::vector<uint16_t>& ids, size_t experts) {
-  std::vector<uint64_t> counts(experts, 0);
-  for (const uint16_t id : ids) ++counts[id];
-  const uint64_t spread = kBaseScale - experts;
-  std::vector<uint32_t> weights(experts);
-  uint32_t given = 0;
-  for (size_t e = 0; e < experts; ++e) {
-    const uint64_t share = ids.empty() ? 0 : counts[e] * spread / ids.size();
-    weights[e] = 1 + static_cast<uint32_t>(share);
-    given += weights[e];
-  }
-  *std::max_element(weights.begin(), weights.end()) += kBaseScale - given;
-  return weights;
-}
 
 using Dense = std::vector<std::vector<float>>;  // [rows][E] probabilities
 
@@ -71,7 +15,7 @@ class BaseOfLayer {
  public:
   BaseOfLayer(const std::vector<uint16_t>* before, const std::vector<uint16_t>& ids,
               size_t experts, const TrainerOptions& options)
-      : before_(before), marginal_(MarginalWeights(ids, experts)) {
+      : before_(before), marginal_(MarginalWeights(CountsOf(ids, experts))) {
     Append({});
     if (before == nullptr) return;
     std::vector<std::vector<uint32_t>> counts(experts, std::vector<uint32_t>(experts));
@@ -107,17 +51,6 @@ class BaseOfLayer {
   std::vector<Row> rows_;
   Dense dense_;
 };
-
-struct Place {
-  uint64_t key;  // inner << 32 | outer
-  uint32_t position;
-};
-
-struct ContextRows {
-  std::vector<Row> rows;
-  double saved_bits = 0;
-};
-using Contexts = std::map<uint64_t, ContextRows>;  // by outer << 32 | inner
 
 // Fits one layer's rows of contexts, given where each context is.
 class LayerFit {
@@ -274,11 +207,7 @@ StackTables ContextTrainer::TrainStack(const Sample& sample) const {
     tables.marginal.push_back(std::move(base.marginal()));
     tables.previous.push_back(std::move(base.rows()));
   }
-  for (auto& [key, context] : contexts) {
-    if (context.saved_bits <= options_.context_bits) continue;
-    tables.contexts.push_back({static_cast<uint32_t>(key >> 32),
-                               static_cast<uint32_t>(key), std::move(context.rows)});
-  }
+  KeepContexts(std::move(contexts), options_, &tables);
   return tables;
 }
 

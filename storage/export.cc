@@ -249,7 +249,7 @@ std::vector<fs::path> ExportArrays(const TraceReader& reader, const fs::path& fo
         bytes += more;
         part->Add(trace);
       },
-      WithHidden::kYes);
+      WithHidden::kAttended);
   flush();
   return files;
 }

@@ -45,6 +45,7 @@ std::string Bytes(const RoutingTrace& t, int num_experts) {
     const std::string key = EncodeKey(KindOf(stack), t.sequence_id);
     all += key + EncodeSpan(key, span, t.task, num_experts);
     if (span.hidden_width > 0) all += EncodeHidden(key, span);
+    if (span.attention_heads > 0) all += EncodeAttention(key, span);
   }
   return all;
 }
@@ -121,7 +122,7 @@ class Input {
       bytes += sizeof(RoutingTrace);
       ids.push_back(s.sequence_id);
     }
-    buffer_ = reader_->ReadMany(ids, WithHidden::kYes);
+    buffer_ = reader_->ReadMany(ids, WithHidden::kAttended);
     at_ = 0;
   }
 

@@ -204,7 +204,7 @@ bool Salvage::ReadStack(const SequenceInfo& info, Stack stack,
   const auto found = records_.find(key);
   if (found == records_.end()) return false;
   RoutingSpan& span = encoder ? trace->encoder : trace->decoder;
-  // Routing and router inputs lie under one key, in different files.
+  // Routing and what lies beside it have one key, in different files.
   std::vector<std::string> others;
   for (const Found& place : found->second) {
     std::string value = Load(place);
@@ -223,14 +223,22 @@ bool Salvage::ReadStack(const SequenceInfo& info, Stack stack,
     }
   }
   if (static_cast<uint32_t>(span.num_tokens) != tokens) return false;
-  for (size_t i = 0; info.has_hidden && span.hidden_width == 0 && i < others.size();
-       ++i) {
+  if (!info.has_hidden) return true;
+  const int heads = config_.AttentionHeads(stack);
+  for (const std::string& other : others) {
     try {
-      DecodeHidden(key, others[i], store_.string(), &span);
-    } catch (const DataError&) {  // not router inputs either
+      if (span.hidden_width == 0) {
+        DecodeHidden(key, other, store_.string(), &span);
+        continue;
+      }
+    } catch (const DataError&) {  // not router inputs
+    }
+    try {
+      if (heads > 0) DecodeAttention(key, other, store_.string(), &span);
+    } catch (const DataError&) {  // nor attention
     }
   }
-  return !info.has_hidden || span.hidden_width > 0;
+  return span.hidden_width > 0 && span.attention_heads == heads;
 }
 
 std::optional<RoutingTrace> Salvage::Read(const SequenceInfo& info) const {

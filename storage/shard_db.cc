@@ -1,6 +1,7 @@
 #include "storage/shard_db.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdarg>
 #include <cstdio>
@@ -18,6 +19,7 @@ namespace {
 constexpr size_t kBlockBytes = 32 << 10;
 constexpr size_t kCacheBytes = 64 << 20;
 constexpr auto kLockPatience = std::chrono::seconds(15);  // mpirun reaps ranks within 2 s
+constexpr std::array<const char*, 3> kFamilyNames = {"default", "hidden", "attention"};
 constexpr int kReadAttempts = 100;
 constexpr auto kLockRetry = std::chrono::milliseconds(100);
 
@@ -29,12 +31,15 @@ class NoLog : public rocksdb::Logger {
   void Logv(const char*, va_list) override {}
 };
 
-// A database that its maker had no time to finish has no column family `hidden` yet.
-bool IsMade(const rocksdb::Options& options, const fs::path& path) {
+// A database that its maker had no time to finish lacks column families.
+bool IsMade(const rocksdb::Options& options, const fs::path& path,
+            const std::vector<rocksdb::ColumnFamilyDescriptor>& families) {
   std::vector<std::string> names;
   const rocksdb::Status status = rocksdb::DB::ListColumnFamilies(options, path, &names);
-  return !status.ok() ||
-         std::find(names.begin(), names.end(), kHiddenFamily) != names.end();
+  if (!status.ok()) return true;
+  return std::all_of(families.begin(), families.end(), [&names](const auto& family) {
+    return std::find(names.begin(), names.end(), family.name) != names.end();
+  });
 }
 
 // Whether the shard was more than just made: it has a seal, or table files.
@@ -68,7 +73,7 @@ rocksdb::Status OpenToRead(const rocksdb::Options& options, const fs::path& shar
     if (!fs::exists(shard / "CURRENT")) return rocksdb::Status::NotFound();
     status = rocksdb::DB::OpenForReadOnly(options, shard, families, handles, db);
     if (status.ok()) return status;
-    if (status.IsInvalidArgument() && !IsMade(options, shard)) {
+    if (status.IsInvalidArgument() && !IsMade(options, shard, families)) {
       return rocksdb::Status::NotFound();
     }
     if (Generation(shard) == before) break;  // nobody writes: it is what it is
@@ -98,7 +103,13 @@ std::shared_ptr<rocksdb::Cache> SharedCache() {
 
 }  // namespace
 
-rocksdb::Options FamilyOptions(Family family, const std::string& compression) {
+std::vector<Family> FamiliesOf(const StoreConfig& config) {
+  std::vector<Family> families = {Family::kRouting, Family::kHidden};
+  if (config.Records("attention")) families.push_back(Family::kAttention);
+  return families;
+}
+
+rocksdb::Options FamilyOptions(Family family, const StoreConfig& config) {
   rocksdb::Options options;
   rocksdb::BlockBasedTableOptions table;
   table.block_size = kBlockBytes;
@@ -109,7 +120,7 @@ rocksdb::Options FamilyOptions(Family family, const std::string& compression) {
   table.index_block_restart_interval = 16;  // keys differ in few bytes: share the rest
   table.block_cache = SharedCache();
   options.table_factory.reset(rocksdb::NewBlockBasedTableFactory(table));
-  options.compression = family == Family::kRouting && compression.ends_with("zstd")
+  options.compression = family == Family::kRouting && config.ZstdBlocks()
                             ? rocksdb::kZSTD
                             : rocksdb::kNoCompression;
   options.compression_opts.level = 1;
@@ -155,13 +166,14 @@ fs::path ShardPath(const fs::path& store, int shard) {
   return store / "shards" / name;
 }
 
-ShardDb::ShardDb(const fs::path& store, int shard, const std::string& compression,
-                 Mode mode)
+ShardDb::ShardDb(const fs::path& store, int shard, const StoreConfig& config, Mode mode)
     : path_(ShardPath(store, shard)) {
-  rocksdb::Options options = FamilyOptions(Family::kRouting, compression);
-  const std::vector<rocksdb::ColumnFamilyDescriptor> families = {
-      {rocksdb::kDefaultColumnFamilyName, options},
-      {kHiddenFamily, FamilyOptions(Family::kHidden, compression)}};
+  rocksdb::Options options = FamilyOptions(Family::kRouting, config);
+  std::vector<rocksdb::ColumnFamilyDescriptor> families;
+  for (const Family family : FamiliesOf(config)) {
+    families.emplace_back(kFamilyNames[static_cast<size_t>(family)],
+                          FamilyOptions(family, config));
+  }
   rocksdb::DB* db = nullptr;
   if (mode == Mode::kRead) {
     const rocksdb::Status status = OpenToRead(options, path_, families, &handles_, &db);

@@ -10,16 +10,18 @@
 #include "common/files.h"
 #include "rocksdb/db.h"
 #include "rocksdb/options.h"
+#include "storage/store_config.h"
 
 namespace routecast {
 
-inline constexpr const char* kHiddenFamily = "hidden";
-enum class Family { kRouting = 0, kHidden = 1 };
+// Column families. The attention's is there in stores that record it (FamiliesOf).
+enum class Family { kRouting = 0, kHidden = 1, kAttention = 2 };
+std::vector<Family> FamiliesOf(const StoreConfig& config);
 
 // Options of a column family: files and blocks are the same whoever writes them.
-// compression: StoreConfig's; blocks of the routing family are compressed where it ends
-// in "zstd"; router inputs never are.
-rocksdb::Options FamilyOptions(Family family, const std::string& compression);
+// Blocks of the routing family are compressed where the store's compression ends in
+// "zstd"; the others' never are.
+rocksdb::Options FamilyOptions(Family family, const StoreConfig& config);
 
 // Throws the error that `status` is: DataError (corruption), EnvironmentError (disk,
 // lock), UsageError (missing). Does nothing when ok.
@@ -34,21 +36,22 @@ struct ShardMissing : DataError {
   using DataError::DataError;
 };
 
-// One open shard database with both column families.
+// One open shard database with the column families that its store has.
 class ShardDb {
  public:
   enum class Mode { kRead, kWrite };
   // kWrite creates what is missing, and waits up to 15 s for the lock of a job that is
   // dying. Where table files are missing it goes back to the last state that has all of
   // its files. kRead throws ShardMissing.
-  ShardDb(const fs::path& store, int shard, const std::string& compression, Mode mode);
+  ShardDb(const fs::path& store, int shard, const StoreConfig& config, Mode mode);
   ~ShardDb();
   ShardDb(const ShardDb&) = delete;
   ShardDb& operator=(const ShardDb&) = delete;
 
   rocksdb::DB* db() const { return db_.get(); }
+  // REQUIRES one of FamiliesOf the store.
   rocksdb::ColumnFamilyHandle* family(Family f) const {
-    return handles_[static_cast<size_t>(f)];
+    return handles_.at(static_cast<size_t>(f));
   }
   const fs::path& path() const { return path_; }
 

@@ -146,13 +146,23 @@ void RequireCompression(const std::string& compression, const MoeGeometry& geome
                              "use --compression=none or zstd"));
 }
 
+namespace {
+
+// The newest thing in a store decides. Coders of older programs left top-k ids packed.
+int SchemaOf(const StoreConfig& c, bool codes_topk) {
+  return codes_topk               ? kCodedTopkSchema
+         : c.Records("attention") ? kAttentionSchema
+         : c.Records("output")    ? kOutputSchema
+         : !c.intakes.empty()     ? kIntakesSchema
+         : c.ContextCoded()       ? kCodedSchema
+                                  : kStoreSchema;
+}
+
+}  // namespace
+
 Json StoreConfig::ToJson() const {
   Json json;
-  json["schema"] = Records("attention") ? kAttentionSchema
-                   : Records("output")  ? kOutputSchema
-                   : !intakes.empty()   ? kIntakesSchema
-                   : ContextCoded()     ? kCodedSchema
-                                        : kStoreSchema;
+  json["schema"] = SchemaOf(*this, CodesTopk());
   json["model"] = model;
   json["model_fingerprint"] = model_fingerprint;
   json["tokenizer_fingerprint"] = tokenizer_fingerprint;
@@ -200,11 +210,12 @@ Json StoreConfig::ToJson() const {
 StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   const Fields in(json, where);
   const int64_t schema = in.Number("schema", 0, int64_t{1} << 32);
-  if (schema < kStoreSchema || schema > kAttentionSchema) {
+  if (schema < kStoreSchema || schema > kCodedTopkSchema || schema == kDroppedSchema) {
     throw UsageError(ErrorText(
         where + ": store of another schema",
         "schema " + std::to_string(schema) + ", this program reads " +
-            std::to_string(kStoreSchema) + " to " + std::to_string(kAttentionSchema),
+            std::to_string(kStoreSchema) + " to " + std::to_string(kCodedTopkSchema) +
+            " but for " + std::to_string(kDroppedSchema),
         "use the routecast that wrote it, or collect again"));
   }
   StoreConfig c;
@@ -251,25 +262,24 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
       kCompressions.end()) {
     in.Fail("unknown compression");
   }
-  if (c.ContextCoded() &&
-      (schema < kCodedSchema || c.geometry.num_experts > kMaxCodedExperts)) {
-    in.Fail("compression \"" + c.compression +
-            "\" does not go with its schema or experts");
+  if (c.ContextCoded() && c.geometry.num_experts > kMaxCodedExperts) {
+    in.Fail("compression \"" + c.compression + "\" does not go with its experts");
   }
   if (json.contains("intakes")) {
     if (!json["intakes"].is_array()) in.Fail("intakes is not a list");
     c.intakes = ReadIntakes(json["intakes"], where + " (intakes)");
   }
-  const bool attends = c.Records("attention");
-  if (attends != (schema == kAttentionSchema) || attends != (c.attention_heads > 0) ||
-      (!attends && c.Records("output") != (schema == kOutputSchema))) {
-    in.Fail("what it records does not go with its schema");
+  if (c.Records("attention") != (c.attention_heads > 0)) {
+    in.Fail("what it records does not go with its attention_heads");
   }
-  const bool several = c.intakes.size() > 1;
-  if ((schema == kIntakesSchema && !several) || (schema < kIntakesSchema && several) ||
+  if (schema != SchemaOf(c, c.CodesTopk()) && schema != SchemaOf(c, false)) {
+    in.Fail("schema " + std::to_string(schema) + " does not go with what is in it: " +
+            std::to_string(SchemaOf(c, c.CodesTopk())));
+  }
+  if (c.intakes.size() == 1 ||
       (c.intakes.size() > 1 &&
        c.intakes.back().corpus_fingerprint != c.corpus_fingerprint)) {
-    in.Fail("its intakes do not go with its schema or corpus");
+    in.Fail("its intakes do not go with its corpus");
   }
   return c;
 }

@@ -18,7 +18,11 @@ inline constexpr int kIntakesSchema = 3;
 // Of stores with the decoder's output (`output` in `record`), with one intake or several.
 inline constexpr int kOutputSchema = 4;
 // Of stores with attention summaries, with or without all of these.
-inline constexpr int kAttentionSchema = 5;
+inline constexpr int kAttentionSchema = 6;
+// Of stores whose coder codes top-k ids, too, with or without all of these.
+inline constexpr int kCodedTopkSchema = 7;
+// Attention in one record with the router inputs: never released, not read.
+inline constexpr int kDroppedSchema = 5;
 inline constexpr int kMaxAttentionHeads = 4096;
 // Of a token, layer and head: an entropy and the positions of the strongest keys.
 inline constexpr int kAttentionBytesPerHead = 2 + 2 * kStrongestKeys;
@@ -90,6 +94,8 @@ struct StoreConfig {
   // Makes data, corpus_fingerprint, num_chunks, max_sequences and intakes those of `all`.
   void SetIntakes(const std::vector<StoreIntake>& all);
   bool ContextCoded() const;
+  // Whether the coder codes top-k ids as well.
+  bool CodesTopk() const { return ContextCoded() && top_k > 1; }
   bool ZstdBlocks() const;
 };
 

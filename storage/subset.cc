@@ -51,7 +51,7 @@ uint64_t SubsetStore(const fs::path& store, const fs::path& out,
   for (size_t at = 0; at < ids.size(); at += kBatch) {
     const std::span<const uint64_t> batch(ids.data() + at,
                                           std::min(kBatch, ids.size() - at));
-    for (const RoutingTrace& trace : reader.ReadMany(batch, WithHidden::kYes)) {
+    for (const RoutingTrace& trace : reader.ReadMany(batch, WithHidden::kAttended)) {
       builder.Add(trace);
     }
   }

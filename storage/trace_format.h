@@ -33,7 +33,7 @@ inline RecordKind KindOf(Stack s) {
 }
 
 inline constexpr uint8_t kRecordVersion = 1;
-inline constexpr uint8_t kAttendedVersion = 2;  // of router inputs with attention
+inline constexpr uint8_t kCodedTopkVersion = 2;  // of routing with coded top-k ids
 inline constexpr size_t kKeyBytes = 9;
 inline constexpr size_t kChecksumBytes = 8;
 // True where the value's checksum is right: of a value that needs no context model, or,
@@ -58,13 +58,14 @@ bool DecodeKey(std::string_view key, RecordKind* kind, uint64_t* id);
 //   gate probs  bf16 high bytes [L*T], then low bytes (flag)
 //   dropped     bits [L*T], absent when no token was dropped (flag)
 //   margins     bf16 high bytes, then low bytes (flag)
-//   top-k       ids bit-packed [L*T*K], probs bf16 high bytes, low bytes (K > 0; probs
-//               absent where they are not known: flag)
+//   top-k       ids bit-packed [L*T*K], or, in version 2, varint size and coded bytes;
+//               probs bf16 high bytes, low bytes (K > 0; probs absent where they are not
+//               known: flag)
 //   u64 checksum
 // REQUIRES the planes of `span` to have their sizes (std::logic_error otherwise: our
 // defect) and ids < num_experts. Floats are rounded to bf16. With a model of this
-// geometry expert ids are coded by it where that is smaller; the model's fingerprint then
-// seals the record beside its key.
+// geometry expert ids, and top-k ids, are coded by it where that is smaller; the model's
+// fingerprint then seals the record beside its key.
 std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
                        int num_experts, const ContextModel* model = nullptr);
 // Throws DataError naming `where` on any damage; sizes are checked before memory is
@@ -79,19 +80,23 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
 
 // Router inputs of one (sequence, stack): u8 version | varint T | varint L | varint D |
 // bf16 [L*T*D] | bf16 [T*D], the stack's output, or nothing | u64 checksum.
-// With attention summaries version 2: u8 version | varint T | varint L | varint D |
-// varint A | bf16 high bytes [L*T*A], then low bytes: entropies | u16 [L*T*A*4]: keys |
-// the inputs and the output as above | u64 checksum.
-// Decode fills span.hidden, span.hidden_width, span.output and the attention's fields and
-// demands that T and L agree with `span`, and that keys are positions of it.
-//
+// Decode fills span.hidden, span.hidden_width and span.output and demands that T and L
+// agree with `span`.
+std::string EncodeHidden(std::string_view key, const RoutingSpan& span);
+void DecodeHidden(std::string_view key, std::string_view value, const std::string& where,
+                  RoutingSpan* span);
+
+// Attention summaries of one (sequence, stack), A heads: u8 version | varint T | varint L
+// | varint A | bf16 high bytes [L*T*A], then low bytes: entropies | u16 [L*T*A*4]: keys |
+// u64 checksum. Decode fills the attention's fields and demands that T and L agree with
+// `span` and that AttentionFits.
+std::string EncodeAttention(std::string_view key, const RoutingSpan& span);
+void DecodeAttention(std::string_view key, std::string_view value,
+                     const std::string& where, RoutingSpan* span);
 // Whether each key is kNoKey or a position of the sequence. Keys of cross-attention, the
 // second half of the decoder's heads, are the encoder's, whose length a span does not
 // know.
 bool AttentionFits(const RoutingSpan& span, Stack stack);
-std::string EncodeHidden(std::string_view key, const RoutingSpan& span);
-void DecodeHidden(std::string_view key, std::string_view value, const std::string& where,
-                  RoutingSpan* span);
 
 // What a store knows of a sequence without reading its records.
 struct SequenceInfo {

@@ -52,6 +52,12 @@ void DecodeInto(std::string_view key, std::string_view value, const std::string&
   (stack == Stack::kEncoder ? trace->encoder : trace->decoder) = std::move(decoded.span);
 }
 
+void DecodeBeside(Family family, std::string_view key, std::string_view value,
+                  const std::string& where, RoutingSpan* span) {
+  if (family == Family::kHidden) return DecodeHidden(key, value, where, span);
+  DecodeAttention(key, value, where, span);
+}
+
 // What the shard's ids were coded with must be the model that is there.
 void RequireModel(const ShardDb& db, int shard, const fs::path& store,
                   const StoreConfig& config, const ContextModel* model) {
@@ -82,8 +88,8 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
   std::optional<ShardMissing> missing;
   for (int shard = 0; shard < config_.num_shards; ++shard) {
     try {
-      shards_.push_back(std::make_unique<ShardDb>(path_, shard, config_.compression,
-                                                  ShardDb::Mode::kRead));
+      shards_.push_back(
+          std::make_unique<ShardDb>(path_, shard, config_, ShardDb::Mode::kRead));
     } catch (const ShardMissing& e) {
       missing = e;
       shards_.push_back(nullptr);
@@ -203,19 +209,27 @@ std::string TraceReader::Where(size_t index, Stack stack) const {
          std::to_string(sequences_[index].sequence_id) + " (" + StackName(stack) + ")";
 }
 
+// Routing first: the others are held against its dims.
+std::vector<Family> TraceReader::Wanted(WithHidden with_hidden) const {
+  std::vector<Family> families = FamiliesOf(config_);
+  if (with_hidden == WithHidden::kNo) families.resize(1);
+  if (with_hidden == WithHidden::kYes) families.resize(2);
+  return families;
+}
+
 RoutingTrace TraceReader::Read(uint64_t sequence_id, WithHidden with_hidden) const {
   return std::move(ReadMany({&sequence_id, 1}, with_hidden)[0]);
 }
 
 std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequence_ids,
                                                 WithHidden with_hidden) const {
-  struct Wanted {
+  struct Record {
     size_t index, slot;
     Stack stack;
   };
   std::vector<RoutingTrace> traces;
   traces.reserve(sequence_ids.size());
-  std::vector<std::vector<Wanted>> by_shard(shards_.size());
+  std::vector<std::vector<Record>> by_shard(shards_.size());
   for (size_t slot = 0; slot < sequence_ids.size(); ++slot) {
     const size_t index = IndexOf(sequence_ids[slot]);
     traces.push_back(Header(index));
@@ -224,18 +238,16 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
       by_shard[places_[index].shard].push_back({index, slot, stack});
     }
   }
-  // Routing first: router inputs are held against its dims.
-  for (const Family family : {Family::kRouting, Family::kHidden}) {
-    if (family == Family::kHidden && with_hidden == WithHidden::kNo) break;
+  for (const Family family : Wanted(with_hidden)) {
     for (size_t shard = 0; shard < by_shard.size(); ++shard) {
-      std::vector<Wanted> wanted;
-      for (const Wanted& w : by_shard[shard]) {
+      std::vector<Record> wanted;
+      for (const Record& w : by_shard[shard]) {
         if (family == Family::kRouting || sequences_[w.index].has_hidden)
           wanted.push_back(w);
       }
       if (wanted.empty()) continue;
       std::vector<std::string> keys;
-      for (const Wanted& w : wanted) {
+      for (const Record& w : wanted) {
         keys.push_back(EncodeKey(KindOf(w.stack), sequences_[w.index].sequence_id));
       }
       const std::vector<rocksdb::Slice> slices(keys.begin(), keys.end());
@@ -245,7 +257,7 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
       db.db()->MultiGet(rocksdb::ReadOptions(), db.family(family), keys.size(),
                         slices.data(), values.data(), statuses.data());
       for (size_t i = 0; i < keys.size(); ++i) {
-        const Wanted& w = wanted[i];
+        const Record& w = wanted[i];
         const std::string where = Where(w.index, w.stack);
         CheckStatus(statuses[i], "read", where);
         RoutingTrace& trace = traces[w.slot];
@@ -253,7 +265,7 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
           DecodeInto(keys[i], values[i].ToStringView(), where, w.stack,
                      sequences_[w.index], config_, model_.get(), &trace);
         } else {
-          DecodeHidden(keys[i], values[i].ToStringView(), where,
+          DecodeBeside(family, keys[i], values[i].ToStringView(), where,
                        w.stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
         }
       }
@@ -276,7 +288,7 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
       it->Seek(key);
     }
   };
-  std::vector<std::array<std::array<Cursor, 2>, 2>> cursors(shards_.size());
+  std::vector<std::array<std::array<Cursor, 3>, 2>> cursors(shards_.size());
   const auto value_at = [&](size_t index, Stack stack, Family family,
                             const std::string& key, const std::string& where) {
     const int shard = places_[index].shard;
@@ -293,6 +305,7 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
     }
     return &cursor;
   };
+  const std::vector<Family> families = Wanted(with_hidden);
   for (size_t index = 0; index < sequences_.size(); ++index) {
     RoutingTrace trace = Header(index);
     for (const Stack stack : kStacks) {
@@ -303,11 +316,13 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
       DecodeInto(key, routing->it->value().ToStringView(), where, stack,
                  sequences_[index], config_, model_.get(), &trace);
       routing->it->Next();
-      if (with_hidden == WithHidden::kNo || !sequences_[index].has_hidden) continue;
-      Cursor* hidden = value_at(index, stack, Family::kHidden, key, where);
-      DecodeHidden(key, hidden->it->value().ToStringView(), where,
-                   stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
-      hidden->it->Next();
+      if (!sequences_[index].has_hidden) continue;
+      for (size_t f = 1; f < families.size(); ++f) {
+        Cursor* beside = value_at(index, stack, families[f], key, where);
+        DecodeBeside(families[f], key, beside->it->value().ToStringView(), where,
+                     stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
+        beside->it->Next();
+      }
     }
     callback(std::move(trace));
   }

@@ -17,7 +17,9 @@ namespace routecast {
 
 class ContextModel;
 class ShardDb;
-enum class WithHidden { kNo, kYes };
+enum class Family;
+// Whether router inputs are read with the routing; kAttended: attention summaries, too.
+enum class WithHidden { kNo, kYes, kAttended };
 // Whether a reader can do without token ids, which imported stores may not have.
 enum class NeedTokens { kNo, kYes };
 
@@ -46,7 +48,7 @@ class TraceReader {
   bool complete() const { return completed_chunks_ == config_.num_chunks; }
 
   // Throws UsageError where the sequence is not in the store, DataError on damage. Router
-  // inputs come where asked for and recorded; empty otherwise.
+  // inputs and attention come where asked for and recorded; empty otherwise.
   RoutingTrace Read(uint64_t sequence_id, WithHidden with_hidden) const;
   // The same for many, in the order asked; one MultiGet a shard and column family.
   std::vector<RoutingTrace> ReadMany(std::span<const uint64_t> sequence_ids,
@@ -61,6 +63,7 @@ class TraceReader {
     int shard;
   };
   void ReadMarks(int shard);
+  std::vector<Family> Wanted(WithHidden with_hidden) const;
   size_t IndexOf(uint64_t sequence_id) const;
   RoutingTrace Header(size_t index) const;
   std::string Where(size_t index, Stack stack) const;

@@ -1,6 +1,7 @@
 #include "storage/trace_store.h"
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 #include "common/errors.h"
@@ -11,8 +12,11 @@
 namespace routecast {
 namespace {
 
-constexpr const char* kRoutingFile = "routing.sst";
-constexpr const char* kHiddenFile = "hidden.sst";
+// In a chunk's staging folder, by column family.
+constexpr std::array<const char*, 3> kFiles = {"routing.sst", "hidden.sst",
+                                               "attention.sst"};
+constexpr std::array<const char*, 3> kWriteSteps = {
+    "stage: write routing", "stage: write hidden", "stage: write attention"};
 
 void WriteSst(const fs::path& path, const rocksdb::Options& options,
               const std::map<std::string, std::string>& records) {
@@ -32,9 +36,9 @@ bool Holds(const ShardDb& shard, Family family, const std::string& key) {
 }
 
 // RocksDB 7.8 takes a file whose first or last key it could not read (I/O error) for one
-// that covers no keys, and reports success. So the chunk's mark and the ends of its
-// router inputs are looked up. A chunk that fails is unmarked, to be made again.
-void CheckIngested(const ShardDb& shard, uint32_t chunk) {
+// that covers no keys, and reports success. So the chunk's mark and what lies beside its
+// routing are looked up. A chunk that fails is unmarked, to be made again.
+void CheckIngested(const ShardDb& shard, const StoreConfig& config, uint32_t chunk) {
   const std::string key = EncodeKey(RecordKind::kChunkMark, chunk);
   std::string value;
   const rocksdb::Status found = shard.db()->Get(
@@ -46,8 +50,10 @@ void CheckIngested(const ShardDb& shard, uint32_t chunk) {
         const bool encoder = stack == Stack::kEncoder;
         if (!s.has_hidden || (encoder ? s.encoder_tokens : s.decoder_tokens) == 0)
           continue;
-        whole = whole &&
-                Holds(shard, Family::kHidden, EncodeKey(KindOf(stack), s.sequence_id));
+        const std::string record = EncodeKey(KindOf(stack), s.sequence_id);
+        for (const Family family : FamiliesOf(config)) {
+          whole = whole && Holds(shard, family, record);
+        }
       }
     }
   } else if (!found.IsNotFound()) {
@@ -188,6 +194,11 @@ void ChunkWriter::AddSpan(const RoutingTrace& trace, Stack stack) {
     record_bytes_ += value.size();
     hidden_.emplace(key, std::move(value));
   }
+  if (heads > 0) {
+    std::string value = EncodeAttention(key, span);
+    record_bytes_ += value.size();
+    attention_.emplace(key, std::move(value));
+  }
   std::string value = EncodeSpan(key, span, trace.task, config_.geometry.num_experts);
   record_bytes_ += value.size();
   if (!routing_.emplace(std::move(key), std::move(value)).second) {
@@ -218,13 +229,12 @@ void ChunkWriter::Finish() {
   const fs::path folder = TraceStore::StagingFolder(store_, mark_.chunk, token_);
   Step("stage: make folder");
   SealedFolder staging(folder);
-  Step("stage: write routing");
-  WriteSst(staging.path() / kRoutingFile,
-           FamilyOptions(Family::kRouting, config_.compression), routing_);
-  if (!hidden_.empty()) {
-    Step("stage: write hidden");
-    WriteSst(staging.path() / kHiddenFile,
-             FamilyOptions(Family::kHidden, config_.compression), hidden_);
+  const std::array records = {&routing_, &hidden_, &attention_};
+  for (const Family family : FamiliesOf(config_)) {
+    const auto f = static_cast<size_t>(family);
+    if (records[f]->empty()) continue;
+    Step(kWriteSteps[f]);
+    WriteSst(staging.path() / kFiles[f], FamilyOptions(family, config_), *records[f]);
   }
   Step("stage: rename");
   staging.Commit();
@@ -236,8 +246,8 @@ ShardOwner::ShardOwner(fs::path store, const StoreConfig& config, int first, int
     : store_(std::move(store)), config_(config), on_step_(std::move(on_step)) {
   for (int shard = first; shard < config_.num_shards; shard += step) {
     TakeSeal(shard);
-    shards_[shard] = std::make_unique<ShardDb>(store_, shard, config_.compression,
-                                               ShardDb::Mode::kWrite);
+    shards_[shard] =
+        std::make_unique<ShardDb>(store_, shard, config_, ShardDb::Mode::kWrite);
   }
 }
 
@@ -283,19 +293,18 @@ bool ShardOwner::Ingest(uint32_t chunk, const std::string& token) {
     // Rewriting a number inside the file would break its checksum.
     options.write_global_seqno = false;
     options.verify_checksums_before_ingest = true;
-    std::vector<rocksdb::IngestExternalFileArg> args(1);
-    args[0].column_family = shard.family(Family::kRouting);
-    args[0].external_files = {folder / kRoutingFile};
-    args[0].options = options;
-    if (fs::exists(folder / kHiddenFile)) {
+    std::vector<rocksdb::IngestExternalFileArg> args;
+    for (const Family family : FamiliesOf(config_)) {
+      const fs::path file = folder / kFiles[static_cast<size_t>(family)];
+      if (family != Family::kRouting && !fs::exists(file)) continue;
       args.emplace_back();
-      args[1].column_family = shard.family(Family::kHidden);
-      args[1].external_files = {folder / kHiddenFile};
-      args[1].options = options;
+      args.back().column_family = shard.family(family);
+      args.back().external_files = {file};
+      args.back().options = options;
     }
     Step("ingest: ingest");
     CheckStatus(shard.db()->IngestExternalFiles(args), "ingest into", shard.path());
-    CheckIngested(shard, chunk);
+    CheckIngested(shard, config_, chunk);
   }
   Step("ingest: remove staging");
   std::error_code error;
@@ -331,6 +340,8 @@ void ShardOwner::Finish() {
     ForEachMark(*first->second,
                 [&](uint32_t chunk, const std::string& value) { marks[chunk] = value; });
     shards_.erase(first);  // closes: the manifest's bytes are final
+    // Else a power loss could bring back files that were removed before the seal.
+    SyncPath(ShardPath(store_, shard));
     Step("seal");
     const auto before = seals_.find(shard);
     WriteShardSeal(store_, shard, marks,

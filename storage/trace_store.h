@@ -66,7 +66,8 @@ class ChunkWriter {
   ChunkMark mark_;
   std::string token_;
   StepObserver on_step_;
-  std::map<std::string, std::string> routing_, hidden_;  // key order = file order
+  // Of each column family; key order = file order.
+  std::map<std::string, std::string> routing_, hidden_, attention_;
   uint64_t record_bytes_ = 0;
 };
 

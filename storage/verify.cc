@@ -96,7 +96,7 @@ class Verifier {
     }
     std::optional<ShardDb> opened;
     try {
-      opened.emplace(store_, shard, config_.compression, ShardDb::Mode::kRead);
+      opened.emplace(store_, shard, config_, ShardDb::Mode::kRead);
     } catch (const ShardMissing& e) {
       missing_.push_back(e.what());
       return;
@@ -109,7 +109,7 @@ class Verifier {
                     "verify files of", db.path());
       });
     }
-    for (const Family family : {Family::kRouting, Family::kHidden}) {
+    for (const Family family : FamiliesOf(config_)) {
       Try([&] { CountRecords(db, family); });
     }
   }
@@ -139,7 +139,8 @@ class Verifier {
       const ChunkMark mark = DecodeMark(key, value, db.path().string() + ": chunk mark");
       for (const SequenceInfo& info : mark.sequences) {
         const int stacks = (info.encoder_tokens > 0) + (info.decoder_tokens > 0);
-        expected_records_ += static_cast<uint64_t>(stacks) * (info.has_hidden ? 2 : 1);
+        expected_records_ += static_cast<uint64_t>(stacks) *
+                             (info.has_hidden ? FamiliesOf(config_).size() : 1);
       }
     });
   }
@@ -150,7 +151,7 @@ class Verifier {
     report_.chunks = reader.completed_chunks();
     for (const SequenceInfo& info : reader.sequences()) {
       Try([&] {
-        reader.Read(info.sequence_id, WithHidden::kYes);
+        reader.Read(info.sequence_id, WithHidden::kAttended);
         ++report_.sequences;
       });
     }

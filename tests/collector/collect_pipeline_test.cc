@@ -146,8 +146,8 @@ TEST_F(CollectTest, RecordsWhatTokensLookAt) {
   const int heads = TinyConfig().num_heads;
   int looked = 0;
   for (const SequenceInfo& s : reader.sequences()) {
-    RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
-    EXPECT_EQ(t, two.Read(s.sequence_id, WithHidden::kYes));
+    RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kAttended);
+    EXPECT_EQ(t, two.Read(s.sequence_id, WithHidden::kAttended));
     for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
       RoutingSpan& span = stack == Stack::kEncoder ? t.encoder : t.decoder;
       const int kinds = stack == Stack::kEncoder ? 1 : 2;
@@ -187,7 +187,7 @@ TEST_F(CollectTest, GeneratedTokensHaveTheirAttention) {
             0);
   const TraceReader reader(folder_ / "stepwise");
   for (const SequenceInfo& s : reader.sequences()) {
-    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kAttended);
     EXPECT_EQ(t.decoder.attention_entropy.size(),
               t.decoder.expert_ids.size() * size_t(2 * TinyConfig().num_heads));
   }

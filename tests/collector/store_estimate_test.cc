@@ -36,6 +36,13 @@ TEST(StoreEstimateTest, CountsAttentionOfBothKindsInTheDecoder) {
               0.1 * 1e6 * 6 * (12 + 24) * 10, 1e3);
 }
 
+TEST(StoreEstimateTest, CountsTheTopK) {
+  StoreConfig with = Config({"ids", "topk"});
+  with.top_k = 8;
+  EXPECT_NEAR(EstimatedStoreBytes(with, kText) - Estimate({"ids"}),
+              1e6 * 12 * 8 * (2 + 7.0 / 8), 1e3);
+}
+
 TEST(StoreEstimateTest, TheEncoderAloneHasNoDecodersRecords) {
   StoreConfig encode = Config({"hidden", "ids", "output"});
   encode.task = Task::kEncode;

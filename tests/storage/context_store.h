@@ -24,7 +24,7 @@ class ContextStore : public TraceStoreTest {
   int CodedShards(const fs::path& path) const {
     int coded = 0;
     for (int shard = 0; shard < config_.num_shards; ++shard) {
-      const ShardDb db(path, shard, config_.compression, ShardDb::Mode::kRead);
+      const ShardDb db(path, shard, config_, ShardDb::Mode::kRead);
       CoderMark mark;
       coded += ReadCoderMark(db, &mark);
     }

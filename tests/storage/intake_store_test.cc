@@ -74,7 +74,7 @@ TEST_F(IntakeStore, LaterChunksAreCodedAndSealedAsTheOthers) {
   EXPECT_TRUE(report.sealed);
   EXPECT_EQ(report.sequences, kChunks * kPerChunk);
   for (int shard = 0; shard < config_.num_shards; ++shard) {
-    const ShardDb db(store(), shard, config_.compression, ShardDb::Mode::kRead);
+    const ShardDb db(store(), shard, config_, ShardDb::Mode::kRead);
     CoderMark mark;
     ASSERT_TRUE(ReadCoderMark(db, &mark));
     EXPECT_GE(mark.records, 2 * kPerChunk);

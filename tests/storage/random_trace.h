@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <numeric>
 #include <string>
 
 #include "common/random.h"
@@ -16,7 +17,26 @@ struct TraceShape {
   int num_experts = 128, layers = 3, top_k = 2, width = 8;
   int min_tokens = 1, max_tokens = 40;
   double hidden_share = 0.5;
+  int heads = 0;  // of the attention, where router inputs are
+  // The top-k begins with the choice (mostly: probabilities may tie), and has no expert
+  // twice.
+  bool distinct = false;
 };
+
+// Behind a token's first expert others in turn, from a few strides.
+inline void DrawDistinct(uint64_t key, int num_experts, RoutingSpan* s) {
+  const auto experts = static_cast<uint64_t>(num_experts);
+  for (size_t i = 0; i < s->expert_ids.size(); ++i) {
+    uint64_t at = s->expert_ids[i];
+    if (Mix(key, 10, i) % 50 == 0) at = (at + 1) % experts;
+    uint64_t stride = 1 + Mix(key, 11, i) % 3;
+    while (std::gcd(stride, experts) != 1) ++stride;
+    for (int r = 0; r < s->top_k; ++r, at = (at + stride) % experts) {
+      s->topk_ids[i * static_cast<size_t>(s->top_k) + static_cast<size_t>(r)] =
+          static_cast<uint16_t>(at);
+    }
+  }
+}
 
 inline RoutingSpan RandomSpan(uint64_t key, const TraceShape& shape, bool hidden) {
   RoutingSpan s;
@@ -44,6 +64,7 @@ inline RoutingSpan RandomSpan(uint64_t key, const TraceShape& shape, bool hidden
     s.topk_ids.push_back(expert(7, i));
     s.topk_probs.push_back(real(8, i));
   }
+  if (shape.distinct) DrawDistinct(key, shape.num_experts, &s);
   if (hidden) {
     s.hidden_width = shape.width;
     for (uint64_t i = 0; i < n * s.hidden_width; ++i) {
@@ -51,6 +72,21 @@ inline RoutingSpan RandomSpan(uint64_t key, const TraceShape& shape, bool hidden
     }
   }
   return s;
+}
+
+inline void AddAttention(RoutingSpan* span, Stack stack, uint64_t key, int heads) {
+  span->attention_heads = heads * (stack == Stack::kDecoder ? 2 : 1);
+  const auto tokens = static_cast<uint64_t>(span->num_tokens);
+  const uint64_t rows = tokens * static_cast<uint64_t>(span->num_layers) *
+                        static_cast<uint64_t>(span->attention_heads);
+  for (uint64_t i = 0; i < rows; ++i) {
+    const auto entropy = static_cast<float>(3 * ToUnit(Mix(key, i)));
+    span->attention_entropy.push_back(Bf16ToFloat(FloatToBf16(entropy)));
+    for (uint64_t k = 0; k < kStrongestKeys; ++k) {
+      span->attention_keys.push_back(
+          k < tokens ? static_cast<uint16_t>(ToRange(Mix(key, i, k), tokens)) : kNoKey);
+    }
+  }
 }
 
 inline RoutingTrace RandomTrace(uint64_t id, const TraceShape& shape = {}) {
@@ -63,6 +99,10 @@ inline RoutingTrace RandomTrace(uint64_t id, const TraceShape& shape = {}) {
   trace.decoder = RandomSpan(Mix(id, 200), shape, hidden);
   for (int i = 0; hidden && i < trace.decoder.num_tokens * shape.width; ++i) {
     trace.decoder.output.push_back(static_cast<uint16_t>(Mix(id, 300, i)));
+  }
+  if (hidden && shape.heads > 0) {
+    AddAttention(&trace.encoder, Stack::kEncoder, Mix(id, 400), shape.heads);
+    AddAttention(&trace.decoder, Stack::kDecoder, Mix(id, 500), shape.heads);
   }
   return trace;
 }
@@ -77,6 +117,8 @@ inline StoreConfig ConfigOf(const TraceShape& shape, int shards, int64_t chunks)
   c.num_shards = shards;
   c.num_chunks = chunks;
   c.hidden_share = shape.hidden_share;
+  c.attention_heads = shape.heads;
+  if (shape.heads > 0) c.record.push_back("attention");
   return c;
 }
 

@@ -39,6 +39,8 @@ int InChild(const std::function<void()>& work) {
 constexpr int kDied = 99;
 
 TEST_F(TraceStoreTest, DeathAtAnyStepLosesAndDoublesNothing) {
+  shape_.heads = 2;  // files of all column families
+  config_ = ConfigOf(shape_, 4, kChunks);
   Create();
   const auto job_dying_at = [&](int n) {
     int steps = 0;

@@ -68,7 +68,7 @@ class StoreFaultsTest : public testing::Test {
               static_cast<size_t>(reader.completed_chunks()) * kSequences);
     reader.Scan(
         [&](RoutingTrace&& t) { EXPECT_EQ(t, RandomTrace(t.sequence_id, shape_)); },
-        WithHidden::kYes);
+        WithHidden::kAttended);
     const VerifyReport report = VerifyStore(store);
     EXPECT_TRUE(report.sound()) << report.problems.at(0);
     return reader.completed_chunks();
@@ -172,7 +172,8 @@ class StoreFaultsTest : public testing::Test {
   }
 
   TempFolder folder_;
-  TraceShape shape_ = {.num_experts = 16, .layers = 2, .width = 4, .max_tokens = 6};
+  TraceShape shape_ = {
+      .num_experts = 16, .layers = 2, .width = 4, .max_tokens = 6, .heads = 1};
   StoreConfig config_ = ConfigOf(shape_, 2, kJobChunks);
   std::string undisturbed_;
 };

@@ -40,7 +40,7 @@ class TraceStoreTest : public testing::Test {
     ASSERT_EQ(reader.sequences().size(), all.size());
     auto expected = all.begin();
     reader.Scan([&](RoutingTrace&& t) { EXPECT_EQ(t, expected++->second); },
-                WithHidden::kYes);
+                WithHidden::kAttended);
     EXPECT_EQ(expected, all.end());
   }
 

@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <cmath>
+
 #include "common/errors.h"
 #include "storage/byte_codec.h"
 #include "tests/storage/random_trace.h"
@@ -51,6 +54,33 @@ TEST(TraceFormat, UnpackingAgreesWithSingleBits) {
     }
     UnpackBits(bytes, bits, &back);
     ASSERT_EQ(back, values) << bits;
+  }
+}
+
+TEST(TraceFormat, FlagsAreBitsOfOne) {
+  for (size_t n = 0; n < 40; ++n) {
+    std::vector<uint8_t> flags(n), back(n);
+    for (size_t i = 0; i < n; ++i) flags[i] = Mix(n, i) % 3 == 0;
+    std::string bytes, packed;
+    ByteWriter(&bytes).Flags(flags);
+    ByteWriter(&packed).Packed(std::vector<uint16_t>(flags.begin(), flags.end()), 1);
+    EXPECT_EQ(bytes, packed) << n;
+    UnpackFlags(bytes, &back);
+    EXPECT_EQ(back, flags) << n;
+  }
+}
+
+TEST(TraceFormat, PlanesOfFloatsAreBf16) {
+  std::vector<float> values = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, -NAN, 3e38f};
+  for (uint64_t i = 0; i < 5000; ++i) {  // any bits
+    values.push_back(std::bit_cast<float>(static_cast<uint32_t>(Mix(5, i))));
+  }
+  std::string bytes;
+  ByteWriter(&bytes).Bf16Planes(values);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const auto high = static_cast<uint8_t>(bytes[i]);
+    const auto low = static_cast<uint8_t>(bytes[values.size() + i]);
+    ASSERT_EQ(high << 8 | low, FloatToBf16(values[i])) << values[i];
   }
 }
 
