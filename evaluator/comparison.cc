@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <thread>
 
 #include "common/errors.h"
 #include "common/progress.h"
@@ -253,6 +254,7 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
     options.planner.policy.top_k = workload_->geometry().num_experts;
     options.planner.policy.auto_off = false;  // the upper bound is shown as it is
   }
+  options.ask_aside = predictor != "oracle" && std::thread::hardware_concurrency() > 1;
   TransferEngine* engine = link;
   if (row->is_lossy) engine = copies_tiers_.engine.get();
   row->runtime = std::make_unique<PrefetchRuntime>(file_->spec(), engine,

@@ -173,6 +173,13 @@ ComparisonResult Comparison::Result() {
                        "): prefetching did not help here and is off");
     }
   }
+  for (const auto& row : rows_) {
+    const int64_t failed = row->runtime->failed_questions();
+    if (failed == 0) continue;
+    notes_.push_back(row->predictor + ": " + std::to_string(failed) +
+                     " questions failed and were left out, the first with: " +
+                     row->runtime->question_error());
+  }
   result.notes = notes_;
   return result;
 }

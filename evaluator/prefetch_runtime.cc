@@ -44,10 +44,12 @@ PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* eng
     slots_.push_back({at::from_blob(memory, {f, d}, view),
                       at::from_blob(memory + spec.blob_bytes() / 2, {d, f}, view)});
   }
+  if (options_.ask_aside && foresight_) thread_ = std::make_unique<ForesightThread>();
   Resume();
 }
 
 PrefetchRuntime::~PrefetchRuntime() {
+  thread_.reset();  // nobody waits for answers any more
   if (active_) Suspend();
 }
 
@@ -141,25 +143,103 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
   // A window begins with its sequence.
   if (pass.first_position == 0) following_ = AnyGaugeNeedsPredictor();
   if (!Speculating()) {
-    if (following_) foresight_->SkipPass(pass);
+    if (following_) {
+      Tell([this, kept = Kept(pass)] { foresight_->SkipPass(kept); });
+    }
     std::lock_guard lock(mutex_);
-    planner_.ForgetPredictions();
+    ForgetPredictions();
     return;
   }
-  const std::vector<LayerForecast> forecasts = foresight_->AtPassBegin(pass);
-  const double asked = clock_.Now();
-  predict_ += asked - pass_begin_;
-  if (timeline_) {
-    timeline_->Span(Timeline::Track::kPredictor, "ask at the pass' begin", pass_begin_,
-                    asked);
-  }
-  Foresee(forecasts);
+  Ask("ask at the pass' begin",
+      [this, kept = Kept(pass)] { return foresight_->AtPassBegin(kept); });
 }
 
-void PrefetchRuntime::Foresee(const std::vector<LayerForecast>& forecasts) {
+void PrefetchRuntime::Ask(const char* what,
+                          std::function<std::vector<LayerForecast>()> question) {
+  const double from = clock_.Now();
+  long visit = 0, epoch = 0;
+  {
+    std::lock_guard lock(mutex_);
+    visit = planner_.timeline().visit();
+    epoch = epoch_;
+  }
+  auto answer = [this, what, visit, epoch, question = std::move(question)] {
+    const double asked = clock_.Now();
+    std::vector<LayerForecast> forecasts;
+    Guarded([&] { forecasts = question(); });
+    const double answered = clock_.Now();
+    if (timeline_ && !forecasts.empty())
+      timeline_->Span(Timeline::Track::kPredictor, what, asked, answered);
+    std::lock_guard lock(mutex_);
+    if (thread_) aside_ += answered - asked;
+    Foresee(forecasts, visit, epoch);
+  };
+  if (thread_) {
+    thread_->Ask(std::move(answer));
+  } else {
+    answer();
+  }
+  predict_ += clock_.Now() - from;
+}
+
+void PrefetchRuntime::Tell(std::function<void()> news) {
+  if (!thread_) return Guarded(news);
+  thread_->Ask([this, news = std::move(news)] { Guarded(news); });
+}
+
+void PrefetchRuntime::Guarded(const std::function<void()>& ask) {
+  try {
+    ask();
+  } catch (const std::exception& e) {
+    std::lock_guard lock(mutex_);
+    if (failed_questions_++ == 0) question_error_ = e.what();
+  }
+}
+
+int64_t PrefetchRuntime::failed_questions() const {
   std::lock_guard lock(mutex_);
+  return failed_questions_;
+}
+
+std::string PrefetchRuntime::question_error() const {
+  std::lock_guard lock(mutex_);
+  return question_error_;
+}
+
+// Tensors are valid during the call only: what is asked later has its own.
+PassInfo PrefetchRuntime::Kept(const PassInfo& pass) const {
+  if (!thread_) return pass;
+  PassInfo kept = pass;
+  kept.token_ids_BT = pass.token_ids_BT.clone();
+  kept.valid_BT = pass.valid_BT.clone();
+  if (pass.output_BTD.defined())
+    kept.output_BTD = pass.output_BTD.to(at::kCPU, at::kFloat, false, /*copy=*/true);
+  return kept;
+}
+
+LayerRouting PrefetchRuntime::Kept(const LayerRouting& routing) const {
+  if (!thread_) return routing;
+  LayerRouting kept;
+  kept.layer = routing.layer;
+  kept.expert_ids_BT = routing.expert_ids_BT.to(at::kCPU, at::kLong, false, true);
+  if (routing.input_BTD.defined())
+    kept.input_BTD = routing.input_BTD.to(at::kCPU, at::kFloat, false, true);
+  return kept;
+}
+
+void PrefetchRuntime::ForgetPredictions() {
+  planner_.ForgetPredictions();
+  ++epoch_;
+}
+
+void PrefetchRuntime::Foresee(const std::vector<LayerForecast>& forecasts, long visit,
+                              long epoch) {
+  if (forecasts.empty() || epoch != epoch_ || !active_) return;
+  const long passed = planner_.timeline().visit() - visit;
   for (const LayerForecast& forecast : forecasts) {
-    planner_.Predict(forecast.layer, forecast.distance, forecast.probabilities);
+    const auto distance = static_cast<int>(forecast.distance - passed);
+    if (distance >= 1)  // else it has begun meanwhile
+      planner_.Predict(forecast.layer, distance, forecast.probabilities);
   }
   Act();
 }
@@ -179,20 +259,12 @@ void PrefetchRuntime::Begin(int layer, std::span<const int> experts) {
   visits_.push_back({layer, {experts.begin(), experts.end()}});
   if (!foresight_ || !has_pending_) return;
   has_pending_ = false;
-  const double from = clock_.Now();
-  std::vector<LayerForecast> forecasts;
   if (Speculating()) {
-    forecasts = foresight_->AtLayer(pending_);
+    Ask("ask at a layer",
+        [this, kept = Kept(pending_)] { return foresight_->AtLayer(kept); });
   } else if (following_) {
-    foresight_->Skip(pending_);
+    Tell([this, kept = Kept(pending_)] { foresight_->Skip(kept); });
   }
-  const double asked = clock_.Now();
-  predict_ += asked - from;
-  if (timeline_ && !forecasts.empty()) {
-    timeline_->Span(Timeline::Track::kPredictor, "ask at layer " + std::to_string(layer),
-                    from, asked);
-  }
-  if (!forecasts.empty()) Foresee(forecasts);
 }
 
 ExpertLease PrefetchRuntime::Next() {
@@ -232,28 +304,25 @@ void PrefetchRuntime::Release(ExpertKey key, double taken) {
   Act();
 }
 
-void PrefetchRuntime::AskAtEnd(const PassInfo& pass) {
-  const double from = clock_.Now();
-  const std::vector<LayerForecast> forecasts = foresight_->AtPassEnd(pass);
-  if (forecasts.empty()) return;
-  const double asked = clock_.Now();
-  predict_ += asked - from;
-  if (timeline_) {
-    timeline_->Span(Timeline::Track::kPredictor, "ask at the pass' end", from, asked);
-  }
-  Foresee(forecasts);
-}
-
 void PrefetchRuntime::OnPassEnd(const PassInfo& pass) {
-  if (Speculating()) AskAtEnd(pass);
+  if (Speculating()) {
+    Ask("ask at the pass' end",
+        [this, kept = Kept(pass)] { return foresight_->AtPassEnd(kept); });
+  }
   const double seconds = clock_.Now() - pass_begin_;
   if (timeline_) {
     timeline_->Span(Timeline::Track::kModel, StackName(stack_), pass_begin_,
                     pass_begin_ + seconds);
   }
+  double aside = 0;
+  {
+    std::lock_guard lock(mutex_);
+    aside = std::exchange(aside_, 0);
+  }
   if (foresight_ && options_.planner.policy.auto_off) {
-    // What speculation changes, without the noise of computing: waiting, and asking.
-    gauges_[static_cast<int>(stack_)].Record(stall_ + predict_, following_);
+    // What speculation changes, without the noise of computing: waiting, and asking, also
+    // beside the model, whose cores may be all there are.
+    gauges_[static_cast<int>(stack_)].Record(stall_ + predict_ + aside, following_);
   }
   PhaseStats& stats = stats_[static_cast<int>(stack_)];
   ++stats.passes;
@@ -305,9 +374,10 @@ void PrefetchRuntime::WaitIdle(std::unique_lock<std::mutex>* lock) {
 }
 
 void PrefetchRuntime::Suspend() {
+  if (thread_) thread_->Drain();
   std::unique_lock lock(mutex_);
   active_ = false;
-  planner_.ForgetPredictions();
+  ForgetPredictions();
   WaitIdle(&lock);
   has_pending_ = false;
 }

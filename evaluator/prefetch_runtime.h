@@ -17,6 +17,7 @@
 #include "evaluator/benefit_gauge.h"
 #include "evaluator/expert_file.h"
 #include "evaluator/foresight.h"
+#include "evaluator/foresight_thread.h"
 #include "evaluator/prefetch_planner.h"
 #include "evaluator/timeline.h"
 #include "evaluator/transfer_engine.h"
@@ -37,6 +38,9 @@ struct RuntimeOptions {
   std::function<uint64_t(const PassInfo&)> key_value_bytes;
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
+  // Questions are answered on a thread of their own while the model computes. Where there
+  // is another core for it; not under a clock that stands still.
+  bool ask_aside = false;
   const Clock* clock = nullptr;  // outlives the runtime; null: a steady one of its own
 };
 
@@ -89,6 +93,9 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
     return gauges_[static_cast<int>(stack)];
   }
   double measured_link_bytes_per_second() const;
+  // Questions that threw, which then say nothing, and the first one's words.
+  int64_t failed_questions() const;
+  std::string question_error() const;
   // The visits since the last TakeVisits, in order (what an oracle is told).
   std::vector<OracleForesight::Visit> TakeVisits();
   Foresight* foresight() { return foresight_.get(); }
@@ -103,8 +110,18 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   void WatchTransfer(uint64_t id, TransferOutcome outcome);  // lock held
   void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
   void Release(ExpertKey key, double taken);
-  void AskAtEnd(const PassInfo& pass);
-  void Foresee(const std::vector<LayerForecast>& forecasts);
+  // Puts a question of the timeline's name `what`; its answer goes to the planner.
+  void Ask(const char* what, std::function<std::vector<LayerForecast>()> question);
+  // Tells the foresight something without a question, in order with them.
+  void Tell(std::function<void()> news);
+  // Runs what a predictor may throw from: it costs speed, never the run.
+  void Guarded(const std::function<void()>& ask);
+  // Lock held. `visit`: the planner's when the question was put; `epoch`: of the
+  // predictions then.
+  void Foresee(const std::vector<LayerForecast>& forecasts, long visit, long epoch);
+  void ForgetPredictions();  // lock held
+  PassInfo Kept(const PassInfo& pass) const;
+  LayerRouting Kept(const LayerRouting& routing) const;
   void Wait(std::unique_lock<std::mutex>* lock);  // for the next event of the engine
   void WaitIdle(std::unique_lock<std::mutex>* lock);
   bool Speculating() const;
@@ -132,6 +149,10 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   bool has_pending_ = false;
   Stack stack_ = Stack::kEncoder;
   double pass_begin_ = 0, stall_ = 0, predict_ = 0;
+  double aside_ = 0;  // seconds of answers since the last pass' end, on their own thread
+  int64_t failed_questions_ = 0;
+  std::string question_error_;
+  long epoch_ = 0;  // grows where predictions are forgotten: late answers are void
   int held_peak_ = 0, least_slots_ = 0;
   uint64_t memory_peak_ = 0;
   bool active_ = false;
@@ -145,6 +166,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
     double started = 0;
   };
   std::map<uint64_t, WatchedTransfer> watched_;  // under way, where a timeline is kept
+  std::unique_ptr<ForesightThread> thread_;      // last: it ends first; null: none
 };
 
 }  // namespace routecast

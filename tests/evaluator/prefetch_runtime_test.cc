@@ -25,7 +25,7 @@ namespace {
 // Says whatever `mode` wants, at every layer and lead.
 class StrangePredictor : public ExpertPredictor {
  public:
-  enum Mode { kRandom, kMalicious, kNan, kSlow };
+  enum Mode { kRandom, kMalicious, kNan, kSlow, kThrowing };
   explicit StrangePredictor(Mode mode) : mode_(mode) {}
   std::string name() const override { return "strange"; }
   bool needs_hidden() const override { return mode_ == kRandom; }
@@ -46,6 +46,8 @@ class StrangePredictor : public ExpertPredictor {
           window.experts_BTL.slice(1, t - 1).clamp_max(window.num_experts - 1);
       p.slice(1, t - 1).scatter_(2, last, 0);
     }
+    if (mode_ == kThrowing && calls % 3 == 0) throw std::runtime_error("no idea");
+    if (mode_ == kThrowing) p.fill_(0.7);
     if (mode_ == kSlow) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
       p.fill_(0.5);
@@ -104,20 +106,30 @@ class PrefetchRuntimeTest : public testing::Test {
     options.num_slots = slots;
     options.eviction = eviction;
     options.planner.policy = ParsePolicy(policy);
+    options.ask_aside = ask_aside_;
     return std::make_unique<PrefetchRuntime>(file_->spec(), engine, std::move(foresight),
                                              options);
   }
-  std::string Strange(StrangePredictor::Mode mode, const std::string& policy, int slots) {
-    DiskTransferEngine engine(file_, slots, {2, 4096, 0, true, true});
-    StrangePredictor predictor(mode);
-    auto runtime = Runtime(&engine, slots, Eviction::kLru, policy,
-                           std::make_unique<PredictorForesight>(
-                               &predictor, checkpoint_.config.geometry(), 3));
-    const std::string hash = Decode(runtime.get(), runtime.get());
-    EXPECT_GT(predictor.calls, 0);
-    return hash;
+  // Asked on the forward thread, then on one of their own.
+  void ChangesNothing(StrangePredictor::Mode mode, const std::string& policy, int slots) {
+    const std::string resident = Resident();
+    for (const bool aside : {false, true}) {
+      ask_aside_ = aside;
+      DiskTransferEngine engine(file_, slots, {2, 4096, 0, true, true});
+      StrangePredictor predictor(mode);
+      auto runtime = Runtime(&engine, slots, Eviction::kLru, policy,
+                             std::make_unique<PredictorForesight>(
+                                 &predictor, checkpoint_.config.geometry(), 3));
+      EXPECT_EQ(Decode(runtime.get(), runtime.get()), resident) << aside;
+      runtime->Suspend();
+      EXPECT_GT(predictor.calls, 0);
+      const bool throws = mode == StrangePredictor::kThrowing;
+      EXPECT_EQ(runtime->failed_questions() > 0, throws);
+      EXPECT_EQ(runtime->question_error(), throws ? "no idea" : "");
+    }
   }
 
+  bool ask_aside_ = false;
   fs::path folder_;
   Checkpoint checkpoint_;
   std::shared_ptr<const ExpertFile> file_;
@@ -148,16 +160,19 @@ TEST_F(PrefetchRuntimeTest, EveryEvictionGivesTheResidentBits) {
 }
 
 TEST_F(PrefetchRuntimeTest, RandomPredictionsChangeNothing) {
-  EXPECT_EQ(Strange(StrangePredictor::kRandom, "top_k", 4), Resident());
+  ChangesNothing(StrangePredictor::kRandom, "top_k", 4);
 }
 TEST_F(PrefetchRuntimeTest, MaliciousPredictionsChangeNothing) {
-  EXPECT_EQ(Strange(StrangePredictor::kMalicious, "multi_look", 2), Resident());
+  ChangesNothing(StrangePredictor::kMalicious, "multi_look", 2);
 }
 TEST_F(PrefetchRuntimeTest, NotANumberChangesNothing) {
-  EXPECT_EQ(Strange(StrangePredictor::kNan, "intelligent", 3), Resident());
+  ChangesNothing(StrangePredictor::kNan, "intelligent", 3);
 }
 TEST_F(PrefetchRuntimeTest, ASlowPredictorChangesNothing) {
-  EXPECT_EQ(Strange(StrangePredictor::kSlow, "auto", 3), Resident());
+  ChangesNothing(StrangePredictor::kSlow, "auto", 3);
+}
+TEST_F(PrefetchRuntimeTest, APredictorThatThrowsChangesNothing) {
+  ChangesNothing(StrangePredictor::kThrowing, "top_k", 3);
 }
 
 // Says at a pass' end what the next token's first layer needs, and nothing else.
@@ -192,15 +207,19 @@ TEST_F(PrefetchRuntimeTest, WhatIsSaidAtAPassEndIsFetchedForTheNextToken) {
   DiskTransferEngine engine(file_, 6, {});
   auto first = Runtime(&engine, 6, Eviction::kLru, "on_demand", nullptr);
   const std::string expected = Decode(first.get(), first.get());
-  auto visits = first->TakeVisits();
+  const auto visits = first->TakeVisits();
   first.reset();
-  auto second = Runtime(
-      &engine, 6, Eviction::kLru, "top_k",
-      std::make_unique<EndForesight>(checkpoint_.config.geometry(), std::move(visits)));
-  EXPECT_EQ(Decode(second.get(), second.get()), expected);
-  const PhaseStats stats = second->stats(Stack::kDecoder);
-  EXPECT_GT(stats.speculations, 0);
-  EXPECT_GT(stats.predictor_seconds, 0);
+  for (const bool aside : {false, true}) {
+    ask_aside_ = aside;
+    auto second =
+        Runtime(&engine, 6, Eviction::kLru, "top_k",
+                std::make_unique<EndForesight>(checkpoint_.config.geometry(), visits));
+    EXPECT_EQ(Decode(second.get(), second.get()), expected);
+    second->Suspend();
+    const PhaseStats stats = second->stats(Stack::kDecoder);
+    EXPECT_GT(stats.speculations, 0) << aside;
+    EXPECT_GT(stats.predictor_seconds, 0);
+  }
 }
 
 // Costs more than it could ever save, and counts what it is told.
