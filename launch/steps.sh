@@ -14,6 +14,9 @@ steps_folder=
 begin_steps() {  # begin_steps FOLDER
   steps_folder=$1
   mkdir -p "$steps_folder/log" "$steps_folder/done"
+  # Held by what a run starts as well, until the last of it has ended.
+  exec 9>"$steps_folder/lock"
+  flock -n 9 || die 4 "another run is at work in $steps_folder" "wait for it, or give another folder"
 }
 # step NAME WHAT COMMAND...: runs COMMAND unless it was done with these arguments before.
 step() {

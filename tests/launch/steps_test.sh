@@ -57,6 +57,10 @@ grep -q -- "--predictor=markov$" "$folder/calls" || fail "an own --predictor doe
 check "what was left" "train train evaluate evaluate " "$(calls)"
 "$pipeline" "$folder/config" >"$folder/log" 2>&1
 check "all done before" "" "$(calls)"
+# Two runs in one folder would write the same files.
+flock "$out/lock" "$pipeline" "$folder/config" >"$folder/log" 2>&1
+check "a folder in use" 4 $?
+grep -q "another run is at work in $out" "$folder/log" || fail "a folder in use: $(cat "$folder/log")"
 sed -i 's/--kind=moe/--kind=gnn/' "$folder/config"
 "$pipeline" "$folder/config" >"$folder/log" 2>&1
 check "from the changed step on" "train evaluate evaluate " "$(calls)"
