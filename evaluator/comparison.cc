@@ -12,7 +12,8 @@
 namespace routecast {
 namespace {
 
-constexpr int kOracleHorizon = 12;  // visits that the oracle tells ahead
+constexpr int kOracleHorizon = 12;      // visits that the oracle tells ahead
+constexpr double kAsideSeconds = 5e-3;  // of a step, from which questions go aside
 constexpr uint64_t kReferenceBytes = uint64_t{256} << 20;  // of logits that are kept
 constexpr double kLeastBound = 1.5;  // below it the demo's link is paced (--link=auto)
 
@@ -149,7 +150,8 @@ void Comparison::Record() {
   progress.Finish();
   // The lower quartile: first touches and a machine's other work only add time.
   for (int s = 0; s < 2; ++s) {
-    compute_[s] = Quantile(compute[s], 0.25) * static_cast<double>(steps[s]) / rounds;
+    step_compute_[s] = Quantile(compute[s], 0.25);
+    compute_[s] = step_compute_[s] * static_cast<double>(steps[s]) / rounds;
   }
 }
 
@@ -254,7 +256,7 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
     options.planner.policy.top_k = workload_->geometry().num_experts;
     options.planner.policy.auto_off = false;  // the upper bound is shown as it is
   }
-  options.ask_aside = predictor != "oracle" && std::thread::hardware_concurrency() > 1;
+  options.ask_aside = predictor != "oracle" && AsksAside();
   TransferEngine* engine = link;
   if (row->is_lossy) engine = copies_tiers_.engine.get();
   row->runtime = std::make_unique<PrefetchRuntime>(file_->spec(), engine,
@@ -265,6 +267,14 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
     row->runtime->Suspend();
   }
   rows_.push_back(std::move(row));
+}
+
+// A small model's step has its weights in the caches and needs every core: a thread
+// beside it costs more than it saves. A long step waits for memory, or for the device.
+bool Comparison::AsksAside() const {
+  if (std::thread::hardware_concurrency() < 2) return false;
+  if (!options_.device.is_cpu()) return true;
+  return std::max(step_compute_[0], step_compute_[1]) >= kAsideSeconds;
 }
 
 void Comparison::OpenCopies() {

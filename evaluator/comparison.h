@@ -79,7 +79,8 @@ class Comparison {
   void OpenCopies();  // the engines of lossy rows
   void AddSpeculatingRows(LinkEngine* link);
   void OpenLinks();
-  void EmulateLink();  // the profile's
+  bool AsksAside() const;  // RuntimeOptions::ask_aside
+  void EmulateLink();      // the profile's
   SegmentTimes RunSegment(int segment, PrefetchRuntime* runtime, OutputHash* hash);
   void UsePageCache();  // plays the far memory of an emulated link
   double PeakOfLink();  // of tiers_, now
@@ -104,8 +105,9 @@ class Comparison {
   DecodingTiers copies_tiers_;         // compressed experts, decoded into slots
   std::vector<OutputLog> references_;  // by segment, where there are lossy rows
   double peak_ = 0, pace_ = 0;
-  double disk_peak_ = 0;        // where a tier in the middle holds a part only; else 0
-  double compute_[2] = {0, 0};  // Tc of a round, by stack
+  double disk_peak_ = 0;  // where a tier in the middle holds a part only; else 0
+  double step_compute_[2] = {0, 0};                          // of a step, by stack
+  double compute_[2] = {0, 0};                               // Tc of a round, by stack
   std::vector<std::vector<OracleForesight::Visit>> visits_;  // by segment
   std::vector<std::unique_ptr<Row>> rows_;
   SteadyClock clock_;
