@@ -269,8 +269,8 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
   rows_.push_back(std::move(row));
 }
 
-// A small model's step has its weights in the caches and needs every core: a thread
-// beside it costs more than it saves. A long step waits for memory, or for the device.
+// A long step waits for memory, or for the device. In a small model's a question is a
+// large part, and the gauge could not tell what it costs the other core.
 bool Comparison::AsksAside() const {
   if (std::thread::hardware_concurrency() < 2) return false;
   if (!options_.device.is_cpu()) return true;
