@@ -171,7 +171,8 @@ void PrefetchRuntime::Ask(const char* what,
     if (timeline_ && !forecasts.empty())
       timeline_->Span(Timeline::Track::kPredictor, what, asked, answered);
     std::lock_guard lock(mutex_);
-    if (thread_) aside_ += answered - asked;
+    // Not thread_: the runtime's end takes it away under the last answer.
+    if (options_.ask_aside) aside_ += answered - asked;
     Foresee(forecasts, visit, epoch);
   };
   if (thread_) {
