@@ -268,16 +268,20 @@ std::vector<PrefetchPlanner::Candidate> PrefetchPlanner::Candidates() const {
 
 bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate) const {
   const double now = clock_->Now();
-  double link_free = now;
+  double link_free = now, served = now;  // served: demands are first on the link
   for (const Flight& flight : flights_) {
     const double began = std::max(flight.started, last_done_);
     const bool first =
         &flight == &flights_.front();  // the others have not had the link yet
-    link_free += std::max(0.0, transfer_seconds_ - (first ? now - began : 0.0));
+    const double left = std::max(0.0, transfer_seconds_ - (first ? now - began : 0.0));
+    link_free += left;
+    if (flight.joined) served += left;
   }
+  // While the model waits for its demands, what comes after them is needed later.
+  double stall = stall_;
+  if (served > now) stall = std::max(stall, served - timeline_.visit_start());
   const int distance = static_cast<int>(candidate.visit - timeline_.visit());
-  const double need =
-      std::max(now, timeline_.visit_start() + stall_ + timeline_.SecondsTo(distance));
+  const double need = std::max(now, timeline_.StartOf(distance, stall));
   return link_free + transfer_seconds_ <=
          need + options_.late_allowance * transfer_seconds_;
 }

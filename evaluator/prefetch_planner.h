@@ -93,6 +93,8 @@ class PrefetchPlanner {
   PrefetchPlanner(const PrefetchPlanner&) = delete;
   PrefetchPlanner& operator=(const PrefetchPlanner&) = delete;
 
+  // A pass starts; `rested` as LayerTimeline has it.
+  void BeginPass(bool rested) { timeline_.BeginPass(clock_->Now(), rested); }
   // The model starts `layer` and needs `experts` (distinct). REQUIRES the last layer's to
   // be served and released.
   void BeginLayer(int layer, std::span<const int> experts);

@@ -134,9 +134,16 @@ bool PrefetchRuntime::AnyGaugeNeedsPredictor() const {
 }
 
 void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
+  // Before a request's first pass there may be any pause.
+  const bool goes_on = stack_ == Stack::kEncoder && pass.stack == Stack::kDecoder;
+  const bool rested = pass.first_position == 0 && !goes_on;
   stack_ = pass.stack;
   pass_begin_ = clock_.Now();
   stall_ = predict_ = 0;
+  {
+    std::lock_guard lock(mutex_);
+    planner_.BeginPass(rested);
+  }
   FitMemory(pass);
   if (!foresight_) return;
   runs_[static_cast<int>(stack_)] = true;

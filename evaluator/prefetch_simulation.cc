@@ -23,6 +23,7 @@ class Simulation {
   double Run(const SimulatedVisit& visit) {
     Work(visit.seconds_before);
     if (visit.begins_pass) {
+      planner_.BeginPass(false);  // nothing rests here
       Tell(visit.at_pass_begin, visit.seconds_predict);
       Work(visit.seconds_in_pass);
     }

@@ -140,6 +140,48 @@ TEST(PrefetchPlannerTest, StartsNothingThatCannotArriveInTime) {
   EXPECT_EQ(rig.started.size(), before + 1);
 }
 
+// One pass: some work up to layer 0, then both layers with half a second each.
+void Pass(Rig* rig, bool rested) {
+  rig->planner.BeginPass(rested);
+  rig->link.AdvanceTo(rig->clock.Now() + 1.5);
+  rig->Layer(0, {0}, 0.5);
+  rig->Layer(1, {0}, 0.5);
+}
+
+TEST(PrefetchPlannerTest, AfterARestThePassBeginSaysWhatIsInTime) {
+  Rig rig(4, Eager(), false, /*late_allowance=*/0);
+  for (int i = 0; i < 3; ++i) Pass(&rig, false);
+  rig.link.AdvanceTo(rig.clock.Now() + 100);
+  rig.planner.BeginPass(true);
+  const size_t before = rig.started.size();
+  rig.Predict(0, 1, {0, .9f, 0, 0});  // 1.5 s from here, by what passes took before
+  EXPECT_EQ(rig.started.size(), before + 1);
+}
+
+TEST(PrefetchPlannerTest, ARestIsNotTakenForWork) {
+  Rig rig(4, Eager(), false, /*late_allowance=*/0);
+  for (int i = 0; i < 3; ++i) Pass(&rig, false);
+  rig.link.AdvanceTo(rig.clock.Now() + 100);
+  Pass(&rig, true);
+  rig.link.AdvanceTo(rig.clock.Now() + 1.2);
+  const size_t before = rig.started.size();
+  rig.Predict(0, 1, {0, .9f, 0, 0});  // .3 s are left of the 2 since layer 1 began
+  EXPECT_EQ(rig.started.size(), before);
+}
+
+TEST(PrefetchPlannerTest, WhileTheModelWaitsWhatFollowsIsNeededLater) {
+  Rig rig(4, Eager(), false, /*late_allowance=*/0);
+  for (int i = 0; i < 3; ++i) {  // 1.2 s a layer, 1 s a transfer
+    rig.Layer(0, {0}, 1.2);
+    rig.Layer(1, {0}, 1.2);
+  }
+  rig.planner.BeginLayer(0, std::vector<int>{1});
+  rig.Drive();
+  const size_t before = rig.started.size();
+  rig.Predict(1, 1, {0, 0, .9f, 0});  // arrives at 2 s, needed at 1 s + 1.2 s
+  EXPECT_EQ(rig.started.size(), before + 1);
+}
+
 TEST(PrefetchPlannerTest, SpeculationEvictsNothingNeededSooner) {
   Rig rig(2);
   Teach(&rig);  // holds (0,0) and (1,0), both used at every visit
