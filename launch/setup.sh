@@ -118,6 +118,20 @@ make_python() {
 
 started=$SECONDS
 [ "$packages" = no ] || install_packages
+references=
+# The references come over the network while compilers have the cores; in a process group of
+# their own, so that nothing of it is left where this ends early.
+stop_references() { [ -z "$references" ] || kill -TERM -- "-$references" 2>/dev/null || true; }
+if [ "$tests" = yes ]; then
+  trap stop_references EXIT
+  set -m
+  make_python &
+  references=$!
+  set +m
+fi
 configure_and_build
-[ "$tests" = no ] || make_python
+if [ -n "$references" ]; then
+  wait "$references"
+  references=
+fi
 say "ready in $((SECONDS - started)) s: $build/bin"
