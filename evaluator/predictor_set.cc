@@ -7,6 +7,7 @@
 #include "common/errors.h"
 #include "models/checkpoint.h"
 #include "models/predictor_factory.h"
+#include "models/serving_strategies.h"
 
 namespace routecast {
 namespace {
@@ -48,7 +49,10 @@ std::vector<std::string> WithBaselines(std::vector<std::string> names,
                                        const std::string& which) {
   const int kind = ParseChoice("--baselines", which, {"none", "simple", "all"});
   std::vector<std::string> missing;
-  for (const std::string& name : BaselineNames()) {
+  auto baselines = BaselineNames();
+  const auto strategies = ServingStrategyNames();
+  baselines.insert(baselines.end(), strategies.begin(), strategies.end());
+  for (const std::string& name : baselines) {
     const bool wanted = kind == 2 || (kind == 1 && Has(kSimple, name));
     if (wanted && !Has(names, name)) missing.push_back(name);
   }

@@ -10,6 +10,7 @@
 #include "common/errors.h"
 #include "models/adaptive_context.h"
 #include "models/online_predictor.h"
+#include "models/serving_strategies.h"
 
 namespace routecast {
 
@@ -154,7 +155,14 @@ std::unique_ptr<ExpertPredictor> LoadPredictor(
   if (name_or_folder.find('/') != std::string::npos) {
     NoFolder(name_or_folder);
   }
-  ParseChoice("--predictor", name_or_folder, BaselineNames());
+  const auto strategies = ServingStrategyNames();
+  if (std::find(strategies.begin(), strategies.end(), name_or_folder) !=
+      strategies.end()) {
+    return MakeServingStrategy(name_or_folder, geometry);
+  }
+  auto names = BaselineNames();
+  names.insert(names.end(), strategies.begin(), strategies.end());
+  ParseChoice("--predictor", name_or_folder, names);
   std::shared_ptr<const BaselineTables> tables;
   if (name_or_folder != "stale_gate" && !baselines_file.empty()) {
     tables = std::make_shared<BaselineTables>(BaselineTables::Load(baselines_file));
