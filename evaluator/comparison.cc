@@ -346,6 +346,8 @@ void Comparison::RunRow(Row* row, int round, bool measured) {
     row->hash.SetTap([&](const at::Tensor& t) { log.Add(t); });
   }
   const uint64_t read_before = row->link->disk_bytes();
+  const PhaseStats before[2] = {row->runtime->stats(Stack::kEncoder),
+                                row->runtime->stats(Stack::kDecoder)};
   const SegmentTimes times =
       RunSegment(segment, row->runtime.get(), measured ? &row->hash : &ignored);
   row->hash.SetTap({});
@@ -358,8 +360,14 @@ void Comparison::RunRow(Row* row, int round, bool measured) {
   for (int s = 0; s < 2; ++s) {
     if (times.step_seconds[s].empty()) continue;
     const double seconds = Sum(times.step_seconds[s]);
+    const auto tokens = static_cast<double>(times.tokens[s]);
+    const PhaseStats now = row->runtime->stats(static_cast<Stack>(s));
+    const double stall = now.stall_seconds - before[s].stall_seconds,
+                 asked = now.predictor_seconds - before[s].predictor_seconds;
     row->seconds[s].push_back(seconds);
-    row->rates[s].push_back(static_cast<double>(times.tokens[s]) / seconds);
+    row->rates[s].push_back(tokens / seconds);
+    row->stall_ms[s].push_back(1e3 * stall / tokens);
+    row->compute_ms[s].push_back(1e3 * (seconds - stall - asked) / tokens);
     row->steps[s].insert(row->steps[s].end(), times.step_seconds[s].begin(),
                          times.step_seconds[s].end());
   }

@@ -58,10 +58,16 @@ Json ComparisonResult::ToJson() const {
     entry["tokens_per_second"] = row.tokens_per_second;
     entry["spread"] = row.spread;
     entry["speed_up"] = row.speed_up;
+    entry["speed_up_spread"] = row.speed_up_spread;
+    entry["compute_ms_spread"] = row.compute_ms_spread;
+    entry["stall_ms_spread"] = row.stall_ms_spread;
     entry["p50_ms"] = row.p50_ms;
     entry["p95_ms"] = row.p95_ms;
     entry["p99_ms"] = row.p99_ms;
     entry["hit_rate"] = row.hit_rate;
+    entry["prefetch_precision"] = row.prefetch_precision;
+    entry["prefetch_recall"] = row.prefetch_recall;
+    entry["prefetch_timely"] = row.prefetch_timely;
     entry["bytes_useful"] = row.bytes_useful;
     entry["bytes_late"] = row.bytes_late;
     entry["bytes_wasted"] = row.bytes_wasted;
@@ -70,6 +76,8 @@ Json ComparisonResult::ToJson() const {
     entry["compute_seconds"] = row.compute_seconds;
     entry["transfer_seconds"] = row.transfer_seconds;
     entry["predictor_seconds"] = row.predictor_seconds;
+    entry["predictor_share"] = row.predictor_share;
+    entry["link_share"] = row.link_share;
     entry["bound"] = row.bound;
     entry["lossless"] = row.lossless;
     entry["copies"] = row.copies;

@@ -2,6 +2,7 @@
 // formula of every number. Plain values.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -10,6 +11,9 @@
 #include "common/run_record.h"
 
 namespace routecast {
+
+// The least, the quartiles and the most.
+using FiveNumbers = std::array<double, 5>;
 
 struct RowResult {
   std::string policy, predictor, eviction, tier;
@@ -36,9 +40,14 @@ struct RowResult {
   double exact_match = 1, logit_kl = 0, perplexity_change = 0;  // lossy_quality.h
   int64_t compared_sequences = 0;
   std::string output_sha256;
-  double speed_up = 0;          // median over rounds of the rate over on-demand LRU's
-  double speculation_used = 0;  // share of prefetched experts that were used
-  bool switched_off = false;    // the row's speculation did not help and is off
+  double speed_up = 0;        // median over rounds of the rate over on-demand LRU's
+  bool switched_off = false;  // the row's speculation did not help and is off
+  // Over rounds: those ratios, and a token's share of computing and of waiting.
+  FiveNumbers speed_up_spread{}, compute_ms_spread{}, stall_ms_spread{};
+  // Of what was prefetched: used, and used and there in time; of what was needed:
+  // prefetched.
+  double prefetch_precision = 0, prefetch_timely = 0, prefetch_recall = 0;
+  double predictor_share = 0, link_share = 0;  // of the steps' time
 };
 
 struct ComparisonResult {

@@ -21,6 +21,7 @@ struct Comparison::Row {
   uint64_t disk_bytes = 0;         // read for a tier in the middle, in measured rounds
   std::vector<double> rates[2];    // tokens/s by round
   std::vector<double> seconds[2];  // of a round
+  std::vector<double> compute_ms[2], stall_ms[2];  // of a token, by round
   std::vector<double> steps[2];
   LossyQuality quality;
 };

@@ -22,6 +22,15 @@ double Sum(const std::vector<double>& values) {
 }
 
 namespace {
+FiveNumbers Spread(const std::vector<double>& values) {
+  return {Quantile(values, 0), Quantile(values, 0.25), Quantile(values, 0.5),
+          Quantile(values, 0.75), Quantile(values, 1)};
+}
+
+double Share(int64_t part, int64_t of) {
+  return of > 0 ? static_cast<double>(part) / static_cast<double>(of) : 0;
+}
+
 double MovedBytes(const PhaseStats& stats) {
   return static_cast<double>(stats.bytes_useful + stats.bytes_late + stats.bytes_wasted);
 }
@@ -84,16 +93,20 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   result.p50_ms = 1e3 * Quantile(row.steps[s], 0.50);
   result.p95_ms = 1e3 * Quantile(row.steps[s], 0.95);
   result.p99_ms = 1e3 * Quantile(row.steps[s], 0.99);
-  result.hit_rate =
-      stats.uses > 0 ? static_cast<double>(stats.hits) / static_cast<double>(stats.uses)
-                     : 0;
+  result.hit_rate = Share(stats.hits, stats.uses);
+  const int64_t prefetched = stats.speculations_used + stats.speculations_unused;
+  result.prefetch_precision = Share(stats.speculations_used, prefetched);
+  result.prefetch_timely = Share(stats.speculations_in_time, prefetched);
+  result.prefetch_recall = Share(stats.speculations_used, stats.uses);
   result.bytes_useful = stats.bytes_useful;
   result.bytes_late = stats.bytes_late;
   result.bytes_wasted = stats.bytes_wasted;
   result.stall_seconds = stats.stall_seconds;
   result.predictor_seconds = stats.predictor_seconds;
-  result.compute_seconds =
-      Sum(row.seconds[s]) - stats.stall_seconds - stats.predictor_seconds;
+  const double total = Sum(row.seconds[s]);
+  result.compute_seconds = total - stats.stall_seconds - stats.predictor_seconds;
+  result.compute_ms_spread = Spread(row.compute_ms[s]);
+  result.stall_ms_spread = Spread(row.stall_ms[s]);
   const PhaseStats both[2] = {row.runtime->stats(Stack::kEncoder),
                               row.runtime->stats(Stack::kDecoder)};
   // What was read from disk counts for the stacks as what they moved.
@@ -101,6 +114,10 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   const double read =
       all > 0 ? static_cast<double>(row.disk_bytes) * MovedBytes(stats) / all : 0;
   result.transfer_seconds = LinkSeconds(MovedBytes(stats), read);
+  if (total > 0) {
+    result.predictor_share = result.predictor_seconds / total;
+    result.link_share = result.transfer_seconds / total;
+  }
   result.output_sha256 = row.hash.Hex();
   result.lossless = !row.is_lossy && result.output_sha256 == rows_.front()->hash.Hex();
   if (row.is_lossy) {
@@ -110,10 +127,6 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
     result.perplexity_change = row.quality.perplexity_change();
     result.compared_sequences = row.quality.sequences();
   }
-  result.speculation_used = stats.speculations > 0
-                                ? static_cast<double>(stats.speculations_used) /
-                                      static_cast<double>(stats.speculations)
-                                : 0;
   result.switched_off = !row.runtime->speculation_helps(phase);
   return result;
 }
@@ -156,6 +169,7 @@ ComparisonResult Comparison::Result() {
         ratios.push_back(row->rates[static_cast<int>(phase)][i] / base[i]);
       }
       summary.speed_up = Quantile(ratios, 0.5);
+      summary.speed_up_spread = Spread(ratios);
       result.lossless = result.lossless && (summary.lossless || row->is_lossy);
       result.rows.push_back(std::move(summary));
     }

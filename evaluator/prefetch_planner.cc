@@ -39,12 +39,13 @@ bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
 }  // namespace
 
 SpeculationPolicy ParsePolicy(const std::string& name) {
-  // The settings of multi_look, top_k and intelligent follow docs/runtime.md.
+  // The settings of all but auto are published ones; docs/runtime.md.
   static const std::vector<SpeculationPolicy> kPolicies = {
       {"on_demand", false, 0, 0, 1.0, false, false},
       {"multi_look", true, 3, 5, 0.7, false, false},
       {"top_k", true, 3, 10, 0.5, false, false},
       {"intelligent", true, 3, 10, 0.3, true, false},
+      {"confident", true, 4, 2, 0.7, false, false},
       {"auto", true, 4, 2, 0.25, false, true}};
   std::vector<std::string> names;
   for (const auto& policy : kPolicies) names.push_back(policy.name);
@@ -90,6 +91,7 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
       if (unused_[key.Index(cache_->geometry())]) {
         unused_[key.Index(cache_->geometry())] = 0;
         ++ledger_.speculations_used;
+        ++ledger_.speculations_in_time;
         ledger_.bytes_useful += options_.expert_bytes;
       }
       continue;
@@ -156,7 +158,10 @@ void PrefetchPlanner::ForgetPredictions() {
 
 void PrefetchPlanner::Evict(ExpertKey key) {
   uint8_t& unused = unused_[key.Index(cache_->geometry())];
-  if (unused) ledger_.bytes_wasted += options_.expert_bytes;
+  if (unused) {
+    ledger_.bytes_wasted += options_.expert_bytes;
+    ++ledger_.speculations_unused;
+  }
   unused = 0;
   cache_->Drop(key);
   evicted_.push_back(key);
@@ -334,6 +339,7 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
   } else {
     cache_->Drop(key);
     ledger_.bytes_wasted += bytes;
+    if (!flight.order.demand) ++ledger_.speculations_unused;
     const bool wanted = Contains(unserved_, key);
     if (outcome == TransferOutcome::kFailed && wanted) failed_ = key;
     if (outcome == TransferOutcome::kFailed) {  // not tried again until it is demanded
@@ -346,19 +352,22 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
   last_done_ = now;
 }
 
-uint64_t PrefetchPlanner::UnsettledBytes(Stack stack) const {
+uint64_t PrefetchPlanner::Unsettled(Stack stack) const {
   const MoeGeometry& g = cache_->geometry();
-  uint64_t bytes = 0;
+  uint64_t count = 0;
   for (int key = 0; key < g.num_keys(); ++key) {
     const bool counts = g.StackOf(ExpertKey::FromIndex(key, g).layer) == stack;
-    if (counts && unused_[static_cast<size_t>(key)]) bytes += options_.expert_bytes;
+    if (counts && unused_[static_cast<size_t>(key)]) ++count;
   }
-  return bytes;
+  return count;
 }
 
 TransferLedger PrefetchPlanner::ledger() const {
   TransferLedger total = ledger_;
-  total.bytes_wasted += UnsettledBytes(Stack::kEncoder) + UnsettledBytes(Stack::kDecoder);
+  for (Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    total.bytes_wasted += UnsettledBytes(stack);
+    total.speculations_unused += Unsettled(stack);
+  }
   return total;
 }
 

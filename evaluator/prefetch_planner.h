@@ -43,7 +43,8 @@ struct SpeculationPolicy {
   bool adapt_k = false;          // top_k follows the share of uses that were in time
   bool auto_off = false;         // evaluator/benefit_gauge.h may switch it off
 };
-// on_demand, multi_look, top_k, intelligent, auto; UsageError naming the nearest.
+// on_demand, multi_look, top_k, intelligent, confident, auto; UsageError naming the
+// nearest.
 SpeculationPolicy ParsePolicy(const std::string& name);
 
 struct PlannerOptions {
@@ -81,7 +82,9 @@ struct TransferLedger {
   uint64_t bytes_useful = 0;    // demanded, or prefetched in time and used
   uint64_t bytes_late = 0;      // prefetched, but the model waited for the rest of it
   uint64_t bytes_wasted = 0;    // prefetched and never used, or cancelled on the way
-  uint64_t speculations = 0, speculations_used = 0;
+  // Started; of those, once it is known: used, and there when it was needed; not used.
+  uint64_t speculations = 0, speculations_used = 0, speculations_in_time = 0;
+  uint64_t speculations_unused = 0;
   uint64_t bytes_moved() const { return bytes_useful + bytes_late + bytes_wasted; }
 };
 
@@ -133,7 +136,11 @@ class PrefetchPlanner {
   // Transfers whose fate is known: an expert prefetched but not used yet is in none of
   // the counts, and is useful at its first use, wasted at its eviction.
   const TransferLedger& settled() const { return ledger_; }
-  uint64_t UnsettledBytes(Stack stack) const;  // of the others, by the expert's stack
+  // Of the others, by the expert's stack.
+  uint64_t Unsettled(Stack stack) const;
+  uint64_t UnsettledBytes(Stack stack) const {
+    return Unsettled(stack) * options_.expert_bytes;
+  }
   // If everything ended now: what is not settled counts as wasted.
   TransferLedger ledger() const;
   void ResetLedger();

@@ -349,6 +349,10 @@ void PrefetchRuntime::OnPassEnd(const PassInfo& pass) {
   add(&stats.bytes_wasted, now.bytes_wasted, last_ledger_.bytes_wasted);
   add(&stats.speculations, now.speculations, last_ledger_.speculations);
   add(&stats.speculations_used, now.speculations_used, last_ledger_.speculations_used);
+  add(&stats.speculations_in_time, now.speculations_in_time,
+      last_ledger_.speculations_in_time);
+  add(&stats.speculations_unused, now.speculations_unused,
+      last_ledger_.speculations_unused);
   last_ledger_ = now;
 }
 
@@ -356,6 +360,7 @@ PhaseStats PrefetchRuntime::stats(Stack stack) const {
   std::lock_guard lock(mutex_);
   PhaseStats stats = stats_[static_cast<int>(stack)];
   stats.bytes_wasted += static_cast<int64_t>(planner_.UnsettledBytes(stack));
+  stats.speculations_unused += static_cast<int64_t>(planner_.Unsettled(stack));
   return stats;
 }
 

@@ -51,7 +51,8 @@ struct PhaseStats {
   double stall_seconds = 0, predictor_seconds = 0;
   int64_t uses = 0, hits = 0;
   int64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
-  int64_t speculations = 0, speculations_used = 0;
+  int64_t speculations = 0, speculations_used = 0, speculations_in_time = 0,
+          speculations_unused = 0;
 };
 
 class PrefetchRuntime : public ExpertSource, public RoutingObserver {

@@ -17,27 +17,10 @@
 namespace routecast {
 namespace {
 
-// Pearson's correlation of two series, summed up as they come.
-struct Correlation {
-  double n = 0, x = 0, y = 0, xx = 0, yy = 0, xy = 0;
-  void Add(double a, double b) {
-    ++n;
-    x += a;
-    y += b;
-    xx += a * a;
-    yy += b * b;
-    xy += a * b;
-  }
-  double Value() const {
-    const double spread_x = n * xx - x * x, spread_y = n * yy - y * y;
-    if (spread_x <= 1e-9 * n * n || spread_y <= 1e-9 * n * n) return NAN;
-    return (n * xy - x * y) / std::sqrt(spread_x * spread_y);
-  }
-};
-
 struct Place {
   LeadAccumulator scores;
   Correlation confidence;
+  RouterAgreement agreement;
   double variation = 0;
   int64_t neighbours = 0;
 };
@@ -45,6 +28,7 @@ struct Place {
 // One predictor's answers so far.
 struct Asked {
   std::map<std::tuple<Stack, int, int>, Place> places;
+  std::vector<float> right;  // by decoder token: share of the layers, one visit ahead
   std::vector<double> microseconds;
 };
 
@@ -70,11 +54,19 @@ void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
   place.scores.Add(
       probs_TE, labels,
       at::full({tokens}, static_cast<int64_t>(trace.document_id), at::kLong));
+  const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+  const at::Tensor rows = probs_TE.to(at::kFloat).contiguous();
+  std::vector<float> router(static_cast<size_t>(g.num_experts));
+  const int64_t ahead = source + lead >= g.layers(stack) ? 1 : 0;  // in the next token
   const auto [largest, guess] = probs_TE.max(1);
   for (int64_t t = 0; t < tokens; ++t) {
     const auto label = labels[t].item<int64_t>();
     if (label < 0) continue;
     place.confidence.Add(largest[t].item<double>(), guess[t].item<int64_t>() == label);
+    if (RouterDistribution(span, target, static_cast<int>(first + t + ahead), &router)) {
+      place.agreement.Add(rows.const_data_ptr<float>() + t * g.num_experts, router,
+                          span.top_k);
+    }
   }
   if (tokens > 1) {
     const auto change =
@@ -137,22 +129,44 @@ class Interview {
                   Asked* asked) const {
     const int leads = g_.decoder_layers;
     const int64_t tokens = std::min(trace.decoder.num_tokens, options_.tokens);
+    struct Source {
+      RoutingWindow all;
+      at::Tensor next_layer_T;                    // labels one visit ahead
+      std::vector<std::vector<at::Tensor>> said;  // by lead
+    };
+    std::vector<Source> sources;
     for (int source = -1; source < g_.decoder_layers; ++source) {
-      const RoutingWindow all = WindowOf(trace, Stack::kDecoder, source, g_.num_experts);
-      std::vector<std::vector<at::Tensor>> said(static_cast<size_t>(leads));
-      for (int64_t t = 0; t < tokens; ++t) {
+      sources.push_back(
+          {WindowOf(trace, Stack::kDecoder, source, g_.num_experts),
+           WindowLabels(trace, Stack::kDecoder, source, 1),
+           std::vector<std::vector<at::Tensor>>(static_cast<size_t>(leads))});
+    }
+    // In the order of the pass: some predictors learn from what came.
+    for (int64_t t = 0; t < tokens; ++t) {
+      int right = 0, counted = 0;
+      for (Source& source : sources) {
         const RoutingWindow window =
-            UpTo(all, t, std::max(1, predictor->history_tokens()));
+            UpTo(source.all, t, std::max(1, predictor->history_tokens()));
         const auto answers =
             Timed(asked, [&] { return predictor->PredictLast(window, leads); });
         for (size_t lead = 0; lead < answers.size(); ++lead) {
-          if (answers[lead]) said[lead].push_back(answers[lead]->flatten(0, 1).cpu());
+          if (answers[lead])
+            source.said[lead].push_back(answers[lead]->flatten(0, 1).cpu());
         }
+        const auto label = source.next_layer_T[t].item<int64_t>();
+        if (label < 0 || answers.empty() || !answers[0]) continue;
+        right += source.said[0].back()[0].argmax().item<int64_t>() == label;
+        ++counted;
       }
+      if (counted > 0)
+        asked->right.push_back(static_cast<float>(right) / static_cast<float>(counted));
+    }
+    for (size_t s = 0; s < sources.size(); ++s) {
+      const auto& said = sources[s].said;
       for (size_t lead = 0; lead < said.size(); ++lead) {
         if (said[lead].empty()) continue;
-        Score(trace, Stack::kDecoder, source, static_cast<int>(lead) + 1, g_,
-              at::cat(said[lead]), tokens - static_cast<int64_t>(said[lead].size()),
+        Score(trace, Stack::kDecoder, static_cast<int>(s) - 1, static_cast<int>(lead) + 1,
+              g_, at::cat(said[lead]), tokens - static_cast<int64_t>(said[lead].size()),
               asked);
       }
     }
@@ -170,6 +184,7 @@ PredictorQuality Summary(const std::string& name, const Asked& asked, uint64_t s
     QualityScores scores;
     scores.scores = place.scores.Scores(seed);
     scores.confidence_correlation = place.confidence.Value();
+    scores.agreement = place.agreement;
     scores.variation = place.neighbours > 0
                            ? place.variation / static_cast<double>(place.neighbours)
                            : 0;
@@ -195,16 +210,33 @@ Json PredictorQuality::ToJson() const {
                                           ? Json(place.confidence_correlation)
                                           : Json();
     entry["variation"] = place.variation;
+    const RouterAgreement& agreement = place.agreement;
+    if (agreement.rows() > 0) {
+      entry["kl"] = agreement.kl();
+      entry["overlap_at_k"] = agreement.overlap();
+      entry["probability_correlation"] = agreement.rows() > agreement.constant_rows()
+                                             ? Json(agreement.correlation())
+                                             : Json();
+      entry["constant_rows"] = agreement.constant_rows();
+    }
     json["scores"].push_back(entry);
+  }
+  if (adaptation) {
+    json["adaptation"] = {{"before", adaptation->before},
+                          {"first_window", adaptation->first},
+                          {"after", adaptation->after},
+                          {"tokens", adaptation->tokens}};
   }
   return json;
 }
 
-std::vector<PredictorQuality> MeasureQuality(
-    const TraceReader& reader,
-    const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
-    const QualityOptions& options) {
-  const c10::NoGradGuard no_grad;
+namespace {
+
+using Predictors = std::vector<std::unique_ptr<ExpertPredictor>>;
+
+// Asks all predictors about the test sequences of `reader`.
+std::vector<Asked> AskAll(const TraceReader& reader, const Predictors& predictors,
+                          const QualityOptions& options) {
   const bool hidden = std::any_of(predictors.begin(), predictors.end(),
                                   [](const auto& p) { return p->needs_hidden(); });
   std::vector<uint64_t> ids;
@@ -234,11 +266,43 @@ std::vector<PredictorQuality> MeasureQuality(
     progress.Update(i + 1);
   }
   progress.Finish();
+  return asked;
+}
+
+}  // namespace
+
+std::vector<PredictorQuality> MeasureQuality(const TraceReader& reader,
+                                             const Predictors& predictors,
+                                             const QualityOptions& options) {
+  const c10::NoGradGuard no_grad;
+  const std::vector<Asked> asked = AskAll(reader, predictors, options);
   std::vector<PredictorQuality> all;
   for (size_t p = 0; p < predictors.size(); ++p) {
     all.push_back(Summary(predictors[p]->name(), asked[p], options.seed));
   }
   return all;
+}
+
+ShiftedQuality MeasureShift(const TraceReader& from, const TraceReader& to,
+                            const Predictors& predictors, const QualityOptions& options) {
+  const MoeGeometry &a = from.config().geometry, &b = to.config().geometry;
+  if (a.encoder_layers != b.encoder_layers || a.decoder_layers != b.decoder_layers ||
+      a.num_experts != b.num_experts) {
+    throw UsageError(ErrorText("the two stores are of models of other geometries",
+                               from.path().string() + ", " + to.path().string(),
+                               "give two stores of one model"));
+  }
+  const c10::NoGradGuard no_grad;
+  const std::vector<Asked> before = AskAll(from, predictors, options),
+                           after = AskAll(to, predictors, options);
+  ShiftedQuality shifted;
+  for (size_t p = 0; p < predictors.size(); ++p) {
+    const std::string name = predictors[p]->name();
+    shifted.before.push_back(Summary(name, before[p], options.seed));
+    shifted.after.push_back(Summary(name, after[p], options.seed));
+    shifted.after.back().adaptation = AdaptationOf(before[p].right, after[p].right);
+  }
+  return shifted;
 }
 
 std::string QualityTable(const std::vector<PredictorQuality>& all) {
@@ -256,7 +320,17 @@ std::string QualityTable(const std::vector<PredictorQuality>& all) {
                     Fixed(quality.p50_us, 0), Fixed(quality.p95_us, 0)});
     }
   }
-  return table.ToText();
+  std::string text = table.ToText();
+  for (const PredictorQuality& quality : all) {
+    if (!quality.adaptation) continue;
+    const Adaptation& a = *quality.adaptation;
+    text += quality.predictor + ": " + Fixed(100 * a.before, 1) +
+            " % right before the change, " + Fixed(100 * a.first, 1) +
+            " % in the first " + std::to_string(kAdaptationWindow) + " tokens after, " +
+            Fixed(100 * a.after, 1) + " % in the end; settled after " +
+            std::to_string(a.tokens) + " tokens\n";
+  }
+  return text;
 }
 
 }  // namespace routecast

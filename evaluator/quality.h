@@ -5,9 +5,11 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "evaluator/quality_statistics.h"
 #include "models/expert_predictor.h"
 #include "models/speculation_metrics.h"
 #include "storage/trace_reader.h"
@@ -25,7 +27,8 @@ struct QualityOptions {
 struct QualityScores {
   LeadScores scores;
   double confidence_correlation = 0;  // of the largest p with being right; NaN: constant
-  double variation = 0;  // mean total variation between neighbouring tokens' answers
+  double variation = 0;       // mean total variation between neighbouring tokens' answers
+  RouterAgreement agreement;  // where the store has the routers' own top-k
 };
 
 struct PredictorQuality {
@@ -33,12 +36,22 @@ struct PredictorQuality {
   std::vector<QualityScores> places;
   double p50_us = 0, p95_us = 0;  // of one question
   int64_t questions = 0;
+  std::optional<Adaptation> adaptation;  // after a change of domain
   Json ToJson() const;
 };
 
 // Throws UsageError where no test sequence serves.
 std::vector<PredictorQuality> MeasureQuality(
     const TraceReader& reader,
+    const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
+    const QualityOptions& options);
+// The same on two stores of one model, one after the other, with what predictors have
+// learnt by then: a change of domain. Throws UsageError where their geometries differ.
+struct ShiftedQuality {
+  std::vector<PredictorQuality> before, after;
+};
+ShiftedQuality MeasureShift(
+    const TraceReader& from, const TraceReader& to,
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
     const QualityOptions& options);
 std::string QualityTable(const std::vector<PredictorQuality>& all);

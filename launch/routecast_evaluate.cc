@@ -33,7 +33,8 @@ DEFINE_string(prompts, "",
               "--data of routecast-collect (their test part); rows for each");
 DEFINE_string(predictor, "",
               "comma list: baseline names, oracle, folders of trained runs");
-DEFINE_string(policy, "auto", "on_demand, multi_look, top_k, intelligent or auto");
+DEFINE_string(policy, "auto",
+              "on_demand, multi_look, top_k, intelligent, confident or auto");
 DEFINE_string(eviction, "lru", "none, lru, lfu, lfru, least_stale or phase_aware");
 DEFINE_string(expert_budget, "25%",
               "expert memory: a share of the experts that run, or bytes");
@@ -58,6 +59,9 @@ DEFINE_string(
     "device of --mode=simulate: rtx3090, or a file of --mode=transfer; where given "
     "with other modes, rows are limited to its memory, link and compute");
 DEFINE_int32(sequences, 200, "test sequences of --mode=quality and simulate, at most");
+DEFINE_string(shift_store, "",
+              "with --mode=quality, a store of the same model that is asked about next: "
+              "how predictors take a change of domain");
 DEFINE_double(question_us, 200, "cost of a question in --mode=simulate");
 DEFINE_string(in, ".", "folder that --mode=status looks into");
 DEFINE_string(phase, "decoder", "stacks of a replay: decoder, encoder or both");
@@ -181,6 +185,8 @@ void RequireSequences() {
 void Quality() {
   RequireSequences();
   const TraceReader reader = OpenStore();
+  std::optional<TraceReader> shift;
+  if (!FLAGS_shift_store.empty()) shift.emplace(FLAGS_shift_store);
   const auto predictors = Predictors(reader);
   if (FLAGS_dry_run) {
     std::printf("quality: %zu predictors, %d sequences at most\n", predictors.size(),
@@ -192,10 +198,21 @@ void Quality() {
   options.tokens = FLAGS_max_new_tokens;
   options.seed = FLAGS_seed;
   options.quiet = FLAGS_quiet;
-  const auto all = MeasureQuality(reader, predictors, options);
   Json json = {{"store", FLAGS_store}, {"predictors", Json::array()}};
-  for (const auto& quality : all) json["predictors"].push_back(quality.ToJson());
-  Report(QualityTable(all), "quality.json", json);
+  const auto add = [&](const char* key, const std::vector<PredictorQuality>& all) {
+    for (const auto& quality : all) json[key].push_back(quality.ToJson());
+    return QualityTable(all);
+  };
+  std::string table;
+  if (!shift) {
+    table = add("predictors", MeasureQuality(reader, predictors, options));
+  } else {
+    const ShiftedQuality shifted = MeasureShift(reader, *shift, predictors, options);
+    json["shift_store"] = FLAGS_shift_store;
+    table = add("predictors", shifted.before) + "then " + FLAGS_shift_store + ":\n" +
+            add("predictors_after_shift", shifted.after);
+  }
+  Report(table, "quality.json", json);
 }
 
 void Simulate() {
@@ -265,6 +282,10 @@ void Run() {
   constexpr void (*kModes[])() = {Generate, Quality, Simulate, Transfer, Status};
   const int mode = ParseChoice("--mode", FLAGS_mode,
                                {"generate", "quality", "simulate", "transfer", "status"});
+  if (!FLAGS_shift_store.empty() && FLAGS_mode != "quality") {
+    throw UsageError(ErrorText("--shift_store is of --mode=quality",
+                               "--mode=" + FLAGS_mode, "leave one of them out"));
+  }
   // One core is left to the threads that bring experts.
   const int cores = static_cast<int>(std::thread::hardware_concurrency());
   at::set_num_threads(FLAGS_threads > 0 ? FLAGS_threads : std::max(1, cores - 1));

@@ -7,6 +7,7 @@
 #include "report/accuracy_section.h"
 #include "report/html_report.h"
 #include "report/result_values.h"
+#include "report/row_charts.h"
 #include "report/rows_section.h"
 #include "report/svg_chart.h"
 
@@ -130,6 +131,10 @@ std::string EvaluationReportHtml(const std::vector<RunFolder>& folders) {
   AddSummary(folders, &page);
   for (const RunFolder& f : folders) {
     if (IsEvaluation(f)) AddRows(f, &page);
+  }
+  if (const auto charts = MemoryCharts(folders); !charts.empty()) {
+    page.Section("Speed against memory");
+    page.Charts(charts);
   }
   AddAccuracy(folders, &page);
   AddLoad(folders, &page);

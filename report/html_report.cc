@@ -43,6 +43,7 @@ svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
 svg .th{font-size:13.5px;font-weight:600;fill:var(--ink)}
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}.err{stroke:var(--ink);stroke-width:1.2}
 .l{fill:none;stroke-width:2}
+.median{stroke:var(--bg);stroke-width:2}.mark{stroke:var(--ink);stroke-dasharray:6 4}
 )css";
 
 std::string SeriesStyle() {
@@ -81,6 +82,14 @@ void HtmlReport::Charts(const std::vector<std::string>& svg) {
   body_ += "<div class=\"charts\">";
   for (const std::string& chart : svg) body_ += chart + "\n";
   body_ += "</div>\n";
+}
+
+void HtmlReport::FoldedCharts(const std::string& summary,
+                              const std::vector<std::string>& svg) {
+  if (svg.empty()) return;
+  body_ += "<details><summary>" + EscapeHtml(summary) + "</summary>";
+  Charts(svg);
+  body_ += "</details>\n";
 }
 
 void HtmlReport::AddTable(const Table& table, const std::string& caption) {

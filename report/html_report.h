@@ -21,6 +21,8 @@ class HtmlReport {
   void Paragraph(const std::string& text);
   void KeyFigures(const std::vector<std::pair<std::string, std::string>>& label_value);
   void Charts(const std::vector<std::string>& svg);  // side by side where there is room
+  // The same, folded away until it is opened; nothing where there are none.
+  void FoldedCharts(const std::string& summary, const std::vector<std::string>& svg);
   void AddTable(const Table& table, const std::string& caption);
   // Folded away until it is opened.
   void Details(const std::string& summary, const Table& table);

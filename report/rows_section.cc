@@ -5,6 +5,7 @@
 #include <set>
 
 #include "report/result_values.h"
+#include "report/row_charts.h"
 #include "report/svg_chart.h"
 
 namespace routecast {
@@ -15,41 +16,7 @@ bool IsReplay(const std::vector<Json>& rows) {
                      [](const Json& row) { return FlagOf(row, "synthetic_weights"); });
 }
 
-struct RowGroup {  // rows that may be compared with each other
-  std::string name;
-  std::vector<Json> rows;
-};
-
-std::vector<RowGroup> GroupsOf(const RunFolder& f) {
-  std::vector<RowGroup> groups;
-  for (const Json& row : EntriesWith(f.results, "policy")) {
-    const double batch = NumberOf(row, "batch");
-    std::string name = TextOf(row, "phase");
-    if (std::isfinite(batch))
-      name += (name.empty() ? "" : ", ") + std::string("batch ") + ShortNumber(batch);
-    for (const char* key : {"prompts", "schedule"}) {
-      const std::string value = TextOf(row, key);
-      if (!value.empty() && value != "in_order") name += ", " + value;
-    }
-    auto it = std::find_if(groups.begin(), groups.end(),
-                           [&](const RowGroup& g) { return g.name == name; });
-    if (it == groups.end()) it = groups.insert(groups.end(), {name, {}});
-    it->rows.push_back(row);
-  }
-  return groups;
-}
-
 std::string Mebibytes(double bytes) { return Fixed(bytes / (1 << 20), 1); }
-
-// Rows of compressed experts, which put out something else and say so.
-bool IsLossy(const Json& row) {
-  const std::string copies = TextOf(row, "copies");
-  return !copies.empty() && copies != "lossless";
-}
-
-std::string Labelled(const Json& row) {
-  return RowName(row) + (IsLossy(row) ? ", LOSSY " + TextOf(row, "copies") : "");
-}
 
 Table RowTable(const RowGroup& group) {
   Table table({"<row", "tokens/s", "speed-up", "p50 ms", "p95 ms", "hit rate %",
@@ -84,19 +51,6 @@ Table LossyTable(const RowGroup& group) {
   return table;
 }
 
-std::string RowChart(const RowGroup& group) {
-  BarChart chart{"Tokens a second" + (group.name.empty() ? "" : ", " + group.name),
-                 "tokens/s",
-                 {},
-                 {{"median", {}, {}}},
-                 0};
-  for (const Json& row : group.rows) {
-    chart.categories.push_back(Labelled(row));
-    chart.series[0].values.push_back(NumberOf(row, "tokens_per_second"));
-  }
-  return BarChartSvg(chart);
-}
-
 bool SameOutput(const RowGroup& group) {
   std::set<std::string> hashes;
   for (const Json& row : group.rows) {
@@ -124,9 +78,17 @@ void AddRows(const RunFolder& f, HtmlReport* page) {
         "Emulated: the link was paced, because this machine's own would leave "
         "next to nothing to hide.");
   }
-  std::vector<std::string> charts;
-  for (const RowGroup& group : GroupsOf(f)) charts.push_back(RowChart(group));
-  page->Charts(charts);
+  const auto all_groups = [&](std::vector<std::string> (*charts_of)(const RowGroup&)) {
+    std::vector<std::string> charts;
+    for (const RowGroup& group : GroupsOf(f)) {
+      for (std::string& chart : charts_of(group)) charts.push_back(std::move(chart));
+    }
+    return charts;
+  };
+  page->Charts(all_groups(SpeedCharts));
+  if (const auto charts = BatchCharts(f); !charts.empty()) page->Charts(charts);
+  page->FoldedCharts("More pictures: where the time goes, tails, prefetches, the link",
+                     all_groups(DetailCharts));
   for (const RowGroup& group : GroupsOf(f)) {
     const double budget = NumberOf(group.rows[0], "budget_bytes");
     std::string caption = group.name;

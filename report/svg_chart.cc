@@ -5,44 +5,13 @@
 #include <cmath>
 #include <cstdio>
 
+#include "report/svg_parts.h"
+
 namespace routecast {
+
+using namespace svg;
+
 namespace {
-
-constexpr double kWidth = 560, kHeight = 300;
-constexpr double kLeft = 60, kRight = 14, kTitle = 24, kLegendRow = 18, kBottom = 48;
-constexpr size_t kLongestLabel = 18;
-constexpr double kCharacter = 6.4;  // mean width of a 12 px character
-
-std::string Number(double value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.1f", value);
-  return text;
-}
-
-std::string Text(double x, double y, const std::string& anchor, const std::string& css,
-                 const std::string& text) {
-  return "<text x=\"" + Number(x) + "\" y=\"" + Number(y) + "\" text-anchor=\"" + anchor +
-         "\" class=\"" + css + "\">" + EscapeHtml(text) + "</text>";
-}
-
-std::string Line(double x1, double y1, double x2, double y2, const std::string& css) {
-  return "<line x1=\"" + Number(x1) + "\" y1=\"" + Number(y1) + "\" x2=\"" + Number(x2) +
-         "\" y2=\"" + Number(y2) + "\" class=\"" + css + "\"/>";
-}
-
-std::string Rect(double x, double y, double w, double h, const std::string& attributes) {
-  return "<rect x=\"" + Number(x) + "\" y=\"" + Number(y) + "\" width=\"" + Number(w) +
-         "\" height=\"" + Number(h) + "\" " + attributes + "/>";
-}
-
-std::string Colour(size_t series) {
-  return "s" + std::to_string(series % kSeriesColours);
-}
-std::string Dash(size_t series) {
-  constexpr std::array<const char*, 4> kDashes = {"", "6 3", "2 3", "8 3 2 3"};
-  const std::string dash = kDashes[(series + series / kSeriesColours) % kDashes.size()];
-  return dash.empty() ? "" : " stroke-dasharray=\"" + dash + "\"";
-}
 
 // Round steps of 1, 2 or 5 times a power of ten that cover [low, high].
 std::vector<double> Ticks(double low, double high, int wanted) {
@@ -160,6 +129,54 @@ std::string Polyline(const LineSeries& s, size_t index, const Plot& plot,
   constexpr size_t kMarkedPoints = 16;  // more would hide the line
   return "<path d=\"" + path + "\" class=\"l " + Colour(index) + "\"" + Dash(index) +
          "/>" + (count <= kMarkedPoints ? points : "");
+}
+
+// Equal places below a plot, their names slanted where they are too long.
+class CategoryAxis {
+ public:
+  explicit CategoryAxis(const std::vector<std::string>& names)
+      : names_(names),
+        width_((kWidth - kLeft - kRight) /
+               static_cast<double>(std::max<size_t>(1, names.size()))) {
+    size_t longest = 0;
+    for (const std::string& name : names) longest = std::max(longest, name.size());
+    slanted_ = kCharacter * static_cast<double>(longest) > width_;
+  }
+  double width() const { return width_; }
+  double below() const { return slanted_ ? 78 : 26; }
+  double Left(const Plot& plot, size_t i) const {
+    return plot.left() + width_ * static_cast<double>(i);
+  }
+  void Label(size_t i, Plot* plot) const {
+    std::string name = names_[i];
+    if (name.size() > kLongestLabel) name = name.substr(0, kLongestLabel - 1) + "…";
+    const double middle = Left(*plot, i) + width_ / 2;
+    if (!slanted_)
+      return plot->Add(Text(middle, plot->bottom() + 17, "middle", "t", name));
+    plot->Add("<text transform=\"translate(" + Number(middle) + " " +
+              Number(plot->bottom() + 12) +
+              ") rotate(-35)\" text-anchor=\"end\" class=\"t\">" + EscapeHtml(name) +
+              "</text>");
+  }
+
+ private:
+  const std::vector<std::string>& names_;
+  double width_;
+  bool slanted_ = false;
+};
+
+// Box of the quartiles, line at the median, whiskers to the ends; around `middle`.
+std::string Box(const FiveValues& five, double middle, double width, size_t series,
+                const Plot& plot) {
+  for (double value : five) {
+    if (!std::isfinite(value)) return "";
+  }
+  const double half = width / 2, y1 = plot.Y(five[1]), y3 = plot.Y(five[3]);
+  return Line(middle, plot.Y(five[4]), middle, y3, "err") +
+         Line(middle, y1, middle, plot.Y(five[0]), "err") +
+         Rect(middle - half, y3, width, std::max(y1 - y3, 1.0),
+              "class=\"f " + Colour(series) + "\"") +
+         Line(middle - half, plot.Y(five[2]), middle + half, plot.Y(five[2]), "median");
 }
 
 // One group of bars in [x, x + width].
@@ -301,71 +318,50 @@ std::string BarChartSvg(const BarChart& chart) {
   }
   if (chart.y_max > 0) y.high = chart.y_max;
   y.MakeUsable();
-  const double slot_width =
-      (kWidth - kLeft - kRight) /
-      static_cast<double>(std::max<size_t>(1, chart.categories.size()));
-  size_t longest = 0;
-  for (const std::string& c : chart.categories) longest = std::max(longest, c.size());
-  const bool slanted = kCharacter * static_cast<double>(longest) > slot_width;
-  Plot plot(chart.title, names, false, slanted ? 78 : 26);
+  const CategoryAxis axis(chart.categories);
+  Plot plot(chart.title, names, false, axis.below());
   plot.YAxis(chart.y_label, y);
   for (size_t c = 0; c < chart.categories.size(); ++c) {
-    const double x = plot.left() + slot_width * static_cast<double>(c);
-    plot.Add(Group(chart, c, x + slot_width * 0.1, slot_width * 0.8, plot));
-    std::string label = chart.categories[c];
-    if (label.size() > kLongestLabel) label = label.substr(0, kLongestLabel - 1) + "…";
-    if (slanted) {
-      plot.Add("<text transform=\"translate(" + Number(x + slot_width / 2) + " " +
-               Number(plot.bottom() + 12) +
-               ") rotate(-35)\" text-anchor=\"end\" class=\"t\">" + EscapeHtml(label) +
-               "</text>");
-    } else {
-      plot.Add(Text(x + slot_width / 2, plot.bottom() + 17, "middle", "t", label));
-    }
+    plot.Add(Group(chart, c, axis.Left(plot, c) + axis.width() * 0.1, axis.width() * 0.8,
+                   plot));
+    axis.Label(c, &plot);
   }
   return plot.Finish(chart.title);
 }
 
-std::string HeatMapSvg(const HeatMap& map) {
-  size_t columns = 0, longest = 0;
-  for (const auto& row : map.values) columns = std::max(columns, row.size());
-  for (const std::string& name : map.rows) longest = std::max(longest, name.size());
-  const double left = 14 + kCharacter * static_cast<double>(longest);
-  const double width = 2 * kWidth, right = width - kRight, top = kTitle + 8;
-  const double row_height = 24;
-  const double cell = (right - left) / static_cast<double>(std::max<size_t>(1, columns));
-  const double bottom = top + row_height * static_cast<double>(map.values.size());
-  const double span = map.high > map.low ? map.high - map.low : 1;
-  std::string body = Text(left, 16, "start", "th", map.title);
-  for (size_t r = 0; r < map.values.size(); ++r) {
-    const double y = top + row_height * static_cast<double>(r);
-    if (r < map.rows.size()) body += Text(left - 6, y + 16, "end", "t", map.rows[r]);
-    for (size_t c = 0; c < map.values[r].size(); ++c) {
-      const double value = map.values[r][c];
-      if (!std::isfinite(value)) continue;
-      body += Rect(left + cell * static_cast<double>(c), y, cell + 0.2, row_height - 1,
-                   "fill=\"" + ScaleColour((value - map.low) / span) + "\"");
+std::string BoxChartSvg(const BoxChart& chart) {
+  std::vector<std::string> names;
+  Range y;
+  for (const BoxSeries& s : chart.series) {
+    names.push_back(s.name);
+    for (const FiveValues& five : s.boxes) {
+      for (double value : five) y.Add(value);
     }
   }
-  const size_t step = std::max<size_t>(1, (columns + 15) / 16);
-  for (size_t c = 0; c < columns; c += step) {
-    body += Text(left + cell * (static_cast<double>(c) + 0.5), bottom + 15, "middle", "t",
-                 std::to_string(c));
+  if (std::isfinite(chart.reference)) y.Add(chart.reference);
+  if (chart.y_from_zero) y.Add(0);
+  y.MakeUsable();
+  const CategoryAxis axis(chart.categories);
+  Plot plot(chart.title, names, false, axis.below());
+  plot.YAxis(chart.y_label, y);
+  if (std::isfinite(chart.reference)) {
+    const double at = plot.Y(chart.reference);
+    plot.Add(Line(plot.left(), at, plot.right(), at, "mark"));
+    plot.Add(Text(plot.right() - 4, at - 5, "end", "t", chart.reference_name));
   }
-  body += Text(left, bottom + 38, "start", "t", map.x_label);
-  constexpr int kLegendSteps = 24;
-  const double legend = right - 300, legend_y = bottom + 28;
-  for (int i = 0; i < kLegendSteps; ++i) {
-    body += Rect(legend + i * 6.0, legend_y, 6.2, 12,
-                 "fill=\"" + ScaleColour((i + 0.5) / kLegendSteps) + "\"");
+  const double place =
+      axis.width() * 0.8 / static_cast<double>(std::max<size_t>(1, chart.series.size()));
+  for (size_t c = 0; c < chart.categories.size(); ++c) {
+    for (size_t s = 0; s < chart.series.size(); ++s) {
+      if (c >= chart.series[s].boxes.size()) continue;
+      const double middle = axis.Left(plot, c) + axis.width() * 0.1 +
+                            place * (static_cast<double>(s) + 0.5);
+      plot.Add(
+          Box(chart.series[s].boxes[c], middle, std::min(place * 0.7, 40.0), s, plot));
+    }
+    axis.Label(c, &plot);
   }
-  body += Text(legend - 6, legend_y + 10, "end", "t",
-               map.legend + ":  " + ShortNumber(map.low)) +
-          Text(legend + kLegendSteps * 6 + 6, legend_y + 10, "start", "t",
-               ShortNumber(map.high) + " or more");
-  return "<svg class=\"chart wide\" role=\"img\" aria-label=\"" + EscapeHtml(map.title) +
-         "\" viewBox=\"0 0 " + Number(width) + " " + Number(bottom + 48) + "\">" + body +
-         "</svg>";
+  return plot.Finish(chart.title);
 }
 
 }  // namespace routecast

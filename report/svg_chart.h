@@ -4,6 +4,8 @@
 // are not finite are left out.
 #pragma once
 
+#include <array>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -34,6 +36,21 @@ struct BarChart {
   double y_max = 0;  // 0 = fits the values
 };
 
+using FiveValues = std::array<double, 5>;  // least, quartiles, most
+struct BoxSeries {
+  std::string name;
+  std::vector<FiveValues> boxes;  // one a category; not finite = no box
+};
+struct BoxChart {
+  std::string title, y_label;
+  std::vector<std::string> categories;
+  std::vector<BoxSeries> series;
+  // A line across at a value that boxes are held against; not finite = none.
+  double reference = std::numeric_limits<double>::quiet_NaN();
+  std::string reference_name;
+  bool y_from_zero = false;
+};
+
 struct HeatMap {
   std::string title, x_label, legend;  // legend says what the colour means, with unit
   std::vector<std::string> rows;
@@ -43,6 +60,7 @@ struct HeatMap {
 
 std::string LineChartSvg(const LineChart& chart);
 std::string BarChartSvg(const BarChart& chart);
+std::string BoxChartSvg(const BoxChart& chart);
 std::string HeatMapSvg(const HeatMap& map);
 
 // "#rrggbb" of a colour scale from 0 to 1 that also reads without colour vision.

@@ -77,6 +77,28 @@ TEST_F(ComparisonTest, RowsKeepTheirBudget) {
   }
 }
 
+TEST_F(ComparisonTest, RowsSayWhatBecameOfPrefetchesAndHowRoundsSpread) {
+  SignalPredictor predictor(traces_);
+  for (const RowResult& row : Compare({&predictor}).rows) {
+    const bool speculates = row.predictor != "none";
+    EXPECT_LE(row.prefetch_timely, row.prefetch_precision) << row.predictor;
+    EXPECT_LE(row.prefetch_precision, 1) << row.predictor;
+    EXPECT_LE(row.prefetch_recall, 1) << row.predictor;
+    if (!speculates) EXPECT_EQ(row.prefetch_recall, 0) << row.policy;
+    if (row.predictor == "oracle" && row.phase == Stack::kDecoder) {
+      EXPECT_GT(row.prefetch_recall, 0);
+      EXPECT_GT(row.prefetch_timely, 0);
+    }
+    EXPECT_EQ(row.speed_up_spread[2], row.speed_up) << row.policy;
+    for (const FiveNumbers& spread :
+         {row.speed_up_spread, row.compute_ms_spread, row.stall_ms_spread}) {
+      EXPECT_TRUE(std::is_sorted(spread.begin(), spread.end())) << row.policy;
+    }
+    EXPECT_GT(row.compute_ms_spread[0], 0) << row.policy;
+    EXPECT_EQ(row.stall_ms_spread[4] > 0, row.stall_seconds > 0) << row.policy;
+  }
+}
+
 // Slots make room as sequences grow, come back, and change no bit.
 TEST_F(ComparisonTest, KeysAndValuesShareTheBudget) {
   options_.link = "native";
@@ -251,10 +273,16 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "tokens_per_second",
                                              "spread",
                                              "speed_up",
+                                             "speed_up_spread",
+                                             "compute_ms_spread",
+                                             "stall_ms_spread",
                                              "p50_ms",
                                              "p95_ms",
                                              "p99_ms",
                                              "hit_rate",
+                                             "prefetch_precision",
+                                             "prefetch_recall",
+                                             "prefetch_timely",
                                              "bytes_useful",
                                              "bytes_late",
                                              "bytes_wasted",
@@ -263,6 +291,8 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "compute_seconds",
                                              "transfer_seconds",
                                              "predictor_seconds",
+                                             "predictor_share",
+                                             "link_share",
                                              "bound",
                                              "lossless",
                                              "copies",

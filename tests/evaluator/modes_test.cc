@@ -86,6 +86,51 @@ TEST_F(ModesTest, QualityIsWhatThePredictorSays) {
   EXPECT_THAT(QualityTable(all), HasSubstr("markov"));
 }
 
+// What counts while it serves is asked in the order of the pass, or it would learn
+// nothing here.
+TEST_F(ModesTest, QualityLetsStrategiesLearnOnTheWay) {
+  const auto predictors = Predictors({"recent_frequency", "token_patterns"});
+  QualityOptions options;
+  options.quiet = true;
+  for (const PredictorQuality& quality : MeasureQuality(*reader_, predictors, options)) {
+    ASSERT_FALSE(quality.places.empty()) << quality.predictor;
+    double nats = 0;
+    for (const QualityScores& place : quality.places) {
+      EXPECT_EQ(place.scores.phase, Stack::kDecoder) << quality.predictor;
+      nats += place.scores.cross_entropy / static_cast<double>(quality.places.size());
+    }
+    EXPECT_LT(nats, 27) << quality.predictor;  // 27.6 where nothing is ever said
+  }
+}
+
+TEST_F(ModesTest, AShiftAsksTheSecondStoreWithWhatTheFirstTaught) {
+  QualityOptions options;
+  options.quiet = true;
+  const std::vector<std::string> names = {"markov", "recent_frequency"};
+  const ShiftedQuality shifted =
+      MeasureShift(*reader_, *reader_, Predictors(names), options);
+  const auto alone = MeasureQuality(*reader_, Predictors(names), options);
+  const auto nats = [](const PredictorQuality& quality) {
+    double sum = 0;
+    for (const QualityScores& place : quality.places) sum += place.scores.cross_entropy;
+    return sum;
+  };
+  ASSERT_EQ(shifted.before.size(), 2u);
+  ASSERT_EQ(shifted.after.size(), 2u);
+  EXPECT_EQ(nats(shifted.before[0]), nats(alone[0]));
+  EXPECT_EQ(nats(shifted.after[0]), nats(alone[0])) << "counts of a store learn nothing";
+  EXPECT_EQ(nats(shifted.before[1]), nats(alone[1]));
+  EXPECT_LT(nats(shifted.after[1]), nats(alone[1])) << "what was counted before is kept";
+}
+
+TEST_F(ModesTest, AShiftToAnotherGeometryIsRefused) {
+  SwitchConfig other = SmallConfig();
+  other.num_experts *= 2;
+  WriteSyntheticStore(folder_ / "other", other);
+  const TraceReader reader(folder_ / "other");
+  EXPECT_THROW(MeasureShift(*reader_, reader, Predictors({"markov"}), {}), UsageError);
+}
+
 DeviceProfile SomeProfile(double link) {
   DeviceProfile profile;
   profile.name = "test";

@@ -291,6 +291,16 @@ TEST(PrefetchPlannerTest, LinkEstimateFollowsTheMeasuredRate) {
   EXPECT_NEAR(planner.TransferSeconds(), 1, 0.05);
 }
 
+TEST(PrefetchPlannerTest, ConfidentStartsNothingBelowSeventyPercent) {
+  Rig rig(4, ParsePolicy("confident"));
+  Teach(&rig);
+  const size_t before = rig.started.size();
+  rig.Predict(1, 1, {0, 0, .69f, 0});
+  EXPECT_EQ(rig.started.size(), before);
+  rig.Predict(1, 1, {0, 0, .71f, 0});
+  EXPECT_EQ(rig.started.size(), before + 1);
+}
+
 TEST(PrefetchPlannerTest, UnknownPolicyNamesTheNearest) {
   EXPECT_THROW(ParsePolicy("topk"), UsageError);
 }
@@ -389,7 +399,10 @@ void RunSchedule(uint64_t seed) {
   ASSERT_EQ(served, asked);
   const TransferLedger ledger = planner.ledger();
   ASSERT_LE(ledger.hits, ledger.uses);
-  ASSERT_LE(ledger.speculations_used, ledger.speculations);
+  ASSERT_LE(ledger.speculations_in_time, ledger.speculations_used);
+  const uint64_t settled = ledger.speculations_used + ledger.speculations_unused;
+  ASSERT_LE(settled, ledger.speculations);
+  ASSERT_GE(settled + static_cast<uint64_t>(planner.in_flight()), ledger.speculations);
 }
 
 TEST(PrefetchPlannerTest, RandomSchedulesKeepTheRules) {

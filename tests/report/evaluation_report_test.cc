@@ -132,6 +132,46 @@ TEST(EvaluationReport, SaysWhereOutputsDiffer) {
   EXPECT_FALSE(Has(EvaluationReportHtml({f}), "equal, bit for bit"));
 }
 
+TEST(EvaluationReport, RoundsPrefetchesAndTheLinkAreDrawnWhereTheyAreThere) {
+  RunFolder f = Evaluation();
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), "Rate over on-demand LRU by round"));
+  for (Json& row : f.results["rows"]) {
+    row["speed_up_spread"] = {1.0, 1.1, 1.2, 1.3, 1.4};
+    row["stall_ms_spread"] = {0, 1, 2, 3, 4};
+    row["compute_ms_spread"] = {5, 6, 7, 8, 9};
+    row["prefetch_precision"] = 0.5;
+    row["link_share"] = 0.7;
+  }
+  const std::string page = EvaluationReportHtml({f});
+  for (const char* title :
+       {"Rate over on-demand LRU by round", "Computing and waiting by round",
+        "What became of requests and prefetches", "Use of the link"}) {
+    EXPECT_TRUE(Has(page, title)) << title;
+  }
+  f.results["rows"][0]["speed_up_spread"] = {1.0, "two"};  // foreign values draw nothing
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), "nan"));
+}
+
+TEST(EvaluationReport, SeveralBatchSizesAreDrawnAgainstEachOther) {
+  RunFolder f = Evaluation();
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), "by batch"));
+  Json more = f.results["rows"][1];
+  more["batch"] = 16;
+  f.results["rows"].push_back(more);
+  const std::string page = EvaluationReportHtml({f});
+  EXPECT_TRUE(Has(page, "Tokens a second by batch, decode"));
+  EXPECT_TRUE(Has(page, "Hit rate by batch, decode"));
+}
+
+TEST(EvaluationReport, SeveralBudgetsShowSpeedAgainstMemory) {
+  RunFolder small = Evaluation(), large = Evaluation();
+  for (Json& row : large.results["rows"]) row["budget_bytes"] = 4 << 20;
+  EXPECT_FALSE(Has(EvaluationReportHtml({small, small}), "Speed against memory"));
+  const std::string page = EvaluationReportHtml({small, large});
+  EXPECT_TRUE(Has(page, "Speed against memory"));
+  EXPECT_TRUE(Has(page, "best of all"));
+}
+
 TEST(EvaluationReport, LossyRowsAreNamedAndLeaveTheOthersEqual) {
   RunFolder f = Evaluation();
   Json lossy = f.results["rows"][2];

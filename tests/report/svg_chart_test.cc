@@ -55,6 +55,26 @@ TEST(BarChart, OneBarAValueAndThreeStrokesAnErrorBar) {
   EXPECT_EQ(Count(svg, "class=\"err\""), 3u);
 }
 
+TEST(BoxChart, ABoxAValueWhiskersAndTheReference) {
+  BoxChart chart;
+  chart.title = "t";
+  chart.categories = {"c0", "c1"};
+  chart.series = {{"a", {{1, 2, 3, 4, 5}, {NAN, 2, 3, 4, 5}}}};
+  chart.reference = 6;
+  chart.reference_name = "bound";
+  const std::string svg = BoxChartSvg(chart);
+  EXPECT_EQ(Count(svg, "<rect"), 1u);  // the second is not finite
+  EXPECT_EQ(Count(svg, "class=\"median\""), 1u);
+  EXPECT_EQ(Count(svg, "class=\"err\""), 2u);
+  EXPECT_EQ(Count(svg, "class=\"mark\""), 1u);
+  EXPECT_NE(svg.find(">bound<"), std::string::npos);
+  EXPECT_EQ(svg.find("nan"), std::string::npos);
+}
+
+TEST(BoxChart, NothingIsAChart) {
+  EXPECT_NE(BoxChartSvg({}).find("</svg>"), std::string::npos);
+}
+
 TEST(HeatMap, OneCellAValueAndEndsOfTheScale) {
   const std::string svg =
       HeatMapSvg({"t", "x", "load", {"r0", "r1"}, {{0, 2}, {1, NAN}}, 0, 2});

@@ -1,0 +1,231 @@
+#include "report/row_charts.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <set>
+
+#include "report/result_values.h"
+#include "report/svg_chart.h"
+
+namespace routecast {
+namespace {
+
+constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+
+std::string Titled(const std::string& what, const std::string& group) {
+  return group.empty() ? what : what + ", " + group;
+}
+
+FiveValues FiveOf(const Json& row, const std::string& key) {
+  FiveValues five;
+  five.fill(kNone);
+  const auto found = row.find(key);
+  if (found == row.end() || !found->is_array() || found->size() != five.size())
+    return five;
+  for (size_t i = 0; i < five.size(); ++i) {
+    if ((*found)[i].is_number()) five[i] = (*found)[i].get<double>();
+  }
+  return five;
+}
+
+// Bars of several keys of the rows, each value times `scale`.
+struct BarKey {
+  std::string name, key;
+  double scale = 1;
+};
+void AddBars(const RowGroup& group, const std::string& title, const std::string& label,
+             const std::vector<BarKey>& keys, std::vector<std::string>* charts) {
+  BarChart chart{Titled(title, group.name), label, {}, {}, 0};
+  bool any = false;
+  for (const BarKey& key : keys) chart.series.push_back({key.name, {}, {}});
+  for (const Json& row : group.rows) {
+    chart.categories.push_back(Labelled(row));
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const double value = NumberOf(row, keys[i].key) * keys[i].scale;
+      chart.series[i].values.push_back(value);
+      any = any || std::isfinite(value);
+    }
+  }
+  if (any) charts->push_back(BarChartSvg(chart));
+}
+
+void AddBoxes(const RowGroup& group, const std::string& title, const std::string& label,
+              const std::vector<BarKey>& keys, double reference,
+              std::vector<std::string>* charts) {
+  BoxChart chart;
+  chart.title = Titled(title, group.name);
+  chart.y_label = label;
+  bool any = false;
+  for (const BarKey& key : keys) chart.series.push_back({key.name, {}});
+  for (const Json& row : group.rows) {
+    chart.categories.push_back(Labelled(row));
+    for (size_t i = 0; i < keys.size(); ++i) {
+      chart.series[i].boxes.push_back(FiveOf(row, keys[i].key));
+      any = any || std::isfinite(chart.series[i].boxes.back()[2]);
+    }
+  }
+  chart.reference = reference;
+  chart.reference_name = "bound";
+  if (any) charts->push_back(BoxChartSvg(chart));
+}
+
+// Points of (x, y) by series, in the order of their names' first appearance.
+class Lines {
+ public:
+  void Add(const std::string& name, double x, double y) {
+    if (!std::isfinite(x) || !std::isfinite(y)) return;
+    auto found = std::find_if(series_.begin(), series_.end(),
+                              [&](const auto& s) { return s.first == name; });
+    if (found == series_.end()) found = series_.insert(series_.end(), {name, {}});
+    found->second[x] = y;
+  }
+  std::string Svg(const std::string& title, const std::string& x, const std::string& y,
+                  bool y_from_zero) const {
+    LineChart chart{title, x, y, {}, y_from_zero, false};
+    for (const auto& [name, points] : series_) {
+      LineSeries line{name, {}, {}};
+      for (const auto& [at, value] : points) {
+        line.x.push_back(at);
+        line.y.push_back(value);
+      }
+      chart.series.push_back(std::move(line));
+    }
+    return LineChartSvg(chart);
+  }
+  bool empty() const { return series_.empty(); }
+  // The largest y of every x and those before: what no row beats with less.
+  void AddBest(const std::string& name) {
+    std::map<double, double> best;
+    for (const auto& [_, points] : series_) {
+      for (const auto& [x, y] : points) {
+        const auto at = best.emplace(x, y).first;
+        at->second = std::max(at->second, y);
+      }
+    }
+    double most = -INFINITY;
+    for (auto& [x, y] : best) y = most = std::max(most, y);
+    series_.push_back({name, std::move(best)});
+  }
+
+ private:
+  std::vector<std::pair<std::string, std::map<double, double>>> series_;
+};
+
+std::string GroupText(const Json& row, bool with_batch) {
+  const double batch = NumberOf(row, "batch");
+  std::string name = TextOf(row, "phase");
+  if (with_batch && std::isfinite(batch))
+    name += (name.empty() ? "" : ", ") + std::string("batch ") + ShortNumber(batch);
+  for (const char* key : {"prompts", "schedule"}) {
+    const std::string value = TextOf(row, key);
+    if (!value.empty() && value != "in_order") name += ", " + value;
+  }
+  return name;
+}
+
+}  // namespace
+
+std::vector<RowGroup> GroupsOf(const RunFolder& folder) {
+  std::vector<RowGroup> groups;
+  for (const Json& row : EntriesWith(folder.results, "policy")) {
+    const std::string name = GroupText(row, true);
+    auto it = std::find_if(groups.begin(), groups.end(),
+                           [&](const RowGroup& g) { return g.name == name; });
+    if (it == groups.end()) it = groups.insert(groups.end(), {name, {}});
+    it->rows.push_back(row);
+  }
+  return groups;
+}
+
+bool IsLossy(const Json& row) {
+  const std::string copies = TextOf(row, "copies");
+  return !copies.empty() && copies != "lossless";
+}
+
+std::string Labelled(const Json& row) {
+  return RowName(row) + (IsLossy(row) ? ", LOSSY " + TextOf(row, "copies") : "");
+}
+
+std::vector<std::string> SpeedCharts(const RowGroup& group) {
+  std::vector<std::string> charts;
+  AddBars(group, "Tokens a second", "tokens/s", {{"median", "tokens_per_second"}},
+          &charts);
+  AddBoxes(group, "Rate over on-demand LRU by round", "ratio",
+           {{"rounds", "speed_up_spread"}}, NumberOf(group.rows[0], "bound"), &charts);
+  return charts;
+}
+
+std::vector<std::string> DetailCharts(const RowGroup& group) {
+  std::vector<std::string> charts;
+  AddBoxes(group, "Computing and waiting by round", "ms a token",
+           {{"computing", "compute_ms_spread"}, {"waiting", "stall_ms_spread"}}, kNone,
+           &charts);
+  AddBars(group, "Tail of a step", "ms",
+          {{"p50", "p50_ms"}, {"p95", "p95_ms"}, {"p99", "p99_ms"}}, &charts);
+  AddBars(group, "What became of requests and prefetches", "%",
+          {{"found ready", "hit_rate", 100},
+           {"prefetches used", "prefetch_precision", 100},
+           {"used and in time", "prefetch_timely", 100},
+           {"needed and prefetched", "prefetch_recall", 100}},
+          &charts);
+  AddBars(group, "Use of the link, and what asking takes", "% of the time",
+          {{"link", "link_share", 100}, {"asking", "predictor_share", 100}}, &charts);
+  return charts;
+}
+
+std::vector<std::string> BatchCharts(const RunFolder& folder) {
+  struct Charts {
+    std::set<double> batches;
+    Lines speed, hits;
+  };
+  std::map<std::string, Charts> by_group;
+  for (const Json& row : EntriesWith(folder.results, "policy")) {
+    Charts& charts = by_group[GroupText(row, false)];
+    const double batch = NumberOf(row, "batch");
+    charts.batches.insert(batch);
+    charts.speed.Add(Labelled(row), batch, NumberOf(row, "tokens_per_second"));
+    charts.hits.Add(Labelled(row), batch, NumberOf(row, "hit_rate") * 100);
+  }
+  std::vector<std::string> svg;
+  for (const auto& [name, charts] : by_group) {
+    if (charts.batches.size() < 2) continue;
+    svg.push_back(charts.speed.Svg(Titled("Tokens a second by batch", name),
+                                   "sequences together", "tokens/s", true));
+    svg.push_back(charts.hits.Svg(Titled("Hit rate by batch", name), "sequences together",
+                                  "%", true));
+  }
+  return svg;
+}
+
+std::vector<std::string> MemoryCharts(const std::vector<RunFolder>& folders) {
+  struct Charts {
+    std::set<double> budgets;
+    Lines speed, hits;
+  };
+  std::map<std::string, Charts> by_group;
+  for (const RunFolder& folder : folders) {
+    for (const Json& row : EntriesWith(folder.results, "policy")) {
+      const bool replay = FlagOf(row, "synthetic_weights");
+      Charts& charts = by_group[std::string(replay ? "replay, " : "generation, ") +
+                                GroupText(row, true)];
+      const double mebibytes = NumberOf(row, "budget_bytes") / (1 << 20);
+      if (TextOf(row, "policy") != "resident") charts.budgets.insert(mebibytes);
+      charts.speed.Add(Labelled(row), mebibytes, NumberOf(row, "tokens_per_second"));
+      charts.hits.Add(Labelled(row), mebibytes, NumberOf(row, "hit_rate") * 100);
+    }
+  }
+  std::vector<std::string> svg;
+  for (auto& [name, charts] : by_group) {
+    if (charts.budgets.size() < 2) continue;
+    charts.speed.AddBest("best of all");
+    svg.push_back(charts.speed.Svg(Titled("Tokens a second by expert memory", name),
+                                   "MiB", "tokens/s", true));
+    svg.push_back(
+        charts.hits.Svg(Titled("Hit rate by expert memory", name), "MiB", "%", true));
+  }
+  return svg;
+}
+
+}  // namespace routecast
