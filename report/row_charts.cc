@@ -82,8 +82,8 @@ class Lines {
     found->second[x] = y;
   }
   std::string Svg(const std::string& title, const std::string& x, const std::string& y,
-                  bool y_from_zero) const {
-    LineChart chart{title, x, y, {}, y_from_zero, false};
+                  bool whole_x) const {
+    LineChart chart{title, x, y, {}, /*y_from_zero=*/true, whole_x};
     for (const auto& [name, points] : series_) {
       LineSeries line{name, {}, {}};
       for (const auto& [at, value] : points) {
@@ -95,6 +95,11 @@ class Lines {
     return LineChartSvg(chart);
   }
   bool empty() const { return series_.empty(); }
+  // Those of one run only say nothing of x; `kept` stays.
+  void DropSingles(const std::string& kept) {
+    std::erase_if(series_,
+                  [&](const auto& s) { return s.second.size() < 2 && s.first != kept; });
+  }
   // The largest y of every x and those before: what no row beats with less.
   void AddBest(const std::string& name) {
     std::map<double, double> best;
@@ -191,10 +196,10 @@ std::vector<std::string> BatchCharts(const RunFolder& folder) {
   std::vector<std::string> svg;
   for (const auto& [name, charts] : by_group) {
     if (charts.batches.size() < 2) continue;
-    svg.push_back(charts.speed.Svg(Titled("Tokens a second by batch", name),
-                                   "sequences together", "tokens/s", true));
-    svg.push_back(charts.hits.Svg(Titled("Hit rate by batch", name), "sequences together",
-                                  "%", true));
+    svg.push_back(charts.speed.Svg(Titled("Speed by batch", name), "sequences together",
+                                   "tokens/s", true));
+    svg.push_back(
+        charts.hits.Svg(Titled("Hits by batch", name), "sequences together", "%", true));
   }
   return svg;
 }
@@ -220,10 +225,11 @@ std::vector<std::string> MemoryCharts(const std::vector<RunFolder>& folders) {
   for (auto& [name, charts] : by_group) {
     if (charts.budgets.size() < 2) continue;
     charts.speed.AddBest("best of all");
-    svg.push_back(charts.speed.Svg(Titled("Tokens a second by expert memory", name),
-                                   "MiB", "tokens/s", true));
+    charts.speed.DropSingles("resident");
+    charts.hits.DropSingles("resident");
     svg.push_back(
-        charts.hits.Svg(Titled("Hit rate by expert memory", name), "MiB", "%", true));
+        charts.speed.Svg(Titled("Speed by memory", name), "MiB", "tokens/s", false));
+    svg.push_back(charts.hits.Svg(Titled("Hits by memory", name), "MiB", "%", false));
   }
   return svg;
 }

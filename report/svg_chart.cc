@@ -347,7 +347,7 @@ std::string BoxChartSvg(const BoxChart& chart) {
   if (std::isfinite(chart.reference)) {
     const double at = plot.Y(chart.reference);
     plot.Add(Line(plot.left(), at, plot.right(), at, "mark"));
-    plot.Add(Text(plot.right() - 4, at - 5, "end", "t", chart.reference_name));
+    plot.Add(Text(plot.left() + 4, at - 5, "start", "t", chart.reference_name));
   }
   const double place =
       axis.width() * 0.8 / static_cast<double>(std::max<size_t>(1, chart.series.size()));

@@ -159,8 +159,8 @@ TEST(EvaluationReport, SeveralBatchSizesAreDrawnAgainstEachOther) {
   more["batch"] = 16;
   f.results["rows"].push_back(more);
   const std::string page = EvaluationReportHtml({f});
-  EXPECT_TRUE(Has(page, "Tokens a second by batch, decode"));
-  EXPECT_TRUE(Has(page, "Hit rate by batch, decode"));
+  EXPECT_TRUE(Has(page, "Speed by batch, decode"));
+  EXPECT_TRUE(Has(page, "Hits by batch, decode"));
 }
 
 TEST(EvaluationReport, SeveralBudgetsShowSpeedAgainstMemory) {
