@@ -7,7 +7,8 @@
 namespace routecast {
 
 std::string GroupName(const RowResult& row) {
-  return row.prompts + ", batch " + std::to_string(row.batch) + ", " + row.schedule;
+  return row.prompts + ", batch " + std::to_string(row.batch) + ", " + row.schedule +
+         (row.budget.empty() ? "" : ", " + row.budget);
 }
 
 void ComparisonResult::Append(ComparisonResult other) {
@@ -44,6 +45,7 @@ Json ComparisonResult::ToJson() const {
     entry["eviction"] = row.eviction;
     entry["tier"] = row.tier;
     entry["budget_bytes"] = row.budget_bytes;
+    if (!row.budget.empty()) entry["budget"] = row.budget;
     entry["held_bytes_peak"] = row.held_bytes_peak;
     entry["budget_phase_share"] = row.budget_phase_share;
     if (row.memory_bytes_peak > 0) {

@@ -27,6 +27,7 @@ struct RowResult {
   int batch = 1, pairs = 0;
   std::string prompts;                // which requests: store, lines.txt, squad:dev.json
   std::string schedule = "in_order";  // how they were batched
+  std::string budget;                 // as asked for, where there are several; else empty
   bool emulated = false;
   double tokens_per_second = 0, spread = 0;  // median and interquartile range over rounds
   double p50_ms = 0, p95_ms = 0, p99_ms = 0;  // of a step

@@ -16,17 +16,25 @@
 namespace routecast {
 namespace {
 
+// One comparison: a source of requests, a batch size, an order of requests, a budget.
+struct Group {
+  const RequestSet* requests = nullptr;
+  int batch = 1;
+  std::string schedule, budget;
+};
+
 ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFile& file,
-                               int batch) {
+                               const Group& group) {
   ComparisonOptions comparison;
   comparison.budget_bytes =
-      BudgetOf(options, static_cast<uint64_t>(file.count()) * file.spec().stride_bytes());
+      BudgetOf(options, group.budget,
+               static_cast<uint64_t>(file.count()) * file.spec().stride_bytes());
   comparison.kv_in_budget = options.kv_in_budget;
   comparison.policy = options.policy;
   comparison.eviction = ParseEviction(options.eviction);
   comparison.rounds = options.rounds;
   comparison.warmup_rounds = options.warmup_rounds;
-  comparison.batch = batch;
+  comparison.batch = group.batch;
   comparison.link = options.link;
   if (!options.profile.empty()) comparison.profile = FindProfile(options.profile);
   comparison.oracle = comparison.resident = comparison.uncached = options.compare;
@@ -72,13 +80,6 @@ void WriteOutputs(const EvaluationOptions& options, const ComparisonResult& resu
   WriteEvaluationReport(options.out / "report.html", folders);
 }
 
-// One comparison: a source of requests, a batch size, an order of requests.
-struct Group {
-  const RequestSet* requests = nullptr;
-  int batch = 1;
-  std::string schedule;
-};
-
 std::vector<Group> GroupsOf(const EvaluationOptions& options,
                             const EvaluationSetup& setup) {
   std::vector<Group> groups;
@@ -88,7 +89,8 @@ std::vector<Group> GroupsOf(const EvaluationOptions& options,
         // Batches of one hold nothing to group, unless that alone was asked for.
         if (schedule == "by_route" && batch == 1 && options.schedules.size() > 1)
           continue;
-        groups.push_back({&set, batch, schedule});
+        for (const std::string& budget : options.budgets)
+          groups.push_back({&set, batch, schedule, budget});
       }
     }
   }
@@ -102,7 +104,7 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
       group.schedule == "by_route" ? Schedule::kByRoute : Schedule::kInOrder);
   std::vector<ExpertPredictor*> predictors;
   for (const auto& predictor : setup.predictors) predictors.push_back(predictor.get());
-  ComparisonOptions comparing = ComparisonOf(options, *setup.file, group.batch);
+  ComparisonOptions comparing = ComparisonOf(options, *setup.file, group);
   comparing.tiers = setup.placement.tiers;
   comparing.device = setup.placement.device;
   comparing.timeline = timeline;
@@ -115,6 +117,7 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
   for (RowResult& row : result.rows) {
     row.prompts = group.requests->name;
     row.schedule = group.schedule;
+    if (options.budgets.size() > 1) row.budget = group.budget;
   }
   return result;
 }
@@ -125,8 +128,8 @@ ComparisonResult RunGroups(const EvaluationOptions& options, const EvaluationSet
   const std::vector<Group> groups = GroupsOf(options, setup);
   for (const Group& group : groups) {
     if (groups.size() > 1 && !options.quiet) {
-      std::fprintf(stderr, "%s, batch %d, %s\n", group.requests->name.c_str(),
-                   group.batch, group.schedule.c_str());
+      std::fprintf(stderr, "%s, batch %d, %s, %s\n", group.requests->name.c_str(),
+                   group.batch, group.schedule.c_str(), group.budget.c_str());
     }
     all.Append(RunGroup(options, setup, group, timeline));
   }
@@ -142,9 +145,16 @@ void ValidateTiers(const EvaluationOptions& options) {
                                  "leave one of them out"));
     }
   }
-  // Of a share it is known later what it comes to.
-  if (options.expert_budget.back() != '%')
-    TierBudget(chain, ParseBudget(options.expert_budget, 1), options.budget_given);
+  for (const std::string& budget : options.budgets) {
+    const uint64_t bytes = ParseBudget(budget, 1);
+    // Of a share it is known later what it comes to.
+    if (budget.back() != '%') TierBudget(chain, bytes, options.budget_given);
+  }
+  if (options.budgets.size() > 1 && !options.tier.empty()) {
+    throw UsageError(ErrorText("--tier names one budget",
+                               std::to_string(options.budgets.size()) + " are asked for",
+                               "leave --tier or the further budgets out"));
+  }
 }
 
 void ValidateGroups(const EvaluationOptions& options) {
@@ -158,15 +168,18 @@ void ValidateGroups(const EvaluationOptions& options) {
   for (int batch : options.batches) {
     if (batch < 1) throw UsageError(ErrorText("--batch is at least 1", "", ""));
   }
-  if (options.batches.empty() || options.schedules.empty()) {
-    throw UsageError(ErrorText("--batch and --schedule name at least one value", "", ""));
+  if (options.batches.empty() || options.schedules.empty() || options.budgets.empty()) {
+    throw UsageError(ErrorText(
+        "--batch, --schedule and --expert_budget name at least one value", "", ""));
   }
   const size_t groups = std::max<size_t>(1, options.prompts.size()) *
-                        options.batches.size() * options.schedules.size();
+                        options.batches.size() * options.schedules.size() *
+                        options.budgets.size();
   if (options.timeline && groups > 1) {
     throw UsageError(ErrorText("--timeline draws one comparison",
                                std::to_string(groups) + " are asked for",
-                               "give one value of --batch, --schedule and --prompts"));
+                               "give one value of --batch, --schedule, --prompts and "
+                               "--expert_budget"));
   }
 }
 
@@ -216,7 +229,6 @@ void ValidateEvaluation(const EvaluationOptions& options) {
   ParseChoice("--phase", options.phase, {"decoder", "encoder", "both"});
   ParseChoice("--link", options.link, {"auto", "native", "emulated"});
   ParseDtype("--dtype", options.dtype);
-  ParseBudget(options.expert_budget, 1);
   ParseCopies(options.copies);
   ValidateTiers(options);
   if (IsReplay(options) && options.dtype != "fp32") {

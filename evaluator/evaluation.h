@@ -19,12 +19,14 @@ struct EvaluationOptions {             // one field a flag of the same name
   std::vector<std::string> predictor;  // names and folders of trained runs
   std::string policy = "auto";
   std::string eviction = "lru";
-  std::string expert_budget = "25%";  // of the experts of the stacks that run, or bytes
-  bool budget_given = true;           // false: the default, which --tier may overrule
-  bool kv_in_budget = false;          // keys and values count against the budget
-  std::string tier;                   // tier_spec.h; empty: host,disk
-  std::string copies = "lossless";    // int8, int4: lossy rows beside the others
-  std::string phase = "decoder";      // replay: decoder, encoder or both
+  // --expert_budget: shares of the experts of the stacks that run, or bytes; a comparison
+  // each.
+  std::vector<std::string> budgets = {"25%"};
+  bool budget_given = true;         // false: the default, which --tier may overrule
+  bool kv_in_budget = false;        // keys and values count against the budget
+  std::string tier;                 // tier_spec.h; empty: host,disk
+  std::string copies = "lossless";  // int8, int4: lossy rows beside the others
+  std::string phase = "decoder";    // replay: decoder, encoder or both
   std::string link = "auto";
   std::string profile;             // device that this one is to be like; empty: itself
   std::vector<int> batches = {1};  // a comparison each

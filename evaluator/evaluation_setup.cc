@@ -110,15 +110,17 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
                      (replay.decoder ? full.decoder_layers : 0);
   const uint64_t whole =
       static_cast<uint64_t>(layers) * full.num_experts * spec.stride_bytes();
-  const int slots = SlotsOfBudget(BudgetOf(options, whole), spec);
   std::printf("replay of %zu test sequences: %d x %d experts of %s, %s on disk in %s\n",
               sequences, layers, full.num_experts, FormatBytes(spec.blob_bytes()).c_str(),
               FormatBytes(whole).c_str(),
               ExpertCacheFolder(options.cache).string().c_str());
-  std::printf("budget: %d experts, %s; %s; %zu predictors, %d + %d rounds\n", slots,
-              FormatBytes(static_cast<uint64_t>(slots) * spec.stride_bytes()).c_str(),
-              WayOf(setup.placement).c_str(), setup.predictors.size(),
-              options.warmup_rounds, options.rounds);
+  for (const std::string& budget : options.budgets) {
+    const int slots = SlotsOfBudget(BudgetOf(options, budget, whole), spec);
+    std::printf("budget: %d experts, %s; %s; %zu predictors, %d + %d rounds\n", slots,
+                FormatBytes(static_cast<uint64_t>(slots) * spec.stride_bytes()).c_str(),
+                WayOf(setup.placement).c_str(), setup.predictors.size(),
+                options.warmup_rounds, options.rounds);
+  }
 }
 
 void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
@@ -226,16 +228,16 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
 
 }  // namespace
 
-uint64_t BudgetOf(const EvaluationOptions& options, uint64_t whole_bytes) {
-  const uint64_t budget =
-      TierBudget(ParseTiers(options.tier),
-                 ParseBudget(options.expert_budget, whole_bytes), options.budget_given);
+uint64_t BudgetOf(const EvaluationOptions& options, const std::string& budget,
+                  uint64_t whole_bytes) {
+  const uint64_t bytes = TierBudget(
+      ParseTiers(options.tier), ParseBudget(budget, whole_bytes), options.budget_given);
   const uint64_t memory =
       options.profile.empty() ? 0 : FindProfile(options.profile).memory_bytes;
-  if (memory == 0 || budget <= memory) return budget;
+  if (memory == 0 || bytes <= memory) return bytes;
   throw UsageError(ErrorText(
       "the budget is larger than the profile's memory",
-      FormatBytes(budget) + ", " + options.profile + " has " + FormatBytes(memory),
+      FormatBytes(bytes) + ", " + options.profile + " has " + FormatBytes(memory),
       "use a smaller --expert_budget or --tier"));
 }
 

@@ -45,9 +45,11 @@ inline bool RunsDecoder(const EvaluationOptions& o) {
   return !IsReplay(o) || o.phase != "encoder";
 }
 
-// Of the fastest tier: --tier's, or what --expert_budget comes to of `whole_bytes`.
+// Of the fastest tier: --tier's, or what `budget` (of --expert_budget) comes to of
+// `whole_bytes`.
 // UsageError where both say a size and these differ.
-uint64_t BudgetOf(const EvaluationOptions& options, uint64_t whole_bytes);
+uint64_t BudgetOf(const EvaluationOptions& options, const std::string& budget,
+                  uint64_t whole_bytes);
 
 // Reads everything; prints the plan instead of writing experts where dry_run.
 EvaluationSetup SetUpEvaluation(const EvaluationOptions& options);

@@ -37,7 +37,8 @@ DEFINE_string(policy, "auto",
               "on_demand, multi_look, top_k, intelligent, confident or auto");
 DEFINE_string(eviction, "lru", "none, lru, lfu, lfru, least_stale or phase_aware");
 DEFINE_string(expert_budget, "25%",
-              "expert memory: a share of the experts that run, or bytes");
+              "expert memory: a share of the experts that run, or bytes; a list gives "
+              "rows for each");
 DEFINE_bool(
     kv_in_budget, false,
     "the model's keys and values share the budget: experts make room as sequences "
@@ -120,7 +121,7 @@ EvaluationOptions OptionsFromFlags() {
   }
   options.policy = FLAGS_policy;
   options.eviction = FLAGS_eviction;
-  options.expert_budget = FLAGS_expert_budget;
+  options.budgets = List(FLAGS_expert_budget);
   options.budget_given = !gflags::GetCommandLineFlagInfoOrDie("expert_budget").is_default;
   options.kv_in_budget = FLAGS_kv_in_budget;
   options.tier = FLAGS_tier;

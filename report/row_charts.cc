@@ -118,14 +118,15 @@ class Lines {
   std::vector<std::pair<std::string, std::map<double, double>>> series_;
 };
 
-std::string GroupText(const Json& row, bool with_batch) {
+// What rows that are compared with each other have in common, but for one key.
+std::string GroupText(const Json& row, const std::string& without = "") {
   const double batch = NumberOf(row, "batch");
   std::string name = TextOf(row, "phase");
-  if (with_batch && std::isfinite(batch))
+  if (without != "batch" && std::isfinite(batch))
     name += (name.empty() ? "" : ", ") + std::string("batch ") + ShortNumber(batch);
-  for (const char* key : {"prompts", "schedule"}) {
+  for (const char* key : {"prompts", "schedule", "budget"}) {
     const std::string value = TextOf(row, key);
-    if (!value.empty() && value != "in_order") name += ", " + value;
+    if (key != without && !value.empty() && value != "in_order") name += ", " + value;
   }
   return name;
 }
@@ -135,7 +136,7 @@ std::string GroupText(const Json& row, bool with_batch) {
 std::vector<RowGroup> GroupsOf(const RunFolder& folder) {
   std::vector<RowGroup> groups;
   for (const Json& row : EntriesWith(folder.results, "policy")) {
-    const std::string name = GroupText(row, true);
+    const std::string name = GroupText(row);
     auto it = std::find_if(groups.begin(), groups.end(),
                            [&](const RowGroup& g) { return g.name == name; });
     if (it == groups.end()) it = groups.insert(groups.end(), {name, {}});
@@ -187,7 +188,7 @@ std::vector<std::string> BatchCharts(const RunFolder& folder) {
   };
   std::map<std::string, Charts> by_group;
   for (const Json& row : EntriesWith(folder.results, "policy")) {
-    Charts& charts = by_group[GroupText(row, false)];
+    Charts& charts = by_group[GroupText(row, "batch")];
     const double batch = NumberOf(row, "batch");
     charts.batches.insert(batch);
     charts.speed.Add(Labelled(row), batch, NumberOf(row, "tokens_per_second"));
@@ -214,7 +215,7 @@ std::vector<std::string> MemoryCharts(const std::vector<RunFolder>& folders) {
     for (const Json& row : EntriesWith(folder.results, "policy")) {
       const bool replay = FlagOf(row, "synthetic_weights");
       Charts& charts = by_group[std::string(replay ? "replay, " : "generation, ") +
-                                GroupText(row, true)];
+                                GroupText(row, "budget")];
       const double mebibytes = NumberOf(row, "budget_bytes") / (1 << 20);
       if (TextOf(row, "policy") != "resident") charts.budgets.insert(mebibytes);
       charts.speed.Add(Labelled(row), mebibytes, NumberOf(row, "tokens_per_second"));

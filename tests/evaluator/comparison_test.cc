@@ -84,7 +84,9 @@ TEST_F(ComparisonTest, RowsSayWhatBecameOfPrefetchesAndHowRoundsSpread) {
     EXPECT_LE(row.prefetch_timely, row.prefetch_precision) << row.predictor;
     EXPECT_LE(row.prefetch_precision, 1) << row.predictor;
     EXPECT_LE(row.prefetch_recall, 1) << row.predictor;
-    if (!speculates) EXPECT_EQ(row.prefetch_recall, 0) << row.policy;
+    if (!speculates) {
+      EXPECT_EQ(row.prefetch_recall, 0) << row.policy;
+    }
     if (row.predictor == "oracle" && row.phase == Stack::kDecoder) {
       EXPECT_GT(row.prefetch_recall, 0);
       EXPECT_GT(row.prefetch_timely, 0);

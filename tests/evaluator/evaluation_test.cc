@@ -169,6 +169,30 @@ TEST_F(EvaluationTest, EveryBatchAndScheduleHasItsRows) {
   }
 }
 
+// The same requests under several budgets: other rows, one output.
+TEST_F(EvaluationTest, EveryBudgetHasItsRows) {
+  EvaluationOptions options = Options();
+  options.budgets = {"50%", "75%"};
+  options.baselines = "none";
+  options.link = "native";
+  options.rounds = 1;
+  options.out = folder_ / "budgets";
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  std::map<std::string, std::set<uint64_t>> bytes;
+  std::set<std::string> hashes;
+  const Json results = ReadJsonFile(options.out / "results.json");
+  for (const Json& row : results["rows"]) {
+    if (row["policy"] != "resident")
+      bytes[row["budget"]].insert(row["budget_bytes"].get<uint64_t>());
+    hashes.insert(row["output_sha256"].get<std::string>());
+  }
+  ASSERT_EQ(bytes["50%"].size(), 1u);
+  ASSERT_EQ(bytes["75%"].size(), 1u);
+  EXPECT_LT(*bytes["50%"].begin(), *bytes["75%"].begin());
+  EXPECT_EQ(hashes.size(), 1u);
+}
+
 TEST_F(EvaluationTest, EverySourceOfPromptsHasItsRows) {
   EvaluationOptions options = Options();
   options.store.clear();
@@ -203,9 +227,9 @@ TEST_F(EvaluationTest, ATierSaysTheBudget) {
   EXPECT_EQ(results["rows"][0]["budget_bytes"], 98304);
   options.budget_given = true;  // 25 % is another size
   EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
-  options.expert_budget = "98304";
+  options.budgets = {"98304"};
   EXPECT_NO_THROW(ValidateEvaluation(options));
-  options.expert_budget = "98305";
+  options.budgets = {"98305"};
   EXPECT_THROW(ValidateEvaluation(options), UsageError);
 }
 
@@ -240,6 +264,15 @@ TEST_F(EvaluationTest, OptionsThatDoNotFitTogetherAreUsage) {
   options.model = folder_ / "model";
   options.prompts = {"x"};
   options.schedules = {"by_route"};  // routes are foretold from a store's counts
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options = Options();
+  options.budgets = {"25%", "a third"};
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options.budgets = {"25%", "50%"};
+  options.tier = "host:1MiB,disk";  // one budget
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options.tier.clear();
+  options.budgets.clear();
   EXPECT_THROW(ValidateEvaluation(options), UsageError);
 }
 
@@ -299,7 +332,7 @@ TEST_F(EvaluationTest, DryRunWritesNothing) {
 
 TEST_F(EvaluationTest, TooSmallABudgetIsRefused) {
   EvaluationOptions options = Options();
-  options.expert_budget = "3%";
+  options.budgets = {"3%"};
   EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
 }
 

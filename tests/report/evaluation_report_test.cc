@@ -172,6 +172,19 @@ TEST(EvaluationReport, SeveralBudgetsShowSpeedAgainstMemory) {
   EXPECT_TRUE(Has(page, "best of all"));
 }
 
+TEST(EvaluationReport, BudgetsOfOneRunAreGroupsOfTheirOwn) {
+  RunFolder f = Evaluation();
+  const RunFolder more = Evaluation();
+  for (Json row : more.results["rows"]) {
+    row["budget"] = "50%";
+    row["budget_bytes"] = 2 << 20;
+    f.results["rows"].push_back(row);
+  }
+  const std::string page = EvaluationReportHtml({f});
+  EXPECT_TRUE(Has(page, "decode, batch 1, 50%, budget 2.0 MiB"));
+  EXPECT_TRUE(Has(page, "Speed by memory, generation, decode, batch 1"));
+}
+
 TEST(EvaluationReport, LossyRowsAreNamedAndLeaveTheOthersEqual) {
   RunFolder f = Evaluation();
   Json lossy = f.results["rows"][2];
