@@ -111,7 +111,7 @@ class CudaCopy final : public DeviceCopy {
     if (found == events_.end()) return true;
     const cudaError_t state = cudaEventQuery(found->second);
     if (state == cudaErrorNotReady) {
-      cudaGetLastError();  // kept as this thread's last error: its next launch would find it
+      cudaGetLastError();  // else this thread's next launch finds it as its own
       return false;
     }
     Check(state, "a copy to the device (cudaEventQuery)");
