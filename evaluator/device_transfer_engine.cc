@@ -41,7 +41,8 @@ DeviceTransferEngine::~DeviceTransferEngine() {
   // No copy reads host memory any more, unless the device is lost: then unpinning and
   // freeing would wait for it for ever, and the process is about to end with the error.
   if (lost_) {
-    static_cast<void>(device_.release());
+    static auto* const kept = new std::vector<std::unique_ptr<DeviceCopy>>;
+    kept->push_back(std::move(device_));
   } else {
     try {
       device_->Unregister(host_base_);
