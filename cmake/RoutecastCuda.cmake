@@ -1,7 +1,7 @@
 # CUDA is on when nvcc is found. Compiles and links without a GPU.
 set(ROUTECAST_HAVE_CUDA OFF)
 if(NOT ROUTECAST_CUDA STREQUAL "OFF")
-  find_program(ROUTECAST_NVCC nvcc HINTS ${CUDAToolkit_ROOT}/bin /usr/local/cuda/bin)
+  find_program(ROUTECAST_NVCC nvcc HINTS ${CUDAToolkit_ROOT}/bin $ENV{CUDAToolkit_ROOT}/bin /usr/local/cuda/bin)
   if(ROUTECAST_NVCC)
     set(ROUTECAST_HAVE_CUDA ON)
   elseif(ROUTECAST_CUDA STREQUAL "ON")

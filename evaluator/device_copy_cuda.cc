@@ -110,7 +110,10 @@ class CudaCopy final : public DeviceCopy {
     const auto found = events_.find(ticket);
     if (found == events_.end()) return true;
     const cudaError_t state = cudaEventQuery(found->second);
-    if (state == cudaErrorNotReady) return false;
+    if (state == cudaErrorNotReady) {
+      cudaGetLastError();  // else this thread's next launch finds it as its own
+      return false;
+    }
     Check(state, "a copy to the device (cudaEventQuery)");
     spare_.push_back(found->second);
     events_.erase(found);

@@ -38,9 +38,18 @@ DeviceTransferEngine::~DeviceTransferEngine() {
   }
   wake_.notify_all();
   thread_.join();
-  // No copy reads host memory any more, unless the device is lost: then unpinning would
-  // wait for it for ever, and the process is about to end with the error.
-  if (!lost_) device_->Unregister(host_base_);
+  // No copy reads host memory any more, unless the device is lost: then unpinning and
+  // freeing would wait for it for ever, and the process is about to end with the error.
+  if (lost_) {
+    static auto* const kept = new std::vector<std::unique_ptr<DeviceCopy>>;
+    kept->push_back(std::move(device_));
+  } else {
+    try {
+      device_->Unregister(host_base_);
+    } catch (const std::exception&) {
+      // The device broke after the last copy: whoever uses it next says why.
+    }
+  }
   host_.reset();
 }
 

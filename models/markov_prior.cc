@@ -23,7 +23,7 @@ MarkovPrior::MarkovPrior(ParameterMaker* make, Parameters* constants,
 
 void MarkovPrior::Fit(const BaselineTables& tables) {
   const MoeGeometry& g = geometry_;
-  at::Tensor log_probs = at::zeros_like(table_);
+  at::Tensor log_probs = at::zeros(table_.sizes());  // on the CPU: written by hand
   std::vector<float> probs(static_cast<size_t>(g.num_experts));
   for (int layer = 0; layer < g.num_layers(); ++layer) {
     const Stack stack = g.StackOf(layer);

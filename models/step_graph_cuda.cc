@@ -1,26 +1,42 @@
 // StepGraph in a build with CUDA.
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <map>
 #include <string>
 
 #include "models/step_graph.h"
 
 namespace routecast {
+namespace {
+
+// One for all recordings of a thread's device: the library keeps a workspace and freed
+// memory for each stream that ever multiplied.
+c10::cuda::CUDAStream RecordingStream(c10::DeviceIndex device) {
+  thread_local std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
+  const auto it = streams.find(device);
+  if (it != streams.end()) return it->second;
+  return streams
+      .emplace(device, c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device))
+      .first->second;
+}
+
+}  // namespace
 
 struct StepGraph::Recording {
-  explicit Recording(c10::Device on)
-      : device(on),
-        stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, on.index())) {}
+  explicit Recording(c10::Device on) : device(on), stream(RecordingStream(on.index())) {}
 
   // Recording does not run anything. False: it failed, and the stream is as it was.
   bool Record(const std::function<void()>& step) {
     auto fresh = std::make_unique<at::cuda::CUDAGraph>();
+    const c10::MempoolId_t pool = at::cuda::graph_pool_handle();
     bool begun = false;
     try {
-      fresh->capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+      fresh->capture_begin(pool, cudaStreamCaptureModeThreadLocal);
       begun = true;
       step();
       begun = false;
@@ -30,7 +46,17 @@ struct StepGraph::Recording {
     } catch (const std::exception& e) {
       failure = e.what();
     }
-    if (begun) End(fresh.get());
+    if (begun) Quietly([&] { fresh->capture_end(); });
+    // A recording that fails ends before it gives the allocators back, which would ask
+    // the graph that is gone with every allocation of the next recording.
+    Quietly([&] {
+      c10::cuda::CUDACachingAllocator::endAllocateToPool(stream.device_index(), pool);
+      c10::cuda::CUDACachingAllocator::releasePool(stream.device_index(), pool);
+    });
+    Quietly([&] {
+      at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool);
+      at::getHostAllocator(at::kCUDA)->release_pool(pool);
+    });
     cudaGetLastError();  // the failure is dealt with
     return false;
   }
@@ -42,10 +68,10 @@ struct StepGraph::Recording {
   std::string failure;
 
  private:
-  static void End(at::cuda::CUDAGraph* broken) {
+  static void Quietly(const std::function<void()>& mend) {
     try {
-      broken->capture_end();
-    } catch (const std::exception&) {  // says again what was caught before
+      mend();
+    } catch (const std::exception&) {  // says again what was caught, or has nothing to do
     }
   }
 };

@@ -288,8 +288,9 @@ std::string DescribePretraining(const PretrainJob& job, const Corpus& corpus, in
     elements +=
         std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
   }
-  // Weights, gradients and two moments in fp32.
-  const auto bytes = static_cast<uint64_t>(elements) * 4 * 4;
+  // Weights, gradients and two moments in fp32; in memory the gradients' fp64 sums, too.
+  const auto disk = static_cast<uint64_t>(elements) * 4 * 4;
+  const auto memory = disk + static_cast<uint64_t>(elements) * 8;
   char text[512];
   std::snprintf(
       text, sizeof text,
@@ -298,7 +299,7 @@ std::string DescribePretraining(const PretrainJob& job, const Corpus& corpus, in
       "memory: %s a rank before activations; disk: %s of %s free at %s\n",
       static_cast<unsigned long long>(corpus.size()), c.num_layers, c.num_decoder_layers,
       c.num_experts, static_cast<long long>(elements), o.steps, o.global_batch,
-      o.sequence_tokens, world, FormatBytes(bytes).c_str(), FormatBytes(bytes).c_str(),
+      o.sequence_tokens, world, FormatBytes(memory).c_str(), FormatBytes(disk).c_str(),
       FormatBytes(FreeBytes(job.out)).c_str(), job.out.c_str());
   return text;
 }

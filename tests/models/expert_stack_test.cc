@@ -62,6 +62,40 @@ TEST_P(ExpertStackTest, AModelOfStacksEqualsOneOfSingleExperts) {
   }
 }
 
+// Experts with no row, with one and with many, and rows behind the last expert's.
+TEST_P(ExpertStackTest, GroupedRowsEqualTheirExpertsOneByOne) {
+  const bool gpu = device().is_cuda();
+  const at::ScalarType dtype = gpu ? at::kBFloat16 : at::kFloat;
+  const double tolerance = gpu ? 3e-2 : 1e-5;
+  at::manual_seed(8);
+  const int64_t d = 32, f = 48, ends[] = {0, 0, 1, 34, 34, 40};
+  const auto make = [&](at::IntArrayRef shape) {
+    return On((0.2 * at::randn(shape)).to(dtype));
+  };
+  const at::Tensor rows = make({45, d});
+  const at::Tensor offsets =
+      On(at::tensor(at::ArrayRef<int64_t>(ends, 6), at::TensorOptions(at::kLong)));
+  for (const bool gated : {false, true}) {
+    ExpertStack stack{make({5, f, d}), make({5, d, f})};
+    if (gated) stack.gate_EFD = make({5, f, d});
+    const at::Tensor found = GroupedFeedForward(Activation::kRelu, stack, rows, offsets);
+    EXPECT_EQ(found.sizes(), rows.sizes());
+    for (int64_t e = 0; e < 5; ++e) {
+      if (ends[e + 1] == ends[e]) continue;
+      ExpertWeights expert{stack.wi_EFD[e], stack.wo_EDF[e]};
+      if (gated) expert.gate_FD = stack.gate_EFD[e];
+      const auto part = [&](const at::Tensor& all) {
+        return all.narrow(0, ends[e], ends[e + 1] - ends[e]);
+      };
+      EXPECT_TRUE(at::allclose(
+          part(found).to(at::kFloat),
+          ApplyFeedForward(Activation::kRelu, expert, part(rows)).to(at::kFloat),
+          tolerance, tolerance))
+          << "expert " << e << (gated ? " gated" : "");
+    }
+  }
+}
+
 // What a loader puts into stacks is what the files hold, once.
 TEST_P(ExpertStackTest, StackedWeightsAreThoseOfTheFile) {
   const Checkpoint made = RandomCheckpoint(SmallConfig(), 6);
