@@ -5,40 +5,13 @@
 #include <cmath>
 
 #include "common/files.h"
-#include "common/wide_loops.h"
 #include "storage/range_coder.h"
 
 namespace routecast {
 namespace {
 
-constexpr size_t kLanes = 16;
-
-// A long row's numbers fill whole vectors: zeros behind the last expert. What `base`
-// holds there does not matter, but it must be there.
-size_t Padded(size_t num_experts) { return (num_experts + kLanes - 1) / kLanes * kLanes; }
-
-// The weights that a long row makes: of experts that it lacks 0. Returns the base weights
-// of those that it has. `sums`: of each kLanes weights.
-ROUTECAST_WIDE uint32_t FillLongRow(const uint16_t* base, const uint32_t* times,
-                                    size_t num_experts, uint32_t* weights,
-                                    uint32_t* sums) {
-  uint32_t own = 0;
-  for (size_t e = 0; e < num_experts; e += kLanes) {
-    uint32_t sum = 0;
-    for (size_t j = 0; j < kLanes; ++j) {
-      const uint32_t weight = static_cast<uint32_t>(base[e + j + 1]) - base[e + j];
-      const uint32_t factor = times[e + j];
-      // weight * factor / 2^16 without a product of more than 32 bits.
-      const uint32_t scaled =
-          weight * (factor >> 16) + ((weight * (factor & 0xFFFF)) >> 16);
-      const uint32_t least = factor != 0 ? 1 : 0;
-      weights[e + j] = scaled > least ? scaled : least;
-      own += factor != 0 ? weight : 0;
-      sum += weights[e + j];
-    }
-    sums[e / kLanes] = sum;
-  }
-  return own;
+uint32_t BaseOf(const uint16_t* cumulative, uint16_t expert) {
+  return static_cast<uint32_t>(cumulative[expert + 1]) - cumulative[expert];
 }
 
 }  // namespace
@@ -55,18 +28,6 @@ ContextModel::ContextModel(int num_experts, ContextKind kind, StackTables encode
 void ContextModel::Attach(TopkModel topk) {
   topk_ = std::move(topk);
   fingerprint_ = Hash64(Serialize());
-}
-
-void ContextModel::AddLongRow(const Row& row, size_t experts, Coded* coded) {
-  const bool is_long = row.size() >= std::max<size_t>(kLanes, experts / 4) &&
-                       coded->times.size() + Padded(experts) <= kMaxFactors;
-  const size_t before = coded->times.size();
-  coded->long_rows.push_back(is_long ? static_cast<uint32_t>(before / Padded(experts)) + 1
-                                     : 0);
-  if (!is_long) return;
-  coded->times.resize(before + Padded(experts), 0);
-  uint32_t* times = coded->times.data() + before;
-  for (const RowEntry& e : row) times[e.expert] = FactorTimes(e.factor);
 }
 
 void ContextModel::Build(const StackTables& tables, const std::string& where,
@@ -88,85 +49,44 @@ void ContextModel::Build(const StackTables& tables, const std::string& where,
         to.push_back(static_cast<uint16_t>(sum += w));
       }
     }
-    to.resize(to.size() + kLanes);  // FillLongRow reads whole vectors
+    to.resize(to.size() + kLanes);  // ExpertWeights reads whole vectors
   }
   coded->index = ContextIndex(tables);
-  coded->begins.assign(layers + 1, 0);
-  coded->long_rows.assign(layers, 0);
-  ForEachRow(tables, [&](const Row& row) {
-    for (const RowEntry& e : row) {
-      coded->factors.push_back({e.expert, FactorTimes(e.factor)});
-    }
-    coded->begins.push_back(static_cast<uint32_t>(coded->factors.size()));
-    RequireModelSize(coded->factors.size() <= kMaxFactors, where, "rows of contexts");
-    AddLongRow(row, experts, coded);
-  });
+  coded->rows = FactorRows(tables, 4, where, "rows of contexts");
 }
 
-// The weights of one id: `count` experts of their own (in their row's order; of a long
-// row all experts), and the others together.
-struct ContextModel::Slots {
-  std::array<uint32_t, kMaxCodedExperts> weight;
-  std::array<uint32_t, kMaxCodedExperts / kLanes> sums;  // of a long row's weights
-  size_t count = 0;
-  bool is_long = false;
-  uint32_t rest = kBaseScale;  // weight of the others
-  uint32_t total = kBaseScale;
-
-  // The slot that `at` falls into, and where it begins; count where it is the rest.
-  size_t Locate(uint32_t at, uint32_t* start) const {
-    size_t i = 0;
-    *start = 0;
-    if (is_long) {
-      while (i < count && *start + sums[i / kLanes] <= at) {
-        *start += sums[i / kLanes];
-        i += kLanes;
-      }
-    }
-    while (i < count && *start + weight[i] <= at) *start += weight[i++];
-    return std::min(i, count);
-  }
+// What one id is coded with: first the experts of its row, and the others together; then,
+// where it is one of those, the others.
+struct ContextModel::Weights {
+  bool dense = false;
+  ExpertWeights experts;                          // of a dense row
+  std::array<uint32_t, kMaxCodedExperts> listed;  // of a list, in its order
+  uint32_t own = 0;                               // of the row's experts together
+  uint32_t rest = kBaseScale;                     // of the others
+  uint32_t total() const { return own + rest; }
 };
 
 // Factors are at most 2^15 and base weights sum to 2^15, so the total is below 2^31.
-void ContextModel::FillSlots(const RowView& row, Slots* slots) const {
-  uint32_t own = 0, total = 0;
-  slots->is_long = row.times != nullptr;
-  if (slots->is_long) {
-    slots->count = static_cast<size_t>(num_experts_);
-    own = FillLongRow(row.base, row.times, slots->count, slots->weight.data(),
-                      slots->sums.data());
-    for (size_t i = 0; i < slots->count; i += kLanes) total += slots->sums[i / kLanes];
-  } else {
-    slots->count = static_cast<size_t>(row.last - row.first);
-    uint32_t* to = slots->weight.data();
-    for (const Factor* f = row.first; f != row.last; ++f) {
-      const uint16_t* at = row.base + f->expert;
-      const uint32_t weight = static_cast<uint32_t>(at[1]) - at[0];
-      own += weight;
-      const auto scaled = static_cast<uint32_t>((uint64_t{weight} * f->times) >> 16);
-      total += * to++ = std::max<uint32_t>(1, scaled);
-    }
+void ContextModel::Fill(const RowView& view, Weights* weights) const {
+  weights->dense = view.row.dense != nullptr;
+  if (weights->dense) {
+    weights->rest =
+        kBaseScale - weights->experts.FillOwn(
+                         view.base, static_cast<size_t>(num_experts_), view.row.dense);
+    weights->own = weights->experts.total();
+    return;
   }
-  slots->rest = kBaseScale - own;
-  slots->total = total + slots->rest;
-}
-
-// Where `expert` begins among the experts without a slot.
-uint32_t ContextModel::RestStart(const RowView& row, uint16_t expert) {
-  uint32_t start = row.base[expert];
-  for (const Factor* f = row.first; f != row.last && f->expert < expert; ++f) {
-    start -= static_cast<uint32_t>(row.base[f->expert + 1]) - row.base[f->expert];
+  uint32_t base = 0, own = 0;
+  uint32_t* to = weights->listed.data();
+  for (const RowEntry* e = view.row.first; e != view.row.last; ++e) {
+    const uint32_t weight = BaseOf(view.base, e->expert);
+    base += weight;
+    const auto scaled =
+        static_cast<uint32_t>((uint64_t{weight} * FactorTimes(e->factor)) >> 16);
+    own += * to++ = std::max<uint32_t>(1, scaled);
   }
-  return start;
-}
-
-// Of an id's expert: its slot; count where it has none.
-size_t ContextModel::SlotOf(const RowView& row, const Slots& slots, uint16_t expert) {
-  if (slots.is_long) return row.times[expert] != 0 ? expert : slots.count;
-  size_t i = 0;
-  while (i < slots.count && row.first[i].expert != expert) ++i;
-  return i;
+  weights->own = own;
+  weights->rest = kBaseScale - base;
 }
 
 ContextPair ContextOf(ContextKind kind, const RoutingSpan& span, int l, int t) {
@@ -192,7 +112,6 @@ ContextPair ContextOf(ContextKind kind, const RoutingSpan& span, int l, int t) {
 template <typename Visit>
 void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visit) const {
   const Coded& c = stack(s);
-  const size_t layers = c.layers.size();
   const size_t width = static_cast<size_t>(num_experts_) + 1;
   const bool by_position = kind_ == ContextKind::kTokens && !span.token_ids.empty();
   std::vector<uint32_t> places(by_position ? span.token_ids.size() : 0);
@@ -213,43 +132,76 @@ void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visi
         const ContextPair pair = ContextOf(kind_, span, l, t);
         place = c.index.Find(pair.outer, pair.inner);
       }
-      const size_t row = place * layers + static_cast<size_t>(l);
-      const uint32_t numbers = c.long_rows[row];
       visit(l, RowView{cumulative + (l == 0 ? 0 : width * (size_t{1} + before[t])),
-                       c.factors.data() + c.begins[row],
-                       c.factors.data() + c.begins[row + 1],
-                       numbers == 0
-                           ? nullptr
-                           : c.times.data() + size_t{numbers - 1} * Padded(width - 1)});
+                       c.rows.Get(c.rows.Index(place, static_cast<size_t>(l)))});
     }
   }
+}
+
+// Where an expert lies: among those of the row, or among the others.
+struct ContextModel::Interval {
+  bool own = false;
+  uint32_t start = 0, size = 0;
+};
+
+ContextModel::Interval ContextModel::Find(const RowView& view, uint16_t expert,
+                                          Weights* weights) const {
+  const FactorRows::View& row = view.row;
+  if (row.dense != nullptr) {
+    const bool own = row.dense[expert] != FactorRows::kAbsent;
+    if (!own) {
+      weights->experts.FillRest(view.base, static_cast<size_t>(num_experts_), row.dense);
+    }
+    return {own, weights->experts.StartOf(expert), weights->experts.weight(expert)};
+  }
+  uint32_t start = 0, rest = view.base[expert];
+  const uint32_t* weight = weights->listed.data();
+  for (const RowEntry* e = row.first; e != row.last && e->expert <= expert; ++e) {
+    if (e->expert == expert) return {true, start, *weight};
+    start += *weight++;
+    rest -= BaseOf(view.base, e->expert);
+  }
+  return {false, rest, BaseOf(view.base, expert)};
 }
 
 void ContextModel::EncodeIds(Stack s, const RoutingSpan& span, std::string* out) const {
   const size_t begin = out->size();
   RangeEncoder coder(out);
-  Slots slots;
+  Weights weights;
   const uint16_t* id = span.expert_ids.data();
-  ForEachId(s, span, [&](int, const RowView& row) {
+  ForEachId(s, span, [&](int, const RowView& view) {
     const uint16_t expert = *id++;
-    slots.rest = kBaseScale;
-    if (row.first != row.last) {
-      FillSlots(row, &slots);
-      const size_t slot = SlotOf(row, slots, expert);
-      const bool own = slot < slots.count;
-      uint32_t start = 0;
-      for (size_t i = 0; i < slot; ++i) start += slots.weight[i];
-      coder.Encode(start, own ? slots.weight[slot] : slots.rest, slots.total);
-      if (own) return;
+    weights.rest = kBaseScale;
+    if (!view.row.empty()) Fill(view, &weights);
+    const Interval at = Find(view, expert, &weights);
+    if (at.own) {
+      coder.Encode(at.start, at.size, weights.total());
+      return;
     }
-    coder.Encode(RestStart(row, expert),
-                 static_cast<uint32_t>(row.base[expert + 1]) - row.base[expert],
-                 slots.rest);
+    if (!view.row.empty()) coder.Encode(weights.own, weights.rest, weights.total());
+    coder.Encode(at.start, at.size, weights.rest);
   });
   coder.Finish();
   const uint64_t least = (span.expert_ids.size() + kMaxIdsPerByte - 1) / kMaxIdsPerByte;
   if (out->size() - begin < least) out->resize(begin + least);
 }
+
+namespace {
+
+// Of a list's experts the one that `at` falls on, and where it begins.
+uint16_t LocateListed(const FactorRows::View& row, const uint32_t* weight, uint32_t at,
+                      uint32_t* start, uint32_t* size) {
+  const RowEntry* e = row.first;
+  *start = 0;
+  while (*start + *weight <= at) {
+    *start += *weight++;
+    ++e;
+  }
+  *size = *weight;
+  return e->expert;
+}
+
+}  // namespace
 
 bool ContextModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span) const {
   const uint64_t count = static_cast<uint64_t>(span->num_tokens) * span->num_layers;
@@ -257,32 +209,44 @@ bool ContextModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span)
   if (bytes.size() < least) return false;
   span->expert_ids.resize(count);
   RangeDecoder coder(bytes);
-  Slots slots;
+  Weights weights;
   uint16_t* id = span->expert_ids.data();
   const auto width = static_cast<size_t>(num_experts_) + 1;
-  ForEachId(s, *span, [&](int, const RowView& row) {
-    slots.rest = kBaseScale;
-    if (row.first != row.last) {
-      FillSlots(row, &slots);
-      uint32_t start = 0;
-      const size_t slot = slots.Locate(coder.Peek(slots.total), &start);
-      if (slot < slots.count) {
-        coder.Take(start, slots.weight[slot]);
-        *id++ = slots.is_long ? static_cast<uint16_t>(slot) : row.first[slot].expert;
+  ForEachId(s, *span, [&](int, const RowView& view) {
+    const FactorRows::View& row = view.row;
+    uint32_t start = 0, size = 0;
+    weights.rest = kBaseScale;
+    if (!row.empty()) {
+      Fill(view, &weights);
+      const uint32_t at = coder.Peek(weights.total());
+      if (at < weights.own) {
+        if (weights.dense) {
+          *id = weights.experts.Locate(at, &start);
+          size = weights.experts.weight(*id);
+        } else {
+          *id = LocateListed(row, weights.listed.data(), at, &start, &size);
+        }
+        ++id;
+        coder.Take(start, size);
         return;
       }
-      coder.Take(start, slots.rest);
+      coder.Take(weights.own, weights.rest);
     }
-    const uint16_t* base = row.base;
-    const uint32_t at = coder.Peek(slots.rest);
-    uint32_t full = at;  // as if the experts with slots were still there
-    for (const Factor* f = row.first; f != row.last && base[f->expert] <= full; ++f) {
-      full += static_cast<uint32_t>(base[f->expert + 1]) - base[f->expert];
+    const uint32_t at = coder.Peek(weights.rest);
+    if (row.dense != nullptr) {
+      weights.experts.FillRest(view.base, width - 1, row.dense);
+      *id = weights.experts.Locate(at, &start);
+      coder.Take(start, weights.experts.weight(*id++));
+      return;
+    }
+    const uint16_t* base = view.base;
+    uint32_t full = at;  // as if the experts of the row were still there
+    for (const RowEntry* e = row.first; e != row.last && base[e->expert] <= full; ++e) {
+      full += BaseOf(base, e->expert);
     }
     const auto expert =
         static_cast<uint16_t>(std::upper_bound(base, base + width, full) - base - 1);
-    coder.Take(base[expert] - (full - at),
-               static_cast<uint32_t>(base[expert + 1]) - base[expert]);
+    coder.Take(base[expert] - (full - at), BaseOf(base, expert));
     *id++ = expert;
   });
   return bytes.size() <= std::max<uint64_t>(coder.read(), least);
@@ -290,22 +254,22 @@ bool ContextModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span)
 
 void ContextModel::CountBits(Stack s, const RoutingSpan& span,
                              std::vector<double>* bits) const {
-  Slots slots;
+  Weights weights;
   const uint16_t* id = span.expert_ids.data();
-  ForEachId(s, span, [&](int l, const RowView& row) {
+  ForEachId(s, span, [&](int l, const RowView& view) {
     const uint16_t expert = *id++;
     double& sum = (*bits)[static_cast<size_t>(l)];
-    slots.rest = kBaseScale;
-    if (row.first != row.last) {
-      FillSlots(row, &slots);
-      const size_t slot = SlotOf(row, slots, expert);
-      const bool own = slot < slots.count;
-      sum -= std::log2(static_cast<double>(own ? slots.weight[slot] : slots.rest) /
-                       slots.total);
-      if (own) return;
+    weights.rest = kBaseScale;
+    if (!view.row.empty()) Fill(view, &weights);
+    const Interval at = Find(view, expert, &weights);
+    if (at.own) {
+      sum -= std::log2(static_cast<double>(at.size) / weights.total());
+      return;
     }
-    sum -= std::log2(static_cast<double>(row.base[expert + 1] - row.base[expert]) /
-                     slots.rest);
+    if (!view.row.empty()) {
+      sum -= std::log2(static_cast<double>(weights.rest) / weights.total());
+    }
+    sum -= std::log2(static_cast<double>(at.size) / weights.rest);
   });
 }
 

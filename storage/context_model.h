@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "common/routing.h"
-#include "storage/context_tables.h"
+#include "storage/factor_rows.h"
 #include "storage/topk_model.h"
 
 namespace routecast {
@@ -59,31 +59,20 @@ class ContextModel {
   void CountBits(Stack s, const RoutingSpan& span, std::vector<double>* bits) const;
 
  private:
-  struct Factor {
-    uint16_t expert;
-    uint32_t times;  // 2^16 = unchanged
-  };
   struct Coded {  // a stack as it is used
     // [L][E + 1][E + 1]; the first row of a layer: no layer before.
     std::vector<std::vector<uint16_t>> layers;
     ContextIndex index;
-    std::vector<uint32_t> begins;  // [contexts * L + 1]; context 0 is empty
-    std::vector<Factor> factors;
-    // Long rows a second time, a number an expert, so that wide vectors can go over them:
-    // by row one more than its number in `times`, 0 = it is not there.
-    std::vector<uint32_t> long_rows;
-    std::vector<uint32_t> times;  // rows of whole vectors; 0 = not in the row
+    FactorRows rows;  // [contexts * L]; context 0 is empty
   };
   struct RowView {
     const uint16_t* base;  // cumulative base weights [E + 1]
-    const Factor *first, *last;
-    const uint32_t* times;  // [E] of a long row; else null
+    FactorRows::View row;
   };
-  struct Slots;
-  void FillSlots(const RowView& row, Slots* slots) const;
-  static size_t SlotOf(const RowView& row, const Slots& slots, uint16_t expert);
-  static uint32_t RestStart(const RowView& row, uint16_t expert);
-  static void AddLongRow(const Row& row, size_t experts, Coded* coded);
+  struct Weights;
+  struct Interval;
+  void Fill(const RowView& view, Weights* weights) const;
+  Interval Find(const RowView& view, uint16_t expert, Weights* weights) const;
   const Coded& stack(Stack s) const { return coded_[static_cast<size_t>(s)]; }
   void Build(const StackTables& tables, const std::string& where, Coded* coded) const;
   template <typename Visit>

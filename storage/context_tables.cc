@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <unordered_map>
 
 #include "common/errors.h"
 #include "common/random.h"
@@ -16,14 +15,6 @@ constexpr uint64_t kFree = ~uint64_t{0};
 uint64_t KeyOf(uint32_t outer, uint32_t inner) { return uint64_t{outer} << 32 | inner; }
 
 }  // namespace
-
-uint32_t FactorTimes(int factor) {
-  static constexpr std::array<uint32_t, kFactorSteps> kSteps = {
-      65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194};
-  const uint32_t step = kSteps[static_cast<size_t>(factor & (kFactorSteps - 1))];
-  const int whole = factor >> 3;
-  return whole >= 0 ? step << whole : step >> -whole;
-}
 
 std::vector<uint32_t> BaseWeights(const std::vector<uint32_t>& marginal, const Row& row) {
   std::vector<uint64_t> wide(marginal.begin(), marginal.end());
@@ -82,9 +73,20 @@ ContextIndex::ContextIndex(const StackTables& tables)
     keys_[at] = key;
     places_[at] = ++place;
   }
+  size_t side = 0;
+  for (const auto& context : tables.contexts) {
+    side = std::max({side, RowOf(context.outer) + 1, RowOf(context.inner) + 1});
+  }
+  if (side * side > 64 * (tables.contexts.size() + 64)) return;
+  side_ = side;
+  for (size_t row = 0; row < side; ++row) {
+    for (size_t column = 0; column < side; ++column) {
+      square_.push_back(FindKey(NumberOf(row), NumberOf(column)));
+    }
+  }
 }
 
-uint32_t ContextIndex::Find(uint32_t outer, uint32_t inner) const {
+uint32_t ContextIndex::FindKey(uint32_t outer, uint32_t inner) const {
   for (const uint32_t o : {outer, kAnyContext}) {
     const uint64_t key = KeyOf(o, inner);
     for (size_t at = Mix(key) & (keys_.size() - 1); keys_[at] != kFree;
@@ -93,20 +95,6 @@ uint32_t ContextIndex::Find(uint32_t outer, uint32_t inner) const {
     }
   }
   return 0;
-}
-
-void ForEachRow(const StackTables& tables, const std::function<void(const Row&)>& row) {
-  std::unordered_map<uint32_t, const StackTables::Context*> alone;
-  for (const auto& context : tables.contexts) {
-    if (context.outer == kAnyContext) alone[context.inner] = &context;
-  }
-  for (const auto& context : tables.contexts) {
-    const auto inner = alone.find(context.inner);
-    const bool pair = context.outer != kAnyContext && inner != alone.end();
-    for (size_t l = 0; l < context.rows.size(); ++l) {
-      row(pair ? Compose(inner->second->rows[l], context.rows[l]) : context.rows[l]);
-    }
-  }
 }
 
 }  // namespace routecast

@@ -4,8 +4,8 @@
 // Shape letters: L MoE layers of one stack, E experts.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -29,8 +29,24 @@ struct RowEntry {
 };
 using Row = std::vector<RowEntry>;  // ascending by expert
 
+// 2^(i / kFactorSteps) in 1/65536.
+inline constexpr std::array<uint32_t, kFactorSteps> kFactorMantissas = {
+    65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194};
 // 2^(factor / kFactorSteps) in 1/65536. REQUIRES |factor| <= kMaxFactor.
-uint32_t FactorTimes(int factor);
+inline uint32_t FactorTimes(int factor) {
+  static constexpr auto kTimes = [] {
+    std::array<uint32_t, 2 * kMaxFactor + 1> times{};
+    for (int f = -kMaxFactor; f <= kMaxFactor; ++f) {
+      const uint32_t mantissa =
+          kFactorMantissas[static_cast<size_t>(f & (kFactorSteps - 1))];
+      const int whole = f >> 3;
+      times[static_cast<size_t>(f + kMaxFactor)] =
+          whole >= 0 ? mantissa << whole : mantissa >> -whole;
+    }
+    return times;
+  }();
+  return kTimes[static_cast<size_t>(factor + kMaxFactor)];
+}
 // The base weights that `row` makes of a layer's marginal: each at least 1, sum
 // kBaseScale.
 std::vector<uint32_t> BaseWeights(const std::vector<uint32_t>& marginal, const Row& row);
@@ -63,14 +79,24 @@ class ContextIndex {
   explicit ContextIndex(const StackTables& tables);
   // The place of the pair among the tables' contexts, counted from 1; where it has none,
   // inner's alone; 0 where that has none either.
-  uint32_t Find(uint32_t outer, uint32_t inner) const;
+  uint32_t Find(uint32_t outer, uint32_t inner) const {
+    const size_t row = RowOf(outer), column = RowOf(inner);
+    if (column < side_)
+      return square_[(row < side_ ? row : RowOf(kAnyContext)) * side_ + column];
+    return FindKey(outer, inner);
+  }
 
  private:
+  // kNoContext, kAnyContext, then the numbers.
+  static size_t RowOf(uint32_t number) { return number + 2; }
+  static uint32_t NumberOf(size_t row) { return static_cast<uint32_t>(row) - 2; }
+  uint32_t FindKey(uint32_t outer, uint32_t inner) const;
+
+  // Of small numbers (experts) the answers themselves, [side][side].
+  size_t side_ = 0;
+  std::vector<uint32_t> square_;
   std::vector<uint64_t> keys_;    // open addressing
   std::vector<uint32_t> places_;  // of a key's context, parallel to keys_
 };
-
-// The rows of each context, layer by layer; a pair's on top of inner's own.
-void ForEachRow(const StackTables& tables, const std::function<void(const Row&)>& row);
 
 }  // namespace routecast

@@ -12,6 +12,7 @@
 #include "rocksdb/file_checksum.h"
 #include "rocksdb/filter_policy.h"
 #include "rocksdb/table.h"
+#include "storage/ingest_env.h"
 
 namespace routecast {
 namespace {
@@ -190,6 +191,8 @@ ShardDb::ShardDb(const fs::path& store, int shard, const StoreConfig& config, Mo
   }
   MakeFolder(path_);
   SyncPath(path_.parent_path());  // RocksDB would not; also after a death in between
+  env_ = NewIngestEnv();
+  options.env = env_.get();
   options.create_if_missing = true;
   options.create_missing_column_families = true;
   const auto start = std::chrono::steady_clock::now();

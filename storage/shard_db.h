@@ -57,6 +57,7 @@ class ShardDb {
 
  private:
   fs::path path_;
+  std::unique_ptr<rocksdb::Env> env_;  // of kWrite; outlives db_
   std::unique_ptr<rocksdb::DB> db_;
   std::vector<rocksdb::ColumnFamilyHandle*> handles_;
 };

@@ -1,36 +1,14 @@
 #include "storage/topk_model.h"
 
 #include <algorithm>
-#include <array>
 
-#include "common/wide_loops.h"
 #include "storage/byte_codec.h"
 #include "storage/range_coder.h"
 
 namespace routecast {
 namespace {
 
-constexpr size_t kLanes = 16;
 constexpr size_t kAhead = 4;  // tokens
-
-size_t Padded(size_t num_experts) { return (num_experts + kLanes - 1) / kLanes * kLanes; }
-
-ROUTECAST_WIDE void Widen(const uint16_t* base, size_t padded, uint32_t* weights) {
-  for (size_t e = 0; e < padded; ++e) weights[e] = base[e];
-}
-
-// Sums of each kLanes weights; returns that of all.
-ROUTECAST_WIDE uint32_t SumBlocks(const uint32_t* weights, size_t padded,
-                                  uint32_t* sums) {
-  uint32_t total = 0;
-  for (size_t e = 0; e < padded; e += kLanes) {
-    uint32_t sum = 0;
-    for (size_t j = 0; j < kLanes; ++j) sum += weights[e + j];
-    sums[e / kLanes] = sum;
-    total += sum;
-  }
-  return total;
-}
 
 // A number of LEB128; false past the end or above 32 bits.
 bool TakeNumber(std::string_view* bytes, uint64_t* number) {
@@ -59,48 +37,6 @@ ContextPair TopkContextOf(const RoutingSpan& span, int l, int t) {
   return c;
 }
 
-// The weights of the experts that a token has not drawn yet.
-class TopkModel::Urn {
- public:
-  void Fill(const uint16_t* base, size_t padded, const Factor* first,
-            const Factor* last) {
-    Widen(base, padded, weights_.data());
-    for (const Factor* f = first; f != last; ++f) {
-      const auto scaled =
-          static_cast<uint32_t>((uint64_t{base[f->expert]} * f->times) >> 16);
-      weights_[f->expert] = std::max<uint32_t>(1, scaled);
-    }
-    total_ = SumBlocks(weights_.data(), padded, sums_.data());
-  }
-  void Remove(uint16_t expert) {
-    sums_[expert / kLanes] -= weights_[expert];
-    total_ -= weights_[expert];
-    weights_[expert] = 0;
-  }
-  uint32_t total() const { return total_; }
-  uint32_t weight(uint16_t expert) const { return weights_[expert]; }
-  uint32_t StartOf(uint16_t expert) const {
-    uint32_t start = 0;
-    for (size_t e = 0; e < expert; ++e) start += weights_[e];
-    return start;
-  }
-  // The expert that `at` < total() falls on, and where it begins.
-  uint16_t Locate(uint32_t at, uint32_t* start) const {
-    uint32_t before = 0;
-    size_t block = 0;
-    while (before + sums_[block] <= at) before += sums_[block++];
-    size_t e = block * kLanes;
-    while (before + weights_[e] <= at) before += weights_[e++];
-    *start = before;
-    return static_cast<uint16_t>(e);
-  }
-
- private:
-  std::array<uint32_t, kMaxCodedExperts> weights_;
-  std::array<uint32_t, kMaxCodedExperts / kLanes> sums_;
-  uint32_t total_ = 0;
-};
-
 TopkModel::TopkModel(int num_experts, StackTables encoder, StackTables decoder,
                      const std::string& where)
     : num_experts_(num_experts), tables_{std::move(encoder), std::move(decoder)} {
@@ -122,14 +58,7 @@ void TopkModel::Build(const StackTables& tables, const std::string& where,
     }
   }
   coded->index = ContextIndex(tables);
-  coded->begins.assign(layers + 1, 0);
-  ForEachRow(tables, [&](const Row& row) {
-    for (const RowEntry& e : row) {
-      coded->factors.push_back({e.expert, FactorTimes(e.factor)});
-    }
-    RequireModelSize(coded->factors.size() <= kMaxFactors, where, "rows of top-k");
-    coded->begins.push_back(static_cast<uint32_t>(coded->factors.size()));
-  });
+  coded->rows = FactorRows(tables, 8, where, "rows of top-k");
 }
 
 // visit(position, urn) for each token of each layer, with the urn of its weights before
@@ -140,7 +69,7 @@ void TopkModel::ForEachToken(Stack s, const RoutingSpan& span, const Visit& visi
   const size_t layers = c.base.size(), padded = Padded(static_cast<size_t>(num_experts_));
   const auto num_tokens = static_cast<size_t>(span.num_tokens);
   std::vector<uint32_t> places(num_tokens);
-  Urn urn;
+  ExpertWeights urn;
   for (size_t l = 0; l < layers; ++l) {
     // Found ahead, so that rows are on their way from memory before they are needed.
     for (size_t t = 0; t < num_tokens && (l == 0 || span.token_ids.empty()); ++t) {
@@ -149,14 +78,14 @@ void TopkModel::ForEachToken(Stack s, const RoutingSpan& span, const Visit& visi
       places[t] = c.index.Find(pair.outer, pair.inner);
     }
     for (size_t t = 0; t < num_tokens; ++t) {
-      if (t + kAhead < num_tokens) {
-        __builtin_prefetch(c.factors.data() + c.begins[places[t + kAhead] * layers + l]);
+      if (t + 2 * kAhead < num_tokens) {
+        c.rows.PrefetchHead(c.rows.Index(places[t + 2 * kAhead], l));
       }
+      if (t + kAhead < num_tokens) c.rows.Prefetch(c.rows.Index(places[t + kAhead], l));
       const size_t position = l * num_tokens + t;
-      const size_t row = places[t] * layers + l;
       const uint16_t first = FirstOf(span, position);
-      urn.Fill(c.base[l].data() + first * padded, padded,
-               c.factors.data() + c.begins[row], c.factors.data() + c.begins[row + 1]);
+      urn.FillAll(c.base[l].data() + first * padded, padded,
+                  c.rows.Get(c.rows.Index(places[t], l)));
       urn.Remove(first);
       if (!visit(position, &urn)) return;
     }
@@ -188,7 +117,7 @@ bool TopkModel::EncodeIds(Stack s, const RoutingSpan& span, std::string* out) co
   }
   RangeEncoder coder(out);
   bool distinct = true;
-  ForEachToken(s, span, [&](size_t position, Urn* urn) {
+  ForEachToken(s, span, [&](size_t position, ExpertWeights* urn) {
     for (size_t r = 1; r < k; ++r) {
       const uint16_t expert = span.topk_ids[position * k + r];
       distinct = distinct && urn->weight(expert) > 0;
@@ -228,7 +157,7 @@ bool TopkModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span) co
   const size_t header = size - bytes.size();
   RangeDecoder coder(bytes);
   uint16_t* ids = span->topk_ids.data();
-  ForEachToken(s, *span, [&](size_t position, Urn* urn) {
+  ForEachToken(s, *span, [&](size_t position, ExpertWeights* urn) {
     for (size_t r = 1; r < k; ++r) {
       uint32_t start = 0;
       const uint16_t expert = urn->Locate(coder.Peek(urn->total()), &start);

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "common/routing.h"
-#include "storage/context_tables.h"
+#include "storage/factor_rows.h"
 
 namespace routecast {
 
@@ -45,17 +45,11 @@ class TopkModel {
   static uint64_t LeastBytes(const RoutingSpan& span);
 
  private:
-  struct Factor {
-    uint16_t expert;
-    uint32_t times;  // 2^16 = unchanged
-  };
   struct Coded {
     std::vector<std::vector<uint16_t>> base;  // [L][E][E to whole vectors]
     ContextIndex index;
-    std::vector<uint32_t> begins;  // [contexts * L + 1]; context 0 is empty
-    std::vector<Factor> factors;
+    FactorRows rows;  // [contexts * L]; context 0 is empty
   };
-  class Urn;
   void Build(const StackTables& tables, const std::string& where, Coded* coded) const;
   template <typename Visit>
   void ForEachToken(Stack s, const RoutingSpan& span, const Visit& visit) const;

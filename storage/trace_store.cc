@@ -27,50 +27,6 @@ void WriteSst(const fs::path& path, const rocksdb::Options& options,
   CheckStatus(writer.Finish(), "write", path);  // syncs
 }
 
-bool Holds(const ShardDb& shard, Family family, const std::string& key) {
-  std::string value;
-  const rocksdb::Status status =
-      shard.db()->Get(rocksdb::ReadOptions(), shard.family(family), key, &value);
-  if (!status.IsNotFound()) CheckStatus(status, "read", shard.path());
-  return status.ok();
-}
-
-// RocksDB 7.8 takes a file whose first or last key it could not read (I/O error) for one
-// that covers no keys, and reports success. So the chunk's mark and what lies beside its
-// routing are looked up. A chunk that fails is unmarked, to be made again.
-void CheckIngested(const ShardDb& shard, const StoreConfig& config, uint32_t chunk) {
-  const std::string key = EncodeKey(RecordKind::kChunkMark, chunk);
-  std::string value;
-  const rocksdb::Status found = shard.db()->Get(
-      rocksdb::ReadOptions(), shard.family(Family::kRouting), key, &value);
-  bool whole = found.ok();
-  if (found.ok()) {
-    for (const SequenceInfo& s : DecodeMark(key, value, shard.path()).sequences) {
-      for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
-        const bool encoder = stack == Stack::kEncoder;
-        if (!s.has_hidden || (encoder ? s.encoder_tokens : s.decoder_tokens) == 0)
-          continue;
-        const std::string record = EncodeKey(KindOf(stack), s.sequence_id);
-        for (const Family family : FamiliesOf(config)) {
-          whole = whole && Holds(shard, family, record);
-        }
-      }
-    }
-  } else if (!found.IsNotFound()) {
-    CheckStatus(found, "read", shard.path());
-  }
-  if (whole) return;
-  rocksdb::WriteOptions synced;
-  synced.sync = true;
-  rocksdb::ColumnFamilyHandle* family = shard.family(Family::kRouting);
-  CheckStatus(shard.db()->Delete(synced, family, key), "unmark a chunk in", shard.path());
-  CheckStatus(shard.db()->Flush(rocksdb::FlushOptions(), family), "unmark a chunk in",
-              shard.path());
-  throw EnvironmentError(ErrorText(
-      shard.path().string() + ": chunk " + std::to_string(chunk) + " cannot be read back",
-      "the disk failed while it was taken in", "check the disk and start again"));
-}
-
 void ForEachMark(const ShardDb& shard,
                  const std::function<void(uint32_t, const std::string&)>& callback) {
   const std::unique_ptr<rocksdb::Iterator> it(
@@ -304,7 +260,6 @@ bool ShardOwner::Ingest(uint32_t chunk, const std::string& token) {
     }
     Step("ingest: ingest");
     CheckStatus(shard.db()->IngestExternalFiles(args), "ingest into", shard.path());
-    CheckIngested(shard, config_, chunk);
   }
   Step("ingest: remove staging");
   std::error_code error;

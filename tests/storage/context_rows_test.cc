@@ -1,5 +1,5 @@
 // The coded plane is what docs/trace_format.md says, by an encoder that only follows the
-// text: short rows, long ones (which are kept twice, for wide vectors) and none.
+// text: short rows, long ones (which lie by experts, for wide vectors) and none.
 #include <gtest/gtest.h>
 
 #include <map>

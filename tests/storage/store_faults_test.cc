@@ -5,10 +5,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 
 #include "common/errors.h"
+#include "storage/context_coder.h"
 #include "storage/export.h"
 #include "storage/store_lock.h"
 #include "storage/trace_reader.h"
@@ -26,6 +28,16 @@ constexpr uint64_t kSequences = 3;  // a chunk
 
 size_t Stride(size_t of_the_short_form) {
   return std::getenv("ROUTECAST_LONG_TESTS") != nullptr ? 1 : of_the_short_form;
+}
+
+// The last two reads of a staged file: of its first and last key, where it is taken in.
+// RocksDB 7.8 reports success where they fail, so the short form takes them, too.
+bool ReadsKeys(const std::vector<SeenCall>& calls, size_t n) {
+  const auto staged = [&calls](size_t i) {
+    return i < calls.size() && calls[i].call == FileCall::kRead &&
+           calls[i].path.find("/staging/") != std::string::npos;
+  };
+  return staged(n) && !(staged(n + 1) && staged(n + 2));
 }
 
 class StoreFaultsTest : public testing::Test {
@@ -47,6 +59,7 @@ class StoreFaultsTest : public testing::Test {
       owner.Ingest(c, lock.token());
       if (watch != nullptr) watch->Promise();
     }
+    MakeContextModel(store, config_);
     owner.Finish();
     if (watch != nullptr) watch->Promise();
   }
@@ -135,12 +148,17 @@ class StoreFaultsTest : public testing::Test {
       if (Applies(fault, calls[n].call)) at.push_back(static_cast<int64_t>(n));
     }
     ASSERT_GT(at.size(), 30u);
-    for (size_t i = 0; i < at.size(); i += Stride(stride)) {
-      const SeenCall& call = calls[static_cast<size_t>(at[i])];
+    size_t taken = 0;
+    for (size_t i = 0; i < at.size(); ++i) {
+      const auto n = static_cast<size_t>(at[i]);
+      const SeenCall& call = calls[n];
+      if (i % Stride(stride) != 0 && !ReadsKeys(calls, n)) continue;
+      ++taken;
       SCOPED_TRACE("call " + std::to_string(at[i]) + ": " + FileCallName(call.call) +
                    " " + call.path);
       EXPECT_NO_THROW(FailAt(at[i], fault));
     }
+    std::printf("%zu of %zu calls failed in turn\n", taken, calls.size());
   }
   void LosePowerEverywhere(Lost lost) {
     Empty();
@@ -153,6 +171,7 @@ class StoreFaultsTest : public testing::Test {
     }
     undisturbed_ = Exported(store());
     ASSERT_GT(disks.size(), 20u);
+    std::printf("%zu disks\n", disks.size());
     EXPECT_EQ(promises.back(), static_cast<int>(kJobChunks) + 1);
     for (size_t i = 0; i < disks.size(); i += Stride(5)) {
       SCOPED_TRACE("disk " + std::to_string(i) + " of " + std::to_string(disks.size()));
@@ -179,6 +198,10 @@ class StoreFaultsTest : public testing::Test {
 };
 
 TEST_F(StoreFaultsTest, IoErrors) { FailAtEvery(Fault::kIoError, 19); }
+TEST_F(StoreFaultsTest, IoErrorsWhereIdsAreCoded) {
+  config_.compression = "context";
+  FailAtEvery(Fault::kIoError, 23);
+}
 TEST_F(StoreFaultsTest, FullDisk) { FailAtEvery(Fault::kNoSpace, 13); }
 TEST_F(StoreFaultsTest, FullDiskInsideAWrite) { FailAtEvery(Fault::kCutWrite, 7); }
 TEST_F(StoreFaultsTest, WritesInParts) { FailAtEvery(Fault::kPartial, 7); }
