@@ -79,6 +79,10 @@ DEFINE_double(distill_weight, 0,
 DEFINE_double(distill_temperature, 1, "Of --distill_weight");
 DEFINE_double(contrastive_weight, 0,
               "Of InfoNCE between a lead and the experts' embeddings in the loss");
+DEFINE_bool(
+    attention_inputs, false,
+    "`hidden` reads attention summaries, too (--record=ids,hidden,attention); the "
+    "model is offline only");
 DEFINE_int32(backup_experts, 0,
              "Heads for the router's second, third .. choice (published: 3); needs "
              "--record=topk, kinds interlayer and moe");
@@ -175,6 +179,7 @@ SpeculationJob Validate() {
   o.distill_weight = FLAGS_distill_weight;
   o.distill_temperature = FLAGS_distill_temperature;
   o.contrastive_weight = FLAGS_contrastive_weight;
+  o.attention_inputs = FLAGS_attention_inputs;
   o.backup_experts = FLAGS_backup_experts;
   o.backup_weight = FLAGS_backup_weight;
   o.augment = {FLAGS_augment_layers, FLAGS_augment_parts,    FLAGS_augment_permutation,
@@ -202,7 +207,7 @@ SpeculationJob Validate() {
     throw UsageError(
         "--onnx is of one model\n  train it without --leaderboard and --search");
   }
-  if (job.onnx) RequireOnnxKind(o.kind, o.backup_experts);
+  if (job.onnx) RequireOnnxKind(o.kind, o.backup_experts, o.attention_inputs);
   if (!(FLAGS_collective_deadline >= 1)) {
     throw UsageError("--collective_deadline must be 1 or more seconds");
   }

@@ -150,6 +150,11 @@ Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
   if (std::isfinite(predict_us) && pass_us > 0) {
     row["offline_only"] = predict_us * questions_a_pass > kServableShare * pass_us;
   }
+  // Nothing that serves has them, however fast the model is.
+  if (results[0].value("attention_inputs", false)) {
+    row["kind"] = name + " + attention";
+    row["offline_only"] = true;
+  }
   AddSummary(&row);
   AddBackups(results, &row);
   return row;

@@ -65,6 +65,11 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   if (config.hidden_width > 0 && !dataset->any_hidden()) {
     refuse("it reads router inputs; the store has none");
   }
+  const int heads = options.attention_inputs ? dataset->attention_heads() : 0;
+  if (config.attention_heads != heads) {
+    refuse("it reads attention summaries of " + std::to_string(config.attention_heads) +
+           " heads, this run of " + std::to_string(heads));
+  }
   if (config.backup_experts != options.backup_experts) {
     refuse("it has " + std::to_string(config.backup_experts) +
            " backup experts, --backup_experts says " +
@@ -126,6 +131,21 @@ void CheckBackups(const SpeculationOptions& options, TraceDataset* dataset) {
   }
 }
 
+// Throws where there are no attention summaries, or no model that reads them.
+void CheckAttention(const SpeculationOptions& options, TraceDataset* dataset) {
+  if (!options.attention_inputs) return;
+  if (!KindOf(options.kind).attention) {
+    throw UsageError(ErrorText("--attention_inputs needs a kind that reads them",
+                               "--kind=" + options.kind + " does not",
+                               "use --kind=hidden"));
+  }
+  if (dataset->attention_heads() == 0) {
+    throw UsageError(ErrorText("--attention_inputs needs attention summaries",
+                               "the store has none beside its router inputs",
+                               "collect with --record=ids,hidden,attention"));
+  }
+}
+
 }  // namespace
 
 void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
@@ -144,6 +164,7 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
                                 TraceDataset* dataset) {
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
   config.backup_experts = options.backup_experts;
+  if (options.attention_inputs) config.attention_heads = dataset->attention_heads();
   if (options.kind == "ensemble") {
     config.combine = options.combine;
     const auto members = ParseMembers(options.members, options.training);
@@ -169,6 +190,7 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
 
 SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
   CheckBackups(options, dataset);
+  CheckAttention(options, dataset);
   const SpeculationConfig config = options.start_from.empty()
                                        ? ConfigOfSizes(options, dataset)
                                        : ConfigOfRun(options, dataset);

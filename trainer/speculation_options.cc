@@ -186,6 +186,7 @@ Json SpeculationOptions::ToJson() const {
           {"distill_weight", distill_weight},
           {"distill_temperature", distill_temperature},
           {"contrastive_weight", contrastive_weight},
+          {"attention_inputs", attention_inputs},
           {"backup_experts", backup_experts},
           {"backup_weight", backup_weight},
           {"augment", augment.ToJson()},

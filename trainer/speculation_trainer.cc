@@ -452,7 +452,8 @@ SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* data
                                    const std::vector<RouterWeights>& routers,
                                    Communicator* comm) {
   if (job.onnx) {  // before any time is spent
-    RequireOnnxKind(job.options.kind, job.options.backup_experts);
+    RequireOnnxKind(job.options.kind, job.options.backup_experts,
+                    job.options.attention_inputs);
   }
   at::globalContext().setDeterministicAlgorithms(job.deterministic, /*warn_only=*/false);
   return SpeculationTrainer(job, dataset, routers, comm).Run();
