@@ -9,7 +9,6 @@
 #include "common/errors.h"
 #include "models/ensemble_model.h"
 #include "trainer/augmentation.h"
-#include "trainer/knn_estimate.h"
 #include "trainer/leaderboard.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/search.h"
@@ -375,42 +374,6 @@ TEST(MemberOptimizerTest, AveragesFollowAndSwap) {
   EXPECT_TRUE(at::allclose(w, expected, 1e-5, 1e-6));
   optimizer.SwapAverages();
   EXPECT_TRUE(at::equal(w, two));
-}
-
-// Against distances one by one.
-TEST(KnnEstimateTest, FindsTheNearest) {
-  at::manual_seed(2);
-  const auto train = at::randn({50, 4}), test = at::randn({9, 4});
-  const auto a = at::randint(0, 3, {50}, at::kLong),
-             b = at::randint(0, 3, {9}, at::kLong);
-  double right = 0, right32 = 0;
-  for (int i = 0; i < 9; ++i) {
-    std::vector<std::pair<double, int>> all;
-    for (int j = 0; j < 50; ++j) {
-      all.emplace_back((train[j] - test[i]).square().sum().item<double>(), j);
-    }
-    std::sort(all.begin(), all.end());
-    std::vector<int> votes(3);
-    for (int k = 0; k < 32; ++k) ++votes[a[all[size_t(k)].second].item<int64_t>()];
-    right += a[all[0].second].item<int>() == b[i].item<int>();
-    right32 +=
-        std::max_element(votes.begin(), votes.end()) - votes.begin() == b[i].item<int>();
-  }
-  const KnnEstimate e = ByNeighbours(train, a, test, b, 3);
-  EXPECT_NEAR(e.top1_nearest, right / 9, 1e-9);
-  EXPECT_NEAR(e.top1_of_32, right32 / 9, 1e-9);
-}
-
-TEST(KnnEstimateTest, TheBoundIsCoverAndHarts) {
-  // Two experts, an error of .18 = 2 p (1 - p) for p = .1: nobody is right above .9.
-  const auto vectors = at::arange(100).to(at::kFloat).unsqueeze(1);
-  auto labels = at::zeros({100}, at::kLong);
-  auto truth = labels.clone();
-  truth.narrow(0, 0, 18).fill_(1);
-  EXPECT_NEAR(ByNeighbours(vectors, labels, vectors, truth, 2).bayes_bound, 0.9, 1e-6);
-  EXPECT_EQ(
-      ByNeighbours(vectors, labels, vectors, at::ones({100}, at::kLong), 2).bayes_bound,
-      1);
 }
 
 Json Space() {
