@@ -276,8 +276,9 @@ void Run(int argc, char** argv) {
   if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
-  data_options.keep_top_k =
-      job.options.distill_weight > 0 || job.options.backup_experts > 0;
+  // A search may draw --distill_weight.
+  data_options.keep_top_k = job.options.distill_weight > 0 ||
+                            job.options.backup_experts > 0 || space.has_value();
   KeepAllFreedMemory();
   MpiSession session(&argc, &argv);
   SetAbortHook([](int code) { MpiSession::Abort(code); });
@@ -295,11 +296,6 @@ void Run(int argc, char** argv) {
   const auto reader = std::make_shared<const TraceReader>(FLAGS_store, NeedTokens::kNo);
   const std::vector<std::string> also = Listed(FLAGS_also);
   data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world) * (1 + also.size());
-  if (job.options.distill_weight > 0 && reader->config().top_k == 0) {
-    throw UsageError(ErrorText("--distill_weight needs the routers' top-k",
-                               FLAGS_store + " was recorded without it",
-                               "collect with --record=ids,topk"));
-  }
   TraceDataset dataset(reader, data_options);
   std::deque<TraceDataset> others;
   for (const std::string& store : also) {

@@ -248,6 +248,10 @@ SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
                      size_t number) {
   SpeculationJob run = job.run;
   run.options.kind = entry.name;
+  if (entry.name != "ensemble") {
+    run.options.members.clear();
+    run.options.combine = SpeculationOptions().combine;
+  }
   run.options.seed = job.run.options.seed + number;
   run.out = entry.folders.at(number);
   return run;

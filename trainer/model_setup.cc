@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "trainer/training_checks.h"
 
 namespace routecast {
 namespace {
@@ -104,48 +105,6 @@ void CheckEmbedding(const SpeculationOptions& options, const SpeculationConfig& 
   }
 }
 
-// Throws where there are no labels for the heads of backup experts, or no such heads.
-void CheckBackups(const SpeculationOptions& options, TraceDataset* dataset) {
-  if (options.backup_experts == 0) return;
-  const std::string flag = "--backup_experts=" + std::to_string(options.backup_experts);
-  const MoeGeometry& g = dataset->geometry();
-  if (!KindOf(options.kind).backups) {
-    throw UsageError(ErrorText(flag + " needs a kind that has heads for them",
-                               "--kind=" + options.kind + " has none",
-                               "use --kind=interlayer or --kind=moe"));
-  }
-  if (g.experts_per_token > 1) {
-    throw UsageError(ErrorText(flag + " is of models that route to one expert a token",
-                               "this one routes to " +
-                                   std::to_string(g.experts_per_token) +
-                                   ": all of them are labels already",
-                               "leave it out"));
-  }
-  if (dataset->top_k() <= options.backup_experts) {
-    throw UsageError(
-        ErrorText(flag + " needs the router's " +
-                      std::to_string(options.backup_experts + 1) + " likeliest experts",
-                  "the store holds " + std::to_string(dataset->top_k()) + " a token",
-                  "collect with --record=ids,topk --top_k=" +
-                      std::to_string(options.backup_experts + 1) + " or more"));
-  }
-}
-
-// Throws where there are no attention summaries, or no model that reads them.
-void CheckAttention(const SpeculationOptions& options, TraceDataset* dataset) {
-  if (!options.attention_inputs) return;
-  if (!KindOf(options.kind).attention) {
-    throw UsageError(ErrorText("--attention_inputs needs a kind that reads them",
-                               "--kind=" + options.kind + " does not",
-                               "use --kind=hidden"));
-  }
-  if (dataset->attention_heads() == 0) {
-    throw UsageError(ErrorText("--attention_inputs needs attention summaries",
-                               "the store has none beside its router inputs",
-                               "collect with --record=ids,hidden,attention"));
-  }
-}
-
 }  // namespace
 
 void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
@@ -189,8 +148,7 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
 }  // namespace
 
 SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
-  CheckBackups(options, dataset);
-  CheckAttention(options, dataset);
+  CheckTraces(options, dataset);
   const SpeculationConfig config = options.start_from.empty()
                                        ? ConfigOfSizes(options, dataset)
                                        : ConfigOfRun(options, dataset);
@@ -212,7 +170,7 @@ std::vector<SpeculationConfig> ConfigsOf(const SpeculationOptions& options,
     refuse("--curriculum_epochs orders the targets of one", "leave one of the two out");
   }
   for (size_t i = 1; i < stores.size(); ++i) {
-    CheckBackups(options, stores[i]);
+    CheckTraces(options, stores[i]);
     SpeculationConfig config = configs[0];
     config.geometry = stores[i]->geometry();
     config.priors = DefaultSpeculationConfig(config.kind, config.geometry, 0, 0).priors;
@@ -222,13 +180,18 @@ std::vector<SpeculationConfig> ConfigsOf(const SpeculationOptions& options,
     }
     configs.push_back(config);
   }
+  for (size_t i = 0; i < stores.size(); ++i) {
+    RequirePart(*stores[i], SplitPart::kValidation, HiddenOf(configs[i]));
+  }
+  RequirePart(*stores[0], SplitPart::kTest, HiddenOf(configs[0]));
   return configs;
 }
 
 std::vector<MemberOptions> TrainingOf(const SpeculationOptions& options,
                                       const SpeculationConfig& config) {
   std::vector<MemberOptions> training;
-  for (const MemberSpec& member : ParseMembers(options.members, options.training)) {
+  const std::string members = config.members.empty() ? "" : options.members;
+  for (const MemberSpec& member : ParseMembers(members, options.training)) {
     training.push_back(member.options);
   }
   if (training.empty()) {

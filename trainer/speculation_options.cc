@@ -218,6 +218,10 @@ void SpeculationOptions::Validate() const {
     throw UsageError(ErrorText("--members are those of --kind=ensemble", "--kind=" + kind,
                                "leave one of the two out"));
   }
+  if (combine != SpeculationOptions().combine && kind != "ensemble") {
+    throw UsageError(ErrorText("--combine is of --kind=ensemble", "--kind=" + kind,
+                               "leave one of the two out"));
+  }
   const ModelSizes& s = sizes;
   const bool sized = s.width > 0 || s.heads > 0 || s.ff > 0 || s.layers > 0 ||
                      s.context > 0 || s.dropout >= 0 || !members.empty();

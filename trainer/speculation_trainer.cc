@@ -25,6 +25,7 @@
 #include "trainer/speculation_loss.h"
 #include "trainer/speculation_report.h"
 #include "trainer/train_state.h"
+#include "trainer/training_checks.h"
 #include "trainer/training_log.h"
 
 namespace routecast {
@@ -76,6 +77,7 @@ class SpeculationTrainer {
                  {options_.seed, options_.micro_batch, options_.global_batch}),
         joint_(configs_, options_.seed),
         model_(&joint_.part(0)) {
+    RequireWork(options_, rank_.world);
     for (size_t i = 0; i < stores_.size(); ++i) {
       validation_.push_back(Part(i, SplitPart::kValidation, options_.validation_sequences,
                                  kValidationStream));
@@ -195,6 +197,7 @@ class SpeculationTrainer {
     LoadTrainState(from, state->step, TrainedTensors(), &optimizer_->adamw());
     step_ = state->step;
     best_.Load(from, state->extra);
+    exhausted_ = Exhausted();
     loss_sum_ = state->extra.at("loss_sum");
     loss_steps_ = state->extra.at("loss_steps");
     samples_ = state->extra.at("samples");
@@ -328,8 +331,13 @@ class SpeculationTrainer {
     const double score = options_.monitor == "top1" ? -scores.recall : scores.loss;
     best_.Offer(score, step_, joint_.parameters(), options_.schedule.plateau_patience);
     optimizer_->SwapAverages();
-    exhausted_ = options_.patience > 0 && best_.worse() >= options_.patience;
+    exhausted_ = Exhausted();
     Save();
+  }
+
+  // Validation was not bettered for as long as it is waited for.
+  bool Exhausted() const {
+    return options_.patience > 0 && best_.worse() >= options_.patience;
   }
 
   // The best parameters first, under a name of their own: the state that names them comes

@@ -86,6 +86,13 @@ int TraceDataset::top_k() const {
   return least;
 }
 
+bool TraceDataset::has_teacher() {
+  if (!options_.keep_top_k || top_k() == 0) return false;
+  const uint32_t first = 0;  // all sequences of a store hold the same
+  const auto trace = Read({&first, 1}, WithHidden::kNo)[0];
+  return !trace->encoder.topk_probs.empty() || !trace->decoder.topk_probs.empty();
+}
+
 int TraceDataset::attention_heads() const {
   if (reader_) return reader_->config().attention_heads;
   int least = INT_MAX;

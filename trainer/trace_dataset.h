@@ -41,6 +41,8 @@ class TraceDataset {
   bool keeps_top_k() const { return options_.keep_top_k; }
   // Choices of the router that every token's record holds; 0 = none.
   int top_k() const;
+  // The router's top-k is kept, with its probabilities. Reads a record.
+  bool has_teacher();
   // Heads of the traced model's attention whose summaries lie beside all router inputs; 0
   // = none do.
   int attention_heads() const;

@@ -6,6 +6,7 @@
 #include <filesystem>
 
 #include "comm/mpi_session.h"
+#include "common/errors.h"
 #include "tests/trainer/synthetic_traces.h"
 #include "trainer/speculation_trainer.h"
 
@@ -78,6 +79,12 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
       }
     }
   }
+  // A rank without a micro-batch would wait in every step.
+  TraceDataset dataset(traces.traces, traces.geometry);
+  SpeculationJob few;
+  few.options.global_batch = few.options.micro_batch = 4;
+  few.out = fs::path(testing::TempDir()) / "speculation_ranks_few";
+  EXPECT_THROW(TrainSpeculation(few, &dataset, traces.routers, comm.get()), UsageError);
   comm->Barrier();
   if (rank.is_root()) {
     for (const auto& entry : fs::directory_iterator(testing::TempDir())) {
