@@ -198,9 +198,7 @@ class SpeculationTrainer {
     step_ = state->step;
     best_.Load(from, state->extra);
     exhausted_ = Exhausted();
-    loss_sum_ = state->extra.at("loss_sum");
-    loss_steps_ = state->extra.at("loss_steps");
-    samples_ = state->extra.at("samples");
+    meter_.Load(state->extra);
   }
 
   uint64_t EpochOf(int64_t step) const {
@@ -218,12 +216,13 @@ class SpeculationTrainer {
   double Step(BatchLoader* loader, double seconds) {
     const uint64_t epoch = EpochOf(step_);
     double sums[4] = {0, 0, 0, 0};  // loss, labels, windows, a stop was requested
+    double waited = 0;
     const Stopwatch step;
     reducer_->BeginStep();
     for (LoadedBatch next; !next.last;) {
       const Stopwatch data;
       next = loader->Next();
-      data_seconds_ += data.seconds();
+      waited += data.seconds();
       if (!next.batch) break;  // fewer micro-batches than ranks
       if (next.last) reducer_->LastBackward();
       SpeculationBatch& batch = *next.batch;
@@ -244,17 +243,13 @@ class SpeculationTrainer {
     reducer_->Scale(1 / labels);
     const double share = options_.schedule.Share(step_, steps_, best_.plateaus());
     const double norm = optimizer_->Step(share, static_cast<int64_t>(epoch));
-    step_seconds_ += step.seconds();
+    losses_.push_back(sums[0] / labels);
+    meter_.Add({losses_.back(), sums[2], step.seconds(), waited});
     ++step_;
     stop_ = sums[3] > 0;
-    samples_ += static_cast<int64_t>(sums[2]);
-    process_samples_ += sums[2];
-    losses_.push_back(sums[0] / labels);
-    loss_sum_ += losses_.back();
-    ++loss_steps_;
     if (step_ % options_.log_every == 0 || step_ == steps_) {
-      LogStep(optimizer_->LearningRate(share), norm,
-              process_samples_ / std::max(1e-9, seconds), loader->seconds());
+      log_.Write(Place(), meter_.Take(optimizer_->LearningRate(share), norm, seconds,
+                                      loader->seconds()));
     }
     return losses_.back();
   }
@@ -286,17 +281,7 @@ class SpeculationTrainer {
   TrainingPlace Place() const {
     return {step_,
             static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch()),
-            samples_};
-  }
-  // `loading`: seconds that the loader has worked in this process.
-  void LogStep(double rate, double norm, double samples_per_second, double loading) {
-    const double seconds = std::max(1e-9, step_seconds_);
-    log_.Write(Place(), {loss_sum_ / static_cast<double>(loss_steps_), rate, norm,
-                         samples_per_second, data_seconds_ / seconds,
-                         (loading - logged_loading_) / seconds});
-    loss_sum_ = data_seconds_ = step_seconds_ = 0;
-    loss_steps_ = 0;
-    logged_loading_ = loading;
+            meter_.samples()};
   }
   std::string Note(double loss) const {
     char text[96];
@@ -347,8 +332,7 @@ class SpeculationTrainer {
       MakeFolder(StateFolder());
       best_.Write(StateFolder());
       Json extra = best_.ToJson();
-      extra.update(
-          {{"loss_sum", loss_sum_}, {"loss_steps", loss_steps_}, {"samples", samples_}});
+      extra.update(meter_.ToJson());
       std::vector<std::string> beside;
       if (best_.step() > 0) beside.push_back(best_.file_name());
       SaveTrainState(StateFolder(), {step_, Configuration(), extra, beside},
@@ -442,15 +426,11 @@ class SpeculationTrainer {
   int64_t steps_ = 0, validate_every_ = 1;
 
   // What a checkpoint holds beside the tensors.
-  int64_t step_ = 0, samples_ = 0;
+  int64_t step_ = 0;
   BestParameters best_;
-  double loss_sum_ = 0;
-  int64_t loss_steps_ = 0;
+  StepMeter meter_;
 
   bool stop_ = false, exhausted_ = false;
-  double process_samples_ = 0;
-  double data_seconds_ = 0, step_seconds_ = 0;  // since the last logged step
-  double logged_loading_ = 0;  // seconds of the loader's work up to there
   std::vector<double> losses_;
 };
 
