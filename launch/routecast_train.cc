@@ -79,6 +79,10 @@ DEFINE_double(distill_weight, 0,
 DEFINE_double(distill_temperature, 1, "Of --distill_weight");
 DEFINE_double(contrastive_weight, 0,
               "Of InfoNCE between a lead and the experts' embeddings in the loss");
+DEFINE_bool(
+    attention_inputs, false,
+    "`hidden` reads attention summaries, too (--record=ids,hidden,attention); the "
+    "model is offline only");
 DEFINE_int32(backup_experts, 0,
              "Heads for the router's second, third .. choice (published: 3); needs "
              "--record=topk, kinds interlayer and moe");
@@ -175,6 +179,7 @@ SpeculationJob Validate() {
   o.distill_weight = FLAGS_distill_weight;
   o.distill_temperature = FLAGS_distill_temperature;
   o.contrastive_weight = FLAGS_contrastive_weight;
+  o.attention_inputs = FLAGS_attention_inputs;
   o.backup_experts = FLAGS_backup_experts;
   o.backup_weight = FLAGS_backup_weight;
   o.augment = {FLAGS_augment_layers, FLAGS_augment_parts,    FLAGS_augment_permutation,
@@ -202,7 +207,7 @@ SpeculationJob Validate() {
     throw UsageError(
         "--onnx is of one model\n  train it without --leaderboard and --search");
   }
-  if (job.onnx) RequireOnnxKind(o.kind, o.backup_experts);
+  if (job.onnx) RequireOnnxKind(o.kind, o.backup_experts, o.attention_inputs);
   if (!(FLAGS_collective_deadline >= 1)) {
     throw UsageError("--collective_deadline must be 1 or more seconds");
   }
@@ -271,8 +276,9 @@ void Run(int argc, char** argv) {
   if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
-  data_options.keep_top_k =
-      job.options.distill_weight > 0 || job.options.backup_experts > 0;
+  // A search may draw --distill_weight.
+  data_options.keep_top_k = job.options.distill_weight > 0 ||
+                            job.options.backup_experts > 0 || space.has_value();
   KeepAllFreedMemory();
   MpiSession session(&argc, &argv);
   SetAbortHook([](int code) { MpiSession::Abort(code); });
@@ -290,11 +296,6 @@ void Run(int argc, char** argv) {
   const auto reader = std::make_shared<const TraceReader>(FLAGS_store, NeedTokens::kNo);
   const std::vector<std::string> also = Listed(FLAGS_also);
   data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world) * (1 + also.size());
-  if (job.options.distill_weight > 0 && reader->config().top_k == 0) {
-    throw UsageError(ErrorText("--distill_weight needs the routers' top-k",
-                               FLAGS_store + " was recorded without it",
-                               "collect with --record=ids,topk"));
-  }
   TraceDataset dataset(reader, data_options);
   std::deque<TraceDataset> others;
   for (const std::string& store : also) {

@@ -120,7 +120,8 @@ RoutingWindow ForMembers(const RoutingWindow& window, int64_t members) {
   for (at::Tensor* x :
        {&all.token_ids_BT, &all.valid_BT, &all.experts_BTL, &all.others_BTLK,
         &all.hidden_BTD, &all.context_BTD, &all.source_BSD, &all.source_valid_BS,
-        &all.training.teacher_BTH, &all.training.share_B, &all.training.hidden_ids_BTL}) {
+        &all.attention_entropy_BTA, &all.attended_ids_BTAK, &all.training.teacher_BTH,
+        &all.training.share_B, &all.training.hidden_ids_BTL}) {
     *x = Repeat(*x, members);
   }
   if (all.training.order_B.defined()) {  // partners within the member

@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "models/baseline_predictors.h"
 
@@ -33,6 +34,11 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker* make)
     if (c.geometry.encoder_layers > 0 && c.geometry.decoder_layers > 0 && c.layers > 0) {
       reader.emplace_back(make, c.hidden_width, c.width, c.heads);
     }
+  }
+  for (int i = 0; c.attention_heads > 0 && i < NumStates(c.geometry); ++i) {
+    const bool decoder = i >= c.geometry.encoder_layers - 1;
+    attention.emplace_back(make, "attention." + std::to_string(i),
+                           c.attention_heads * (decoder ? 2 : 1), kTokenWidth, c.width);
   }
   if (c.neighbours > 0) {
     neighbours.push_back(make->Xavier("neighbours.weight",
@@ -67,6 +73,19 @@ at::Tensor Shifted(const at::Tensor& ids_BT, int64_t offset) {
   return shifted;
 }
 
+// What attention summaries say of each token [B,T,width].
+at::Tensor HiddenModel::Attended(const RoutingWindow& window) const {
+  const at::Tensor& ids = window.attended_ids_BTAK;
+  if (!ids.defined()) {
+    throw std::logic_error("no attention summaries for a model that reads them");
+  }
+  const AttentionInput& in = net_.attention[StateIndex(window)];
+  const auto known = ids.ge(0).unsqueeze(4).to(at::kFloat);
+  const auto sum = (net_.token(ids.clamp_min(0)) * known).sum(3);  // [B,T,A,kTokenWidth]
+  const auto mean = sum / known.sum(3).clamp_min(1);
+  return in.entropy(window.attention_entropy_BTA) + in.tokens(mean.flatten(2));
+}
+
 at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
   const MoeGeometry& g = config_.geometry;
   auto x = AddRow(net_.token_in(net_.token(window.token_ids_BT)),
@@ -89,6 +108,8 @@ at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
                                   x.options().requires_grad(false)));
     }
   }
+  // They are recorded beside router inputs, always.
+  if (!net_.attention.empty() && window.hidden_BTD.defined()) x = x + Attended(window);
   if (window.source_layer >= 0) {
     x = x + Experts(net_.own, window.experts_BTL.narrow(2, 0, window.source_layer + 1),
                     g.GlobalLayer(window.stack, 0));

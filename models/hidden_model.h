@@ -39,6 +39,16 @@ struct StateInput {
   LinearLayer linear;
 };
 
+// Attention summaries of a source layer: entropies by head, and by head the mean of the
+// embeddings of the tokens that it looked at most.
+struct AttentionInput {
+  AttentionInput(ParameterMaker* make, const std::string& name, int64_t heads,
+                 int64_t token_width, int64_t width)
+      : entropy(make, name + ".entropy", heads, width),
+        tokens(make, name + ".tokens", heads * token_width, width) {}
+  LinearLayer entropy, tokens;
+};
+
 // Log-probabilities of the train part's counts, added to the logits with a gain by
 // source: the model starts as good as the counts and learns what they miss.
 struct Priors {
@@ -89,8 +99,9 @@ struct HiddenNet {
   // are no features.
   std::vector<StateInput> state, context;
   std::vector<at::Tensor> no_state;  // [width], with `state`: in place of an unknown one
-  std::vector<SourceReader> reader;  // one or none; read after the first block
-  EmbeddingLayer token;              // V rows of kTokenWidth
+  std::vector<AttentionInput> attention;  // by source layer, as `state`; or none
+  std::vector<SourceReader> reader;       // one or none; read after the first block
+  EmbeddingLayer token;                   // V rows of kTokenWidth
   LinearLayer token_in;
   std::vector<Priors> priors;   // one or none
   std::vector<NextToken> next;  // one or none; one only where priors are
@@ -128,11 +139,15 @@ class HiddenModel final : public TrunkModel {
     return window.source_layer + 1 +
            (window.stack == Stack::kEncoder ? 0 : config_.geometry.encoder_layers + 1);
   }
-  const StateInput& StateOf(const RoutingWindow& window) const {
+  // Among the source layers of both stacks (NumStates).
+  size_t StateIndex(const RoutingWindow& window) const {
     const int before = window.stack == Stack::kEncoder
                            ? 0
                            : std::max(0, config_.geometry.encoder_layers - 1);
-    return net_.state[static_cast<size_t>(before + window.source_layer)];
+    return static_cast<size_t>(before + window.source_layer);
+  }
+  const StateInput& StateOf(const RoutingWindow& window) const {
+    return net_.state[StateIndex(window)];
   }
   // Leads whose targets are layers of the same token.
   int64_t NumSameToken(const RoutingWindow& window) const {
@@ -157,6 +172,7 @@ class HiddenModel final : public TrunkModel {
     return i < config_.neighbours ? i - config_.neighbours : i - config_.neighbours + 1;
   }
   at::Tensor Features(const RoutingWindow& window) const;
+  at::Tensor Attended(const RoutingWindow& window) const;
   at::Tensor Experts(const EmbeddingLayer& table, const at::Tensor& ids_BTL,
                      int first_layer) const;
   at::Tensor Logits(const at::Tensor& z_HND, const RoutingWindow& window) const;

@@ -130,8 +130,9 @@ bool HiddenModel::Few(const RoutingWindow& window) const {
       window.token_ids_BT.is_contiguous() && window.experts_BTL.is_contiguous() &&
       plain(window.hidden_BTD) && plain(window.context_BTD) && plain(window.source_BSD) &&
       (!window.source_BSD.defined() || window.source_valid_BS.is_contiguous());
-  return contiguous && members() == 1 && !c10::GradMode::is_enabled() &&
-         window.token_ids_BT.numel() <= kFewRows && net_.token.weight.is_cpu();
+  return contiguous && members() == 1 && net_.attention.empty() &&
+         !c10::GradMode::is_enabled() && window.token_ids_BT.numel() <= kFewRows &&
+         net_.token.weight.is_cpu();
 }
 
 // Adds the embeddings of the experts that row (b, t) may see.

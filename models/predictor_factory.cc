@@ -130,6 +130,12 @@ std::unique_ptr<LearnedPredictor> LoadLearned(const fs::path& folder,
   if (!SameRouting(config.geometry, geometry)) {
     OtherGeometry(folder.string(), config.geometry, geometry);
   }
+  if (config.attention_heads > 0) {
+    throw UsageError(ErrorText(folder.string() + " is offline only",
+                               "it reads attention summaries, which nothing that serves "
+                               "collects",
+                               "train it without --attention_inputs"));
+  }
   const std::string name = config.kind;
   return std::make_unique<LearnedPredictor>(name, std::move(saved));
 }

@@ -39,8 +39,9 @@ class LearnedPredictor final : public ExpertPredictor {
 // holds config.json and model.safetensors (itself or in its subfolder "model"), plain or
 // after "online:" (OnlinePredictor) or "adaptive_context:" (AdaptiveContextPredictor).
 // `baselines_file` (what BaselineTables::Save wrote) is read for counting predictors
-// only; `routers` serve stale_gate. Throws UsageError (unknown, or missing what it
-// needs), DataError (corrupt, or of another geometry than `geometry`).
+// only; `routers` serve stale_gate. Throws UsageError (unknown, missing what it needs, or
+// a model of attention summaries, which is offline only), DataError (corrupt, or of
+// another geometry than `geometry`).
 std::unique_ptr<ExpertPredictor> LoadPredictor(const std::string& name_or_folder,
                                                const MoeGeometry& geometry,
                                                const fs::path& baselines_file,

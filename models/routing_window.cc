@@ -208,6 +208,40 @@ void AddStates(const Traces& traces, RoutingWindow* window) {
   }
 }
 
+// What the tokens looked at in the block of the source layer.
+void AddAttention(const Traces& traces, RoutingWindow* window) {
+  const Stack stack = window->stack;
+  const int source = window->source_layer;
+  const int64_t A = SpanOf(*traces[0], stack).attention_heads;
+  const bool all = source >= 0 && A > 0 && All(traces, [&](const RoutingTrace& trace) {
+                     const RoutingSpan& span = SpanOf(trace, stack);
+                     return span.attention_heads == A && !span.attention_keys.empty();
+                   });
+  if (!all) return;
+  const bool decoder = stack == Stack::kDecoder;
+  const int64_t own_heads = decoder ? A / 2 : A, K = kStrongestKeys;
+  const auto B = static_cast<int64_t>(traces.size());
+  const int64_t T = window->token_ids_BT.size(1);
+  window->attention_entropy_BTA = Filled<float>({B, T, A}, 0);
+  window->attended_ids_BTAK = Filled<int64_t>({B, T, A, K}, -1);
+  for (int64_t b = 0; b < B; ++b) {
+    const RoutingTrace& trace = *traces[static_cast<size_t>(b)];
+    const RoutingSpan& span = SpanOf(trace, stack);
+    const int64_t tokens = span.num_tokens, first = source * tokens * A;
+    std::copy_n(span.attention_entropy.begin() + first, tokens * A,
+                window->attention_entropy_BTA.data_ptr<float>() + b * T * A);
+    const uint16_t* keys = span.attention_keys.data() + first * K;
+    int64_t* ids = window->attended_ids_BTAK.data_ptr<int64_t>() + b * T * A * K;
+    for (int64_t i = 0; i < tokens * A * K; ++i) {
+      const bool cross = i / K % A >= own_heads;
+      const std::vector<uint32_t>& of = cross ? trace.encoder.token_ids : span.token_ids;
+      const auto there = static_cast<int64_t>(of.size());
+      const int64_t known = decoder && !cross ? std::min(i / (A * K) + 1, there) : there;
+      if (keys[i] != kNoKey && keys[i] < known) ids[i] = of[keys[i]];
+    }
+  }
+}
+
 // The further choices of the first `known` layers.
 void AddOthers(const Traces& traces, int known, int64_t K, RoutingWindow* window) {
   const bool all = All(traces, [&](const RoutingTrace& trace) {
@@ -275,7 +309,10 @@ RoutingWindow WindowsOf(const Traces& traces, Stack stack, int source_layer,
     }
   }
   if (experts_per_token > 1) AddOthers(traces, known, experts_per_token, &window);
-  if (router_inputs) AddStates(traces, &window);
+  if (router_inputs) {
+    AddStates(traces, &window);
+    AddAttention(traces, &window);
+  }
   return window;
 }
 

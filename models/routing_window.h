@@ -56,6 +56,11 @@ struct RoutingWindow {
   // the decoder attends to, and which of them are real; undefined = not available.
   at::Tensor source_BSD;
   at::Tensor source_valid_BS;  // bool; defined with source_BSD
+  // What each token looked at in the block of the source layer, by the A heads that
+  // RoutingSpan has: the entropy of the weights (float32, nats), and the ids of the K
+  // tokens with the largest (int64, -1 = none). In a decoder's self-attention no later
+  // token than the own. Undefined = not recorded, or before the first layer.
+  at::Tensor attention_entropy_BTA, attended_ids_BTAK;
   // Models that embed experts look at so many of the newest layers at most; 0 = at their
   // own context.
   int context_layers = 0;
@@ -86,11 +91,11 @@ WindowTargets WindowTargetsOf(const std::vector<const RoutingTrace*>& traces, St
 
 // Windows of recorded sequences, one a row: tokens are padded on the right to the
 // longest. Router inputs are undefined where one of the sequences has none, or where
-// they are not wanted; further choices likewise where there are fewer than
-// experts_per_token. Allocates tensors and fills them in plain loops: no operation that
-// LibTorch runs in parallel, so a thread that makes batches beside the training thread
-// starts no threads of its own. Throws std::logic_error for sequences of different
-// models.
+// they are not wanted, and so is attention; further choices likewise where there are
+// fewer than experts_per_token. Allocates tensors and fills them in plain loops: no
+// operation that LibTorch runs in parallel, so a thread that makes batches beside the
+// training thread starts no threads of its own. Throws std::logic_error for sequences of
+// different models.
 RoutingWindow WindowsOf(const std::vector<const RoutingTrace*>& traces, Stack stack,
                         int source_layer, int num_experts, int experts_per_token = 1,
                         bool router_inputs = true);

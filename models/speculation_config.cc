@@ -34,6 +34,7 @@ std::string SizeProblem(const SpeculationConfig& c) {
                           {"layers", c.layers, 0, 64},
                           {"context", c.context, 1, 1024},
                           {"neighbours", c.neighbours, 0, 64},
+                          {"attention_heads", c.attention_heads, 0, 4096},
                           {"backup_experts", c.backup_experts, 0,
                            std::min(15, std::max(0, g.num_experts - 1))}};
   for (const Bound& b : bounds) {
@@ -62,6 +63,7 @@ double Elements(const SpeculationConfig& c) {
          c.ff * (c.ff / 2.0 + (c.backup_experts + 1) * experts) +
          (c.geometry.num_layers() + 4.0) * wide * (c.hidden_width + experts) +
          (c.context + 8.0) * wide * (wide / 4 + experts) + 128.0 * c.neighbours * width +
+         130.0 * c.attention_heads * c.geometry.num_layers() * width +
          (c.priors ? PriorElements(c) : 0);
 }
 
@@ -85,6 +87,7 @@ std::string EnsembleProblem(const SpeculationConfig& c) {
   for (const SpeculationConfig& member : c.members) {
     if (member.kind == "ensemble") return "an ensemble in an ensemble";
     if (!(member.geometry == c.geometry)) return "a member of another geometry";
+    if (member.attention_heads > 0) return "a member that reads attention summaries";
     if (const std::string problem = ProblemOf(member); !problem.empty()) {
       return "a member with " + problem;
     }
@@ -105,6 +108,10 @@ std::string ProblemOf(const SpeculationConfig& c) {
   if (c.backup_experts > 0 && !kind.backups) {
     return "backup_experts=" + std::to_string(c.backup_experts) + ", expected 0 of " +
            c.kind;
+  }
+  if (c.attention_heads > 0 && (!kind.attention || c.hidden_width == 0)) {
+    return "attention_heads=" + std::to_string(c.attention_heads) + ", expected 0 of " +
+           c.kind + (kind.attention ? " without router inputs" : "");
   }
   if (c.next_token && (!c.priors || c.geometry.decoder_layers == 0)) {
     return "next_token=true, expected false without priors and a decoder";
@@ -136,6 +143,7 @@ Json SpeculationConfig::ToJson() const {
             {"next_token", next_token},
             {"dropout", dropout}};
   if (backup_experts > 0) json["backup_experts"] = backup_experts;
+  if (attention_heads > 0) json["attention_heads"] = attention_heads;
   if (members.empty()) return json;
   json["weights"] = weights;
   json["combine"] = combine;
@@ -194,6 +202,7 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.next_token = in.Flag("next_token");
   c.dropout = in.Number("dropout");
   if (json.contains("backup_experts")) c.backup_experts = in.Int("backup_experts");
+  if (json.contains("attention_heads")) c.attention_heads = in.Int("attention_heads");
   if (c.kind == "ensemble") ReadMembers(in, what, &c);
   if (const std::string problem = ProblemOf(c); !problem.empty()) in.Bad(problem);
   return c;

@@ -20,8 +20,11 @@ struct SpeculationConfig {
   int neighbours = 0;       // tokens on each side (decoder: left) whose ids `hidden` sees
   bool priors = false;      // starts from the counts of the train part
   bool next_token = false;  // `hidden` guesses the decoder's next token; needs priors
-  int backup_experts = 0;   // heads for the router's second, third .. choice; 0 = none
-  double dropout = 0;       // training only
+  // Heads of the traced model's attention whose summaries are a feature of `hidden`, at
+  // the source layer (a decoder has as many again over the encoder); 0 = no feature.
+  int attention_heads = 0;
+  int backup_experts = 0;  // heads for the router's second, third .. choice; 0 = none
+  double dropout = 0;      // training only
 
   // `ensemble` alone: what it is made of, and the weights of its members, which sum to 1;
   // `combine` is probabilities, logits or vote.

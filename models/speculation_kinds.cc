@@ -94,7 +94,8 @@ void EnsembleSizes(SpeculationConfig* c) {
 }
 
 constexpr SpeculationKind kKinds[] = {
-    {"hidden", RouterInputs::kOptional, true, 6e-3, HiddenSizes, MakeHidden},
+    {"hidden", RouterInputs::kOptional, true, 6e-3, HiddenSizes, MakeHidden, false, false,
+     false, true},
     {"stale_correction", RouterInputs::kRequired, false, 3e-3, StaleCorrectionSizes,
      MakeStaleCorrection, false, true},
     {"interlayer", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer,

@@ -41,8 +41,9 @@ struct SpeculationKind {
   MakeKind make;                      // null: see ensemble_model.h
   // Embeds expert ids: what mixup, noise and the contrastive term work on.
   bool embeds_experts = false;
-  bool routers = false;  // needs the traced model's routers
-  bool backups = false;  // may have heads for the router's further choices
+  bool routers = false;    // needs the traced model's routers
+  bool backups = false;    // may have heads for the router's further choices
+  bool attention = false;  // may read attention summaries
 };
 
 std::vector<std::string> SpeculationKinds();

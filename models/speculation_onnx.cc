@@ -25,13 +25,27 @@ const OnnxKind& OnnxKindOf(const std::string& name) {
 
 }  // namespace
 
-void RequireOnnxKind(const std::string& kind, int backup_experts) {
+void RequireOnnxKind(const std::string& kind, int backup_experts, bool attention_inputs) {
   OnnxKindOf(kind);
+  if (attention_inputs) {
+    throw UsageError(ErrorText("a model of attention summaries cannot be written as ONNX",
+                               "no file has them among its inputs",
+                               "leave out --onnx or --attention_inputs"));
+  }
   if (backup_experts == 0) return;
   throw UsageError(ErrorText("heads of backup experts cannot be written as ONNX",
                              "--backup_experts=" + std::to_string(backup_experts),
                              "leave out --onnx or --backup_experts"));
 }
+
+namespace {
+
+void RequireOnnxModel(const SpeculationModel& model) {
+  const SpeculationConfig& c = model.config();
+  RequireOnnxKind(c.kind, c.backup_experts, c.attention_heads > 0);
+}
+
+}  // namespace
 
 std::string OnnxFileName(Stack stack, int source_layer) {
   return std::string(StackName(stack)) + "-" +
@@ -40,14 +54,14 @@ std::string OnnxFileName(Stack stack, int source_layer) {
 
 std::string SpeculationOnnx(const SpeculationModel& model, Stack stack,
                             int source_layer) {
-  RequireOnnxKind(model.config().kind, model.config().backup_experts);
+  RequireOnnxModel(model);
   const OnnxKind& kind = OnnxKindOf(model.config().kind);
   OnnxLayers layers(model, stack, source_layer);
   return kind.write(&layers);
 }
 
 void WriteSpeculationOnnx(const fs::path& folder, const SpeculationModel& model) {
-  RequireOnnxKind(model.config().kind, model.config().backup_experts);
+  RequireOnnxModel(model);
   MakeFolder(folder);
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     for (int s = -1; s < model.config().geometry.layers(stack); ++s) {

@@ -62,6 +62,8 @@ void TakeParts(double share, uint64_t key, SpeculationBatch* batch) {
     Shift(w.others_BTLK, b, first, count, w.num_experts);
     Shift(w.hidden_BTD, b, first, count, 0);
     Shift(w.context_BTD, b, first, count, 0);
+    Shift(w.attention_entropy_BTA, b, first, count, 0);
+    Shift(w.attended_ids_BTAK, b, first, count, -1);
     Shift(batch->labels_BTH, b, first, count, -100);
     Shift(batch->others_BTHK, b, first, count, -100);
     Shift(w.training.teacher_BTH, b, first, count, -100);
@@ -113,6 +115,10 @@ void MaskTokens(const AugmentOptions& options, uint64_t key, SpeculationBatch* b
       }
       if (w.hidden_BTD.defined()) w.hidden_BTD.select(0, b).select(0, t).zero_();
       if (w.context_BTD.defined()) w.context_BTD.select(0, b).select(0, t).zero_();
+      if (w.attended_ids_BTAK.defined()) {
+        w.attention_entropy_BTA.select(0, b).select(0, t).zero_();
+        w.attended_ids_BTAK.select(0, b).select(0, t).fill_(-1);
+      }
       batch->weights_BT.select(0, b).select(0, t).fill_(1);
     }
   }
@@ -201,6 +207,7 @@ void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batc
   for (at::Tensor* x :
        {&batch->window.token_ids_BT, &batch->window.valid_BT, &batch->window.experts_BTL,
         &batch->window.others_BTLK, &batch->window.hidden_BTD, &batch->window.context_BTD,
+        &batch->window.attention_entropy_BTA, &batch->window.attended_ids_BTAK,
         &batch->window.training.teacher_BTH}) {
     if (x->defined()) *x = x->clone();
   }

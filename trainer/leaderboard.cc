@@ -150,6 +150,11 @@ Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
   if (std::isfinite(predict_us) && pass_us > 0) {
     row["offline_only"] = predict_us * questions_a_pass > kServableShare * pass_us;
   }
+  // Nothing that serves has them, however fast the model is.
+  if (results[0].value("attention_inputs", false)) {
+    row["kind"] = name + " + attention";
+    row["offline_only"] = true;
+  }
   AddSummary(&row);
   AddBackups(results, &row);
   return row;
@@ -192,15 +197,18 @@ void AddBaselines(const std::vector<Json>& results, Json* rows) {
   }
 }
 
-// What router inputs could tell, by their nearest neighbours (knn_estimate.h): no
-// predictor, and of the places that have a router input alone.
-void AddEstimates(const std::vector<Json>& results, Json* rows) {
+// What router inputs, or sets of experts, could tell by their nearest neighbours
+// (knn_estimate.h): no predictor, and of the places that have such features alone.
+void AddEstimates(const std::vector<Json>& results, bool sets, Json* rows) {
   if (!results.at(0).contains("neighbours")) return;
   const Json& places = results.at(0).at("neighbours");
-  const std::pair<const char*, const char*> kinds[] = {
-      {"nearest state", "top1_nearest"},
-      {"32 nearest states", "top1_of_32"},
-      {"bound by the nearest state", "bayes_bound"}};
+  const std::string score = sets ? "recall" : "top1";
+  const bool states = places.at(0).value("features", "router inputs") == "router inputs";
+  const std::string what = states ? "state" : "routing";
+  const std::pair<std::string, std::string> kinds[] = {
+      {"nearest " + what, score + "_nearest"},
+      {"32 nearest " + what + (states ? "s" : ""), score + "_of_32"},
+      {"bound by the nearest " + what, "bayes_bound"}};
   for (const auto& [name, key] : kinds) {
     Json row = {{"kind", name},           {"parameters", nullptr},
                 {"seeds", Json::array()}, {"validation_loss", nullptr},
@@ -209,8 +217,8 @@ void AddEstimates(const std::vector<Json>& results, Json* rows) {
                 {"scores", Json::array()}};
     AddSummary(&row);  // the same keys as every row's
     for (const char* phase : {"encoder", "decoder"}) {
-      row[phase + std::string("_next_top1")] = MeanOf(places, phase, true, key);
-      row[phase + std::string("_top1")] = MeanOf(places, phase, false, key);
+      row[phase + ("_next_" + score)] = MeanOf(places, phase, true, key.c_str());
+      row[phase + ("_" + score)] = MeanOf(places, phase, false, key.c_str());
     }
     rows->push_back(row);
   }
@@ -240,6 +248,10 @@ SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
                      size_t number) {
   SpeculationJob run = job.run;
   run.options.kind = entry.name;
+  if (entry.name != "ensemble") {
+    run.options.members.clear();
+    run.options.combine = SpeculationOptions().combine;
+  }
   run.options.seed = job.run.options.seed + number;
   run.out = entry.folders.at(number);
   return run;
@@ -282,7 +294,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
     last = results;
   }
   if (!last.empty()) AddBaselines(last, &board["rows"]);
-  if (!last.empty() && g.experts_per_token == 1) AddEstimates(last, &board["rows"]);
+  if (!last.empty()) AddEstimates(last, g.experts_per_token > 1, &board["rows"]);
   board["experts_per_token"] = g.experts_per_token;
   const std::string key = std::string(g.decoder_layers > 0 ? "decoder" : "encoder") +
                           (g.experts_per_token > 1 ? "_recall" : "_top1");

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "common/errors.h"
+#include "trainer/speculation_loss.h"
 
 namespace routecast {
 namespace {
@@ -96,8 +97,8 @@ double MemberOptimizer::Step(double share, int64_t epoch) {
     if (!std::isfinite(norm)) {
       for (const ParameterSlice& slice : part.slices) {
         if (at::isfinite(slice.Gradient()).all().item<bool>()) continue;
-        throw std::logic_error("the gradient of " + slice.name + " (member " +
-                               std::to_string(part.member) + ") is not finite");
+        throw DivergedError("the gradient of " + slice.name + " (member " +
+                            std::to_string(part.member) + ") is not finite");
       }
     }
     if (norm <= training.clip_norm) continue;

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "trainer/training_checks.h"
 
 namespace routecast {
 namespace {
@@ -65,6 +66,11 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   if (config.hidden_width > 0 && !dataset->any_hidden()) {
     refuse("it reads router inputs; the store has none");
   }
+  const int heads = options.attention_inputs ? dataset->attention_heads() : 0;
+  if (config.attention_heads != heads) {
+    refuse("it reads attention summaries of " + std::to_string(config.attention_heads) +
+           " heads, this run of " + std::to_string(heads));
+  }
   if (config.backup_experts != options.backup_experts) {
     refuse("it has " + std::to_string(config.backup_experts) +
            " backup experts, --backup_experts says " +
@@ -99,33 +105,6 @@ void CheckEmbedding(const SpeculationOptions& options, const SpeculationConfig& 
   }
 }
 
-// Throws where there are no labels for the heads of backup experts, or no such heads.
-void CheckBackups(const SpeculationOptions& options, TraceDataset* dataset) {
-  if (options.backup_experts == 0) return;
-  const std::string flag = "--backup_experts=" + std::to_string(options.backup_experts);
-  const MoeGeometry& g = dataset->geometry();
-  if (!KindOf(options.kind).backups) {
-    throw UsageError(ErrorText(flag + " needs a kind that has heads for them",
-                               "--kind=" + options.kind + " has none",
-                               "use --kind=interlayer or --kind=moe"));
-  }
-  if (g.experts_per_token > 1) {
-    throw UsageError(ErrorText(flag + " is of models that route to one expert a token",
-                               "this one routes to " +
-                                   std::to_string(g.experts_per_token) +
-                                   ": all of them are labels already",
-                               "leave it out"));
-  }
-  if (dataset->top_k() <= options.backup_experts) {
-    throw UsageError(
-        ErrorText(flag + " needs the router's " +
-                      std::to_string(options.backup_experts + 1) + " likeliest experts",
-                  "the store holds " + std::to_string(dataset->top_k()) + " a token",
-                  "collect with --record=ids,topk --top_k=" +
-                      std::to_string(options.backup_experts + 1) + " or more"));
-  }
-}
-
 }  // namespace
 
 void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
@@ -144,6 +123,7 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
                                 TraceDataset* dataset) {
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
   config.backup_experts = options.backup_experts;
+  if (options.attention_inputs) config.attention_heads = dataset->attention_heads();
   if (options.kind == "ensemble") {
     config.combine = options.combine;
     const auto members = ParseMembers(options.members, options.training);
@@ -168,7 +148,7 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
 }  // namespace
 
 SpeculationConfig ConfigOf(const SpeculationOptions& options, TraceDataset* dataset) {
-  CheckBackups(options, dataset);
+  CheckTraces(options, dataset);
   const SpeculationConfig config = options.start_from.empty()
                                        ? ConfigOfSizes(options, dataset)
                                        : ConfigOfRun(options, dataset);
@@ -190,7 +170,7 @@ std::vector<SpeculationConfig> ConfigsOf(const SpeculationOptions& options,
     refuse("--curriculum_epochs orders the targets of one", "leave one of the two out");
   }
   for (size_t i = 1; i < stores.size(); ++i) {
-    CheckBackups(options, stores[i]);
+    CheckTraces(options, stores[i]);
     SpeculationConfig config = configs[0];
     config.geometry = stores[i]->geometry();
     config.priors = DefaultSpeculationConfig(config.kind, config.geometry, 0, 0).priors;
@@ -200,13 +180,18 @@ std::vector<SpeculationConfig> ConfigsOf(const SpeculationOptions& options,
     }
     configs.push_back(config);
   }
+  for (size_t i = 0; i < stores.size(); ++i) {
+    RequirePart(*stores[i], SplitPart::kValidation, HiddenOf(configs[i]));
+  }
+  RequirePart(*stores[0], SplitPart::kTest, HiddenOf(configs[0]));
   return configs;
 }
 
 std::vector<MemberOptions> TrainingOf(const SpeculationOptions& options,
                                       const SpeculationConfig& config) {
   std::vector<MemberOptions> training;
-  for (const MemberSpec& member : ParseMembers(options.members, options.training)) {
+  const std::string members = config.members.empty() ? "" : options.members;
+  for (const MemberSpec& member : ParseMembers(members, options.training)) {
     training.push_back(member.options);
   }
   if (training.empty()) {

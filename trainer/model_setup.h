@@ -26,6 +26,7 @@ std::vector<MemberOptions> TrainingOf(const SpeculationOptions& options,
                                       const SpeculationConfig& config);
 
 inline WithHidden HiddenOf(const SpeculationConfig& config) {
+  if (config.attention_heads > 0) return WithHidden::kAttended;
   return config.hidden_width > 0 ? WithHidden::kYes : WithHidden::kNo;
 }
 

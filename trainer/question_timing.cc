@@ -11,6 +11,7 @@
 #include "common/errors.h"
 #include "models/checkpoint.h"
 #include "models/speculation_model.h"
+#include "trainer/model_setup.h"
 #include "trainer/speculation_batch.h"
 
 namespace routecast {
@@ -53,8 +54,7 @@ class AskedModel {
       : model_(LoadSpeculationModel(folder).model) {
     const MoeGeometry& g = dataset->geometry();
     const Stack stack = g.decoder_layers > 0 ? Stack::kDecoder : Stack::kEncoder;
-    const WithHidden hidden =
-        model_->config().hidden_width > 0 ? WithHidden::kYes : WithHidden::kNo;
+    const WithHidden hidden = HiddenOf(model_->config());
     model_->PrepareServing();
     const auto trace = AnySequence(dataset, stack, hidden);
     for (int i = 0; trace && i < g.layers(stack); ++i) {
@@ -64,9 +64,9 @@ class AskedModel {
       if (hidden == WithHidden::kNo) ForgetRouterInputs(&window);
       const int64_t tokens = window.token_ids_BT.size(1);
       const int64_t kept = std::min<int64_t>(tokens, model_->history_tokens());
-      for (at::Tensor* x :
-           {&window.token_ids_BT, &window.valid_BT, &window.experts_BTL,
-            &window.others_BTLK, &window.hidden_BTD, &window.context_BTD}) {
+      for (at::Tensor* x : {&window.token_ids_BT, &window.valid_BT, &window.experts_BTL,
+                            &window.others_BTLK, &window.hidden_BTD, &window.context_BTD,
+                            &window.attention_entropy_BTA, &window.attended_ids_BTAK}) {
         if (x->defined()) *x = x->narrow(1, tokens - kept, kept).contiguous();
       }
       windows_.push_back(window);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <numeric>
 
 #include "common/errors.h"
@@ -11,6 +12,7 @@
 #include "report/table.h"
 #include "trainer/model_setup.h"
 #include "trainer/run_plan.h"
+#include "trainer/speculation_loss.h"
 
 namespace routecast {
 namespace {
@@ -183,6 +185,32 @@ SpeculationJob JobOf(const SearchJob& job, const Trial& trial, int rung) {
   return TrialRun(job, trial.number, rung);
 }
 
+// Left by a trial whose loss or gradient was not finite, with the options it had.
+fs::path DivergedFile(const SpeculationJob& run) { return run.out / "diverged.json"; }
+
+bool HasDiverged(const SpeculationJob& run) {
+  return fs::exists(DivergedFile(run)) &&
+         ReadJsonFile(DivergedFile(run)).value("options", Json()) == run.options.ToJson();
+}
+
+void TrainTrial(const SpeculationJob& run, TraceDataset* dataset,
+                const std::vector<RouterWeights>& routers, Communicator* comm) {
+  if (IsFinished(run) || HasDiverged(run)) return;
+  try {
+    TrainSpeculation(run, dataset, routers, comm);
+  } catch (const DivergedError& e) {
+    MakeFolder(run.out);
+    const Json json = {{"options", run.options.ToJson()}, {"why", e.what()}};
+    WriteFileAtomic(DivergedFile(run), json.dump(2) + "\n");
+  }
+}
+
+// Of validation; infinite where the trial diverged.
+double LossOf(const SpeculationJob& run) {
+  if (HasDiverged(run)) return std::numeric_limits<double>::infinity();
+  return ReadJsonFile(run.out / "results.json").at("validation").at("loss").get<double>();
+}
+
 // This rank's trials of the rung. False where it was asked to stop.
 bool RunRung(const SearchJob& job, const std::vector<Trial>& trials, int rung,
              TraceDataset* dataset, const std::vector<RouterWeights>& routers,
@@ -194,7 +222,7 @@ bool RunRung(const SearchJob& job, const std::vector<Trial>& trials, int rung,
     if (static_cast<int>(i) % rank.world != rank.rank) continue;
     const SpeculationJob run = JobOf(job, trials[i], rung);
     try {
-      if (!IsFinished(run)) TrainSpeculation(run, dataset, routers, &alone);
+      TrainTrial(run, dataset, routers, &alone);
     } catch (const StoppedError&) {
       return false;
     }
@@ -212,7 +240,8 @@ Json ToJson(const SearchJob& job, const std::vector<Trial>& trials) {
       entry["rungs"].push_back(
           {{"steps", RungSteps(job.run.options.steps, static_cast<int>(rung),
                                job.space.rungs(), job.space.factor())},
-           {"validation_loss", trial.losses[rung]}});
+           {"validation_loss",
+            std::isinf(trial.losses[rung]) ? Json() : Json(trial.losses[rung])}});
     }
     all.push_back(entry);
   }
@@ -250,12 +279,16 @@ Json Search(const SearchJob& job, TraceDataset* dataset,
                          "; start the same command again and it goes on");
     }
     for (Trial& trial : alive) {
-      const Json results = ReadJsonFile(JobOf(job, trial, rung).out / "results.json");
-      trial.losses.push_back(results.at("validation").at("loss").get<double>());
+      trial.losses.push_back(LossOf(JobOf(job, trial, rung)));
     }
     std::stable_sort(alive.begin(), alive.end(), [](const Trial& a, const Trial& b) {
       return a.losses.back() < b.losses.back();
     });
+    if (std::isinf(alive[0].losses.back())) {
+      throw UsageError(
+          ErrorText("every trial of rung " + std::to_string(rung + 1) + " diverged", "",
+                    "search lower learning rates"));
+    }
     if (rung + 1 == job.space.rungs()) break;
     const auto factor = static_cast<size_t>(job.space.factor());
     const size_t kept = std::max<size_t>(1, alive.size() / factor);
@@ -281,9 +314,11 @@ std::string SearchText(const Json& search) {
   Table table(columns);
   for (const Json& trial : trials) {
     const Json& last = trial.at("rungs").back();
-    std::vector<std::string> row = {std::to_string(trial.at("trial").get<int>()),
-                                    std::to_string(last.at("steps").get<int64_t>()),
-                                    Fixed(last.at("validation_loss").get<double>(), 4)};
+    const Json& loss = last.at("validation_loss");
+    std::vector<std::string> row = {
+        std::to_string(trial.at("trial").get<int>()),
+        std::to_string(last.at("steps").get<int64_t>()),
+        loss.is_null() ? "diverged" : Fixed(loss.get<double>(), 4)};
     for (const auto& [name, value] : trial.at("values").items()) {
       char text[32];
       std::snprintf(text, sizeof text, "%.4g", value.get<double>());

@@ -30,7 +30,9 @@ Json BackupScores::ToJson() const {
           {"lead", lead},
           {"recall", recall},
           {"samples", samples},
-          {"recall_primary", recall_primary}};
+          {"recall_primary", recall_primary},
+          {"recall_first", recall_first},
+          {"recall_first_primary", recall_first_primary}};
 }
 
 BackupAccumulator::BackupAccumulator(const MoeGeometry& geometry, int backups)
@@ -65,12 +67,14 @@ void BackupAccumulator::Add(const SpeculationOutput& output,
     auto& sums = sums_.at(
         {batch.window.stack, batch.window.source_layer, static_cast<int>(row % H) + 1});
     sums[0] += 1;
-    for (int64_t k = 0; k < K; ++k) {
+    for (int64_t k = 0; k <= K; ++k) {
+      // Where probabilities tie, the recorded order need not begin with the label.
+      const int64_t wanted = k == 0 ? labels.data_ptr<int64_t>()[row] : chosen[k];
       const auto holds = [&](const std::vector<int64_t>& all) {
-        return std::find(all.begin(), all.end(), chosen[k + 1]) != all.end();
+        return std::find(all.begin(), all.end(), wanted) != all.end();
       };
       sums[static_cast<size_t>(1 + k)] += holds(answer);
-      sums[static_cast<size_t>(1 + K + k)] += holds(own);
+      sums[static_cast<size_t>(2 + K + k)] += holds(own);
     }
   }
 }
@@ -94,8 +98,8 @@ std::vector<BackupScores> BackupAccumulator::Scores(
     };
     const auto& [stack, layer, lead] = place;
     if (n > 0) {
-      scores.push_back(
-          {stack, layer, lead, shares(1), shares(1 + backups_), static_cast<int64_t>(n)});
+      scores.push_back({stack, layer, lead, shares(2), shares(3 + backups_), at[1] / n,
+                        at[2 + backups_] / n, static_cast<int64_t>(n)});
     }
     at += width();
   }

@@ -1,8 +1,8 @@
-// Heads of backup experts against the router's further choices: had the likeliest expert
-// been lost or replaced, was the next one named? A token's answer is the likeliest expert
-// of the first head, then of each backup the likeliest that is not in the answer yet. For
-// comparison, as many of the first head's own likeliest. B sequences, T tokens, H leads,
-// E experts, K backups.
+// Heads of backup experts against the router's choices: is the demanded one among them,
+// and had it been lost or replaced, was the next one named? A token's answer is the
+// likeliest expert of the first head, then of each backup the likeliest that is not in
+// the answer yet. For comparison, as many of the first head's own likeliest. B sequences,
+// T tokens, H leads, E experts, K backups.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,6 +23,8 @@ struct BackupScores {
   int layer = 0, lead = 0;  // as in LeadScores
   // Of the router's second, third .. choice: share of tokens whose answer holds it.
   std::vector<double> recall, recall_primary;
+  // The same of the first choice, the expert that the token demands.
+  double recall_first = 0, recall_first_primary = 0;
   int64_t samples = 0;
   Json ToJson() const;
 };
@@ -38,7 +40,8 @@ class BackupAccumulator {
   std::vector<BackupScores> Scores(const std::vector<double>& sums) const;
 
  private:
-  size_t width() const { return 1 + 2 * static_cast<size_t>(backups_); }
+  // The tokens; hits of each choice, the first too, by the answer; by the first head.
+  size_t width() const { return 1 + 2 * (1 + static_cast<size_t>(backups_)); }
   int backups_;
   std::map<std::tuple<Stack, int, int>, std::vector<double>> sums_;  // every place
 };

@@ -79,7 +79,7 @@ SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dat
   SpeculationBatch batch;
   batch.id = micro.id;
   batch.window = WindowsOf(traces, micro.stack, micro.source_layer, g.num_experts,
-                           g.experts_per_token, hidden == WithHidden::kYes);
+                           g.experts_per_token, hidden != WithHidden::kNo);
   batch.window.traced_model = micro.store;
   WindowTargets targets = WindowTargetsOf(traces, micro.stack, micro.source_layer, leads,
                                           g.experts_per_token);
@@ -105,6 +105,7 @@ at::Tensor LabelSets(const SpeculationBatch& batch) {
 void ForgetRouterInputs(RoutingWindow* window) {
   window->hidden_BTD = window->context_BTD = at::Tensor();
   window->source_BSD = window->source_valid_BS = at::Tensor();
+  window->attention_entropy_BTA = window->attended_ids_BTAK = at::Tensor();
 }
 
 RoutingWindow WindowTo(const RoutingWindow& window, at::Device device) {
@@ -121,7 +122,8 @@ RoutingWindow WindowTo(const RoutingWindow& window, at::Device device) {
   }
   TrainingHints& hints = moved.training;
   for (at::Tensor* x :
-       {&hints.teacher_BTH, &hints.order_B, &hints.share_B, &hints.hidden_ids_BTL}) {
+       {&moved.attention_entropy_BTA, &moved.attended_ids_BTAK, &hints.teacher_BTH,
+        &hints.order_B, &hints.share_B, &hints.hidden_ids_BTL}) {
     if (x->defined()) *x = x->to(device);
   }
   return moved;
@@ -144,7 +146,7 @@ std::vector<SampleGroup> GroupsOf(const TraceDataset& dataset, SplitPart part,
     }
     for (int source = -1; source < g.layers(stack); ++source) {
       const auto& pool =
-          pools[hidden == WithHidden::kYes && SeesRouterInputs(stack, source)];
+          pools[hidden != WithHidden::kNo && SeesRouterInputs(stack, source)];
       if (NumLeadsOf(g, stack, source) < 1 || pool->sequences.empty()) continue;
       groups.push_back({stack, source, pool, store});
     }

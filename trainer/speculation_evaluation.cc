@@ -307,7 +307,8 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   BackupAccumulator backups(data.dataset->geometry(), model->config().backup_experts);
   std::vector<Accumulators> baseline_sums(baselines.size(), model_sums);
   // The stale gate needs router inputs even where the model does not.
-  const WithHidden hidden = routers.empty() ? data.hidden : WithHidden::kYes;
+  const WithHidden hidden =
+      routers.empty() ? data.hidden : std::max(data.hidden, WithHidden::kYes);
   for (const MicroBatch* micro : Mine(data, comm)) {
     const SpeculationBatch batch = MakeSpeculationBatch(*micro, data.dataset, hidden);
     RoutingWindow seen = batch.window;

@@ -43,10 +43,10 @@ at::Tensor NextTokenLoss(const SpeculationOutput& output, const SpeculationBatch
 
 void RequireFinite(const at::Tensor& total, const SpeculationBatch& batch) {
   if (std::isfinite(total.item<double>())) return;
-  throw std::logic_error("the loss is not finite in micro-batch " +
-                         std::to_string(batch.id) + " (" + StackName(batch.window.stack) +
-                         ", source layer " + std::to_string(batch.window.source_layer) +
-                         ")");
+  throw DivergedError("the loss is not finite in micro-batch " +
+                      std::to_string(batch.id) + " (" + StackName(batch.window.stack) +
+                      ", source layer " + std::to_string(batch.window.source_layer) +
+                      ")");
 }
 
 }  // namespace

@@ -2,9 +2,17 @@
 // B windows, T tokens, H leads, E experts, K experts a token, N rows that count.
 #pragma once
 
+#include <stdexcept>
+
 #include "trainer/speculation_batch.h"
 
 namespace routecast {
+
+// A loss or gradient is not finite: a fault of the program or, more often, of the
+// options.
+struct DivergedError : std::logic_error {
+  using std::logic_error::logic_error;
+};
 
 struct LossSums {
   at::Tensor total;  // summed over labels; what backward runs from
@@ -24,7 +32,7 @@ struct LossWeights {
 };
 // Cross-entropy of the routing and what the weights add to it (of a batch with mixup, of
 // the labels of both sequences by their shares); cross_entropy, recall and
-// top1 (of the first choice) are of the plain labels. Throws std::logic_error naming the
+// top1 (of the first choice) are of the plain labels. Throws DivergedError naming the
 // batch where a value is not finite.
 LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
                          const LossWeights& weights);

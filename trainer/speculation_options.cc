@@ -186,6 +186,7 @@ Json SpeculationOptions::ToJson() const {
           {"distill_weight", distill_weight},
           {"distill_temperature", distill_temperature},
           {"contrastive_weight", contrastive_weight},
+          {"attention_inputs", attention_inputs},
           {"backup_experts", backup_experts},
           {"backup_weight", backup_weight},
           {"augment", augment.ToJson()},
@@ -215,6 +216,10 @@ void SpeculationOptions::Validate() const {
   augment.Validate();
   if (!members.empty() && kind != "ensemble") {
     throw UsageError(ErrorText("--members are those of --kind=ensemble", "--kind=" + kind,
+                               "leave one of the two out"));
+  }
+  if (combine != SpeculationOptions().combine && kind != "ensemble") {
+    throw UsageError(ErrorText("--combine is of --kind=ensemble", "--kind=" + kind,
                                "leave one of the two out"));
   }
   const ModelSizes& s = sizes;

@@ -66,6 +66,7 @@ struct SpeculationOptions {
   double distill_weight = 0;  // share of the loss that is towards the router's own top-k
   double distill_temperature = 1;
   double contrastive_weight = 0;  // of InfoNCE between leads and expert embeddings
+  bool attention_inputs = false;  // `hidden` reads attention summaries, too
   int backup_experts = 0;         // heads for the router's second, third .. choice
   double backup_weight = 0.3;     // of the mean of their cross-entropies
   AugmentOptions augment;

@@ -71,6 +71,7 @@ Json ResultsJson(const SpeculationReport& r) {
                {"validation", validation(r.validation)},
                {"scores", Entries(r.test.model)},
                {"baselines", baselines}};
+  if (r.options.attention_inputs) json["attention_inputs"] = true;
   for (const auto& [store, scores] : r.also) {
     json["also"].push_back({{"store", store}, {"validation", validation(scores)}});
   }

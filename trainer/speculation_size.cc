@@ -5,6 +5,7 @@
 #include "common/files.h"
 #include "models/joint_model.h"
 #include "trainer/model_setup.h"
+#include "trainer/training_checks.h"
 
 namespace routecast {
 
@@ -28,6 +29,7 @@ SpeculationSize SizeOf(const SpeculationOptions& o, TraceDataset* dataset,
 std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset,
                                 int world) {
   const SpeculationOptions& o = job.options;
+  RequireWork(o, world);
   const SpeculationSize size = SizeOf(o, dataset, job.also);
   std::string further;
   for (const FurtherStore& store : job.also) {

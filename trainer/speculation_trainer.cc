@@ -25,6 +25,7 @@
 #include "trainer/speculation_loss.h"
 #include "trainer/speculation_report.h"
 #include "trainer/train_state.h"
+#include "trainer/training_checks.h"
 #include "trainer/training_log.h"
 
 namespace routecast {
@@ -76,6 +77,7 @@ class SpeculationTrainer {
                  {options_.seed, options_.micro_batch, options_.global_batch}),
         joint_(configs_, options_.seed),
         model_(&joint_.part(0)) {
+    RequireWork(options_, rank_.world);
     for (size_t i = 0; i < stores_.size(); ++i) {
       validation_.push_back(Part(i, SplitPart::kValidation, options_.validation_sequences,
                                  kValidationStream));
@@ -195,9 +197,8 @@ class SpeculationTrainer {
     LoadTrainState(from, state->step, TrainedTensors(), &optimizer_->adamw());
     step_ = state->step;
     best_.Load(from, state->extra);
-    loss_sum_ = state->extra.at("loss_sum");
-    loss_steps_ = state->extra.at("loss_steps");
-    samples_ = state->extra.at("samples");
+    exhausted_ = Exhausted();
+    meter_.Load(state->extra);
   }
 
   uint64_t EpochOf(int64_t step) const {
@@ -215,12 +216,13 @@ class SpeculationTrainer {
   double Step(BatchLoader* loader, double seconds) {
     const uint64_t epoch = EpochOf(step_);
     double sums[4] = {0, 0, 0, 0};  // loss, labels, windows, a stop was requested
+    double waited = 0;
     const Stopwatch step;
     reducer_->BeginStep();
     for (LoadedBatch next; !next.last;) {
       const Stopwatch data;
       next = loader->Next();
-      data_seconds_ += data.seconds();
+      waited += data.seconds();
       if (!next.batch) break;  // fewer micro-batches than ranks
       if (next.last) reducer_->LastBackward();
       SpeculationBatch& batch = *next.batch;
@@ -241,17 +243,13 @@ class SpeculationTrainer {
     reducer_->Scale(1 / labels);
     const double share = options_.schedule.Share(step_, steps_, best_.plateaus());
     const double norm = optimizer_->Step(share, static_cast<int64_t>(epoch));
-    step_seconds_ += step.seconds();
+    losses_.push_back(sums[0] / labels);
+    meter_.Add({losses_.back(), sums[2], step.seconds(), waited});
     ++step_;
     stop_ = sums[3] > 0;
-    samples_ += static_cast<int64_t>(sums[2]);
-    process_samples_ += sums[2];
-    losses_.push_back(sums[0] / labels);
-    loss_sum_ += losses_.back();
-    ++loss_steps_;
     if (step_ % options_.log_every == 0 || step_ == steps_) {
-      LogStep(optimizer_->LearningRate(share), norm,
-              process_samples_ / std::max(1e-9, seconds), loader->seconds());
+      log_.Write(Place(), meter_.Take(optimizer_->LearningRate(share), norm, seconds,
+                                      loader->seconds()));
     }
     return losses_.back();
   }
@@ -283,17 +281,7 @@ class SpeculationTrainer {
   TrainingPlace Place() const {
     return {step_,
             static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch()),
-            samples_};
-  }
-  // `loading`: seconds that the loader has worked in this process.
-  void LogStep(double rate, double norm, double samples_per_second, double loading) {
-    const double seconds = std::max(1e-9, step_seconds_);
-    log_.Write(Place(), {loss_sum_ / static_cast<double>(loss_steps_), rate, norm,
-                         samples_per_second, data_seconds_ / seconds,
-                         (loading - logged_loading_) / seconds});
-    loss_sum_ = data_seconds_ = step_seconds_ = 0;
-    loss_steps_ = 0;
-    logged_loading_ = loading;
+            meter_.samples()};
   }
   std::string Note(double loss) const {
     char text[96];
@@ -328,8 +316,13 @@ class SpeculationTrainer {
     const double score = options_.monitor == "top1" ? -scores.recall : scores.loss;
     best_.Offer(score, step_, joint_.parameters(), options_.schedule.plateau_patience);
     optimizer_->SwapAverages();
-    exhausted_ = options_.patience > 0 && best_.worse() >= options_.patience;
+    exhausted_ = Exhausted();
     Save();
+  }
+
+  // Validation was not bettered for as long as it is waited for.
+  bool Exhausted() const {
+    return options_.patience > 0 && best_.worse() >= options_.patience;
   }
 
   // The best parameters first, under a name of their own: the state that names them comes
@@ -339,8 +332,7 @@ class SpeculationTrainer {
       MakeFolder(StateFolder());
       best_.Write(StateFolder());
       Json extra = best_.ToJson();
-      extra.update(
-          {{"loss_sum", loss_sum_}, {"loss_steps", loss_steps_}, {"samples", samples_}});
+      extra.update(meter_.ToJson());
       std::vector<std::string> beside;
       if (best_.step() > 0) beside.push_back(best_.file_name());
       SaveTrainState(StateFolder(), {step_, Configuration(), extra, beside},
@@ -434,15 +426,11 @@ class SpeculationTrainer {
   int64_t steps_ = 0, validate_every_ = 1;
 
   // What a checkpoint holds beside the tensors.
-  int64_t step_ = 0, samples_ = 0;
+  int64_t step_ = 0;
   BestParameters best_;
-  double loss_sum_ = 0;
-  int64_t loss_steps_ = 0;
+  StepMeter meter_;
 
   bool stop_ = false, exhausted_ = false;
-  double process_samples_ = 0;
-  double data_seconds_ = 0, step_seconds_ = 0;  // since the last logged step
-  double logged_loading_ = 0;  // seconds of the loader's work up to there
   std::vector<double> losses_;
 };
 
@@ -452,7 +440,8 @@ SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* data
                                    const std::vector<RouterWeights>& routers,
                                    Communicator* comm) {
   if (job.onnx) {  // before any time is spent
-    RequireOnnxKind(job.options.kind, job.options.backup_experts);
+    RequireOnnxKind(job.options.kind, job.options.backup_experts,
+                    job.options.attention_inputs);
   }
   at::globalContext().setDeterministicAlgorithms(job.deterministic, /*warn_only=*/false);
   return SpeculationTrainer(job, dataset, routers, comm).Run();

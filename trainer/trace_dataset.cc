@@ -15,16 +15,14 @@ constexpr size_t kScanSequences = 256;
 uint64_t BytesOf(const RoutingSpan& s) {
   return s.token_ids.size() * 4 + s.expert_ids.size() * 2 + s.gate_probs.size() * 4 +
          s.dropped.size() + s.margins.size() * 4 + s.topk_ids.size() * 2 +
-         s.topk_probs.size() * 4 + (s.hidden.size() + s.output.size()) * 2;
+         s.topk_probs.size() * 4 + (s.hidden.size() + s.output.size()) * 2 +
+         s.attention_entropy.size() * 4 + s.attention_keys.size() * 2;
 }
 
-// Training looks at ids, drops and router inputs; the rest would only fill memory.
+// Training looks at ids, drops, and what was asked for; the rest would only fill memory.
 void DropUnused(RoutingSpan* span, int experts_per_token, bool keep_top_k) {
   span->gate_probs = {};
   span->margins = {};
-  span->attention_heads = 0;
-  span->attention_entropy = {};
-  span->attention_keys = {};
   if (keep_top_k) return;
   span->topk_probs = {};
   if (experts_per_token > 1) return;  // the ids are labels
@@ -61,7 +59,8 @@ TraceDataset::TraceDataset(std::vector<RoutingTrace> traces, MoeGeometry geometr
     info.has_hidden = !t.encoder.hidden.empty() || !t.decoder.hidden.empty();
     sequences_.push_back(info);
     parts_.push_back(SplitOf(t.group_id));
-    kept_.push_back({std::make_shared<const RoutingTrace>(std::move(t)), true});
+    kept_.push_back(
+        {std::make_shared<const RoutingTrace>(std::move(t)), WithHidden::kAttended});
   }
 }
 
@@ -87,6 +86,27 @@ int TraceDataset::top_k() const {
   return least;
 }
 
+bool TraceDataset::has_teacher() {
+  if (!options_.keep_top_k || top_k() == 0) return false;
+  const uint32_t first = 0;  // all sequences of a store hold the same
+  const auto trace = Read({&first, 1}, WithHidden::kNo)[0];
+  return !trace->encoder.topk_probs.empty() || !trace->decoder.topk_probs.empty();
+}
+
+int TraceDataset::attention_heads() const {
+  if (reader_) return reader_->config().attention_heads;
+  int least = INT_MAX;
+  for (const Kept& kept : kept_) {
+    for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+      const bool decoder = stack == Stack::kDecoder;
+      const RoutingSpan& span = decoder ? kept.trace->decoder : kept.trace->encoder;
+      if (span.num_tokens == 0 || span.hidden.empty()) continue;
+      least = std::min(least, span.attention_heads / (decoder ? 2 : 1));
+    }
+  }
+  return least == INT_MAX ? 0 : least;
+}
+
 int64_t TraceDataset::vocab_size() {
   if (reader_ && !reader_->config().token_ids) return 0;
   if (vocab_size_) return *vocab_size_;
@@ -108,28 +128,28 @@ int64_t TraceDataset::vocab_size() {
   return size;
 }
 
-void TraceDataset::Keep(uint32_t sequence, bool hidden,
+void TraceDataset::Keep(uint32_t sequence, WithHidden with,
                         std::shared_ptr<const RoutingTrace> trace) {
   Kept& kept = kept_[sequence];
-  if (kept.trace && kept.hidden) return;  // by another thread, meanwhile
+  if (kept.trace && kept.with >= with) return;  // by another thread, meanwhile
   const uint64_t before =
       kept.trace ? BytesOf(kept.trace->encoder) + BytesOf(kept.trace->decoder) : 0;
   const uint64_t bytes = BytesOf(trace->encoder) + BytesOf(trace->decoder);
   if (kept_bytes_ - before + bytes > options_.cache_bytes) return;
   kept_bytes_ += bytes - before;
-  kept = {std::move(trace), hidden};
+  kept = {std::move(trace), with};
 }
 
 std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
     std::span<const uint32_t> sequences, WithHidden with_hidden) {
-  const bool hidden = with_hidden == WithHidden::kYes;
   std::vector<std::shared_ptr<const RoutingTrace>> found(sequences.size());
   std::vector<size_t> missing;
   std::vector<uint64_t> ids;
   std::unique_lock lock(*mutex_);
   for (size_t i = 0; i < sequences.size(); ++i) {
     const Kept& kept = kept_[sequences[i]];
-    if (kept.trace && (kept.hidden || !hidden || !sequences_[sequences[i]].has_hidden)) {
+    const bool enough = kept.with >= with_hidden || !sequences_[sequences[i]].has_hidden;
+    if (kept.trace && enough) {
       found[i] = kept.trace;
     } else {
       missing.push_back(i);
@@ -146,7 +166,7 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
     found[missing[m]] = std::make_shared<const RoutingTrace>(std::move(read[m]));
   }
   lock.lock();
-  for (const size_t m : missing) Keep(sequences[m], hidden, found[m]);
+  for (const size_t m : missing) Keep(sequences[m], with_hidden, found[m]);
   return found;
 }
 
@@ -155,7 +175,7 @@ std::vector<uint32_t> TraceDataset::Select(SplitPart part, Stack stack,
   std::vector<uint32_t> chosen;
   for (uint32_t i = 0; i < sequences_.size(); ++i) {
     if (parts_[i] != part || length(i, stack) < kFewestTokens) continue;
-    if (with_hidden == WithHidden::kYes && !sequences_[i].has_hidden) continue;
+    if (with_hidden != WithHidden::kNo && !sequences_[i].has_hidden) continue;
     chosen.push_back(i);
   }
   return chosen;

@@ -41,12 +41,17 @@ class TraceDataset {
   bool keeps_top_k() const { return options_.keep_top_k; }
   // Choices of the router that every token's record holds; 0 = none.
   int top_k() const;
+  // The router's top-k is kept, with its probabilities. Reads a record.
+  bool has_teacher();
+  // Heads of the traced model's attention whose summaries lie beside all router inputs; 0
+  // = none do.
+  int attention_heads() const;
   // The largest token id of the store plus one: the smallest vocabulary that covers it; 0
   // where no ids are recorded. Reads every record, once.
   int64_t vocab_size();
 
-  // In the order asked. Router inputs are there where asked for and recorded; they may be
-  // there where not asked for.
+  // In the order asked. Router inputs and attention are there where asked for and
+  // recorded; they may be there where not asked for.
   std::vector<std::shared_ptr<const RoutingTrace>> Read(
       std::span<const uint32_t> sequences, WithHidden with_hidden);
 
@@ -59,10 +64,11 @@ class TraceDataset {
  private:
   struct Kept {
     std::shared_ptr<const RoutingTrace> trace;
-    bool hidden = false;  // router inputs were asked for
+    WithHidden with = WithHidden::kNo;  // what was asked for
   };
   // REQUIRES *mutex_ held.
-  void Keep(uint32_t sequence, bool hidden, std::shared_ptr<const RoutingTrace> trace);
+  void Keep(uint32_t sequence, WithHidden with,
+            std::shared_ptr<const RoutingTrace> trace);
 
   std::shared_ptr<const TraceReader> reader_;  // null: everything is in kept_
   TraceDatasetOptions options_;

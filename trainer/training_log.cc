@@ -1,5 +1,7 @@
 #include "trainer/training_log.h"
 
+#include <algorithm>
+
 namespace routecast {
 namespace {
 
@@ -8,6 +10,40 @@ Json LineOf(const TrainingPlace& place) {
 }
 
 }  // namespace
+
+void StepMeter::Add(const Step& step) {
+  loss_sum_ += step.loss;
+  ++loss_steps_;
+  samples_ += static_cast<int64_t>(step.windows);
+  process_samples_ += step.windows;
+  step_seconds_ += step.seconds;
+  data_seconds_ += step.waited;
+}
+
+StepFigures StepMeter::Take(double learning_rate, double grad_norm, double running,
+                            double loading) {
+  const double seconds = std::max(1e-9, step_seconds_);
+  const StepFigures figures = {loss_sum_ / static_cast<double>(loss_steps_),
+                               learning_rate,
+                               grad_norm,
+                               process_samples_ / std::max(1e-9, running),
+                               data_seconds_ / seconds,
+                               (loading - loading_) / seconds};
+  loss_sum_ = data_seconds_ = step_seconds_ = 0;
+  loss_steps_ = 0;
+  loading_ = loading;
+  return figures;
+}
+
+Json StepMeter::ToJson() const {
+  return {{"loss_sum", loss_sum_}, {"loss_steps", loss_steps_}, {"samples", samples_}};
+}
+
+void StepMeter::Load(const Json& json) {
+  loss_sum_ = json.at("loss_sum");
+  loss_steps_ = json.at("loss_steps");
+  samples_ = json.at("samples");
+}
 
 TrainingLog::TrainingLog(const fs::path& out, int64_t step) {
   const fs::path file = out / "metrics.jsonl";

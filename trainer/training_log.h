@@ -27,6 +27,30 @@ struct StepFigures {
   double making_batches = 0;    // ready; that the loader's thread worked, meanwhile
 };
 
+// What a run counts from one logged step to the next. Thread rule: one thread.
+class StepMeter {
+ public:
+  struct Step {
+    double loss = 0;                 // mean over the labels of all ranks
+    double windows = 0;              // of all ranks
+    double seconds = 0, waited = 0;  // of this process; of them, for batches
+  };
+  void Add(const Step& step);
+  // Of the steps since the last time. `running`: seconds of this process' training so
+  // far; `loading`: seconds that its loader has worked.
+  StepFigures Take(double learning_rate, double grad_norm, double running,
+                   double loading);
+  int64_t samples() const { return samples_; }  // of the run
+  // What a checkpoint holds of it.
+  Json ToJson() const;
+  void Load(const Json& json);
+
+ private:
+  double loss_sum_ = 0;
+  int64_t loss_steps_ = 0, samples_ = 0;
+  double process_samples_ = 0, data_seconds_ = 0, step_seconds_ = 0, loading_ = 0;
+};
+
 class TrainingLog {
  public:
   TrainingLog() = default;  // writes nothing

@@ -130,6 +130,69 @@ TEST_F(WindowsTest, HoldTheRouterInputsThatAreKnown) {
   });
 }
 
+// Two heads of each attention, keys that depend on their place; every fifth is none.
+void RecordAttention(RoutingTrace* trace) {
+  for (RoutingSpan* span : {&trace->encoder, &trace->decoder}) {
+    const bool decoder = span == &trace->decoder;
+    span->attention_heads = decoder ? 4 : 2;
+    const int rows = span->num_layers * span->num_tokens * span->attention_heads;
+    for (int i = 0; i < rows; ++i) {
+      span->attention_entropy.push_back(0.5f * static_cast<float>(i % 7));
+      const bool cross = i % span->attention_heads >= 2;
+      const int keys = cross ? trace->encoder.num_tokens : span->num_tokens;
+      for (int k = 0; k < kStrongestKeys; ++k) {
+        const int key = (3 * i + k) % keys;
+        span->attention_keys.push_back((i + k) % 5 == 0 ? kNoKey
+                                                        : static_cast<uint16_t>(key));
+      }
+    }
+  }
+}
+
+TEST_F(WindowsTest, HoldWhatTheTokensLookedAtAndNoLaterToken) {
+  for (RoutingTrace& trace : traces_) RecordAttention(&trace);
+  EachSource([&](Stack stack, int source) {
+    const RoutingWindow w = WindowsOf(All(), stack, source, kExperts);
+    EXPECT_EQ(w.attended_ids_BTAK.defined(), source >= 0);
+    EXPECT_EQ(w.attention_entropy_BTA.defined(), source >= 0);
+    if (source < 0) return;
+    const bool decoder = stack == Stack::kDecoder;
+    const int64_t A = decoder ? 4 : 2;
+    ASSERT_EQ(w.attended_ids_BTAK.sizes(),
+              (at::IntArrayRef{3, Longest(stack), A, kStrongestKeys}));
+    for (int64_t b = 0; b < 3; ++b) {
+      const RoutingTrace& trace = traces_[size_t(b)];
+      const RoutingSpan& span = SpanOf(trace, stack);
+      for (int64_t t = 0; t < Longest(stack); ++t) {
+        for (int64_t a = 0; a < A; ++a) {
+          const bool there = t < span.num_tokens, cross = a >= 2;
+          const size_t row = there ? PlaceOf(span, source, t) * size_t(A) + size_t(a) : 0;
+          EXPECT_EQ(w.attention_entropy_BTA[b][t][a].item<float>(),
+                    there ? span.attention_entropy[row] : 0);
+          for (int64_t k = 0; k < kStrongestKeys; ++k) {
+            const int64_t key =
+                there ? span.attention_keys[row * kStrongestKeys + size_t(k)] : kNoKey;
+            const bool seen = key != kNoKey && (cross || !decoder || key <= t);
+            const auto& ids = cross ? trace.encoder.token_ids : span.token_ids;
+            EXPECT_EQ(w.attended_ids_BTAK[b][t][a][k].item<int64_t>(),
+                      seen ? int64_t{ids[size_t(key)]} : -1);
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST_F(WindowsTest, LeaveOutAttentionThatOneSequenceHasNot) {
+  for (RoutingTrace& trace : traces_) RecordAttention(&trace);
+  traces_[1].decoder.attention_heads = 0;
+  EXPECT_FALSE(
+      WindowsOf(All(), Stack::kDecoder, 0, kExperts).attended_ids_BTAK.defined());
+  EXPECT_TRUE(WindowsOf(All(), Stack::kEncoder, 0, kExperts).attended_ids_BTAK.defined());
+  EXPECT_FALSE(WindowsOf(All(), Stack::kEncoder, 0, kExperts, 1, /*router_inputs=*/false)
+                   .attended_ids_BTAK.defined());
+}
+
 TEST_F(WindowsTest, LeaveOutWhatOneSequenceHasNot) {
   traces_[1].decoder.hidden.clear();
   traces_[2].encoder.topk_ids.clear();

@@ -129,6 +129,9 @@ TEST(BackupExperts, AnswerWithDistinctExperts) {
   // {1, 0, 4} holds 0 alone, its {0, 3, 2} nothing.
   EXPECT_THAT(scores[0].recall, testing::ElementsAre(1, 1));
   EXPECT_THAT(scores[0].recall_primary, testing::ElementsAre(0.5, 0));
+  // The demanded 1 is in both answers to token 0, 3 in the first head's to token 2 alone.
+  EXPECT_DOUBLE_EQ(scores[0].recall_first, 0.5);
+  EXPECT_DOUBLE_EQ(scores[0].recall_first_primary, 1);
 }
 
 TEST(BackupExperts, LabelsMoveWithWhatAugmentationMoves) {
@@ -227,7 +230,8 @@ TEST_F(BackupTraining, IsScoredAndHasItsLineInTheLeaderboard) {
     EXPECT_EQ(results["backups"][i]["samples"], results["scores"][i]["samples"]);
     EXPECT_EQ(results["backups"][i]["recall"].size(), size_t{kBackups});
   }
-  // Four of eight experts hold the second to fourth choice in 3 of 7 cases (.43) by chance.
+  // Four of eight experts hold the second to fourth choice in 3 of 7 cases (.43) by
+  // chance.
   EXPECT_GT(Mean(results["backups"], "recall"), 0.5);
   const Json row = LeaderboardRow("interlayer (run)", {results}, NAN, 0, 1);
   EXPECT_DOUBLE_EQ(row["backup_recall"], Mean(results["backups"], "recall"));

@@ -122,5 +122,27 @@ TEST_P(ResumeCuts, AnyStepGoesOnWithEqualBits) {
   }
 }
 
+// A run that validation had ended, killed before its scores were written: it goes on to
+// the scores, not to further steps.
+TEST_P(ResumeCuts, ARunThatHadEndedEarlyTakesNoMoreSteps) {
+  const auto job = [&](const std::string& name) {
+    SpeculationJob one = Job(name);
+    one.options.patience = 1;
+    one.options.validate_every = 2;
+    one.options.training.learning_rate = 0.5;  // worse soon
+    return one;
+  };
+  const SpeculationJob whole = job("whole"), killed = job("killed");
+  Train(whole, 0);
+  const Json expected = ReadJsonFile(whole.out / "results.json");
+  ASSERT_LT(expected["steps"], kSteps);
+  // Where a folder lies no file can be written: as if the process died there.
+  fs::create_directories(killed.out / "results.json" / "in-the-way");
+  EXPECT_ANY_THROW(Train(killed, 0));
+  fs::remove_all(killed.out / "results.json");
+  Train(killed, 0);
+  EXPECT_EQ(ReadJsonFile(killed.out / "results.json"), expected);
+}
+
 }  // namespace
 }  // namespace routecast

@@ -12,6 +12,7 @@
 #include "storage/import.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/support/reference.h"
+#include "trainer/knn_estimate.h"
 #include "trainer/leaderboard.h"
 #include "trainer/speculation_loss.h"
 
@@ -219,6 +220,25 @@ TEST_F(SeveralExperts, TheSetIsLearntFromTheSet) {
   EXPECT_GT(results["validation"]["recall"], results["validation"]["top1"]);
 }
 
+// A token's kind, and with it all its layers, follows from any of its sets; the next
+// token's does not.
+TEST_F(SeveralExperts, NeighboursAreFoundBySetsWhereThereAreNoStates) {
+  TraceDataset dataset = Open(Import());
+  const auto all = EstimateByNeighbours(&dataset, 1);
+  ASSERT_EQ(all.size(), size_t{kLayers * kLayers});
+  for (const KnnEstimate& e : all) {
+    EXPECT_EQ(e.features, "experts");
+    EXPECT_EQ(e.nearest_by_choice.size(), size_t{kChosen});
+    if (e.layer + e.lead < kLayers) {
+      EXPECT_EQ(e.recall_nearest, 1);
+      EXPECT_EQ(e.bayes_bound, 1);
+    } else {
+      EXPECT_LT(e.recall_nearest, 0.5);  // by chance 4 of 16
+      EXPECT_LT(e.bayes_bound, 0.8);
+    }
+  }
+}
+
 TEST_F(SeveralExperts, ALeaderboardComparesRecall) {
   LeaderboardJob job;
   job.run = Job("board", "interlayer");
@@ -229,14 +249,17 @@ TEST_F(SeveralExperts, ALeaderboardComparesRecall) {
   LocalCommunicator comm;
   const Json board = MakeLeaderboard(job, &dataset, {}, &comm);
   EXPECT_EQ(board["experts_per_token"], kChosen);
+  int estimates = 0;
   double last = 2;
   for (const Json& row : board["rows"]) {
-    EXPECT_NE(row["kind"], "hidden");               // needs ids and states
+    EXPECT_NE(row["kind"], "hidden");  // needs ids and states
+    estimates += row.contains("estimate") && row["decoder_next_recall"].is_number();
     if (row["decoder_recall"].is_null()) continue;  // a baseline that needs states
     const double recall = row["decoder_recall"];
     EXPECT_LE(recall, last);  // best first
     last = recall;
   }
+  EXPECT_EQ(estimates, 3);
   EXPECT_NE(LeaderboardText(board).find("recall at K"), std::string::npos);
 }
 

@@ -1,4 +1,4 @@
-// Schedules, members, augmentations and sets: what training options mean.
+// Schedules, members, sets, search and leaderboard: what training options mean.
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <gmock/gmock.h>
@@ -8,8 +8,6 @@
 
 #include "common/errors.h"
 #include "models/ensemble_model.h"
-#include "trainer/augmentation.h"
-#include "trainer/knn_estimate.h"
 #include "trainer/leaderboard.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/search.h"
@@ -88,116 +86,6 @@ TEST(MembersTest, MistakesAreNamed) {
       EXPECT_THAT(e.what(), testing::HasSubstr(expected)) << text;
     }
   }
-}
-
-// Two sequences of a decoder of 3 layers and 5 experts.
-SpeculationBatch Batch() {
-  SpeculationBatch batch;
-  RoutingWindow& w = batch.window;
-  w.stack = Stack::kDecoder;
-  w.source_layer = 1;
-  w.num_layers = 3;
-  w.num_experts = 5;
-  w.token_ids_BT = at::arange(48).view({2, 24});
-  w.valid_BT = at::ones({2, 24}, at::kBool);
-  w.valid_BT[1].narrow(0, 12, 12).fill_(false);
-  w.experts_BTL = at::arange(2 * 24 * 3).view({2, 24, 3}).remainder(5);
-  w.hidden_BTD = at::rand({2, 24, 4}) + 1;
-  batch.labels_BTH = at::arange(2 * 24 * 3).view({2, 24, 3}).remainder(5);
-  batch.labels_BTH[1].narrow(0, 12, 12).fill_(-100);
-  batch.documents_BT = at::ones({2, 24}, at::kLong);
-  return batch;
-}
-
-TEST(AugmentationTest, IsAFunctionOfItsKey) {
-  AugmentOptions options;
-  options.layer_dropout = options.mask = 0.4;
-  options.subsequence = options.permutation = 0.5;
-  SpeculationBatch a = Batch(), b = Batch();
-  Augment(options, 7, &a);
-  at::manual_seed(1);
-  Augment(options, 7, &b);
-  EXPECT_TRUE(at::equal(a.window.experts_BTL, b.window.experts_BTL));
-  EXPECT_TRUE(at::equal(a.labels_BTH, b.labels_BTH));
-  SpeculationBatch c = Batch();
-  Augment(options, 8, &c);
-  EXPECT_FALSE(at::equal(a.window.experts_BTL, c.window.experts_BTL));
-}
-
-TEST(AugmentationTest, NothingIsChangedWithoutOptions) {
-  SpeculationBatch batch = Batch();
-  const SpeculationBatch before = batch;
-  Augment({}, 7, &batch);
-  EXPECT_TRUE(batch.window.experts_BTL.is_same(before.window.experts_BTL));
-  EXPECT_FALSE(batch.weights_BT.defined());
-}
-
-TEST(AugmentationTest, TheNewestLayerStays) {
-  AugmentOptions options;
-  options.layer_dropout = 0.99;
-  SpeculationBatch batch = Batch();
-  const auto before = batch.window.experts_BTL.clone();
-  Augment(options, 3, &batch);
-  EXPECT_TRUE(at::equal(batch.window.experts_BTL.select(2, 1), before.select(2, 1)));
-  EXPECT_TRUE(batch.window.experts_BTL.select(2, 0).eq(5).any().item<bool>());
-}
-
-TEST(AugmentationTest, PartsMoveLabelsWithTokens) {
-  AugmentOptions options;
-  options.subsequence = 1;
-  SpeculationBatch batch = Batch();
-  Augment(options, 5, &batch);
-  for (int b = 0; b < 2; ++b) {
-    const auto valid = batch.window.valid_BT[b];
-    const int64_t count = valid.sum().item<int64_t>();
-    ASSERT_GE(count, 8);
-    const int64_t first = batch.window.token_ids_BT[b][0].item<int64_t>() - 24 * b;
-    const SpeculationBatch whole = Batch();
-    EXPECT_TRUE(at::equal(batch.window.experts_BTL[b].narrow(0, 0, count),
-                          whole.window.experts_BTL[b].narrow(0, first, count)));
-    EXPECT_TRUE(at::equal(batch.labels_BTH[b].narrow(0, 0, count - 1),
-                          whole.labels_BTH[b].narrow(0, first, count - 1)));
-    // Leads into the token after the part count no more: 1 own layer is left of 3.
-    if (first + count < (b == 0 ? 24 : 12)) {
-      EXPECT_EQ(batch.labels_BTH[b][count - 1][1].item<int>(), -100);
-      EXPECT_NE(batch.labels_BTH[b][count - 1][0].item<int>(), -100);
-    }
-    EXPECT_TRUE(
-        batch.labels_BTH[b].narrow(0, count, 24 - count).eq(-100).all().item<bool>());
-  }
-}
-
-TEST(AugmentationTest, RelabellingIsConsistent) {
-  AugmentOptions options;
-  options.permutation = 1;
-  SpeculationBatch batch = Batch();
-  batch.window.experts_BTL[0][0][0] = 5;  // unknown stays unknown
-  const auto ids = batch.window.experts_BTL.clone(), labels = batch.labels_BTH.clone();
-  Augment(options, 5, &batch);
-  std::vector<int64_t> name(5, -1);
-  for (int64_t i = 1; i < ids[0].numel(); ++i) {
-    const auto from = ids[0].flatten()[i].item<int64_t>();
-    const auto to = batch.window.experts_BTL[0].flatten()[i].item<int64_t>();
-    if (name[size_t(from)] < 0) name[size_t(from)] = to;
-    EXPECT_EQ(name[size_t(from)], to);
-    EXPECT_EQ(batch.labels_BTH[0].flatten()[i].item<int64_t>(),
-              name[size_t(labels[0].flatten()[i].item<int64_t>())]);
-  }
-  EXPECT_EQ(batch.window.experts_BTL[0][0][0].item<int>(), 5);
-  EXPECT_EQ(batch.labels_BTH[1][20][0].item<int>(), -100);
-}
-
-TEST(AugmentationTest, MaskedTokensAreHiddenAndWeighed) {
-  AugmentOptions options;
-  options.mask = 0.5;
-  options.unmasked_weight = 0.1;
-  SpeculationBatch batch = Batch();
-  Augment(options, 5, &batch);
-  const auto masked = batch.window.experts_BTL.eq(5).all(2);
-  EXPECT_GT(masked.sum().item<int>(), 10);
-  EXPECT_LT(masked.sum().item<int>(), 38);
-  EXPECT_TRUE(at::allclose(batch.weights_BT, at::where(masked, 1.0, 0.1).to(at::kFloat)));
-  EXPECT_TRUE(batch.window.hidden_BTD.abs().sum(2).eq(0).eq(masked).all().item<bool>());
 }
 
 // Against counting by hand.
@@ -375,42 +263,6 @@ TEST(MemberOptimizerTest, AveragesFollowAndSwap) {
   EXPECT_TRUE(at::allclose(w, expected, 1e-5, 1e-6));
   optimizer.SwapAverages();
   EXPECT_TRUE(at::equal(w, two));
-}
-
-// Against distances one by one.
-TEST(KnnEstimateTest, FindsTheNearest) {
-  at::manual_seed(2);
-  const auto train = at::randn({50, 4}), test = at::randn({9, 4});
-  const auto a = at::randint(0, 3, {50}, at::kLong),
-             b = at::randint(0, 3, {9}, at::kLong);
-  double right = 0, right32 = 0;
-  for (int i = 0; i < 9; ++i) {
-    std::vector<std::pair<double, int>> all;
-    for (int j = 0; j < 50; ++j) {
-      all.emplace_back((train[j] - test[i]).square().sum().item<double>(), j);
-    }
-    std::sort(all.begin(), all.end());
-    std::vector<int> votes(3);
-    for (int k = 0; k < 32; ++k) ++votes[a[all[size_t(k)].second].item<int64_t>()];
-    right += a[all[0].second].item<int>() == b[i].item<int>();
-    right32 +=
-        std::max_element(votes.begin(), votes.end()) - votes.begin() == b[i].item<int>();
-  }
-  const KnnEstimate e = ByNeighbours(train, a, test, b, 3);
-  EXPECT_NEAR(e.top1_nearest, right / 9, 1e-9);
-  EXPECT_NEAR(e.top1_of_32, right32 / 9, 1e-9);
-}
-
-TEST(KnnEstimateTest, TheBoundIsCoverAndHarts) {
-  // Two experts, an error of .18 = 2 p (1 - p) for p = .1: nobody is right above .9.
-  const auto vectors = at::arange(100).to(at::kFloat).unsqueeze(1);
-  auto labels = at::zeros({100}, at::kLong);
-  auto truth = labels.clone();
-  truth.narrow(0, 0, 18).fill_(1);
-  EXPECT_NEAR(ByNeighbours(vectors, labels, vectors, truth, 2).bayes_bound, 0.9, 1e-6);
-  EXPECT_EQ(
-      ByNeighbours(vectors, labels, vectors, at::ones({100}, at::kLong), 2).bayes_bound,
-      1);
 }
 
 Json Space() {

@@ -6,6 +6,7 @@
 #include <filesystem>
 
 #include "comm/mpi_session.h"
+#include "common/errors.h"
 #include "tests/trainer/synthetic_traces.h"
 #include "trainer/speculation_trainer.h"
 
@@ -18,14 +19,16 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
   const auto comm = MakeCommunicator(*session, at::kCPU);
   const RankInfo rank = comm->rank_info();
   const SyntheticTraces traces =
-      TraceSynthesizer(3, 8, 24, 200, 5).Make(120, 6, 24, /*every_hidden=*/false);
+      TraceSynthesizer(3, 8, 24, 200, 5)
+          .Make(120, 6, 24, /*every_hidden=*/false, /*top_k=*/0, /*attention_heads=*/2);
   // `interlayer` is the heavier one: enough steps to see that it goes the same way.
   const auto steps = [](const std::string& kind) { return kind == "hidden" ? 60 : 12; };
   const auto train = [&](const std::string& kind, const std::string& name,
                          Communicator* with) {
     TraceDataset dataset(traces.traces, traces.geometry);
     SpeculationJob job;
-    job.options.kind = kind;
+    job.options.attention_inputs = kind == "hidden_attention";
+    job.options.kind = job.options.attention_inputs ? "hidden" : kind;
     if (kind == "ensemble") {
       job.options.members = "interlayer*2:width=16,heads=2,layers=1;simple";
       job.options.augment.layer_dropout = 0.2;
@@ -51,7 +54,8 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
         TrainSpeculation(job, &dataset, traces.routers, with);
     return result;
   };
-  for (const std::string kind : {"hidden", "interlayer", "ensemble"}) {
+  for (const std::string kind :
+       {"hidden", "hidden_attention", "interlayer", "ensemble"}) {
     const SpeculationResult many = train(kind, "_many", comm.get());
     LocalCommunicator alone;
     const SpeculationResult one =
@@ -75,6 +79,12 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
       }
     }
   }
+  // A rank without a micro-batch would wait in every step.
+  TraceDataset dataset(traces.traces, traces.geometry);
+  SpeculationJob few;
+  few.options.global_batch = few.options.micro_batch = 4;
+  few.out = fs::path(testing::TempDir()) / "speculation_ranks_few";
+  EXPECT_THROW(TrainSpeculation(few, &dataset, traces.routers, comm.get()), UsageError);
   comm->Barrier();
   if (rank.is_root()) {
     for (const auto& entry : fs::directory_iterator(testing::TempDir())) {

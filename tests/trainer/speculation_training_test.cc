@@ -223,6 +223,38 @@ TEST_F(SpeculationTraining, ASearchKeepsTheBetterTrialsAndGoesOn) {
   EXPECT_EQ(fs::last_write_time(kept), written);
 }
 
+// A rate at which nothing is a number any more is a bad trial, not the end of the search.
+TEST_F(SpeculationTraining, ASearchOutlivesATrialThatDiverges) {
+  const SyntheticTraces traces = Traces(60);
+  SearchJob job;
+  job.space = SearchSpace::FromJson(Json::parse(R"({"trials": 6, "factor": 2, "rungs": 2,
+                      "space": {"learning_rate": [1e-3, 1e36]}})"),
+                                    "space");
+  job.run = Job("search", "simple");
+  job.run.options.steps = 8;
+  job.run.options.sizes = {16, 2, 32, 1, 0, -1};
+  TraceDataset dataset(traces.traces, traces.geometry);
+  LocalCommunicator comm;
+  const Json found = Search(job, &dataset, traces.routers, &comm);
+  ASSERT_EQ(found["trials"].size(), 6u);
+  EXPECT_EQ(found["trials"][0]["values"]["learning_rate"], 1e-3);
+  const Json& worst = found["trials"][5];
+  EXPECT_EQ(worst["values"]["learning_rate"], 1e36);
+  EXPECT_TRUE(worst["rungs"][0]["validation_loss"].is_null());
+  EXPECT_THAT(SearchText(found), testing::HasSubstr("diverged"));
+  // It is not tried again.
+  char name[32];
+  std::snprintf(name, sizeof name, "trial-%04d", worst["trial"].get<int>());
+  const fs::path mark = job.run.out / "rung-0" / name / "diverged.json";
+  const auto written = fs::last_write_time(mark);
+  EXPECT_EQ(Search(job, &dataset, traces.routers, &comm), found);
+  EXPECT_EQ(fs::last_write_time(mark), written);
+  job.space = SearchSpace::FromJson(
+      Json::parse(R"({"trials": 2, "space": {"learning_rate": [1e36]}})"), "space");
+  job.run.out = folder_ / "hopeless";
+  EXPECT_THROW(Search(job, &dataset, traces.routers, &comm), UsageError);
+}
+
 TEST_F(SpeculationTraining, StartsFromTheWeightsOfAnotherRun) {
   const SyntheticTraces traces = Traces(60);
   SpeculationJob first = Job("first");

@@ -36,9 +36,10 @@ class TraceSynthesizer {
     }
   }
 
-  // `top_k` > 0: the router's so many likeliest are recorded, too.
+  // `top_k` > 0: the router's so many likeliest are recorded, too. `attention_heads` > 0:
+  // summaries of so many heads beside router inputs, drawn, of places that may be seen.
   SyntheticTraces Make(int sequences, int shortest, int longest, bool every_hidden,
-                       int top_k = 0) {
+                       int top_k = 0, int attention_heads = 0) {
     top_k_ = top_k;
     SyntheticTraces made{geometry_, {}, routers_};
     for (int s = 0; s < sequences; ++s) {
@@ -53,12 +54,39 @@ class TraceSynthesizer {
                            shortest + int(ToRange(Mix(seed_, key, 2), range)), hidden);
       trace.decoder = Span(Stack::kDecoder, Mix(seed_, key, 3),
                            shortest + int(ToRange(Mix(seed_, key, 4), range)), hidden);
+      if (hidden && attention_heads > 0) {
+        const int source = trace.encoder.num_tokens;
+        RecordAttention(attention_heads, false, source, Mix(seed_, key, 5),
+                        &trace.encoder);
+        RecordAttention(attention_heads, true, source, Mix(seed_, key, 6),
+                        &trace.decoder);
+      }
       made.traces.push_back(std::move(trace));
     }
     return made;
   }
 
  private:
+  static void RecordAttention(int heads, bool decoder, int source_tokens, uint64_t key,
+                              RoutingSpan* span) {
+    span->attention_heads = heads * (decoder ? 2 : 1);
+    const auto count = static_cast<uint64_t>(span->num_layers) * span->num_tokens *
+                       static_cast<uint64_t>(span->attention_heads);
+    for (uint64_t i = 0; i < count; ++i) {
+      span->attention_entropy.push_back(static_cast<float>(2 * ToUnit(Mix(key, i))));
+      const auto head = static_cast<int>(i % uint64_t(span->attention_heads));
+      const int token =
+          static_cast<int>(i / uint64_t(span->attention_heads)) % span->num_tokens;
+      const int seen = head >= heads ? source_tokens
+                       : decoder     ? token + 1
+                                     : span->num_tokens;
+      for (uint64_t k = 0; k < kStrongestKeys; ++k) {
+        const auto at = ToRange(Mix(key, i, k), static_cast<uint64_t>(seen));
+        span->attention_keys.push_back(
+            static_cast<int>(k) < seen ? static_cast<uint16_t>(at) : kNoKey);
+      }
+    }
+  }
   void RecordTopK(const at::Tensor& logits, RoutingSpan* span) const {
     if (top_k_ == 0) return;
     span->top_k = top_k_;

@@ -20,7 +20,7 @@ class TrainPipeline : public testing::Test {
     ASSERT_EQ(
         RunProgram({Bin("routecast-collect"), "--quiet", "--threads=1", "--device=cpu",
                     "--num_shards=2", "--max_length=48", "--max_sequences=400",
-                    "--hidden_share=1", "--record=ids,probs,topk,hidden",
+                    "--hidden_share=1", "--record=ids,probs,topk,hidden,attention",
                     "--model=" + (folder_ / "model").string(),
                     "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text",
                     "--cache=" + (folder_ / "cache").string(),
@@ -117,6 +117,27 @@ TEST_F(TrainPipeline, EveryConfigurationThatIsShippedFitsTheProgram) {
   }
   EXPECT_GE(count, 9);
   EXPECT_FALSE(fs::exists(folder_ / "dry"));
+}
+
+// From the records of the store to a model that says what it was made of.
+TEST_F(TrainPipeline, AttentionSummariesAreAnInputWhereTheyAreAskedFor) {
+  std::vector<std::string> command = {Bin("routecast-train"),
+                                      "--quiet",
+                                      "--threads=1",
+                                      "--device=cpu",
+                                      "--attention_inputs",
+                                      "--steps=4",
+                                      "--global_batch=16",
+                                      "--micro_batch=8",
+                                      "--validation_sequences=8",
+                                      "--store=" + (folder_ / "store").string(),
+                                      "--out=" + (folder_ / "attention").string()};
+  ASSERT_EQ(RunProgram(UnderMpirun(2, command)), 0);
+  const Json config = ReadJsonFile(folder_ / "attention" / "config.json");
+  EXPECT_EQ(config["config"]["attention_heads"],
+            ReadJsonFile(folder_ / "store" / "store.json")["attention_heads"]);
+  command.push_back("--kind=interlayer");
+  EXPECT_EQ(RunProgram(command), kExitUsage);
 }
 
 TEST_F(TrainPipeline, SeveralStoresAreOneTraining) {

@@ -1,0 +1,121 @@
+// What cannot be trained is said before the first step, in three lines at most and before
+// anything is written.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/errors.h"
+#include "tests/storage/temp_folder.h"
+#include "tests/trainer/synthetic_traces.h"
+#include "trainer/leaderboard.h"
+
+namespace routecast {
+namespace {
+
+class TrainingRefusals : public testing::Test {
+ protected:
+  static SyntheticTraces Traces(int top_k = 0) {
+    return TraceSynthesizer(3, 8, 16, 60, 5)
+        .Make(60, 6, 16, /*every_hidden=*/true, top_k);
+  }
+  // Without the documents of a part.
+  static SyntheticTraces Without(SplitPart part) {
+    SyntheticTraces traces = Traces();
+    std::erase_if(traces.traces,
+                  [&](const RoutingTrace& t) { return SplitOf(t.group_id) == part; });
+    return traces;
+  }
+  SpeculationJob Job(const std::string& name = "run") const {
+    SpeculationJob job;
+    job.options.kind = "interlayer";
+    job.options.sizes = {16, 2, 24, 1, 0, 0};
+    job.options.steps = 2;
+    job.options.global_batch = job.options.micro_batch = 8;
+    job.options.validation_sequences = job.options.test_sequences = 8;
+    job.out = folder_.path() / name;
+    job.quiet = true;
+    return job;
+  }
+  static SpeculationResult Train(const SpeculationJob& job, const SyntheticTraces& s) {
+    TraceDataset dataset(s.traces, s.geometry, {.keep_top_k = true});
+    LocalCommunicator comm;
+    return TrainSpeculation(job, &dataset, s.routers, &comm);
+  }
+  // The text of the UsageError that the run ends with.
+  static std::string Refusal(const SpeculationJob& job, const SyntheticTraces& s) {
+    try {
+      Train(job, s);
+    } catch (const UsageError& e) {
+      EXPECT_FALSE(fs::exists(job.out)) << "something was done before";
+      EXPECT_LE(std::count(e.what(), e.what() + std::strlen(e.what()), '\n'), 2);
+      return e.what();
+    }
+    return "nothing was refused";
+  }
+  TempFolder folder_;
+};
+
+TEST_F(TrainingRefusals, APartWithoutDocumentsIsNamed) {
+  EXPECT_THAT(Refusal(Job(), Without(SplitPart::kTrain)), testing::HasSubstr("train"));
+  EXPECT_THAT(Refusal(Job(), Without(SplitPart::kValidation)),
+              testing::HasSubstr("validation"));
+  EXPECT_THAT(Refusal(Job(), Without(SplitPart::kTest)), testing::HasSubstr("test"));
+}
+
+TEST_F(TrainingRefusals, DistillationNeedsProbabilities) {
+  SpeculationJob job = Job();
+  job.options.distill_weight = 0.5;
+  EXPECT_THAT(Refusal(job, Traces()), testing::HasSubstr("--distill_weight"));
+  // As systems record that tell the experts alone.
+  SyntheticTraces ids = Traces(2);
+  for (RoutingTrace& trace : ids.traces) {
+    trace.encoder.topk_probs.clear();
+    trace.decoder.topk_probs.clear();
+  }
+  EXPECT_THAT(Refusal(job, ids), testing::HasSubstr("--distill_weight"));
+  EXPECT_EQ(Train(job, Traces(2)).losses.size(), 2u);
+}
+
+TEST_F(TrainingRefusals, ASetOfAnEncoderNeedsOne) {
+  SyntheticTraces traces = Traces();
+  traces.geometry.encoder_layers = 0;
+  traces.routers.clear();
+  for (RoutingTrace& trace : traces.traces) trace.encoder = {};
+  SpeculationJob job = Job();
+  job.options.set_weight = 0.1;
+  EXPECT_THAT(Refusal(job, traces), testing::HasSubstr("--set_weight"));
+  job.options.set_weight = 0;
+  EXPECT_EQ(Train(job, traces).losses.size(), 2u);
+}
+
+TEST_F(TrainingRefusals, HowAnEnsembleMixesIsOfEnsembles) {
+  SpeculationJob job = Job();
+  job.options.combine = "vote";
+  EXPECT_THROW(job.options.Validate(), UsageError);
+  job.options.kind = "ensemble";
+  EXPECT_NO_THROW(job.options.Validate());
+}
+
+// --members are the ensemble's row alone; the others are what they are without.
+TEST_F(TrainingRefusals, MembersChangeNoOtherRowOfALeaderboard) {
+  const SyntheticTraces traces = Traces();
+  const double alone = Train(Job(), traces).results["validation"]["loss"];
+  LeaderboardJob job;
+  job.run = Job("board");
+  job.run.options.members = "interlayer*2:width=16,heads=2,layers=1,lr=1e-7";
+  job.run.options.combine = "vote";
+  job.entries = {"interlayer", "ensemble"};
+  job.seeds = 1;
+  TraceDataset dataset(traces.traces, traces.geometry);
+  LocalCommunicator comm;
+  const Json board = MakeLeaderboard(job, &dataset, traces.routers, &comm);
+  for (const Json& row : board["rows"]) {
+    if (row["kind"] != "interlayer") continue;
+    EXPECT_EQ(row["validation_loss"], alone);
+  }
+}
+
+}  // namespace
+}  // namespace routecast
