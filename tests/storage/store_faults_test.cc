@@ -1,6 +1,6 @@
 // Failing calls and power losses at every file call of a job: the error is named, nothing
 // is half visible, what was promised is there, and the same job again completes.
-// ROUTECAST_LONG_TESTS=1 takes every call and disk (two minutes), else some of them, in
+// ROUTECAST_LONG_TESTS=1 takes every call and disk (five minutes), else some of them, in
 // even steps.
 #include <gtest/gtest.h>
 
