@@ -158,14 +158,16 @@ Json KnnEstimate::ToJson() const {
 }
 
 std::vector<KnnEstimate> EstimateByNeighbours(TraceDataset* dataset, uint64_t seed,
-                                              int64_t most_neighbours,
+                                              RankInfo rank, int64_t most_neighbours,
                                               int64_t most_samples) {
   const c10::NoGradGuard no_grad;
   std::vector<KnnEstimate> estimates;
   const MoeGeometry& g = dataset->geometry();
+  int place = 0;
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     const int last = g.layers(stack) - (stack == Stack::kEncoder ? 1 : 0);
     for (int source = 0; source < last; ++source) {
+      if (place++ % rank.world != rank.rank) continue;
       const Samples train =
           Gather(dataset, SplitPart::kTrain, stack, source, most_neighbours, seed);
       const Samples test =
@@ -194,6 +196,24 @@ std::vector<KnnEstimate> EstimateByNeighbours(TraceDataset* dataset, uint64_t se
     }
   }
   return estimates;
+}
+
+std::vector<Json> NeighboursJson(TraceDataset* dataset, uint64_t seed,
+                                 Communicator* comm) {
+  Json mine = Json::array();
+  for (const KnnEstimate& e : EstimateByNeighbours(dataset, seed, comm->rank_info())) {
+    mine.push_back(e.ToJson());
+  }
+  std::vector<Json> all;
+  for (const std::string& part : comm->AllGather(mine.dump())) {
+    for (const Json& e : Json::parse(part)) all.push_back(e);
+  }
+  const auto place = [](const Json& e) {
+    return std::pair(e["phase"] == StackName(Stack::kDecoder), e["layer"].get<int>());
+  };
+  std::stable_sort(all.begin(), all.end(),
+                   [&](const Json& a, const Json& b) { return place(a) < place(b); });
+  return all;
 }
 
 }  // namespace routecast

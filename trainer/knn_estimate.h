@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "comm/communicator.h"
 #include "trainer/trace_dataset.h"
 
 namespace routecast {
@@ -31,11 +32,18 @@ struct KnnEstimate {
   Json ToJson() const;
 };
 
-// Every (stack, source layer that has such features, lead). At most so many train vectors
-// and test tokens a place, drawn by `seed`.
+// Every (stack, source layer that has such features, lead): source layers are dealt to
+// ranks, and this rank's come back. At most so many train vectors and test tokens a
+// place, drawn by `seed`.
 std::vector<KnnEstimate> EstimateByNeighbours(TraceDataset* dataset, uint64_t seed,
+                                              RankInfo rank = {},
                                               int64_t most_neighbours = 8192,
                                               int64_t most_samples = 1024);
+
+// The same of all ranks, which each look at their own: one alone would keep the others
+// waiting. In the order of places, the encoder's first; the same on every rank.
+std::vector<Json> NeighboursJson(TraceDataset* dataset, uint64_t seed,
+                                 Communicator* comm);
 
 // Exposed for tests. vectors [N,D], labels int64 [N,K] of both sides.
 KnnEstimate ByNeighbours(const at::Tensor& train_ND, const at::Tensor& train_labels_NK,

@@ -237,7 +237,12 @@ std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset*
     }
     if (!entry.is_kind) {
       entry.folders.push_back(name);
-      ReadResults(name, dataset->SplitJson());
+      const Json results = ReadResults(name, dataset->SplitJson());
+      if (results.value("attention_inputs", false) && dataset->attention_heads() == 0) {
+        throw UsageError(ErrorText(name + " reads attention summaries",
+                                   "this store was recorded without them",
+                                   "leave it out, or name the store it learnt from"));
+      }
     }
     entries.push_back(entry);
   }

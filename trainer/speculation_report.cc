@@ -77,7 +77,7 @@ Json ResultsJson(const SpeculationReport& r) {
   }
   for (const SetScores& set : r.test.sets) json["sets"].push_back(set.ToJson());
   for (const BackupScores& b : r.test.backups) json["backups"].push_back(b.ToJson());
-  for (const KnnEstimate& e : r.neighbours) json["neighbours"].push_back(e.ToJson());
+  for (const Json& e : r.neighbours) json["neighbours"].push_back(e);
   for (const ValidationScores& member : r.members) {
     json["members"].push_back({{"validation_loss", member.loss},
                                {"validation_top1", member.top1},

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "models/speculation_model.h"
-#include "trainer/knn_estimate.h"
 #include "trainer/speculation_evaluation.h"
 #include "trainer/speculation_options.h"
 
@@ -22,7 +21,7 @@ struct SpeculationReport {
   TestScores test;
   // Of pre-training: the further stores' validation, by name.
   std::vector<std::pair<std::string, ValidationScores>> also;
-  std::vector<KnnEstimate> neighbours;
+  std::vector<Json> neighbours;  // of KnnEstimate, in the order of places
   StaleControl control;
   bool has_control = false;  // router inputs were there to check
 };

@@ -20,6 +20,7 @@
 #include "trainer/best_parameters.h"
 #include "trainer/curriculum.h"
 #include "trainer/gradient_reducer.h"
+#include "trainer/knn_estimate.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/model_setup.h"
 #include "trainer/speculation_loss.h"
@@ -360,9 +361,7 @@ class SpeculationTrainer {
         Part(0, SplitPart::kTest, options_.test_sequences, kTestStream);
     report.test =
         Test(model_, calibration, tables_, routers_, test, options_.seed, comm_);
-    if (rank_.is_root()) {
-      report.neighbours = EstimateByNeighbours(dataset_, options_.seed);
-    }
+    report.neighbours = NeighboursJson(dataset_, options_.seed, comm_);
     FinishOthers(&report);
     SpeculationResult result;
     result.results = ResultsJson(report);

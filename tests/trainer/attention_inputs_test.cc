@@ -245,6 +245,23 @@ TEST_F(AttentionTraining, HasItsLineInTheLeaderboardAndIsOfflineOnly) {
                              testing::HasSubstr("--attention_inputs")));
 }
 
+// The same documents, recorded without attention: no question could be asked.
+TEST_F(AttentionTraining, IsNoEntryWhereAttentionIsNotRecorded) {
+  SpeculationJob run = Job("run");
+  run.options.steps = 2;
+  Train(run, Traces(kHeads));
+  LeaderboardJob job;
+  job.run = Job("board");
+  job.run.options.attention_inputs = false;
+  job.entries = {"interlayer", run.out.string()};
+  const SyntheticTraces bare = Traces(0);
+  TraceDataset dataset(bare.traces, bare.geometry);
+  LocalCommunicator comm;
+  EXPECT_THAT(Refusal([&] { MakeLeaderboard(job, &dataset, bare.routers, &comm); }),
+              testing::HasSubstr("attention"));
+  EXPECT_FALSE(fs::exists(job.run.out)) << "something was trained before";
+}
+
 TEST_F(AttentionTraining, IsRefusedBeforeTheFirstStepWhereItCannotBe) {
   EXPECT_THAT(RefusalOf(Job("none"), 0),
               testing::HasSubstr("--record=ids,hidden,attention"));

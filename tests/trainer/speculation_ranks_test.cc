@@ -66,6 +66,7 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
           << kind << " step " << i + 1;
     }
     EXPECT_EQ(many.results["world_size"], rank.world);
+    EXPECT_EQ(many.results["neighbours"], one.results["neighbours"]);
     ASSERT_EQ(many.results["scores"].size(), one.results["scores"].size());
     for (size_t i = 0; i < one.results["scores"].size(); ++i) {
       const Json &a = many.results["scores"][i], &b = one.results["scores"][i];
