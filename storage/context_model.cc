@@ -49,7 +49,7 @@ void ContextModel::Build(const StackTables& tables, const std::string& where,
         to.push_back(static_cast<uint16_t>(sum += w));
       }
     }
-    to.resize(to.size() + kLanes);  // ExpertWeights reads whole vectors
+    to.resize(to.size() + kLanes);  // ExpertFrequencies reads whole vectors
   }
   coded->index = ContextIndex(tables);
   coded->rows = FactorRows(tables, 4, where, "rows of contexts");
@@ -59,7 +59,7 @@ void ContextModel::Build(const StackTables& tables, const std::string& where,
 // where it is one of those, the others.
 struct ContextModel::Weights {
   bool dense = false;
-  ExpertWeights experts;                          // of a dense row
+  ExpertFrequencies experts;                      // of a dense row
   std::array<uint32_t, kMaxCodedExperts> listed;  // of a list, in its order
   uint32_t own = 0;                               // of the row's experts together
   uint32_t rest = kBaseScale;                     // of the others

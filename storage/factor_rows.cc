@@ -185,8 +185,8 @@ void FactorRows::Add(const Row& row, size_t num_experts, size_t share) {
   for (const RowEntry& e : row) to[e.expert] = static_cast<int8_t>(e.factor);
 }
 
-void ExpertWeights::FillAll(const uint16_t* base, size_t padded,
-                            const FactorRows::View& row) {
+void ExpertFrequencies::FillAll(const uint16_t* base, size_t padded,
+                                const FactorRows::View& row) {
   if (row.dense != nullptr) {
     total_ = WeighAll(base, row.dense, padded, weights_.data(), sums_.data());
     return;
@@ -202,16 +202,16 @@ void ExpertWeights::FillAll(const uint16_t* base, size_t padded,
   }
 }
 
-uint32_t ExpertWeights::FillOwn(const uint16_t* cumulative, size_t num_experts,
-                                const int8_t* dense) {
+uint32_t ExpertFrequencies::FillOwn(const uint16_t* cumulative, size_t num_experts,
+                                    const int8_t* dense) {
   uint32_t own = 0;
   total_ = WeighOwn(cumulative, dense, Padded(num_experts), weights_.data(), sums_.data(),
                     &own);
   return own;
 }
 
-void ExpertWeights::FillRest(const uint16_t* cumulative, size_t num_experts,
-                             const int8_t* dense) {
+void ExpertFrequencies::FillRest(const uint16_t* cumulative, size_t num_experts,
+                                 const int8_t* dense) {
   total_ = WeighRest(cumulative, dense, num_experts, weights_.data(), sums_.data());
 }
 

@@ -1,7 +1,7 @@
 // The rows of a context coder as they are used, and the weights that a row makes of base
 // weights. Rows of many factors lie expert by expert, a byte each, so that wide vectors
 // can go over them; the others as lists.
-// Thread rule: FactorRows is immutable once made; ExpertWeights belong to one thread.
+// Thread rule: FactorRows is immutable once made; ExpertFrequencies belong to one thread.
 #pragma once
 
 #include <array>
@@ -67,7 +67,7 @@ class FactorRows {
 };
 
 // Weights of E experts, in the order of their numbers.
-class ExpertWeights {
+class ExpertFrequencies {
  public:
   // `base` [E to whole vectors] times the row; experts that it lacks as they are.
   void FillAll(const uint16_t* base, size_t padded, const FactorRows::View& row);

@@ -69,7 +69,7 @@ void TopkModel::ForEachToken(Stack s, const RoutingSpan& span, const Visit& visi
   const size_t layers = c.base.size(), padded = Padded(static_cast<size_t>(num_experts_));
   const auto num_tokens = static_cast<size_t>(span.num_tokens);
   std::vector<uint32_t> places(num_tokens);
-  ExpertWeights urn;
+  ExpertFrequencies urn;
   for (size_t l = 0; l < layers; ++l) {
     // Found ahead, so that rows are on their way from memory before they are needed.
     for (size_t t = 0; t < num_tokens && (l == 0 || span.token_ids.empty()); ++t) {
@@ -117,7 +117,7 @@ bool TopkModel::EncodeIds(Stack s, const RoutingSpan& span, std::string* out) co
   }
   RangeEncoder coder(out);
   bool distinct = true;
-  ForEachToken(s, span, [&](size_t position, ExpertWeights* urn) {
+  ForEachToken(s, span, [&](size_t position, ExpertFrequencies* urn) {
     for (size_t r = 1; r < k; ++r) {
       const uint16_t expert = span.topk_ids[position * k + r];
       distinct = distinct && urn->weight(expert) > 0;
@@ -157,7 +157,7 @@ bool TopkModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span) co
   const size_t header = size - bytes.size();
   RangeDecoder coder(bytes);
   uint16_t* ids = span->topk_ids.data();
-  ForEachToken(s, *span, [&](size_t position, ExpertWeights* urn) {
+  ForEachToken(s, *span, [&](size_t position, ExpertFrequencies* urn) {
     for (size_t r = 1; r < k; ++r) {
       uint32_t start = 0;
       const uint16_t expert = urn->Locate(coder.Peek(urn->total()), &start);
