@@ -115,14 +115,23 @@ StoreLock::~StoreLock() {
   }
   wake_.notify_all();
   heartbeat_.join();
-  std::error_code ignored;
-  fs::remove(path_, ignored);
+  try {
+    const Guard guard(path_.parent_path() / "lock.guard");
+    if (IsOwn()) fs::remove(path_);
+  } catch (const std::exception&) {  // who comes next sees that its holder is gone
+  }
 }
+
+// A job that stood still for longer than its heartbeat holds may find another's lock.
+bool StoreLock::IsOwn() const { return ReadJsonFile(path_).value("token", "") == token_; }
 
 void StoreLock::Beat() {
   std::unique_lock lock(mutex_);
   while (!wake_.wait_for(lock, kBeat, [this] { return ending_; })) {
-    ::utimensat(AT_FDCWD, path_.c_str(), nullptr, 0);
+    try {
+      if (IsOwn()) ::utimensat(AT_FDCWD, path_.c_str(), nullptr, 0);
+    } catch (const std::exception&) {  // unreadable: not to be renewed
+    }
   }
 }
 

@@ -18,7 +18,7 @@ class StoreLock {
   // no longer lives; on another host its heartbeat is older than two minutes. Throws
   // EnvironmentError naming the holder otherwise.
   explicit StoreLock(const fs::path& store);
-  ~StoreLock();  // releases
+  ~StoreLock();  // releases, unless another job has taken it over
   StoreLock(const StoreLock&) = delete;
   StoreLock& operator=(const StoreLock&) = delete;
   // Names this job's files in staging/: unique among jobs.
@@ -26,6 +26,7 @@ class StoreLock {
 
  private:
   void Beat();
+  bool IsOwn() const;
   fs::path path_;
   std::string token_;
   std::mutex mutex_;

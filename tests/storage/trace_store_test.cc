@@ -159,5 +159,18 @@ TEST_F(TraceStoreTest, TheLockOfADeadProcessIsTakenOver) {
   EXPECT_FALSE(fs::exists(store() / "lock.json"));
 }
 
+// A job that stood still for minutes comes back: its end must not free the other's lock.
+TEST_F(TraceStoreTest, ALockThatAnotherJobTookOverIsLeftAlone) {
+  Create();
+  const fs::path file = store() / "lock.json";
+  {
+    const StoreLock lock(store());
+    Json other = ReadJsonFile(file);
+    other["token"] = "of another job";
+    std::ofstream(file) << other.dump();
+  }
+  EXPECT_TRUE(fs::exists(file));
+}
+
 }  // namespace
 }  // namespace routecast
