@@ -49,12 +49,15 @@ bool BenefitGauge::Speculate() const {
   return block % 4 == 0 || block % 4 == 3;
 }
 
-void BenefitGauge::Record(double seconds, bool may_begin) {
+void BenefitGauge::Record(double seconds, bool may_begin, double asking) {
   if (in_trial_) {
     // The first step of a block still carries the other mode's cache.
-    if (position_ % options_.block_steps != 0)
+    if (position_ % options_.block_steps != 0) {
       (Speculate() ? on_ : off_).push_back(seconds);
-    if (++position_ % (2 * options_.trial_pairs * options_.block_steps) != 0) return;
+      if (Speculate()) asking_.push_back(asking);
+    }
+    if (++position_ % (2 * options_.block_steps) == 0 && IsHopeless()) return Decide();
+    if (position_ % (2 * options_.trial_pairs * options_.block_steps) != 0) return;
     if (IsClear() || extensions_ >= options_.most_extensions) {
       Decide();
     } else {
@@ -76,6 +79,11 @@ bool BenefitGauge::IsClear() const {
   return gap * gap >= kClear * kClear * (MeanVariance(on) + MeanVariance(off));
 }
 
+bool BenefitGauge::IsHopeless() const {
+  const double asking = Mean(Usual(asking_));
+  return asking > 0 && asking >= (1 - kLeastGain) * Mean(Usual(off_));
+}
+
 void BenefitGauge::Decide() {
   const double fresh = with_ == 0 && without_ == 0 ? 1 : kFresh;
   with_ += fresh * (Mean(Usual(on_)) - with_);
@@ -83,6 +91,7 @@ void BenefitGauge::Decide() {
   helps_ = with_ < (1 - kLeastGain) * without_;
   on_.clear();
   off_.clear();
+  asking_.clear();
   in_trial_ = false;
   position_ = 0;
   extensions_ = 0;

@@ -24,9 +24,10 @@ class BenefitGauge {
 
   // Whether the step that comes may speculate.
   bool Speculate() const;
-  // The step is over: `seconds` that it cost (waiting for experts, and the predictor). A
-  // trial that is due begins after a step that `may_begin` one.
-  void Record(double seconds, bool may_begin = true);
+  // The step is over: `seconds` that it cost (waiting for experts, and the predictor, who
+  // took `asking` of them). A trial that is due begins after a step that `may_begin` one.
+  // It ends early where asking alone takes what there is to win.
+  void Record(double seconds, bool may_begin = true, double asking = 0);
   // The verdict of the last trial: false = speculation is off. True before the first one
   // ends.
   bool helps() const { return helps_; }
@@ -43,13 +44,15 @@ class BenefitGauge {
   void Decide();
   // Whether the difference of the modes stands out of the noise of the trial's steps.
   bool IsClear() const;
+  // Whether asking takes so long that no waiting saved could make up for it.
+  bool IsHopeless() const;
   BenefitGaugeOptions options_;
   bool helps_ = true, in_trial_ = true;
   int position_ = 0;  // step within the trial or the spell
   int extensions_ = 0;
   int spell_;
   double with_ = 0, without_ = 0;
-  std::vector<double> on_, off_;
+  std::vector<double> on_, off_, asking_;  // of the trial's steps that count
 };
 
 }  // namespace routecast

@@ -330,7 +330,8 @@ void PrefetchRuntime::OnPassEnd(const PassInfo& pass) {
   if (foresight_ && options_.planner.policy.auto_off) {
     // What speculation changes, without the noise of computing: waiting, and asking, also
     // beside the model, whose cores may be all there are.
-    gauges_[static_cast<int>(stack_)].Record(stall_ + predict_ + aside, following_);
+    gauges_[static_cast<int>(stack_)].Record(stall_ + predict_ + aside, following_,
+                                             predict_ + aside);
   }
   PhaseStats& stats = stats_[static_cast<int>(stack_)];
   ++stats.passes;

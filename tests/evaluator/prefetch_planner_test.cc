@@ -439,6 +439,30 @@ TEST(BenefitGaugeTest, AFewLongWaitsDoNotDecide) {
   }
 }
 
+// Asking takes what waiting takes: nothing can be won, and a pass a sequence would take
+// long to end a trial.
+TEST(BenefitGaugeTest, AskingThatCostsMoreThanWaitingEndsTheTrialAtOnce) {
+  BenefitGauge gauge;
+  int steps = 0;
+  for (; gauge.in_trial(); ++steps) {
+    const bool on = gauge.Speculate();
+    gauge.Record(on ? 1.2 : 1.0, true, on ? 1.1 : 0);
+  }
+  EXPECT_EQ(steps, 8);
+  EXPECT_FALSE(gauge.helps());
+}
+
+TEST(BenefitGaugeTest, AskingThatCostsLessIsTriedToTheEnd) {
+  BenefitGauge gauge;
+  int steps = 0;
+  for (; gauge.in_trial(); ++steps) {
+    const bool on = gauge.Speculate();
+    gauge.Record(on ? 0.9 : 1.0, true, on ? 0.85 : 0);
+  }
+  EXPECT_EQ(steps, 48);
+  EXPECT_TRUE(gauge.helps());
+}
+
 TEST(BenefitGaugeTest, TriesAgainAfterASpell) {
   BenefitGauge gauge({4, 4, 10, 40});
   while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 2 : 1);

@@ -35,7 +35,7 @@ TEST_P(DeviceTraining, EveryKindIsTrainedAndScored) {
     job.out = folder.path() / "run";
     job.device = device();
     job.quiet = true;
-    TraceDataset dataset(made.traces, made.geometry);
+    TraceDataset dataset(made.traces, made.geometry, {.keep_top_k = true});
     LocalCommunicator comm;
     SpeculationResult result;
     try {
