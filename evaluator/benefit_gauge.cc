@@ -80,8 +80,10 @@ bool BenefitGauge::IsClear() const {
 }
 
 bool BenefitGauge::IsHopeless() const {
-  const double asking = Mean(Usual(asking_));
-  return asking > 0 && asking >= (1 - kLeastGain) * Mean(Usual(off_));
+  const std::vector<double> asking = Usual(asking_), off = Usual(off_);
+  const double gap = Mean(asking) - (1 - kLeastGain) * Mean(off);
+  return gap > 0 &&
+         gap * gap >= kClear * kClear * (MeanVariance(asking) + MeanVariance(off));
 }
 
 void BenefitGauge::Decide() {

@@ -44,7 +44,8 @@ class BenefitGauge {
   void Decide();
   // Whether the difference of the modes stands out of the noise of the trial's steps.
   bool IsClear() const;
-  // Whether asking takes so long that no waiting saved could make up for it.
+  // Whether asking takes so long, beyond the noise, that no waiting saved could make up
+  // for it.
   bool IsHopeless() const;
   BenefitGaugeOptions options_;
   bool helps_ = true, in_trial_ = true;

@@ -452,6 +452,17 @@ TEST(BenefitGaugeTest, AskingThatCostsMoreThanWaitingEndsTheTrialAtOnce) {
   EXPECT_FALSE(gauge.helps());
 }
 
+// Most steps find what they need; a few wait long, and three steps may hold none of them.
+TEST(BenefitGaugeTest, AskingIsHeldAgainstWaitingBeyondTheNoise) {
+  BenefitGauge gauge;
+  int steps = 0;
+  for (; gauge.in_trial(); ++steps) {
+    const bool on = gauge.Speculate();
+    gauge.Record(on ? 0.3 : (steps % 4 == 1 ? 1.2 : 0.0), true, on ? 0.45 : 0);
+  }
+  EXPECT_GT(steps, 8);
+}
+
 TEST(BenefitGaugeTest, AskingThatCostsLessIsTriedToTheEnd) {
   BenefitGauge gauge;
   int steps = 0;
