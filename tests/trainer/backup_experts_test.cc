@@ -12,6 +12,7 @@
 #include "models/speculation_onnx.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/trainer/synthetic_traces.h"
+#include "tests/trainer/training_in_memory.h"
 #include "trainer/leaderboard.h"
 #include "trainer/speculation_loss.h"
 
@@ -191,22 +192,6 @@ class BackupTraining : public testing::Test {
     job.out = folder_.path() / name;
     job.quiet = true;
     return job;
-  }
-  static SpeculationResult Train(const SpeculationJob& job, const SyntheticTraces& s) {
-    TraceDataset dataset(s.traces, s.geometry, {.keep_top_k = true});
-    LocalCommunicator comm;
-    return TrainSpeculation(job, &dataset, s.routers, &comm);
-  }
-  // The text of the UsageError that the run ends with.
-  static std::string Refusal(const SpeculationJob& job, const SyntheticTraces& s) {
-    try {
-      Train(job, s);
-    } catch (const UsageError& e) {
-      EXPECT_FALSE(fs::exists(job.out)) << "something was done before";
-      EXPECT_LE(std::count(e.what(), e.what() + std::strlen(e.what()), '\n'), 2);
-      return e.what();
-    }
-    return "nothing was refused";
   }
   static double Mean(const Json& backups, const char* key) {
     double sum = 0;

@@ -3,12 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cstring>
-
 #include "common/errors.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/trainer/synthetic_traces.h"
+#include "tests/trainer/training_in_memory.h"
 #include "trainer/leaderboard.h"
 
 namespace routecast {
@@ -37,22 +35,6 @@ class TrainingRefusals : public testing::Test {
     job.out = folder_.path() / name;
     job.quiet = true;
     return job;
-  }
-  static SpeculationResult Train(const SpeculationJob& job, const SyntheticTraces& s) {
-    TraceDataset dataset(s.traces, s.geometry, {.keep_top_k = true});
-    LocalCommunicator comm;
-    return TrainSpeculation(job, &dataset, s.routers, &comm);
-  }
-  // The text of the UsageError that the run ends with.
-  static std::string Refusal(const SpeculationJob& job, const SyntheticTraces& s) {
-    try {
-      Train(job, s);
-    } catch (const UsageError& e) {
-      EXPECT_FALSE(fs::exists(job.out)) << "something was done before";
-      EXPECT_LE(std::count(e.what(), e.what() + std::strlen(e.what()), '\n'), 2);
-      return e.what();
-    }
-    return "nothing was refused";
   }
   TempFolder folder_;
 };
