@@ -1,6 +1,7 @@
 # LibTorch's headers take three quarters of the time of every file that includes them, GoogleTest's
-# a third of a plain test's: they are compiled once, here, for all targets that link them. GCC wants equal flags for that, so that code
-# is position-independent in one way for libraries and programs (CMakeLists.txt).
+# a third of a plain test's: they are compiled once, here, for all targets that link them. GCC wants
+# equal flags and definitions for that: code is position-independent in one way for libraries and
+# programs (CMakeLists.txt), and tests have owners of their own.
 option(ROUTECAST_PRECOMPILE "Compile large headers once for all targets" ON)
 
 # Whether `target` links LibTorch, itself or by what it links.
@@ -47,7 +48,13 @@ function(routecast_precompile_headers)
       <ATen/ATen.h> <algorithm> <filesystem> <functional> <map> <memory> <nlohmann/json.hpp> <span>
       <string> <vector>)
   endif()
-  # What the other tests begin with.
+  if(TARGET rc_models AND TARGET GTest::gtest)
+    routecast_header_owner(rc_torch_test_headers
+      "dep::torch;nlohmann_json::nlohmann_json;GTest::gtest"
+      <ATen/ATen.h> <gtest/gtest.h> <algorithm> <filesystem> <functional> <map> <memory>
+      <nlohmann/json.hpp> <span> <string> <vector>)
+  endif()
+  # What tests without LibTorch begin with.
   if(TARGET GTest::gtest)
     routecast_header_owner(rc_test_headers "GTest::gtest;nlohmann_json::nlohmann_json"
       <gtest/gtest.h> <algorithm> <filesystem> <functional> <map> <memory> <mutex>
@@ -62,10 +69,17 @@ function(routecast_precompile_headers)
       endif()
       routecast_links_torch(${target} links)
       get_target_property(linked ${target} LINK_LIBRARIES)
-      if(links AND TARGET rc_torch_headers)
-        target_precompile_headers(${target} REUSE_FROM rc_torch_headers)
-      elseif(NOT links AND "GTest::gtest" IN_LIST linked AND TARGET rc_test_headers)
-        target_precompile_headers(${target} REUSE_FROM rc_test_headers)
+      set(owner)
+      if(links)
+        set(owner rc_torch_headers)
+      endif()
+      if("GTest::gtest" IN_LIST linked AND links)
+        set(owner rc_torch_test_headers)
+      elseif("GTest::gtest" IN_LIST linked)
+        set(owner rc_test_headers)
+      endif()
+      if(owner AND TARGET ${owner})
+        target_precompile_headers(${target} REUSE_FROM ${owner})
       endif()
     endforeach()
   endforeach()

@@ -1,0 +1,220 @@
+// What routecast-collect records and what it refuses: one rank at a time, so that this
+// runs beside other tests.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "common/errors.h"
+#include "common/safetensors.h"
+#include "models/next_token_guess.h"
+#include "models/routing_window.h"
+#include "storage/trace_format.h"
+#include "storage/trace_reader.h"
+#include "tests/collector/collect_fixture.h"
+
+namespace routecast {
+namespace {
+
+class CollectRecordsTest : public CollectFixture {};
+
+TEST_F(CollectRecordsTest, RefusesGroupsThatDoNotFit) {
+  EXPECT_EQ(Collect(3, "uneven", {"--expert_parallel=2"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "uneven", {"--expert_parallel=0"}), kExitUsage);
+  EXPECT_FALSE(fs::exists(folder_ / "uneven"));
+}
+
+TEST_F(CollectRecordsTest, BatchesHoldLittlePadding) {
+  Golden();
+  // The sequences have between two and 64 tokens.
+  const Json results = ReadJsonFile(folder_ / "golden" / "run.json")["results"];
+  EXPECT_GT(results["padding_share"], 0.0);
+  EXPECT_LE(results["padding_share"], 0.05);
+}
+
+TEST_F(CollectRecordsTest, RecordsWhatTheContractSays) {
+  Golden();
+  const TraceReader reader(folder_ / "golden");
+  EXPECT_TRUE(reader.complete());
+  ASSERT_EQ(reader.sequences().size(), 1200u);
+  const MoeGeometry g = TinyConfig().geometry();
+  EXPECT_EQ(reader.config().geometry, g);
+  bool parts[3] = {}, cut = false;
+  uint64_t dropped = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    EXPECT_LE(s.encoder_tokens, 64u);
+    EXPECT_EQ(s.document_id, s.sequence_id >> 16);
+    cut = cut || (s.sequence_id & 0xFFFF) > 0;
+    if (s.has_hidden) parts[static_cast<int>(SplitOf(s.group_id))] = true;
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    EXPECT_EQ(t.decoder.token_ids[0], 0u);  // start token first
+    EXPECT_EQ(t.encoder.token_ids.back(), 1u);
+    for (const float margin : t.encoder.margins) EXPECT_GE(margin, 0);
+    for (const uint8_t d : t.encoder.dropped) dropped += d;
+    EXPECT_EQ(t.encoder.hidden.size(),
+              s.has_hidden ? t.encoder.expert_ids.size() * g.d_model : 0);
+  }
+  EXPECT_TRUE(cut);
+  EXPECT_TRUE(parts[0] && parts[1] && parts[2]);
+  EXPECT_GT(dropped, 0u);  // capacity is small here
+}
+
+// Greedy decoding: the next token is what the recorded head makes of the recorded output.
+TEST_F(CollectRecordsTest, HeadAndOutputExplainTheNextToken) {
+  ASSERT_EQ(Collect(1, "heads",
+                    {"--task=generate", "--max_sequences=24", "--hidden_share=1",
+                     "--record=ids,hidden,output"}),
+            0);
+  const TraceReader reader(folder_ / "heads");
+  const int width = reader.config().geometry.d_model;
+  const at::Tensor head = ReadVocabularyHead(reader.routers_path(), width);
+  ASSERT_TRUE(head.defined());
+  int64_t looked = 0, right = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    EXPECT_TRUE(t.encoder.output.empty());
+    const at::Tensor output = OutputOf(t);
+    ASSERT_TRUE(output.defined());
+    ASSERT_EQ(output.size(1), t.decoder.num_tokens);
+    const auto [best, ids] = at::matmul(output[0], head.t()).topk(2, -1);
+    for (int i = 0; i + 1 < t.decoder.num_tokens; ++i) {
+      const double margin = (best[i][0] - best[i][1]).item<double>();
+      if (margin < 0.02 * best[i].abs().max().item<double>()) continue;  // bf16 decides
+      ++looked;
+      right +=
+          ids[i][0].item<int64_t>() == t.decoder.token_ids[static_cast<size_t>(i) + 1];
+    }
+  }
+  EXPECT_GT(looked, 50);
+  EXPECT_EQ(right, looked);
+}
+
+// What is looked at is of the sequence, and recording it changes nothing else; any number
+// of ranks records the same bits.
+TEST_F(CollectRecordsTest, RecordsWhatTokensLookAt) {
+  const std::vector<std::string> flags = {"--max_sequences=60", "--hidden_share=0.5"};
+  const auto with = [&](int ranks, const char* name, const char* record) {
+    auto all = flags;
+    all.push_back(std::string("--record=ids,probs,hidden,output") + record);
+    ASSERT_EQ(Collect(ranks, name, all), 0);
+  };
+  with(1, "attended", ",attention");
+  with(2, "attended2", ",attention");
+  with(1, "unattended", "");
+  const TraceReader reader(folder_ / "attended"), two(folder_ / "attended2"),
+      plain(folder_ / "unattended");
+  const int heads = TinyConfig().num_heads;
+  int looked = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kAttended);
+    EXPECT_EQ(t, two.Read(s.sequence_id, WithHidden::kAttended));
+    for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+      RoutingSpan& span = stack == Stack::kEncoder ? t.encoder : t.decoder;
+      const int kinds = stack == Stack::kEncoder ? 1 : 2;
+      EXPECT_EQ(span.attention_heads, s.has_hidden ? heads * kinds : 0);
+      EXPECT_TRUE(AttentionFits(span, stack));
+      for (size_t i = 0; i < span.attention_entropy.size(); ++i) {
+        const bool cross = i % static_cast<size_t>(heads * kinds) >= size_t(heads);
+        const int keys = cross ? t.encoder.num_tokens : span.num_tokens;
+        EXPECT_GE(span.attention_entropy[i], 0);
+        EXPECT_LE(span.attention_entropy[i], 1.01 * std::log(double(keys)));
+        const uint16_t* key = &span.attention_keys[i * kStrongestKeys];
+        EXPECT_LT(key[0], keys);  // one there always is
+        for (int k = 0; k < kStrongestKeys; ++k) {
+          EXPECT_TRUE(key[k] < keys || key[k] == kNoKey);
+        }
+        ++looked;
+      }
+      // The decoder's first token sees itself alone.
+      if (stack == Stack::kDecoder && s.has_hidden) {
+        EXPECT_EQ(span.attention_entropy[0], 0);
+        EXPECT_EQ(span.attention_keys[0], 0);
+        EXPECT_EQ(span.attention_keys[1], kNoKey);
+      }
+      span.attention_heads = 0;
+      span.attention_entropy.clear();
+      span.attention_keys.clear();
+    }
+    EXPECT_EQ(t, plain.Read(s.sequence_id, WithHidden::kYes));
+  }
+  EXPECT_GT(looked, 1000);
+}
+
+TEST_F(CollectRecordsTest, GeneratedTokensHaveTheirAttention) {
+  ASSERT_EQ(Collect(1, "stepwise",
+                    {"--task=generate", "--max_sequences=24", "--hidden_share=1",
+                     "--record=ids,hidden,attention"}),
+            0);
+  const TraceReader reader(folder_ / "stepwise");
+  for (const SequenceInfo& s : reader.sequences()) {
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kAttended);
+    EXPECT_EQ(t.decoder.attention_entropy.size(),
+              t.decoder.expert_ids.size() * size_t(2 * TinyConfig().num_heads));
+  }
+}
+
+// The recorded choice is the argmax of the recorded router on the recorded input: the
+// stale gate at distance 0.
+TEST_F(CollectRecordsTest, RoutersExplainTheChoice) {
+  Golden();
+  const TraceReader reader(folder_ / "golden");
+  const SafetensorsIndex index = ReadSafetensorsIndex(reader.routers_path());
+  const MoeGeometry g = reader.config().geometry;
+  int64_t looked = 0, right = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    if (!s.has_hidden) continue;
+    const RoutingTrace t = reader.Read(s.sequence_id, WithHidden::kYes);
+    for (int layer = 0; layer < g.num_layers(); ++layer) {
+      const RoutingSpan& span =
+          g.StackOf(layer) == Stack::kEncoder ? t.encoder : t.decoder;
+      std::string bytes =
+          ReadTensorBytes(reader.routers_path(),
+                          *index.Find("layer." + std::to_string(layer) + ".weight"));
+      const at::Tensor weight =
+          at::from_blob(bytes.data(), {g.num_experts, g.d_model}, at::kFloat);
+      const int64_t at = int64_t{g.LayerInStack(layer)} * span.num_tokens;
+      std::vector<float> input;
+      for (int64_t i = 0; i < int64_t{span.num_tokens} * g.d_model; ++i) {
+        input.push_back(Bf16ToFloat(span.hidden[at * g.d_model + i]));
+      }
+      const at::Tensor x =
+          at::from_blob(input.data(), {span.num_tokens, g.d_model}, at::kFloat);
+      const at::Tensor choice = at::matmul(x, weight.t()).argmax(-1);
+      for (int64_t i = 0; i < span.num_tokens; ++i) {
+        if (span.margins[at + i] < 0.05f)
+          continue;  // rounding of the stored input decides
+        ++looked;
+        right += choice[i].item<int64_t>() == span.expert_ids[at + i];
+      }
+    }
+  }
+  EXPECT_GT(looked, 1000);
+  EXPECT_EQ(right, looked);
+}
+
+TEST_F(CollectRecordsTest, RefusesToGoOnWithSomethingElse) {
+  Golden();
+  EXPECT_EQ(Collect(1, "golden", {"--threads=2"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "golden", {"--dtype=bf16"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "golden", {"--model=" + (folder_ / "other").string()}),
+            kExitUsage);
+  EXPECT_EQ(Collect(2, "golden", {"--max_sequences=1199"}), kExitUsage);
+}
+
+TEST_F(CollectRecordsTest, DryRunWritesNothing) {
+  EXPECT_EQ(Collect(1, "dry", {"--dry_run"}), 0);
+  EXPECT_FALSE(fs::exists(folder_ / "dry"));
+}
+
+TEST_F(CollectRecordsTest, SamplingFlagsThatDoNothingAreRefused) {
+  EXPECT_EQ(Collect(1, "none", {"--temperature=1"}), kExitUsage);  // denoise
+  EXPECT_EQ(Collect(1, "none", {"--record=ids,output"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "none", {"--record=ids,attention"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "none", {"--record=ids,hidden,attention", "--max_length=70000"}),
+            kExitUsage);
+  EXPECT_EQ(Collect(1, "none", {"--task=generate", "--top_p=0.9"}), kExitUsage);
+  EXPECT_EQ(Collect(1, "none", {"--task=generate", "--temperature=-1"}), kExitUsage);
+  EXPECT_FALSE(fs::exists(folder_ / "none"));
+}
+
+}  // namespace
+}  // namespace routecast
