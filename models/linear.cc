@@ -11,10 +11,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "models/onednn_linear.h"
+
 namespace routecast {
 namespace {
 
-// Float32, more rows: the library's repacking pays. Measured on AVX2 (docs/results).
+// Float32, more rows: a library's repacking of the weights pays (docs/results).
 constexpr int64_t kFewRows = 96;
 constexpr int kRows = 3, kColumns = 4;  // 12 sums, 3 inputs and a weight: 16 registers
 constexpr int64_t kDepth = 1024;        // a tile of 4 weight rows this deep stays in L1
@@ -225,17 +227,36 @@ bool HasBf16() {
 #endif
 }
 
-bool Pays(const at::Tensor& x, const at::Tensor& weight, int64_t rows) {
+enum class Way { kLibrary, kOwnLoops, kOneDnn, kTrained };
+
+Way WayOf(const at::Tensor& x, const at::Tensor& weight, int64_t rows) {
   if (!HasWide() || rows == 0 || !x.device().is_cpu() ||
       x.scalar_type() != weight.scalar_type() || !x.is_contiguous() ||
       !weight.is_contiguous()) {
-    return false;
+    return Way::kLibrary;
   }
   if (c10::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) {
-    return false;
+    return Way::kTrained;
   }
-  if (x.scalar_type() == at::kFloat) return rows <= kFewRows;
-  return x.scalar_type() == at::kBFloat16 && !HasBf16();
+  if (x.scalar_type() == at::kBFloat16 && !HasBf16()) return Way::kOwnLoops;
+  if (x.scalar_type() != at::kFloat) return Way::kLibrary;
+  if (rows <= kFewRows) return Way::kOwnLoops;
+  return PrefersOneDnn() ? Way::kOneDnn : Way::kLibrary;
+}
+
+// What oneDNN leaves of the rows is for the own loops.
+at::Tensor ManyRows(const at::Tensor& x_ND, const at::Tensor& weight_FD) {
+  const int64_t rows = x_ND.size(0);
+  if (OneDnnRows(rows) == rows) return OneDnnLinear(x_ND, weight_FD);
+  at::Tensor out = at::empty({rows, weight_FD.size(0)}, x_ND.options());
+  for (int64_t row = 0; row < rows;) {
+    const int64_t block = OneDnnRows(rows - row), taken = block > 0 ? block : rows - row;
+    const at::Tensor part = x_ND.narrow(0, row, taken);
+    out.narrow(0, row, taken)
+        .copy_(block > 0 ? OneDnnLinear(part, weight_FD) : OwnLinear(part, weight_FD));
+    row += taken;
+  }
+  return out;
 }
 
 }  // namespace
@@ -257,10 +278,14 @@ at::Tensor OwnLinear(const at::Tensor& x, const at::Tensor& weight) {
 
 at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t width = x.size(-1), rows = width > 0 ? x.numel() / width : 0;
-  if (!Pays(x, weight, rows)) return at::linear(x, weight);
+  const Way way = WayOf(x, weight, rows);
+  if (way == Way::kLibrary) return at::linear(x, weight);
+  if (way == Way::kTrained) return TrainedLinear(x, weight);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  return OwnLinear(x.view({rows, width}), weight).view(shape);
+  const at::Tensor flat = x.view({rows, width});
+  return (way == Way::kOwnLoops ? OwnLinear(flat, weight) : ManyRows(flat, weight))
+      .view(shape);
 }
 
 }  // namespace routecast

@@ -9,6 +9,7 @@
 
 #include "common/random.h"
 #include "models/dropout_mask.h"
+#include "models/onednn_linear.h"
 
 namespace routecast {
 
@@ -86,7 +87,7 @@ at::Tensor AddRows(const at::Tensor& x, const at::Tensor& rows) {
 }
 
 at::Tensor Product(const at::Tensor& x, const at::Tensor& weight) {
-  if (weight.dim() == 2) return at::linear(x, weight);
+  if (weight.dim() == 2) return TrainedLinear(x, weight);
   const auto y = at::bmm(ByMember(x, weight.size(0)), weight.transpose(1, 2));
   return WithWidth(y, x, weight.size(1));
 }
@@ -97,7 +98,7 @@ LinearLayer::LinearLayer(ParameterMaker* make, const std::string& name, int64_t 
       bias(make->Constant(name + ".bias", {out}, 0)) {}
 
 at::Tensor LinearLayer::operator()(const at::Tensor& x) const {
-  if (weight.dim() == 2) return at::linear(x, weight, bias);
+  if (weight.dim() == 2) return TrainedLinear(x, weight, bias);
   const auto y =
       at::baddbmm(bias.unsqueeze(1), ByMember(x, weight.size(0)), weight.transpose(1, 2));
   return WithWidth(y, x, weight.size(1));

@@ -190,7 +190,7 @@ at::Tensor SwitchModel::Attend(const at::Tensor& q, const at::Tensor& k,
                                const at::Tensor& v, const at::Tensor& bias,
                                const at::Tensor& o, at::Tensor* seen_weights) const {
   // No scaling of the product: T5 folds it into the initialisation.
-  const at::Tensor weights = at::softmax(at::matmul(q, k.transpose(2, 3)) + bias, -1);
+  const at::Tensor weights = at::softmax(at::matmul(q, k.transpose(2, 3)).add_(bias), -1);
   if (seen_weights != nullptr) *seen_weights = weights;
   const at::Tensor out =
       at::matmul(weights, v)

@@ -3,7 +3,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
+
+#include <set>
+#include <utility>
+
+#include "models/onednn_linear.h"
 
 namespace routecast {
 namespace {
@@ -70,6 +76,69 @@ INSTANTIATE_TEST_SUITE_P(Shapes, LinearTest,
                                   std::to_string(info.param.depth) + "x" +
                                   std::to_string(info.param.columns);
                          });
+
+// Rows that oneDNN takes in one, in several and in blocks with a rest.
+TEST(LinearDispatch, ManyRowsEqualTheReference) {
+  at::manual_seed(5);
+  const at::Tensor w = at::randn({24, 40});
+  for (const int64_t rows : {96, 97, 128, 1000, 1024, 1100, 9300}) {
+    const at::Tensor x = at::randn({rows, 40});
+    EXPECT_LT(LargestError(Linear(x, w), x, w), 1e-4) << rows;
+    EXPECT_TRUE(at::equal(Linear(x, w), Linear(x, w))) << rows;
+  }
+}
+
+TEST(LinearDispatch, OneDnnEqualsTheReferenceAlsoTransposed) {
+  if (!at::hasMKLDNN()) return;  // LibTorch of another machine
+  at::manual_seed(6);
+  const at::Tensor x = at::randn({128, 40}), w = at::randn({24, 40});
+  EXPECT_LT(LargestError(OneDnnLinear(x, w), x, w), 1e-4);
+  const at::Tensor turned = at::randn({40, 24}).t();
+  EXPECT_LT(LargestError(OneDnnLinear(x, turned), x, turned), 1e-4);
+}
+
+// Experts have any number of rows; code is made for few of them.
+TEST(LinearDispatch, FewNumbersOfRowsReachOneDnn) {
+  std::set<int64_t> asked;
+  for (int64_t rows = 1; rows < 20000; ++rows) {
+    const int64_t taken = OneDnnRows(rows);
+    EXPECT_LE(taken, rows);
+    EXPECT_GT(taken, rows >= 64 ? 0 : -1);
+    asked.insert(taken);
+  }
+  asked.erase(0);
+  EXPECT_EQ(asked.size(), 23u);
+}
+
+// Blocks with and without a rest, with a bias, x of more than two dimensions.
+TEST(TrainedLinearTest, GradientsEqualTheReference) {
+  for (const int64_t tokens : {20, 32, 90, 600}) {
+    at::manual_seed(7);
+    const at::Tensor x = at::randn({4, tokens, 40}).requires_grad_(true);
+    const at::Tensor w = at::randn({24, 40}).requires_grad_(true);
+    const at::Tensor b = at::randn({24}).requires_grad_(true);
+    const at::Tensor to = at::randn({4, tokens, 24});
+    (TrainedLinear(x, w, b) * to).sum().backward();
+    const at::Tensor x64 = x.detach().to(at::kDouble).requires_grad_(true);
+    const at::Tensor w64 = w.detach().to(at::kDouble).requires_grad_(true);
+    const at::Tensor b64 = b.detach().to(at::kDouble).requires_grad_(true);
+    (at::linear(x64, w64, b64) * to).sum().backward();
+    for (const auto& [got, want] : {std::pair{x, x64}, {w, w64}, {b, b64}}) {
+      EXPECT_TRUE(at::allclose(got.grad().to(at::kDouble), want.grad(), 1e-4, 1e-3))
+          << tokens;
+    }
+  }
+}
+
+TEST(TrainedLinearTest, MakesNoGraphWhereNoneIsWanted) {
+  const at::Tensor x = at::randn({256, 40});
+  const at::Tensor w = at::randn({24, 40}).requires_grad_(true);
+  {
+    const c10::AutoGradMode no_gradient(false);
+    EXPECT_FALSE(TrainedLinear(x, w).requires_grad());
+  }
+  EXPECT_TRUE(TrainedLinear(x, w).requires_grad());
+}
 
 TEST(LinearDispatch, GradientsFlow) {
   const at::Tensor x = at::randn({4, 16}).requires_grad_(true);
