@@ -115,7 +115,10 @@ DEFINE_uint64(validation_sequences, 256, "Sequences a source layer; 0 = all");
 DEFINE_uint64(test_sequences, 0, "Sequences a source layer; 0 = all");
 DEFINE_string(cache, "1GiB", "Memory for records on this host, shared by its ranks");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
-DEFINE_string(dtype, "fp32", "fp32: speculation models train in single precision");
+DEFINE_string(
+    dtype, "fp32",
+    "Of a training pass' products: fp32, or bf16 (autocast); parameters, losses "
+    "and scores are fp32");
 DEFINE_string(resume, "auto",
               "auto: go on with an unfinished run in --out; never: start anew; or the "
               "folder of an unfinished run");
@@ -154,7 +157,7 @@ SpeculationJob Validate() {
   SpeculationOptions& o = job.options;
   o.kind = SpeculationKinds().at(
       static_cast<size_t>(ParseChoice("--kind", FLAGS_kind, SpeculationKinds())));
-  ParseChoice("--dtype", FLAGS_dtype, {"fp32"});
+  o.dtype = FLAGS_dtype;
   o.epochs = FLAGS_epochs;
   o.steps = FLAGS_steps;
   o.global_batch = FLAGS_global_batch;

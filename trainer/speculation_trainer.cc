@@ -16,6 +16,7 @@
 #include "models/joint_model.h"
 #include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
+#include "trainer/autocast.h"
 #include "trainer/batch_loader.h"
 #include "trainer/best_parameters.h"
 #include "trainer/curriculum.h"
@@ -258,8 +259,9 @@ class SpeculationTrainer {
   // Of all members, each by its own output.
   at::Tensor Loss(const SpeculationBatch& batch) {
     const auto outputs =
-        joint_.ForwardMembers(WindowTo(batch.window, job_.device),
-                              Mix(options_.seed, kDropoutStream, batch.id));
+        ForwardMembersAs(options_.dtype == "bf16" ? at::kBFloat16 : at::kFloat, &joint_,
+                         WindowTo(batch.window, job_.device),
+                         Mix(options_.seed, kDropoutStream, batch.id));
     at::Tensor total;
     for (size_t m = 0; m < outputs.size(); ++m) {
       LossWeights weights = weights_;

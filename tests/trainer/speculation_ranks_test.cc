@@ -29,6 +29,10 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
     SpeculationJob job;
     job.options.attention_inputs = kind == "hidden_attention";
     job.options.kind = job.options.attention_inputs ? "hidden" : kind;
+    if (kind == "hidden_bf16") {
+      job.options.kind = "hidden";
+      job.options.dtype = "bf16";
+    }
     if (kind == "ensemble") {
       job.options.members = "interlayer*2:width=16,heads=2,layers=1;simple";
       job.options.augment.layer_dropout = 0.2;
@@ -55,7 +59,7 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
     return result;
   };
   for (const std::string kind :
-       {"hidden", "hidden_attention", "interlayer", "ensemble"}) {
+       {"hidden", "hidden_attention", "hidden_bf16", "interlayer", "ensemble"}) {
     const SpeculationResult many = train(kind, "_many", comm.get());
     LocalCommunicator alone;
     const SpeculationResult one =
