@@ -84,6 +84,21 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
       }
     }
   }
+  // One rank's time ends the training of all.
+  {
+    TraceDataset dataset(traces.traces, traces.geometry);
+    SpeculationJob job;
+    job.options.kind = "simple";
+    job.options.steps = 4;
+    job.options.global_batch = 8;
+    job.options.micro_batch = 4;
+    job.options.validation_sequences = job.options.test_sequences = 4;
+    job.quiet = true;
+    job.time_limit = rank.rank == 1 ? 1e-9 : 0;
+    job.out = fs::path(testing::TempDir()) / "speculation_ranks_time";
+    const auto result = TrainSpeculation(job, &dataset, traces.routers, comm.get());
+    EXPECT_EQ(result.losses.size(), 1u);
+  }
   // A rank without a micro-batch would wait in every step.
   TraceDataset dataset(traces.traces, traces.geometry);
   SpeculationJob few;
