@@ -137,14 +137,19 @@ TEST_F(KindSeconds, EnoughTimeChangesNothing) {
   EXPECT_GT(RowOf(board, "frequency")["times_chance"], 0.0);
   EXPECT_TRUE(RowOf(board, "frequency")["points_per_second"].is_null());
   EXPECT_THAT(ReadFile(job_.run.out / "leaderboard.csv"),
-              testing::HasSubstr("x chance,train s,points/s,points/M"));
+              testing::AllOf(testing::HasSubstr("x chance,"),
+                             testing::HasSubstr(",train s,points/s,points/M\r\n")));
   EXPECT_THAT(ReadFile(job_.run.out / "leaderboard.html"),
               testing::HasSubstr("points/M"));
+  EXPECT_THAT(LeaderboardText(board), testing::HasSubstr("points/s"));
 }
 
 TEST_F(KindSeconds, SeedsShareATimeAndMoreOfItTrainsAgain) {
   job_.kind_seconds = 10;
   EXPECT_DOUBLE_EQ(Run(0).time_limit, 5);
+  TraceDataset dataset(traces_.traces, traces_.geometry);
+  EXPECT_THAT(DescribeLeaderboard(job_, &dataset, true, 1),
+              testing::HasSubstr("5 s of training each at most"));
   job_.kind_seconds = 1e-6;
   Make();
   EXPECT_TRUE(IsFinished(Run(0)));
