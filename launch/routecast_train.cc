@@ -115,7 +115,10 @@ DEFINE_uint64(validation_sequences, 256, "Sequences a source layer; 0 = all");
 DEFINE_uint64(test_sequences, 0, "Sequences a source layer; 0 = all");
 DEFINE_string(cache, "1GiB", "Memory for records on this host, shared by its ranks");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
-DEFINE_string(dtype, "fp32", "fp32: speculation models train in single precision");
+DEFINE_string(
+    dtype, "fp32",
+    "Of a training pass' products: fp32, or bf16 (autocast); parameters, losses "
+    "and scores are fp32");
 DEFINE_string(resume, "auto",
               "auto: go on with an unfinished run in --out; never: start anew; or the "
               "folder of an unfinished run");
@@ -124,6 +127,10 @@ DEFINE_string(leaderboard, "",
               "Makes one table in --out of these, comma-separated: kinds (trained over "
               "--seeds seeds), folders of finished runs, or all");
 DEFINE_int32(seeds, 3, "Seeds a kind of --leaderboard, from --seed on");
+DEFINE_double(
+    kind_seconds, 0,
+    "With --leaderboard: seconds of training a kind may take, its seeds in equal "
+    "parts; a run that is over its part keeps its best so far; 0 = no limit");
 DEFINE_double(pass_us, 0,
               "Microseconds of one token through the decoder: kinds whose questions take "
               "more than 5 % of it are marked; 0 = not known");
@@ -154,7 +161,7 @@ SpeculationJob Validate() {
   SpeculationOptions& o = job.options;
   o.kind = SpeculationKinds().at(
       static_cast<size_t>(ParseChoice("--kind", FLAGS_kind, SpeculationKinds())));
-  ParseChoice("--dtype", FLAGS_dtype, {"fp32"});
+  o.dtype = FLAGS_dtype;
   o.epochs = FLAGS_epochs;
   o.steps = FLAGS_steps;
   o.global_batch = FLAGS_global_batch;
@@ -239,6 +246,7 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
   job.run = run;
   job.seeds = FLAGS_seeds;
   job.pass_us = FLAGS_pass_us;
+  job.kind_seconds = FLAGS_kind_seconds;
   if (FLAGS_pass_us > 0 && !FLAGS_model.empty()) {
     throw UsageError(
         "--model times the pass that --pass_us says\n  leave one of the two out");
@@ -271,6 +279,12 @@ void Run(int argc, char** argv) {
   }
   if (!FLAGS_model.empty() && FLAGS_leaderboard.empty()) {
     throw UsageError("--model is of --leaderboard\n  give both, or neither");
+  }
+  if (!(FLAGS_kind_seconds >= 0) ||
+      (FLAGS_kind_seconds > 0 && FLAGS_leaderboard.empty())) {
+    throw UsageError(
+        "--kind_seconds is a time of 0 or more, of --leaderboard\n  give both, or "
+        "neither");
   }
   if (!FLAGS_leaderboard.empty()) board = Leaderboard(job);
   if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);

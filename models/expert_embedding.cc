@@ -66,7 +66,7 @@ at::Tensor ExpertEmbedding::HiddenIdLoss(const at::Tensor& x_BND,
       SlotRows(window.training.hidden_ids_BTL, window, ContextOf(window, context), -100);
   const auto keys = Keys().view({M, -1, width}) / std::sqrt(static_cast<double>(width));
   const auto logits = at::matmul(x_BND.reshape({M, -1, width}), keys.transpose(1, 2));
-  return at::cross_entropy_loss(logits.flatten(0, 1), labels.flatten(), {},
+  return at::cross_entropy_loss(logits.flatten(0, 1).to(at::kFloat), labels.flatten(), {},
                                 at::Reduction::None, -100)
       .view({M, -1})
       .sum(1);

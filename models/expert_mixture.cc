@@ -16,7 +16,7 @@ ExpertMixture::Output ExpertMixture::operator()(const at::Tensor& x,
                                                 const at::Tensor& counts,
                                                 KeyedDropout* dropout) const {
   const int64_t members = router_.dim() == 3 ? router_.size(0) : 1;
-  const auto probs = at::softmax(Product(x, router_), -1);
+  const auto probs = at::softmax(Product(x, router_), -1, at::kFloat);
   const auto [gate, choice] = probs.max(-1, /*keepdim=*/true);
 
   // How even the load is, as the Switch Transformer measures it.

@@ -94,7 +94,7 @@ class ContextualModel : public GatingModel {
     const auto h = ByLead(Trunk(window, dropout), window);
     SpeculationOutput out;
     out.logits_BTHE = head_(h);
-    out.confidence_BTH = at::sigmoid(confidence_(h)).squeeze(3);
+    out.confidence_BTH = at::sigmoid(confidence_(h).to(at::kFloat)).squeeze(3);
     return out;
   }
 
@@ -165,7 +165,8 @@ class TransformerModel final : public GatingModel {
     for (const EncoderLayer& layer : layers_) x = layer(x, mask, dropout);
     SpeculationOutput out;
     out.logits_BTHE = head_(x, window);
-    out.confidence_BTH = at::sigmoid(confidence_(ByLead(x, window))).squeeze(3);
+    out.confidence_BTH =
+        at::sigmoid(confidence_(ByLead(x, window)).to(at::kFloat)).squeeze(3);
     return out;
   }
 

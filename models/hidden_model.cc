@@ -275,7 +275,7 @@ SpeculationOutput HiddenModel::Compute(const RoutingWindow& window,
   }
   if (!net_.priors.empty()) logits = logits + PriorLogits(window, H, next);
   const auto confidence = net_.confidence(z.transpose(0, 1)).squeeze(2);
-  return {logits, at::sigmoid(confidence).reshape({B, T, H}), next};
+  return {logits, at::sigmoid(confidence.to(at::kFloat)).reshape({B, T, H}), next};
 }
 
 std::unique_ptr<SpeculationModel> MakeHidden(const SpeculationConfig& config,

@@ -150,7 +150,7 @@ SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
     out.features_BTHD = AddRows(token.expand({-1, -1, H, -1}), lead);
     out.expert_keys_ED = net_.embed.Keys();
   }
-  out.confidence_BTH = at::sigmoid(confidence).squeeze(3);
+  out.confidence_BTH = at::sigmoid(confidence.to(at::kFloat)).squeeze(3);
   if (balance.defined()) {
     const auto tokens = window.valid_BT.view({members(), -1}).sum(1).to(at::kFloat);
     out.own_loss = balance * tokens * kBalanceWeight;

@@ -139,7 +139,7 @@ SpeculationOutput MultiscaleModel::Compute(const RoutingWindow& window,
   SpeculationOutput out;
   out.logits_BTHE = head_(h, window);
   const auto by_lead = AddRows(h.unsqueeze(2).expand({-1, -1, H, -1}), lead_.Rows(0, H));
-  out.confidence_BTH = at::sigmoid(confidence_(by_lead)).squeeze(3);
+  out.confidence_BTH = at::sigmoid(confidence_(by_lead).to(at::kFloat)).squeeze(3);
   return out;
 }
 

@@ -161,7 +161,7 @@ at::Tensor AttentionLayer::operator()(const at::Tensor& query, const at::Tensor&
 template <typename Fill>
 at::Tensor KeyedDropout::Draw(const at::Tensor& x, const Fill& fill) {
   const c10::NoGradGuard no_grad;
-  at::Tensor drawn = at::empty_like(x);
+  at::Tensor drawn = at::empty_like(x, x.options().dtype(at::kFloat));
   const auto members = static_cast<int64_t>(keys_.size());
   for (int64_t m = 0; m < members; ++m) {
     // A generator of the device's kind with a state of its own: nothing global is
@@ -178,7 +178,7 @@ namespace {
 at::Tensor CpuMask(const at::Tensor& x, const std::vector<uint64_t>& keys, uint64_t use,
                    double probability) {
   const c10::NoGradGuard no_grad;
-  at::Tensor mask = at::empty(x.sizes(), x.options().requires_grad(false));
+  at::Tensor mask = at::empty(x.sizes(), at::kFloat);
   const int64_t part = x.numel() / static_cast<int64_t>(keys.size());
   float* out = mask.data_ptr<float>();
   for (const uint64_t key : keys) {
@@ -223,7 +223,7 @@ at::Tensor EncoderLayer::operator()(const at::Tensor& x, const at::Tensor& mask,
 at::Tensor LstmLayer::operator()(const at::Tensor& x_BTI) const {
   const int64_t B = x_BTI.size(0), T = x_BTI.size(1), width = state.weight.size(-1);
   const auto inputs = input(x_BTI);
-  auto h = at::zeros({B, 1, width}, x_BTI.options()), c = h;
+  auto h = at::zeros({B, 1, width}, x_BTI.options().dtype(at::kFloat)), c = h;
   std::vector<at::Tensor> outputs;
   for (int64_t t = 0; t < T; ++t) {
     const auto gates = (inputs.narrow(1, t, 1) + state(h)).chunk(4, 2);

@@ -93,6 +93,7 @@ struct AttentionLayer {
 
 // The i-th use in a forward pass draws from the stream (key, i); key 0 = identity. With
 // several keys the first dimension holds as many members, each with a stream of its own.
+// What is drawn is float32 whatever x is, and so is the result where something was drawn.
 class KeyedDropout {
  public:
   KeyedDropout(double probability, uint64_t key)

@@ -85,7 +85,7 @@ SpeculationOutput TrunkModel::Forward(const RoutingWindow& window, uint64_t drop
 }
 
 at::Tensor LargestProbability(const at::Tensor& logits_BTHE) {
-  return at::softmax(logits_BTHE.detach(), -1).amax(-1);
+  return at::softmax(logits_BTHE.detach(), -1, at::kFloat).amax(-1);
 }
 
 }  // namespace routecast

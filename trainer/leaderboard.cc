@@ -5,8 +5,6 @@
 #include <tuple>
 
 #include "common/errors.h"
-#include "report/html_report.h"
-#include "report/table.h"
 #include "trainer/question_timing.h"
 #include "trainer/run_plan.h"
 
@@ -99,6 +97,12 @@ Json MeanOf(const Json& scores, const std::string& phase, bool only_next,
   return count > 0 ? Json(sum / count) : Json();
 }
 
+// What rows are ranked by: the mean over all places of the decoder, where there is one.
+std::string RankingKey(const MoeGeometry& g) {
+  return std::string(g.decoder_layers > 0 ? "decoder" : "encoder") +
+         (g.experts_per_token > 1 ? "_recall" : "_top1");
+}
+
 void AddSummary(Json* row) {
   const Json scores = (*row)["scores"];  // adding keys moves what they hold
   for (const char* phase : {"encoder", "decoder"}) {
@@ -125,6 +129,21 @@ void AddBackups(const std::vector<Json>& results, Json* row) {
     }
     if (count > 0) (*row)["backup_" + std::string(key)] = sum / count;
   }
+}
+
+// Mean seconds of training; null where a run did not say. How many runs ended before
+// their time was enough.
+void AddTimes(const std::vector<Json>& results, Json* row) {
+  double sum = 0;
+  int timed = 0, ended = 0;
+  for (const Json& r : results) {
+    timed += r.contains("training_seconds");
+    sum += r.value("training_seconds", 0.0);
+    ended += r.contains("time_limit");
+  }
+  const bool all = timed == static_cast<int>(results.size());
+  (*row)["training_seconds"] = all ? Json(sum / timed) : Json();
+  if (ended > 0) (*row)["stopped_by_time"] = ended;
 }
 
 }  // namespace
@@ -157,7 +176,24 @@ Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
   }
   AddSummary(&row);
   AddBackups(results, &row);
+  AddTimes(results, &row);
   return row;
+}
+
+void AddRates(const MoeGeometry& geometry, Json* row) {
+  const Json& score = row->at(RankingKey(geometry));
+  const double chance = double(geometry.experts_per_token) / double(geometry.num_experts);
+  const auto over = [&](const char* key, double scale) {
+    const Json by = row->value(key, Json());
+    if (!score.is_number() || !by.is_number() || !(by.get<double>() > 0)) return Json();
+    return Json(100 * score.get<double>() / (by.get<double>() / scale));
+  };
+  const Json per_second = over("training_seconds", 1);
+  const Json per_million = over("parameters", 1e6);
+  const Json times = score.is_number() ? Json(score.get<double>() / chance) : Json();
+  (*row)["times_chance"] = times;
+  (*row)["points_per_second"] = per_second;
+  (*row)["points_per_million_parameters"] = per_million;
 }
 
 namespace {
@@ -173,6 +209,12 @@ Json ReadResults(const fs::path& folder, const Json& split) {
     throw UsageError(ErrorText(folder.string() + " was trained on another store",
                                "its documents are split otherwise",
                                "train it on this store, or leave it out"));
+  }
+  if (!fs::exists(folder / "config.json")) return results;
+  const Json config = ReadJsonFile(folder / "config.json");
+  const Json extra = config.value("extra", Json::object());
+  for (const char* key : {"training_seconds", "time_limit"}) {
+    if (extra.contains(key)) results[key] = extra[key];
   }
   return results;
 }
@@ -258,6 +300,7 @@ SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
     run.options.combine = SpeculationOptions().combine;
   }
   run.options.seed = job.run.options.seed + number;
+  run.time_limit = job.kind_seconds / job.seeds;
   run.out = entry.folders.at(number);
   return run;
 }
@@ -301,9 +344,9 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
   if (!last.empty()) AddBaselines(last, &board["rows"]);
   if (!last.empty()) AddEstimates(last, g.experts_per_token > 1, &board["rows"]);
   board["experts_per_token"] = g.experts_per_token;
-  const std::string key = std::string(g.decoder_layers > 0 ? "decoder" : "encoder") +
-                          (g.experts_per_token > 1 ? "_recall" : "_top1");
+  const std::string key = RankingKey(g);
   std::vector<Json> rows = board["rows"];
+  for (Json& row : rows) AddRates(g, &row);
   std::stable_sort(rows.begin(), rows.end(), [&](const Json& a, const Json& b) {
     const auto value = [&](const Json& r) {
       return r[key].is_number() ? r[key].get<double>() : -1;
@@ -318,106 +361,6 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
   }
   comm->Barrier();
   return board;
-}
-
-namespace {
-
-std::string Share(const Json& value) {
-  return value.is_number() ? Fixed(100 * value.get<double>(), 1) : "-";
-}
-
-// Of models of several experts a token the scores are of the set of all K.
-bool Sets(const Json& board) { return board.value("experts_per_token", 1) > 1; }
-
-Table TableOf(const Json& board) {
-  const bool sets = Sets(board);
-  const std::string first = sets ? "recall at K" : "top-1",
-                    one = sets ? "recall" : "top1";
-  const std::string wide = sets ? "recall_at_2k" : "top4";
-  std::vector<std::string> columns = {
-      "<kind",
-      "parameters",
-      "seeds",
-      "valid. loss",
-      "dec next " + first,
-      std::string("dec next ") + (sets ? "at 2K" : "top-4"),
-      "dec all " + first,
-      "enc next " + first,
-      "enc all " + first,
-      "us",
-      "<serve"};
-  const Json& all = board.at("rows");
-  const bool backups = std::any_of(
-      all.begin(), all.end(), [](const Json& r) { return r.contains("backup_recall"); });
-  if (backups) columns.insert(columns.end(), {"choices 2+", "by head 1"});
-  Table table(columns);
-  for (const Json& r : board.at("rows")) {
-    const bool baseline = r.contains("baseline");
-    const Json& us = r.at("predict_us");
-    const Json& offline = r.at("offline_only");
-    const char* what = r.contains("estimate") ? " (estimate)" : " (baseline)";
-    std::vector<std::string> row = {
-        r.at("kind").get<std::string>() + (baseline ? what : ""),
-        r.at("parameters").is_number() ? std::to_string(r.at("parameters").get<int64_t>())
-                                       : "-",
-        baseline ? "-" : std::to_string(r.at("seeds").size()),
-        r.at("validation_loss").is_number()
-            ? Fixed(r.at("validation_loss").get<double>(), 3)
-            : "-",
-        Share(r.at("decoder_next_" + one)),
-        Share(r.at("decoder_next_" + wide)),
-        Share(r.at("decoder_" + one)),
-        Share(r.at("encoder_next_" + one)),
-        Share(r.at("encoder_" + one)),
-        us.is_number() ? Fixed(us.get<double>(), 0) : "-",
-        offline.is_boolean() ? (offline.get<bool>() ? "no" : "yes") : "-"};
-    if (backups) {
-      row.push_back(Share(r.value("backup_recall", Json())));
-      row.push_back(Share(r.value("backup_recall_primary", Json())));
-    }
-    table.AddRow(row);
-  }
-  return table;
-}
-
-}  // namespace
-
-std::string LeaderboardText(const Json& board) { return TableOf(board).ToText(); }
-std::string LeaderboardCsv(const Json& board) { return TableOf(board).ToCsv(); }
-
-std::string LeaderboardHtml(const Json& board) {
-  HtmlReport page("Speculation models", board.at("store").get<std::string>());
-  page.Section("All kinds");
-  page.Paragraph(
-      "Test documents, %; means over layers, leads and seeds. us: one question for one "
-      "decoder token on the machine that made this table; serve: within 5 % of a pass.");
-  if (board.contains("pass_us")) {
-    page.Paragraph(
-        "A pass of one decoder token: " + Fixed(board.at("pass_us").get<double>(), 0) +
-        (board.contains("pass_model") ? " us, timed beside the questions."
-                                      : " us, as given."));
-  }
-  page.AddTable(TableOf(board), "best first");
-  page.Section("Single places");
-  page.Paragraph(
-      "95 %: from the lowest to the highest end of the seeds' intervals over documents.");
-  for (const Json& r : board.at("rows")) {
-    const bool sets = Sets(board);
-    Table places({"<phase", "layer", "lead", sets ? "recall at K" : "top-1", "95 %",
-                  "over seeds", sets ? "at 2K" : "top-4", "nats", "ECE"});
-    for (const Json& s : r.at("scores")) {
-      places.AddRow({s.at("phase"), std::to_string(s.at("layer").get<int>()),
-                     std::to_string(s.at("lead").get<int>()),
-                     Share(s.at(sets ? "recall" : "top1")),
-                     Share(s.at("ci95")[0]) + "-" + Share(s.at("ci95")[1]),
-                     Share(s.at("seed_range")[0]) + "-" + Share(s.at("seed_range")[1]),
-                     Share(s.at(sets ? "recall_at_2k" : "top4")),
-                     Fixed(s.at("cross_entropy").get<double>(), 3),
-                     Fixed(100 * s.at("ece").get<double>(), 1)});
-    }
-    page.Details(r.at("kind"), places);
-  }
-  return page.Finish();
 }
 
 }  // namespace routecast

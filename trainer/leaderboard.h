@@ -16,6 +16,9 @@ struct LeaderboardJob {
   std::vector<std::string> entries;
   int seeds = 3;
   double pass_us = 0;  // one token through the decoder; 0 = not known
+  // Of training a kind, its seeds in equal parts: a run that is over its part keeps its
+  // best so far. 0 = no limit.
+  double kind_seconds = 0;
   // The traced model: its pass is timed here, beside the questions; empty = pass_us.
   fs::path checkpoint;
   // What every run is trained by, but kind, seed and folder; `out` is the table's folder.
@@ -46,9 +49,12 @@ std::string LeaderboardText(const Json& leaderboard);
 std::string LeaderboardCsv(const Json& leaderboard);
 std::string LeaderboardHtml(const Json& leaderboard);
 
-// Rows of results.json files: one a (name, parameters), the mean of its seeds. Exposed
-// for tests.
+// Rows of results.json files (with training_seconds and time_limit, where they are
+// known): one a (name, parameters), the mean of its seeds. Exposed for tests.
 Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
                     double predict_us, double pass_us, int questions_a_pass);
+// Adds what a row's score is over chance, in points a second of training and in points a
+// million parameters; null where one of them is not known. Exposed for tests.
+void AddRates(const MoeGeometry& geometry, Json* row);
 
 }  // namespace routecast

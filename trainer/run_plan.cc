@@ -76,8 +76,13 @@ bool IsFinished(const SpeculationJob& run) {
     return false;
   }
   const Json config = ReadJsonFile(run.out / "config.json");
-  return config.contains("extra") && config["extra"].contains("options") &&
-         config["extra"]["options"] == run.options.ToJson();
+  if (!config.contains("extra") || !config["extra"].contains("options") ||
+      config["extra"]["options"] != run.options.ToJson()) {
+    return false;
+  }
+  const Json& extra = config["extra"];
+  return !extra.contains("time_limit") ||
+         (run.time_limit > 0 && run.time_limit <= extra["time_limit"].get<double>());
 }
 
 std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
@@ -105,10 +110,15 @@ std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset
                   std::to_string(progress.done), std::to_string(progress.begun)});
   }
   const std::string out = job.run.out.string();
+  char limit[64] = "";
+  if (job.kind_seconds > 0) {
+    std::snprintf(limit, sizeof limit, ", %g s of training each at most",
+                  job.kind_seconds / job.seeds);
+  }
   return "traces: " + dataset->SplitJson().dump() + "\ntable: " + out +
          "/leaderboard.{json,csv,html}; runs: " + out +
-         "/KIND/seed-N, one after another on " + std::to_string(world) +
-         " ranks\nmemory is before activations and traces\n" + table.ToText() +
+         "/KIND/seed-N, one after another on " + std::to_string(world) + " ranks" +
+         limit + "\nmemory is before activations and traces\n" + table.ToText() +
          Summary(all, bytes, job.run.out);
 }
 

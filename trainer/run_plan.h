@@ -9,7 +9,8 @@
 
 namespace routecast {
 
-// True where run.out holds a finished run of these options: it is not trained again.
+// True where run.out holds a finished run of these options: it is not trained again. One
+// that its time ended counts only where the limit has not grown.
 bool IsFinished(const SpeculationJob& run);
 
 // Runs, steps, memory and disk, a line an entry. Throws what the job itself would refuse

@@ -173,6 +173,7 @@ Json SpeculationOptions::ToJson() const {
           {"steps", steps},
           {"global_batch", global_batch},
           {"micro_batch", micro_batch},
+          {"dtype", dtype},
           {"training", training.ToJson()},
           {"schedule", schedule.ToJson()},
           {"betas", {beta1, beta2}},
@@ -210,6 +211,12 @@ void SpeculationOptions::Validate() const {
         "--global_batch must be a multiple of --micro_batch",
         std::to_string(global_batch) + " and " + std::to_string(micro_batch), ""));
   }
+  if (dtype == "fp16") {
+    throw UsageError(ErrorText("--dtype=fp16 does not train speculation models",
+                               "small gradients would be lost: nothing scales the loss",
+                               "use --dtype=bf16"));
+  }
+  ParseChoice("--dtype", dtype, {"fp32", "bf16"});
   ValidateSizes(sizes);
   ValidateTraining(training);
   schedule.Validate();

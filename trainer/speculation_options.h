@@ -56,6 +56,8 @@ struct SpeculationOptions {
   int64_t steps = 0;      // > 0: exactly this many at most, instead of epochs
   int global_batch = 64;  // windows a step over all ranks
   int micro_batch = 16;   // windows a forward pass: the compute unit at any world size
+  std::string dtype = "fp32";  // of a training pass' products: fp32, or bf16 (autocast);
+                               // what is trained, its losses and scores are fp32 always
   MemberOptions training;
   LearningSchedule schedule;
   double beta1 = 0.9, beta2 = 0.99;  // of AdamW

@@ -64,6 +64,7 @@ Json ResultsJson(const SpeculationReport& r) {
   Json json = {{"kind", r.options.kind},
                {"parameters", r.parameters},
                {"seed", r.options.seed},
+               {"dtype", r.options.dtype},
                {"world_size", r.world_size},
                {"steps", r.steps},
                {"best_step", r.best_step},

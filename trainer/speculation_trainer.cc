@@ -16,6 +16,7 @@
 #include "models/joint_model.h"
 #include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
+#include "trainer/autocast.h"
 #include "trainer/batch_loader.h"
 #include "trainer/best_parameters.h"
 #include "trainer/curriculum.h"
@@ -38,6 +39,7 @@ constexpr uint64_t kValidationStream = 0x76616cULL;
 constexpr uint64_t kTestStream = 0x74657374ULL;
 constexpr int kEvaluationsPerRun = 8;
 constexpr int kEvaluationMicroBatch = 32;
+constexpr char kSecondsFile[] = "seconds.json";  // of training so far
 
 class Stopwatch {
  public:
@@ -130,24 +132,31 @@ class SpeculationTrainer {
     Progress progress("train " + options_.kind, "steps", static_cast<uint64_t>(steps_),
                       job_.quiet || !rank_.is_root());
     progress.Update(static_cast<uint64_t>(step_));
+    clock_ = Stopwatch();
     BatchLoader loader(
         step_, steps_, [this](int64_t step) { return MicroBatchesOf(step); },
         [this](const MicroBatch& micro) {
           return MakeSpeculationBatch(micro, stores_[static_cast<size_t>(micro.store)],
                                       hidden_);
         });
-    while (step_ < steps_ && !exhausted_) {
+    while (step_ < steps_ && !exhausted_ && !out_of_time_) {
       const double loss = Step(&loader, progress.seconds());
       progress.Update(static_cast<uint64_t>(step_), Note(loss));
-      if (step_ % validate_every_ == 0 || step_ == steps_) ValidateAndSave();
-      if (stop_ && step_ < steps_ && !exhausted_) {
+      if (step_ % validate_every_ == 0 || step_ == steps_ || out_of_time_) {
+        ValidateAndSave();
+      }
+      if (stop_ && step_ < steps_ && !exhausted_ && !out_of_time_) {
         Save();
         throw StoppedError("stopped at step " + std::to_string(step_) +
                            "; start the same command again and it goes on");
       }
     }
     progress.Finish();
+    seconds_ = Seconds();
   }
+
+  // Of training so far, over all processes of the run.
+  double Seconds() const { return before_ + clock_.seconds(); }
 
   EvaluationData Part(size_t store, SplitPart part, uint64_t sequences,
                       uint64_t stream) const {
@@ -200,6 +209,8 @@ class SpeculationTrainer {
     best_.Load(from, state->extra);
     exhausted_ = Exhausted();
     meter_.Load(state->extra);
+    if (fs::exists(from / kSecondsFile)) before_ = ReadJsonFile(from / kSecondsFile);
+    out_of_time_ = job_.time_limit > 0 && before_ > job_.time_limit && best_.step() > 0;
   }
 
   uint64_t EpochOf(int64_t step) const {
@@ -216,7 +227,8 @@ class SpeculationTrainer {
   // while backward runs, divided by the labels of all ranks.
   double Step(BatchLoader* loader, double seconds) {
     const uint64_t epoch = EpochOf(step_);
-    double sums[4] = {0, 0, 0, 0};  // loss, labels, windows, a stop was requested
+    // Loss, labels, windows; a stop was requested, the time is over.
+    double sums[5] = {0, 0, 0, 0, 0};
     double waited = 0;
     const Stopwatch step;
     reducer_->BeginStep();
@@ -238,6 +250,7 @@ class SpeculationTrainer {
       sums[2] += static_cast<double>(batch.window.token_ids_BT.size(0));
     }
     sums[3] = StopRequested() || step_ + 1 == job_.stop_after ? 1 : 0;
+    sums[4] = job_.time_limit > 0 && Seconds() > job_.time_limit ? 1 : 0;
     reducer_->Finalize(1);  // before any other collective: see gradient_reducer.h
     comm_->AllReduceSum(sums);
     const double labels = std::max(1.0, sums[1]);
@@ -248,6 +261,7 @@ class SpeculationTrainer {
     meter_.Add({losses_.back(), sums[2], step.seconds(), waited});
     ++step_;
     stop_ = sums[3] > 0;
+    out_of_time_ = sums[4] > 0;
     if (step_ % options_.log_every == 0 || step_ == steps_) {
       log_.Write(Place(), meter_.Take(optimizer_->LearningRate(share), norm, seconds,
                                       loader->seconds()));
@@ -258,8 +272,9 @@ class SpeculationTrainer {
   // Of all members, each by its own output.
   at::Tensor Loss(const SpeculationBatch& batch) {
     const auto outputs =
-        joint_.ForwardMembers(WindowTo(batch.window, job_.device),
-                              Mix(options_.seed, kDropoutStream, batch.id));
+        ForwardMembersAs(options_.dtype == "bf16" ? at::kBFloat16 : at::kFloat, &joint_,
+                         WindowTo(batch.window, job_.device),
+                         Mix(options_.seed, kDropoutStream, batch.id));
     at::Tensor total;
     for (size_t m = 0; m < outputs.size(); ++m) {
       LossWeights weights = weights_;
@@ -331,6 +346,8 @@ class SpeculationTrainer {
   void Save() {
     if (rank_.is_root()) {
       MakeFolder(StateFolder());
+      // Beside the checkpoints: those are equal bits, however long they took.
+      WriteFileAtomic(StateFolder() / kSecondsFile, Json(Seconds()).dump() + "\n");
       best_.Write(StateFolder());
       Json extra = best_.ToJson();
       extra.update(meter_.ToJson());
@@ -368,8 +385,7 @@ class SpeculationTrainer {
     result.table = ResultsTable(report, config_.geometry.num_experts);
     result.losses = losses_;
     if (rank_.is_root()) {
-      SaveSpeculationModel(job_.out, *model_, calibration,
-                           {{"options", options_.ToJson()}, {"best_step", best_.step()}});
+      SaveSpeculationModel(job_.out, *model_, calibration, Extra());
       if (job_.onnx) WriteSpeculationOnnx(job_.out / "onnx", *model_);
       WriteFileAtomic(job_.out / "results.json", result.results.dump(2) + "\n");
       RemoveTrainStates(StateFolder());
@@ -386,9 +402,17 @@ class SpeculationTrainer {
           {job_.also[i - 1].name, Validate(&part, validation_[i], comm_)});
       const Calibration calibration = FitCalibration(&part, validation_[i], comm_);
       if (!rank_.is_root()) continue;
-      SaveSpeculationModel(FolderOf(i), part, calibration,
-                           {{"options", options_.ToJson()}, {"best_step", best_.step()}});
+      SaveSpeculationModel(FolderOf(i), part, calibration, Extra());
     }
+  }
+  // Beside a model's configuration. The time it took is no result: those are equal bits
+  // however often a run was stopped.
+  Json Extra() const {
+    Json extra = {{"options", options_.ToJson()},
+                  {"best_step", best_.step()},
+                  {"training_seconds", seconds_}};
+    if (out_of_time_) extra["time_limit"] = job_.time_limit;
+    return extra;
   }
 
   // An ensemble's members count by their validation top-1; no member, no scores.
@@ -429,7 +453,11 @@ class SpeculationTrainer {
   BestParameters best_;
   StepMeter meter_;
 
-  bool stop_ = false, exhausted_ = false;
+  double before_ = 0;  // seconds of the processes before this one
+
+  Stopwatch clock_;     // since this process' first step
+  double seconds_ = 0;  // of the whole training, once it is over
+  bool stop_ = false, exhausted_ = false, out_of_time_ = false;
   std::vector<double> losses_;
 };
 

@@ -37,6 +37,9 @@ struct SpeculationJob {
   int64_t bucket_bytes = 1 << 20;  // of gradients that are reduced together
   bool deterministic = true;       // refuse operations whose result may differ by run
   int64_t stop_after = 0;  // as if a stop were requested after this step; 0 = never
+  // Seconds of steps and validations, over all processes of the run; after the step that
+  // exceeds them the best so far is the result, as if it were the last. 0 = no limit.
+  double time_limit = 0;
   bool onnx = false;  // writes out/onnx beside the model; kinds that cannot are refused
   bool quiet = false;
 };

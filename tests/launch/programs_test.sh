@@ -38,12 +38,13 @@ fi
 if [ -x "$ROUTECAST_BIN_DIR/routecast-train" ]; then
   out=$(mktemp -u)
   for wrong in "--leaderboard=hiden" "--search=/nowhere.json" "--leaderboard=all --search=x" \
-    "--model=/nowhere" "--leaderboard=all --model=/nowhere --pass_us=1"; do
+    "--model=/nowhere" "--leaderboard=all --model=/nowhere --pass_us=1" \
+    "--kind_seconds=5" "--leaderboard=all --kind_seconds=-1" "--dtype=fp16"; do
     # shellcheck disable=SC2086
     error=$("$ROUTECAST_BIN_DIR/routecast-train" $wrong --store=/nowhere --out="$out" 2>&1)
     code=$?
     [ "$code" -eq 2 ] || fail "$wrong gave exit $code: $error"
-    grep -q "hidden?\|/nowhere.json\|two jobs\|--model" <<<"$error" || fail "$wrong: $error"
+    grep -q "hidden?\|/nowhere.json\|two jobs\|--model\|--kind_seconds\|--dtype=bf16" <<<"$error" || fail "$wrong: $error"
     [ "$(wc -l <<<"$error")" -le 3 ] || fail "$wrong: more than three lines"
     [ ! -e "$out" ] || fail "$wrong left $out"
   done

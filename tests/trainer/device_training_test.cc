@@ -52,6 +52,32 @@ TEST_P(DeviceTraining, EveryKindIsTrainedAndScored) {
   at::globalContext().setDeterministicAlgorithms(false, false);
 }
 
+TEST_P(DeviceTraining, EveryKindTakesAStepInBf16) {
+  const SyntheticTraces made = TraceSynthesizer(3, 8, 24, 200, 5).Make(20, 6, 16, false);
+  for (const std::string& kind : SpeculationKinds()) {
+    const TempFolder folder;
+    SpeculationJob job;
+    job.options.kind = kind;
+    job.options.dtype = "bf16";
+    job.options.steps = 1;
+    job.options.global_batch = job.options.micro_batch = 4;
+    job.options.validation_sequences = job.options.test_sequences = 2;
+    job.options.sizes = {24, 2, 32, 1, 0, 0.1};
+    job.out = folder.path() / "run";
+    job.device = device();
+    job.quiet = true;
+    TraceDataset dataset(made.traces, made.geometry);
+    LocalCommunicator comm;
+    try {
+      const auto result = TrainSpeculation(job, &dataset, made.routers, &comm);
+      EXPECT_TRUE(std::isfinite(result.losses.at(0))) << kind;
+    } catch (const std::exception& e) {
+      ADD_FAILURE() << kind << ": " << e.what();
+    }
+  }
+  at::globalContext().setDeterministicAlgorithms(false, false);
+}
+
 struct Step {
   double loss = 0, norm = 0, norm_after = 0;
 };

@@ -29,6 +29,10 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
     SpeculationJob job;
     job.options.attention_inputs = kind == "hidden_attention";
     job.options.kind = job.options.attention_inputs ? "hidden" : kind;
+    if (kind == "hidden_bf16") {
+      job.options.kind = "hidden";
+      job.options.dtype = "bf16";
+    }
     if (kind == "ensemble") {
       job.options.members = "interlayer*2:width=16,heads=2,layers=1;simple";
       job.options.augment.layer_dropout = 0.2;
@@ -55,7 +59,7 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
     return result;
   };
   for (const std::string kind :
-       {"hidden", "hidden_attention", "interlayer", "ensemble"}) {
+       {"hidden", "hidden_attention", "hidden_bf16", "interlayer", "ensemble"}) {
     const SpeculationResult many = train(kind, "_many", comm.get());
     LocalCommunicator alone;
     const SpeculationResult one =
@@ -79,6 +83,21 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
         EXPECT_EQ(many.results["baselines"][name][i]["top1"], entries[i]["top1"]) << name;
       }
     }
+  }
+  // One rank's time ends the training of all.
+  {
+    TraceDataset dataset(traces.traces, traces.geometry);
+    SpeculationJob job;
+    job.options.kind = "simple";
+    job.options.steps = 4;
+    job.options.global_batch = 8;
+    job.options.micro_batch = 4;
+    job.options.validation_sequences = job.options.test_sequences = 4;
+    job.quiet = true;
+    job.time_limit = rank.rank == 1 ? 1e-9 : 0;
+    job.out = fs::path(testing::TempDir()) / "speculation_ranks_time";
+    const auto result = TrainSpeculation(job, &dataset, traces.routers, comm.get());
+    EXPECT_EQ(result.losses.size(), 1u);
   }
   // A rank without a micro-batch would wait in every step.
   TraceDataset dataset(traces.traces, traces.geometry);

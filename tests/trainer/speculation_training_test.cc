@@ -146,6 +146,29 @@ TEST_P(EveryKindTrains, WithoutNaNAndIsServed) {
   fs::remove_all(job.out);
 }
 
+TEST_P(EveryKindTrains, AStepInBf16WithoutNaN) {
+  SpeculationJob job = Job("run", GetParam());
+  job.out = folder_.string() + "_" + GetParam() + "_bf16";
+  job.options.dtype = "bf16";
+  job.options.steps = 1;
+  job.options.global_batch = 4;
+  job.options.validation_sequences = job.options.test_sequences = 2;
+  job.options.sizes = {24, 2, 32, 1, 0, 0.1};
+  const auto train = [&] {
+    const SpeculationResult result = Train(job, Traces(20));
+    EXPECT_TRUE(std::isfinite(result.losses.at(0)));
+    EXPECT_TRUE(std::isfinite(result.results["validation"]["loss"].get<double>()));
+    LoadSpeculationModel(job.out);  // throws where a weight is not finite
+    fs::remove_all(job.out);
+  };
+  train();
+  if (GetParam() == "ensemble") return;
+  job.options.kind = "ensemble";  // two of it in one set of layers
+  job.options.members = GetParam() + "*2:width=24,heads=2,ff=32,layers=1,dropout=0.1";
+  job.options.sizes = {};
+  train();
+}
+
 TEST_F(SpeculationTraining, ALeaderboardTrainsWhatIsMissing) {
   const SyntheticTraces traces = Traces(60);
   LeaderboardJob job;

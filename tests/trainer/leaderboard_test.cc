@@ -1,0 +1,196 @@
+// What a leaderboard says of time and size, and the time that a kind may take.
+#include "trainer/leaderboard.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "common/errors.h"
+#include "tests/storage/temp_folder.h"
+#include "tests/trainer/training_in_memory.h"
+#include "trainer/run_plan.h"
+
+namespace routecast {
+namespace {
+
+Json Row() {
+  return {{"decoder_top1", 0.5},   {"encoder_top1", 0.25},  {"decoder_recall", 0.75},
+          {"parameters", 2000000}, {"predict_us", nullptr}, {"training_seconds", 20.0}};
+}
+
+TEST(LeaderboardRates, AreOfTheScoreThatRanks) {
+  Json row = Row();
+  AddRates({3, 3, 8, 1, 24}, &row);
+  EXPECT_DOUBLE_EQ(row["times_chance"], 0.5 * 8);
+  EXPECT_DOUBLE_EQ(row["points_per_second"], 50 / 20.0);
+  EXPECT_DOUBLE_EQ(row["points_per_million_parameters"], 50 / 2.0);
+}
+
+TEST(LeaderboardRates, WithoutADecoderTheEncoderRanks) {
+  Json row = Row();
+  AddRates({3, 0, 8, 1, 24}, &row);
+  EXPECT_DOUBLE_EQ(row["times_chance"], 0.25 * 8);
+}
+
+TEST(LeaderboardRates, ChanceIsOfAllExpertsOfAToken) {
+  Json row = Row();
+  AddRates({0, 3, 32, 4, 24}, &row);
+  EXPECT_DOUBLE_EQ(row["times_chance"], 0.75 * 32 / 4);
+  EXPECT_DOUBLE_EQ(row["points_per_second"], 75 / 20.0);
+}
+
+TEST(LeaderboardRates, WhatIsNotKnownGivesNone) {
+  Json row = Row();
+  row["training_seconds"] = row["parameters"] = nullptr;
+  AddRates({3, 3, 8, 1, 24}, &row);
+  EXPECT_TRUE(row["points_per_second"].is_null());
+  EXPECT_TRUE(row["points_per_million_parameters"].is_null());
+  EXPECT_DOUBLE_EQ(row["times_chance"], 4);
+  row["decoder_top1"] = nullptr;
+  AddRates({3, 3, 8, 1, 24}, &row);
+  EXPECT_TRUE(row["times_chance"].is_null());
+}
+
+TEST(LeaderboardRates, SecondsAreTheMeanOverSeedsThatAllSayThem) {
+  const auto results = [](double seconds) {
+    return Json{{"seed", 1},
+                {"parameters", 100},
+                {"validation", {{"loss", 1.0}}},
+                {"scores", Json::array()},
+                {"training_seconds", seconds}};
+  };
+  Json row = LeaderboardRow("x", {results(2), results(5)}, 1, 0, 4);
+  EXPECT_DOUBLE_EQ(row["training_seconds"], 3.5);
+  EXPECT_FALSE(row.contains("stopped_by_time"));
+  Json unknown = results(5), ended = results(5);
+  unknown.erase("training_seconds");
+  ended["time_limit"] = 5;
+  row = LeaderboardRow("x", {results(2), unknown, ended}, 1, 0, 4);
+  EXPECT_TRUE(row["training_seconds"].is_null());
+  EXPECT_EQ(row["stopped_by_time"], 1);
+}
+
+class KindSeconds : public testing::Test {
+ protected:
+  KindSeconds() : traces_(TraceSynthesizer(2, 8, 16, 60, 5).Make(40, 6, 12, true)) {
+    job_.entries = {"simple"};
+    job_.seeds = 2;
+    job_.run.options.steps = 8;
+    job_.run.options.sizes = {16, 2, 32, 1, 0, -1};
+    job_.run.options.global_batch = job_.run.options.micro_batch = 8;
+    job_.run.options.validate_every = 4;
+    job_.run.options.validation_sequences = job_.run.options.test_sequences = 4;
+    job_.run.out = folder_.path() / "board";
+    job_.run.quiet = true;
+  }
+  Json Make() {
+    TraceDataset dataset(traces_.traces, traces_.geometry);
+    LocalCommunicator comm;
+    return MakeLeaderboard(job_, &dataset, traces_.routers, &comm);
+  }
+  static Json RowOf(const Json& board, const std::string& kind) {
+    for (const Json& row : board["rows"]) {
+      if (row["kind"] == kind) return row;
+    }
+    ADD_FAILURE() << "no row of " << kind;
+    return {};
+  }
+  Json ResultsOf(int seed) const {
+    return ReadJsonFile(job_.run.out / "simple" / ("seed-" + std::to_string(seed)) /
+                        "results.json");
+  }
+  SpeculationJob Run(int number) {
+    TraceDataset dataset(traces_.traces, traces_.geometry);
+    return RunOf(job_, EntriesOf(job_, &dataset, true)[0], size_t(number));
+  }
+  TempFolder folder_;
+  SyntheticTraces traces_;
+  LeaderboardJob job_;
+};
+
+TEST_F(KindSeconds, AKindOverItsTimeKeepsItsBestAndItsRowSaysSo) {
+  job_.kind_seconds = 1e-6;
+  const Json board = Make();
+  for (const int seed : {1, 2}) {
+    EXPECT_EQ(ResultsOf(seed)["steps"], 1)
+        << "the step that exceeds the time is the last";
+    EXPECT_EQ(ResultsOf(seed)["best_step"], 1) << "and is validated";
+  }
+  EXPECT_EQ(RowOf(board, "simple")["stopped_by_time"], 2);
+  LoadSpeculationModel(job_.run.out / "simple/seed-1");
+  EXPECT_THAT(LeaderboardText(board), testing::HasSubstr("simple (stopped by time)"));
+  EXPECT_THAT(ReadFile(job_.run.out / "leaderboard.csv"),
+              testing::HasSubstr("simple (stopped by time)"));
+  EXPECT_THAT(ReadFile(job_.run.out / "leaderboard.html"),
+              testing::HasSubstr("--kind_seconds"));
+}
+
+TEST_F(KindSeconds, EnoughTimeChangesNothing) {
+  job_.kind_seconds = 3600;
+  const Json board = Make();
+  EXPECT_EQ(ResultsOf(1)["steps"], 8);
+  const Json row = RowOf(board, "simple");
+  EXPECT_FALSE(row.contains("stopped_by_time"));
+  EXPECT_GT(row["training_seconds"], 0.0);
+  const double points = 100 * row["decoder_top1"].get<double>();
+  EXPECT_DOUBLE_EQ(row["points_per_second"],
+                   points / row["training_seconds"].get<double>());
+  EXPECT_GT(RowOf(board, "frequency")["times_chance"], 0.0);
+  EXPECT_TRUE(RowOf(board, "frequency")["points_per_second"].is_null());
+  EXPECT_THAT(ReadFile(job_.run.out / "leaderboard.csv"),
+              testing::AllOf(testing::HasSubstr("x chance,"),
+                             testing::HasSubstr(",train s,points/s,points/M\r\n")));
+  EXPECT_THAT(ReadFile(job_.run.out / "leaderboard.html"),
+              testing::HasSubstr("points/M"));
+  EXPECT_THAT(LeaderboardText(board), testing::HasSubstr("points/s"));
+}
+
+TEST_F(KindSeconds, SeedsShareATimeAndMoreOfItTrainsAgain) {
+  job_.kind_seconds = 10;
+  EXPECT_DOUBLE_EQ(Run(0).time_limit, 5);
+  TraceDataset dataset(traces_.traces, traces_.geometry);
+  EXPECT_THAT(DescribeLeaderboard(job_, &dataset, true, 1),
+              testing::HasSubstr("5 s of training each at most"));
+  job_.kind_seconds = 1e-6;
+  Make();
+  EXPECT_TRUE(IsFinished(Run(0)));
+  job_.kind_seconds = 1e-7;
+  EXPECT_TRUE(IsFinished(Run(0))) << "less time ends no later";
+  job_.kind_seconds = 2e-6;
+  EXPECT_FALSE(IsFinished(Run(0)));
+  job_.kind_seconds = 0;
+  EXPECT_FALSE(IsFinished(Run(0)));
+}
+
+TEST_F(KindSeconds, TheTimeOfAStoppedRunCounts) {
+  SpeculationJob run = Run(0);
+  run.stop_after = 2;
+  TraceDataset dataset(traces_.traces, traces_.geometry);
+  LocalCommunicator comm;
+  const auto train = [&] {
+    return TrainSpeculation(run, &dataset, traces_.routers, &comm);
+  };
+  EXPECT_THROW(train(), StoppedError);
+  const fs::path seconds = run.out / "state/seconds.json";
+  EXPECT_GT(ReadJsonFile(seconds), 0.0);
+  WriteFileAtomic(seconds, "1000");
+  run.stop_after = 0;
+  run.time_limit = 999;
+  train();
+  const Json extra = ReadJsonFile(run.out / "config.json")["extra"];
+  EXPECT_GT(extra["training_seconds"], 1000.0);
+  EXPECT_EQ(ReadJsonFile(run.out / "results.json")["steps"], 3) << "no time was left";
+}
+
+TEST_F(KindSeconds, ARunThatItsTimeHadEndedTakesNoMoreSteps) {
+  job_.kind_seconds = 1e-6;
+  const fs::path results = Run(0).out / "results.json";
+  // Where a folder lies no file can be written: as if the process died there.
+  fs::create_directories(results / "in-the-way");
+  EXPECT_ANY_THROW(Make());
+  fs::remove_all(results);
+  Make();
+  EXPECT_EQ(ResultsOf(1)["steps"], 1);
+}
+
+}  // namespace
+}  // namespace routecast

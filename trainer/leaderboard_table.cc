@@ -1,0 +1,155 @@
+// The leaderboard for people: text, CSV and HTML.
+#include <algorithm>
+
+#include "report/html_report.h"
+#include "report/table.h"
+#include "trainer/leaderboard.h"
+
+namespace routecast {
+namespace {
+
+std::string Number(const Json& value, int digits) {
+  return value.is_number() ? Fixed(value.get<double>(), digits) : "-";
+}
+std::string Share(const Json& value) {
+  return value.is_number() ? Fixed(100 * value.get<double>(), 1) : "-";
+}
+
+// Of models of several experts a token the scores are of the set of all K.
+bool Sets(const Json& board) { return board.value("experts_per_token", 1) > 1; }
+
+std::string NameOf(const Json& row) {
+  const char* what = row.contains("estimate")          ? " (estimate)"
+                     : row.contains("baseline")        ? " (baseline)"
+                     : row.contains("stopped_by_time") ? " (stopped by time)"
+                                                       : "";
+  return row.at("kind").get<std::string>() + what;
+}
+
+const char* const kRates[] = {"train s", "points/s", "points/M"};
+std::vector<std::string> RatesOf(const Json& row) {
+  return {Number(row.value("training_seconds", Json()), 1),
+          Number(row.value("points_per_second", Json()), 3),
+          Number(row.value("points_per_million_parameters", Json()), 1)};
+}
+
+// `rates`: with them, which people get as a table of its own.
+Table TableOf(const Json& board, bool rates) {
+  const bool sets = Sets(board);
+  const std::string first = sets ? "recall at K" : "top-1",
+                    one = sets ? "recall" : "top1";
+  const std::string wide = sets ? "recall_at_2k" : "top4";
+  std::vector<std::string> columns = {
+      "<kind",
+      "parameters",
+      "seeds",
+      "valid. loss",
+      "dec next " + first,
+      std::string("dec next ") + (sets ? "at 2K" : "top-4"),
+      "dec all " + first,
+      "enc next " + first,
+      "enc all " + first,
+      "x chance",
+      "us",
+      "<serve"};
+  const Json& all = board.at("rows");
+  const bool backups = std::any_of(
+      all.begin(), all.end(), [](const Json& r) { return r.contains("backup_recall"); });
+  if (backups) columns.insert(columns.end(), {"choices 2+", "by head 1"});
+  if (rates) columns.insert(columns.end(), std::begin(kRates), std::end(kRates));
+  Table table(columns);
+  for (const Json& r : board.at("rows")) {
+    const bool baseline = r.contains("baseline");
+    const Json& offline = r.at("offline_only");
+    std::vector<std::string> row = {
+        NameOf(r),
+        r.at("parameters").is_number() ? std::to_string(r.at("parameters").get<int64_t>())
+                                       : "-",
+        baseline ? "-" : std::to_string(r.at("seeds").size()),
+        Number(r.at("validation_loss"), 3),
+        Share(r.at("decoder_next_" + one)),
+        Share(r.at("decoder_next_" + wide)),
+        Share(r.at("decoder_" + one)),
+        Share(r.at("encoder_next_" + one)),
+        Share(r.at("encoder_" + one)),
+        Number(r.value("times_chance", Json()), 2),
+        Number(r.at("predict_us"), 0),
+        offline.is_boolean() ? (offline.get<bool>() ? "no" : "yes") : "-"};
+    if (backups) {
+      row.push_back(Share(r.value("backup_recall", Json())));
+      row.push_back(Share(r.value("backup_recall_primary", Json())));
+    }
+    if (rates) {
+      const auto values = RatesOf(r);
+      row.insert(row.end(), values.begin(), values.end());
+    }
+    table.AddRow(row);
+  }
+  return table;
+}
+
+// Of what was trained: what the score costs.
+Table RateTable(const Json& board) {
+  std::vector<std::string> columns = {"<kind", "parameters"};
+  columns.insert(columns.end(), std::begin(kRates), std::end(kRates));
+  Table table(columns);
+  for (const Json& r : board.at("rows")) {
+    if (r.contains("baseline")) continue;
+    std::vector<std::string> row = {NameOf(r),
+                                    std::to_string(r.at("parameters").get<int64_t>())};
+    const auto values = RatesOf(r);
+    row.insert(row.end(), values.begin(), values.end());
+    table.AddRow(row);
+  }
+  return table;
+}
+
+}  // namespace
+
+std::string LeaderboardText(const Json& board) {
+  return TableOf(board, false).ToText() + "\n" + RateTable(board).ToText();
+}
+std::string LeaderboardCsv(const Json& board) { return TableOf(board, true).ToCsv(); }
+
+std::string LeaderboardHtml(const Json& board) {
+  HtmlReport page("Speculation models", board.at("store").get<std::string>());
+  page.Section("All kinds");
+  page.Paragraph(
+      "Test documents, %; means over layers, leads and seeds. us: one question for one "
+      "decoder token on the machine that made this table; serve: within 5 % of a pass; "
+      "x chance: the score that ranks the rows over that of guessing.");
+  if (board.contains("pass_us")) {
+    page.Paragraph(
+        "A pass of one decoder token: " + Fixed(board.at("pass_us").get<double>(), 0) +
+        (board.contains("pass_model") ? " us, timed beside the questions."
+                                      : " us, as given."));
+  }
+  page.AddTable(TableOf(board, false), "best first");
+  page.Paragraph(
+      "What was trained: the ranking score in points a second of training (train s, mean "
+      "over seeds) and a million parameters; stopped by time: the best of a training "
+      "that --kind_seconds ended.");
+  page.AddTable(RateTable(board), "best first");
+  page.Section("Single places");
+  page.Paragraph(
+      "95 %: from the lowest to the highest end of the seeds' intervals over documents.");
+  for (const Json& r : board.at("rows")) {
+    const bool sets = Sets(board);
+    Table places({"<phase", "layer", "lead", sets ? "recall at K" : "top-1", "95 %",
+                  "over seeds", sets ? "at 2K" : "top-4", "nats", "ECE"});
+    for (const Json& s : r.at("scores")) {
+      places.AddRow({s.at("phase"), std::to_string(s.at("layer").get<int>()),
+                     std::to_string(s.at("lead").get<int>()),
+                     Share(s.at(sets ? "recall" : "top1")),
+                     Share(s.at("ci95")[0]) + "-" + Share(s.at("ci95")[1]),
+                     Share(s.at("seed_range")[0]) + "-" + Share(s.at("seed_range")[1]),
+                     Share(s.at(sets ? "recall_at_2k" : "top4")),
+                     Fixed(s.at("cross_entropy").get<double>(), 3),
+                     Fixed(100 * s.at("ece").get<double>(), 1)});
+    }
+    page.Details(r.at("kind"), places);
+  }
+  return page.Finish();
+}
+
+}  // namespace routecast
