@@ -56,14 +56,16 @@ Comparison::~Comparison() {
 
 double Comparison::PeakOfLink() {
   std::vector<ExpertKey> keys = file_->keys();
+  // Never all of them: each has to be brought again.
+  const int slots = std::clamp(static_cast<int>(keys.size()) - 1, 1, slots_);
   size_t least = 0;
   if (tiers_.host_slots > 0) {
     // The last hop alone: from what the tier in the middle holds, once it holds it.
     keys.resize(std::min(keys.size(), static_cast<size_t>(tiers_.host_slots)));
     least = keys.size();
-    MeasurePeak(tiers_.engine.get(), keys, slots_, 0, least);
+    MeasurePeak(tiers_.engine.get(), keys, slots, 0, least);
   }
-  return MeasurePeak(tiers_.engine.get(), keys, slots_, options_.peak_seconds, least);
+  return MeasurePeak(tiers_.engine.get(), keys, slots, options_.peak_seconds, least);
 }
 
 void Comparison::OpenLinks() {

@@ -37,13 +37,8 @@ PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* eng
       planner_(Filled(options_.planner, spec, *engine), &cache_, &clock_),
       gauges_{BenefitGauge(options_.gauge), BenefitGauge(options_.gauge)} {
   least_slots_ = options_.num_slots;
-  const int64_t d = spec.geometry.d_model, f = spec.d_ff;
-  const auto view = at::TensorOptions().dtype(options_.dtype).device(options_.device);
-  for (int slot = 0; slot < options_.num_slots; ++slot) {
-    std::byte* memory = engine->slot(slot);
-    slots_.push_back({at::from_blob(memory, {f, d}, view),
-                      at::from_blob(memory + spec.blob_bytes() / 2, {d, f}, view)});
-  }
+  for (int slot = 0; slot < options_.num_slots && !engine->reads_in_place(); ++slot)
+    slots_.push_back(WeightsAt(engine->slot(slot)));
   if (options_.ask_aside && foresight_) thread_ = std::make_unique<ForesightThread>();
   Resume();
 }
@@ -53,8 +48,15 @@ PrefetchRuntime::~PrefetchRuntime() {
   if (active_) Suspend();
 }
 
+ExpertWeights PrefetchRuntime::WeightsAt(std::byte* memory) const {
+  const int64_t d = spec_.geometry.d_model, f = spec_.d_ff;
+  const auto view = at::TensorOptions().dtype(options_.dtype).device(options_.device);
+  return {at::from_blob(memory, {f, d}, view),
+          at::from_blob(memory + spec_.blob_bytes() / 2, {d, f}, view)};
+}
+
 void PrefetchRuntime::Act() {
-  const PlannerActions actions = planner_.Poll();
+  const PlannerActions& actions = planner_.Poll();
   for (uint64_t id : actions.promote) engine_->Promote(id);
   for (uint64_t id : actions.cancel) engine_->Cancel(id);
   if (timeline_) {
@@ -298,8 +300,9 @@ ExpertLease PrefetchRuntime::Next() {
                       from + waited);
     }
   }
-  const int slot = cache_.slot(*key);
-  return {key->expert, slots_[static_cast<size_t>(slot)],
+  const auto slot = static_cast<size_t>(cache_.slot(*key));
+  return {key->expert,
+          engine_->reads_in_place() ? WeightsAt(engine_->PlaceOf(*key)) : slots_[slot],
           [this, key, taken = clock_.Now()] { Release(*key, taken); }};
 }
 
@@ -444,7 +447,8 @@ std::vector<OracleForesight::Visit> PrefetchRuntime::TakeVisits() {
 std::byte* PrefetchRuntime::MemoryOf(ExpertKey key) {
   std::lock_guard lock(mutex_);
   const int slot = cache_.slot(key);
-  return slot < 0 ? nullptr : engine_->slot(slot);
+  if (slot < 0) return nullptr;
+  return engine_->reads_in_place() ? engine_->PlaceOf(key) : engine_->slot(slot);
 }
 
 }  // namespace routecast
