@@ -35,6 +35,15 @@ class DeviceCopy {
   // The same from one place of the device to another.
   virtual Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
                                  int stream) = 0;
+  // Managed memory, aligned to 4 KiB, valid as long as this object: it lies in host
+  // memory, which writes it, and may have copies on the device, which are read.
+  // EnvironmentError where the device cannot.
+  virtual std::byte* AllocateManaged(uint64_t bytes) = 0;
+  // Enqueues as CopyAsync: a part of managed memory is on the device as well from then
+  // on, under the same address. REQUIRES whole pages of 4 KiB, and nobody writes it.
+  virtual Ticket PrefetchAsync(const std::byte* managed, uint64_t bytes, int stream) = 0;
+  // It is not, at once; who still reads it reads host memory.
+  virtual void DropPrefetched(const std::byte* managed, uint64_t bytes) = 0;
   // DecodeExpert (expert_copies.h) from one place of the device to another, after the
   // work that the model gave the device so far. Returns when it is over.
   virtual void Decode(const ExpertFileSpec& spec, const std::byte* blob,

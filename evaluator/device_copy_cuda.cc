@@ -13,6 +13,8 @@
 namespace routecast {
 namespace {
 
+constexpr uint64_t kPage = 4096;
+
 void Check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
   throw EnvironmentError(
@@ -20,6 +22,23 @@ void Check(cudaError_t error, const char* call) {
                 std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error),
                 "nvidia-smi says what the device is doing"));
 }
+
+// Advice and prefetches name places in two ways.
+#if CUDART_VERSION >= 13000
+using Place = cudaMemLocation;
+const Place kHost = {cudaMemLocationTypeHost, 0};
+Place DeviceOf(int index) { return {cudaMemLocationTypeDevice, index}; }
+cudaError_t Prefetch(const void* memory, uint64_t bytes, Place to, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(memory, bytes, to, 0, stream);
+}
+#else
+using Place = int;
+const Place kHost = cudaCpuDeviceId;
+Place DeviceOf(int index) { return index; }
+cudaError_t Prefetch(const void* memory, uint64_t bytes, Place to, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(memory, bytes, to, stream);
+}
+#endif
 
 class CudaCopy final : public DeviceCopy {
  public:
@@ -94,6 +113,46 @@ class CudaCopy final : public DeviceCopy {
     return Enqueue(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
   }
 
+  std::byte* AllocateManaged(uint64_t bytes) override {
+    Check(cudaSetDevice(index_), "cudaSetDevice");
+    int concurrent = 0;
+    Check(cudaDeviceGetAttribute(&concurrent, cudaDevAttrConcurrentManagedAccess, index_),
+          "cudaDeviceGetAttribute");
+    void* slab = nullptr;
+    const bool had =
+        concurrent != 0 && cudaMallocManaged(&slab, bytes + kPage) == cudaSuccess;
+    if (!had) {
+      cudaGetLastError();  // said below; later calls must not find it again
+      throw EnvironmentError(
+          ErrorText("no managed memory for the experts on the CUDA device",
+                    concurrent ? FormatBytes(bytes) + " are not to be had"
+                               : std::string("it moves none while the host uses it"),
+                    "use --tier=gpu:SIZE,host:SIZE,disk"));
+    }
+    slabs_.push_back(static_cast<std::byte*>(slab));
+    const auto address = reinterpret_cast<uintptr_t>(slab);
+    std::byte* memory = slabs_.back() + (kPage - address % kPage) % kPage;
+    Check(cudaMemAdvise(memory, bytes, cudaMemAdviseSetPreferredLocation, kHost),
+          "cudaMemAdvise(preferred location)");
+    Check(cudaMemAdvise(memory, bytes, cudaMemAdviseSetReadMostly, DeviceOf(index_)),
+          "cudaMemAdvise(read mostly)");
+    return memory;
+  }
+  Ticket PrefetchAsync(const std::byte* managed, uint64_t bytes, int stream) override {
+    Check(cudaSetDevice(index_), "cudaSetDevice");  // of the calling thread
+    Check(Prefetch(managed, bytes, DeviceOf(index_), streams_[stream]),
+          "cudaMemPrefetchAsync");
+    return Mark(stream);
+  }
+  void DropPrefetched(const std::byte* managed, uint64_t bytes) override {
+    // Of the copies of memory that is no longer read-mostly one stays: that at its
+    // preferred location. So nothing is moved.
+    Check(cudaMemAdvise(managed, bytes, cudaMemAdviseUnsetReadMostly, DeviceOf(index_)),
+          "cudaMemAdvise(not read mostly)");
+    Check(cudaMemAdvise(managed, bytes, cudaMemAdviseSetReadMostly, DeviceOf(index_)),
+          "cudaMemAdvise(read mostly)");
+  }
+
   void Decode(const ExpertFileSpec& spec, const std::byte* blob,
               std::byte* expert) override {
     FenceAfterCompute();
@@ -142,6 +201,10 @@ class CudaCopy final : public DeviceCopy {
                  cudaMemcpyKind kind, int stream) {
     Check(cudaSetDevice(index_), "cudaSetDevice");  // of the calling thread
     Check(cudaMemcpyAsync(to, from, bytes, kind, streams_[stream]), "cudaMemcpyAsync");
+    return Mark(stream);
+  }
+  // A ticket for what is enqueued on the stream so far.
+  Ticket Mark(int stream) {
     cudaEvent_t event = nullptr;
     if (spare_.empty()) {
       Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "common/errors.h"
+#include "evaluator/slot_arena.h"
 
 namespace routecast {
 namespace {
@@ -24,8 +25,12 @@ DeviceTransferEngine::DeviceTransferEngine(const ExpertFileSpec& spec,
       host_base_(host_base),
       device_name_(device_->description()),
       tier_(spec.geometry.num_keys(), host_slots) {
-  slab_ = device_->Allocate(static_cast<uint64_t>(device_slots) * spec_.stride_bytes());
-  device_->Register(host_base, host_bytes);
+  if (options_.managed) {
+    in_slot_.assign(static_cast<size_t>(device_slots), -1);
+  } else {
+    slab_ = device_->Allocate(static_cast<uint64_t>(device_slots) * spec_.stride_bytes());
+    device_->Register(host_base, host_bytes);
+  }
   host_->SetDone(
       [this](uint64_t id, TransferOutcome outcome, uint64_t) { OnRead(id, outcome); });
   thread_ = std::thread([this] { Work(); });
@@ -43,7 +48,7 @@ DeviceTransferEngine::~DeviceTransferEngine() {
   if (lost_) {
     static auto* const kept = new std::vector<std::unique_ptr<DeviceCopy>>;
     kept->push_back(std::move(device_));
-  } else {
+  } else if (!options_.managed) {
     try {
       device_->Unregister(host_base_);
     } catch (const std::exception&) {
@@ -90,8 +95,10 @@ void DeviceTransferEngine::Cancel(uint64_t id) {
 
 std::string DeviceTransferEngine::description() const {
   std::lock_guard lock(mutex_);
-  std::string text = device_name_ + ", copies of " + FormatBytes(options_.chunk_bytes) +
-                     " from pinned host memory";
+  std::string text =
+      device_name_ + (options_.managed ? ", prefetches of " : ", copies of ") +
+      FormatBytes(options_.chunk_bytes) +
+      (options_.managed ? " of managed memory" : " from pinned host memory");
   if (pace_ > 0) {
     text += ", paced to " + FormatBytes(static_cast<uint64_t>(pace_)) + "/s";
   }
@@ -172,11 +179,17 @@ bool DeviceTransferEngine::StartCopy() {
     if (!best || (job.order.demand && !best->order.demand)) best = &job;
   }
   if (!best) return false;
-  if (best->handed == 0) device_->FenceAfterCompute();
+  if (best->handed == 0) {
+    device_->FenceAfterCompute();
+    if (options_.managed) Occupy(best->order.slot, best->key);
+  }
   const uint64_t from = best->handed;
   const uint64_t bytes = std::min(options_.chunk_bytes, spec_.blob_bytes() - from);
-  const auto ticket = device_->CopyAsync(
-      slot(best->order.slot) + from, host_->slot(tier_.slot(best->key)) + from, bytes, 0);
+  const std::byte* host = host_->slot(tier_.slot(best->key)) + from;
+  const auto ticket =
+      options_.managed
+          ? device_->PrefetchAsync(host, SlotArena::SlotBytes(1, bytes), 0)
+          : device_->CopyAsync(slot(best->order.slot) + from, host, bytes, 0);
   best->handed += bytes;
   ++best->copies;
   const double now = device_->Now();
@@ -186,6 +199,32 @@ bool DeviceTransferEngine::StartCopy() {
   }
   copies_.push_back({ticket, best->order.id, bytes, now, pace_ > 0 ? link_free_ : now});
   return true;
+}
+
+void DeviceTransferEngine::Vacate(int slot) {
+  int& key = in_slot_[static_cast<size_t>(slot)];
+  if (key >= 0)
+    device_->DropPrefetched(host_->slot(tier_.slot(key)), spec_.stride_bytes());
+  key = -1;
+}
+
+void DeviceTransferEngine::Occupy(int slot, int key) {
+  if (in_slot_[static_cast<size_t>(slot)] == key) return;
+  Vacate(slot);
+  // Another user of this engine had it in another slot: it is there, and moves over.
+  std::replace(in_slot_.begin(), in_slot_.end(), key, -1);
+  in_slot_[static_cast<size_t>(slot)] = key;
+}
+
+std::byte* DeviceTransferEngine::PlaceOf(ExpertKey key) const {
+  std::lock_guard lock(mutex_);
+  return host_->slot(tier_.slot(key.Index(spec_.geometry)));
+}
+
+void DeviceTransferEngine::Discard(int slot) {
+  if (!options_.managed) return;
+  std::lock_guard lock(mutex_);
+  Vacate(slot);
 }
 
 bool DeviceTransferEngine::FinishCopies() {

@@ -25,6 +25,10 @@ struct DeviceEngineOptions {
   int max_copies = 2;              // under way: a third could not be overtaken
   double deadline_seconds = 30;    // a copy that takes longer never completes
   double poll_seconds = 10e-6;     // between two looks at an event
+  // The host's slots are managed memory of `device`, one for every expert: instead of a
+  // copy to a slot of the device a prefetch of the expert where it lies, and what leaves
+  // a slot is dropped from the device.
+  bool managed = false;
 };
 
 class DeviceTransferEngine : public LinkEngine {
@@ -45,6 +49,9 @@ class DeviceTransferEngine : public LinkEngine {
   std::byte* slot(int slot) const override {
     return slab_ + static_cast<uint64_t>(slot) * spec_.stride_bytes();
   }
+  bool reads_in_place() const override { return options_.managed; }
+  std::byte* PlaceOf(ExpertKey key) const override;
+  void Discard(int slot) override;  // of managed memory: it leaves the device
   std::string description() const override;
   std::string last_error() const override;
   void SetPace(double bytes_per_second) override;
@@ -69,6 +76,8 @@ class DeviceTransferEngine : public LinkEngine {
   void Work();
   bool BringToHost(Job* job);  // true where something changed
   bool StartCopy();
+  void Occupy(int slot, int key);  // managed: `key` takes the place of who is there
+  void Vacate(int slot);
   bool WaitsForPace() const;
   bool FinishCopies();
   void FailAll(const std::string& why);               // the device is lost
@@ -89,6 +98,7 @@ class DeviceTransferEngine : public LinkEngine {
   std::condition_variable wake_;
   Done done_;
   HostTier tier_;
+  std::vector<int> in_slot_;  // managed: the key whose slot it is, -1: nobody's
   std::deque<Job> jobs_;
   std::vector<Copy> copies_;
   struct Over {

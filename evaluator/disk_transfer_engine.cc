@@ -19,7 +19,9 @@ DiskTransferEngine::DiskTransferEngine(std::shared_ptr<const ExpertFile> file,
                                        int num_slots, DiskEngineOptions options)
     : file_(std::move(file)),
       options_(options),
-      arena_(num_slots, file_->spec().stride_bytes()) {
+      arena_(options_.memory
+                 ? SlotArena(options_.memory, num_slots, file_->spec().stride_bytes())
+                 : SlotArena(num_slots, file_->spec().stride_bytes())) {
   direct_ = options_.direct;
   fd_ = ::open(file_->path().c_str(), O_RDONLY | O_CLOEXEC | (direct_ ? O_DIRECT : 0));
   // Some file systems refuse at open, others at the first read.

@@ -26,6 +26,7 @@ struct DiskEngineOptions {
   double pace_bytes_per_second = 0;  // 0 = as fast as the disk
   bool check_hashes = false;         // compares each blob with the file's index (slow)
   bool direct = true;                // false: through the page cache
+  std::byte* memory = nullptr;       // of the slots, else an arena of the engine's own
 };
 
 class DiskTransferEngine : public LinkEngine {

@@ -10,6 +10,7 @@
 #include "evaluator/expert_store.h"
 #include "evaluator/predictor_set.h"
 #include "evaluator/replay.h"
+#include "models/device_choice.h"
 
 namespace routecast {
 namespace {
@@ -94,6 +95,8 @@ ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
 std::string WayOf(const Placement& placement) {
   const TierChain& chain = placement.tiers.chain;
   if (!chain.gpu) return "disk -> host memory";
+  if (chain.managed)
+    return "disk -> managed memory (every expert) -> " + placement.device.str();
   const std::string held =
       chain.host_bytes ? FormatBytes(*chain.host_bytes) : "every expert";
   return "disk -> host memory (" + held + ") -> " + placement.device.str();
@@ -251,6 +254,12 @@ Placement PlacementOf(const EvaluationOptions& options) {
   if (chain.gpu && options.device == "cpu") {
     throw UsageError(ErrorText("--device=cpu has no gpu tier", "--tier=" + options.tier,
                                "use --tier=host:SIZE,disk, or leave --device out"));
+  }
+  if (chain.managed && NumCudaDevices() == 0) {
+    throw EnvironmentError(ErrorText("managed memory is a CUDA device's",
+                                     "--tier=" + options.tier + ", and no such device",
+                                     "use --tier=host:SIZE,disk, or a build and a "
+                                     "machine with CUDA"));
   }
   const bool asks = chain.gpu && options.device == "auto";
   const at::Device device = ParseDevice(asks ? "cuda" : options.device, 0);

@@ -1,6 +1,7 @@
 #include "evaluator/expert_cache.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -16,18 +17,39 @@ constexpr double kRateDecay = 1.0 - 1.0 / 8;
 const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
                                          "least_stale", "phase_aware", "belady"};
 
+const double kFall = -std::log(kRateDecay);  // of a rate's logarithm, a visit
+
+template <typename Value>
+std::array<double, 512> Table(const Value& value) {
+  std::array<double, 512> table;
+  for (size_t i = 0; i < table.size(); ++i)
+    table[i] = value(std::pow(kRateDecay, static_cast<int>(i)));
+  return table;
+}
+const auto kPowers = Table([](double power) { return power; });
+const auto kLogReach = Table([](double power) { return std::log(1 - power); });
+
 // kRateDecay to the power of `visits`.
-double Decay(uint64_t visits) {
-  static const std::vector<double> powers = [] {
-    std::vector<double> p;
-    for (int i = 0; i < 512; ++i) p.push_back(std::pow(kRateDecay, i));
-    return p;
-  }();
-  return visits < powers.size() ? powers[visits] : 0;
+double Decay(uint64_t visits) { return visits < kPowers.size() ? kPowers[visits] : 0; }
+// The logarithm of the weight that a rate can have reached in `visits`.
+double LogReach(uint64_t visits) {
+  return visits < kLogReach.size() ? kLogReach[visits] : 0;
 }
 
 void Require(bool ok, const char* rule) {
   if (!ok) throw std::logic_error(std::string("ExpertCache: ") + rule);
+}
+
+using Order = std::vector<ExpertCache::Rank>;
+void Insert(Order* order, const ExpertCache::Rank& rank) {
+  if (order->empty() || order->back() < rank) {  // as the newest of LRU
+    order->push_back(rank);
+    return;
+  }
+  order->insert(std::lower_bound(order->begin(), order->end(), rank), rank);
+}
+void Erase(Order* order, const ExpertCache::Rank& rank) {
+  order->erase(std::lower_bound(order->begin(), order->end(), rank));
 }
 
 }  // namespace
@@ -60,12 +82,12 @@ void ExpertCache::BeginLayer(int layer) {
 
 void ExpertCache::Use(ExpertKey key) {
   Entry& entry = Of(key);
-  const bool ranked = Evictable(key);
-  if (ranked) Leave(key);
   const uint64_t visit = layer_visits_[key.layer];
   entry.rate *= Decay(visit - entry.rate_at);
   entry.rate += 1 - kRateDecay;
   entry.rate_at = visit;
+  // log(rate) at visit 0 of the layer, had it fallen since then as it will from now on.
+  entry.rate_rank = std::log(entry.rate) + kFall * static_cast<double>(visit);
   entry.last_use = ++num_uses_;
   entry.last_visit = visits_;
   entry.layer_visit = visit;
@@ -79,7 +101,7 @@ void ExpertCache::Use(ExpertKey key) {
     ++head;
     ++future_position_;
   }
-  if (ranked) Enter(key);
+  if (Evictable(key)) Enter(key);
 }
 
 ExpertCache::Rank ExpertCache::ByPolicy(ExpertKey key) const {
@@ -92,24 +114,31 @@ ExpertCache::Rank ExpertCache::ByPolicy(ExpertKey key) const {
   return {score, entry.last_use, key.expert};
 }
 
-// log(rate) at visit 0 of the layer, had it fallen since then as it will from now on.
 ExpertCache::Rank ExpertCache::ByRate(ExpertKey key) const {
   const Entry& entry = Of(key);
-  static const double fall = -std::log(kRateDecay);
-  return {std::log(entry.rate) + fall * static_cast<double>(entry.rate_at),
-          entry.last_use, key.expert};
+  return {entry.rate_rank, entry.last_use, key.expert};
 }
 
 void ExpertCache::Enter(ExpertKey key) {
+  Entry& entry = Of(key);
+  const Rank by_policy = ByPolicy(key), by_rate = ByRate(key);
+  if (entry.ordered && entry.by_policy == by_policy && entry.by_rate == by_rate) return;
+  Leave(key);
   const auto layer = static_cast<size_t>(key.layer);
-  by_policy_[layer].insert(ByPolicy(key));
-  by_rate_[layer].insert(ByRate(key));
+  Insert(&by_policy_[layer], by_policy);
+  Insert(&by_rate_[layer], by_rate);
+  entry.ordered = true;
+  entry.by_policy = by_policy;
+  entry.by_rate = by_rate;
 }
 
 void ExpertCache::Leave(ExpertKey key) {
+  Entry& entry = Of(key);
+  if (!entry.ordered) return;
   const auto layer = static_cast<size_t>(key.layer);
-  by_policy_[layer].erase(ByPolicy(key));
-  by_rate_[layer].erase(ByRate(key));
+  Erase(&by_policy_[layer], entry.by_policy);
+  Erase(&by_rate_[layer], entry.by_rate);
+  entry.ordered = false;
 }
 
 int ExpertCache::Load(ExpertKey key) {
@@ -133,7 +162,7 @@ void ExpertCache::Drop(ExpertKey key) {
   Entry& entry = Of(key);
   Require(entry.state != State::kAbsent && entry.pins == 0,
           "Drop of a pinned or absent key");
-  if (Evictable(key)) Leave(key);
+  Leave(key);
   in_slot_[entry.slot] = -1;
   free_.push_back(entry.slot);
   entry.slot = -1;
@@ -160,13 +189,12 @@ bool ExpertCache::IsRetired(int slot) const {
 
 void ExpertCache::Pin(ExpertKey key) {
   Require(Of(key).state != State::kAbsent, "Pin of an absent key");
-  if (Evictable(key)) Leave(key);
-  ++Of(key).pins;
+  if (Of(key).pins++ == 0) ++num_pinned_;
 }
 
 void ExpertCache::Unpin(ExpertKey key) {
   Require(Of(key).pins > 0, "Unpin without a pin");
-  --Of(key).pins;
+  if (--Of(key).pins == 0) --num_pinned_;
   if (Evictable(key)) Enter(key);
 }
 
@@ -175,6 +203,7 @@ std::optional<ExpertKey> ExpertCache::Victim(std::span<const ExpertKey> kept) co
   for (int layer = 0; layer < geometry_.num_layers(); ++layer) {
     for (const Rank& rank : by_policy_[static_cast<size_t>(layer)]) {
       const ExpertKey key{layer, rank.expert};
+      if (!Evictable(key)) continue;
       if (std::find(kept.begin(), kept.end(), key) != kept.end()) continue;
       if (!victim || LeavesBefore(key, *victim)) victim = key;
       if (eviction_ != Eviction::kLfru) break;
@@ -235,6 +264,11 @@ double ExpertCache::UseRate(ExpertKey key) const {
   // Divided by the weight that the visits so far can reach: unbiased from the first visit
   // on.
   return entry.rate * Decay(age) / (1 - Decay(layer_visits_[key.layer]));
+}
+
+double ExpertCache::ScoreOfRate(int layer, double log_rate) const {
+  const uint64_t visits = layer_visits_[static_cast<size_t>(layer)];
+  return log_rate + LogReach(visits) + kFall * static_cast<double>(visits);
 }
 
 void ExpertCache::SetFuture(const std::vector<ExpertKey>& uses) {

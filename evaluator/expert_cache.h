@@ -5,8 +5,8 @@
 
 #include <compare>
 #include <cstdint>
+#include <limits>
 #include <optional>
-#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -40,6 +40,7 @@ class ExpertCache {
   State state(ExpertKey key) const { return Of(key).state; }
   int slot(ExpertKey key) const { return Of(key).slot; }  // -1 where absent
   int pins(ExpertKey key) const { return Of(key).pins; }
+  int num_pinned() const { return num_pinned_; }
   int num_slots() const { return static_cast<int>(in_slot_.size()); }
   int free_slots() const { return static_cast<int>(free_.size()); }
   int retired_slots() const { return static_cast<int>(retired_.size()); }
@@ -82,10 +83,19 @@ class ExpertCache {
     double score = 0;  // the lower, the sooner it leaves
     uint64_t last_use = 0;
     int expert = 0;
-    auto operator<=>(const Rank&) const = default;
+    bool operator<(const Rank& other) const {
+      if (score != other.score) return score < other.score;
+      return last_use != other.last_use ? last_use < other.last_use
+                                        : expert < other.expert;
+    }
+    bool operator==(const Rank&) const = default;
   };
-  // The layer's evictable experts by rising use rate.
-  const std::set<Rank>& EvictableByRate(int layer) const {
+  // The score in HeldByRate(layer) of an expert whose use rate is exp(log_rate) now,
+  // to within a millionth.
+  double ScoreOfRate(int layer, double log_rate) const;
+  // The layer's ready experts by rising use rate, the pinned ones, which may stand where
+  // they did before their last use, among them; until the next change.
+  std::span<const Rank> HeldByRate(int layer) const {
     return by_rate_[static_cast<size_t>(layer)];
   }
 
@@ -101,6 +111,9 @@ class ExpertCache {
     uint64_t last_visit = 0;  // visit of all layers at the last use
     uint64_t uses = 0;
     double rate = 0;  // decayed use rate at layer visit `rate_at`
+    double rate_rank = -std::numeric_limits<double>::infinity();  // of its ByRate
+    bool ordered = false;  // it has a place in the orders, which is:
+    Rank by_policy, by_rate;
     uint64_t rate_at = 0;
     uint64_t layer_visit = 0;  // visit of its own layer at the last use
   };
@@ -109,8 +122,8 @@ class ExpertCache {
   uint64_t NextUse(int key_index) const;
   Rank ByPolicy(ExpertKey key) const;
   Rank ByRate(ExpertKey key) const;
-  // An evictable key enters its layer's orders; it leaves them before anything changes
-  // that they go by.
+  // An evictable key takes its place in its layer's orders. It keeps it while it is
+  // pinned, and leaves with its slot.
   void Enter(ExpertKey key);
   void Leave(ExpertKey key);
   int LayerDistance(int layer) const;
@@ -120,10 +133,11 @@ class ExpertCache {
   std::vector<Entry> entries_;  // by key index
   std::vector<int> in_slot_;    // slot -> key index, -1 free
   std::vector<int> free_, retired_;
-  // Evictable experts by layer. Within a layer both orders stand still between an
+  // Ready experts by layer, sorted. Within a layer both orders stand still between an
   // expert's own uses: its policy's (kLfru has none), and that of rates, which all fall
-  // alike.
-  std::vector<std::set<Rank>> by_policy_, by_rate_;
+  // alike. Moving some hundred bytes costs less than a tree's nodes.
+  std::vector<std::vector<Rank>> by_policy_, by_rate_;
+  int num_pinned_ = 0;
   int layer_ = -1;       // running now
   uint64_t visits_ = 0;  // of any layer
   std::vector<uint64_t> layer_visits_;

@@ -54,6 +54,14 @@ ExpertTiers Open(std::shared_ptr<const ExpertFile> file, int slots, int host_slo
   const ExpertFileSpec spec = file->spec();
   ExpertTiers tiers;
   const int first_hop = options.chain.gpu ? host_slots : slots;
+  std::unique_ptr<DeviceCopy> device;
+  if (options.chain.gpu) device = options.open_device();
+  if (options.chain.managed) {
+    // Reads past the page cache want memory that the driver does not move.
+    disk_options.direct = false;
+    disk_options.memory =
+        device->AllocateManaged(SlotArena::SlotBytes(host_slots, spec.stride_bytes()));
+  }
   auto disk =
       std::make_unique<DiskTransferEngine>(std::move(file), first_hop, disk_options);
   tiers.direct = disk->direct();
@@ -63,13 +71,14 @@ ExpertTiers Open(std::shared_ptr<const ExpertFile> file, int slots, int host_slo
     return tiers;
   }
   tiers.host_slots = host_slots;
-  std::unique_ptr<DeviceCopy> device = options.open_device();
   tiers.device = device->description();
   std::byte* base = disk->arena().base();
   const uint64_t bytes = disk->arena().size_bytes();
+  DeviceEngineOptions device_options;
+  device_options.managed = options.chain.managed;
   tiers.engine = std::make_unique<DeviceTransferEngine>(
       spec, std::move(device), std::move(disk), base, bytes, host_slots, slots,
-      DeviceEngineOptions{});
+      device_options);
   return tiers;
 }
 
@@ -114,13 +123,17 @@ ExpertTiers OpenTiers(std::shared_ptr<const ExpertFile> file, int slots,
 ExpertTiers OpenResidentTiers(std::shared_ptr<const ExpertFile> file,
                               const ExpertTierOptions& options) {
   const int count = file->count();
-  return Open(std::move(file), count, std::min(count, kPassingSlots), options);
+  ExpertTierOptions copied = options;
+  copied.chain.managed = false;
+  return Open(std::move(file), count, std::min(count, kPassingSlots), copied);
 }
 
 DecodingTiers OpenDecodingTiers(std::shared_ptr<const ExpertFile> copies, int slots,
                                 const ExpertTierOptions& options) {
   const ExpertFileSpec spec = copies->spec();
-  ExpertTiers inner = OpenTiers(std::move(copies), kStagingSlots, options);
+  ExpertTierOptions copied = options;
+  copied.chain.managed = false;
+  ExpertTiers inner = OpenTiers(std::move(copies), kStagingSlots, copied);
   DecodingTiers tiers;
   tiers.link = inner.engine.get();
   tiers.staging_slots = kStagingSlots;

@@ -29,16 +29,18 @@ struct ExpertTiers {
   std::string device;  // of the slots, in words; "cpu" for host memory
 };
 
-// disk -> `slots` slots of host memory, or -> host -> `slots` slots of the device.
+// disk -> `slots` slots of host memory, or -> host -> `slots` slots of the device, or ->
+// managed memory, of which `slots` experts are on the device.
 // EnvironmentError: memory that is not to be had, naming the --tier that would do.
 ExpertTiers OpenTiers(std::shared_ptr<const ExpertFile> file, int slots,
                       const ExpertTierOptions& options);
 // The same for slots that are filled once: what lies in the middle is only passed
-// through.
+// through, and slots of the device take the place of managed memory.
 ExpertTiers OpenResidentTiers(std::shared_ptr<const ExpertFile> file,
                               const ExpertTierOptions& options);
-// The same for compressed experts: `slots` slots of decoded ones behind a few staging
-// slots. `link`, owned by `engine`, is what is paced and carries the compressed bytes.
+// The same for compressed experts, never in managed memory: `slots` slots of decoded ones
+// behind a few staging slots. `link`, owned by `engine`, is what is paced and carries the
+// compressed bytes.
 struct DecodingTiers {
   std::unique_ptr<TransferEngine> engine;
   LinkEngine* link = nullptr;

@@ -11,14 +11,17 @@ constexpr double kRateFloor = 0.125;  // of the uniform use rate, for experts ne
 // like the lead's discount by planner_bench on validation sequences.
 constexpr double kWorthSpan = 4;
 constexpr int kPowers = 128;
+constexpr double kScoreError = 1e-6;  // ExpertCache::ScoreOfRate
 
 }  // namespace
 
 ExpertWorth::ExpertWorth(const ExpertCache* cache, const LayerTimeline* timeline,
-                         const std::map<long, VisitForecast>* forecasts)
+                         const VisitForecasts* forecasts)
     : cache_(cache),
       timeline_(timeline),
       forecasts_(forecasts),
+      least_rate_(kRateFloor / cache->geometry().num_experts),
+      log_least_rate_(std::log(least_rate_)),
       outlooks_(static_cast<size_t>(cache->geometry().num_layers())) {
   SetSlots(cache->num_slots());
 }
@@ -41,6 +44,7 @@ void ExpertWorth::Look() {
   const MoeGeometry& g = cache_->geometry();
   for (Outlook& outlook : outlooks_) {
     outlook.returns = false;
+    outlook.floor = 0;
     outlook.foreseen.clear();
   }
   const auto cycle_of = [&](int layer) { return g.layers(g.StackOf(layer)); };
@@ -54,52 +58,90 @@ void ExpertWorth::Look() {
     }
     layer = timeline_->After(layer);
   }
-  for (const auto& [visit, forecast] : *forecasts_) {
-    const int distance = static_cast<int>(visit - timeline_->visit());
-    Outlook& outlook = outlooks_[static_cast<size_t>(forecast.layer)];
-    outlook.foreseen.emplace_back(forecast.probabilities.data(), Power(distance));
-    outlook.after = Power(distance + cycle_of(forecast.layer));
+  for (int distance = 1; distance <= forecasts_->max_lead(); ++distance) {
+    const VisitForecast* forecast = forecasts_->Find(timeline_->visit() + distance);
+    if (!forecast) continue;
+    Outlook& outlook = outlooks_[static_cast<size_t>(forecast->layer)];
+    outlook.foreseen.emplace_back(forecast->probabilities.data(), Power(distance));
+    outlook.after = Power(distance + cycle_of(forecast->layer));
+  }
+  for (Outlook& outlook : outlooks_) {
+    if (outlook.returns) outlook.floor = Tail(outlook, least_rate_);
   }
 }
 
 // The layer comes round again, and uses the key at its usual rate.
-double ExpertWorth::Beyond(const Outlook& outlook, ExpertKey key) const {
-  if (!outlook.returns) return 0;
-  const double rate =
-      std::max(cache_->UseRate(key), kRateFloor / cache_->geometry().num_experts);
+double ExpertWorth::Tail(const Outlook& outlook, double rate) const {
   return rate / (1 - (1 - rate) * outlook.cycle) * outlook.after;
 }
 
-double ExpertWorth::Of(ExpertKey key) {
-  if (stale_) Look();
-  const Outlook& outlook = outlooks_[static_cast<size_t>(key.layer)];
+double ExpertWorth::Beyond(const Outlook& outlook, ExpertKey key) const {
+  if (!outlook.returns) return 0;
+  const double rate = cache_->UseRate(key);
+  return rate > least_rate_ ? Tail(outlook, rate) : outlook.floor;
+}
+
+double ExpertWorth::Of(const Outlook& outlook, ExpertKey key, double beyond) const {
   double missed = 1, worth = 0;  // probability of no use so far; worth of those foreseen
   for (const auto& [probabilities, discount] : outlook.foreseen) {
     const double p = probabilities[key.expert];
     worth += missed * p * discount;
     missed *= 1 - p;
   }
-  return worth + missed * Beyond(outlook, key);
+  return worth + missed * beyond;
+}
+
+double ExpertWorth::Of(ExpertKey key) {
+  if (stale_) Look();
+  const Outlook& outlook = outlooks_[static_cast<size_t>(key.layer)];
+  return Of(outlook, key, Beyond(outlook, key));
+}
+
+double ExpertWorth::Beyond(const Outlook& outlook, int layer,
+                           const ExpertCache::Rank& rank) const {
+  const bool hardly_used = rank.score < outlook.floor_score;
+  return hardly_used ? outlook.floor : Beyond(outlook, ExpertKey{layer, rank.expert});
 }
 
 std::optional<ExpertKey> ExpertWorth::Least(std::span<const ExpertKey> kept) {
   if (stale_) Look();
   std::optional<ExpertKey> least;
   double least_worth = 0;
-  for (int layer = 0; layer < cache_->geometry().num_layers(); ++layer) {
+  const bool any_pinned = cache_->num_pinned() > 0;
+  const auto pinned = [&](ExpertKey key) { return any_pinned && cache_->pins(key) > 0; };
+  const auto consider = [&](const Outlook& outlook, ExpertKey key, double beyond) {
+    if (std::find(kept.begin(), kept.end(), key) != kept.end()) return;
+    const double worth = Of(outlook, key, beyond);
+    if (!least || worth < least_worth ||
+        (worth == least_worth && cache_->LeavesBefore(key, *least))) {
+      least = key;
+      least_worth = worth;
+    }
+  };
+  // The first of every layer, then the others of the layers that may have a lesser one. A
+  // use that is foreseen is worth more than one that comes later by habit: the habit
+  // alone is the least that an expert can be worth.
+  const int layers = cache_->geometry().num_layers();
+  for (int layer = 0; layer < layers; ++layer) {
+    const auto ranks = cache_->HeldByRate(layer);
+    Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+    size_t i = 0;
+    while (i < ranks.size() && pinned({layer, ranks[i].expert})) ++i;
+    outlook.rest = ranks.subspan(std::min(i + 1, ranks.size()));
+    if (i == ranks.size()) continue;
+    outlook.floor_score = cache_->ScoreOfRate(layer, log_least_rate_) - kScoreError;
+    outlook.first = Beyond(outlook, layer, ranks[i]);
+    consider(outlook, {layer, ranks[i].expert}, outlook.first);
+  }
+  for (int layer = 0; layer < layers; ++layer) {
     const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
-    for (const ExpertCache::Rank& rank : cache_->EvictableByRate(layer)) {
+    if (outlook.rest.empty() || (least && outlook.first > least_worth)) continue;
+    for (const ExpertCache::Rank& rank : outlook.rest) {
       const ExpertKey key{layer, rank.expert};
-      // A use that is foreseen is worth more than one that comes later by habit: the
-      // habit alone is the least that it can be worth.
-      if (least && Beyond(outlook, key) > least_worth) break;
-      if (std::find(kept.begin(), kept.end(), key) != kept.end()) continue;
-      const double worth = Of(key);
-      if (!least || worth < least_worth ||
-          (worth == least_worth && cache_->LeavesBefore(key, *least))) {
-        least = key;
-        least_worth = worth;
-      }
+      if (pinned(key)) continue;
+      const double beyond = Beyond(outlook, layer, rank);
+      if (least && beyond > least_worth) break;
+      consider(outlook, key, beyond);
     }
   }
   return least;

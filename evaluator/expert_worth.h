@@ -5,28 +5,21 @@
 // a time.
 #pragma once
 
-#include <map>
 #include <optional>
 #include <span>
 #include <vector>
 
 #include "evaluator/expert_cache.h"
 #include "evaluator/layer_timeline.h"
+#include "evaluator/visit_forecasts.h"
 
 namespace routecast {
 
-// What was said of one visit to come.
-struct VisitForecast {
-  int layer = 0;
-  std::vector<float> probabilities;  // of use, by expert; in [0, 1]
-  std::vector<int> ranked;           // candidates, best first
-};
-
 class ExpertWorth {
  public:
-  // All outlive this; forecasts by the visit that they are about.
+  // All outlive this.
   ExpertWorth(const ExpertCache* cache, const LayerTimeline* timeline,
-              const std::map<long, VisitForecast>* forecasts);
+              const VisitForecasts* forecasts);
   void SetSlots(int slots);
   // What was said or the visit has changed since the last question.
   void Renew() { stale_ = true; }
@@ -40,16 +33,25 @@ class ExpertWorth {
   struct Outlook {                // of a layer
     bool returns = false;         // it is known to come
     double after = 0, cycle = 0;  // g^(visits until its first turn not foreseen), g^turn
+    double floor = 0;             // Beyond of an expert that is hardly ever used,
+    double floor_score = 0;       // which its score in the cache's order is below
+    double first = 0;             // Beyond of the first evictable one in that order
+    std::span<const ExpertCache::Rank> rest;                // after it
     std::vector<std::pair<const float*, double>> foreseen;  // probabilities, g^distance
   };
   void Look();
   double Power(int visits) const;
+  // Worth of the uses that are not foreseen, of an expert with this use rate.
+  double Tail(const Outlook& outlook, double rate) const;
   double Beyond(const Outlook& outlook, ExpertKey key) const;
+  double Beyond(const Outlook& outlook, int layer, const ExpertCache::Rank& rank) const;
+  double Of(const Outlook& outlook, ExpertKey key, double beyond) const;
 
   const ExpertCache* cache_;
   const LayerTimeline* timeline_;
-  const std::map<long, VisitForecast>* forecasts_;
-  std::vector<double> powers_;  // of g
+  const VisitForecasts* forecasts_;
+  double least_rate_, log_least_rate_;  // that counts
+  std::vector<double> powers_;          // of g
   std::vector<Outlook> outlooks_;
   bool stale_ = true;
 };

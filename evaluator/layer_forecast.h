@@ -1,6 +1,8 @@
 // What is expected of one layer visit ahead: what foresight tells the planner.
+// Torch-free. Thread rule: plain data.
 #pragma once
 
+#include <span>
 #include <vector>
 
 namespace routecast {
@@ -10,5 +12,17 @@ struct LayerForecast {
   int distance = 0;                  // layer visits ahead, >= 1
   std::vector<float> probabilities;  // [experts]: that any live token needs it
 };
+
+struct ForetoldExpert {
+  int expert = 0;
+  float probability = 0;
+};
+
+// Numbers outside [0, 1] go to its nearest end, what is not finite to 0.
+void MakeProbabilities(std::vector<float>* numbers);
+// The experts of `least` or more, best first; of equals the lower one. False where a
+// number is no probability.
+bool RankExperts(std::span<const float> probabilities, float least,
+                 std::vector<ForetoldExpert>* ranked);
 
 }  // namespace routecast

@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <stdexcept>
 
 #include "common/errors.h"
-#include "common/wide_loops.h"
 
 namespace routecast {
 namespace {
@@ -17,20 +15,6 @@ constexpr double kLinkSmoothing =
 constexpr double kLeadDiscount = 0.6;
 constexpr double kSwitchGain =
     1.5;  // how much better a speculation must be to replace one
-
-// Numbers outside [0, 1] to its nearest end, what is not finite to 0; how many are
-// `least` or more.
-ROUTECAST_WIDE int Clean(float* p, int count, float least) {
-  constexpr float kMost = std::numeric_limits<float>::max();
-  int enough = 0;
-  for (int i = 0; i < count; ++i) {
-    const float sound = p[i] <= kMost ? p[i] : 0.f;
-    const float low = sound > 0.f ? sound : 0.f;
-    p[i] = low < 1.f ? low : 1.f;
-    enough += p[i] >= least;
-  }
-  return enough;
-}
 
 bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
   return std::find(keys.begin(), keys.end(), key) != keys.end();
@@ -58,6 +42,7 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
       cache_(cache),
       clock_(clock),
       timeline_(cache->geometry().num_layers()),
+      forecasts_(options_.policy.max_lead),
       worth_(cache, &timeline_, &forecasts_),
       unused_(cache->geometry().num_keys(), 0),
       capacity_(cache->num_slots()),
@@ -77,7 +62,6 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
   timeline_.Begin(layer, clock_->Now(), stall_);
   stall_ = 0;
   cache_->BeginLayer(layer);
-  forecasts_.erase(forecasts_.begin(), forecasts_.upper_bound(timeline_.visit()));
   worth_.Renew();
   for (int expert : experts) {
     const ExpertKey key{layer, expert};
@@ -123,36 +107,51 @@ void PrefetchPlanner::Release(ExpertKey key) {
   if (cache_->eviction() == Eviction::kNone && cache_->Evictable(key)) Evict(key);
 }
 
+VisitForecast* PrefetchPlanner::Entry(int layer, int distance) {
+  const SpeculationPolicy& policy = options_.policy;
+  if (!policy.speculate || distance < 1 || distance > policy.max_lead) return nullptr;
+  worth_.Renew();
+  VisitForecast& forecast = forecasts_.Say(timeline_.visit() + distance);
+  forecast.layer = layer;
+  return &forecast;
+}
+
+bool PrefetchPlanner::Foresee(VisitForecast* forecast, std::span<const float> p) const {
+  forecast->probabilities = p;
+  std::vector<ForetoldExpert>& ranked = forecast->ranked;
+  if (!RankExperts(p, static_cast<float>(options_.policy.min_probability), &ranked))
+    return false;
+  const auto k = static_cast<size_t>(std::lround(top_k_));
+  if (ranked.size() > k) ranked.resize(k);
+  return true;
+}
+
 void PrefetchPlanner::Predict(int layer, int distance,
                               std::span<const float> probabilities) {
-  if (distance > options_.policy.max_lead || !options_.policy.speculate) return;
-  VisitForecast& forecast = forecasts_[timeline_.visit() + distance];
-  worth_.Renew();
-  forecast.layer = layer;
-  forecast.probabilities.assign(probabilities.begin(), probabilities.end());
+  VisitForecast* forecast = Entry(layer, distance);
+  if (!forecast) return;
+  std::vector<float>& kept = forecast->kept;
+  kept.assign(probabilities.begin(), probabilities.end());
+  if (Foresee(forecast, kept)) return;
   // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
-  float* p = forecast.probabilities.data();
-  const int experts = static_cast<int>(probabilities.size());
-  const auto least = static_cast<float>(options_.policy.min_probability);
-  const int candidates = Clean(p, experts, least);
-  forecast.ranked.clear();
-  for (int e = 0; static_cast<int>(forecast.ranked.size()) < candidates; ++e) {
-    if (p[e] >= least) forecast.ranked.push_back(e);
-  }
-  std::stable_sort(forecast.ranked.begin(), forecast.ranked.end(), [&](int a, int b) {
-    return forecast.probabilities[a] > forecast.probabilities[b];
-  });
-  const auto k = static_cast<size_t>(std::lround(top_k_));
-  if (forecast.ranked.size() > k) forecast.ranked.resize(k);
+  MakeProbabilities(&kept);
+  Foresee(forecast, kept);
+}
+
+void PrefetchPlanner::Predict(const LayerForecast& told) {
+  VisitForecast* forecast = Entry(told.layer, told.distance);
+  if (forecast && !Foresee(forecast, told.probabilities))
+    Predict(told.layer, told.distance, told.probabilities);
 }
 
 std::optional<ExpertKey> PrefetchPlanner::PickVictim() {
-  const bool foresees = !forecasts_.empty() && cache_->eviction() != Eviction::kBelady;
+  const bool foresees =
+      forecasts_.AnyAfter(timeline_.visit()) && cache_->eviction() != Eviction::kBelady;
   return foresees ? worth_.Least(unserved_) : cache_->Victim(unserved_);
 }
 
 void PrefetchPlanner::ForgetPredictions() {
-  forecasts_.clear();
+  forecasts_.Forget();
   worth_.Renew();
 }
 
@@ -197,8 +196,12 @@ void PrefetchPlanner::FitCapacity(PlannerActions* actions) {
   }
 }
 
-PlannerActions PrefetchPlanner::Poll() {
-  PlannerActions actions;
+const PlannerActions& PrefetchPlanner::Poll() {
+  PlannerActions& actions = actions_;
+  for (auto* list : {&actions.promote, &actions.cancel}) list->clear();
+  for (auto* list : {&actions.retired, &actions.restored}) list->clear();
+  actions.start.clear();
+  actions.evicted.clear();
   actions.promote.swap(promotions_);
   FitCapacity(&actions);
   CancelWrong(&actions);
@@ -232,21 +235,24 @@ void PrefetchPlanner::CancelWrong(PlannerActions* actions) {
   }
 }
 
-bool PrefetchPlanner::Outdone(const Flight& flight) const {
-  const auto forecast = forecasts_.find(flight.visit);
-  if (forecast == forecasts_.end() || forecast->second.layer != flight.order.key.layer) {
-    return false;
-  }
+bool PrefetchPlanner::Outdone(const Flight& flight) {
+  const VisitForecast* forecast = forecasts_.Find(flight.visit);
+  if (!forecast || forecast->layer != flight.order.key.layer) return false;
   const double left = std::clamp(
       1 - (clock_->Now() - std::max(flight.started, last_done_)) / transfer_seconds_,
       0.05, 1.0);
   const double own =
-      Score(forecast->second.probabilities[flight.order.key.expert], flight.visit) / left;
-  for (const Candidate& candidate : Candidates()) {
+      Score(forecast->probabilities[flight.order.key.expert], flight.visit) / left;
+  if (kSwitchGain * own >= 1) return false;  // no score is above 1
+  std::optional<LinkOutlook> link;
+  bool outdone = false;
+  EachCandidate([&](const Candidate& candidate) {
     if (candidate.score <= kSwitchGain * own) return false;  // best first
-    if (ArrivesInTime(candidate)) return true;
-  }
-  return false;
+    if (!link) link = OutlookOfLink();
+    outdone = ArrivesInTime(candidate, *link);
+    return !outdone;
+  });
+  return outdone;
 }
 
 double PrefetchPlanner::Score(double probability, long visit) const {
@@ -255,23 +261,46 @@ double PrefetchPlanner::Score(double probability, long visit) const {
   return score;
 }
 
-std::vector<PrefetchPlanner::Candidate> PrefetchPlanner::Candidates() const {
-  std::vector<Candidate> candidates;
-  for (const auto& [visit, forecast] : forecasts_) {
-    for (int expert : forecast.ranked) {
-      const ExpertKey key{forecast.layer, expert};
-      if (cache_->state(key) != ExpertCache::State::kAbsent) continue;
-      const double p = forecast.probabilities[expert];
-      candidates.push_back({key, visit, p, Score(p, visit)});
-    }
+void PrefetchPlanner::Advance(Row* row) const {
+  const VisitForecast& forecast = *row->forecast;
+  for (; row->next < forecast.ranked.size(); ++row->next) {
+    const ForetoldExpert& e = forecast.ranked[row->next];
+    if (cache_->state({forecast.layer, e.expert}) != ExpertCache::State::kAbsent)
+      continue;
+    row->score = Score(e.probability, forecast.visit);
+    return;
   }
-  std::stable_sort(
-      candidates.begin(), candidates.end(),
-      [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
-  return candidates;
+  row->score = -1;
 }
 
-bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate) const {
+// Each visit's are ranked already: the best is that of one of the rows' heads.
+template <typename Act>
+void PrefetchPlanner::EachCandidate(const Act& act) {
+  rows_.clear();
+  for (int distance = 1; distance <= forecasts_.max_lead(); ++distance) {
+    const VisitForecast* forecast = forecasts_.Find(timeline_.visit() + distance);
+    if (!forecast || forecast->ranked.empty()) continue;
+    rows_.push_back({forecast});
+    Advance(&rows_.back());
+    if (rows_.back().score < 0) rows_.pop_back();
+  }
+  while (!rows_.empty()) {
+    Row* best = &rows_.front();
+    for (Row& row : rows_) {
+      if (row.score > best->score) best = &row;
+    }
+    if (best->score < 0) return;
+    const VisitForecast& forecast = *best->forecast;
+    const Candidate candidate{{forecast.layer, forecast.ranked[best->next].expert},
+                              forecast.visit,
+                              best->score};
+    if (!act(candidate)) return;
+    ++best->next;
+    Advance(best);
+  }
+}
+
+PrefetchPlanner::LinkOutlook PrefetchPlanner::OutlookOfLink() const {
   const double now = clock_->Now();
   double link_free = now, served = now;  // served: demands are first on the link
   for (const Flight& flight : flights_) {
@@ -285,9 +314,14 @@ bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate) const {
   // While the model waits for its demands, what comes after them is needed later.
   double stall = stall_;
   if (served > now) stall = std::max(stall, served - timeline_.visit_start());
+  return {now, link_free, stall};
+}
+
+bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate,
+                                    const LinkOutlook& link) const {
   const int distance = static_cast<int>(candidate.visit - timeline_.visit());
-  const double need = std::max(now, timeline_.StartOf(distance, stall));
-  return link_free + transfer_seconds_ <=
+  const double need = std::max(link.now, timeline_.StartOf(distance, link.stall));
+  return link.free + transfer_seconds_ <=
          need + options_.late_allowance * transfer_seconds_;
 }
 
@@ -300,19 +334,29 @@ bool PrefetchPlanner::MakeRoomFor(const Candidate& candidate) {
 }
 
 void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
-  if (forecasts_.empty()) return;
+  if (!forecasts_.AnyAfter(timeline_.visit())) return;
   int speculating = 0;
   for (const Flight& flight : flights_) speculating += !flight.joined;
   // The last place is the demands'.
-  if (speculating >= options_.max_in_flight - 1 || in_flight() >= options_.max_in_flight)
-    return;
-  for (const Candidate& candidate : Candidates()) {
-    if (cache_->state(candidate.key) != ExpertCache::State::kAbsent) continue;
-    if (!ArrivesInTime(candidate) || !MakeRoomFor(candidate)) continue;
+  const auto full = [&] {
+    return speculating >= options_.max_in_flight - 1 ||
+           in_flight() >= options_.max_in_flight;
+  };
+  if (full()) return;
+  std::optional<LinkOutlook> link;
+  const size_t evicted_before = evicted_.size();
+  EachCandidate([&](const Candidate& candidate) {
+    // What has just left for a better one stays away.
+    const bool left = std::find(evicted_.begin() + static_cast<long>(evicted_before),
+                                evicted_.end(), candidate.key) != evicted_.end();
+    if (left || cache_->state(candidate.key) != ExpertCache::State::kAbsent) return true;
+    if (!link) link = OutlookOfLink();
+    if (!ArrivesInTime(candidate, *link) || !MakeRoomFor(candidate)) return true;
     actions->start.push_back(Launch(candidate.key, false, candidate.visit));
-    if (++speculating >= options_.max_in_flight - 1) return;
-    if (in_flight() >= options_.max_in_flight) return;
-  }
+    link.reset();
+    ++speculating;
+    return !full();
+  });
 }
 
 void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes) {
@@ -343,8 +387,11 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
     const bool wanted = Contains(unserved_, key);
     if (outcome == TransferOutcome::kFailed && wanted) failed_ = key;
     if (outcome == TransferOutcome::kFailed) {  // not tried again until it is demanded
-      for (auto& [visit, forecast] : forecasts_) {
-        if (forecast.layer == key.layer) std::erase(forecast.ranked, key.expert);
+      for (int distance = 1; distance <= forecasts_.max_lead(); ++distance) {
+        VisitForecast* forecast = forecasts_.Find(timeline_.visit() + distance);
+        if (forecast && forecast->layer == key.layer)
+          std::erase_if(forecast->ranked,
+                        [&](const ForetoldExpert& e) { return e.expert == key.expert; });
       }
     }
     if (outcome == TransferOutcome::kCancelled && wanted) demands_.push_back(key);

@@ -20,7 +20,6 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <span>
 #include <string>
@@ -29,6 +28,7 @@
 #include "evaluator/clock.h"
 #include "evaluator/expert_cache.h"
 #include "evaluator/expert_worth.h"
+#include "evaluator/layer_forecast.h"
 #include "evaluator/layer_timeline.h"
 
 namespace routecast {
@@ -112,6 +112,9 @@ class PrefetchPlanner {
   // Probability that each expert [E] of `layer` is needed `distance` >= 1 visits ahead;
   // replaces what was said of that visit before.
   void Predict(int layer, int distance, std::span<const float> probabilities);
+  // The same without a copy: the caller keeps the forecast until that visit is over or
+  // the predictions are forgotten.
+  void Predict(const LayerForecast& forecast);
   void ForgetPredictions();
 
   // How many slots may be in service from the next Poll on. REQUIRES 2 <= slots <= those
@@ -121,8 +124,8 @@ class PrefetchPlanner {
     return cache_->num_slots() - cache_->retired_slots() <= capacity_;
   }
 
-  // What to do now. Call after every event.
-  PlannerActions Poll();
+  // What to do now, until the next Poll. Call after every event.
+  const PlannerActions& Poll();
   // The engine's report on a transfer; `bytes` really moved.
   void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
   // A demand that failed: the expert that cannot be brought.
@@ -156,17 +159,34 @@ class PrefetchPlanner {
   struct Candidate {
     ExpertKey key;
     long visit = 0;
-    double probability = 0, score = 0;
+    double score = 0;
+  };
+  struct Row {  // what is left of one visit's candidates
+    const VisitForecast* forecast = nullptr;
+    size_t next = 0;   // of its ranked experts; absent
+    double score = 0;  // of that one; -1: none is left
+  };
+  // When the link is free, and how long the model will have waited by then.
+  struct LinkOutlook {
+    double now = 0, free = 0, stall = 0;
   };
   void FitCapacity(PlannerActions* actions);
   void StartDemands(PlannerActions* actions);
   void CancelWrong(PlannerActions* actions);
   void StartSpeculations(PlannerActions* actions);
+  VisitForecast* Entry(int layer, int distance);  // null: not to be speculated on
+  // False where a number is no probability.
+  bool Foresee(VisitForecast* forecast, std::span<const float> probabilities) const;
+  // The absent experts among what was foretold, best first, of equals the sooner needed,
+  // until `act` returns false.
+  template <typename Act>
+  void EachCandidate(const Act& act);
+  void Advance(Row* row) const;
   // True where news made another speculation better than finishing this one.
-  bool Outdone(const Flight& flight) const;
+  bool Outdone(const Flight& flight);
   double Score(double probability, long visit) const;
-  std::vector<Candidate> Candidates() const;
-  bool ArrivesInTime(const Candidate& candidate) const;
+  LinkOutlook OutlookOfLink() const;
+  bool ArrivesInTime(const Candidate& candidate, const LinkOutlook& link) const;
   bool MakeRoomFor(const Candidate& candidate);
   std::optional<ExpertKey> PickVictim();
   TransferOrder Launch(ExpertKey key, bool demand, long visit);
@@ -177,7 +197,7 @@ class PrefetchPlanner {
   ExpertCache* cache_;
   const Clock* clock_;
   LayerTimeline timeline_;
-  std::map<long, VisitForecast> forecasts_;  // by target visit
+  VisitForecasts forecasts_;
   ExpertWorth worth_;
   std::vector<ExpertKey> unserved_;  // needed by this layer, not yet handed out
   std::vector<ExpertKey> demands_;   // of those: absent, transfer not yet started
@@ -185,6 +205,8 @@ class PrefetchPlanner {
   std::vector<uint8_t> unused_;      // by key: prefetched and not used yet
   std::vector<uint64_t> promotions_;
   std::vector<ExpertKey> evicted_;
+  PlannerActions actions_;
+  std::vector<Row> rows_;  // of EachCandidate
   std::optional<ExpertKey> failed_;
   uint64_t next_id_ = 1;
   double stall_ = 0, transfer_seconds_ = 0, last_done_ = -1;

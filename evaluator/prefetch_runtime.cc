@@ -37,13 +37,8 @@ PrefetchRuntime::PrefetchRuntime(const ExpertFileSpec& spec, TransferEngine* eng
       planner_(Filled(options_.planner, spec, *engine), &cache_, &clock_),
       gauges_{BenefitGauge(options_.gauge), BenefitGauge(options_.gauge)} {
   least_slots_ = options_.num_slots;
-  const int64_t d = spec.geometry.d_model, f = spec.d_ff;
-  const auto view = at::TensorOptions().dtype(options_.dtype).device(options_.device);
-  for (int slot = 0; slot < options_.num_slots; ++slot) {
-    std::byte* memory = engine->slot(slot);
-    slots_.push_back({at::from_blob(memory, {f, d}, view),
-                      at::from_blob(memory + spec.blob_bytes() / 2, {d, f}, view)});
-  }
+  for (int slot = 0; slot < options_.num_slots && !engine->reads_in_place(); ++slot)
+    slots_.push_back(WeightsAt(engine->slot(slot)));
   if (options_.ask_aside && foresight_) thread_ = std::make_unique<ForesightThread>();
   Resume();
 }
@@ -53,8 +48,15 @@ PrefetchRuntime::~PrefetchRuntime() {
   if (active_) Suspend();
 }
 
+ExpertWeights PrefetchRuntime::WeightsAt(std::byte* memory) const {
+  const int64_t d = spec_.geometry.d_model, f = spec_.d_ff;
+  const auto view = at::TensorOptions().dtype(options_.dtype).device(options_.device);
+  return {at::from_blob(memory, {f, d}, view),
+          at::from_blob(memory + spec_.blob_bytes() / 2, {d, f}, view)};
+}
+
 void PrefetchRuntime::Act() {
-  const PlannerActions actions = planner_.Poll();
+  const PlannerActions& actions = planner_.Poll();
   for (uint64_t id : actions.promote) engine_->Promote(id);
   for (uint64_t id : actions.cancel) engine_->Cancel(id);
   if (timeline_) {
@@ -121,18 +123,6 @@ void PrefetchRuntime::WatchTransfer(uint64_t id, TransferOutcome outcome) {
   watched_.erase(found);
 }
 
-bool PrefetchRuntime::Speculating() const {
-  if (!foresight_ || !options_.planner.policy.speculate || !following_) return false;
-  return !options_.planner.policy.auto_off ||
-         gauges_[static_cast<int>(stack_)].Speculate();
-}
-
-bool PrefetchRuntime::AnyGaugeNeedsPredictor() const {
-  if (!options_.planner.policy.auto_off) return true;
-  return (runs_[0] && gauges_[0].needs_predictor()) ||
-         (runs_[1] && gauges_[1].needs_predictor());
-}
-
 void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
   // Before a request's first pass there may be any pause.
   const bool goes_on = stack_ == Stack::kEncoder && pass.stack == Stack::kDecoder;
@@ -159,97 +149,6 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
   }
   Ask("ask at the pass' begin",
       [this, kept = Kept(pass)] { return foresight_->AtPassBegin(kept); });
-}
-
-void PrefetchRuntime::Ask(const char* what,
-                          std::function<std::vector<LayerForecast>()> question) {
-  const double from = clock_.Now();
-  long visit = 0, epoch = 0;
-  {
-    std::lock_guard lock(mutex_);
-    visit = planner_.timeline().visit();
-    epoch = epoch_;
-  }
-  auto answer = [this, what, visit, epoch, question = std::move(question)] {
-    const double asked = clock_.Now();
-    std::vector<LayerForecast> forecasts;
-    Guarded([&] { forecasts = question(); });
-    const double answered = clock_.Now();
-    if (timeline_ && !forecasts.empty())
-      timeline_->Span(Timeline::Track::kPredictor, what, asked, answered);
-    std::lock_guard lock(mutex_);
-    // Not thread_: the runtime's end takes it away under the last answer.
-    if (options_.ask_aside) aside_ += answered - asked;
-    Foresee(forecasts, visit, epoch);
-  };
-  if (thread_) {
-    thread_->Ask(std::move(answer));
-  } else {
-    answer();
-  }
-  predict_ += clock_.Now() - from;
-}
-
-void PrefetchRuntime::Tell(std::function<void()> news) {
-  if (!thread_) return Guarded(news);
-  thread_->Ask([this, news = std::move(news)] { Guarded(news); });
-}
-
-void PrefetchRuntime::Guarded(const std::function<void()>& ask) {
-  try {
-    ask();
-  } catch (const std::exception& e) {
-    std::lock_guard lock(mutex_);
-    if (failed_questions_++ == 0) question_error_ = e.what();
-  }
-}
-
-int64_t PrefetchRuntime::failed_questions() const {
-  std::lock_guard lock(mutex_);
-  return failed_questions_;
-}
-
-std::string PrefetchRuntime::question_error() const {
-  std::lock_guard lock(mutex_);
-  return question_error_;
-}
-
-// Tensors are valid during the call only: what is asked later has its own.
-PassInfo PrefetchRuntime::Kept(const PassInfo& pass) const {
-  if (!thread_) return pass;
-  PassInfo kept = pass;
-  kept.token_ids_BT = pass.token_ids_BT.clone();
-  kept.valid_BT = pass.valid_BT.clone();
-  if (pass.output_BTD.defined())
-    kept.output_BTD = pass.output_BTD.to(at::kCPU, at::kFloat, false, /*copy=*/true);
-  return kept;
-}
-
-LayerRouting PrefetchRuntime::Kept(const LayerRouting& routing) const {
-  if (!thread_) return routing;
-  LayerRouting kept;
-  kept.layer = routing.layer;
-  kept.expert_ids_BT = routing.expert_ids_BT.to(at::kCPU, at::kLong, false, true);
-  if (routing.input_BTD.defined())
-    kept.input_BTD = routing.input_BTD.to(at::kCPU, at::kFloat, false, true);
-  return kept;
-}
-
-void PrefetchRuntime::ForgetPredictions() {
-  planner_.ForgetPredictions();
-  ++epoch_;
-}
-
-void PrefetchRuntime::Foresee(const std::vector<LayerForecast>& forecasts, long visit,
-                              long epoch) {
-  if (forecasts.empty() || epoch != epoch_ || !active_) return;
-  const long passed = planner_.timeline().visit() - visit;
-  for (const LayerForecast& forecast : forecasts) {
-    const auto distance = static_cast<int>(forecast.distance - passed);
-    if (distance >= 1)  // else it has begun meanwhile
-      planner_.Predict(forecast.layer, distance, forecast.probabilities);
-  }
-  Act();
 }
 
 void PrefetchRuntime::OnRouting(const LayerRouting& routing) {
@@ -298,8 +197,9 @@ ExpertLease PrefetchRuntime::Next() {
                       from + waited);
     }
   }
-  const int slot = cache_.slot(*key);
-  return {key->expert, slots_[static_cast<size_t>(slot)],
+  const auto slot = static_cast<size_t>(cache_.slot(*key));
+  return {key->expert,
+          engine_->reads_in_place() ? WeightsAt(engine_->PlaceOf(*key)) : slots_[slot],
           [this, key, taken = clock_.Now()] { Release(*key, taken); }};
 }
 
@@ -444,7 +344,8 @@ std::vector<OracleForesight::Visit> PrefetchRuntime::TakeVisits() {
 std::byte* PrefetchRuntime::MemoryOf(ExpertKey key) {
   std::lock_guard lock(mutex_);
   const int slot = cache_.slot(key);
-  return slot < 0 ? nullptr : engine_->slot(slot);
+  if (slot < 0) return nullptr;
+  return engine_->reads_in_place() ? engine_->PlaceOf(key) : engine_->slot(slot);
 }
 
 }  // namespace routecast

@@ -107,6 +107,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
 
  private:
   void FitMemory(const PassInfo& pass);
+  ExpertWeights WeightsAt(std::byte* memory) const;
   void Act();  // lock held: polls the planner and drives the engine
   void WatchTransfer(uint64_t id, TransferOutcome outcome);  // lock held
   void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
@@ -138,7 +139,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   std::condition_variable arrived_;
   ExpertCache cache_;
   PrefetchPlanner planner_;
-  std::vector<ExpertWeights> slots_;  // views of slot memory
+  std::vector<ExpertWeights> slots_;  // views of slot memory; none where read in place
   BenefitGauge gauges_[2];
   bool runs_[2] = {false, false};  // stacks that have been seen
   // Whether the foresight is told of this sequence. Where speculation is off it is not:

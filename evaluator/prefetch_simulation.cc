@@ -54,14 +54,12 @@ class Simulation {
   void Tell(const std::vector<LayerForecast>& forecasts, double seconds) {
     if (!speculates_ || forecasts.empty()) return;
     Work(seconds);
-    for (const LayerForecast& forecast : forecasts) {
-      planner_.Predict(forecast.layer, forecast.distance, forecast.probabilities);
-    }
+    for (const LayerForecast& forecast : forecasts) planner_.Predict(forecast);
     Act();
   }
 
   void Act() {
-    const PlannerActions actions = planner_.Poll();
+    const PlannerActions& actions = planner_.Poll();
     for (uint64_t id : actions.promote) link_.Promote(id);
     for (uint64_t id : actions.cancel) link_.Cancel(id);
     for (const TransferOrder& order : actions.start) link_.Start(order);
@@ -86,6 +84,7 @@ SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
   }
   Simulation simulation(geometry, slots, eviction, planner, link);
   SimulationResult result;
+  result.stalls.reserve(visits.size());
   double begin = 0;
   for (size_t i = 0; i < visits.size(); ++i) {
     if (i == counted_from) {

@@ -10,9 +10,18 @@
 
 namespace routecast {
 
+uint64_t SlotArena::SlotBytes(int num_slots, uint64_t slot_bytes) {
+  return (slot_bytes + 4095) / 4096 * 4096 * static_cast<uint64_t>(num_slots);
+}
+
+SlotArena::SlotArena(std::byte* memory, int num_slots, uint64_t slot_bytes)
+    : base_(memory),
+      stride_(SlotBytes(1, slot_bytes)),
+      size_(SlotBytes(num_slots, slot_bytes)),
+      owned_(false) {}
+
 SlotArena::SlotArena(int num_slots, uint64_t slot_bytes)
-    : stride_((slot_bytes + 4095) / 4096 * 4096),
-      size_(stride_ * static_cast<uint64_t>(num_slots)) {
+    : stride_(SlotBytes(1, slot_bytes)), size_(SlotBytes(num_slots, slot_bytes)) {
   void* memory =
       ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
@@ -28,6 +37,7 @@ SlotArena::SlotArena(int num_slots, uint64_t slot_bytes)
 }
 
 void SlotArena::Discard(int slot) {
+  if (!owned_) return;
   ::munlock(this->slot(slot), stride_);
   ::madvise(this->slot(slot), stride_, MADV_DONTNEED);
 }
@@ -39,6 +49,8 @@ void SlotArena::Reclaim(int slot) {
                                    "free memory, or choose a smaller --expert_budget"));
 }
 
-SlotArena::~SlotArena() { ::munmap(base_, size_); }
+SlotArena::~SlotArena() {
+  if (owned_) ::munmap(base_, size_);
+}
 
 }  // namespace routecast

@@ -26,6 +26,9 @@ class SlotArena : public SlotMemory {
   // Rounds slot_bytes up to 4 KiB. Throws EnvironmentError when the memory is not to be
   // had.
   SlotArena(int num_slots, uint64_t slot_bytes);
+  // Over somebody's memory of SlotBytes(num_slots, slot_bytes), which outlives it.
+  SlotArena(std::byte* memory, int num_slots, uint64_t slot_bytes);
+  static uint64_t SlotBytes(int num_slots, uint64_t slot_bytes);
   ~SlotArena() override;
   SlotArena(const SlotArena&) = delete;
   SlotArena& operator=(const SlotArena&) = delete;
@@ -42,7 +45,7 @@ class SlotArena : public SlotMemory {
  private:
   std::byte* base_ = nullptr;
   uint64_t stride_ = 0, size_ = 0;
-  bool locked_ = false;
+  bool owned_ = true, locked_ = false;
 };
 
 }  // namespace routecast

@@ -1,5 +1,6 @@
 #include "evaluator/tier_spec.h"
 
+#include <algorithm>
 #include <sstream>
 #include <vector>
 
@@ -9,9 +10,11 @@
 namespace routecast {
 namespace {
 
-const std::vector<std::string> kTiers = {"gpu", "host", "disk"};
+const std::vector<std::string> kTiers = {"gpu", "managed", "host", "disk"};
 constexpr char kExample[] =
-    "write --tier=gpu:6GiB,host:16GiB,disk or --tier=host:2GiB,disk";
+    "write --tier=gpu:6GiB,host:16GiB,disk, --tier=managed:6GiB,disk or "
+    "--tier=host:2GiB,disk";
+enum Kind { kGpu, kManaged, kHost, kDisk };  // of kTiers
 
 [[noreturn]] void Wrong(const std::string& text, const std::string& why) {
   throw UsageError(
@@ -19,7 +22,7 @@ constexpr char kExample[] =
 }
 
 struct Tier {
-  int kind = 0;  // of kTiers
+  int kind = kGpu;
   std::optional<uint64_t> bytes;
 };
 
@@ -28,7 +31,7 @@ Tier ParseTier(const std::string& text, const std::string& item) {
   Tier tier;
   tier.kind = ParseChoice("--tier", item.substr(0, colon), kTiers);
   if (colon == std::string::npos) return tier;
-  if (tier.kind == 2) Wrong(text, "the disk holds every expert and has no size");
+  if (tier.kind == kDisk) Wrong(text, "the disk holds every expert and has no size");
   tier.bytes = ParseBytes("--tier", item.substr(colon + 1));
   if (*tier.bytes == 0)
     Wrong(text, kTiers[static_cast<size_t>(tier.kind)] + " of no bytes");
@@ -46,12 +49,19 @@ TierChain ParseTiers(const std::string& text) {
     const Tier tier = ParseTier(text, item);
     if (!tiers.empty() && tier.kind <= tiers.back().kind)
       Wrong(text, "the order is gpu, host, disk, each once");
-    if (tier.kind == 0) chain.gpu_bytes = tier.bytes;
-    if (tier.kind == 1) chain.host_bytes = tier.bytes;
+    if (tier.kind == kGpu || tier.kind == kManaged) chain.gpu_bytes = tier.bytes;
+    if (tier.kind == kHost) chain.host_bytes = tier.bytes;
     tiers.push_back(tier);
   }
-  if (tiers.back().kind != 2) Wrong(text, "experts come from disk: it ends with disk");
-  chain.gpu = tiers.front().kind == 0;
+  if (tiers.back().kind != kDisk)
+    Wrong(text, "experts come from disk: it ends with disk");
+  chain.managed = std::any_of(tiers.begin(), tiers.end(),
+                              [](const Tier& tier) { return tier.kind == kManaged; });
+  chain.gpu = chain.managed || tiers.front().kind == kGpu;
+  if (chain.managed) {
+    if (tiers.size() == 2) return chain;
+    Wrong(text, "managed memory is host and device memory in one: only disk follows it");
+  }
   if (tiers.size() < (chain.gpu ? 3u : 2u))
     Wrong(text, "experts pass through host memory: host is missing");
   return chain;

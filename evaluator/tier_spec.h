@@ -1,9 +1,12 @@
 // --tier: the chain of memories that experts move through, fastest first. Torch-free.
 // Thread rule: pure functions.
-//   chain = [ "gpu" [":" SIZE] "," ] "host" [":" SIZE] "," "disk"
-// "gpu:6GiB,host:16GiB,disk", "host:2GiB,disk", "host,disk". The first tier holds the
-// slots that the model reads; without a SIZE, --expert_budget says it. A host tier behind
-// a gpu tier is the pinned arena; without a SIZE it holds every expert.
+//   chain = ( [ "gpu" [":" SIZE] "," ] "host" [":" SIZE] | "managed" [":" SIZE] ) ","
+//   "disk"
+// "gpu:6GiB,host:16GiB,disk", "managed:6GiB,disk", "host:2GiB,disk", "host,disk". The
+// first tier holds the slots that the model reads; without a SIZE, --expert_budget says
+// it. A host tier behind a gpu tier is the pinned arena; without a SIZE it holds every
+// expert. A managed tier is CUDA's managed memory: every expert has its place in it, in
+// host memory, and SIZE bytes of them are on the device as well.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +16,10 @@
 namespace routecast {
 
 struct TierChain {
-  bool gpu = false;
+  bool gpu = false;  // the model reads a device's memory: gpu or managed
   std::optional<uint64_t> gpu_bytes, host_bytes;
-  const char* fastest() const { return gpu ? "gpu" : "host"; }
+  bool managed = false;
+  const char* fastest() const { return managed ? "managed" : gpu ? "gpu" : "host"; }
   // Of the first tier.
   std::optional<uint64_t> budget_bytes() const { return gpu ? gpu_bytes : host_bytes; }
   bool operator==(const TierChain&) const = default;

@@ -28,6 +28,10 @@ class TransferEngine {
   virtual bool can_cancel() const = 0;
   // A slot's memory, where the model reads it; valid as long as the engine.
   virtual std::byte* slot(int slot) const = 0;
+  // True where experts are read where they always lie, and a slot is only their right to
+  // be near: PlaceOf(key), and no slot(), once the expert has arrived.
+  virtual bool reads_in_place() const { return false; }
+  virtual std::byte* PlaceOf(ExpertKey) const { return nullptr; }
   // A slot that nothing is under way to is not used for now: its memory may go back to
   // the system. Reclaim before the next Start into it. Engines whose memory is one piece
   // keep it.

@@ -47,7 +47,8 @@ DEFINE_string(
     tier, "",
     "memories that experts move through: host:SIZE,disk or "
     "gpu:SIZE,host:SIZE,disk (the default on a CUDA device, every expert in host "
-    "memory); the first SIZE is the budget");
+    "memory), or managed:SIZE,disk (CUDA's managed memory); the first SIZE is the "
+    "budget");
 DEFINE_string(copies, "lossless",
               "int8 or int4: rows on compressed copies as well, LOSSY and named so");
 DEFINE_string(

@@ -87,6 +87,26 @@ TEST_F(DeviceCopyGpuTest, TheTwoHopEngineFillsSlots) {
   fs::remove(path);
 }
 
+TEST_F(DeviceCopyGpuTest, ManagedMemoryKeepsItsBytesOnTheWay) {
+  constexpr uint64_t kBytes = 4 << 20;
+  const auto device = OpenCudaDevice(0);
+  std::byte* memory = nullptr;
+  try {
+    memory = device->AllocateManaged(kBytes);
+  } catch (const EnvironmentError& e) {
+    GTEST_SKIP() << e.what();
+  }
+  for (uint64_t i = 0; i < kBytes; ++i) memory[i] = static_cast<std::byte>(i * 7);
+  const std::vector<std::byte> expected(memory, memory + kBytes);
+  for (int round = 0; round < 2; ++round) {
+    const auto ticket = device->PrefetchAsync(memory, kBytes, 0);
+    while (!device->IsOver(ticket)) device->Pause(1e-5);
+    EXPECT_EQ(Back(memory, kBytes), expected);
+    device->DropPrefetched(memory, kBytes);
+    EXPECT_EQ(Back(memory, kBytes), expected);
+  }
+}
+
 // The kernels against the CPU's body, bit for bit.
 TEST_F(DeviceCopyGpuTest, DecodingGivesTheBitsOfTheCpu) {
   constexpr uint64_t kRows = 37, kColumns = 300;

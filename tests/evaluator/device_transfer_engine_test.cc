@@ -35,14 +35,19 @@ class DeviceEngineTest : public testing::Test {
     fs::remove_all(folder_);
   }
 
-  void Open(int host_slots, int device_slots) {
-    auto disk = std::make_unique<DiskTransferEngine>(file_, host_slots,
-                                                     DiskEngineOptions{2, kChunk});
-    std::byte* base = disk->arena().base();
-    const uint64_t bytes = disk->arena().size_bytes();
+  void Open(int host_slots, int device_slots, bool managed = false) {
     DeviceEngineOptions options;
     options.chunk_bytes = kChunk;
+    options.managed = managed;
     auto device = std::make_unique<FakeDevice>(log_, 1e9);
+    DiskEngineOptions disk_options{2, kChunk};
+    if (managed) {
+      disk_options.memory = device->AllocateManaged(
+          SlotArena::SlotBytes(host_slots, file_->spec().stride_bytes()));
+    }
+    auto disk = std::make_unique<DiskTransferEngine>(file_, host_slots, disk_options);
+    std::byte* base = disk->arena().base();
+    const uint64_t bytes = disk->arena().size_bytes();
     clock_ = device.get();
     engine_ = std::make_unique<DeviceTransferEngine>(file_->spec(), std::move(device),
                                                      std::move(disk), base, bytes,
@@ -96,6 +101,37 @@ TEST_F(DeviceEngineTest, EveryExpertArrivesWhole) {
     ExpectWhole(e, 7 - e);
   }
   EXPECT_LE(log_->most_under_way, 2u);
+}
+
+TEST_F(DeviceEngineTest, ManagedMemoryIsReadInPlaceAndHoldsNoMoreThanItsSlots) {
+  Open(kExperts, 3, /*managed=*/true);
+  ASSERT_TRUE(engine_->reads_in_place());
+  for (int round = 0; round < 2; ++round) {
+    for (int e = 0; e < kExperts; ++e) {
+      const auto id = static_cast<uint64_t>(round * kExperts + e);
+      Start(id, e, e % 3, true);
+      EXPECT_EQ(Wait(id), TransferOutcome::kArrived);
+      EXPECT_NO_THROW(file_->Check({0, e}, engine_->PlaceOf({0, e})));
+    }
+  }
+  EXPECT_EQ(log_->resident_peak, 3 * kChunksAnExpert);
+  EXPECT_EQ(engine_->disk_bytes(), kExperts * file_->spec().blob_bytes())
+      << "each expert is read once";
+  engine_->Discard(0);
+  EXPECT_EQ(log_->resident.size(), 2 * kChunksAnExpert);
+}
+
+// Users of one engine that come one after the other number its slots as they like.
+TEST_F(DeviceEngineTest, AManagedExpertThatChangesItsSlotStays) {
+  Open(kExperts, 3, /*managed=*/true);
+  Start(1, 5, 0, true);
+  Wait(1);
+  Start(2, 5, 1, true);
+  Wait(2);
+  Start(3, 6, 0, true);
+  Wait(3);
+  EXPECT_EQ(log_->resident.count(engine_->PlaceOf({0, 5})), 1u);
+  EXPECT_EQ(log_->resident.size(), 2 * kChunksAnExpert);
 }
 
 TEST_F(DeviceEngineTest, ADemandOvertakesASpeculationBetweenTwoChunks) {

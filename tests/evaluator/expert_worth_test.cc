@@ -42,20 +42,20 @@ class Life {
     const int layer = static_cast<int>(step % 5);
     timeline.Begin(layer, static_cast<double>(step), 0);
     cache.BeginLayer(layer);
-    forecasts.erase(forecasts.begin(), forecasts.upper_bound(timeline.visit()));
     for (ExpertKey key : Asked(step)) {
       cache.Use(key);
       Bring(key);
     }
     Bring({static_cast<int>(Draw(step, 7, 5)), static_cast<int>(Draw(step, 8, 12))});
     for (int distance = 1; distance <= static_cast<int>(Draw(step, 9, 5)); ++distance) {
-      VisitForecast& forecast = forecasts[timeline.visit() + distance];
+      VisitForecast& forecast = forecasts.Say(timeline.visit() + distance);
       forecast.layer = (layer + distance) % 5;
-      forecast.probabilities.clear();
+      forecast.kept.clear();
       for (uint64_t e = 0; e < 12; ++e) {
         const double u = ToUnit(Mix(seed_, step, 100 + 20 * distance + e));
-        forecast.probabilities.push_back(static_cast<float>(u * u * u));
+        forecast.kept.push_back(static_cast<float>(u * u * u));
       }
+      forecast.probabilities = forecast.kept;
     }
     const ExpertKey other{static_cast<int>(Draw(step, 11, 5)),
                           static_cast<int>(Draw(step, 12, 12))};
@@ -87,10 +87,11 @@ class Life {
     const double g = 1 - 4.0 / (4 + cache.num_slots());
     double missed = 1, sum = 0, last = 0;
     bool foreseen = false;
-    for (const auto& [visit, forecast] : forecasts) {
-      if (forecast.layer != key.layer) continue;
-      last = static_cast<double>(visit - timeline.visit());
-      const double p = forecast.probabilities[static_cast<size_t>(key.expert)];
+    for (int distance = 1; distance <= forecasts.max_lead(); ++distance) {
+      const VisitForecast* forecast = forecasts.Find(timeline.visit() + distance);
+      if (!forecast || forecast->layer != key.layer) continue;
+      last = distance;
+      const double p = forecast->probabilities[static_cast<size_t>(key.expert)];
       sum += missed * p * std::pow(g, last);
       missed *= 1 - p;
       foreseen = true;
@@ -105,7 +106,7 @@ class Life {
 
   ExpertCache cache;
   LayerTimeline timeline;
-  std::map<long, VisitForecast> forecasts;
+  VisitForecasts forecasts{4};
   ExpertWorth worth;
 
  private:
@@ -177,7 +178,7 @@ TEST(ExpertWorthTest, TheLeastIsThatOfALookAtEverySlot) {
 TEST(ExpertWorthTest, MoreSlotsSeeFarther) {
   Life life(Eviction::kLru, 17, 8);
   for (uint64_t step = 0; step < 50; ++step) life.Step(step);
-  life.forecasts.clear();
+  life.forecasts.Forget();
   life.worth.Renew();
   const ExpertKey key = life.Keys().front();
   const double before = life.worth.Of(key);

@@ -8,6 +8,8 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -34,6 +36,11 @@ struct FakeDeviceLog {
   std::vector<std::unique_ptr<std::byte[]>> slabs;
   uint64_t free_bytes = uint64_t{1} << 34;
   int decoded = 0;
+  // Managed memory: its pages on the device, by address, and the most there were.
+  std::vector<std::pair<std::byte*, uint64_t>> managed;
+  std::set<const std::byte*> resident;
+  size_t resident_peak = 0;
+  std::vector<std::unique_ptr<std::byte[]>> managed_slabs;
   bool held = false;     // Pause waits: time stands still
   bool hanging = false;  // no copy completes any more
   bool failing = false;  // the next copy is refused
@@ -92,8 +99,9 @@ class FakeDevice : public DeviceCopy {
     });
     free_at_ = std::max(free_at_, now_) + fixed_ +
                static_cast<double>(bytes) / (pinned ? rate_ : rate_ / 2);
-    const std::byte* slab = log_->slabs.front().get();
-    log_->copies.push_back({static_cast<uint64_t>(device - slab), bytes, stream});
+    const std::byte* slab = log_->slabs.empty() ? nullptr : log_->slabs.front().get();
+    log_->copies.push_back(
+        {slab ? static_cast<uint64_t>(device - slab) : 0, bytes, stream});
     queue_.push_back({++last_, device, host, bytes, free_at_});
     log_->most_under_way = std::max(log_->most_under_way, queue_.size());
     log_->changed.notify_all();
@@ -108,6 +116,28 @@ class FakeDevice : public DeviceCopy {
     queue_.push_back({++last_, to, from, bytes, over_at});
     return last_;
   }
+  std::byte* AllocateManaged(uint64_t bytes) override {
+    std::lock_guard lock(log_->mutex);
+    log_->managed_slabs.push_back(std::make_unique<std::byte[]>(bytes + kPage));
+    std::byte* slab = log_->managed_slabs.back().get();
+    slab += kPage - reinterpret_cast<uintptr_t>(slab) % kPage;
+    log_->managed.push_back({slab, bytes});
+    return slab;
+  }
+  Ticket PrefetchAsync(const std::byte* managed, uint64_t bytes, int stream) override {
+    CheckManaged(managed, bytes);
+    const Ticket ticket =
+        CopyAsync(const_cast<std::byte*>(managed), managed, bytes, stream);
+    std::lock_guard lock(log_->mutex);
+    for (uint64_t at = 0; at < bytes; at += kPage) log_->resident.insert(managed + at);
+    log_->resident_peak = std::max(log_->resident_peak, log_->resident.size());
+    return ticket;
+  }
+  void DropPrefetched(const std::byte* managed, uint64_t bytes) override {
+    CheckManaged(managed, bytes);
+    std::lock_guard lock(log_->mutex);
+    for (uint64_t at = 0; at < bytes; at += kPage) log_->resident.erase(managed + at);
+  }
   void Decode(const ExpertFileSpec& spec, const std::byte* blob,
               std::byte* expert) override {
     {
@@ -119,7 +149,7 @@ class FakeDevice : public DeviceCopy {
   bool IsOver(Ticket ticket) override {
     std::lock_guard lock(log_->mutex);
     while (!log_->hanging && !queue_.empty() && queue_.front().over_at <= now_) {
-      std::memcpy(queue_.front().device, queue_.front().host, queue_.front().bytes);
+      std::memmove(queue_.front().device, queue_.front().host, queue_.front().bytes);
       queue_.pop_front();
       ++log_->over;
     }
@@ -143,6 +173,15 @@ class FakeDevice : public DeviceCopy {
   std::string description() const override { return "fake device"; }
 
  private:
+  static constexpr uint64_t kPage = 4096;
+  void CheckManaged(const std::byte* memory, uint64_t bytes) {
+    std::lock_guard lock(log_->mutex);
+    for (const auto& [slab, size] : log_->managed) {
+      if (memory < slab || memory + bytes > slab + size) continue;
+      if ((memory - slab) % kPage == 0 && bytes % kPage == 0) return;
+    }
+    throw std::logic_error("FakeDevice: no whole pages of managed memory");
+  }
   struct Pending {
     Ticket ticket;
     std::byte* device;

@@ -62,7 +62,7 @@ class GpuTierBodies : public testing::Test {
     const Json results = Run(Options(generates));
     std::set<std::string> hashes, policies;
     for (const Json& row : results["rows"]) {
-      EXPECT_EQ(row["tier"], "gpu");
+      EXPECT_EQ(row["tier"], managed_ ? "managed" : "gpu");
       EXPECT_TRUE(row["lossless"].get<bool>());
       EXPECT_LE(row["held_bytes_peak"], row["budget_bytes"]);
       hashes.insert(row["output_sha256"]);
@@ -103,6 +103,7 @@ class GpuTierBodies : public testing::Test {
     EXPECT_GE(lossy, 2);
   }
 
+  bool managed_ = false;
   inline static fs::path folder_;
 };
 

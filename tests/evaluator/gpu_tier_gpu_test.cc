@@ -10,7 +10,10 @@ class GpuTierGpuTest : public GpuTierBodies {
   void SetUp() override {
     if (NumCudaDevices() == 0) GTEST_SKIP() << "no CUDA device was found";
   }
-  void Place(EvaluationOptions* options) override { options->device = "cuda:0"; }
+  void Place(EvaluationOptions* options) override {
+    options->device = "cuda:0";
+    if (managed_) options->tier = "managed,disk";
+  }
 };
 
 TEST_F(GpuTierGpuTest, AReplaysRowsPutOutTheSameBits) {
@@ -18,6 +21,10 @@ TEST_F(GpuTierGpuTest, AReplaysRowsPutOutTheSameBits) {
 }
 TEST_F(GpuTierGpuTest, AGenerationsRowsPutOutTheSameBits) {
   EveryRowPutsOutTheSameBits(true);
+}
+TEST_F(GpuTierGpuTest, ManagedMemoryPutsOutTheSameBits) {
+  managed_ = true;
+  for (const bool generates : {false, true}) EveryRowPutsOutTheSameBits(generates);
 }
 TEST_F(GpuTierGpuTest, AHostTierMayHoldAPartOnly) {
   GpuTierBodies::AHostTierMayHoldAPartOnly();

@@ -11,7 +11,7 @@ namespace {
 class GpuTierTest : public GpuTierBodies {
  protected:
   void Place(EvaluationOptions* options) override {
-    options->tier = "gpu,host,disk";
+    options->tier = managed_ ? "managed,disk" : "gpu,host,disk";
     options->open_device = [log = log_] {
       return std::make_unique<FakeDevice>(log, 1e9);
     };
@@ -35,6 +35,34 @@ TEST_F(GpuTierTest, TheOutputIsThatOfTheHostTier) {
   options.open_device = nullptr;
   options.device = "cpu";
   EXPECT_EQ(Run(options)["rows"][0]["output_sha256"], device);
+}
+
+TEST_F(GpuTierTest, ManagedMemoryPutsOutTheSameBits) {
+  const std::string copied = Run(Options(true))["rows"][0]["output_sha256"];
+  managed_ = true;
+  for (const bool generates : {false, true}) EveryRowPutsOutTheSameBits(generates);
+  EXPECT_GT(log_->resident_peak, 0u);
+  EXPECT_EQ(ReadJsonFile(Options(true).out / "results.json")["rows"][0]["output_sha256"],
+            copied);
+}
+
+// Keys and values that grow take slots away: what lay in them leaves the device.
+TEST_F(GpuTierTest, ManagedMemoryStaysWithinItsBudget) {
+  managed_ = true;
+  EvaluationOptions options = Options(true);
+  options.tier = "managed:98304,disk";  // six experts of 16 KiB
+  options.budget_given = false;
+  options.kv_in_budget = true;
+  const Json results = Run(options);
+  for (const Json& row : results["rows"]) EXPECT_TRUE(row["lossless"].get<bool>());
+  EXPECT_GT(log_->resident_peak, 0u);
+  EXPECT_LE(log_->resident_peak * 4096, 98304u);
+}
+
+TEST_F(GpuTierTest, CopiesBesideManagedMemoryAreDecodedOnTheDevice) {
+  managed_ = true;
+  GpuTierBodies::CompressedCopiesAreDecodedOnTheDevice();
+  EXPECT_GT(log_->decoded, 0);
 }
 
 TEST_F(GpuTierTest, AHostTierMayHoldAPartOnly) {
@@ -90,7 +118,20 @@ TEST(PlacementTest, DeviceAndTierAgreeOrAreRefused) {
   EXPECT_FALSE(PlacementOf(options).tiers.chain.gpu);
   options.tier = "gpu:1GiB,host,disk";
   EXPECT_THROW(PlacementOf(options), UsageError);
+  options.tier = "managed:1GiB,disk";
+  EXPECT_THROW(PlacementOf(options), UsageError);
   options.device = "auto";
+  if (NumCudaDevices() == 0) {
+    try {
+      PlacementOf(options);
+      FAIL();
+    } catch (const EnvironmentError& e) {
+      EXPECT_NE(std::string(e.what()).find("--tier=host:SIZE,disk"), std::string::npos)
+          << e.what();
+    }
+  } else {
+    EXPECT_TRUE(PlacementOf(options).tiers.chain.managed);
+  }
   options.tier = "host:1GiB,disk";
   EXPECT_EQ(PlacementOf(options).device, at::Device(at::kCPU));
   options.device = "cuda";

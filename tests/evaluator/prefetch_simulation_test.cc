@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "common/random.h"
 
 namespace routecast {
@@ -83,6 +86,92 @@ TEST(PrefetchSimulationTest, TheTimeOfAskingCounts) {
   const auto r =
       SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("auto"), Link(), visits, 0);
   EXPECT_GE(r.seconds, 198 * 0.015);
+}
+
+// Random work: several experts a visit, encoder and decoder passes, questions that cost
+// time, forecasts of which some are wrong and some are no probabilities.
+std::vector<SimulatedVisit> RandomVisits(const MoeGeometry& g, uint64_t seed) {
+  const auto experts_at = [&](uint64_t visit) {
+    std::vector<int> experts;
+    for (uint64_t i = 0; i <= ToRange(Mix(seed, visit, 1), 3); ++i) {
+      const double u = ToUnit(Mix(seed, visit, 2, i));
+      const int expert = static_cast<int>(u * u * g.num_experts);
+      if (std::count(experts.begin(), experts.end(), expert) == 0) {
+        experts.push_back(expert);
+      }
+    }
+    return experts;
+  };
+  const auto layers = static_cast<uint64_t>(g.num_layers());
+  const auto told = [&](uint64_t i, uint64_t what) {
+    std::vector<LayerForecast> forecasts;
+    for (uint64_t lead = 1; lead <= ToRange(Mix(seed, i, 3, what), 6); ++lead) {
+      LayerForecast forecast{
+          static_cast<int>((i + lead) % layers), static_cast<int>(lead), {}};
+      for (uint64_t e = 0; e < static_cast<uint64_t>(g.num_experts); ++e) {
+        const double u = ToUnit(Mix(seed, i, 4 + what, lead, e));
+        forecast.probabilities.push_back(static_cast<float>(u * u * u * u * 0.3));
+      }
+      const bool right = ToUnit(Mix(seed, i, 5, lead)) < 0.8;
+      for (int e : experts_at(right ? i + lead : i))
+        forecast.probabilities[static_cast<size_t>(e)] +=
+            0.1f + 0.6f * static_cast<float>(ToUnit(Mix(seed, i, lead, e)));
+      const float nonsense[] = {std::nanf(""), -1, 7, 0.5f};
+      if (Mix(seed, i, 6) % 4 == 0)
+        forecast.probabilities[0] = nonsense[Mix(seed, i, 7) % 4];
+      forecasts.push_back(std::move(forecast));
+    }
+    return forecasts;
+  };
+  std::vector<SimulatedVisit> visits(250);
+  for (uint64_t i = 0; i < visits.size(); ++i) {
+    SimulatedVisit& visit = visits[i];
+    visit.layer = static_cast<int>(i % layers);
+    visit.experts = experts_at(i);
+    visit.seconds_before = 0.004 * ToUnit(Mix(seed, i, 8));
+    visit.begins_pass = visit.layer == 0;
+    visit.seconds_in_pass = visit.begins_pass ? 0.002 : 0;
+    visit.seconds_expert = 0.001;
+    visit.seconds_predict = 0.0002;
+    if (visit.begins_pass) visit.at_pass_begin = told(i - 1, 10);
+    if (i % 7 != 3) visit.at_layer = told(i, 20);
+    if (visit.layer + 1 == g.num_layers()) visit.at_pass_end = told(i, 30);
+  }
+  return visits;
+}
+
+// Everything that a ledger counts, and what was waited in whole microseconds.
+uint64_t Fingerprint(const SimulationResult& r) {
+  const TransferLedger& l = r.ledger;
+  return Mix(l.uses, l.hits, l.bytes_useful, l.bytes_late, l.bytes_wasted, l.speculations,
+             l.speculations_used, l.speculations_in_time, l.speculations_unused,
+             std::llround(r.stall_seconds * 1e6));
+}
+
+// What is made faster must not decide otherwise: every policy and eviction rule, links
+// that cancel and links that do not.
+TEST(PrefetchSimulationTest, DecisionsStayWhatTheyWere) {
+  const std::vector<std::pair<std::string, uint64_t>> pinned = {
+      {"on_demand", 4520082527919286468u},  {"multi_look", 17325699836875754355u},
+      {"top_k", 5428164683588068227u},      {"intelligent", 12433825431905648357u},
+      {"confident", 15278000793469265802u}, {"auto", 15044984332876862081u}};
+  const MoeGeometry g{2, 3, 24, 1, 16};
+  for (const auto& [policy, expected] : pinned) {
+    uint64_t all = 0;
+    for (uint64_t seed = 0; seed < 24; ++seed) {
+      PlannerOptions planner = Planner(policy);
+      SimulatedLinkOptions link = Link();
+      link.bytes_per_second *= static_cast<double>(1 + seed % 3);
+      link.can_cancel = planner.engine_can_cancel = seed % 4 != 0;
+      planner.late_allowance = seed % 4 != 0 ? 0.95 : 0;
+      const auto eviction = static_cast<Eviction>(seed % 6);
+      const int slots = 4 + static_cast<int>(seed * 5 % 60);
+      const auto r =
+          SimulatePrefetch(g, slots, eviction, planner, link, RandomVisits(g, seed), 50);
+      all = Mix(all, Fingerprint(r));
+    }
+    EXPECT_EQ(all, expected) << policy;
+  }
 }
 
 }  // namespace

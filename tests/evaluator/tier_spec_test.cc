@@ -18,16 +18,38 @@ TEST(TierSpecTest, ReadsChains) {
   EXPECT_EQ(ParseTiers("gpu:6GiB,host:16GiB,disk"),
             (TierChain{true, 6 * kGiB, 16 * kGiB}));
   EXPECT_EQ(ParseTiers("gpu,host,disk"), (TierChain{true, {}, {}}));
+  EXPECT_EQ(ParseTiers("managed:6GiB,disk"), (TierChain{true, 6 * kGiB, {}, true}));
+  EXPECT_EQ(ParseTiers("managed,disk"), (TierChain{true, {}, {}, true}));
+  EXPECT_STREQ(ParseTiers("managed,disk").fastest(), "managed");
   EXPECT_STREQ(ParseTiers("gpu,host,disk").fastest(), "gpu");
   EXPECT_STREQ(ParseTiers("host,disk").fastest(), "host");
 }
 
 TEST(TierSpecTest, WhatIsNoChainIsUsageInThreeLines) {
-  for (const char* wrong :
-       {"disk", "host", "host:2GiB", "gpu:6GiB,disk", "host:1GiB,gpu:2GiB,disk",
-        "disk,host", "host,host,disk", "host:0,disk", "host:many,disk", "host:,disk",
-        "host:-1,disk", "host,disk:5GiB", "host,disk,", ",host,disk", "hosts,disk", "gpu",
-        "GPU,host,disk", "host disk", "host:99999999999999999999GiB,disk"}) {
+  for (const char* wrong : {"disk",
+                            "host",
+                            "host:2GiB",
+                            "gpu:6GiB,disk",
+                            "host:1GiB,gpu:2GiB,disk",
+                            "disk,host",
+                            "host,host,disk",
+                            "host:0,disk",
+                            "host:many,disk",
+                            "host:,disk",
+                            "host:-1,disk",
+                            "host,disk:5GiB",
+                            "host,disk,",
+                            ",host,disk",
+                            "hosts,disk",
+                            "gpu",
+                            "GPU,host,disk",
+                            "host disk",
+                            "managed",
+                            "managed:0,disk",
+                            "managed,host,disk",
+                            "gpu,managed,disk",
+                            "disk,managed",
+                            "host:99999999999999999999GiB,disk"}) {
     try {
       ParseTiers(wrong);
       FAIL() << wrong;

@@ -1,0 +1,63 @@
+// What was said of the visits to come: the planner's short memory of predictions, one
+// entry a visit ahead, whose memory is used again. Thread rule: one thread at a time.
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <vector>
+
+#include "evaluator/layer_forecast.h"
+
+namespace routecast {
+
+// What was said of one visit.
+struct VisitForecast {
+  long visit = 0;  // 0: nothing was said
+  int layer = 0;
+  std::span<const float> probabilities;  // of use, by expert; in [0, 1]
+  std::vector<ForetoldExpert> ranked;    // candidates, best first
+  std::vector<float> kept;  // where `probabilities` points, unless somebody keeps them
+};
+
+class VisitForecasts {
+ public:
+  // Of visits up to `max_lead` ahead of the present one.
+  explicit VisitForecasts(int max_lead)
+      : entries_(static_cast<size_t>(std::max(max_lead, 0)) + 1) {}
+  int max_lead() const { return static_cast<int>(entries_.size()) - 1; }
+  // The entry of a visit, with what was said of it before, or of one long past. REQUIRES
+  // now < visit <= now + max_lead().
+  VisitForecast& Say(long visit) {
+    last_ = std::max(last_, visit);
+    VisitForecast& entry = At(visit);
+    entry.visit = visit;
+    return entry;
+  }
+  // Null where nothing was said. REQUIRES as above.
+  const VisitForecast* Find(long visit) const {
+    const VisitForecast& entry = At(visit);
+    return entry.visit == visit ? &entry : nullptr;
+  }
+  VisitForecast* Find(long visit) {
+    VisitForecast& entry = At(visit);
+    return entry.visit == visit ? &entry : nullptr;
+  }
+  // Whether anything was said of a visit after `now`.
+  bool AnyAfter(long now) const { return last_ > now; }
+  void Forget() {
+    for (VisitForecast& entry : entries_) entry.visit = 0;
+    last_ = 0;
+  }
+
+ private:
+  VisitForecast& At(long visit) {
+    return entries_[static_cast<size_t>(visit) % entries_.size()];
+  }
+  const VisitForecast& At(long visit) const {
+    return entries_[static_cast<size_t>(visit) % entries_.size()];
+  }
+  std::vector<VisitForecast> entries_;  // visit v at v % size
+  long last_ = 0;                       // the farthest visit of which something was said
+};
+
+}  // namespace routecast
