@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <map>
+#include <sstream>
 
+#include "common/byte_file.h"
 #include "common/errors.h"
 #include "common/safetensors.h"
 #include "storage/npy.h"
@@ -277,7 +278,7 @@ Json SpanJson(const RoutingSpan& span) {
   return json;
 }
 
-void WriteJsonLine(const RoutingTrace& trace, std::ofstream* out) {
+void WriteJsonLine(const RoutingTrace& trace, std::ostream* out) {
   Json json = {
       {"sequence_id", trace.sequence_id},   {"document_id", trace.document_id},
       {"group_id", trace.group_id},         {"task", TaskName(trace.task)},
@@ -285,7 +286,7 @@ void WriteJsonLine(const RoutingTrace& trace, std::ofstream* out) {
   *out << json.dump() << '\n';
 }
 
-void WriteCsvRows(const RoutingTrace& trace, std::ofstream* out) {
+void WriteCsvRows(const RoutingTrace& trace, std::ostream* out) {
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     const RoutingSpan& s = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
     for (int l = 0; l < s.num_layers; ++l) {
@@ -308,26 +309,27 @@ void WriteCsvRows(const RoutingTrace& trace, std::ofstream* out) {
 
 std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& folder,
                                  const std::string& format) {
-  const fs::path path = folder / ("traces." + format), temporary = path.string() + ".tmp";
-  std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
-  if (!out) ThrowErrno(errno, "create", temporary);
-  out.precision(9);
+  const fs::path path = folder / ("traces." + format);
+  AtomicFileWriter file(path, /*expected_bytes=*/0);
+  std::ostringstream text;  // of one sequence
+  text.precision(9);
+  const auto flush = [&] {
+    file.Append(text.view().data(), text.view().size());
+    text.str("");
+  };
   if (format == "csv") {
-    out << "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,"
-           "dropped,"
-           "margin\n";
+    text << "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,"
+            "dropped,"
+            "margin\n";
   }
   reader.Scan(
       [&](RoutingTrace&& trace) {
-        format == "csv" ? WriteCsvRows(trace, &out) : WriteJsonLine(trace, &out);
-        if (!out) ThrowErrno(errno, "write", temporary);
+        format == "csv" ? WriteCsvRows(trace, &text) : WriteJsonLine(trace, &text);
+        flush();
       },
       WithHidden::kNo);
-  out.close();
-  if (!out) ThrowErrno(errno, "write", temporary);
-  SyncPath(temporary);
-  fs::rename(temporary, path);
-  SyncPath(fs::absolute(folder));
+  flush();
+  file.Commit();
   return {path};
 }
 
