@@ -8,6 +8,7 @@
 #include "common/byte_file.h"
 #include "common/errors.h"
 #include "common/safetensors.h"
+#include "common/stop.h"
 #include "storage/npy.h"
 
 namespace routecast {
@@ -245,6 +246,7 @@ std::vector<fs::path> ExportArrays(const TraceReader& reader, const fs::path& fo
   };
   reader.Scan(
       [&](RoutingTrace&& trace) {
+        ThrowIfStopped("while exporting");
         const uint64_t more = PartBytes(*reader.Find(trace.sequence_id), reader.config());
         if (bytes > 0 && bytes + more > options.max_part_bytes) flush();
         bytes += more;
@@ -324,6 +326,7 @@ std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& fold
   }
   reader.Scan(
       [&](RoutingTrace&& trace) {
+        ThrowIfStopped("while exporting");
         format == "csv" ? WriteCsvRows(trace, &text) : WriteJsonLine(trace, &text);
         flush();
       },
@@ -333,16 +336,37 @@ std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& fold
   return {path};
 }
 
+// Parts of an earlier export into the same folder, of which this one has no like:
+// readers of the folder would take them for its own.
+void RemoveEarlierParts(const fs::path& folder, const std::string& format,
+                        const std::vector<fs::path>& files) {
+  const auto is_part = [&](const fs::path& path) {
+    const std::string stem = path.stem();
+    return path.extension() == "." + format &&
+           (stem == "traces" || (stem.starts_with("traces-") && stem.size() >= 12 &&
+                                 stem.find_first_not_of("0123456789", 7) == stem.npos));
+  };
+  std::vector<fs::path> earlier;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (is_part(entry.path()) &&
+        std::find(files.begin(), files.end(), entry.path()) == files.end()) {
+      earlier.push_back(entry.path());
+    }
+  }
+  for (const fs::path& path : earlier) fs::remove(path);
+}
+
 }  // namespace
 
 std::vector<fs::path> ExportTraces(const TraceReader& reader, const fs::path& folder,
                                    const ExportOptions& options) {
   ParseChoice("--format", options.format, {"npz", "jsonl", "csv", "safetensors"});
   MakeFolder(folder);
-  if (options.format == "jsonl" || options.format == "csv") {
-    return ExportText(reader, folder, options.format);
-  }
-  return ExportArrays(reader, folder, options);
+  const bool text = options.format == "jsonl" || options.format == "csv";
+  const std::vector<fs::path> files = text ? ExportText(reader, folder, options.format)
+                                           : ExportArrays(reader, folder, options);
+  RemoveEarlierParts(folder, options.format, files);
+  return files;
 }
 
 }  // namespace routecast

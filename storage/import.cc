@@ -6,6 +6,7 @@
 
 #include "common/byte_file.h"
 #include "common/errors.h"
+#include "common/stop.h"
 #include "storage/import_source.h"
 #include "storage/store_builder.h"
 #include "storage/trace_format.h"
@@ -195,7 +196,10 @@ ImportReport ImportTraces(const fs::path& path, const fs::path& out,
   RequireNewStore(out);
   const std::unique_ptr<ImportSource> source = OpenSource(path, options);
   Survey survey;
-  source->Read([&](RoutingTrace&& trace) { survey.Add(trace); });
+  source->Read([&](RoutingTrace&& trace) {
+    ThrowIfStopped("while reading the input");
+    survey.Add(trace);
+  });
   ImportReport report;
   report.config = survey.Config(*source, options);
   report.tokens = survey.tokens();

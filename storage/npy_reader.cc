@@ -188,6 +188,7 @@ NpyFile::NpyFile(const fs::path& path) : file_(path) {
       file_.Read(0, static_cast<size_t>(std::min<uint64_t>(file_.size(), kMagicBytes)));
   if (start == std::string(kMagic, kMagicBytes)) {
     arrays_.push_back(ReadHeader(path.stem(), 0, file_.size()));
+    places_[arrays_[0].name] = 0;
     return;
   }
   for (const ZipEntry& entry : ReadZipDirectory(file_)) {
@@ -196,6 +197,7 @@ NpyFile::NpyFile(const fs::path& path) : file_(path) {
     }
     arrays_.push_back(ReadHeader(entry.name.substr(0, entry.name.size() - 4),
                                  entry.offset, entry.size_bytes));
+    places_.emplace(arrays_.back().name, arrays_.size() - 1);
   }
 }
 
@@ -254,10 +256,8 @@ std::string NpyFile::Where(const NpyArray& array) const {
 }
 
 const NpyArray* NpyFile::Find(const std::string& name) const {
-  for (const NpyArray& array : arrays_) {
-    if (array.name == name) return &array;
-  }
-  return nullptr;
+  const auto found = places_.find(name);
+  return found == places_.end() ? nullptr : &arrays_[found->second];
 }
 
 void NpyFile::CheckRange(const NpyArray& array, uint64_t first, uint64_t count) const {

@@ -4,8 +4,8 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "common/byte_file.h"
@@ -49,6 +49,7 @@ class NpyFile {
 
   ByteFile file_;
   std::vector<NpyArray> arrays_;
+  std::unordered_map<std::string, size_t> places_;  // in arrays_, by name
 };
 
 // What stands in an array's header: a Python dict of three keys. DataError otherwise.
