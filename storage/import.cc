@@ -43,6 +43,11 @@ std::unique_ptr<ImportSource> OpenSource(const fs::path& path,
   }
 }
 
+// A file's name need not be UTF-8, store.json is.
+std::string Utf8Of(const std::string& name) {
+  return Json::parse(Json(name).dump(-1, ' ', false, Json::error_handler_t::replace));
+}
+
 // What all sequences of a store have in common, and how much there is.
 struct Planes {
   bool token_ids = false, probs = false, dropped = false, margins = false,
@@ -102,7 +107,7 @@ class Survey {
     std::string hashes;
     for (const fs::path& file : source.files()) {
       hashes += Hex64(HashFile(file)) + "\n";
-      c.data.push_back(options.format + ":" + file.filename().string());
+      c.data.push_back(options.format + ":" + Utf8Of(file.filename()));
     }
     c.corpus_fingerprint = Hex64(Hash64(hashes));
     c.token_ids = planes_ && planes_->token_ids;

@@ -67,8 +67,8 @@ class StackReader {
     const NpyArray* entropy = Find("attention_entropy");
     if (entropy == nullptr) return;
     heads_ = entropy->shape.size() == 3 ? entropy->shape[2] : 0;
-    if (heads_ < 1 || heads_ > 2 * kMaxAttentionHeads ||
-        (stack == Stack::kDecoder && heads_ % 2 != 0)) {
+    const int64_t kinds = stack == Stack::kDecoder ? 2 : 1;
+    if (heads_ < 1 || heads_ > kinds * kMaxAttentionHeads || heads_ % kinds != 0) {
       RefuseImport(file.Where(*entropy),
                    "attention of " + std::to_string(heads_) + " heads");
     }
