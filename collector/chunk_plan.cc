@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <thread>
 
 #include "common/errors.h"
 #include "common/stop.h"
+#include "corpus/parallel.h"
 #include "corpus/task_prompts.h"
 
 namespace routecast {
@@ -112,17 +112,10 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, size_t intake,
     const uint64_t count = std::min(kLimitBatch, size - first);
     if (StopRequested()) return {first, 0};
     std::vector<uint64_t> segments(count);
-    std::vector<std::thread> workers;
-    for (int w = 0; w < threads; ++w) {
-      workers.emplace_back([&, w] {
-        for (uint64_t i = static_cast<uint64_t>(w); i < count;
-             i += static_cast<uint64_t>(threads)) {
-          const std::string_view text = corpus.Text(order(begin + first + i));
-          segments[i] = SegmentTokens(tokenizer, text, max_tokens).size();
-        }
-      });
-    }
-    for (std::thread& worker : workers) worker.join();
+    ParallelFor(count, threads, [&](size_t i) {
+      const std::string_view text = corpus.Text(order(begin + first + i));
+      segments[i] = SegmentTokens(tokenizer, text, max_tokens).size();
+    });
     for (uint64_t i = 0; i < count; ++i) {
       if (sequences + segments[i] >= max_sequences) {
         return {first + i + 1, max_sequences - sequences};
