@@ -200,6 +200,7 @@ ImportReport ImportTraces(const fs::path& path, const fs::path& out,
                           const ImportOptions& options, StepObserver on_step) {
   RequireNewStore(out);
   const std::unique_ptr<ImportSource> source = OpenSource(path, options);
+  source->Verify();
   Survey survey;
   source->Read([&](RoutingTrace&& trace) {
     ThrowIfStopped("while reading the input");

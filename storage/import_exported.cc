@@ -233,6 +233,9 @@ class ExportedArrays : public ImportSource {
   void Read(const Use& use) const override {
     for (const fs::path& path : files_) ReadPart(path, use);
   }
+  void Verify() const override {
+    for (const fs::path& path : files_) NpyFile(path).VerifyChecksums();
+  }
   std::optional<MoeGeometry> geometry() const override { return geometry_; }
   std::vector<fs::path> files() const override { return files_; }
 

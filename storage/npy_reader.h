@@ -8,7 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "common/byte_file.h"
+#include "common/zip_archive.h"
 
 namespace routecast {
 
@@ -40,6 +40,8 @@ class NpyFile {
   template <typename T>
   std::vector<T> ReadIntegers(const NpyArray& array, uint64_t first,
                               uint64_t count) const;
+  // Reads all of an archive. DataError where an array is not what its checksum says.
+  void VerifyChecksums() const;
   // "FILE: array NAME", for errors.
   std::string Where(const NpyArray& array) const;
 
@@ -49,6 +51,7 @@ class NpyFile {
 
   ByteFile file_;
   std::vector<NpyArray> arrays_;
+  std::vector<ZipEntry> entries_;                   // of an archive: one an array
   std::unordered_map<std::string, size_t> places_;  // in arrays_, by name
 };
 

@@ -222,6 +222,18 @@ TEST_F(ImportTest, MoreAttentionHeadsThanAStoreCanSayAreRefused) {
   }
 }
 
+// A flipped bit in a margin would be a margin like any other.
+TEST_F(ImportTest, AFlippedBitOfAnExportIsFound) {
+  Fill(1);
+  ExportTraces(TraceReader(store()), At("."), {});
+  std::string bytes = ReadFile(At("traces.npz"));
+  const size_t name = bytes.find("decoder_margins.npy");
+  bytes.at(name + 300) = static_cast<char>(bytes.at(name + 300) ^ 4);
+  WriteFileAtomic(At("traces.npz"), bytes);
+  EXPECT_NE(ErrorOf("traces.npz", {}).find("array \"decoder_margins\""),
+            std::string::npos);
+}
+
 TEST_F(ImportTest, AFileWhoseNameIsNotUtf8IsRead) {
   const std::vector<uint8_t> a = Bytes(3, 2, 4);
   fs::create_directories(At("in"));
