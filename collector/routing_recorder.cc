@@ -230,14 +230,18 @@ void RoutingRecorder::ForHiddenRows(
 void RoutingRecorder::RecordStates(
     const at::Tensor& states_BTD,
     const std::function<std::vector<uint16_t>*(size_t row)>& to_of) {
-  ForHiddenRows(
-      states_BTD, at::kBFloat16,
-      [to_of, valid = valid_BT_](size_t row, const at::Tensor& states_TD) {
-        const int64_t num_tokens = states_TD.size(0), width = states_TD.size(1);
-        AppendReal(valid.const_data_ptr<bool>() + static_cast<int64_t>(row) * num_tokens,
-                   num_tokens, width,
-                   static_cast<const uint16_t*>(states_TD.const_data_ptr()), to_of(row));
-      });
+  ForHiddenRows(states_BTD, at::kBFloat16,
+                [to_of, valid = valid_BT_](size_t row, const at::Tensor& states_TD) {
+                  const int64_t num_tokens = states_TD.size(0), width = states_TD.size(1);
+                  const bool* real = valid.const_data_ptr<bool>() +
+                                     static_cast<int64_t>(row) * num_tokens;
+                  const auto* bits =
+                      static_cast<const uint16_t*>(states_TD.const_data_ptr());
+                  std::vector<uint16_t>* to = to_of(row);
+                  for (int64_t t = 0; t < num_tokens; ++t, bits += width) {
+                    if (real[t]) to->insert(to->end(), bits, bits + width);
+                  }
+                });
 }
 
 void RoutingRecorder::OnPassEnd(const PassInfo& pass) {
