@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <thread>
 
+#include "common/errors.h"
 #include "common/stop.h"
+#include "corpus/parallel.h"
 #include "corpus/task_prompts.h"
 
 namespace routecast {
@@ -19,6 +20,7 @@ constexpr double kTextBytesPerToken = 3;        // and as many tokens of the dec
 constexpr double kBytesPerId = 5.2;             // id, probability, margin, drop bit
 constexpr uint64_t kOrderKey = 0x636f6c6c656374ULL;
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
+constexpr uint64_t kMostTokensPerByte = 2;  // normalized text may be longer than it was
 
 void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
                std::vector<std::vector<int32_t>>* segments) {
@@ -110,17 +112,10 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, size_t intake,
     const uint64_t count = std::min(kLimitBatch, size - first);
     if (StopRequested()) return {first, 0};
     std::vector<uint64_t> segments(count);
-    std::vector<std::thread> workers;
-    for (int w = 0; w < threads; ++w) {
-      workers.emplace_back([&, w] {
-        for (uint64_t i = static_cast<uint64_t>(w); i < count;
-             i += static_cast<uint64_t>(threads)) {
-          const std::string_view text = corpus.Text(order(begin + first + i));
-          segments[i] = SegmentTokens(tokenizer, text, max_tokens).size();
-        }
-      });
-    }
-    for (std::thread& worker : workers) worker.join();
+    ParallelFor(count, threads, [&](size_t i) {
+      const std::string_view text = corpus.Text(order(begin + first + i));
+      segments[i] = SegmentTokens(tokenizer, text, max_tokens).size();
+    });
     for (uint64_t i = 0; i < count; ++i) {
       if (sequences + segments[i] >= max_sequences) {
         return {first + i + 1, max_sequences - sequences};
@@ -129,6 +124,33 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, size_t intake,
     }
   }
   return {size, 0};
+}
+
+void RequireWholeDocuments(const Corpus& corpus, size_t intake,
+                           const SequenceLimit& limit, const Tokenizer& tokenizer,
+                           int max_tokens) {
+  const uint64_t begin = intake == 0 ? 0 : corpus.intake_ends()[intake - 1];
+  const DocumentOrder order(corpus);
+  // Of the last one as much is taken as was asked for.
+  const uint64_t whole = limit.num_documents - (limit.last_segments > 0 ? 1 : 0);
+  for (uint64_t p = begin; p < begin + whole; ++p) {
+    const Document document = corpus.document(order(p));
+    if (document.length_bytes < kMaxSegments) continue;
+    const std::string_view text = corpus.Text(document.id);
+    const auto prompts =
+        static_cast<uint64_t>(std::count(text.begin(), text.end(), kPromptSeparator));
+    const auto width = static_cast<uint64_t>(max_tokens);
+    if (prompts + kMostTokensPerByte * text.size() / width + 1 < kMaxSegments) continue;
+    if (SegmentTokens(tokenizer, text, max_tokens).size() < kMaxSegments) continue;
+    throw UsageError(ErrorText(
+        std::string(document.source) + ": a document is too long to be collected whole",
+        FormatBytes(document.length_bytes) + " from byte " +
+            std::to_string(document.source_offset) + " on are more than " +
+            std::to_string(kMaxSegments) + " sequences of " +
+            std::to_string(max_tokens + 1) + " tokens",
+        "cut it (text:PATH#blocks), or use a larger --max_length or fewer "
+        "--max_sequences"));
+  }
 }
 
 ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits) {

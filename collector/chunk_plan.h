@@ -22,7 +22,7 @@ inline constexpr int kSegmentBits = 16;
 inline constexpr int kMinSequenceTokens = 2;  // less holds nothing to mask or predict
 
 // Tokens of each segment of a document, at most `max_tokens` each; a rest below
-// kMinSequenceTokens is left out. A prompt separator ends a segment.
+// kMinSequenceTokens is left out. A prompt separator ends a segment. At most 2^16 - 1.
 std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
                                                 std::string_view text, int max_tokens);
 
@@ -69,6 +69,11 @@ struct SequenceLimit {
 SequenceLimit FindSequenceLimit(const Corpus& corpus, size_t intake,
                                 const Tokenizer& tokenizer, int max_tokens,
                                 uint64_t max_sequences, int threads);
+// Throws UsageError where a document that is collected whole has more segments than
+// there are ids for: the rest of it would be left out. Tokenizes what may have so many.
+void RequireWholeDocuments(const Corpus& corpus, size_t intake,
+                           const SequenceLimit& limit, const Tokenizer& tokenizer,
+                           int max_tokens);
 // `limits`: one an intake.
 ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits);
 

@@ -35,6 +35,9 @@ std::vector<int64_t> FindLimits(const CollectSources& sources,
     const auto most = static_cast<uint64_t>(sources.intakes[i].max_sequences);
     const SequenceLimit limit = FindSequenceLimit(sources.corpus, i, tokenizer,
                                                   options.max_length - 1, most, threads);
+    if (!StopRequested()) {
+      RequireWholeDocuments(sources.corpus, i, limit, tokenizer, options.max_length - 1);
+    }
     numbers.push_back(static_cast<int64_t>(limit.num_documents));
     numbers.push_back(static_cast<int64_t>(limit.last_segments));
   }

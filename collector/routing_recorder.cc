@@ -17,10 +17,6 @@ void Append(std::vector<T>* to, const std::vector<T>& from) {
   to->insert(to->end(), from.begin(), from.end());
 }
 
-at::Tensor OnCpu(const at::Tensor& t, at::ScalarType type) {
-  return t.to(at::kCPU, type).contiguous();
-}
-
 // Appends `width` numbers of each real token.
 template <typename From, typename To>
 void AppendReal(const bool* real, int64_t num_tokens, int64_t width, const From* from,
@@ -68,7 +64,7 @@ ROUTECAST_WIDE void RowMargins(const float* logits, int64_t num_rows, int64_t nu
   }
 }
 
-// On the CPU. ids and probs [B,T,K], only where K > 0.
+// Where the logits lie. ids and probs [B,T,K], only where K > 0.
 struct TopLogits {
   at::Tensor margins, ids, probs;
 };
@@ -77,7 +73,7 @@ TopLogits TopOf(const at::Tensor& logits_BTE, int top_k) {
   const int64_t num_experts = logits_BTE.size(-1);
   TopLogits top;
   if (num_experts == 1) {
-    top.margins = at::zeros({logits_BTE.size(0), logits_BTE.size(1)}, at::kFloat);
+    top.margins = at::zeros_like(logits_BTE.select(-1, 0));
   }
   if (num_experts > 1 && logits_BTE.is_cpu()) {
     const at::Tensor rows = logits_BTE.contiguous();
@@ -89,12 +85,11 @@ TopLogits TopOf(const at::Tensor& logits_BTE, int top_k) {
   const int64_t k = std::min<int64_t>(std::max(2, top_k), num_experts);
   const auto [best, best_ids] = logits_BTE.topk(k, -1);
   if (!top.margins.defined()) {
-    top.margins = OnCpu(best.select(-1, 0) - best.select(-1, 1), at::kFloat);
+    top.margins = best.select(-1, 0) - best.select(-1, 1);
   }
   if (top_k > 0) {
-    const at::Tensor ids = best_ids.narrow(-1, 0, top_k);
-    top.ids = OnCpu(ids, at::kLong);
-    top.probs = OnCpu(logits_BTE.softmax(-1).gather(-1, ids), at::kFloat);
+    top.ids = best_ids.narrow(-1, 0, top_k);
+    top.probs = logits_BTE.softmax(-1).gather(-1, top.ids);
   }
   return top;
 }
@@ -129,12 +124,19 @@ void AppendSummary(const float* weights, int64_t num_keys, std::vector<float>* e
 
 RoutingRecorder::RoutingRecorder(const MoeGeometry& geometry,
                                  const RecordOptions& options,
-                                 std::vector<bool> hidden_rows)
-    : geometry_(geometry), options_(options), hidden_rows_(std::move(hidden_rows)) {
+                                 std::vector<bool> hidden_rows, int64_t ring_bytes,
+                                 HostCopier* copier)
+    : geometry_(geometry),
+      options_(options),
+      hidden_rows_(std::move(hidden_rows)),
+      ring_(ring_bytes, copier) {
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     auto& rows = rows_[static_cast<size_t>(stack)];
     rows.resize(hidden_rows_.size());
     for (RowRecord& row : rows) row.layers.resize(geometry_.layers(stack));
+  }
+  for (size_t b = 0; b < hidden_rows_.size(); ++b) {
+    if (hidden_rows_[b]) hidden_places_.push_back(static_cast<int64_t>(b));
   }
 }
 
@@ -142,7 +144,7 @@ void RoutingRecorder::OnPassBegin(const PassInfo& pass) {
   if (pass.token_ids_BT.size(0) != static_cast<int64_t>(hidden_rows_.size())) {
     throw std::logic_error("RoutingRecorder: batch of another size");
   }
-  pass_ = &pass;
+  valid_BT_ = pass.valid_BT.to(at::kBool).contiguous();
   const auto ids = pass.token_ids_BT.accessor<int64_t, 2>();
   const auto valid = pass.valid_BT.accessor<bool, 2>();
   auto& rows = rows_[static_cast<size_t>(pass.stack)];
@@ -158,64 +160,97 @@ void RoutingRecorder::OnPassBegin(const PassInfo& pass) {
 
 void RoutingRecorder::OnRouting(const LayerRouting& routing) {
   const Stack stack = geometry_.StackOf(routing.layer);
-  const int layer = geometry_.LayerInStack(routing.layer);
+  const auto layer = static_cast<size_t>(geometry_.LayerInStack(routing.layer));
   auto& rows = rows_[static_cast<size_t>(stack)];
   const TopLogits top = TopOf(routing.logits_BTE.to(at::kFloat), options_.top_k);
-  const at::Tensor ids = OnCpu(routing.expert_ids_BT, at::kLong);
-  const at::Tensor probs = OnCpu(routing.gate_probs_BT, at::kFloat);
-  const at::Tensor dropped = OnCpu(routing.dropped_BT, at::kBool);
-  const at::Tensor valid = OnCpu(pass_->valid_BT, at::kBool);
-  const int64_t num_tokens = ids.size(1), k = options_.top_k;
-  for (size_t b = 0; b < rows.size(); ++b) {
-    LayerRecord& record = rows[b].layers[static_cast<size_t>(layer)];
-    const int64_t begin = static_cast<int64_t>(b) * num_tokens;
-    const bool* real = valid.const_data_ptr<bool>() + begin;
-    AppendReal(real, num_tokens, 1, ids.const_data_ptr<int64_t>() + begin, &record.ids);
-    if (options_.probs) {
-      AppendReal(real, num_tokens, 1, probs.const_data_ptr<float>() + begin,
-                 &record.probs);
+  std::vector<at::Tensor> planes = {routing.expert_ids_BT.to(at::kLong),
+                                    routing.dropped_BT.to(at::kBool), top.margins};
+  if (options_.probs) planes.push_back(routing.gate_probs_BT.to(at::kFloat));
+  if (options_.top_k > 0) planes.insert(planes.end(), {top.ids, top.probs});
+  ring_.Add(std::move(planes), [this, &rows, layer, valid = valid_BT_](
+                                   const std::vector<at::Tensor>& on_host) {
+    const int64_t num_tokens = valid.size(1), k = options_.top_k;
+    for (size_t b = 0; b < rows.size(); ++b) {
+      LayerRecord& record = rows[b].layers[layer];
+      const int64_t begin = static_cast<int64_t>(b) * num_tokens;
+      const bool* real = valid.const_data_ptr<bool>() + begin;
+      const auto* plane = on_host.data();
+      AppendReal(real, num_tokens, 1, plane++->const_data_ptr<int64_t>() + begin,
+                 &record.ids);
+      AppendReal(real, num_tokens, 1, plane++->const_data_ptr<bool>() + begin,
+                 &record.dropped);
+      AppendReal(real, num_tokens, 1, plane++->const_data_ptr<float>() + begin,
+                 &record.margins);
+      if (options_.probs) {
+        AppendReal(real, num_tokens, 1, plane++->const_data_ptr<float>() + begin,
+                   &record.probs);
+      }
+      if (k == 0) continue;
+      AppendReal(real, num_tokens, k, plane++->const_data_ptr<int64_t>() + begin * k,
+                 &record.topk_ids);
+      AppendReal(real, num_tokens, k, plane->const_data_ptr<float>() + begin * k,
+                 &record.topk_probs);
     }
-    AppendReal(real, num_tokens, 1, dropped.const_data_ptr<bool>() + begin,
-               &record.dropped);
-    AppendReal(real, num_tokens, 1, top.margins.const_data_ptr<float>() + begin,
-               &record.margins);
-    if (k == 0) continue;
-    AppendReal(real, num_tokens, k, top.ids.const_data_ptr<int64_t>() + begin * k,
-               &record.topk_ids);
-    AppendReal(real, num_tokens, k, top.probs.const_data_ptr<float>() + begin * k,
-               &record.topk_probs);
-  }
-  RecordHidden(routing, layer);
+  });
+  RecordStates(routing.input_BTD,
+               [&rows, layer](size_t row) { return &rows[row].layers[layer].hidden; });
 }
 
-void RoutingRecorder::AppendStates(const at::Tensor& states_BTD, size_t row,
-                                   std::vector<uint16_t>* to) const {
-  const auto b = static_cast<int64_t>(row);
-  const auto valid = pass_->valid_BT.accessor<bool, 2>();
-  const int64_t width = states_BTD.size(2);
-  const at::Tensor states = OnCpu(states_BTD.select(0, b), at::kBFloat16);
-  const auto* bits = static_cast<const uint16_t*>(states.const_data_ptr());
-  for (int64_t t = 0; t < states.size(0); ++t) {
-    if (valid[b][t]) to->insert(to->end(), bits + t * width, bits + (t + 1) * width);
+void RoutingRecorder::ForHiddenRows(
+    const at::Tensor& batch, at::ScalarType type,
+    const std::function<void(size_t row, const at::Tensor&)>& use) {
+  if (!ring_.Copies(batch)) {
+    for (const int64_t b : hidden_places_) {
+      use(static_cast<size_t>(b), batch.select(0, b).to(type).contiguous());
+    }
+    return;
+  }
+  if (hidden_places_.empty()) return;
+  if (!hidden_index_.defined()) {
+    hidden_index_ = at::tensor(hidden_places_, at::kLong).to(batch.device());
+  }
+  // Few copies, and no row that nobody asked for.
+  const auto count = static_cast<int64_t>(hidden_places_.size());
+  const int64_t row_bytes =
+      batch.numel() / batch.size(0) * static_cast<int64_t>(c10::elementSize(type));
+  const int64_t rows_a_set =
+      std::clamp<int64_t>(ring_.set_bytes() / std::max<int64_t>(1, row_bytes), 1, count);
+  for (int64_t first = 0; first < count; first += rows_a_set) {
+    const int64_t rows = std::min(rows_a_set, count - first);
+    ring_.Add({batch.index_select(0, hidden_index_.narrow(0, first, rows)).to(type)},
+              [this, first, use](const std::vector<at::Tensor>& on_host) {
+                for (int64_t i = 0; i < on_host[0].size(0); ++i) {
+                  use(static_cast<size_t>(hidden_places_[static_cast<size_t>(first + i)]),
+                      on_host[0].select(0, i));
+                }
+              });
   }
 }
 
-void RoutingRecorder::RecordHidden(const LayerRouting& routing, int layer) {
-  auto& rows = rows_[static_cast<size_t>(geometry_.StackOf(routing.layer))];
-  for (size_t b = 0; b < hidden_rows_.size(); ++b) {
-    if (!hidden_rows_[b]) continue;
-    AppendStates(routing.input_BTD, b,
-                 &rows[b].layers[static_cast<size_t>(layer)].hidden);
-  }
+void RoutingRecorder::RecordStates(
+    const at::Tensor& states_BTD,
+    const std::function<std::vector<uint16_t>*(size_t row)>& to_of) {
+  ForHiddenRows(states_BTD, at::kBFloat16,
+                [to_of, valid = valid_BT_](size_t row, const at::Tensor& states_TD) {
+                  const int64_t num_tokens = states_TD.size(0), width = states_TD.size(1);
+                  const bool* real = valid.const_data_ptr<bool>() +
+                                     static_cast<int64_t>(row) * num_tokens;
+                  const auto* bits =
+                      static_cast<const uint16_t*>(states_TD.const_data_ptr());
+                  std::vector<uint16_t>* to = to_of(row);
+                  for (int64_t t = 0; t < num_tokens; ++t, bits += width) {
+                    if (real[t]) to->insert(to->end(), bits, bits + width);
+                  }
+                });
 }
 
 void RoutingRecorder::OnPassEnd(const PassInfo& pass) {
   auto& rows = rows_[static_cast<size_t>(pass.stack)];
-  const bool keeps = options_.output && pass.output_BTD.defined();
-  for (size_t b = 0; keeps && b < hidden_rows_.size(); ++b) {
-    if (hidden_rows_[b]) AppendStates(pass.output_BTD, b, &rows[b].output);
+  if (options_.output && pass.output_BTD.defined()) {
+    RecordStates(pass.output_BTD, [&rows](size_t row) { return &rows[row].output; });
   }
-  pass_ = nullptr;
+  // A recorded decoder step writes the next pass over this one's tensors.
+  ring_.HoldStream();
 }
 
 bool RoutingRecorder::WantsAttention() const {
@@ -225,30 +260,27 @@ bool RoutingRecorder::WantsAttention() const {
 
 void RoutingRecorder::OnAttention(const LayerAttention& attention) {
   const Stack stack = geometry_.StackOf(attention.layer);
+  const auto layer = static_cast<size_t>(geometry_.LayerInStack(attention.layer));
   auto& rows = rows_[static_cast<size_t>(stack)];
-  const auto valid = pass_->valid_BT.accessor<bool, 2>();
-  const int64_t num_heads = attention.weights_BHTS.size(1);
-  const int64_t num_tokens = attention.weights_BHTS.size(2);
-  const int64_t num_keys = attention.weights_BHTS.size(3);
-  num_heads_ = num_heads;
-  for (size_t b = 0; b < rows.size(); ++b) {
-    if (!hidden_rows_[b]) continue;
-    const auto row = static_cast<int64_t>(b);
-    const at::Tensor weights_HTS =
-        OnCpu(attention.weights_BHTS.select(0, row), at::kFloat);
-    const float* weights = weights_HTS.const_data_ptr<float>();
-    Attended& to =
-        rows[b]
-            .layers[static_cast<size_t>(geometry_.LayerInStack(attention.layer))]
-            .attended[attention.cross];
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      if (!valid[row][t]) continue;
-      for (int64_t h = 0; h < num_heads; ++h) {
-        AppendSummary(weights + (h * num_tokens + t) * num_keys, num_keys, &to.entropy,
-                      &to.keys);
-      }
-    }
-  }
+  num_heads_ = attention.weights_BHTS.size(1);
+  ForHiddenRows(attention.weights_BHTS, at::kFloat,
+                [&rows, layer, cross = attention.cross, valid = valid_BT_](
+                    size_t row, const at::Tensor& weights_HTS) {
+                  const int64_t num_heads = weights_HTS.size(0);
+                  const int64_t num_tokens = weights_HTS.size(1);
+                  const int64_t num_keys = weights_HTS.size(2);
+                  const bool* real = valid.const_data_ptr<bool>() +
+                                     static_cast<int64_t>(row) * num_tokens;
+                  const float* weights = weights_HTS.const_data_ptr<float>();
+                  Attended& to = rows[row].layers[layer].attended[cross];
+                  for (int64_t t = 0; t < num_tokens; ++t) {
+                    if (!real[t]) continue;
+                    for (int64_t h = 0; h < num_heads; ++h) {
+                      AppendSummary(weights + (h * num_tokens + t) * num_keys, num_keys,
+                                    &to.entropy, &to.keys);
+                    }
+                  }
+                });
 }
 
 void RoutingRecorder::TakeAttention(Stack stack, const RowRecord& record,
@@ -271,6 +303,7 @@ void RoutingRecorder::TakeAttention(Stack stack, const RowRecord& record,
 }
 
 RoutingSpan RoutingRecorder::Take(Stack stack, int row) {
+  ring_.Finish();
   RowRecord record =
       std::move(rows_[static_cast<size_t>(stack)][static_cast<size_t>(row)]);
   RoutingSpan span;

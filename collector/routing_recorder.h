@@ -1,9 +1,12 @@
-// Listens to the model and keeps what it routed, row by row: a batch becomes traces.
+// Listens to the model and keeps what it routed, row by row: a batch becomes traces. What
+// lies on a GPU leaves it through a CopyRing while the pass goes on.
 // B sequences, T tokens of a pass, E experts, D model width, K top-k.
 #pragma once
 
+#include <functional>
 #include <vector>
 
+#include "collector/copy_ring.h"
 #include "common/routing.h"
 #include "models/routing_observer.h"
 
@@ -20,9 +23,11 @@ struct RecordOptions {
 // (incremental decoding) are joined along tokens. Padding is never recorded.
 class RoutingRecorder final : public RoutingObserver {
  public:
-  // hidden_rows[b]: record the router inputs of row b.
+  // hidden_rows[b]: record the router inputs of row b. `ring_bytes`, `copier`: of the
+  // CopyRing.
   RoutingRecorder(const MoeGeometry& geometry, const RecordOptions& options,
-                  std::vector<bool> hidden_rows);
+                  std::vector<bool> hidden_rows, int64_t ring_bytes = CopyRing::kBytes,
+                  HostCopier* copier = DeviceCopier());
   void OnPassBegin(const PassInfo& pass) override;
   void OnRouting(const LayerRouting& routing) override;
   bool WantsAttention() const override;
@@ -30,7 +35,7 @@ class RoutingRecorder final : public RoutingObserver {
   void OnPassEnd(const PassInfo& pass) override;
 
   // The row's span in that stack, planes layer-major. Call once a row and stack, at the
-  // end.
+  // end: waits for what is on its way. EnvironmentError where the device lost it.
   RoutingSpan Take(Stack stack, int row);
 
  private:
@@ -49,18 +54,24 @@ class RoutingRecorder final : public RoutingObserver {
     std::vector<LayerRecord> layers;
     std::vector<uint16_t> output;
   };
-  // The row's real tokens, as bf16 bits.
-  void AppendStates(const at::Tensor& states_BTD, size_t row,
-                    std::vector<uint16_t>* to) const;
+  // Calls `use` with each row that is in hidden_rows and its part of `batch`, as `type`
+  // and contiguous on the CPU: now, or when it has come.
+  void ForHiddenRows(const at::Tensor& batch, at::ScalarType type,
+                     const std::function<void(size_t row, const at::Tensor&)>& use);
+  // The row's real tokens, as bf16 bits, of each of those rows.
+  void RecordStates(const at::Tensor& states_BTD,
+                    const std::function<std::vector<uint16_t>*(size_t row)>& to_of);
   void TakeAttention(Stack stack, const RowRecord& record, RoutingSpan* span) const;
-  void RecordHidden(const LayerRouting& routing, int layer);
 
   MoeGeometry geometry_;
   RecordOptions options_;
   std::vector<bool> hidden_rows_;
   std::vector<RowRecord> rows_[2];
-  int64_t num_heads_ = 0;  // of an attention, once one was seen
-  const PassInfo* pass_ = nullptr;
+  std::vector<int64_t> hidden_places_;  // the rows that are in hidden_rows_
+  at::Tensor hidden_index_;             // the same, where the batch is; once needed
+  int64_t num_heads_ = 0;               // of an attention, once one was seen
+  at::Tensor valid_BT_;                 // of the pass
+  CopyRing ring_;
 };
 
 }  // namespace routecast

@@ -2,6 +2,9 @@
 
 #include <csignal>
 #include <initializer_list>
+#include <string>
+
+#include "common/errors.h"
 
 namespace routecast {
 namespace {
@@ -18,6 +21,10 @@ void InstallStopHandlers() {
 }
 
 bool StopRequested() { return stop_requested != 0; }
+void ThrowIfStopped(const char* what) {
+  if (!StopRequested()) return;
+  throw StoppedError(std::string("stopped ") + what + ": start the same command again");
+}
 void RequestStop() { stop_requested = 1; }
 
 }  // namespace routecast

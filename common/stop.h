@@ -7,6 +7,9 @@ namespace routecast {
 
 void InstallStopHandlers();  // once, at the start of main
 bool StopRequested();        // async-signal-safe flag; any thread
+// StoppedError "stopped WHAT: start the same command again" where a stop was requested.
+// For what reads, and has nothing to save.
+void ThrowIfStopped(const char* what);
 void RequestStop();  // what the handler does; for tests and limits such as --max_hours
 
 }  // namespace routecast

@@ -163,6 +163,7 @@ Listed ReadListed(const ByteFile& file, const std::string& directory, size_t* at
   };
   listed.flags = At<uint16_t>(directory, from + 8);
   const auto method = At<uint16_t>(directory, from + 10);
+  listed.entry.crc = At<uint32_t>(directory, from + 16);
   listed.packed_bytes = At<uint32_t>(directory, from + 20);
   listed.entry.size_bytes = At<uint32_t>(directory, from + 24);
   listed.header_offset = At<uint32_t>(directory, from + 42);

@@ -16,6 +16,7 @@ struct ZipEntry {
   std::string name;
   uint64_t offset = 0;  // of the data, from the start of the file
   uint64_t size_bytes = 0;
+  uint32_t crc = 0;  // CRC-32 of the data, as the directory says; not checked
 };
 
 // Entries in file order. Throws DataError naming the rule that the file breaks; every

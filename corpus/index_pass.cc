@@ -47,7 +47,7 @@ class Pass {
       prepared.record = record;
       if (copies) prepared.raw = record.raw;
       batch_.push_back(std::move(prepared));
-      batch_bytes_ += record.raw.size();
+      batch_bytes_ += record.raw.size() + sizeof prepared;  // records may be tiny
       if (batch_bytes_ >= kBatchBytes) Flush(copies);
     });
     Flush(copies);

@@ -53,9 +53,6 @@ class Tokenizer {
                     const TokenizerTrainingOptions& options, const fs::path& folder);
   static void Train(const std::vector<std::string>& texts,
                     const TokenizerTrainingOptions& options, const fs::path& folder);
-  // A text file, one sentence a line.
-  static void TrainOnFile(const fs::path& file, const TokenizerTrainingOptions& options,
-                          const fs::path& folder);
   // Writes the three files for this tokenizer's model (to ship it with a checkpoint).
   void Save(const fs::path& folder) const;
 

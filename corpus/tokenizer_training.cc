@@ -32,7 +32,8 @@ class VectorIterator : public sentencepiece::SentenceIterator {
 // Cuts a text into sentences of at most kMaxSentenceBytes at line ends and spaces.
 void AppendSentences(std::string_view text, std::vector<std::string>* lines) {
   while (!text.empty()) {
-    size_t end = std::min(text.find('\n'), text.size());
+    // No further than a sentence reaches: a line may be the whole file.
+    size_t end = std::min(text.substr(0, kMaxSentenceBytes + 1).find('\n'), text.size());
     size_t skip = 1;
     if (end > kMaxSentenceBytes) {
       end = text.rfind(' ', kMaxSentenceBytes);
@@ -56,9 +57,11 @@ std::vector<std::string> SampleLines(uint64_t num_texts,
   uint64_t bytes = 0;
   for (uint64_t i = 0; i < num_texts && bytes < options.max_sample_bytes; ++i) {
     std::string one = text(order(i));
-    if (one.size() > options.max_sample_bytes - bytes) {
-      one.resize(options.max_sample_bytes - bytes);
-      while (!one.empty() && one.back() != ' ' && one.back() != '\n') one.pop_back();
+    if (const size_t room = options.max_sample_bytes - bytes; one.size() > room) {
+      const size_t blank = one.find_last_of(" \n", room - 1);
+      size_t end = blank == one.npos ? room : blank + 1;
+      while (end > 0 && (static_cast<unsigned char>(one[end]) & 0xc0) == 0x80) --end;
+      one.resize(end);
       bytes = options.max_sample_bytes;
     }
     bytes += one.size();
@@ -121,13 +124,6 @@ void Tokenizer::Train(const std::vector<std::string>& texts,
                       const TokenizerTrainingOptions& options, const fs::path& folder) {
   Train(
       texts.size(), [&texts](uint64_t i) { return texts[i]; }, options, folder);
-}
-
-void Tokenizer::TrainOnFile(const fs::path& file, const TokenizerTrainingOptions& options,
-                            const fs::path& folder) {
-  std::vector<std::string> lines;
-  AppendSentences(ReadFile(file), &lines);
-  Train(lines, options, folder);
 }
 
 void Tokenizer::Save(const fs::path& folder) const {

@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "common/errors.h"
+#include "common/foreign_text.h"
 
 namespace routecast {
 namespace {
@@ -57,6 +58,17 @@ const FlagInfo* Find(const std::vector<FlagInfo>& flags, const std::string& name
                              "--help lists all flags"));
 }
 
+// Flags are kept in run.json, some in store.json.
+void RequireUtf8(const GivenFlag& flag) {
+  try {
+    Json(flag.value).dump();
+  } catch (const Json::exception&) {
+    throw UsageError(
+        ErrorText("--" + flag.name + "=" + Quoted(flag.value) + " is not UTF-8", "",
+                  "rename that file or folder, or link to it"));
+  }
+}
+
 struct Reader {
   const std::vector<FlagInfo> flags = OurFlags();
   CommandLine line;
@@ -102,6 +114,7 @@ struct Reader {
   }
 
   void Keep(GivenFlag flag, int depth) {
+    RequireUtf8(flag);
     (depth == 0 ? from_line : from_files).push_back(std::move(flag));
   }
 

@@ -1,32 +1,58 @@
-// A tensor on its way to the CPU. From a GPU it travels into pinned memory on a stream of
-// its own, so the forward thread waits only when somebody reads, and then for no more
+// Tensors on their way to the CPU. From a GPU they travel into pinned memory on a stream
+// of its own, so the forward thread waits only when somebody reads, and then for no more
 // than what was queued before the copy.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <vector>
 
 namespace routecast {
 
-// Thread rule: one thread at a time. Move-only.
+// Copies that are under way. Thread rule: one thread at a time. Each throws an
+// EnvironmentError where the device reports that the copies failed.
+class CopyFlight {
+ public:
+  virtual ~CopyFlight() = default;  // does not wait
+  virtual bool Arrived() = 0;       // does not wait
+  virtual void Wait() = 0;
+  // Work queued on the current stream from now on waits for the copies; nobody else does.
+  virtual void HoldStream() = 0;
+};
+
+// What copies: a GPU, or a fake in tests. Thread rule: one thread at a time.
+class HostCopier {
+ public:
+  virtual ~HostCopier() = default;
+  // False: the tensor can be read where it lies.
+  virtual bool Copies(const at::Tensor& tensor) const = 0;
+  // Memory to copy into, as bytes. EnvironmentError where there is none.
+  virtual at::Tensor Pinned(int64_t bytes) = 0;
+  // Starts copying what each of `from` (contiguous) holds after the work queued on the
+  // current stream into its like in `to`, behind the copies started before. The memory
+  // of `from` may be let go at once. REQUIRES one of them at least.
+  virtual std::unique_ptr<CopyFlight> Start(const std::vector<at::Tensor>& from,
+                                            const std::vector<at::Tensor>& to) = 0;
+};
+
+// CPU tensors stay where they are; a GPU's are copied.
+HostCopier* DeviceCopier();
+
+// One tensor. Thread rule: one thread at a time. Move-only.
 class HostCopy {
  public:
-  HostCopy();
+  HostCopy() = default;
   // Starts copying what `tensor` holds after the work queued on the current stream. A CPU
   // tensor is not copied: later writes to it are seen.
   explicit HostCopy(const at::Tensor& tensor);
-  HostCopy(HostCopy&&) noexcept;
-  HostCopy& operator=(HostCopy&&) noexcept;
-  ~HostCopy();
   bool defined() const { return host_.defined(); }
   // Contiguous, on the CPU; waits where it has not come. REQUIRES defined().
   const at::Tensor& Wait();
 
  private:
-  struct Flight;  // what is known of a copy under way
   at::Tensor host_;
-  std::unique_ptr<Flight> flight_;
+  std::unique_ptr<CopyFlight> flight_;
 };
 
 }  // namespace routecast

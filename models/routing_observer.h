@@ -9,7 +9,8 @@
 namespace routecast {
 
 // One pass of one stack: the encoder's, or one decoder call (teacher forcing: all tokens;
-// incremental decoding: one token a sequence).
+// incremental decoding: one token a sequence). What lies on the CPU is not written over
+// any more.
 struct PassInfo {
   Stack stack = Stack::kEncoder;
   at::Tensor token_ids_BT;  // int64, on the CPU
@@ -24,7 +25,7 @@ struct PassInfo {
 };
 
 // One MoE layer's decision. Tensors live on the model's device and are valid during the
-// call.
+// call; what they hold is not written over before OnPassEnd has returned.
 struct LayerRouting {
   int layer = 0;             // global MoE layer (MoeGeometry)
   at::Tensor input_BTD;      // the router's input: normed hidden state, model dtype
@@ -35,8 +36,8 @@ struct LayerRouting {
   at::Tensor margins_BT{};   // fp32: largest logit minus the second; may be undefined
 };
 
-// The attention of a block with an MoE layer, on the model's device; valid during the
-// call.
+// The attention of a block with an MoE layer, on the model's device; valid like a
+// LayerRouting.
 struct LayerAttention {
   int layer = 0;            // global MoE layer
   bool cross = false;       // over the encoder's tokens; else over the stack's own

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <map>
+#include <sstream>
 
+#include "common/byte_file.h"
 #include "common/errors.h"
 #include "common/safetensors.h"
+#include "common/stop.h"
 #include "storage/npy.h"
 
 namespace routecast {
@@ -244,6 +246,7 @@ std::vector<fs::path> ExportArrays(const TraceReader& reader, const fs::path& fo
   };
   reader.Scan(
       [&](RoutingTrace&& trace) {
+        ThrowIfStopped("while exporting");
         const uint64_t more = PartBytes(*reader.Find(trace.sequence_id), reader.config());
         if (bytes > 0 && bytes + more > options.max_part_bytes) flush();
         bytes += more;
@@ -277,7 +280,7 @@ Json SpanJson(const RoutingSpan& span) {
   return json;
 }
 
-void WriteJsonLine(const RoutingTrace& trace, std::ofstream* out) {
+void WriteJsonLine(const RoutingTrace& trace, std::ostream* out) {
   Json json = {
       {"sequence_id", trace.sequence_id},   {"document_id", trace.document_id},
       {"group_id", trace.group_id},         {"task", TaskName(trace.task)},
@@ -285,7 +288,7 @@ void WriteJsonLine(const RoutingTrace& trace, std::ofstream* out) {
   *out << json.dump() << '\n';
 }
 
-void WriteCsvRows(const RoutingTrace& trace, std::ofstream* out) {
+void WriteCsvRows(const RoutingTrace& trace, std::ostream* out) {
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     const RoutingSpan& s = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
     for (int l = 0; l < s.num_layers; ++l) {
@@ -308,27 +311,49 @@ void WriteCsvRows(const RoutingTrace& trace, std::ofstream* out) {
 
 std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& folder,
                                  const std::string& format) {
-  const fs::path path = folder / ("traces." + format), temporary = path.string() + ".tmp";
-  std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
-  if (!out) ThrowErrno(errno, "create", temporary);
-  out.precision(9);
+  const fs::path path = folder / ("traces." + format);
+  AtomicFileWriter file(path, /*expected_bytes=*/0);
+  std::ostringstream text;  // of one sequence
+  text.precision(9);
+  const auto flush = [&] {
+    file.Append(text.view().data(), text.view().size());
+    text.str("");
+  };
   if (format == "csv") {
-    out << "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,"
-           "dropped,"
-           "margin\n";
+    text << "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,"
+            "dropped,"
+            "margin\n";
   }
   reader.Scan(
       [&](RoutingTrace&& trace) {
-        format == "csv" ? WriteCsvRows(trace, &out) : WriteJsonLine(trace, &out);
-        if (!out) ThrowErrno(errno, "write", temporary);
+        ThrowIfStopped("while exporting");
+        format == "csv" ? WriteCsvRows(trace, &text) : WriteJsonLine(trace, &text);
+        flush();
       },
       WithHidden::kNo);
-  out.close();
-  if (!out) ThrowErrno(errno, "write", temporary);
-  SyncPath(temporary);
-  fs::rename(temporary, path);
-  SyncPath(fs::absolute(folder));
+  flush();
+  file.Commit();
   return {path};
+}
+
+// Parts of an earlier export into the same folder, of which this one has no like:
+// readers of the folder would take them for its own.
+void RemoveEarlierParts(const fs::path& folder, const std::string& format,
+                        const std::vector<fs::path>& files) {
+  const auto is_part = [&](const fs::path& path) {
+    const std::string stem = path.stem();
+    return path.extension() == "." + format &&
+           (stem == "traces" || (stem.starts_with("traces-") && stem.size() >= 12 &&
+                                 stem.find_first_not_of("0123456789", 7) == stem.npos));
+  };
+  std::vector<fs::path> earlier;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (is_part(entry.path()) &&
+        std::find(files.begin(), files.end(), entry.path()) == files.end()) {
+      earlier.push_back(entry.path());
+    }
+  }
+  for (const fs::path& path : earlier) fs::remove(path);
 }
 
 }  // namespace
@@ -337,10 +362,11 @@ std::vector<fs::path> ExportTraces(const TraceReader& reader, const fs::path& fo
                                    const ExportOptions& options) {
   ParseChoice("--format", options.format, {"npz", "jsonl", "csv", "safetensors"});
   MakeFolder(folder);
-  if (options.format == "jsonl" || options.format == "csv") {
-    return ExportText(reader, folder, options.format);
-  }
-  return ExportArrays(reader, folder, options);
+  const bool text = options.format == "jsonl" || options.format == "csv";
+  const std::vector<fs::path> files = text ? ExportText(reader, folder, options.format)
+                                           : ExportArrays(reader, folder, options);
+  RemoveEarlierParts(folder, options.format, files);
+  return files;
 }
 
 }  // namespace routecast

@@ -16,7 +16,8 @@ struct ExportOptions {
 };
 
 // Writes traces.<format> (or parts) into `folder`, sequences ascending by id; returns the
-// files. UsageError for an unknown format.
+// files. Other parts of that format, of an earlier export, are removed. UsageError for an
+// unknown format; StoppedError where a stop was requested.
 std::vector<fs::path> ExportTraces(const TraceReader& reader, const fs::path& folder,
                                    const ExportOptions& options);
 

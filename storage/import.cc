@@ -6,6 +6,7 @@
 
 #include "common/byte_file.h"
 #include "common/errors.h"
+#include "common/stop.h"
 #include "storage/import_source.h"
 #include "storage/store_builder.h"
 #include "storage/trace_format.h"
@@ -40,6 +41,11 @@ std::unique_ptr<ImportSource> OpenSource(const fs::path& path,
       }
       return OpenPacked(path, options.task, options.layers, options.experts_per_token);
   }
+}
+
+// A file's name need not be UTF-8, store.json is.
+std::string Utf8Of(const std::string& name) {
+  return Json::parse(Json(name).dump(-1, ' ', false, Json::error_handler_t::replace));
 }
 
 // What all sequences of a store have in common, and how much there is.
@@ -101,7 +107,7 @@ class Survey {
     std::string hashes;
     for (const fs::path& file : source.files()) {
       hashes += Hex64(HashFile(file)) + "\n";
-      c.data.push_back(options.format + ":" + file.filename().string());
+      c.data.push_back(options.format + ":" + Utf8Of(file.filename()));
     }
     c.corpus_fingerprint = Hex64(Hash64(hashes));
     c.token_ids = planes_ && planes_->token_ids;
@@ -194,8 +200,12 @@ ImportReport ImportTraces(const fs::path& path, const fs::path& out,
                           const ImportOptions& options, StepObserver on_step) {
   RequireNewStore(out);
   const std::unique_ptr<ImportSource> source = OpenSource(path, options);
+  source->Verify();
   Survey survey;
-  source->Read([&](RoutingTrace&& trace) { survey.Add(trace); });
+  source->Read([&](RoutingTrace&& trace) {
+    ThrowIfStopped("while reading the input");
+    survey.Add(trace);
+  });
   ImportReport report;
   report.config = survey.Config(*source, options);
   report.tokens = survey.tokens();

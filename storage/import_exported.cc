@@ -67,8 +67,8 @@ class StackReader {
     const NpyArray* entropy = Find("attention_entropy");
     if (entropy == nullptr) return;
     heads_ = entropy->shape.size() == 3 ? entropy->shape[2] : 0;
-    if (heads_ < 1 || heads_ > 2 * kMaxAttentionHeads ||
-        (stack == Stack::kDecoder && heads_ % 2 != 0)) {
+    const int64_t kinds = stack == Stack::kDecoder ? 2 : 1;
+    if (heads_ < 1 || heads_ > kinds * kMaxAttentionHeads || heads_ % kinds != 0) {
       RefuseImport(file.Where(*entropy),
                    "attention of " + std::to_string(heads_) + " heads");
     }
@@ -232,6 +232,9 @@ class ExportedArrays : public ImportSource {
   }
   void Read(const Use& use) const override {
     for (const fs::path& path : files_) ReadPart(path, use);
+  }
+  void Verify() const override {
+    for (const fs::path& path : files_) NpyFile(path).VerifyChecksums();
   }
   std::optional<MoeGeometry> geometry() const override { return geometry_; }
   std::vector<fs::path> files() const override { return files_; }

@@ -71,6 +71,9 @@ class RequestArrays : public ImportSource {
       next = ReadRequests(NpyFile(path), task_, next, use);
     }
   }
+  void Verify() const override {
+    for (const fs::path& path : files_) NpyFile(path).VerifyChecksums();
+  }
   std::vector<fs::path> files() const override { return files_; }
 
  private:

@@ -20,6 +20,8 @@ class ImportSource {
  public:
   using Use = std::function<void(RoutingTrace&&)>;
   virtual ~ImportSource() = default;
+  // DataError where the input carries checksums and they do not hold.
+  virtual void Verify() const {}
   // Every sequence, ids ascending, from the start at each call. Planes have their sizes;
   // expert ids are not held against any number of experts here.
   virtual void Read(const Use& use) const = 0;

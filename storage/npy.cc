@@ -1,14 +1,11 @@
 #include "storage/npy.h"
 
-#include <fcntl.h>
-#include <unistd.h>
 #include <zlib.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <limits>
 
-#include "common/errors.h"
+#include "common/byte_file.h"
 #include "storage/byte_codec.h"
 
 namespace routecast {
@@ -126,50 +123,12 @@ std::string EndRecords(uint64_t count, uint64_t start, uint64_t size) {
   return out;
 }
 
-// A file under a temporary name; gone unless committed.
-class TemporaryFile {
- public:
-  explicit TemporaryFile(const fs::path& path)
-      : path_(path), temporary_(path.string() + ".tmp") {
-    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-    if (fd_ < 0) ThrowErrno(errno, "create", temporary_);
-  }
-  ~TemporaryFile() {
-    if (fd_ < 0) return;
-    ::close(fd_);
-    ::unlink(temporary_.c_str());
-  }
-  void Write(const void* data, uint64_t size) {
-    const auto* at = static_cast<const char*>(data);
-    written_ += size;
-    while (size > 0) {
-      const ssize_t n = ::write(fd_, at, std::min<uint64_t>(size, 1u << 30));
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) ThrowErrno(errno, "write", temporary_);
-      at += n;
-      size -= static_cast<uint64_t>(n);
-    }
-  }
-  uint64_t written() const { return written_; }
-  void Commit() {
-    if (::fsync(fd_) != 0) ThrowErrno(errno, "fsync", temporary_);
-    ::close(fd_);
-    fd_ = -1;
-    if (::rename(temporary_.c_str(), path_.c_str()) != 0)
-      ThrowErrno(errno, "rename", path_);
-    SyncPath(fs::absolute(path_).parent_path());
-  }
-
- private:
-  fs::path path_, temporary_;
-  int fd_ = -1;
-  uint64_t written_ = 0;
-};
-
 }  // namespace
 
 void WriteNpz(const fs::path& path, const std::vector<NamedArray>& arrays) {
-  TemporaryFile file(path);
+  uint64_t size = 0;
+  for (const NamedArray& array : arrays) size += array.size_bytes;
+  AtomicFileWriter file(path, size);
   std::string central;
   for (const NamedArray& array : arrays) {
     Entry e;
@@ -179,14 +138,14 @@ void WriteNpz(const fs::path& path, const std::vector<NamedArray>& arrays) {
     e.offset = file.written();
     e.crc = Crc(Crc(0, e.header.data(), e.header.size()), array.data, array.size_bytes);
     const std::string local = LocalHeader(e);
-    file.Write(local.data(), local.size());
-    file.Write(e.header.data(), e.header.size());
-    file.Write(array.data, array.size_bytes);
+    file.Append(local.data(), local.size());
+    file.Append(e.header.data(), e.header.size());
+    file.Append(array.data, array.size_bytes);
     central += CentralHeader(e);
   }
   const uint64_t start = file.written();
   central += EndRecords(arrays.size(), start, central.size());
-  file.Write(central.data(), central.size());
+  file.Append(central.data(), central.size());
   file.Commit();
 }
 

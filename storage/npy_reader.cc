@@ -1,5 +1,7 @@
 #include "storage/npy_reader.h"
 
+#include <zlib.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -8,12 +10,13 @@
 
 #include "common/errors.h"
 #include "common/foreign_text.h"
-#include "common/zip_archive.h"
+#include "common/stop.h"
 
 namespace routecast {
 namespace {
 
 constexpr uint64_t kMaxHeaderBytes = 64 << 10;
+constexpr uint64_t kBlockBytes = 1 << 20;
 constexpr size_t kMaxDims = 8;
 constexpr const char* kMagic = "\x93NUMPY";
 constexpr size_t kMagicBytes = 6;
@@ -188,14 +191,17 @@ NpyFile::NpyFile(const fs::path& path) : file_(path) {
       file_.Read(0, static_cast<size_t>(std::min<uint64_t>(file_.size(), kMagicBytes)));
   if (start == std::string(kMagic, kMagicBytes)) {
     arrays_.push_back(ReadHeader(path.stem(), 0, file_.size()));
+    places_[arrays_[0].name] = 0;
     return;
   }
-  for (const ZipEntry& entry : ReadZipDirectory(file_)) {
+  entries_ = ReadZipDirectory(file_);
+  for (const ZipEntry& entry : entries_) {
     if (!entry.name.ends_with(".npy")) {
       Bad(path.string() + ": " + Quoted(entry.name), "its name does not end with .npy");
     }
     arrays_.push_back(ReadHeader(entry.name.substr(0, entry.name.size() - 4),
                                  entry.offset, entry.size_bytes));
+    places_.emplace(arrays_.back().name, arrays_.size() - 1);
   }
 }
 
@@ -249,15 +255,30 @@ NpyArray NpyFile::ReadHeader(const std::string& name, uint64_t offset,
   return array;
 }
 
+void NpyFile::VerifyChecksums() const {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const ZipEntry& entry = entries_[i];
+    uint64_t crc = ::crc32(0, nullptr, 0);
+    for (uint64_t at = 0; at < entry.size_bytes; at += kBlockBytes) {
+      ThrowIfStopped("while reading the input");
+      const std::string block = file_.Read(
+          entry.offset + at, std::min<uint64_t>(kBlockBytes, entry.size_bytes - at));
+      crc = ::crc32(crc, reinterpret_cast<const Bytef*>(block.data()),
+                    static_cast<uInt>(block.size()));
+    }
+    if (crc == entry.crc) continue;
+    Bad(Where(arrays_[i]), "its bytes have CRC-32 " + std::to_string(crc) +
+                               ", the archive says " + std::to_string(entry.crc));
+  }
+}
+
 std::string NpyFile::Where(const NpyArray& array) const {
   return path().string() + ": array " + Quoted(array.name, 60);
 }
 
 const NpyArray* NpyFile::Find(const std::string& name) const {
-  for (const NpyArray& array : arrays_) {
-    if (array.name == name) return &array;
-  }
-  return nullptr;
+  const auto found = places_.find(name);
+  return found == places_.end() ? nullptr : &arrays_[found->second];
 }
 
 void NpyFile::CheckRange(const NpyArray& array, uint64_t first, uint64_t count) const {

@@ -4,11 +4,11 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
-#include "common/byte_file.h"
+#include "common/zip_archive.h"
 
 namespace routecast {
 
@@ -40,6 +40,8 @@ class NpyFile {
   template <typename T>
   std::vector<T> ReadIntegers(const NpyArray& array, uint64_t first,
                               uint64_t count) const;
+  // Reads all of an archive. DataError where an array is not what its checksum says.
+  void VerifyChecksums() const;
   // "FILE: array NAME", for errors.
   std::string Where(const NpyArray& array) const;
 
@@ -49,6 +51,8 @@ class NpyFile {
 
   ByteFile file_;
   std::vector<NpyArray> arrays_;
+  std::vector<ZipEntry> entries_;                   // of an archive: one an array
+  std::unordered_map<std::string, size_t> places_;  // in arrays_, by name
 };
 
 // What stands in an array's header: a Python dict of three keys. DataError otherwise.

@@ -7,6 +7,7 @@
 
 #include "common/byte_file.h"
 #include "common/errors.h"
+#include "common/stop.h"
 #include "storage/context_coder.h"
 #include "storage/shard_db.h"
 #include "storage/shard_seal.h"
@@ -123,7 +124,7 @@ Salvage::~Salvage() = default;
 
 Salvage::Salvage(fs::path store) : store_(std::move(store)) {
   std::vector<ShardSeal> seals;
-  for (int shard = 0; fs::exists(ShardPath(store_, shard)); ++shard) {
+  for (const int shard : SealedShards(store_)) {
     try {
       if (auto seal = ReadShardSeal(store_, shard)) seals.push_back(std::move(*seal));
     } catch (const DataError&) {  // then without it
@@ -167,6 +168,7 @@ Salvage::Salvage(fs::path store) : store_(std::move(store)) {
 }
 
 void Salvage::Search(const fs::path& table) {
+  ThrowIfStopped("while searching for records");
   const std::string bytes = ReadFile(table, kMaxTableBytes);
   const size_t file = files_.size();
   files_.push_back(table);
@@ -260,6 +262,7 @@ SalvageReport SalvageStore(const fs::path& store, const fs::path& out) {
   report.lost_chunks = salvage.lost_chunks();
   StoreBuilder builder(out, salvage.config());
   for (const SequenceInfo& info : salvage.sequences()) {
+    ThrowIfStopped("while salvaging");
     if (const auto trace = salvage.Read(info)) {
       builder.Add(*trace);
     } else {

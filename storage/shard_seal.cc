@@ -1,5 +1,8 @@
 #include "storage/shard_seal.h"
 
+#include <algorithm>
+#include <charconv>
+
 #include "common/byte_file.h"
 #include "common/errors.h"
 #include "common/run_record.h"
@@ -73,6 +76,21 @@ void WriteShardSeal(const fs::path& store, int shard,
   }
   const std::string text = json.dump(1);
   WriteFileAtomic(SealPath(store, shard), text + "\n" + Hex64(Hash64(text)) + "\n");
+}
+
+std::vector<int> SealedShards(const fs::path& store) {
+  std::vector<int> shards;
+  std::error_code none;  // a store without this folder has no seal
+  for (const auto& entry : fs::directory_iterator(store / "shards", none)) {
+    const std::string stem = entry.path().stem();
+    int shard = 0;
+    const auto [end, error] =
+        std::from_chars(stem.data(), stem.data() + stem.size(), shard);
+    if (error != std::errc() || entry.path() != SealPath(store, shard)) continue;
+    shards.push_back(shard);
+  }
+  std::sort(shards.begin(), shards.end());
+  return shards;
 }
 
 std::optional<ShardSeal> ReadShardSeal(const fs::path& store, int shard) {

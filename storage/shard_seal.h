@@ -8,6 +8,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/files.h"
 
@@ -30,6 +31,8 @@ void WriteShardSeal(const fs::path& store, int shard,
                     const std::optional<ShardSeal>& before);
 // Nothing where the shard is not sealed. DataError where the seal itself is damaged.
 std::optional<ShardSeal> ReadShardSeal(const fs::path& store, int shard);
+// Numbers of the shards that have a seal, ascending: also of those whose folder is gone.
+std::vector<int> SealedShards(const fs::path& store);
 // To be done, durably, before a shard is opened for writing.
 void RemoveShardSeal(const fs::path& store, int shard);
 // Tells each way in which the files are not as sealed, by path.

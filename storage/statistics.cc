@@ -5,6 +5,7 @@
 #include <numeric>
 #include <unordered_map>
 
+#include "common/stop.h"
 #include "storage/context_coder.h"
 #include "storage/held_out_entropy.h"
 
@@ -190,6 +191,7 @@ StoreStatistics ComputeStatistics(const TraceReader& reader) {
   HeldOutEntropy held_out(g);
   reader.Scan(
       [&](RoutingTrace&& trace) {
+        ThrowIfStopped("while counting");
         if (InTrainedShare(trace.sequence_id, share)) held_out.Add(trace);
         Count(trace.encoder, g.experts_per_token, counters.begin());
         Count(trace.decoder, g.experts_per_token, counters.begin() + g.encoder_layers);

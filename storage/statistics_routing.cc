@@ -6,6 +6,8 @@
 #include <numeric>
 #include <unordered_map>
 
+#include "common/stop.h"
+
 namespace routecast {
 namespace {
 
@@ -264,6 +266,7 @@ RoutingStatistics ComputeRoutingStatistics(const TraceReader& reader) {
   size_t index = 0;
   reader.Scan(
       [&](RoutingTrace&& trace) {
+        ThrowIfStopped("while counting");
         CountSpan(trace.encoder, counts.begin());
         CountSpan(trace.decoder, counts.begin() + g.encoder_layers);
         encoder.Add(trace.encoder);

@@ -7,6 +7,7 @@
 
 #include "common/errors.h"
 #include "common/safetensors.h"
+#include "common/stop.h"
 #include "storage/salvage.h"
 #include "storage/shard_db.h"
 #include "storage/shard_seal.h"
@@ -53,6 +54,8 @@ class Verifier {
   void Try(const Look& look) {
     try {
       look();
+    } catch (const StoppedError&) {
+      throw;
     } catch (const std::runtime_error& e) {
       Problem(e.what());
     } catch (const UsageError& e) {
@@ -66,7 +69,7 @@ class Verifier {
     if (!fs::exists(store_ / "store.json") && !fs::exists(ShardPath(store_, 0))) {
       TraceStore::Open(store_);  // throws what it is instead
     }
-    for (int shard = 0; fs::exists(ShardPath(store_, shard)); ++shard) {
+    for (const int shard : SealedShards(store_)) {
       Try([&] {
         if (auto seal = ReadShardSeal(store_, shard)) seals_[shard] = std::move(*seal);
       });
@@ -119,6 +122,7 @@ class Verifier {
     const std::unique_ptr<rocksdb::Iterator> it(
         db.db()->NewIterator(rocksdb::ReadOptions(), db.family(family)));
     for (it->SeekToFirst(); it->Valid(); it->Next()) {
+      ThrowIfStopped("while verifying");
       RecordKind kind;
       uint64_t id = 0;
       if (!DecodeKey(it->key().ToStringView(), &kind, &id)) {
@@ -150,6 +154,7 @@ class Verifier {
     reader_opened_ = true;
     report_.chunks = reader.completed_chunks();
     for (const SequenceInfo& info : reader.sequences()) {
+      ThrowIfStopped("while verifying");
       Try([&] {
         reader.Read(info.sequence_id, WithHidden::kAttended);
         ++report_.sequences;
@@ -163,6 +168,7 @@ class Verifier {
     const Salvage salvage(store_);
     report_.chunks = config_.num_chunks - salvage.lost_chunks();
     for (const SequenceInfo& info : salvage.sequences()) {
+      ThrowIfStopped("while verifying");
       if (salvage.Read(info)) {
         ++report_.sequences;
       } else {

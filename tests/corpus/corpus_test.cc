@@ -1,6 +1,7 @@
 #include "corpus/corpus.h"
 
 #include <gmock/gmock.h>
+#include <sys/resource.h>
 #include <zlib.h>
 #include <zstd.h>
 
@@ -321,6 +322,22 @@ TEST_F(CorpusTest, EmptyCorpusIsUsageError) {
   const auto spec = "text:" + Write("a.txt", " \n\n ") + "#blocks";
   EXPECT_THROW(OpenInMemory(spec), UsageError);
   EXPECT_THROW(Corpus::Open({spec}, folder_ / "cache", 1, true), UsageError);
+}
+
+// Of two bytes and a line each: what is kept of a record is larger than its text.
+TEST_F(CorpusTest, ManyTinyRecordsNeedLittleMemory) {
+  std::string text;
+  for (int i = 0; i < 1'500'000; ++i) text += "a\n\n";
+  const std::string file = Write("tiny.txt", text + "b");
+  const auto peak_mib = [] {
+    struct rusage usage;
+    ::getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss >> 10;
+  };
+  const auto before = peak_mib();
+  const Corpus corpus = OpenInMemory("text:" + file + "#blocks");
+  EXPECT_EQ(corpus.size(), 2u);
+  EXPECT_LT(peak_mib() - before, 256);
 }
 
 }  // namespace

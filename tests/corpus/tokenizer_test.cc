@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <thread>
 
 #include "common/errors.h"
@@ -144,6 +145,22 @@ TEST_F(TokenizerTest, BadExtraIdsAreDataErrors) {
     EXPECT_THROW(Tokenizer::Load(bad), DataError) << config;
   }
   fs::remove_all(bad);
+}
+
+// The sample ends inside a text that has no blank to end at, but not inside a letter.
+TEST_F(TokenizerTest, TextWithoutBlanksIsSampled) {
+  std::string text;
+  for (uint64_t i = 0; i < 20'000; ++i) {
+    text += "\xe4\xb8";
+    text += static_cast<char>(0x80 + ToRange(Mix(9, i), 40));
+  }
+  const fs::path out = folder_.string() + ".dense";
+  Tokenizer::Train({text}, {.pieces = 60, .max_sample_bytes = 20'000}, out);
+  const Tokenizer tokenizer = Tokenizer::Load(out);
+  const auto ids = tokenizer.Encode(text.substr(0, 300));
+  EXPECT_EQ(std::count(ids.begin(), ids.end(), Tokenizer::kUnk), 0);
+  EXPECT_FALSE(ids.empty());
+  fs::remove_all(out);
 }
 
 TEST_F(TokenizerTest, TooLittleTextIsUsageError) {

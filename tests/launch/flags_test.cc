@@ -66,6 +66,14 @@ TEST_F(FlagsTest, RefusesWrongTypesAndMissingValues) {
   EXPECT_THAT(ErrorOf({"--seed=-1x"}), HasSubstr("not a valid uint64"));
 }
 
+// They would not go into run.json.
+TEST_F(FlagsTest, RefusesValuesThatAreNotUtf8) {
+  EXPECT_THAT(ErrorOf({"--seed=caf\xe9"}), HasSubstr("--seed=\"caf?\" is not UTF-8"));
+  EXPECT_THAT(ErrorOf({"--flagfile=" + File("b.flags", "--seed=\xe9")}),
+              HasSubstr("is not UTF-8"));
+  EXPECT_THAT(ErrorOf({"--seed=caf\xc3\xa9"}), HasSubstr("is not a valid uint64"));
+}
+
 TEST_F(FlagsTest, FlagFileIsReadAndTheCommandLineWins) {
   File("inner.flags", "--seed=9\n");
   const std::string outer =

@@ -182,6 +182,35 @@ TEST_F(TraceStoreTest, CsvHasARowATokenAndLayer) {
   EXPECT_EQ(static_cast<size_t>(std::count(text.begin(), text.end(), '\n')), rows);
 }
 
+TEST_F(TraceStoreTest, AnExportLeavesNoPartOfAnEarlierOne) {
+  Fill();
+  const TraceReader reader(store());
+  const fs::path out = folder_.path() / "out";
+  const auto first = ExportTraces(reader, out, {.max_part_bytes = 100'000});
+  ASSERT_GT(first.size(), 2u);
+  // Neither another format, nor what others put there, is a part.
+  for (const char* name : {"traces-00000.csv", "traces-2.npz", "traces-00000a.npz"}) {
+    WriteFileAtomic(out / name, "mine");
+  }
+  const auto names = [&] {
+    std::set<std::string> all;
+    for (const auto& entry : fs::directory_iterator(out)) {
+      all.insert(entry.path().filename());
+    }
+    return all;
+  };
+  ExportTraces(reader, out, {});
+  const std::set<std::string> others = {"traces-00000.csv", "traces-00000a.npz",
+                                        "traces-2.npz"};
+  std::set<std::string> expected = others;
+  expected.insert("traces.npz");
+  EXPECT_EQ(names(), expected);
+  EXPECT_EQ(ExportTraces(reader, out, {.max_part_bytes = 100'000}), first);
+  expected = others;
+  for (const fs::path& file : first) expected.insert(file.filename());
+  EXPECT_EQ(names(), expected);
+}
+
 TEST_F(TraceStoreTest, AnUnknownFormatNamesTheNearest) {
   Fill(1);
   ExportOptions options;

@@ -193,6 +193,55 @@ TEST_F(ImportTest, SequencesOfAnotherShapeAreRefused) {
   EXPECT_NE(error.find("sequence 1"), std::string::npos) << error;
 }
 
+// As many as a store's configuration can say, and one more.
+TEST_F(ImportTest, MoreAttentionHeadsThanAStoreCanSayAreRefused) {
+  const std::vector<int64_t> none = {0, 0}, one = {0, 1};
+  const std::vector<uint64_t> id = {7};
+  const std::vector<uint16_t> zero(4 * (kMaxAttentionHeads + 1));
+  const std::vector<float> entropy(kMaxAttentionHeads + 1);
+  for (const int64_t heads : {kMaxAttentionHeads, kMaxAttentionHeads + 1}) {
+    const auto count = static_cast<uint64_t>(heads);
+    WriteNpz(
+        At("in.npz"),
+        {{"sequence_ids", "<u8", {1}, id.data(), 8},
+         {"document_ids", "<u8", {1}, id.data(), 8},
+         {"encoder_offsets", "<i8", {2}, one.data(), 16},
+         {"encoder_expert_ids", "<u2", {1, 1}, zero.data(), 2},
+         {"encoder_hidden", "<f4", {1, 1, 1}, entropy.data(), 4},
+         {"encoder_hidden_index", "<i8", {1}, none.data(), 8},
+         {"encoder_attention_entropy", "<f4", {1, 1, heads}, entropy.data(), 4 * count},
+         {"encoder_attention_keys", "<u2", {1, 1, heads, 4}, zero.data(), 8 * count},
+         {"decoder_offsets", "<i8", {2}, none.data(), 16},
+         {"decoder_expert_ids", "<u2", {0, 0}, zero.data(), 0}});
+    if (heads > kMaxAttentionHeads) {
+      EXPECT_NE(ErrorOf("in.npz", {}).find("attention of 4097 heads"), std::string::npos);
+      continue;
+    }
+    ImportTraces(At("in.npz"), At("most"), {});
+    EXPECT_EQ(TraceReader(At("most"), NeedTokens::kNo).config().attention_heads, heads);
+  }
+}
+
+// A flipped bit in a margin would be a margin like any other.
+TEST_F(ImportTest, AFlippedBitOfAnExportIsFound) {
+  Fill(1);
+  ExportTraces(TraceReader(store()), At("."), {});
+  std::string bytes = ReadFile(At("traces.npz"));
+  const size_t name = bytes.find("decoder_margins.npy");
+  bytes.at(name + 300) = static_cast<char>(bytes.at(name + 300) ^ 4);
+  WriteFileAtomic(At("traces.npz"), bytes);
+  EXPECT_NE(ErrorOf("traces.npz", {}).find("array \"decoder_margins\""),
+            std::string::npos);
+}
+
+TEST_F(ImportTest, AFileWhoseNameIsNotUtf8IsRead) {
+  const std::vector<uint8_t> a = Bytes(3, 2, 4);
+  fs::create_directories(At("in"));
+  WriteNpz(At("in") / "caf\xe9.npz", {{"a", "|u1", {3, 2, 4}, a.data(), a.size()}});
+  EXPECT_EQ(Import("in", {.format = "arrays"}).config.data,
+            std::vector<std::string>{"arrays:caf\xef\xbf\xbd.npz"});
+}
+
 TEST_F(ImportTest, NumPyFilesOfManyTypesAreRead) {
   MakeFolder(At("npy"));
   ASSERT_EQ(RunReference("write_routing.py", At("npy").string()), 0);

@@ -78,6 +78,18 @@ TEST_F(SalvageTest, AMissingTableCostsItsSequencesAndNamesThem) {
   EXPECT_EQ(report.sequences, kChunks * kPerChunk - of_shard);
 }
 
+TEST_F(SalvageTest, AMissingShardCostsItsSequencesAndNamesThem) {
+  FillAndSeal();
+  fs::remove_all(ShardFolder(0));
+  fs::remove(store() / "store.json");  // the seals have it
+  const SalvageReport report = SalvageIt();
+  const auto of_others = report.sequences;
+  EXPECT_GT(of_others, 0u);
+  EXPECT_EQ(report.lost, kChunks * kPerChunk - of_others);
+  EXPECT_EQ(report.lost_ids.size(), report.lost);
+  EXPECT_EQ(report.lost_chunks, 0);
+}
+
 TEST_F(SalvageTest, ADamagedSealCostsNothing) {
   FillAndSeal();
   Damage(store() / "shards" / "00000.seal", 100);

@@ -210,5 +210,37 @@ TEST_F(StoreFaultsTest, PowerLossWithNamesAheadOfBytes) {
   LosePowerEverywhere(Lost::kUnsyncedBytes);
 }
 
+TEST_F(StoreFaultsTest, AFailedExportLeavesNoPart) {
+  Job(store());
+  const TraceReader reader(store());
+  const fs::path out = folder_.path() / "out";
+  for (const std::string format : {"csv", "jsonl", "npz", "safetensors"}) {
+    for (const Fault fault : {Fault::kIoError, Fault::kCutWrite}) {
+      std::string whole;
+      size_t num_calls = 1;
+      for (size_t n = 0; n <= num_calls; ++n) {  // the first of them without a fault
+        SCOPED_TRACE(format + ", call " + std::to_string(n));
+        fs::remove_all(out);
+        fs::create_directories(out);
+        {
+          FileWatch watch(out, static_cast<int64_t>(n) - 1, fault);
+          try {
+            ExportTraces(reader, out, {.format = format});
+          } catch (const EnvironmentError&) {
+            EXPECT_TRUE(watch.fired());
+          }
+          if (n == 0) num_calls = watch.calls().size();
+        }
+        if (n == 0) whole = ReadFile(out / ("traces." + format));
+        for (const auto& entry : fs::directory_iterator(out)) {
+          EXPECT_EQ(entry.path().filename(), "traces." + format);
+          EXPECT_EQ(ReadFile(entry.path()), whole);
+        }
+      }
+      EXPECT_GT(num_calls, 3u);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace routecast
