@@ -42,6 +42,7 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
                             const std::optional<at::Tensor>& bias_F) {
     const at::AutoDispatchBelowADInplaceOrView below;
     context->save_for_backward({x_ND, weight_FD});
+    context->saved_data["biased"] = bias_F.has_value();
     at::Tensor out = Multiply(x_ND, weight_FD);
     if (bias_F) out.add_(*bias_F);
     return out;
@@ -52,7 +53,9 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
     variable_list in(3);
     if (context->needs_input_grad(0)) in[0] = Multiply(out, saved[1].t());
     if (context->needs_input_grad(1)) in[1] = at::mm(out.t(), saved[0]);
-    if (context->needs_input_grad(2)) in[2] = out.sum(0);
+    // An input that is not there has no number to ask for.
+    const bool biased = context->saved_data["biased"].toBool();
+    if (biased && context->needs_input_grad(2)) in[2] = out.sum(0);
     return in;
   }
 };

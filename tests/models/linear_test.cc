@@ -130,6 +130,22 @@ TEST(TrainedLinearTest, GradientsEqualTheReference) {
   }
 }
 
+TEST(TrainedLinearTest, WithoutBiasOrWithOneGradientAlone) {
+  at::manual_seed(8);
+  const at::Tensor x = at::randn({256, 40}), w = at::randn({24, 40});
+  const at::Tensor x2 = x.clone().requires_grad_(true);
+  const at::Tensor w2 = w.clone().requires_grad_(true);
+  TrainedLinear(x2, w2).sum().backward();
+  const at::Tensor x3 = x.clone().requires_grad_(true);
+  TrainedLinear(x3, w).sum().backward();
+  const at::Tensor w3 = w.clone().requires_grad_(true);
+  TrainedLinear(x, w3).sum().backward();
+  EXPECT_TRUE(at::allclose(x2.grad(), w.sum(0).expand({256, 40}), 1e-4, 1e-4));
+  EXPECT_TRUE(at::allclose(w2.grad(), x.sum(0).expand({24, 40}), 1e-4, 1e-3));
+  EXPECT_TRUE(at::equal(x2.grad(), x3.grad()));
+  EXPECT_TRUE(at::equal(w2.grad(), w3.grad()));
+}
+
 TEST(TrainedLinearTest, MakesNoGraphWhereNoneIsWanted) {
   const at::Tensor x = at::randn({256, 40});
   const at::Tensor w = at::randn({24, 40}).requires_grad_(true);
