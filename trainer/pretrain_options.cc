@@ -35,6 +35,7 @@ PretrainOptions PretrainPreset(const std::string& name) {
   switch (ParseChoice("--preset", name, PretrainPresetNames())) {
     case 0:
       o.model = Geometry(4, 96, 256, 4, 16);
+      o.router_deviation = 5.5;
       break;
     case 1:
       o.model = Geometry(4, 96, 256, 4, 16);
@@ -96,6 +97,7 @@ Json PretrainOptions::ToJson() const {
               {"mean_span", mean_span},
               {"mask_share", mask_share},
               {"mask_weight", mask_weight},
+              {"router_deviation", router_deviation},
               {"capacity_factor", capacity_factor},
               {"seed", seed}};
 }

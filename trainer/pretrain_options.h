@@ -26,6 +26,10 @@ struct PretrainOptions {
   double mask_share = 0.15;  // of the encoder's inputs, predicted through the output head
   double mask_weight =
       0.5;  // of that loss; without it the encoder's experts learn nothing
+  // Of the routers' first logits: they start decided (mean gate 0.65), so experts matter
+  // from the first step. At 2 the gates sink to 0.3 and random routing costs the encoder
+  // half as much after 600 steps (docs/pretraining.md).
+  double router_deviation = 4.0;
   double capacity_factor =
       1.5;  // expert_capacity = ceil(factor * sequence_tokens / experts)
   uint64_t seed = 1;

@@ -94,7 +94,8 @@ class Pretrainer {
     denoising_.spans.mean_span = options_.mean_span;
     denoising_.mask_share = options_.mask_share;
     denoising_.seed = options_.seed;
-    const Parameters initial = InitialParameters(config_, options_.seed);
+    const Parameters initial =
+        InitialParameters(config_, options_.router_deviation, options_.seed);
     for (const auto& [name, tensor] : initial.items()) {
       parameters_.Add(name, tensor.detach().to(job.device).requires_grad_());
     }

@@ -13,10 +13,6 @@ namespace routecast {
 namespace {
 
 constexpr double kEmbeddingStd = 0.5;
-// Logits of deviation 4: the routers start decided (mean gate 0.65), so experts matter
-// from the first step. At 2 the gates sink to 0.3 and random routing costs the encoder
-// half as much after 600 steps (docs/pretraining.md).
-constexpr double kRouterScale = 4.0;
 constexpr double kOutputScale = 0.3;
 constexpr double kSlope = 2.0;  // bias lost a bucket away, in logits
 
@@ -53,11 +49,11 @@ at::Tensor SlopedBias(int64_t buckets, int64_t heads, bool bidirectional) {
   return bias;
 }
 
-double StdOf(const std::string& name, const SwitchConfig& c) {
+double StdOf(const std::string& name, const SwitchConfig& c, double router_deviation) {
   const double d = c.d_model, f = c.d_ff, inner = double(c.num_heads) * c.d_kv;
   if (name == "shared.weight") return kEmbeddingStd;
   if (name == "lm_head.weight") return 1.0 / std::sqrt(d);
-  if (EndsWith(name, "router.classifier.weight")) return kRouterScale / std::sqrt(d);
+  if (EndsWith(name, "router.classifier.weight")) return router_deviation / std::sqrt(d);
   if (EndsWith(name, ".q.weight")) return 1.0 / std::sqrt(d * c.d_kv);
   if (EndsWith(name, ".k.weight") || EndsWith(name, ".v.weight"))
     return 1.0 / std::sqrt(d);
@@ -69,7 +65,8 @@ double StdOf(const std::string& name, const SwitchConfig& c) {
 
 }  // namespace
 
-Parameters InitialParameters(const SwitchConfig& config, uint64_t seed) {
+Parameters InitialParameters(const SwitchConfig& config, double router_deviation,
+                             uint64_t seed) {
   Parameters parameters;
   for (const auto& [name, shape] : ParameterShapes(config)) {
     at::Tensor tensor;
@@ -82,7 +79,8 @@ Parameters InitialParameters(const SwitchConfig& config, uint64_t seed) {
     } else {
       // Seeded by name: the weights do not depend on the order of creation.
       at::Generator generator = at::detail::createCPUGenerator(Mix(seed, Hash64(name)));
-      tensor = at::empty(shape).normal_(0, StdOf(name, config), generator);
+      tensor =
+          at::empty(shape).normal_(0, StdOf(name, config, router_deviation), generator);
     }
     parameters.Add(name, tensor.requires_grad_());
   }
