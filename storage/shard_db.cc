@@ -9,9 +9,9 @@
 #include <thread>
 
 #include "rocksdb/cache.h"
-#include "rocksdb/file_checksum.h"
 #include "rocksdb/filter_policy.h"
 #include "rocksdb/table.h"
+#include "storage/file_checksum.h"
 #include "storage/ingest_env.h"
 
 namespace routecast {
@@ -130,7 +130,7 @@ rocksdb::Options FamilyOptions(Family family, const StoreConfig& config) {
   options.disable_auto_compactions = true;
   options.level0_slowdown_writes_trigger = 1 << 30;
   options.level0_stop_writes_trigger = 1 << 30;
-  options.file_checksum_gen_factory = rocksdb::GetFileChecksumGenCrc32cFactory();
+  options.file_checksum_gen_factory = FileChecksums();
   options.max_open_files = -1;
   options.info_log = std::make_shared<NoLog>();
   options.write_buffer_size = 1 << 20;  // memtables stay empty
