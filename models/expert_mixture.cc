@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "models/onednn_linear.h"
+
 namespace routecast {
 
 ExpertMixture::ExpertMixture(ParameterMaker* make, const std::string& name, int64_t width,
@@ -52,7 +54,7 @@ ExpertMixture::Output ExpertMixture::operator()(const at::Tensor& x,
   const auto parts = input.split_with_sizes(sizes);
   for (size_t i = 0; i < parts.size(); ++i) {
     const auto at = static_cast<int64_t>(i);
-    inner.push_back(at::gelu(at::linear(parts[i], in[at], in_bias[at])));
+    inner.push_back(at::gelu(TrainedLinear(parts[i], in[at], in_bias[at])));
   }
   const auto back = at::argsort(order);
   // Dropout in the order of x, so that a member draws what it would draw alone.
@@ -63,7 +65,7 @@ ExpertMixture::Output ExpertMixture::operator()(const at::Tensor& x,
           .split_with_sizes(sizes);
   for (size_t i = 0; i < dropped.size(); ++i) {
     const auto at = static_cast<int64_t>(i);
-    outer.push_back(at::linear(dropped[i], out[at], out_bias[at]));
+    outer.push_back(TrainedLinear(dropped[i], out[at], out_bias[at]));
   }
   return {at::cat(outer).index_select(0, back).view(x.sizes()) * gate,
           (share * mean).sum(1) * kExperts};

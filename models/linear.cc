@@ -244,21 +244,6 @@ Way WayOf(const at::Tensor& x, const at::Tensor& weight, int64_t rows) {
   return PrefersOneDnn() ? Way::kOneDnn : Way::kLibrary;
 }
 
-// What oneDNN leaves of the rows is for the own loops.
-at::Tensor ManyRows(const at::Tensor& x_ND, const at::Tensor& weight_FD) {
-  const int64_t rows = x_ND.size(0);
-  if (OneDnnRows(rows) == rows) return OneDnnLinear(x_ND, weight_FD);
-  at::Tensor out = at::empty({rows, weight_FD.size(0)}, x_ND.options());
-  for (int64_t row = 0; row < rows;) {
-    const int64_t block = OneDnnRows(rows - row), taken = block > 0 ? block : rows - row;
-    const at::Tensor part = x_ND.narrow(0, row, taken);
-    out.narrow(0, row, taken)
-        .copy_(block > 0 ? OneDnnLinear(part, weight_FD) : OwnLinear(part, weight_FD));
-    row += taken;
-  }
-  return out;
-}
-
 }  // namespace
 
 at::Tensor OwnLinear(const at::Tensor& x, const at::Tensor& weight) {
@@ -284,8 +269,16 @@ at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   const at::Tensor flat = x.view({rows, width});
-  return (way == Way::kOwnLoops ? OwnLinear(flat, weight) : ManyRows(flat, weight))
-      .view(shape);
+  if (way == Way::kOwnLoops) return OwnLinear(flat, weight).view(shape);
+  if (OneDnnRows(rows) == rows) return OneDnnLinear(flat, weight).view(shape);
+  at::Tensor out = at::empty(shape, x.options());
+  OneDnnLinearInBlocks(
+      flat, weight,
+      [](const at::Tensor& part, const at::Tensor& w, at::Tensor to) {
+        to.copy_(OwnLinear(part, w));
+      },
+      out.view({rows, weight.size(0)}));
+  return out;
 }
 
 }  // namespace routecast

@@ -51,4 +51,17 @@ at::Tensor OneDnnLinear(const at::Tensor& x_ND, const at::Tensor& weight_FD) {
                          c10::List<std::optional<at::Scalar>>(), "");
 }
 
+void OneDnnLinearInBlocks(const at::Tensor& x_ND, const at::Tensor& weight_FD,
+                          FewRowsProduct* few, at::Tensor out_NF) {
+  const int64_t rows = x_ND.size(0);
+  int64_t row = 0;
+  while (const int64_t block = OneDnnRows(rows - row)) {
+    out_NF.narrow(0, row, block)
+        .copy_(OneDnnLinear(x_ND.narrow(0, row, block), weight_FD));
+    row += block;
+  }
+  const int64_t rest = rows - row;
+  if (rest > 0) few(x_ND.narrow(0, row, rest), weight_FD, out_NF.narrow(0, row, rest));
+}
+
 }  // namespace routecast

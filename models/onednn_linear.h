@@ -20,9 +20,16 @@ at::Tensor OneDnnLinear(const at::Tensor& x_ND, const at::Tensor& weight_FD);
 // number of rows: so they come in 23 sizes.
 int64_t OneDnnRows(int64_t rows);
 
+// out [N,F] = the same product for any number of rows, in those sizes. `few` (x, weight,
+// out) writes what is left over.
+using FewRowsProduct = void(const at::Tensor&, const at::Tensor&, at::Tensor);
+void OneDnnLinearInBlocks(const at::Tensor& x_ND, const at::Tensor& weight_FD,
+                          FewRowsProduct* few, at::Tensor out_NF);
+
 // x [...,D] weight [F,D]^T + bias [F] -> [...,F] with gradients: the product and x's
-// gradient by oneDNN, the weight's by at::mm, which is as fast there. For any x, any
-// thread; is at::linear where that is the better way (few rows, other dtypes and devices,
+// gradient by oneDNN, the weight's by the library, which is as fast there. Members side
+// by side: x [M,N,D], weight [M,F,D], bias [M,F] -> [M,N,F]. For any x, any thread; is
+// the library's product where that is the better way (few rows, other dtypes and devices,
 // autocast). `bias` may be undefined. Has no second derivative.
 at::Tensor TrainedLinear(const at::Tensor& x, const at::Tensor& weight,
                          const at::Tensor& bias = {});

@@ -88,8 +88,7 @@ at::Tensor AddRows(const at::Tensor& x, const at::Tensor& rows) {
 
 at::Tensor Product(const at::Tensor& x, const at::Tensor& weight) {
   if (weight.dim() == 2) return TrainedLinear(x, weight);
-  const auto y = at::bmm(ByMember(x, weight.size(0)), weight.transpose(1, 2));
-  return WithWidth(y, x, weight.size(1));
+  return WithWidth(TrainedLinear(ByMember(x, weight.size(0)), weight), x, weight.size(1));
 }
 
 LinearLayer::LinearLayer(ParameterMaker* make, const std::string& name, int64_t in,
@@ -99,9 +98,8 @@ LinearLayer::LinearLayer(ParameterMaker* make, const std::string& name, int64_t 
 
 at::Tensor LinearLayer::operator()(const at::Tensor& x) const {
   if (weight.dim() == 2) return TrainedLinear(x, weight, bias);
-  const auto y =
-      at::baddbmm(bias.unsqueeze(1), ByMember(x, weight.size(0)), weight.transpose(1, 2));
-  return WithWidth(y, x, weight.size(1));
+  return WithWidth(TrainedLinear(ByMember(x, weight.size(0)), weight, bias), x,
+                   weight.size(1));
 }
 
 NormLayer::NormLayer(ParameterMaker* make, const std::string& name, int64_t width)

@@ -17,68 +17,89 @@ using torch::autograd::variable_list;
 // Fewer: the library's product starts faster.
 constexpr int64_t kFewRows = 128;
 
-at::Tensor Multiply(const at::Tensor& x_ND, const at::Tensor& weight_FD) {
-  const int64_t rows = x_ND.size(0);
-  if (OneDnnRows(rows) == rows) return OneDnnLinear(x_ND, weight_FD);
-  at::Tensor out = at::empty({rows, weight_FD.size(0)}, x_ND.options());
-  for (int64_t row = 0; row < rows;) {
-    const int64_t block = OneDnnRows(rows - row), taken = block > 0 ? block : rows - row;
-    at::Tensor to = out.narrow(0, row, taken);
-    const at::Tensor part = x_ND.narrow(0, row, taken);
-    if (block > 0) {
-      to.copy_(OneDnnLinear(part, weight_FD));
-    } else {
-      at::mm_out(to, part, weight_FD.t());
-    }
-    row += taken;
+void MultiplyInto(const at::Tensor& x_ND, const at::Tensor& weight_FD,
+                  at::Tensor out_NF) {
+  OneDnnLinearInBlocks(
+      x_ND, weight_FD,
+      [](const at::Tensor& part, const at::Tensor& w, at::Tensor out) {
+        at::mm_out(out, part, w.t());
+      },
+      out_NF);
+}
+
+// [N,D] [F,D] -> [N,F], or [M,N,D] [M,F,D] -> [M,N,F].
+at::Tensor Multiply(const at::Tensor& x, const at::Tensor& weight) {
+  if (weight.dim() == 2 && OneDnnRows(x.size(0)) == x.size(0)) {
+    return OneDnnLinear(x, weight);
   }
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(-2);
+  at::Tensor out = at::empty(shape, x.options());
+  if (weight.dim() == 2) {
+    MultiplyInto(x, weight, out);
+    return out;
+  }
+  for (int64_t m = 0; m < weight.size(0); ++m) MultiplyInto(x[m], weight[m], out[m]);
   return out;
 }
 
 class LinearFunction : public torch::autograd::Function<LinearFunction> {
  public:
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x_ND,
-                            const at::Tensor& weight_FD,
-                            const std::optional<at::Tensor>& bias_F) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
+                            const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    context->save_for_backward({x_ND, weight_FD});
-    context->saved_data["biased"] = bias_F.has_value();
-    at::Tensor out = Multiply(x_ND, weight_FD);
-    if (bias_F) out.add_(*bias_F);
+    context->save_for_backward({x, weight});
+    context->saved_data["biased"] = bias.has_value();
+    at::Tensor out = Multiply(x, weight);
+    if (bias) out.add_(bias->unsqueeze(-2));
     return out;
   }
   static variable_list backward(AutogradContext* context, variable_list gradients) {
     const variable_list saved = context->get_saved_variables();
     const at::Tensor out = gradients[0].contiguous();
     variable_list in(3);
-    if (context->needs_input_grad(0)) in[0] = Multiply(out, saved[1].t());
-    if (context->needs_input_grad(1)) in[1] = at::mm(out.t(), saved[0]);
+    if (context->needs_input_grad(0)) in[0] = Multiply(out, saved[1].transpose(-1, -2));
+    if (context->needs_input_grad(1)) {
+      in[1] = at::matmul(out.transpose(-1, -2), saved[0]);
+    }
     // An input that is not there has no number to ask for.
     const bool biased = context->saved_data["biased"].toBool();
-    if (biased && context->needs_input_grad(2)) in[2] = out.sum(0);
+    if (biased && context->needs_input_grad(2)) in[2] = out.sum(-2);
     return in;
   }
 };
 
 bool TakesOneDnn(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   const int64_t width = x.size(-1), rows = width > 0 ? x.numel() / width : 0;
-  return rows >= kFewRows && x.is_cpu() && x.scalar_type() == at::kFloat &&
+  const int64_t members = weight.dim() == 3 ? weight.size(0) : 1;
+  return rows >= kFewRows * members && x.is_cpu() && x.scalar_type() == at::kFloat &&
          weight.scalar_type() == at::kFloat && weight.is_contiguous() &&
-         weight.dim() == 2 && (!bias.defined() || bias.scalar_type() == at::kFloat) &&
+         (!bias.defined() || bias.scalar_type() == at::kFloat) &&
          !at::autocast::is_autocast_enabled(at::kCPU) && PrefersOneDnn();
+}
+
+at::Tensor ByLibrary(const at::Tensor& x, const at::Tensor& weight,
+                     const at::Tensor& bias) {
+  if (weight.dim() == 2) {
+    return bias.defined() ? at::linear(x, weight, bias) : at::linear(x, weight);
+  }
+  const at::Tensor columns = weight.transpose(1, 2);
+  return bias.defined() ? at::baddbmm(bias.unsqueeze(1), x, columns)
+                        : at::bmm(x, columns);
 }
 
 }  // namespace
 
 at::Tensor TrainedLinear(const at::Tensor& x, const at::Tensor& weight,
                          const at::Tensor& bias) {
-  if (!TakesOneDnn(x, weight, bias)) {
-    return bias.defined() ? at::linear(x, weight, bias) : at::linear(x, weight);
-  }
+  if (!TakesOneDnn(x, weight, bias)) return ByLibrary(x, weight, bias);
   std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = weight.size(0);
+  shape.back() = weight.size(-2);
+  const at::Tensor rows =
+      (weight.dim() == 3 ? x : x.reshape({-1, x.size(-1)})).contiguous();
   return LinearFunction::apply(
-             x.reshape({-1, x.size(-1)}).contiguous(), weight,
+             rows, weight,
              bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt)
       .view(shape);
 }

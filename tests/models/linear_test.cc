@@ -130,6 +130,31 @@ TEST(TrainedLinearTest, GradientsEqualTheReference) {
   }
 }
 
+// Three members, with and without a bias: each is what it is alone.
+TEST(TrainedLinearTest, MembersSideBySideAreEachTheirOwn) {
+  for (const int64_t rows : {20, 128, 300}) {
+    at::manual_seed(9);
+    const at::Tensor x = at::randn({3, rows, 40}).requires_grad_(true);
+    const at::Tensor w = at::randn({3, 24, 40}).requires_grad_(true);
+    const at::Tensor b = at::randn({3, 24}).requires_grad_(true);
+    const at::Tensor to = at::randn({3, rows, 24});
+    const at::Tensor out = TrainedLinear(x, w, b);
+    (out * to).sum().backward();
+    EXPECT_TRUE(at::allclose(TrainedLinear(x, w) + b.unsqueeze(1), out, 1e-4, 1e-4));
+    for (int64_t m = 0; m < 3; ++m) {
+      const at::Tensor x1 = x.detach()[m].clone().requires_grad_(true);
+      const at::Tensor w1 = w.detach()[m].clone().requires_grad_(true);
+      const at::Tensor b1 = b.detach()[m].clone().requires_grad_(true);
+      const at::Tensor alone = at::linear(x1, w1, b1);
+      EXPECT_TRUE(at::allclose(out[m], alone, 1e-4, 1e-4)) << rows;
+      (alone * to[m]).sum().backward();
+      EXPECT_TRUE(at::allclose(x.grad()[m], x1.grad(), 1e-4, 1e-4)) << rows;
+      EXPECT_TRUE(at::allclose(w.grad()[m], w1.grad(), 1e-4, 1e-3)) << rows;
+      EXPECT_TRUE(at::allclose(b.grad()[m], b1.grad(), 1e-4, 1e-3)) << rows;
+    }
+  }
+}
+
 TEST(TrainedLinearTest, WithoutBiasOrWithOneGradientAlone) {
   at::manual_seed(8);
   const at::Tensor x = at::randn({256, 40}), w = at::randn({24, 40});
