@@ -26,6 +26,12 @@ std::map<std::string, std::vector<std::string>>& GivenValues() {
   return values;
 }
 
+// Of the command line itself.
+std::vector<GivenFlag>& GivenOnLine() {
+  static std::vector<GivenFlag> flags;
+  return flags;
+}
+
 // gflags knows the flags of every linked library; ours are those defined in launch/ and
 // bench/.
 bool IsOurs(const FlagInfo& flag) {
@@ -187,7 +193,17 @@ CommandLine ParseCommandLine(const std::vector<std::string>& args) {
   for (const GivenFlag& flag : reader.from_line) values[flag.name].push_back(flag.value);
   Apply(reader.from_files);
   Apply(reader.from_line);
+  GivenOnLine() = reader.from_line;
   return reader.line;
+}
+
+void WithFlagFile(const fs::path& path, const std::function<void()>& body) {
+  const gflags::FlagSaver saver;
+  Reader reader;
+  reader.ReadFlagFile(path, {}, 1);
+  Apply(reader.from_files);
+  Apply(GivenOnLine());
+  body();
 }
 
 std::vector<std::string> FlagValues(const std::string& name) {

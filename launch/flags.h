@@ -10,6 +10,7 @@
 // other is started.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,10 @@ struct CommandLine {
 // nearest), for a value of the wrong type, a missing value and a flag file that cannot be
 // read.
 CommandLine ParseCommandLine(const std::vector<std::string>& args);
+
+// Runs `body` with the flags of the file at `path` set, too; what the command line gave
+// wins over them. Afterwards all flags are what they were. Throws as ParseCommandLine.
+void WithFlagFile(const fs::path& path, const std::function<void()>& body);
 
 // Every value given for a repeatable flag, in order (those of the command line if it has
 // any, else those of the flag files); the default, where it is not empty, if none was

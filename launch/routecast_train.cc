@@ -124,8 +124,9 @@ DEFINE_string(resume, "auto",
               "folder of an unfinished run");
 DEFINE_bool(deterministic, true, "Refuse operations whose result may differ by run");
 DEFINE_string(leaderboard, "",
-              "Makes one table in --out of these, comma-separated: kinds (trained over "
-              "--seeds seeds), folders of finished runs, or all");
+              "Makes one table in --out of these, comma-separated: kinds and files of "
+              "flags, NAME.flags (trained over --seeds seeds), folders of finished runs; "
+              "or all (kinds)");
 DEFINE_int32(seeds, 3, "Seeds a kind of --leaderboard, from --seed on");
 DEFINE_double(
     kind_seconds, 0,
@@ -156,9 +157,9 @@ constexpr char kUsage[] =
     "trains a speculation model on recorded routing\n"
     "  launch/train.sh [-n RANKS] --store=FOLDER --kind=hidden --out=FOLDER";
 
-SpeculationJob Validate() {
-  SpeculationJob job;
-  SpeculationOptions& o = job.options;
+// Of the flags as they are now.
+SpeculationOptions OptionsOfFlags() {
+  SpeculationOptions o;
   o.kind = SpeculationKinds().at(
       static_cast<size_t>(ParseChoice("--kind", FLAGS_kind, SpeculationKinds())));
   o.dtype = FLAGS_dtype;
@@ -200,6 +201,13 @@ SpeculationJob Validate() {
   o.test_sequences = FLAGS_test_sequences;
   o.seed = FLAGS_seed;
   o.Validate();
+  return o;
+}
+
+SpeculationJob Validate() {
+  SpeculationJob job;
+  job.options = OptionsOfFlags();
+  const SpeculationOptions& o = job.options;
   if (FLAGS_store.empty()) {
     throw UsageError("--store is missing\n  give the folder that routecast-collect made");
   }
@@ -241,6 +249,17 @@ SearchSpace SpaceOf(const fs::path& file) {
 // Trials of one rank may take much longer than another's.
 constexpr double kSearchDeadline = 24 * 3600;
 
+// A file of flags: its own kind and options, called by the file's name.
+void AddSettings(const fs::path& file, LeaderboardJob* job) {
+  const std::string name = file.filename();
+  if (job->settings.contains(name)) {
+    throw UsageError(ErrorText("--leaderboard names two files called " + name,
+                               file.string(), "a row has its file's name: rename one"));
+  }
+  WithFlagFile(file, [&] { job->settings[name] = OptionsOfFlags(); });
+  job->entries.push_back(name);
+}
+
 LeaderboardJob Leaderboard(const SpeculationJob& run) {
   LeaderboardJob job;
   job.run = run;
@@ -253,6 +272,10 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
   }
   job.checkpoint = FindModelFolder(FLAGS_model);
   for (const std::string& entry : Listed(FLAGS_leaderboard)) {
+    if (entry.ends_with(".flags")) {
+      AddSettings(entry, &job);
+      continue;
+    }
     if (entry.find('/') == std::string::npos && entry != "all" && !fs::exists(entry)) {
       ParseChoice("--leaderboard", entry, SpeculationKinds());
     }
@@ -262,6 +285,10 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
     throw UsageError("--seeds must be 1 to 100\n  it is " + std::to_string(FLAGS_seeds));
   }
   return job;
+}
+
+bool ReadsTopK(const SpeculationOptions& o) {
+  return o.distill_weight > 0 || o.backup_experts > 0;
 }
 
 void Run(int argc, char** argv) {
@@ -291,8 +318,12 @@ void Run(int argc, char** argv) {
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
   // A search may draw --distill_weight.
-  data_options.keep_top_k = job.options.distill_weight > 0 ||
-                            job.options.backup_experts > 0 || space.has_value();
+  data_options.keep_top_k = ReadsTopK(job.options) || space.has_value();
+  if (board) {
+    for (const auto& [name, options] : board->settings) {
+      data_options.keep_top_k = data_options.keep_top_k || ReadsTopK(options);
+    }
+  }
   KeepAllFreedMemory();
   MpiSession session(&argc, &argv);
   SetAbortHook([](int code) { MpiSession::Abort(code); });

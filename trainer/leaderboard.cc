@@ -7,6 +7,7 @@
 #include "common/errors.h"
 #include "trainer/question_timing.h"
 #include "trainer/run_plan.h"
+#include "trainer/training_checks.h"
 
 namespace routecast {
 namespace {
@@ -272,12 +273,14 @@ std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset*
                                         bool routers) {
   std::vector<LeaderboardEntry> entries;
   for (const std::string& name : NamesOf(job, dataset, routers)) {
-    LeaderboardEntry entry{name, IsKind(name), {}};
-    for (int i = 0; entry.is_kind && i < job.seeds; ++i) {
+    const bool set = job.settings.contains(name);
+    LeaderboardEntry entry{name, set || IsKind(name), {}};
+    if (set) CheckTraces(job.settings.at(name), dataset);
+    for (int i = 0; entry.trained && i < job.seeds; ++i) {
       const uint64_t seed = job.run.options.seed + static_cast<uint64_t>(i);
       entry.folders.push_back(job.run.out / name / ("seed-" + std::to_string(seed)));
     }
-    if (!entry.is_kind) {
+    if (!entry.trained) {
       entry.folders.push_back(name);
       const Json results = ReadResults(name, dataset->SplitJson());
       if (results.value("attention_inputs", false) && dataset->attention_heads() == 0) {
@@ -294,10 +297,14 @@ std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset*
 SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
                      size_t number) {
   SpeculationJob run = job.run;
-  run.options.kind = entry.name;
-  if (entry.name != "ensemble") {
-    run.options.members.clear();
-    run.options.combine = SpeculationOptions().combine;
+  if (const auto set = job.settings.find(entry.name); set != job.settings.end()) {
+    run.options = set->second;
+  } else {
+    run.options.kind = entry.name;
+    if (entry.name != "ensemble") {
+      run.options.members.clear();
+      run.options.combine = SpeculationOptions().combine;
+    }
   }
   run.options.seed = job.run.options.seed + number;
   run.time_limit = job.kind_seconds / job.seeds;
@@ -313,7 +320,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
   if (!job.checkpoint.empty()) RequireTracedModel(job.checkpoint, dataset->geometry());
   std::vector<fs::path> timed;
   for (const LeaderboardEntry& entry : entries) {
-    if (entry.is_kind) TrainEntry(job, entry, dataset, routers, comm);
+    if (entry.trained) TrainEntry(job, entry, dataset, routers, comm);
     timed.push_back(entry.folders[0]);
   }
   QuestionTimes times;
@@ -333,7 +340,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
     const LeaderboardEntry& entry = entries[i];
     std::vector<Json> results;
     for (const fs::path& f : entry.folders) results.push_back(ReadResults(f, split));
-    const std::string name = entry.is_kind
+    const std::string name = entry.trained
                                  ? entry.name
                                  : results[0].at("kind").get<std::string>() + " (" +
                                        fs::path(entry.name).filename().string() + ")";

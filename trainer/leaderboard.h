@@ -3,6 +3,7 @@
 // same calls.
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -11,9 +12,11 @@
 namespace routecast {
 
 struct LeaderboardJob {
-  // Kinds, which are trained into OUT/KIND/seed-N, or folders of finished runs; "all" =
-  // every kind that the store can serve.
+  // Kinds, which are trained into OUT/KIND/seed-N, or names of `settings`, the same, or
+  // folders of finished runs; "all" = every kind that the store can serve.
   std::vector<std::string> entries;
+  // Options of their own instead of run's (but seed); no kind's name.
+  std::map<std::string, SpeculationOptions> settings;
   int seeds = 3;
   double pass_us = 0;  // one token through the decoder; 0 = not known
   // Of training a kind, its seeds in equal parts: a run that is over its part keeps its
@@ -25,16 +28,17 @@ struct LeaderboardJob {
   SpeculationJob run;
 };
 
-// A row to be: a kind with a folder a seed, or a finished run.
+// A row to be: a kind or settings, with a folder a seed, or a finished run.
 struct LeaderboardEntry {
   std::string name;
-  bool is_kind = false;
+  bool trained = false;  // here; else a finished run
   std::vector<fs::path> folders;
 };
-// Throws UsageError where a folder holds no finished run or one of another store.
+// Throws UsageError where a folder holds no finished run or one of another store, or
+// where settings ask for what the traces have not.
 std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset* dataset,
                                         bool routers);
-// The training of a kind's entry `number` (seed, folder).
+// The training of a trained entry's `number` (seed, folder).
 SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
                      size_t number);
 

@@ -93,7 +93,7 @@ std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset
   Progress all;
   uint64_t bytes = 0;
   for (const LeaderboardEntry& entry : EntriesOf(job, dataset, routers)) {
-    if (!entry.is_kind) {
+    if (!entry.trained) {
       table.AddRow({entry.name, "-", "-", "-", "1", "1", "0"});
       all.Add(Progress{1, 1, 0, 0});
       continue;

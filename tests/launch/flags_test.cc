@@ -83,6 +83,21 @@ TEST_F(FlagsTest, FlagFileIsReadAndTheCommandLineWins) {
   EXPECT_EQ(FLAGS_seed, 9u);
 }
 
+TEST_F(FlagsTest, AFileOfFlagsIsSetForAWhile) {
+  const std::string file = File("settings.flags", "--threads=7\n--seed=3\n");
+  ParseCommandLine({"--seed=4"});
+  const int before = FLAGS_threads;
+  WithFlagFile(file, [] {
+    EXPECT_EQ(FLAGS_threads, 7);
+    EXPECT_EQ(FLAGS_seed, 4u) << "the command line wins";
+  });
+  EXPECT_EQ(FLAGS_threads, before);
+  EXPECT_EQ(FLAGS_seed, 4u);
+  EXPECT_THROW(WithFlagFile(File("wrong.flags", "--threads=7\n--sede=1\n"), [] {}),
+               UsageError);
+  EXPECT_EQ(FLAGS_threads, before);
+}
+
 TEST_F(FlagsTest, FlagFileErrorsNameTheLine) {
   EXPECT_THAT(ErrorOf({"--flagfile=" + File("a", "--threads=1\nthreads=1\n")}),
               HasSubstr("a:2"));

@@ -124,6 +124,30 @@ TEST_F(KindSeconds, AKindOverItsTimeKeepsItsBestAndItsRowSaysSo) {
               testing::HasSubstr("--kind_seconds"));
 }
 
+TEST_F(KindSeconds, SettingsAreARowWithOptionsOfTheirOwn) {
+  SpeculationOptions own = job_.run.options;
+  own.kind = "simple";
+  own.steps = 4;
+  own.sizes.width = 24;
+  own.seed = 77;  // the job's seeds count
+  job_.entries = {"simple", "wide.flags"};
+  job_.settings["wide.flags"] = own;
+  const Json board = Make();
+  EXPECT_EQ(RowOf(board, "wide.flags")["seeds"], (std::vector<int>{1, 2}));
+  EXPECT_NE(RowOf(board, "wide.flags")["parameters"],
+            RowOf(board, "simple")["parameters"]);
+  EXPECT_EQ(ReadJsonFile(job_.run.out / "wide.flags/seed-2/results.json")["steps"], 4);
+  EXPECT_EQ(ResultsOf(2)["steps"], 8);
+}
+
+TEST_F(KindSeconds, SettingsThatTheTracesCannotServeAreRefusedBeforeAnyTraining) {
+  job_.entries = {"simple", "distilled.flags"};
+  job_.settings["distilled.flags"] = job_.run.options;
+  job_.settings["distilled.flags"].distill_weight = .5;  // no top-k was recorded
+  EXPECT_THROW(Make(), UsageError);
+  EXPECT_FALSE(fs::exists(job_.run.out));
+}
+
 TEST_F(KindSeconds, EnoughTimeChangesNothing) {
   job_.kind_seconds = 3600;
   const Json board = Make();
