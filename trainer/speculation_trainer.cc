@@ -12,7 +12,6 @@
 #include "common/progress.h"
 #include "common/random.h"
 #include "common/stop.h"
-#include "models/ensemble_model.h"
 #include "models/joint_model.h"
 #include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
@@ -21,12 +20,11 @@
 #include "trainer/best_parameters.h"
 #include "trainer/curriculum.h"
 #include "trainer/gradient_reducer.h"
-#include "trainer/knn_estimate.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/model_setup.h"
 #include "trainer/speculation_loss.h"
-#include "trainer/speculation_report.h"
 #include "trainer/train_state.h"
+#include "trainer/trained_run.h"
 #include "trainer/training_checks.h"
 #include "trainer/training_log.h"
 
@@ -109,7 +107,7 @@ class SpeculationTrainer {
     const StaleControl control = Control();
     Resume();
     for (size_t i = 0; i < stores_.size(); ++i) {
-      const fs::path folder = FolderOf(i);
+      const fs::path folder = FolderOfStore(job_, i);
       if (rank_.is_root()) MakeFolder(folder);
       comm_->Barrier();
       const auto tables =
@@ -165,10 +163,6 @@ class SpeculationTrainer {
             EvaluationBatches(*stores_[store], groups, kEvaluationMicroBatch, sequences,
                               Mix(options_.seed, stream)),
             hidden_, job_.device};
-  }
-  // Of a store's model.
-  fs::path FolderOf(size_t store) const {
-    return store == 0 ? job_.out : job_.out / ("also-" + std::to_string(store));
   }
   fs::path StateFolder() const { return job_.out / "state"; }
   Json Configuration() const {
@@ -362,67 +356,16 @@ class SpeculationTrainer {
 
   SpeculationResult Finish(const StaleControl& control) {
     best_.CopyTo(joint_.parameters());
-    SpeculationReport report;
-    report.options = options_;
-    report.parameters = model_->parameters().num_elements();
-    report.world_size = rank_.world;
-    report.steps = step_;
-    report.best_step = best_.step();
-    report.split = dataset_->SplitJson();
-    report.members = WeighMembers();
-    report.validation = Validate(model_, validation_[0], comm_);
-    report.has_control = control.tokens > 0;
-    report.control = control;
-    const Calibration calibration = FitCalibration(model_, validation_[0], comm_);
     const EvaluationData test =
         Part(0, SplitPart::kTest, options_.test_sequences, kTestStream);
-    report.test =
-        Test(model_, calibration, tables_, routers_, test, options_.seed, comm_);
-    report.neighbours = NeighboursJson(dataset_, options_.seed, comm_);
-    FinishOthers(&report);
-    SpeculationResult result;
-    result.results = ResultsJson(report);
-    result.table = ResultsTable(report, config_.geometry.num_experts);
+    SpeculationResult result =
+        ScoreAndWrite({&job_, &joint_, validation_, test, tables_, &routers_, control,
+                       step_, best_.step(), seconds_, out_of_time_},
+                      comm_);
     result.losses = losses_;
-    if (rank_.is_root()) {
-      SaveSpeculationModel(job_.out, *model_, calibration, Extra());
-      if (job_.onnx) WriteSpeculationOnnx(job_.out / "onnx", *model_);
-      WriteFileAtomic(job_.out / "results.json", result.results.dump(2) + "\n");
-      RemoveTrainStates(StateFolder());
-    }
+    if (rank_.is_root()) RemoveTrainStates(StateFolder());
     comm_->Barrier();
     return result;
-  }
-
-  // The models of the further stores: they share the trunk that is kept.
-  void FinishOthers(SpeculationReport* report) {
-    for (size_t i = 1; i < stores_.size(); ++i) {
-      SpeculationModel& part = joint_.part(i);
-      report->also.push_back(
-          {job_.also[i - 1].name, Validate(&part, validation_[i], comm_)});
-      const Calibration calibration = FitCalibration(&part, validation_[i], comm_);
-      if (!rank_.is_root()) continue;
-      SaveSpeculationModel(FolderOf(i), part, calibration, Extra());
-    }
-  }
-  // Beside a model's configuration. The time it took is no result: those are equal bits
-  // however often a run was stopped.
-  Json Extra() const {
-    Json extra = {{"options", options_.ToJson()},
-                  {"best_step", best_.step()},
-                  {"training_seconds", seconds_}};
-    if (out_of_time_) extra["time_limit"] = job_.time_limit;
-    return extra;
-  }
-
-  // An ensemble's members count by their validation top-1; no member, no scores.
-  std::vector<ValidationScores> WeighMembers() {
-    if (config_.members.empty()) return {};
-    const auto scores = ValidateMembers(model_, validation_[0], comm_);
-    std::vector<double> weights;
-    for (const ValidationScores& s : scores) weights.push_back(s.recall + 1e-9);
-    SetMemberWeights(model_, weights);
-    return scores;
   }
 
   const SpeculationJob job_;

@@ -19,7 +19,7 @@ struct TrainState {
   Json configuration;  // what must be equal to go on
   Json extra;          // the trainer's own counters (epoch, best score, ...)
   // Files of FOLDER beside the checkpoints that this state needs, too.
-  std::vector<std::string> beside;
+  std::vector<std::string> beside{};
 };
 
 // Also removes what a killed save left in FOLDER.
