@@ -25,7 +25,8 @@ Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> fil
       predictors_(std::move(predictors)),
       options_(std::move(options)) {
   slots_ = std::min(SlotsOfBudget(options_.budget_bytes, file_->spec()), file_->count());
-  if (options_.kv_in_budget) SharedBudget();  // refused before anything runs
+  // Refused before anything runs; what is always held is no slots' room.
+  if (options_.kv_in_budget) slots_ = std::min(slots_, SharedBudget().most);
   if (options_.profile) {
     paced_compute_.emplace(
         LayerWorkOf(workload_->config(),

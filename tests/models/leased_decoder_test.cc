@@ -24,10 +24,12 @@ class NextExpert : public RoutingOverride {
 
 class LeasedDecoderTest : public DeviceTest {
  protected:
-  void Make(const SwitchConfig& config, int64_t rows = 4) {
+  void Make(const SwitchConfig& config, int64_t rows = 4,
+            at::ScalarType type = at::kFloat) {
     Checkpoint c = RandomCheckpoint(config, 21);
     Parameters there;
-    for (const auto& [name, tensor] : c.parameters.items()) there.Add(name, On(tensor));
+    for (const auto& [name, tensor] : c.parameters.items())
+      there.Add(name, On(tensor).to(type));
     config_ = c.config;
     parameters_ = there;
     experts_ = ExpertWeightsOf(config_, parameters_);
@@ -110,18 +112,20 @@ TEST_P(LeasedDecoderTest, EveryStepEqualsTheIncrementalDecoder) {
 
 // A slot is enough: the rows then run in turns.
 TEST_P(LeasedDecoderTest, TheBitsAreThoseOfEverythingThereHoweverFewSlots) {
-  for (int64_t rows : {1, 4}) {
-    Make(SmallConfig(), rows);
-    LeasedResident everything(resident_.get());
-    const at::Tensor want = StepsFrom(&everything);
-    for (int slots : {1, 2, 3, 8}) {
-      MovingSource source = Moving(slots);
-      EXPECT_TRUE(at::equal(StepsFrom(&source), want)) << rows << " rows, " << slots;
-      EXPECT_LE(source.most_held, std::min<int64_t>(slots, rows));
-      EXPECT_EQ(source.held, 0);
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+    for (int64_t rows : {1, 4}) {
+      Make(SmallConfig(), rows, type);
+      LeasedResident everything(resident_.get());
+      const at::Tensor want = StepsFrom(&everything);
+      for (int slots : {1, 2, 3, 8}) {
+        MovingSource source = Moving(slots);
+        EXPECT_TRUE(at::equal(StepsFrom(&source), want)) << rows << " rows, " << slots;
+        EXPECT_LE(source.most_held, std::min<int64_t>(slots, rows));
+        EXPECT_EQ(source.held, 0);
+      }
+      // The same kernels as where the device finds all experts by itself.
+      EXPECT_TRUE(at::equal(StepsFrom(resident_.get()), want));
     }
-    // The same kernels as where the device finds all experts by itself.
-    EXPECT_TRUE(at::equal(StepsFrom(resident_.get()), want));
   }
 }
 
