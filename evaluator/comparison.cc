@@ -25,7 +25,8 @@ Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> fil
       predictors_(std::move(predictors)),
       options_(std::move(options)) {
   slots_ = std::min(SlotsOfBudget(options_.budget_bytes, file_->spec()), file_->count());
-  if (options_.kv_in_budget) ShareBudget();
+  // Refused before anything runs; what is always held is no slots' room.
+  if (options_.kv_in_budget) slots_ = std::min(slots_, SharedBudget().most);
   if (options_.profile) {
     paced_compute_.emplace(
         LayerWorkOf(workload_->config(),
@@ -38,11 +39,17 @@ Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> fil
   }
 }
 
-void Comparison::ShareBudget() {
-  const uint64_t most = workload_->MaxKeyValueBytes();
-  const SharedSlots shared =
-      SlotsBeside(options_.budget_bytes, most, file_->count(), file_->spec());
-  notes_.push_back("keys and values, up to " + FormatBytes(most) +
+SharedSlots Comparison::SharedBudget() const {
+  const auto beside = [&](uint64_t bytes) {
+    return SlotsBeside(options_.budget_bytes, bytes, file_->count(), file_->spec()).least;
+  };
+  return {beside(workload_->MinKeyValueBytes()), beside(workload_->MaxKeyValueBytes())};
+}
+
+void Comparison::NoteSharedBudget() {
+  const SharedSlots shared = SharedBudget();  // by now it is known what recordings keep
+  notes_.push_back("keys and values, up to " +
+                   FormatBytes(workload_->MaxKeyValueBytes()) +
                    ", share the budget: between " + std::to_string(shared.most) +
                    " and " + std::to_string(shared.least) + " experts of " +
                    std::to_string(file_->count()) + " fit beside them");
@@ -286,6 +293,7 @@ void Comparison::DrawRound(int round) {
 
 ComparisonResult Comparison::Run() {
   Record();
+  if (options_.kv_in_budget) NoteSharedBudget();
   ChooseLink();
   MakeRows();
   const int rounds = options_.warmup_rounds + options_.rounds;

@@ -70,7 +70,8 @@ class Comparison {
 
  private:
   struct Row;
-  void ShareBudget();
+  SharedSlots SharedBudget() const;
+  void NoteSharedBudget();
   void Record();      // first pass: visits, Tc
   void ChooseLink();  // native or paced
   void MakeRows();

@@ -49,6 +49,7 @@ struct EvaluationOptions {             // one field a flag of the same name
   ReplayOptions replay;
   double peak_seconds = 0.5;
   bool guess_next_token = true;  // where the vocabulary head is known
+  StepMemory steps = StepMemory::kByDevice;
   // A test's device for the gpu tier, whose memory the CPU can read; null: --device's.
   std::function<std::unique_ptr<DeviceCopy>()> open_device;
 };

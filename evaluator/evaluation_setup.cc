@@ -88,6 +88,7 @@ ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
   replay.decoder = RunsDecoder(options);
   replay.seed = options.seed;
   replay.device = PlacementOf(options).device;
+  replay.steps = options.steps;
   return replay;
 }
 
@@ -311,7 +312,7 @@ std::unique_ptr<Workload> MakeWorkload(const EvaluationOptions& options,
   std::vector<std::vector<int64_t>> prompts;
   for (size_t i : order) prompts.push_back(set.prompts[i]);
   return std::make_unique<GenerateWorkload>(*setup.checkpoint, prompts, batch,
-                                            options.max_new_tokens);
+                                            options.max_new_tokens, options.steps);
 }
 
 }  // namespace routecast

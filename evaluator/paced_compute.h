@@ -31,6 +31,7 @@ class PacedCompute : public ExpertSource, public RoutingObserver {
 
   void Begin(int layer, std::span<const int> experts) override;
   ExpertLease Next() override;
+  int LeasesAtOnce() override { return source_->LeasesAtOnce(); }
   void OnPassBegin(const PassInfo& pass) override;
   void OnRouting(const LayerRouting& routing) override;
   bool WantsAttention() const override { return observer_->WantsAttention(); }

@@ -203,6 +203,12 @@ ExpertLease PrefetchRuntime::Next() {
           [this, key, taken = clock_.Now()] { Release(*key, taken); }};
 }
 
+// With that many leased, each other slot is free, or under way to be, for the next one.
+int PrefetchRuntime::LeasesAtOnce() {
+  std::lock_guard lock(mutex_);
+  return cache_.num_slots() - cache_.retired_slots();
+}
+
 void PrefetchRuntime::Release(ExpertKey key, double taken) {
   std::lock_guard lock(mutex_);
   if (timeline_) {

@@ -66,6 +66,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
 
   void Begin(int layer, std::span<const int> experts) override;
   ExpertLease Next() override;
+  int LeasesAtOnce() override;  // the slots in service
   void OnPassBegin(const PassInfo& pass) override;
   void OnRouting(const LayerRouting& routing) override;
   void OnPassEnd(const PassInfo& pass) override;

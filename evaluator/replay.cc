@@ -208,6 +208,12 @@ ReplayWorkload::ReplayWorkload(const MoeGeometry& recorded,
   }
   model_ = std::make_unique<SwitchModel>(
       config_, DenseParameters(config_, options.seed, options.device), &executor_);
+  int64_t longest = 1;
+  for (int segment = 0; segment < num_segments(); ++segment)
+    longest = std::max(longest, SourceLength(segment));
+  if (!options.decoder) return;
+  steps_ = FixedSteps(options.steps, model_.get(), options.batch, longest, options.tokens,
+                      {&tape_, &tape_});
 }
 
 int ReplayWorkload::num_segments() const {
@@ -224,6 +230,7 @@ int64_t ReplayWorkload::SourceLength(int segment) const {
 }
 
 uint64_t ReplayWorkload::KeyValueBytes(const PassInfo& pass) const {
+  if (steps_) return steps_->memory_bytes();
   if (pass.stack == Stack::kEncoder) return 0;
   const at::Tensor& ids = pass.token_ids_BT;
   return routecast::KeyValueBytes(config_, model_->dtype(), ids.size(0),
@@ -233,6 +240,7 @@ uint64_t ReplayWorkload::KeyValueBytes(const PassInfo& pass) const {
 
 uint64_t ReplayWorkload::MaxKeyValueBytes() const {
   if (!options_.decoder) return 0;
+  if (steps_) return steps_->memory_bytes();
   uint64_t most = 0;
   for (int segment = 0; segment < num_segments(); ++segment) {
     most =
@@ -273,14 +281,19 @@ void ReplayWorkload::Steps(const std::vector<const RoutingSpan*>& spans,
   at::Tensor valid_BT;
   const at::Tensor ids = TokenIds(spans, length, config_.vocab_size, &valid_BT);
   tape_.Load(Stack::kDecoder, spans, length);
+  const ForwardOptions forward{&tape_, &tape_};
+  if (steps_) steps_->Begin(encoded_BSD, valid_BS, forward);
   DecoderCache cache;
+  const auto step = [&](const at::Tensor& id_B1, const at::Tensor& valid_B1) {
+    if (steps_) return steps_->Step(id_B1, valid_B1);
+    const at::Tensor hidden =
+        model_->Decode(id_B1, valid_B1, encoded_BSD, valid_BS, &cache, forward);
+    return model_->Logits(hidden.select(1, 0));
+  };
   const SteadyClock clock;
   for (int64_t t = 0; t < length; ++t) {
     const double from = clock.Now();
-    const at::Tensor hidden =
-        model_->Decode(ids.narrow(1, t, 1), valid_BT.narrow(1, t, 1), encoded_BSD,
-                       valid_BS, &cache, {&tape_, &tape_});
-    const at::Tensor logits = model_->Logits(hidden.select(1, 0));
+    const at::Tensor logits = step(ids.narrow(1, t, 1), valid_BT.narrow(1, t, 1));
     // Forced tokens go on; these are a part of the output.
     const at::Tensor chosen = logits.argmax(-1).to(at::kCPU);
     times->step_seconds[1].push_back(clock.Now() - from);

@@ -22,6 +22,7 @@ struct ReplayOptions {
   bool decoder = true;
   uint64_t seed = 1;  // of the dense weights
   at::Device device = at::kCPU;
+  StepMemory steps = StepMemory::kByDevice;
 };
 
 // Forces the routing of a batch of traces, and shows the recorded router inputs to
@@ -71,6 +72,9 @@ class ReplayWorkload : public Workload {
     return stack == Stack::kEncoder ? options_.encoder : options_.decoder;
   }
   uint64_t KeyValueBytes(const PassInfo& pass) const override;
+  uint64_t MinKeyValueBytes() const override {
+    return steps_ ? steps_->memory_bytes() : 0;
+  }
   uint64_t MaxKeyValueBytes() const override;
   SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
                    OutputHash* hash) override;
@@ -90,7 +94,8 @@ class ReplayWorkload : public Workload {
   LocalExpertExecutor executor_;
   std::unique_ptr<SwitchModel> model_;
   ReplayTape tape_;
-  int running_ = 0;  // segment
+  std::unique_ptr<StaticDecoder> steps_;  // null: memory grows
+  int running_ = 0;                       // segment
 };
 
 }  // namespace routecast

@@ -42,15 +42,25 @@ class PassWatch : public RoutingObserver {
 
 }  // namespace
 
+std::unique_ptr<StaticDecoder> FixedSteps(StepMemory memory, SwitchModel* model,
+                                          int64_t rows, int64_t num_source,
+                                          int64_t num_steps,
+                                          const ForwardOptions& options) {
+  const bool fixed = memory == StepMemory::kFixed || model->device().is_cuda();
+  if (!fixed || !StaticDecoder::Serves(*model, options, rows)) return nullptr;
+  return std::make_unique<StaticDecoder>(model, rows, num_source, num_steps, options);
+}
+
 GenerateWorkload::GenerateWorkload(Checkpoint checkpoint,
                                    const std::vector<std::vector<int64_t>>& prompts,
-                                   int batch, int max_new_tokens)
+                                   int batch, int max_new_tokens, StepMemory memory)
     : checkpoint_(std::move(checkpoint)),
       geometry_(checkpoint_.config.geometry()),
       max_new_tokens_(max_new_tokens),
       executor_(&source_, checkpoint_.config.activation),
       model_(checkpoint_.config, checkpoint_.parameters, &executor_) {
   const auto size = static_cast<size_t>(batch);
+  int64_t longest = 1;
   for (size_t first = 0; first + size <= prompts.size(); first += size) {
     size_t length = 1;
     for (size_t b = 0; b < size; ++b)
@@ -67,10 +77,13 @@ GenerateWorkload::GenerateWorkload(Checkpoint checkpoint,
     }
     ids_BS_.push_back(ids);
     valid_BS_.push_back(valid);
+    longest = std::max(longest, columns);
   }
+  steps_ = FixedSteps(memory, &model_, batch, longest, max_new_tokens, {});
 }
 
 uint64_t GenerateWorkload::KeyValueBytes(const PassInfo& pass) const {
+  if (steps_) return steps_->memory_bytes();
   if (pass.stack == Stack::kEncoder) return 0;
   const at::Tensor& ids = pass.token_ids_BT;
   return routecast::KeyValueBytes(checkpoint_.config, model_.dtype(), ids.size(0),
@@ -79,6 +92,7 @@ uint64_t GenerateWorkload::KeyValueBytes(const PassInfo& pass) const {
 }
 
 uint64_t GenerateWorkload::MaxKeyValueBytes() const {
+  if (steps_) return steps_->memory_bytes();
   uint64_t most = 0;
   for (const at::Tensor& ids : ids_BS_) {
     most = std::max(
@@ -98,6 +112,7 @@ SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source,
   GenerationOptions options;
   options.max_new_tokens = max_new_tokens_;
   options.forward.observer = &watch;
+  options.steps_in = steps_.get();
   options.on_step = [&](int, const at::Tensor& logits_BV, const at::Tensor& ids_B) {
     times.step_seconds[1].push_back(clock.Now() - watch.begin());
     hash->Add(logits_BV);

@@ -25,6 +25,7 @@ class ResidentExpertSource final : public ExpertSource {
                        Grouping grouping = Grouping::kWhereFast);
   void Begin(int layer, std::span<const int> experts) override;
   ExpertLease Next() override;
+  int LeasesAtOnce() override { return geometry_.num_experts; }
   const ExpertTable* Table(int layer) override;  // null where an entry is undefined
   const ExpertStack* Stacked(int layer) override;
 
@@ -54,6 +55,7 @@ class LocalExpertExecutor final : public ExpertExecutor {
                        std::span<const int64_t> offsets_E1) override;
   const ExpertTable* Table(int layer) override { return source_->Table(layer); }
   const ExpertStack* Stacked(int layer) override { return source_->Stacked(layer); }
+  ExpertSource* Source() override { return source_; }
 
  private:
   ExpertSource* source_;

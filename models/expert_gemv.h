@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <span>
 
 #include "models/activation.h"
@@ -24,15 +25,23 @@ struct ExpertTable {
   bool gated = false;
 };
 
-// Of one layer's experts: all there, contiguous, alike in shape, dtype and device, and
-// each at a multiple of 16 bytes (as allocators give them). Throws std::logic_error else.
+// Of one layer's experts: all there and as AddressesOf wants them.
 ExpertTable TableOf(std::span<const ExpertWeights> layer);
+// The row of an expert. Throws std::logic_error where the weights are not contiguous, not
+// of the table's shape, dtype and device, or, with rows of whole 16-byte words, begin
+// between two (allocators and slots give none such).
+std::array<int64_t, 3> AddressesOf(const ExpertWeights& expert, const ExpertTable& table);
 
 // [N,D]: wo act(wi x), or wo (act(wi x) * (gate x)), for each token with its own expert's
 // weights; sums in fp32, every step rounded to the table's dtype, as LocalExpertExecutor.
-// A token whose expert is not in the table gets NaN. REQUIRES x [N,D] of the table's
-// dtype and device, ids int64 in 0..E-1 on it. No gradients.
+// A token whose expert is not in the table gets NaN; one of id -1 gets nothing: its row
+// is not written. REQUIRES x [N,D] of the table's dtype and device, ids int64 in -1..E-1
+// on it. No gradients.
 at::Tensor ExpertGemv(Activation activation, const ExpertTable& table,
                       const at::Tensor& x_ND, const at::Tensor& expert_ids_N);
+// The same into `out_ND`, contiguous, like x.
+void ExpertGemvInto(Activation activation, const ExpertTable& table,
+                    const at::Tensor& x_ND, const at::Tensor& expert_ids_N,
+                    const at::Tensor& out_ND);
 
 }  // namespace routecast

@@ -15,7 +15,7 @@ namespace routecast {
 
 struct GemvArgs {
   const int64_t* addresses;  // [experts, 3]
-  const int64_t* ids;        // [tokens]
+  const int64_t* ids;        // [tokens]; below 0: the token's numbers stay as they are
   const void* x;             // [tokens, depth]
   void* out;                 // [tokens, columns]
   int64_t tokens, depth, columns;
@@ -78,6 +78,7 @@ ROUTECAST_LANES float Dot(const Group& g, const T* a, const T* b, int64_t depth,
 template <class T, class Group>
 ROUTECAST_LANES void GemvNumber(const Group& g, const GemvArgs& a, int64_t index) {
   const int64_t token = index / a.columns, column = index % a.columns;
+  if (a.ids[token] < 0) return;
   const int64_t* entry = a.addresses + 3 * a.ids[token];
   const T* x = static_cast<const T*>(a.x) + token * a.depth;
   T* out = static_cast<T*>(a.out) + index;

@@ -62,6 +62,8 @@ class ExpertSource {
   // The next expert that is ready; waits for one where none is. Leases of one layer may
   // be released in any order. Throws EnvironmentError when the weights cannot be brought.
   virtual ExpertLease Next() = 0;
+  // How many leases of a layer may be held at once.
+  virtual int LeasesAtOnce() { return 1; }
   // Where all experts of `layer` lie, if they are there and stay; else null.
   virtual const ExpertTable* Table(int layer) { return nullptr; }
   // All experts of `layer` in one tensor a projection, where they lie so, stay there, and
@@ -86,6 +88,9 @@ class ExpertExecutor {
   // As ExpertSource's: null where experts cannot be run without the host.
   virtual const ExpertTable* Table(int layer) { return nullptr; }
   virtual const ExpertStack* Stacked(int layer) { return nullptr; }
+  // Whose leases run the experts, for who runs them on this device himself; null where
+  // experts are elsewhere.
+  virtual ExpertSource* Source() { return nullptr; }
 };
 
 }  // namespace routecast

@@ -27,10 +27,14 @@ class Decoder {
     encoded_RSD_ =
         copies == 1 ? encoded_BSD : encoded_BSD.repeat_interleave(copies, /*dim=*/0);
     valid_RS_ = copies == 1 ? valid_BS : valid_BS.repeat_interleave(copies, /*dim=*/0);
-    if (options.record_steps && model->device().is_cuda() &&
-        StaticDecoder::Serves(*model, forward_, rows())) {
-      static_ = std::make_unique<StaticDecoder>(model, encoded_RSD_, valid_RS_,
-                                                options.max_new_tokens, forward_);
+    static_ = options.steps_in;
+    if (static_) {
+      static_->Begin(encoded_RSD_, valid_RS_, forward_);
+    } else if (options.record_steps && model->device().is_cuda() &&
+               StaticDecoder::Serves(*model, forward_, rows())) {
+      own_ = std::make_unique<StaticDecoder>(model, encoded_RSD_, valid_RS_,
+                                             options.max_new_tokens, forward_);
+      static_ = own_.get();
     }
   }
   int64_t rows() const { return encoded_RSD_.size(0); }
@@ -56,7 +60,8 @@ class Decoder {
   ForwardOptions forward_;
   at::Tensor encoded_RSD_, valid_RS_;
   DecoderCache cache_;
-  std::unique_ptr<StaticDecoder> static_;
+  StaticDecoder* static_ = nullptr;  // where steps are in fixed memory
+  std::unique_ptr<StaticDecoder> own_;
 };
 
 at::Tensor ForCallback(const at::Tensor& logits, const GenerationOptions& options) {

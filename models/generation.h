@@ -10,6 +10,8 @@
 
 namespace routecast {
 
+class StaticDecoder;  // static_decoder.h
+
 // Greedy unless a temperature or more than one beam is asked for.
 struct GenerationOptions {
   int max_new_tokens = 32;
@@ -30,10 +32,13 @@ struct GenerationOptions {
   // Off: on_step gets an undefined tensor for logits, which else travel from a GPU a
   // step.
   bool logits_on_step = true;
-  // On a GPU, where all experts are there: steps as one recorded graph
-  // (static_decoder.h). Other sums than those of experts that come and go, and observers
-  // hear of a step's layers at its end.
+  // On a GPU, where StaticDecoder serves: steps in fixed memory, recorded anew for each
+  // call (static_decoder.h). Other sums than without, and where all experts are there
+  // observers hear of a step's layers at its end.
   bool record_steps = false;
+  // On any device: steps in this memory, made for as many rows, for the longest prompt
+  // and max_new_tokens; what it has recorded is replayed. Borrowed.
+  StaticDecoder* steps_in = nullptr;
   // Throws UsageError naming the option that is out of range, or two that exclude each
   // other (sampling and beams).
   void Validate() const;

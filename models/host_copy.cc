@@ -20,4 +20,17 @@ const at::Tensor& HostCopy::Wait() {
   return host_;
 }
 
+void SendTo(const at::Tensor& to, const at::Tensor& host) {
+  at::Tensor from = host.contiguous();
+  if (to.is_cuda()) {
+    // Memory of its own: the allocator gives it away again once the copy is over.
+    from = DeviceCopier()
+               ->Pinned(static_cast<int64_t>(host.nbytes()))
+               .view(host.scalar_type())
+               .view(host.sizes());
+    from.copy_(host);
+  }
+  to.copy_(from, /*non_blocking=*/true);
+}
+
 }  // namespace routecast

@@ -1,6 +1,6 @@
-// Tensors on their way to the CPU. From a GPU they travel into pinned memory on a stream
-// of its own, so the forward thread waits only when somebody reads, and then for no more
-// than what was queued before the copy.
+// Tensors on their way to the CPU, and small ones back. From a GPU they travel into
+// pinned memory on a stream of its own, so the forward thread waits only when somebody
+// reads, and then for no more than what was queued before the copy.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -54,5 +54,10 @@ class HostCopy {
   at::Tensor host_;
   std::unique_ptr<CopyFlight> flight_;
 };
+
+// The other way, on the current stream and without a wait: `host` (on the CPU) may be
+// changed or let go at once, and what is queued later finds its numbers in `to`, of the
+// same shape and dtype. A CPU tensor is written at once.
+void SendTo(const at::Tensor& to, const at::Tensor& host);
 
 }  // namespace routecast

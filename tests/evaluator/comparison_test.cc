@@ -122,6 +122,39 @@ TEST_F(ComparisonTest, KeysAndValuesShareTheBudget) {
       << shared.notes[0];
 }
 
+// Steps in fixed memory: the same in every row, and all of it is held all the time.
+TEST_F(ComparisonTest, FixedMemoryIsTheSameInEveryRowAndCountsAsAWhole) {
+  options_.link = "native";
+  replay_.steps = StepMemory::kFixed;
+  SignalPredictor predictor(traces_);
+  for (const int batch : {1, 2}) {
+    options_.batch = batch;
+    options_.kv_in_budget = false;
+    options_.budget_bytes = 9 * 4 * 4096;
+    const ComparisonResult alone = Compare({&predictor});
+    EXPECT_TRUE(alone.lossless);
+    EXPECT_EQ(alone.rows.size(), 10u);
+    options_.kv_in_budget = true;
+    const ComparisonResult shared = Compare({&predictor});
+    EXPECT_TRUE(shared.lossless);
+    const uint64_t held =
+        ReplayWorkload(traces_.geometry, SyntheticTraces(traces_, 4, 1), replay_)
+            .MinKeyValueBytes();
+    EXPECT_GT(held, 0u);
+    const uint64_t fit = (options_.budget_bytes - held) / (4 * 4096);
+    for (const RowResult& row : shared.rows) {
+      EXPECT_EQ(row.output_sha256, alone.rows[0].output_sha256) << row.policy;
+      if (row.policy == "resident") continue;
+      EXPECT_EQ(row.least_slots, static_cast<int>(fit)) << row.policy;
+      EXPECT_EQ(row.memory_bytes_peak, fit * 4 * 4096 + held);
+    }
+    const std::string slots = std::to_string(fit);
+    EXPECT_NE(shared.notes[0].find("between " + slots + " and " + slots + " experts"),
+              std::string::npos)
+        << shared.notes[0];
+  }
+}
+
 TEST_F(ComparisonTest, KeysAndValuesThatLeaveNoRoomAreRefused) {
   options_.kv_in_budget = true;
   options_.budget_bytes = 2 * 4 * 4096 + 1024;

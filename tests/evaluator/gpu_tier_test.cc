@@ -12,10 +12,12 @@ class GpuTierTest : public GpuTierBodies {
  protected:
   void Place(EvaluationOptions* options) override {
     options->tier = managed_ ? "managed,disk" : "gpu,host,disk";
+    options->steps = steps_;
     options->open_device = [log = log_] {
       return std::make_unique<FakeDevice>(log, 1e9);
     };
   }
+  StepMemory steps_ = StepMemory::kByDevice;
   std::shared_ptr<FakeDeviceLog> log_ = std::make_shared<FakeDeviceLog>();
 };
 
@@ -26,6 +28,17 @@ TEST_F(GpuTierTest, AReplaysRowsPutOutTheSameBits) {
 
 TEST_F(GpuTierTest, AGenerationsRowsPutOutTheSameBits) {
   EveryRowPutsOutTheSameBits(true);
+}
+
+// As on a card: each step in parts, whose experts are looked up in tables of slots.
+TEST_F(GpuTierTest, StepsInFixedMemoryPutOutTheSameBitsInEveryRow) {
+  steps_ = StepMemory::kFixed;
+  for (const bool generates : {false, true}) EveryRowPutsOutTheSameBits(generates);
+  managed_ = true;
+  EveryRowPutsOutTheSameBits(true);
+  managed_ = false;
+  GpuTierBodies::CompressedCopiesAreDecodedOnTheDevice();
+  GpuTierBodies::AHostTierMayHoldAPartOnly();
 }
 
 TEST_F(GpuTierTest, TheOutputIsThatOfTheHostTier) {

@@ -1,4 +1,5 @@
-// Whatever is predicted, and however small the budget: the same bits come out.
+// Whatever is predicted, and however small the budget: the same bits come out, of decoder
+// steps in memory that grows and in fixed memory.
 #include "evaluator/prefetch_runtime.h"
 
 #include <ATen/ATen.h>
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <set>
 #include <thread>
 
 #include "common/errors.h"
@@ -15,6 +17,8 @@
 #include "evaluator/disk_transfer_engine.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/output_hash.h"
+#include "evaluator/paced_compute.h"
+#include "evaluator/workload.h"
 #include "gtest/gtest.h"
 #include "models/generation.h"
 #include "tests/models/switch_test_support.h"
@@ -60,7 +64,7 @@ class StrangePredictor : public ExpertPredictor {
   Mode mode_;
 };
 
-class PrefetchRuntimeTest : public testing::Test {
+class PrefetchRuntimeTest : public testing::TestWithParam<StepMemory> {
  protected:
   void SetUp() override {
     folder_ =
@@ -79,11 +83,17 @@ class PrefetchRuntimeTest : public testing::Test {
   void TearDown() override { fs::remove_all(folder_); }
 
   std::string Decode(ExpertSource* source, RoutingObserver* observer) {
-    LocalExpertExecutor executor(source);
+    SourceSwitch rows;  // resident experts by lease, too
+    rows.Set(source);
+    LocalExpertExecutor executor(&rows);
     SwitchModel model(checkpoint_.config, checkpoint_.parameters, &executor);
     OutputHash hash;
     GenerationOptions options;
     options.max_new_tokens = 8;
+    const auto steps = FixedSteps(GetParam(), &model, ids_.size(0), ids_.size(1),
+                                  options.max_new_tokens, {});
+    EXPECT_EQ(steps != nullptr, GetParam() == StepMemory::kFixed);
+    options.steps_in = steps.get();
     options.forward.observer = observer;
     options.on_step = [&](int, const at::Tensor& logits, const at::Tensor& ids) {
       hash.Add(logits);
@@ -136,7 +146,11 @@ class PrefetchRuntimeTest : public testing::Test {
   at::Tensor ids_, valid_;
 };
 
-TEST_F(PrefetchRuntimeTest, ExpertsWithAGateAreRefused) {
+INSTANTIATE_TEST_SUITE_P(Growing, PrefetchRuntimeTest,
+                         testing::Values(StepMemory::kByDevice));
+INSTANTIATE_TEST_SUITE_P(Fixed, PrefetchRuntimeTest, testing::Values(StepMemory::kFixed));
+
+TEST_P(PrefetchRuntimeTest, ExpertsWithAGateAreRefused) {
   SwitchConfig gated = checkpoint_.config;
   gated.is_gated_act = true;
   EXPECT_THROW(ExpertsOfCheckpoint(folder_ / "cache", folder_ / "model", gated,
@@ -144,7 +158,7 @@ TEST_F(PrefetchRuntimeTest, ExpertsWithAGateAreRefused) {
                UsageError);
 }
 
-TEST_F(PrefetchRuntimeTest, EveryEvictionGivesTheResidentBits) {
+TEST_P(PrefetchRuntimeTest, EveryEvictionGivesTheResidentBits) {
   const std::string expected = Resident();
   for (Eviction eviction :
        {Eviction::kNone, Eviction::kLru, Eviction::kLfu, Eviction::kLfru,
@@ -159,19 +173,41 @@ TEST_F(PrefetchRuntimeTest, EveryEvictionGivesTheResidentBits) {
   }
 }
 
-TEST_F(PrefetchRuntimeTest, RandomPredictionsChangeNothing) {
+TEST_P(PrefetchRuntimeTest, AsManyLeasesAsSlotsInServiceWhoeverPassesThemOn) {
+  DiskTransferEngine engine(file_, 5, {});
+  auto runtime = Runtime(&engine, 5, Eviction::kLru, "on_demand", nullptr);
+  SourceSwitch rows;
+  rows.Set(runtime.get());
+  const SteadyClock clock;
+  PacedCompute paced({}, {}, at::kCPU, &clock);
+  paced.Set(runtime.get(), runtime.get());
+  for (ExpertSource* source :
+       std::initializer_list<ExpertSource*>{runtime.get(), &rows, &paced}) {
+    ASSERT_EQ(source->LeasesAtOnce(), 5);
+    const int experts[] = {0, 1, 3, 5, 7};
+    source->Begin(1, experts);
+    std::vector<ExpertLease> leases;
+    for (int i = 0; i < 5; ++i) leases.push_back(source->Next());
+    std::set<const void*> places;
+    for (const ExpertLease& lease : leases)
+      places.insert(lease.weights().wi_FD.const_data_ptr());
+    EXPECT_EQ(places.size(), 5u);
+  }
+}
+
+TEST_P(PrefetchRuntimeTest, RandomPredictionsChangeNothing) {
   ChangesNothing(StrangePredictor::kRandom, "top_k", 4);
 }
-TEST_F(PrefetchRuntimeTest, MaliciousPredictionsChangeNothing) {
+TEST_P(PrefetchRuntimeTest, MaliciousPredictionsChangeNothing) {
   ChangesNothing(StrangePredictor::kMalicious, "multi_look", 2);
 }
-TEST_F(PrefetchRuntimeTest, NotANumberChangesNothing) {
+TEST_P(PrefetchRuntimeTest, NotANumberChangesNothing) {
   ChangesNothing(StrangePredictor::kNan, "intelligent", 3);
 }
-TEST_F(PrefetchRuntimeTest, ASlowPredictorChangesNothing) {
+TEST_P(PrefetchRuntimeTest, ASlowPredictorChangesNothing) {
   ChangesNothing(StrangePredictor::kSlow, "auto", 3);
 }
-TEST_F(PrefetchRuntimeTest, APredictorThatThrowsChangesNothing) {
+TEST_P(PrefetchRuntimeTest, APredictorThatThrowsChangesNothing) {
   ChangesNothing(StrangePredictor::kThrowing, "top_k", 3);
 }
 
@@ -203,7 +239,7 @@ class EndForesight : public Foresight {
   size_t next_ = 0;
 };
 
-TEST_F(PrefetchRuntimeTest, WhatIsSaidAtAPassEndIsFetchedForTheNextToken) {
+TEST_P(PrefetchRuntimeTest, WhatIsSaidAtAPassEndIsFetchedForTheNextToken) {
   DiskTransferEngine engine(file_, 6, {});
   auto first = Runtime(&engine, 6, Eviction::kLru, "on_demand", nullptr);
   const std::string expected = Decode(first.get(), first.get());
@@ -211,12 +247,16 @@ TEST_F(PrefetchRuntimeTest, WhatIsSaidAtAPassEndIsFetchedForTheNextToken) {
   first.reset();
   for (const bool aside : {false, true}) {
     ask_aside_ = aside;
-    auto second =
-        Runtime(&engine, 6, Eviction::kLru, "top_k",
-                std::make_unique<EndForesight>(checkpoint_.config.geometry(), visits));
-    EXPECT_EQ(Decode(second.get(), second.get()), expected);
-    second->Suspend();
-    const PhaseStats stats = second->stats(Stack::kDecoder);
+    PhaseStats stats;
+    // On a thread of its own a busy machine may answer too late for every token.
+    for (int tries = aside ? 20 : 1; tries > 0 && stats.speculations == 0; --tries) {
+      auto second =
+          Runtime(&engine, 6, Eviction::kLru, "top_k",
+                  std::make_unique<EndForesight>(checkpoint_.config.geometry(), visits));
+      EXPECT_EQ(Decode(second.get(), second.get()), expected);
+      second->Suspend();
+      stats = second->stats(Stack::kDecoder);
+    }
     EXPECT_GT(stats.speculations, 0) << aside;
     EXPECT_GT(stats.predictor_seconds, 0);
   }
@@ -241,7 +281,7 @@ class CountingForesight : public Foresight {
   int* told_;
 };
 
-TEST_F(PrefetchRuntimeTest, APredictorThatIsOffIsToldNothingUntilTheNextTrial) {
+TEST_P(PrefetchRuntimeTest, APredictorThatIsOffIsToldNothingUntilTheNextTrial) {
   DiskTransferEngine engine(file_, 32, {});
   RuntimeOptions options;
   options.num_slots = 32;  // after the first sequence nothing is waited for
@@ -266,7 +306,7 @@ TEST_F(PrefetchRuntimeTest, APredictorThatIsOffIsToldNothingUntilTheNextTrial) {
   EXPECT_NE(std::find(told_in.begin(), told_in.end(), true), told_in.end());
 }
 
-TEST_F(PrefetchRuntimeTest, OracleHitsWhatItForesees) {
+TEST_P(PrefetchRuntimeTest, OracleHitsWhatItForesees) {
   DiskTransferEngine engine(file_, 16, {});
   auto first = Runtime(&engine, 16, Eviction::kLru, "on_demand", nullptr);
   const std::string expected = Decode(first.get(), first.get());
@@ -280,7 +320,7 @@ TEST_F(PrefetchRuntimeTest, OracleHitsWhatItForesees) {
   EXPECT_LE(stats.hits, stats.uses);
 }
 
-TEST_F(PrefetchRuntimeTest, OneDamagedSlotChangesTheHash) {
+TEST_P(PrefetchRuntimeTest, OneDamagedSlotChangesTheHash) {
   DiskTransferEngine engine(file_, 32, {});
   auto runtime = Runtime(&engine, 32, Eviction::kLru, "on_demand", nullptr);
   const std::string expected = Resident();
@@ -295,7 +335,7 @@ TEST_F(PrefetchRuntimeTest, OneDamagedSlotChangesTheHash) {
   EXPECT_NE(Decode(runtime.get(), runtime.get()), expected);
 }
 
-TEST_F(PrefetchRuntimeTest, SuspendedRowsShareAnEngine) {
+TEST_P(PrefetchRuntimeTest, SuspendedRowsShareAnEngine) {
   DiskTransferEngine engine(file_, 4, {});
   const std::string expected = Resident();
   auto a = Runtime(&engine, 4, Eviction::kLru, "on_demand", nullptr);
@@ -308,7 +348,7 @@ TEST_F(PrefetchRuntimeTest, SuspendedRowsShareAnEngine) {
   EXPECT_EQ(Decode(a.get(), a.get()), expected);
 }
 
-TEST_F(PrefetchRuntimeTest, PreloadedRowNeverWaits) {
+TEST_P(PrefetchRuntimeTest, PreloadedRowNeverWaits) {
   DiskTransferEngine engine(file_, 32, {});
   auto runtime = Runtime(&engine, 32, Eviction::kLru, "on_demand", nullptr);
   runtime->Suspend();
@@ -323,7 +363,7 @@ TEST_F(PrefetchRuntimeTest, PreloadedRowNeverWaits) {
   EXPECT_EQ(stats.stall_seconds, 0);
 }
 
-TEST_F(PrefetchRuntimeTest, AnExpertThatCannotBeReadIsAnEnvironmentError) {
+TEST_P(PrefetchRuntimeTest, AnExpertThatCannotBeReadIsAnEnvironmentError) {
   const auto damaged = std::make_shared<ExpertFile>(file_->path());
   DiskTransferEngine engine(damaged, 4, {2, 4096, 0, true, true});
   fs::resize_file(file_->path(), 8192);

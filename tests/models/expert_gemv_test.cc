@@ -72,6 +72,23 @@ TEST_P(ExpertGemvTest, ATokenWhoseExpertIsNotThereGetsNoNumbersAndNoOtherDoes) {
   EXPECT_FALSE(at::isnan(got[2]).any().item<bool>());
 }
 
+TEST_P(ExpertGemvTest, ATokenOfNoExpertKeepsItsRow) {
+  const std::vector<ExpertWeights> layer = Layer(16, 24, true, at::kFloat, device());
+  const ExpertTable table = TableOf(layer);
+  const at::Tensor x = On(at::randn({3, 16})), out = On(at::full({3, 16}, 7.0f));
+  const auto run = [&](std::initializer_list<int64_t> ids) {
+    ExpertGemvInto(Activation::kRelu, table, x, On(at::tensor(at::IntArrayRef(ids))),
+                   out);
+  };
+  run({-1, 2, -1});
+  EXPECT_TRUE(at::equal(out[0], On(at::full({16}, 7.0f))));
+  EXPECT_TRUE(at::equal(out[2], out[0]));
+  // In turns as at once, bit by bit.
+  run({4, -1, 0});
+  EXPECT_TRUE(at::equal(out, ExpertGemv(Activation::kRelu, table, x,
+                                        On(at::tensor({4, 2, 0}, at::kLong)))));
+}
+
 TEST_P(ExpertGemvTest, NoTokenGivesNoRow) {
   const std::vector<ExpertWeights> layer = Layer(16, 24, true, at::kFloat, device());
   const at::Tensor got =
@@ -86,6 +103,14 @@ TEST_P(ExpertGemvTest, ATableOfWeightsThatAreNotAlikeIsADefect) {
   EXPECT_THROW(TableOf(layer), std::logic_error);
   layer[3].wo_DF = On(at::randn({24, 16})).t();
   EXPECT_THROW(TableOf(layer), std::logic_error);
+  layer[3].wo_DF = On(at::randn({16, 25}));
+  EXPECT_THROW(TableOf(layer), std::logic_error);
+  // Rows of whole words that begin between two; others may.
+  layer[3].wo_DF = On(at::randn({16 * 24 + 1})).narrow(0, 1, 16 * 24).view({16, 24});
+  EXPECT_THROW(TableOf(layer), std::logic_error);
+  layer = Layer(7, 33, false, at::kFloat, device());
+  layer[3].wo_DF = On(at::randn({7 * 33 + 1})).narrow(0, 1, 7 * 33).view({7, 33});
+  EXPECT_NO_THROW(TableOf(layer));
 }
 
 }  // namespace
