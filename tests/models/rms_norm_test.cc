@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 namespace routecast {
 namespace {
 
@@ -31,6 +33,21 @@ TEST(RmsNorm, GradientsFlowAndAgree) {
   traced.sum().backward();
   EXPECT_TRUE(gain.grad().defined());
   EXPECT_TRUE(at::allclose(traced, RmsNorm(x, gain.detach(), kEpsilon), 1e-5, 1e-6));
+}
+
+// To the bit, in rows of whole vectors and with a rest; a number that is none stays none.
+TEST(RmsNorm, Bfloat16RoundsAsTheLibraryDoes) {
+  at::manual_seed(4);
+  for (const int64_t width : {5, 48, 100, 768}) {
+    // Powers of two: the mean and the scale are exact, so only roundings differ.
+    at::Tensor x = at::full({2, width}, 4).to(at::kBFloat16);
+    const at::Tensor gain = at::randn({width}).to(at::kBFloat16);
+    const at::Tensor got = RmsNorm(x, gain, 0);
+    EXPECT_TRUE(at::equal(got, gain.expand({2, width}))) << width;
+    x[1][width - 1] = std::nanf("");
+    EXPECT_TRUE(RmsNorm(x, gain, 0)[1].isnan().all().item<bool>()) << width;
+    EXPECT_TRUE(at::equal(RmsNorm(x, gain, 0)[0], gain)) << width;
+  }
 }
 
 // The quotient is rounded before the product with the gain.
