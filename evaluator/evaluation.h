@@ -25,7 +25,7 @@ struct EvaluationOptions {             // one field a flag of the same name
   bool budget_given = true;         // false: the default, which --tier may overrule
   bool kv_in_budget = false;        // keys and values count against the budget
   std::string tier;                 // tier_spec.h; empty: host,disk
-  std::string copies = "lossless";  // int8, int4: lossy rows beside the others
+  std::string copies = "lossless";  // int8, int4, sparse: lossy rows beside the others
   std::string phase = "decoder";    // replay: decoder, encoder or both
   std::string link = "auto";
   std::string profile;             // device that this one is to be like; empty: itself

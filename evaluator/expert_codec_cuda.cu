@@ -33,6 +33,22 @@ __global__ void DecodeInt4(const float* scales, const uint8_t* codes, uint64_t c
   Put(weights + i, scales[group] * static_cast<float>(code));
 }
 
+// The kept weights before this one in its group are those of the lower bits.
+template <typename T>
+__global__ void DecodeSparse(const uint32_t* masks, const __nv_bfloat16* kept,
+                             uint64_t columns, uint64_t groups, uint64_t count,
+                             T* weights) {
+  const uint64_t i = uint64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const uint64_t row = i / columns, column = i % columns;
+  const uint64_t group = row * groups + column / kSparseGroup;
+  const uint32_t mask = masks[group], bit = uint32_t{1} << (column % kSparseGroup);
+  const auto before = static_cast<uint64_t>(__popc(mask & (bit - 1)));
+  const bool is_kept = (mask & bit) != 0 && before < kSparseKept;
+  Put(weights + i,
+      is_kept ? __bfloat162float(kept[group * kSparseKept + before]) : 0.0F);
+}
+
 template <typename T>
 void Launch(CopyKind kind, const std::byte* coded, uint64_t rows, uint64_t columns,
             T* weights, cudaStream_t stream) {
@@ -43,6 +59,10 @@ void Launch(CopyKind kind, const std::byte* coded, uint64_t rows, uint64_t colum
   if (kind == CopyKind::kInt8) {
     DecodeInt8<<<blocks, kThreads, 0, stream>>>(
         scales, reinterpret_cast<const int8_t*>(codes), columns, count, weights);
+  } else if (kind == CopyKind::kSparse) {
+    DecodeSparse<<<blocks, kThreads, 0, stream>>>(
+        reinterpret_cast<const uint32_t*>(coded),
+        reinterpret_cast<const __nv_bfloat16*>(codes), columns, groups, count, weights);
   } else {
     DecodeInt4<<<blocks, kThreads, 0, stream>>>(
         scales, reinterpret_cast<const uint8_t*>(codes), columns, groups, count, weights);

@@ -49,8 +49,9 @@ DEFINE_string(
     "gpu:SIZE,host:SIZE,disk (the default on a CUDA device, every expert in host "
     "memory), or managed:SIZE,disk (CUDA's managed memory); the first SIZE is the "
     "budget");
-DEFINE_string(copies, "lossless",
-              "int8 or int4: rows on compressed copies as well, LOSSY and named so");
+DEFINE_string(
+    copies, "lossless",
+    "int8, int4 or sparse: rows on compressed copies as well, LOSSY and named so");
 DEFINE_string(
     mode, "generate",
     "generate (with --model, or a replay of --store), quality (predictors on "

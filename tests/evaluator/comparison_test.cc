@@ -216,7 +216,7 @@ TEST_F(ComparisonTest, BatchesShareOneLoadOfAnExpert) {
 TEST_F(ComparisonTest, CompressedCopiesHaveRowsOfTheirOwn) {
   replay_.encoder = false;
   options_.link = "native";
-  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4}) {
+  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse}) {
     copies_ = kind;
     const ComparisonResult result = Compare({});
     EXPECT_TRUE(result.lossless);

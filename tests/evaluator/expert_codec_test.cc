@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <condition_variable>
 #include <cstring>
@@ -72,12 +73,47 @@ TEST(ExpertCodecTest, TheLargestWeightAndZeroAreExact) {
   }
 }
 
+// Of every 32 neighbours the 16 of the largest magnitudes are there, as bf16.
+TEST(ExpertCodecTest, SparseKeepsTheLargerHalfOfEveryGroup) {
+  for (const uint64_t columns : {1u, 16u, 31u, 32u, 33u, 300u}) {
+    const uint64_t rows = 3;
+    const auto weights = Weights(rows * columns, columns);
+    const auto back = RoundTrip(CopyKind::kSparse, weights, rows);
+    for (uint64_t i = 0; i < weights.size(); ++i) {
+      const uint64_t row = i / columns, first = row * columns + i % columns / 32 * 32;
+      const uint64_t last = std::min(first + 32, (row + 1) * columns);
+      const auto larger =
+          std::count_if(weights.begin() + first, weights.begin() + last,
+                        [&](float w) { return std::fabs(w) > std::fabs(weights[i]); });
+      EXPECT_EQ(back[i], larger < 16 ? Bf16ToFloat(FloatToBf16(weights[i])) : 0)
+          << columns << " " << i;
+    }
+  }
+}
+
+TEST(ExpertCodecTest, SparseOfEqualMagnitudesKeepsTheFirst) {
+  const auto back = RoundTrip(CopyKind::kSparse, std::vector<float>(32, -1), 1);
+  EXPECT_EQ(std::count(back.begin(), back.begin() + 16, -1.F), 16);
+  EXPECT_EQ(std::count(back.begin() + 16, back.end(), 0.F), 16);
+}
+
+// A mask of all bits reads no more than a group's room.
+TEST(ExpertCodecTest, ADamagedMaskReadsNothingBehindItsGroup) {
+  std::vector<std::byte> coded(CodedBytes(CopyKind::kSparse, 1, 32), std::byte{0xff});
+  std::vector<float> back(32);
+  DecodeMatrix(CopyKind::kSparse, coded.data(), 1, 32, ExpertDtype::kFloat32,
+               reinterpret_cast<std::byte*>(back.data()));
+  EXPECT_EQ(std::count(back.begin() + 16, back.end(), 0.F), 16);
+}
+
 TEST(ExpertCodecTest, CopiesTakeAQuarterAndAnEighth) {
   const double whole = 768.0 * 3072 * 4;
   EXPECT_NEAR(static_cast<double>(CodedBytes(CopyKind::kInt8, 768, 3072)) / whole, 0.25,
               0.001);
   EXPECT_NEAR(static_cast<double>(CodedBytes(CopyKind::kInt4, 768, 3072)) / whole, 0.133,
               0.001);
+  EXPECT_NEAR(static_cast<double>(CodedBytes(CopyKind::kSparse, 768, 3072)) / whole,
+              0.281, 0.001);
 }
 
 TEST(ExpertCodecTest, Bf16IsTheRoundedWeight) {
@@ -96,11 +132,13 @@ TEST(ExpertCodecTest, AWeightThatIsNotFiniteIsRefused) {
                           std::numeric_limits<float>::quiet_NaN()}) {
     EXPECT_THROW(RoundTrip(CopyKind::kInt8, {1, bad}, 1), DataError);
     EXPECT_THROW(RoundTrip(CopyKind::kInt4, {1, bad}, 1), DataError);
+    EXPECT_THROW(RoundTrip(CopyKind::kSparse, {1, bad}, 1), DataError);
   }
 }
 
 TEST(ExpertCodecTest, NamesAreParsed) {
   EXPECT_EQ(ParseCopies("int4"), CopyKind::kInt4);
+  EXPECT_EQ(ParseCopies("sparse"), CopyKind::kSparse);
   EXPECT_EQ(ParseCopies("lossless"), CopyKind::kLossless);
   EXPECT_THROW(ParseCopies("int5"), UsageError);
 }
@@ -128,7 +166,7 @@ class ExpertCopiesTest : public testing::Test {
 };
 
 TEST_F(ExpertCopiesTest, HoldEveryExpertNearItsOriginal) {
-  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4}) {
+  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse}) {
     const auto copy = CompressedCopy(file_, kind, true);
     EXPECT_EQ(copy->count(), 4);
     EXPECT_EQ(copy->spec().copies, kind);
@@ -147,7 +185,11 @@ TEST_F(ExpertCopiesTest, HoldEveryExpertNearItsOriginal) {
         off += (a - b) * (a - b);
         size += a * a;
       }
-      EXPECT_LT(std::sqrt(off / size), kind == CopyKind::kInt8 ? 0.01 : 0.12);
+      // Uniform weights without their smaller half: the root of an eighth.
+      const double bound = kind == CopyKind::kInt8   ? 0.01
+                           : kind == CopyKind::kInt4 ? 0.12
+                                                     : 0.38;
+      EXPECT_LT(std::sqrt(off / size), bound);
       EXPECT_GT(off, 0);
     }
   }
