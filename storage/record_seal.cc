@@ -52,6 +52,19 @@ bool ChecksumHolds(std::string_view key, std::string_view value, uint64_t model)
   return sum == Checksum(key, body, model);
 }
 
+RecordChecksum::RecordChecksum(std::string_view key, uint64_t model)
+    : state_(XXH3_createState()) {
+  XXH3_64bits_reset_withSeed(state_, XXH3_64bits(key.data(), key.size()) + model);
+}
+
+RecordChecksum::~RecordChecksum() { XXH3_freeState(state_); }
+
+void RecordChecksum::Add(std::string_view part) {
+  XXH3_64bits_update(state_, part.data(), part.size());
+}
+
+uint64_t RecordChecksum::Sum() const { return XXH3_64bits_digest(state_); }
+
 void RequireSize(bool fits, const char* plane) {
   if (!fits) throw std::logic_error(std::string("RoutingSpan: wrong size of ") + plane);
 }
