@@ -139,6 +139,15 @@ class Part {
   template <typename T>
   void Name(const std::string& name, const std::vector<T>& values,
             std::vector<int64_t> shape) {
+    uint64_t items = 1;
+    for (const int64_t dim : shape) items *= static_cast<uint64_t>(dim);
+    if (items != values.size()) {
+      throw DataError(ErrorText("the store's records differ in what they hold",
+                                name + " would have " + std::to_string(values.size()) +
+                                    " values of " + std::to_string(items),
+                                "routecast-trace verify names a damaged record; or "
+                                "records of two stores were mixed"));
+    }
     arrays_.push_back(
         {name, TypeName<T>::kNpy, shape, values.data(), values.size() * sizeof(T)});
     tensors_.push_back({name, TypeName<T>::kTensor, std::move(shape), values.data()});
