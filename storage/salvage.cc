@@ -113,7 +113,7 @@ bool Salvage::ReadStack(const SequenceInfo& info, Stack stack,
           DecodeSpan(key, value, files_[place.file].string(), model_.get());
       if (decoded.num_experts != config_.geometry.num_experts ||
           decoded.span.num_layers != config_.geometry.layers(stack) ||
-          decoded.span.top_k != config_.top_k ||
+          (decoded.span.top_k != 0 && decoded.span.top_k != config_.top_k) ||
           decoded.span.token_ids.empty() == config_.token_ids ||
           static_cast<uint32_t>(decoded.span.num_tokens) != tokens) {
         continue;
