@@ -36,7 +36,8 @@ function(routecast_test_properties name label timeout)
   if(ROUTECAST_SANITIZE)
     math(EXPR timeout "${timeout} * 4")  # and slower by as much
     # Else what UBSan finds is only printed, and the test passes.
-    set(sanitized ";UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1")
+    string(CONCAT sanitized ";UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1"
+      ";TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/cmake/tsan.supp")
   endif()
   # Programs take a card where one is: what these tests say is meant of the CPU.
   set(hidden_cards)
