@@ -32,8 +32,12 @@ function(routecast_test name)
 endfunction()
 
 function(routecast_test_properties name label timeout)
+  set(sanitized)
   if(ROUTECAST_SANITIZE)
     math(EXPR timeout "${timeout} * 4")  # and slower by as much
+    # Else what UBSan finds is only printed, and the test passes.
+    string(CONCAT sanitized ";UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1"
+      ";TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/cmake/tsan.supp")
   endif()
   # Programs take a card where one is: what these tests say is meant of the CPU.
   set(hidden_cards)
@@ -42,5 +46,5 @@ function(routecast_test_properties name label timeout)
   endif()
   set_tests_properties(${name} PROPERTIES LABELS "${label}" TIMEOUT ${timeout}
     SKIP_RETURN_CODE 77
-    ENVIRONMENT "ROUTECAST_SOURCE_DIR=${CMAKE_SOURCE_DIR};ROUTECAST_BIN_DIR=${CMAKE_BINARY_DIR}/bin;ROUTECAST_BUILD_DIR=${CMAKE_BINARY_DIR};OMP_NUM_THREADS=1;MKL_NUM_THREADS=1;GOMP_SPINCOUNT=2000;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_MCA_btl_vader_single_copy_mechanism=none${hidden_cards}")
+    ENVIRONMENT "ROUTECAST_SOURCE_DIR=${CMAKE_SOURCE_DIR};ROUTECAST_BIN_DIR=${CMAKE_BINARY_DIR}/bin;ROUTECAST_BUILD_DIR=${CMAKE_BINARY_DIR};OMP_NUM_THREADS=1;MKL_NUM_THREADS=1;GOMP_SPINCOUNT=2000;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_MCA_btl_vader_single_copy_mechanism=none${hidden_cards}${sanitized}")
 endfunction()

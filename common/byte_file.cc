@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "common/errors.h"
+#include "common/temporary_file.h"
 #include "xxhash.h"
 
 namespace routecast {
@@ -81,16 +82,15 @@ uint64_t HashFile(const fs::path& path, uint64_t seed) {
 }
 
 AtomicFileWriter::AtomicFileWriter(const fs::path& path, uint64_t expected_bytes)
-    : path_(path), temporary_(path.string() + "." + std::to_string(::getpid()) + ".tmp") {
-  RequireFreeBytes(path, expected_bytes);
-  fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (fd_ < 0) ThrowErrno(errno, "create", temporary_);
+    : path_(path) {
+  if (expected_bytes > 0) RequireFreeBytes(path, expected_bytes);
+  fd_ = OpenTemporary(path, &temporary_);
 }
 
 AtomicFileWriter::~AtomicFileWriter() {
   if (fd_ < 0) return;
-  ::close(fd_);
   ::unlink(temporary_.c_str());
+  ::close(fd_);
 }
 
 void AtomicFileWriter::Append(const void* data, size_t count) {

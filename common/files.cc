@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "common/byte_file.h"
 #include "common/errors.h"
 #include "xxhash.h"
 
@@ -60,35 +61,9 @@ void SyncPath(const fs::path& path) {
 }
 
 void WriteFileAtomic(const fs::path& path, std::string_view bytes) {
-  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
-  const fs::path temporary = path.string() + "." + std::to_string(::getpid()) + ".tmp";
-  {
-    Descriptor file{
-        ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)};
-    if (file.fd < 0) ThrowErrno(errno, "create", temporary);
-    size_t done = 0;
-    while (done < bytes.size()) {
-      const ssize_t n = ::write(file.fd, bytes.data() + done, bytes.size() - done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) {
-        const int error = errno;
-        ::unlink(temporary.c_str());
-        ThrowErrno(error, "write", temporary);
-      }
-      done += static_cast<size_t>(n);
-    }
-    if (::fsync(file.fd) != 0) {
-      const int error = errno;
-      ::unlink(temporary.c_str());
-      ThrowErrno(error, "fsync", temporary);
-    }
-  }
-  if (::rename(temporary.c_str(), path.c_str()) != 0) {
-    const int error = errno;
-    ::unlink(temporary.c_str());
-    ThrowErrno(error, "rename", path);
-  }
-  SyncPath(folder);
+  AtomicFileWriter file(path, /*expected_bytes=*/0);
+  file.Append(bytes.data(), bytes.size());
+  file.Commit();
 }
 
 void MakeFolder(const fs::path& path) {

@@ -13,6 +13,7 @@
 #include "common/progress.h"
 #include "common/random.h"
 #include "common/stop.h"
+#include "common/temporary_file.h"
 
 namespace routecast {
 namespace {
@@ -73,17 +74,14 @@ std::string ReadAt(int fd, uint64_t offset, uint64_t size, const fs::path& path)
 }  // namespace
 
 ExpertFileWriter::ExpertFileWriter(fs::path path, const ExpertFileSpec& spec)
-    : path_(std::move(path)),
-      temporary_(path_.string() + "." + std::to_string(::getpid()) + ".tmp"),
-      spec_(spec) {
-  fd_ = ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (fd_ < 0) ThrowErrno(errno, "create", temporary_);
+    : path_(std::move(path)), spec_(spec) {
+  fd_ = OpenTemporary(path_, &temporary_);
 }
 
 ExpertFileWriter::~ExpertFileWriter() {
   if (fd_ < 0) return;
-  ::close(fd_);
   ::unlink(temporary_.c_str());
+  ::close(fd_);
 }
 
 void ExpertFileWriter::Write(const void* data, uint64_t size, uint64_t offset) {

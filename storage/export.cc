@@ -9,6 +9,7 @@
 #include "common/errors.h"
 #include "common/safetensors.h"
 #include "common/stop.h"
+#include "common/temporary_file.h"
 #include "storage/npy.h"
 
 namespace routecast {
@@ -138,6 +139,15 @@ class Part {
   template <typename T>
   void Name(const std::string& name, const std::vector<T>& values,
             std::vector<int64_t> shape) {
+    uint64_t items = 1;
+    for (const int64_t dim : shape) items *= static_cast<uint64_t>(dim);
+    if (items != values.size()) {
+      throw DataError(ErrorText("the store's records differ in what they hold",
+                                name + " would have " + std::to_string(values.size()) +
+                                    " values of " + std::to_string(items),
+                                "routecast-trace verify names a damaged record; or "
+                                "records of two stores were mixed"));
+    }
     arrays_.push_back(
         {name, TypeName<T>::kNpy, shape, values.data(), values.size() * sizeof(T)});
     tensors_.push_back({name, TypeName<T>::kTensor, std::move(shape), values.data()});
@@ -336,8 +346,8 @@ std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& fold
   return {path};
 }
 
-// Parts of an earlier export into the same folder, of which this one has no like:
-// readers of the folder would take them for its own.
+// Parts of an earlier export into the same folder, of which this one has no like, written
+// wholly or not: readers of the folder would take them for its own.
 void RemoveEarlierParts(const fs::path& folder, const std::string& format,
                         const std::vector<fs::path>& files) {
   const auto is_part = [&](const fs::path& path) {
@@ -346,14 +356,17 @@ void RemoveEarlierParts(const fs::path& folder, const std::string& format,
            (stem == "traces" || (stem.starts_with("traces-") && stem.size() >= 12 &&
                                  stem.find_first_not_of("0123456789", 7) == stem.npos));
   };
-  std::vector<fs::path> earlier;
+  std::vector<fs::path> earlier, unfinished;
   for (const auto& entry : fs::directory_iterator(folder)) {
+    const fs::path of = PathOfTemporary(entry.path());
+    if (is_part(of)) unfinished.push_back(of);
     if (is_part(entry.path()) &&
         std::find(files.begin(), files.end(), entry.path()) == files.end()) {
       earlier.push_back(entry.path());
     }
   }
   for (const fs::path& path : earlier) fs::remove(path);
+  for (const fs::path& path : unfinished) RemoveLeftovers(path);
 }
 
 }  // namespace

@@ -44,13 +44,18 @@ std::string_view UnsealRecord(std::string_view key, std::string_view value,
   return body.substr(1);
 }
 
-bool ChecksumHolds(std::string_view key, std::string_view value, uint64_t model) {
-  if (value.size() <= kChecksumBytes) return false;
-  const std::string_view body = value.substr(0, value.size() - kChecksumBytes);
-  uint64_t sum = 0;
-  std::memcpy(&sum, value.data() + body.size(), sizeof sum);
-  return sum == Checksum(key, body, model);
+RecordChecksum::RecordChecksum(std::string_view key, uint64_t model)
+    : state_(XXH3_createState()) {
+  XXH3_64bits_reset_withSeed(state_, XXH3_64bits(key.data(), key.size()) + model);
 }
+
+RecordChecksum::~RecordChecksum() { XXH3_freeState(state_); }
+
+void RecordChecksum::Add(std::string_view part) {
+  XXH3_64bits_update(state_, part.data(), part.size());
+}
+
+uint64_t RecordChecksum::Sum() const { return XXH3_64bits_digest(state_); }
 
 void RequireSize(bool fits, const char* plane) {
   if (!fits) throw std::logic_error(std::string("RoutingSpan: wrong size of ") + plane);

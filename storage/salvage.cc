@@ -1,9 +1,6 @@
 #include "storage/salvage.h"
 
-#include <zstd.h>
-
 #include <algorithm>
-#include <cstring>
 
 #include "common/byte_file.h"
 #include "common/errors.h"
@@ -16,113 +13,13 @@
 namespace routecast {
 namespace {
 
-// RocksDB's table format (block_based): a block is a row of entries
-//   varint shared | varint rest | varint value bytes | rest of the key | value
-// where `shared` bytes are the previous key's; 0 at every 16th entry. A key is ours and
-// 8 bytes (sequence number and type). Compressed blocks hold one zstd frame.
-constexpr size_t kInternalKeyBytes = kKeyBytes + 8;
-constexpr char kTypeValue = 1;
-constexpr uint32_t kFrameMagic = 0xFD2FB528;
-constexpr uint64_t kMaxFrameBytes = uint64_t{1} << 31;
-constexpr uint64_t kMaxTableBytes = uint64_t{1} << 36;
 constexpr size_t kMaxListed = 100;
-
-bool ReadVarint(std::string_view bytes, size_t* at, uint64_t* value) {
-  *value = 0;
-  for (int shift = 0; shift < 35 && *at < bytes.size(); shift += 7) {
-    const auto byte = static_cast<uint8_t>(bytes[(*at)++]);
-    *value |= uint64_t{byte & 0x7Fu} << shift;
-    if (byte < 0x80) return true;
-  }
-  return false;
-}
-
-// `model`: fingerprint of the context model that coded records need; 0 = none.
-bool IsSound(std::string_view key, std::string_view value, uint64_t model) {
-  return ChecksumHolds(key, value) || (model != 0 && ChecksumHolds(key, value, model));
-}
-
-// Follows the entries that begin at `at` with a whole key; returns where they end, or
-// `at` where no sound one begins.
-template <typename Emit>
-size_t FollowEntries(std::string_view bytes, size_t at, uint64_t model,
-                     const Emit& emit) {
-  std::string key;
-  for (;;) {
-    size_t p = at;
-    uint64_t shared = 0, rest = 0, size = 0;
-    if (!ReadVarint(bytes, &p, &shared) || !ReadVarint(bytes, &p, &rest) ||
-        !ReadVarint(bytes, &p, &size)) {
-      return at;
-    }
-    if (shared > key.size() || shared + rest != kInternalKeyBytes ||
-        rest + size > bytes.size() - p) {
-      return at;
-    }
-    key.resize(shared);
-    key += bytes.substr(p, rest);
-    p += rest;
-    const std::string_view own = std::string_view(key).substr(0, kKeyBytes);
-    RecordKind kind;
-    uint64_t id = 0;
-    if (key[kKeyBytes] != kTypeValue || !DecodeKey(own, &kind, &id) ||
-        !IsSound(own, bytes.substr(p, size), model)) {
-      return at;
-    }
-    emit(own, p, static_cast<uint32_t>(size));
-    at = p + size;
-  }
-}
-
-template <typename Emit>
-void FindPlain(std::string_view bytes, uint64_t model, const Emit& emit) {
-  for (size_t at = 0; at + kInternalKeyBytes < bytes.size();) {
-    const bool may_begin = bytes[at] == 0 && bytes[at + 1] == kInternalKeyBytes;
-    const size_t end = may_begin ? FollowEntries(bytes, at, model, emit) : at;
-    at = end > at ? end : at + 1;
-  }
-}
-
-// The frame at `at`, unpacked; empty where none is.
-std::string Unpack(std::string_view bytes, size_t at, size_t* frame_bytes) {
-  const char* from = bytes.data() + at;
-  const size_t left = bytes.size() - at;
-  const size_t packed = ZSTD_findFrameCompressedSize(from, left);
-  if (ZSTD_isError(packed)) return "";
-  const unsigned long long size = ZSTD_getFrameContentSize(from, left);
-  if (size == ZSTD_CONTENTSIZE_ERROR || size == ZSTD_CONTENTSIZE_UNKNOWN ||
-      size > kMaxFrameBytes || size / 1000 > packed) {
-    return "";
-  }
-  std::string out(size, '\0');
-  const size_t n = ZSTD_decompress(out.data(), out.size(), from, packed);
-  if (ZSTD_isError(n) || n != out.size()) return "";
-  *frame_bytes = packed;
-  return out;
-}
 
 }  // namespace
 
-void FindRecords(
-    std::string_view table, uint64_t model,
-    const std::function<void(std::string_view key, const RecordPlace&)>& found) {
-  FindPlain(table, model, [&](std::string_view key, size_t at, uint32_t bytes) {
-    found(key, {at, bytes, 0, 0});
-  });
-  const std::string_view magic(reinterpret_cast<const char*>(&kFrameMagic), 4);
-  for (size_t at = table.find(magic); at != std::string_view::npos;
-       at = table.find(magic, at + 1)) {
-    size_t packed = 0;
-    const std::string block = Unpack(table, at, &packed);
-    FindPlain(block, model, [&](std::string_view key, size_t inner, uint32_t bytes) {
-      found(key, {inner, bytes, at, static_cast<uint32_t>(packed)});
-    });
-  }
-}
-
 Salvage::~Salvage() = default;
 
-Salvage::Salvage(fs::path store) : store_(std::move(store)) {
+Salvage::Salvage(fs::path store, size_t window_bytes) : store_(std::move(store)) {
   std::vector<ShardSeal> seals;
   for (const int shard : SealedShards(store_)) {
     try {
@@ -149,7 +46,7 @@ Salvage::Salvage(fs::path store) : store_(std::move(store)) {
   for (int shard = 0; shard < config_.num_shards; ++shard) {
     if (!fs::is_directory(ShardPath(store_, shard))) continue;
     for (const auto& entry : fs::directory_iterator(ShardPath(store_, shard))) {
-      if (entry.path().extension() == ".sst") Search(entry.path());
+      if (entry.path().extension() == ".sst") Search(entry.path(), window_bytes);
     }
   }
   for (const ShardSeal& seal : seals) {
@@ -165,15 +62,21 @@ Salvage::Salvage(fs::path store) : store_(std::move(store)) {
   }
   std::sort(sequences_.begin(), sequences_.end(),
             [](const auto& a, const auto& b) { return a.sequence_id < b.sequence_id; });
+  // Marks of two stores whose files were mixed may name one sequence twice.
+  const auto same = [](const auto& a, const auto& b) {
+    return a.sequence_id == b.sequence_id;
+  };
+  sequences_.erase(std::unique(sequences_.begin(), sequences_.end(), same),
+                   sequences_.end());
 }
 
-void Salvage::Search(const fs::path& table) {
-  ThrowIfStopped("while searching for records");
-  const std::string bytes = ReadFile(table, kMaxTableBytes);
+void Salvage::Search(const fs::path& table, size_t window_bytes) {
+  const ByteFile opened(table);
+  ByteWindow bytes(opened, window_bytes);
   const size_t file = files_.size();
   files_.push_back(table);
   FindRecords(
-      bytes, model_ ? model_->fingerprint() : 0,
+      &bytes, model_ ? model_->fingerprint() : 0,
       [&](std::string_view key, const RecordPlace& place) {
         RecordKind kind;
         uint64_t id = 0;
@@ -189,12 +92,7 @@ void Salvage::Search(const fs::path& table) {
 }
 
 std::string Salvage::Load(const Found& found) const {
-  const ByteFile file(files_[found.file]);
-  const RecordPlace& place = found.place;
-  if (place.frame_bytes == 0) return file.Read(place.at, place.bytes);
-  size_t packed = 0;
-  const std::string frame = file.Read(place.frame, place.frame_bytes);
-  return Unpack(frame, 0, &packed).substr(place.at, place.bytes);
+  return ReadRecord(ByteFile(files_[found.file]), found.place);
 }
 
 bool Salvage::ReadStack(const SequenceInfo& info, Stack stack,
@@ -215,6 +113,8 @@ bool Salvage::ReadStack(const SequenceInfo& info, Stack stack,
           DecodeSpan(key, value, files_[place.file].string(), model_.get());
       if (decoded.num_experts != config_.geometry.num_experts ||
           decoded.span.num_layers != config_.geometry.layers(stack) ||
+          (decoded.span.top_k != 0 && decoded.span.top_k != config_.top_k) ||
+          decoded.span.token_ids.empty() == config_.token_ids ||
           static_cast<uint32_t>(decoded.span.num_tokens) != tokens) {
         continue;
       }

@@ -1,19 +1,19 @@
 // What can still be read of a damaged store, without trusting more of it than needed:
 // table files are searched for records, which carry checksums of their own, so that
 // damage to a manifest, an index, a footer or a block costs at most the records beside
-// the damaged byte. Thread rule: one thread. Memory: about 100 bytes a record.
+// the damaged byte. Thread rule: one thread. Memory: about 100 bytes a record, and
+// what record_search.h takes, however large the files are.
 #pragma once
 
-#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "common/files.h"
 #include "common/routing.h"
+#include "storage/record_search.h"
 #include "storage/store_config.h"
 #include "storage/trace_format.h"
 
@@ -21,24 +21,12 @@ namespace routecast {
 
 class ContextModel;
 
-// Where a sound record lies in a table file.
-struct RecordPlace {
-  uint64_t at = 0;  // of the value, in the file or in the unpacked frame
-  uint32_t bytes = 0;
-  uint64_t frame = 0;        // of the compressed block
-  uint32_t frame_bytes = 0;  // 0 = not compressed
-};
-// Finds every record of a table file's bytes whose checksum is right. `model`: the
-// fingerprint of the store's context model; 0 = it has none.
-void FindRecords(
-    std::string_view table, uint64_t model,
-    const std::function<void(std::string_view key, const RecordPlace&)>& found);
-
 class Salvage {
  public:
-  // Searches all shards. UsageError where the folder is no store; DataError where neither
-  // store.json nor a seal says what it is made of.
-  explicit Salvage(fs::path store);
+  // Searches all shards, through a window of so many bytes of each file. UsageError where
+  // the folder is no store; DataError where neither store.json nor a seal says what it is
+  // made of; EnvironmentError where the disk cannot read a file.
+  explicit Salvage(fs::path store, size_t window_bytes = kSearchWindowBytes);
   ~Salvage();
   const StoreConfig& config() const { return config_; }
   // Of all chunks whose mark is sound, in a table or in a seal; ascending by id.
@@ -55,7 +43,7 @@ class Salvage {
     size_t file;
     RecordPlace place;
   };
-  void Search(const fs::path& table);
+  void Search(const fs::path& table, size_t window_bytes);
   std::string Load(const Found& found) const;
   bool ReadStack(const SequenceInfo& info, Stack stack, RoutingTrace* trace) const;
 

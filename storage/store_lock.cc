@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <ctime>
@@ -57,25 +58,33 @@ class Guard {
   int fd_;
 };
 
-// Who holds the lock, or "" when whoever took it is gone.
+// Who holds the lock, or "" when whoever took it is gone. Where that cannot be seen it is
+// an error: a living holder's store must not be taken.
 std::string LivingHolder(const fs::path& path) {
   struct stat info;
-  if (::stat(path.c_str(), &info) != 0) return "";
-  Json lock;
-  try {
-    lock = ReadJsonFile(path);
-  } catch (const std::runtime_error&) {
-    return "";  // its write is atomic: unreadable means a crash of the machine
+  if (::stat(path.c_str(), &info) != 0) {
+    if (errno != ENOENT) ThrowErrno(errno, "stat", path);
+    return "";
   }
-  const std::string host = lock.value("host", ""),
-                    start = lock.value("process_start", "");
-  const int64_t pid = lock.value("pid", int64_t{0});
+  std::string host, start, job;
+  int64_t pid = 0;
+  try {
+    const Json lock = ReadJsonFile(path);
+    host = lock.value("host", "");
+    start = lock.value("process_start", "");
+    job = lock.value("job", "");
+    pid = lock.value("pid", int64_t{0});
+  } catch (const DataError&) {
+    return "";  // its write is atomic: unreadable means a crash of the machine
+  } catch (const Json::exception&) {
+    return "";
+  }
   const int64_t age = std::time(nullptr) - info.st_mtime;
   const bool alive = host == HostName() ? !start.empty() && ProcessStart(pid) == start
                                         : age < kStaleSeconds;
   if (!alive) return "";
-  return "host " + host + ", process " + std::to_string(pid) + ", job \"" +
-         lock.value("job", "") + "\", heartbeat " + std::to_string(age) + " s ago";
+  return "host " + host + ", process " + std::to_string(pid) + ", job \"" + job +
+         "\", heartbeat " + std::to_string(age) + " s ago";
 }
 
 }  // namespace

@@ -36,9 +36,6 @@ inline constexpr uint8_t kRecordVersion = 1;
 inline constexpr uint8_t kCodedTopkVersion = 2;  // of routing with coded top-k ids
 inline constexpr size_t kKeyBytes = 9;
 inline constexpr size_t kChecksumBytes = 8;
-// True where the value's checksum is right: of a value that needs no context model, or,
-// with `model` its fingerprint, of one that needs that model.
-bool ChecksumHolds(std::string_view key, std::string_view value, uint64_t model = 0);
 // Limits of a record: what is beyond them is damage, whatever its checksum says.
 inline constexpr uint64_t kMaxTokens = uint64_t{1} << 24;
 inline constexpr uint64_t kMaxLayers = 4096;

@@ -48,6 +48,13 @@ void DecodeInto(std::string_view key, std::string_view value, const std::string&
                                   "token ids; store.json says otherwise",
                               "run routecast-trace verify"));
   }
+  // A record may lack the plane, as others; one of another shape is of another store.
+  if (decoded.span.top_k != 0 && decoded.span.top_k != config.top_k) {
+    throw DataError(ErrorText(where + ": record and store disagree",
+                              "top-k of " + std::to_string(decoded.span.top_k) +
+                                  "; store.json says " + std::to_string(config.top_k),
+                              "run routecast-trace verify"));
+  }
   trace->task = decoded.task;
   (stack == Stack::kEncoder ? trace->encoder : trace->decoder) = std::move(decoded.span);
 }

@@ -1,11 +1,18 @@
 #include "common/files.h"
 
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <fstream>
+#include <functional>
 #include <iterator>
 
+#include "common/byte_file.h"
 #include "common/errors.h"
+#include "common/temporary_file.h"
 
 namespace routecast {
 namespace {
@@ -43,6 +50,68 @@ TEST_F(FilesTest, ReadingWhatIsMissingAFolderOrTooLarge) {
   WriteFileAtomic(folder_ / "f", "12345");
   EXPECT_THROW(ReadFile(folder_ / "f", 4), DataError);
   EXPECT_THROW(WriteFileAtomic(folder_ / "absent" / "f", "x"), UsageError);
+}
+
+// Runs `work` in a process of its own, which waits afterwards; `meanwhile` in this one,
+// between `work` and the other's death by SIGKILL.
+void InAnotherProcess(const std::function<void()>& work,
+                      const std::function<void()>& meanwhile) {
+  int ready[2];
+  ASSERT_EQ(::pipe(ready), 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    work();
+    const ssize_t told = ::write(ready[1], "x", 1);
+    for (; told == 1;) ::pause();
+    ::_exit(1);
+  }
+  char byte = 0;
+  EXPECT_EQ(::read(ready[0], &byte, 1), 1);
+  meanwhile();
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, 0);
+  ::close(ready[0]);
+  ::close(ready[1]);
+}
+
+TEST_F(FilesTest, WhatAKilledWriterLeftGoesWithTheNextOfThatFile) {
+  const fs::path path = folder_ / "f", other = folder_ / "g";
+  InAnotherProcess(
+      [&] {
+        for (const fs::path& of : {path, other}) {
+          (new AtomicFileWriter(of, 0))->Append("half", 4);
+        }
+      },
+      [] {});
+  EXPECT_EQ(NumEntries(), 2u);
+  // Not of a writer, though nearly named like it.
+  for (const char* name : {"f.tmp", "f.1x.tmp", "f.7.tmp.old", "ff.7.tmp", "7.tmp"}) {
+    std::ofstream(folder_ / name) << "mine";
+  }
+  WriteFileAtomic(path, "whole");
+  EXPECT_EQ(ReadFile(path), "whole");
+  EXPECT_EQ(NumEntries(), 7u);  // f, the five, and what was left of g
+  AtomicFileWriter(other, 0).Commit();
+  EXPECT_EQ(NumEntries(), 7u);
+}
+
+TEST_F(FilesTest, ALivingWritersFileIsNotTakenForALeftover) {
+  const fs::path path = folder_ / "f";
+  InAnotherProcess([&] { (new AtomicFileWriter(path, 0))->Append("theirs", 6); },
+                   [&] {
+                     WriteFileAtomic(path, "ours");
+                     EXPECT_EQ(NumEntries(), 2u);
+                   });
+  WriteFileAtomic(path, "ours again");
+  EXPECT_EQ(NumEntries(), 1u);
+}
+
+TEST_F(FilesTest, NamesOfTemporaryFiles) {
+  EXPECT_EQ(PathOfTemporary("a/traces.npz.12.tmp"), "a/traces.npz");
+  EXPECT_EQ(PathOfTemporary("f.1.tmp"), "f");
+  for (const char* path : {"", "f", "f.tmp", "f..tmp", "f.1", "f.1.tmpx", "f.-1.tmp"}) {
+    EXPECT_EQ(PathOfTemporary(path), "") << path;
+  }
 }
 
 TEST_F(FilesTest, AFileInTheWayOfAFolderIsUsage) {

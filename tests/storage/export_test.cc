@@ -211,6 +211,26 @@ TEST_F(TraceStoreTest, AnExportLeavesNoPartOfAnEarlierOne) {
   EXPECT_EQ(names(), expected);
 }
 
+// A plane shorter than its shape would be written with what lies behind it in memory.
+TEST_F(TraceStoreTest, RecordsThatDifferInTheirPlanesAreRefusedAsArrays) {
+  config_ = ConfigOf(shape_, 1, 1);
+  Create();
+  ChunkWriter writer(store(), config_, 0, "t");
+  writer.Add(RandomTrace(1, shape_));
+  RoutingTrace other = RandomTrace(2, shape_);
+  other.decoder.margins.clear();
+  writer.Add(other);
+  writer.Finish();
+  ShardOwner(store(), config_, 0, 1).Ingest(0, "t");
+  const TraceReader reader(store());
+  const fs::path out = folder_.path() / "out";
+  for (const std::string format : {"npz", "safetensors"}) {
+    EXPECT_THROW(ExportTraces(reader, out, {.format = format}), DataError);
+    EXPECT_TRUE(fs::is_empty(out));
+  }
+  EXPECT_NO_THROW(ExportTraces(reader, out, {.format = "jsonl"}));
+}
+
 TEST_F(TraceStoreTest, AnUnknownFormatNamesTheNearest) {
   Fill(1);
   ExportOptions options;

@@ -1,13 +1,17 @@
 #include "storage/salvage.h"
 
 #include <fstream>
+#include <set>
 
 #include "common/errors.h"
 #include "storage/verify.h"
+#include "tests/common/hostile_files.h"
 #include "tests/storage/store_fixture.h"
 
 namespace routecast {
 namespace {
+
+constexpr uint64_t kMiB = uint64_t{1} << 20;
 
 void Damage(const fs::path& file, size_t at) {
   std::string bytes = ReadFile(file);
@@ -35,6 +39,27 @@ class SalvageTest : public TraceStoreTest {
   }
   fs::path ShardFolder(int shard) const {
     return store() / "shards" / ("0000" + std::to_string(shard));
+  }
+  // Puts nothing, for much longer than a window, before and behind the largest table.
+  fs::path MakeLong(int shard) const {
+    const fs::path table = TableOf(shard);
+    const std::string bytes = ReadFile(table);
+    fs::resize_file(table, 0);
+    fs::resize_file(table, 24 * kMiB);
+    std::ofstream(table, std::ios::binary | std::ios::app) << bytes;
+    fs::resize_file(table, 32 * kMiB);
+    return table;
+  }
+  // All sequences, searched for through a window of so many bytes.
+  void ExpectAllThrough(size_t window_bytes) {
+    const Salvage salvage(store(), window_bytes);
+    const auto all = All();
+    ASSERT_EQ(salvage.sequences().size(), all.size());
+    for (const SequenceInfo& info : salvage.sequences()) {
+      const auto trace = salvage.Read(info);
+      ASSERT_TRUE(trace) << info.sequence_id;
+      EXPECT_EQ(*trace, all.at(info.sequence_id));
+    }
   }
   SalvageReport SalvageIt() { return SalvageStore(store(), folder_.path() / "saved"); }
 };
@@ -117,6 +142,57 @@ TEST_F(SalvageTest, AStoreWithoutSealsIsSalvagedToo) {
   EXPECT_EQ(SalvageIt().sequences, kChunks * kPerChunk);
 }
 
+// Records, and compressed blocks, of several times the window.
+TEST_F(SalvageTest, RecordsLongerThanTheWindowAreFound) {
+  for (const char* compression : {"none", "zstd"}) {
+    SCOPED_TRACE(compression);
+    fs::remove_all(store());
+    config_.compression = compression;
+    FillAndSeal();
+    for (const size_t window_bytes : {64, 100, 1000, 4096}) {
+      ExpectAllThrough(window_bytes);
+    }
+  }
+}
+
+TEST_F(SalvageTest, TablesLongerThanTheWindowAreSalvagedEquallyInItsMemory) {
+  for (const char* compression : {"none", "zstd"}) {
+    SCOPED_TRACE(compression);
+    fs::remove_all(store());
+    config_.compression = compression;
+    FillAndSeal();
+    const auto keys = [&](const fs::path& path) {
+      std::multiset<std::string> found;
+      const ByteFile file(path);
+      const uint64_t before = AllocatedBytes();
+      ByteWindow window(file, kMiB);
+      FindRecords(&window, 0, [&](std::string_view key, auto&) { found.emplace(key); });
+      // All that was ever taken, which is more than the most at once.
+      EXPECT_LT(AllocatedBytes() - before, 3 * kMiB);
+      return found;
+    };
+    const auto expected = keys(TableOf(1));
+    EXPECT_GE(expected.size(), kPerChunk);
+    EXPECT_EQ(keys(MakeLong(1)), expected);
+    ExpectAllThrough(kSearchWindowBytes);
+  }
+}
+
+// A frame that says that it is 2 GiB, in as many bytes as that needs and in fewer.
+TEST_F(SalvageTest, AFrameIsNotBelievedBeyondItsBytes) {
+  std::string frame("\x28\xB5\x2F\xFD\xA0", 5);  // size in four bytes, one segment
+  frame += std::string("\0\0\0\x80", 4);
+  for (int i = 1; i < 16384; ++i) frame += std::string("\x02\0\x10\0", 4);
+  frame += std::string("\x03\0\x10\0", 4);  // the last 128 KiB of zeros
+  const uint64_t before = AllocatedBytes();
+  for (const size_t bytes : {frame.size(), size_t{30}}) {
+    std::string table = frame.substr(0, bytes) + std::string(64, '\1');
+    ByteWindow window(table);
+    FindRecords(&window, 0, [](auto, auto&) { ADD_FAILURE(); });
+  }
+  EXPECT_LT(AllocatedBytes() - before, kMiB);
+}
+
 TEST_F(SalvageTest, SealsGoWhenAWriterComes) {
   FillAndSeal();
   EXPECT_TRUE(VerifyStore(store()).sealed);
@@ -133,6 +209,36 @@ TEST_F(SalvageTest, ANewSealKeepsWhatTablesWere) {
   Damage(table, fs::file_size(table) / 2);
   ShardOwner(store(), config_, 0, 1).Finish();
   EXPECT_FALSE(VerifyStore(store()).sound());
+}
+
+// Files of two stores in one folder: sound, each by itself.
+TEST_F(SalvageTest, ASequenceThatTwoChunksNameIsKeptOnce) {
+  Create();
+  ShardOwner owner(store(), config_, 0, 1);
+  for (uint32_t c = 0; c < 2; ++c) {
+    ChunkWriter writer(store(), config_, c, "t");
+    writer.Add(RandomTrace(c, shape_));
+    writer.Add(RandomTrace(7, shape_));
+    writer.Finish();
+    owner.Ingest(c, "t");
+  }
+  owner.Finish();
+  EXPECT_EQ(SalvageIt().sequences, 3u);
+}
+
+TEST_F(SalvageTest, RecordsOfAnotherKindThanTheStoresAreLost) {
+  Create();
+  ShardOwner owner(store(), config_, 0, 1);
+  ChunkWriter writer(store(), config_, 0, "t");
+  writer.Add(RandomTrace(1, shape_));
+  shape_.top_k = 1;
+  writer.Add(RandomTrace(2, shape_));
+  writer.Finish();
+  owner.Ingest(0, "t");
+  owner.Finish();
+  const SalvageReport report = SalvageIt();
+  EXPECT_EQ(report.sequences, 1u);
+  EXPECT_EQ(report.lost_ids, std::vector<uint64_t>{2});
 }
 
 }  // namespace

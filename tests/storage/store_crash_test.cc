@@ -9,6 +9,7 @@
 #include <set>
 
 #include "common/errors.h"
+#include "storage/export.h"
 #include "storage/store_lock.h"
 #include "tests/storage/store_fixture.h"
 
@@ -93,6 +94,57 @@ TEST_F(TraceStoreTest, AFullDiskIsAnErrorAndLeavesNothing) {
             }),
             0);
   EXPECT_EQ(InChild([&] { ExpectEverything(); }), 0);
+}
+
+// The signal that ended `work`; 0 where it ran to its end.
+int KilledBy(const std::function<void()>& work) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    work();
+    ::_exit(0);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+}
+
+// As by kill -9 in the middle of a file: the system ends a process that writes beyond
+// its limit, and no destructor runs.
+TEST_F(TraceStoreTest, WhatAKilledExportLeftGoesWithTheNext) {
+  ASSERT_EQ(InChild([&] { Fill(); }), 0);
+  const fs::path out = folder_.path() / "out";
+  const auto names = [&] {
+    std::set<std::string> found;
+    for (const auto& entry : fs::directory_iterator(out)) {
+      found.insert(entry.path().filename());
+    }
+    return found;
+  };
+  const ExportOptions text{.format = "csv"}, arrays{.format = "npz"},
+      parts{.format = "npz", .max_part_bytes = 5000};
+  struct Case {
+    ExportOptions killed, next;
+    const char* file;
+  };
+  // The last one is killed in a part that the next export does not have.
+  for (const Case& c :
+       {Case{text, text, "traces.csv"}, Case{arrays, arrays, "traces.npz"},
+        Case{parts, arrays, "traces.npz"}}) {
+    fs::remove_all(out);
+    EXPECT_EQ(KilledBy([&] {
+                const TraceReader reader(store());
+                std::signal(SIGXFSZ, SIG_DFL);
+                const rlimit none{0, 0}, few{1000, 1000};
+                ::setrlimit(RLIMIT_CORE, &none);
+                ::setrlimit(RLIMIT_FSIZE, &few);
+                ExportTraces(reader, out, c.killed);
+              }),
+              SIGXFSZ);
+    ASSERT_EQ(names().size(), 1u);
+    ASSERT_TRUE(names().begin()->ends_with(".tmp"));
+    EXPECT_EQ(InChild([&] { ExportTraces(TraceReader(store()), out, c.next); }), 0);
+    EXPECT_EQ(names(), std::set<std::string>{c.file});
+  }
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "common/errors.h"
 #include "storage/context_coder.h"
 #include "storage/export.h"
+#include "storage/salvage.h"
 #include "storage/store_lock.h"
 #include "storage/trace_reader.h"
 #include "storage/trace_store.h"
@@ -208,6 +209,30 @@ TEST_F(StoreFaultsTest, WritesInParts) { FailAtEvery(Fault::kPartial, 7); }
 TEST_F(StoreFaultsTest, PowerLoss) { LosePowerEverywhere(Lost::kUnsynced); }
 TEST_F(StoreFaultsTest, PowerLossWithNamesAheadOfBytes) {
   LosePowerEverywhere(Lost::kUnsyncedBytes);
+}
+
+TEST_F(StoreFaultsTest, SalvageNamesTheFileThatTheDiskCannotRead) {
+  Empty();
+  Job(store());
+  const auto salvage = [&](int64_t at) {
+    FileWatch watch(disk(), at, Fault::kIoError);
+    const Salvage salvaged(store());
+    return watch.calls();
+  };
+  const std::vector<SeenCall> calls = salvage(-1);
+  int reads = 0;
+  for (size_t n = 0; n < calls.size(); ++n) {
+    if (calls[n].call != FileCall::kRead || !calls[n].path.ends_with(".sst")) continue;
+    ++reads;
+    try {
+      salvage(static_cast<int64_t>(n));
+      ADD_FAILURE() << calls[n].path;
+    } catch (const EnvironmentError& e) {
+      EXPECT_NE(std::string(e.what()).find(disk() / calls[n].path), std::string::npos)
+          << e.what();
+    }
+  }
+  EXPECT_GE(reads, config_.num_shards * 3);  // of three column families
 }
 
 TEST_F(StoreFaultsTest, AFailedExportLeavesNoPart) {

@@ -84,7 +84,8 @@ class StoreFlipsTest : public testing::TestWithParam<std::string> {
   // Sequences with a record that begins within a block of byte `at` of `table`.
   std::set<uint64_t> Beside(const std::string& table, size_t at) {
     std::set<uint64_t> ids;
-    FindRecords(table, model_, [&](std::string_view key, const RecordPlace& place) {
+    ByteWindow all(table);
+    FindRecords(&all, model_, [&](std::string_view key, const RecordPlace& place) {
       const uint64_t begin = place.frame_bytes > 0 ? place.frame : place.at;
       const uint64_t end =
           begin + (place.frame_bytes > 0 ? place.frame_bytes : place.bytes);
@@ -115,8 +116,9 @@ class StoreFlipsTest : public testing::TestWithParam<std::string> {
     double packed = 0, all = 0;
     for (const fs::path& file : files_) {
       if (file.extension() != ".sst") continue;
-      const std::string table = ReadFile(file);
-      FindRecords(table, model_, [&](std::string_view, const RecordPlace& place) {
+      const ByteFile table(file);
+      ByteWindow window(table);
+      FindRecords(&window, model_, [&](std::string_view, const RecordPlace& place) {
         packed += place.frame_bytes > 0;
         ++all;
       });

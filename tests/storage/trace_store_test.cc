@@ -172,5 +172,34 @@ TEST_F(TraceStoreTest, ALockThatAnotherJobTookOverIsLeftAlone) {
   EXPECT_TRUE(fs::exists(file));
 }
 
+// Whatever lies there, written by whom: nobody holds the store by it.
+TEST_F(TraceStoreTest, ALockFileOfSomethingElseHoldsNobody) {
+  Create();
+  for (const char* text : {"", "[]", "7", "{\"host\": 7}", "{\"pid\": \"x\"}"}) {
+    std::ofstream(store() / "lock.json") << text;
+    EXPECT_NO_THROW(StoreLock{store()}) << text;
+  }
+}
+
+// It may be a living holder's.
+TEST_F(TraceStoreTest, ALockFileThatCannotBeReadIsAnError) {
+  Create();
+  const fs::path file = store() / "lock.json";
+  fs::create_symlink(file, file);
+  EXPECT_THROW(StoreLock{store()}, EnvironmentError);
+}
+
+TEST_F(TraceStoreTest, RecordsOfAnotherTopKThanTheStoresAreRefused) {
+  Create();
+  shape_.top_k = 1;
+  ShardOwner owner(store(), config_, 0, 1);
+  for (uint32_t c = 0; c < kChunks; ++c) {
+    StageChunk(store(), config_, c, kPerChunk, shape_, "t");
+    owner.Ingest(c, "t");
+  }
+  const TraceReader reader(store());
+  EXPECT_THROW(reader.Read(reader.sequence_ids()[0], WithHidden::kNo), DataError);
+}
+
 }  // namespace
 }  // namespace routecast
