@@ -8,7 +8,12 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <thread>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace routecast {
 
@@ -36,37 +41,39 @@ inline double LeastSecondsOf(int runs, const std::function<void()>& work) {
   return least;
 }
 
-constexpr int kChains = 16;  // sums that do not wait for each other
-constexpr int64_t kTurns = 4'000'000;
+constexpr int kChains = 10;  // sums that do not wait for each other
+constexpr int64_t kTurns = 8'000'000;
 
-// Fused multiply-adds on registers alone; returns a number that depends on all of them.
-template <class Vector>
-[[gnu::always_inline]] inline float Turn() {
-  Vector sums[kChains];
-  for (int c = 0; c < kChains; ++c) sums[c] = Vector{} + static_cast<float>(c);
-  Vector factor = Vector{} + .9999F, term = Vector{} + .0001F;
-  for (int64_t i = 0; i < kTurns; ++i) {
-#pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) sums[c] = sums[c] * factor + term;
-    asm volatile("" : "+m"(factor), "+m"(term));  // the loop has to be run
-  }
-  float all = 0;
-  for (int c = 0; c < kChains; ++c) all += sums[c][0];
-  return all;
-}
+// Fused multiply-adds on registers alone; a number that depends on all of them.
+#define ROUTECAST_TURN(Set, Add, First)                                               \
+  auto a = Set(0), b = Set(1), c = Set(2), d = Set(3), e = Set(4), f = Set(5),        \
+       g = Set(6), h = Set(7), k = Set(8), l = Set(9);                                \
+  const auto factor = Set(.9999F), term = Set(1e-4F);                                 \
+  for (int64_t i = 0; i < kTurns; ++i) {                                              \
+    a = Add(a, factor, term), b = Add(b, factor, term), c = Add(c, factor, term);     \
+    d = Add(d, factor, term), e = Add(e, factor, term), f = Add(f, factor, term);     \
+    g = Add(g, factor, term), h = Add(h, factor, term), k = Add(k, factor, term);     \
+    l = Add(l, factor, term);                                                         \
+  }                                                                                   \
+  return First(a) + First(b) + First(c) + First(d) + First(e) + First(f) + First(g) + \
+         First(h) + First(k) + First(l);
 
-typedef float Floats4 __attribute__((vector_size(16)));
-inline float TurnPlain() { return Turn<Floats4>(); }
+inline float Same(float x) { return x; }
+inline float PlainAdd(float a, float b, float c) { return a * b + c; }
+inline float TurnPlain() { ROUTECAST_TURN(Same, PlainAdd, Same) }
 #if defined(__x86_64__)
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef float Floats16 __attribute__((vector_size(64)));
-[[gnu::target("avx2,fma")]] inline float TurnAvx2() { return Turn<Floats8>(); }
-[[gnu::target("avx512f,fma")]] inline float TurnAvx512() { return Turn<Floats16>(); }
+[[gnu::target("avx2,fma")]] inline float TurnAvx2() {
+  ROUTECAST_TURN(_mm256_set1_ps, _mm256_fmadd_ps, _mm256_cvtss_f32)
+}
+[[gnu::target("avx512f")]] inline float TurnAvx512() {
+  ROUTECAST_TURN(_mm512_set1_ps, _mm512_fmadd_ps, _mm512_cvtss_f32)
+}
 #endif
+#undef ROUTECAST_TURN
 
 inline double FlopsOfCpu() {
   float (*turn)() = TurnPlain;
-  int width = 4;
+  int width = 1;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f")) {
     turn = TurnAvx512;
@@ -79,9 +86,8 @@ inline double FlopsOfCpu() {
   const int threads = at::get_num_threads();
   std::vector<float> results(static_cast<size_t>(threads));
   const double seconds = LeastSecondsOf(5, [&] {
-    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) results[static_cast<size_t>(i)] = turn();
-    });
+    std::vector<std::jthread> all;
+    for (float& result : results) all.emplace_back([&result, turn] { result = turn(); });
   });
   return 2.0 * kChains * width * static_cast<double>(kTurns) * threads / seconds;
 }

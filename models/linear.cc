@@ -18,6 +18,7 @@ namespace {
 
 // Float32, more rows: a library's repacking of the weights pays (docs/results).
 constexpr int64_t kFewRows = 96;
+constexpr int64_t kFewBf16Rows = 4;     // bfloat16 where the machine has its instructions
 constexpr int kRows = 3, kColumns = 4;  // 12 sums, 3 inputs and a weight: 16 registers
 constexpr int64_t kDepth = 1024;        // a tile of 4 weight rows this deep stays in L1
 constexpr int64_t kGrain = 1 << 17;     // products that are worth a thread
@@ -80,6 +81,7 @@ template <int kR, int kC, bool kAhead, class Weight>
 ROUTECAST_INLINE void Tile(const float* x, int64_t x_stride, const Weight* w,
                            int64_t w_stride, int64_t depth, bool add, float* y,
                            int64_t y_stride) {
+  constexpr int64_t kLine = 64 / sizeof(Weight);
   Floats sums[kR][kC] = {};
   int64_t k = 0;
   for (; k + kWidth <= depth; k += kWidth) {
@@ -89,8 +91,11 @@ ROUTECAST_INLINE void Tile(const float* x, int64_t x_stride, const Weight* w,
 #pragma GCC unroll 4
     for (int c = 0; c < kC; ++c) {
       // The next columns' weights: rows this short are over before the machine sees
-      // that they are a stream.
-      if (kAhead) __builtin_prefetch(w + (c + kC) * w_stride + k);
+      // that they are a stream. Into the second level: more lines may be on their way
+      // to it than to the first.
+      if (kAhead && k % kLine == 0) {
+        __builtin_prefetch(w + (c + kC) * w_stride + k, /*write=*/0, /*locality=*/2);
+      }
       Floats weight;
       Load(w + c * w_stride + k, &weight);
 #pragma GCC unroll 4
@@ -238,7 +243,9 @@ Way WayOf(const at::Tensor& x, const at::Tensor& weight, int64_t rows) {
   if (c10::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) {
     return Way::kTrained;
   }
-  if (x.scalar_type() == at::kBFloat16 && !HasBf16()) return Way::kOwnLoops;
+  if (x.scalar_type() == at::kBFloat16 && (!HasBf16() || rows <= kFewBf16Rows)) {
+    return Way::kOwnLoops;
+  }
   if (x.scalar_type() != at::kFloat) return Way::kLibrary;
   if (rows <= kFewRows) return Way::kOwnLoops;
   return PrefersOneDnn() ? Way::kOneDnn : Way::kLibrary;
