@@ -50,6 +50,8 @@ if(ROUTECAST_WITH_TORCH)
   target_link_options(dep::torch INTERFACE -Wl,--no-as-needed)
   target_link_libraries(dep::torch INTERFACE
     ${torch_root}/lib/libtorch_cpu.so ${torch_root}/lib/libc10.so Threads::Threads)
+  # The wheel's own, so that a process has one; for routecast_parallel_sources.
+  target_link_libraries(dep::torch INTERFACE ${torch_root}/lib/libgomp.so.1)
   if(ROUTECAST_HAVE_CUDA)
     set(ROUTECAST_NCCL_ROOT ${ROUTECAST_TORCH_SITE}/nvidia/nccl CACHE PATH "NCCL folder")
     add_library(dep::torch_cuda INTERFACE IMPORTED GLOBAL)

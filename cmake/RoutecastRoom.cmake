@@ -6,6 +6,12 @@ function(routecast_room name)
   target_link_libraries(rc_${name} PUBLIC ${ROOM_LINK})
 endfunction()
 
+# Sources that call at::parallel_for: without OpenMP in the compiler it runs on one thread.
+# Their options differ from the precompiled headers'.
+function(routecast_parallel_sources)
+  set_source_files_properties(${ARGN} PROPERTIES COMPILE_OPTIONS -fopenmp SKIP_PRECOMPILE_HEADERS ON)
+endfunction()
+
 # routecast_test(name LABEL unit|ranks|golden|gpu|pipeline [RANKS n] [TIMEOUT s]
 #                SOURCES ... LINK ...): one GoogleTest program, one CTest entry.
 # Tests find data by ROUTECAST_SOURCE_DIR and programs by ROUTECAST_BIN_DIR (environment).

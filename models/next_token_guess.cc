@@ -1,7 +1,6 @@
 #include "models/next_token_guess.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -19,7 +18,6 @@ namespace routecast {
 namespace {
 
 constexpr int kBlock = 64;
-constexpr int64_t kBlocksAThread = 32;  // 200 kB of the preview
 
 // The best of a block's rows: scores = scale (preview^T x).
 ROUTECAST_WIDE float BestOfBlock(const int8_t* preview, const float* scale,
@@ -117,15 +115,14 @@ int64_t NextTokenGuess::GuessRow(const float* output) const {
   };
   const auto blocks = static_cast<int64_t>(scale_.size()) / kBlock;
   std::vector<Candidate> candidates(static_cast<size_t>(blocks));
-  at::parallel_for(0, blocks, kBlocksAThread, [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b) {
-      int best = 0;
-      const auto rows = static_cast<int>(std::clamp<int64_t>(V - b * kBlock, 0, kBlock));
-      const float score = BestOfBlock(preview_.data() + b * kBlock * R,
-                                      scale_.data() + b * kBlock, x, R, rows, &best);
-      candidates[static_cast<size_t>(b)] = {score, b * kBlock + best};
-    }
-  });
+  // On this thread alone: it may be one beside the model's, which has the others.
+  for (int64_t b = 0; b < blocks; ++b) {
+    int best = 0;
+    const auto rows = static_cast<int>(std::clamp<int64_t>(V - b * kBlock, 0, kBlock));
+    const float score = BestOfBlock(preview_.data() + b * kBlock * R,
+                                    scale_.data() + b * kBlock, x, R, rows, &best);
+    candidates[static_cast<size_t>(b)] = {score, b * kBlock + best};
+  }
   std::erase_if(candidates, [](const Candidate& c) { return !std::isfinite(c.score); });
   const auto kept = std::min<size_t>(kCandidates, candidates.size());
   std::partial_sort(

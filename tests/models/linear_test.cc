@@ -6,6 +6,9 @@
 #include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <filesystem>
+#include <iterator>
 #include <set>
 #include <utility>
 
@@ -95,6 +98,25 @@ TEST(LinearDispatch, OneDnnEqualsTheReferenceAlsoTransposed) {
   EXPECT_LT(LargestError(OneDnnLinear(x, w), x, w), 1e-4);
   const at::Tensor turned = at::randn({40, 24}).t();
   EXPECT_LT(LargestError(OneDnnLinear(x, turned), x, turned), 1e-4);
+}
+
+size_t NumThreads() {
+  namespace fs = std::filesystem;
+  return static_cast<size_t>(
+      std::distance(fs::directory_iterator("/proc/self/task"), fs::directory_iterator()));
+}
+
+// Compiled without OpenMP at::parallel_for compiles as well, and runs on one thread.
+TEST(LinearDispatch, OwnLoopsRunOnAsManyThreadsAsTheyAreGiven) {
+  const int given = at::get_num_threads();
+  at::set_num_threads(given + 2);  // more than any test before has started
+  at::Tensor x = at::empty({64, 512}), w = at::empty({512, 512});
+  std::fill_n(x.data_ptr<float>(), x.numel(), 1.F);  // the library would start them
+  std::fill_n(w.data_ptr<float>(), w.numel(), 1.F);
+  const size_t before = NumThreads();
+  OwnLinear(x, w);
+  EXPECT_EQ(NumThreads(), before + 2);
+  at::set_num_threads(given);
 }
 
 // Experts have any number of rows; code is made for few of them.
