@@ -68,26 +68,13 @@ uint64_t WindowSampler::StepMicroBatches(uint64_t step) const {
 
 std::vector<MicroBatch> WindowSampler::Step(uint64_t epoch, uint64_t step, int rank,
                                             int world) const {
-  std::vector<MicroBatch> all;
+  std::vector<MicroBatch> mine;
   const Permutation order(first_micro_.back(), Mix(options_.seed, kOrderKey, epoch));
   const uint64_t count = StepMicroBatches(step);
-  for (uint64_t j = 0; j < count; ++j) {
-    all.push_back(Make(epoch, order(step * MicroPerStep() + j)));
-    all.back().number = j;
+  for (auto j = static_cast<uint64_t>(rank); j < count;
+       j += static_cast<uint64_t>(world)) {
+    mine.push_back(Make(epoch, order(step * MicroPerStep() + j)));
   }
-  if (world == 1) return all;
-  std::stable_sort(all.begin(), all.end(), [](const MicroBatch& a, const MicroBatch& b) {
-    return a.tokens > b.tokens;
-  });
-  std::vector<uint64_t> tokens(static_cast<size_t>(world));
-  std::vector<MicroBatch> mine;
-  for (MicroBatch& micro : all) {
-    const auto least = std::min_element(tokens.begin(), tokens.end());
-    *least += micro.tokens;
-    if (least - tokens.begin() == rank) mine.push_back(std::move(micro));
-  }
-  std::sort(mine.begin(), mine.end(),
-            [](const MicroBatch& a, const MicroBatch& b) { return a.number < b.number; });
   return mine;
 }
 
@@ -123,9 +110,7 @@ MicroBatch WindowSampler::Make(uint64_t epoch, uint64_t number) const {
   const uint64_t first = slot % kBucketMicroBatches * size;
   for (uint64_t i = first; i < std::min<uint64_t>(first + size, members.size()); ++i) {
     batch.sequences.push_back(group.pool->sequences[members[i]]);
-    batch.tokens = group.pool->lengths[members[i]];  // by length: the last is the longest
   }
-  batch.tokens *= batch.sequences.size();
   return batch;
 }
 

@@ -36,9 +36,7 @@ struct MicroBatch {
   Stack stack = Stack::kEncoder;
   int source_layer = -1;
   std::vector<uint32_t> sequences;
-  int store = 0;        // the group's
-  uint64_t number = 0;  // in its step
-  uint64_t tokens = 0;  // with padding: what it costs, about
+  int store = 0;  // the group's
 };
 
 struct WindowSamplerOptions {
@@ -56,9 +54,8 @@ class WindowSampler {
   // there is no group.
   WindowSampler(std::vector<SampleGroup> groups, WindowSamplerOptions options);
 
-  // Micro-batches of `step` (of its epoch) that belong to `rank`, by number. Those of
-  // the most tokens are dealt first, each to the rank that has the fewest so far: ranks
-  // wait for the slowest. Empty where a world is larger than the step.
+  // Micro-batches of `step` (of its epoch) that belong to `rank`: number j of the step
+  // goes to rank j mod world. Empty where a world is larger than the step.
   std::vector<MicroBatch> Step(uint64_t epoch, uint64_t step, int rank, int world) const;
   // How many micro-batches the step has over all ranks.
   uint64_t StepMicroBatches(uint64_t step) const;
