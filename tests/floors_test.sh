@@ -32,6 +32,14 @@ scan() {  # scan ROOT: prints violations
       grep -RnE --include=*.h --include=*.cc '#include [<"]gflags/' "$top/$room" \
         | sed 's/$/  (only launch\/ knows gflags)/' || true
   done
+  # Without OpenMP in the compiler at::parallel_for runs on one thread.
+  for room in "${!floor[@]}"; do
+    [ -d "$top/$room" ] || continue
+    for file in $(grep -RlF --include=*.h --include=*.cc 'at::parallel_for(' "$top/$room" || true); do
+      grep -qE "routecast_parallel_sources\(.*\b$(basename "$file")\b" "$top/$room/CMakeLists.txt" 2>/dev/null ||
+        echo "$file: at::parallel_for(  (list it in routecast_parallel_sources)"
+    done
+  done
 }
 
 # The check itself must be able to fail.
@@ -40,7 +48,8 @@ trap 'rm -rf "$bad"' EXIT
 mkdir -p "$bad/models" "$bad/storage"
 echo '#include "storage/x.h"' > "$bad/models/a.cc"
 echo '#include <torch/torch.h>' > "$bad/storage/b.cc"
-[ "$(scan "$bad" | wc -l)" -eq 2 ] || { echo "floors_test does not see a violation"; exit 1; }
+echo 'at::parallel_for(0, n, 1, work);' > "$bad/models/c.cc"
+[ "$(scan "$bad" | wc -l)" -eq 3 ] || { echo "floors_test does not see a violation"; exit 1; }
 
 found=$(scan "$root")
 if [ -n "$found" ]; then echo "$found"; exit 1; fi
