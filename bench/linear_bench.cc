@@ -41,7 +41,7 @@ void Measure(int64_t rows, int64_t depth, int64_t columns) {
   const int runs = std::max(1, static_cast<int>(FLAGS_gflop * 1e9 / flop));
   std::vector<Side> sides = {
       {"library", [](const auto& a, const auto& w) { return at::linear(a, w); }, {}},
-      {"oneDNN", OneDnnLinear, {}},
+      {"oneDNN", [](const auto& a, const auto& w) { return OneDnnLinear(a, w); }, {}},
       {"own loops", OwnLinear, {}}};
   size_t next = 0;
   for (int round = -1; round < FLAGS_rounds; ++round) {
@@ -74,7 +74,7 @@ int main(int argc, char** argv) {
               routecast::PrefersOneDnn() ? "preferred" : "not preferred");
   for (const auto& [depth, columns] :
        {std::pair<int64_t, int64_t>{768, 768}, {768, 3072}, {3072, 768}, {512, 1024}}) {
-    for (const int64_t rows : {1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 1024}) {
+    for (const int64_t rows : {1, 2, 4, 8, 16, 32, 64, 96, 128, 150, 256, 1024}) {
       routecast::Measure(rows, depth, columns);
     }
   }

@@ -59,7 +59,9 @@ const ExpertStack* ResidentExpertSource::Stacked(int layer) {
 
 at::Tensor ApplyFeedForward(Activation activation, const ExpertWeights& weights,
                             const at::Tensor& x_ND) {
-  at::Tensor inner = Activate(activation, Linear(x_ND, weights.wi_FD));
+  at::Tensor inner = activation == Activation::kRelu
+                         ? LinearRelu(x_ND, weights.wi_FD)
+                         : Activate(activation, Linear(x_ND, weights.wi_FD));
   if (weights.gate_FD.defined()) inner = inner * Linear(x_ND, weights.gate_FD);
   return Linear(inner, weights.wo_DF);
 }

@@ -268,24 +268,32 @@ at::Tensor OwnLinear(const at::Tensor& x, const at::Tensor& weight) {
   return out.to(x.scalar_type());
 }
 
-at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight) {
+namespace {
+
+at::Tensor LinearOf(const at::Tensor& x, const at::Tensor& weight, bool relu) {
   const int64_t width = x.size(-1), rows = width > 0 ? x.numel() / width : 0;
   const Way way = WayOf(x, weight, rows);
-  if (way == Way::kLibrary) return at::linear(x, weight);
-  if (way == Way::kTrained) return TrainedLinear(x, weight);
+  if (way == Way::kTrained || way == Way::kLibrary) {
+    const at::Tensor y =
+        way == Way::kTrained ? TrainedLinear(x, weight) : at::linear(x, weight);
+    return relu ? at::relu(y) : y;
+  }
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   const at::Tensor flat = x.view({rows, width});
-  if (way == Way::kOwnLoops) return OwnLinear(flat, weight).view(shape);
-  if (OneDnnRows(rows) == rows) return OneDnnLinear(flat, weight).view(shape);
-  at::Tensor out = at::empty(shape, x.options());
-  OneDnnLinearInBlocks(
-      flat, weight,
-      [](const at::Tensor& part, const at::Tensor& w, at::Tensor to) {
-        to.copy_(OwnLinear(part, w));
-      },
-      out.view({rows, weight.size(0)}));
-  return out;
+  if (way == Way::kOneDnn) return OneDnnLinear(flat, weight, relu).view(shape);
+  const at::Tensor y = OwnLinear(flat, weight).view(shape);
+  return relu ? y.relu_() : y;
+}
+
+}  // namespace
+
+at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight) {
+  return LinearOf(x, weight, /*relu=*/false);
+}
+
+at::Tensor LinearRelu(const at::Tensor& x, const at::Tensor& weight) {
+  return LinearOf(x, weight, /*relu=*/true);
 }
 
 }  // namespace routecast

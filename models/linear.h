@@ -13,6 +13,9 @@ namespace routecast {
 // x's dtype. Any thread. Gradients flow. Equal for equal numbers of rows and threads.
 at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight);
 
+// relu of it; the same bits as at::relu(Linear(x, weight)), in less time.
+at::Tensor LinearRelu(const at::Tensor& x, const at::Tensor& weight);
+
 // The own loops, for tests: REQUIRES CPU, contiguous, float32 or bfloat16 of one kind, no
 // gradient, x [N,D]. A row's result is a function of the row and the weight alone.
 at::Tensor OwnLinear(const at::Tensor& x_ND, const at::Tensor& weight_FD);

@@ -26,13 +26,19 @@ const c10::TypedOperatorHandle<Pointwise>* Product() {
   return product ? &*product : nullptr;
 }
 
-constexpr int64_t kStep = 64, kLongStep = 1024, kMost = 8192;
+constexpr int64_t kLong = 1024, kMost = 8192;
+
+at::Tensor Multiply(const at::Tensor& x, const at::Tensor& weight, bool relu) {
+  return Product()->call(x, weight, std::nullopt, relu ? "relu" : "none",
+                         c10::List<std::optional<at::Scalar>>(), "");
+}
 
 }  // namespace
 
 int64_t OneDnnRows(int64_t rows) {
-  if (rows < kLongStep) return rows / kStep * kStep;
-  return std::min(rows / kLongStep * kLongStep, kMost);
+  if (rows > kLong) return std::min(rows / kLong * kLong, kMost);
+  const int64_t step = rows <= 256 ? 16 : 64;
+  return (rows + step - 1) / step * step;
 }
 
 bool PrefersOneDnn() {
@@ -46,22 +52,23 @@ bool PrefersOneDnn() {
 #endif
 }
 
-at::Tensor OneDnnLinear(const at::Tensor& x_ND, const at::Tensor& weight_FD) {
-  return Product()->call(x_ND, weight_FD, std::nullopt, "none",
-                         c10::List<std::optional<at::Scalar>>(), "");
-}
-
-void OneDnnLinearInBlocks(const at::Tensor& x_ND, const at::Tensor& weight_FD,
-                          FewRowsProduct* few, at::Tensor out_NF) {
-  const int64_t rows = x_ND.size(0);
-  int64_t row = 0;
-  while (const int64_t block = OneDnnRows(rows - row)) {
-    out_NF.narrow(0, row, block)
-        .copy_(OneDnnLinear(x_ND.narrow(0, row, block), weight_FD));
+at::Tensor OneDnnLinear(const at::Tensor& x_ND, const at::Tensor& weight_FD, bool relu) {
+  const int64_t rows = x_ND.size(0), size = OneDnnRows(rows);
+  if (size == rows) return Multiply(x_ND, weight_FD, relu);
+  if (size > rows) {
+    const at::Tensor wide = at::empty({size, x_ND.size(1)}, x_ND.options());
+    wide.narrow(0, 0, rows).copy_(x_ND);
+    wide.narrow(0, rows, size - rows).zero_();
+    return Multiply(wide, weight_FD, relu).narrow(0, 0, rows);
+  }
+  const at::Tensor out = at::empty({rows, weight_FD.size(0)}, x_ND.options());
+  for (int64_t row = 0; row < rows;) {
+    const int64_t block = std::min(OneDnnRows(rows - row), rows - row);
+    out.narrow(0, row, block)
+        .copy_(OneDnnLinear(x_ND.narrow(0, row, block), weight_FD, relu));
     row += block;
   }
-  const int64_t rest = rows - row;
-  if (rest > 0) few(x_ND.narrow(0, row, rest), weight_FD, out_NF.narrow(0, row, rest));
+  return out;
 }
 
 }  // namespace routecast

@@ -11,20 +11,17 @@ namespace routecast {
 // the life of the process: results of a machine do not change between runs.
 bool PrefersOneDnn();
 
-// x [N,D] weight [F,D]^T -> [N,F], new. REQUIRES CPU, float32, no gradient wanted;
-// `weight` may be a transposed view. Any thread. Equal for equal shapes and threads.
-at::Tensor OneDnnLinear(const at::Tensor& x_ND, const at::Tensor& weight_FD);
+// x [N,D] weight [F,D]^T -> [N,F], new, contiguous; `relu`: what is below zero becomes
+// zero. REQUIRES N > 0, CPU, float32, no gradient wanted; `weight` may be a transposed
+// view. Any thread. Equal for equal shapes and threads.
+at::Tensor OneDnnLinear(const at::Tensor& x_ND, const at::Tensor& weight_FD,
+                        bool relu = false);
 
-// How many of `rows` rows should go to it at once; 0: too few. It makes code for each
-// shape that it meets (about a millisecond) and keeps 1,024 of them, and experts have any
-// number of rows: so they come in 23 sizes.
+// How many rows it is asked for at once where there are `rows` (> 0): more, filled up
+// with zeros, or fewer of many. oneDNN makes code for each number that it meets (about a
+// millisecond and a MiB) and keeps 1,024 of them, and experts have any number of rows: so
+// they come in 35 sizes.
 int64_t OneDnnRows(int64_t rows);
-
-// out [N,F] = the same product for any number of rows, in those sizes. `few` (x, weight,
-// out) writes what is left over.
-using FewRowsProduct = void(const at::Tensor&, const at::Tensor&, at::Tensor);
-void OneDnnLinearInBlocks(const at::Tensor& x_ND, const at::Tensor& weight_FD,
-                          FewRowsProduct* few, at::Tensor out_NF);
 
 // x [...,D] weight [F,D]^T + bias [F] -> [...,F] with gradients: the product and x's
 // gradient by oneDNN, the weight's by the library, which is as fast there. Members side

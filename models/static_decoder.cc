@@ -269,10 +269,12 @@ at::Tensor StaticDecoder::AddAttention(size_t i, at::Tensor hidden) const {
   memory.self_key.index_copy_(2, position_, m.Heads(x, block.self.k));
   memory.self_value.index_copy_(2, position_, m.Heads(x, block.self.v));
   hidden = Clamped(hidden + m.Attend(m.Heads(x, block.self.q), memory.self_key,
-                                     memory.self_value, self_bias_, block.self.o));
+                                     memory.self_value, self_bias_, /*causal=*/false,
+                                     block.self.o));
   x = m.Norm(hidden, block.cross.norm);
   return Clamped(hidden + m.Attend(m.Heads(x, block.cross.q), memory.cross_key,
-                                   memory.cross_value, cross_bias_, block.cross.o));
+                                   memory.cross_value, cross_bias_, /*causal=*/false,
+                                   block.cross.o));
 }
 
 at::Tensor StaticDecoder::Counted() const {

@@ -9,6 +9,7 @@
 
 #include "common/errors.h"
 #include "common/random.h"
+#include "models/attention.h"
 #include "models/expert_stack.h"
 #include "models/host_copy.h"
 #include "models/linear.h"
@@ -187,16 +188,9 @@ at::Tensor SwitchModel::Heads(const at::Tensor& x, const at::Tensor& weight) con
 }
 
 at::Tensor SwitchModel::Attend(const at::Tensor& q, const at::Tensor& k,
-                               const at::Tensor& v, const at::Tensor& bias,
+                               const at::Tensor& v, const at::Tensor& bias, bool causal,
                                const at::Tensor& o, at::Tensor* seen_weights) const {
-  // No scaling of the product: T5 folds it into the initialisation.
-  const at::Tensor weights = at::softmax(at::matmul(q, k.transpose(2, 3)).add_(bias), -1);
-  if (seen_weights != nullptr) *seen_weights = weights;
-  const at::Tensor out =
-      at::matmul(weights, v)
-          .transpose(1, 2)
-          .reshape({q.size(0), q.size(2), int64_t{config_.num_heads} * config_.d_kv});
-  return Linear(out, o);
+  return Linear(MultiHeadAttention(q, k, v, bias, causal, seen_weights), o);
 }
 
 // Computed on the CPU whatever the device: at a bucket's border the logarithm's last bit
@@ -223,6 +217,7 @@ at::Tensor SwitchModel::PositionBias(Stack stack, int64_t queries, int64_t keys,
                               at::arange(past, past + queries, options).unsqueeze(1);
   at::Tensor bias = at::embedding(table, buckets.take(distance + buckets.size(0) / 2))
                         .permute({2, 0, 1})
+                        .contiguous()  // once, not once a block
                         .unsqueeze(0);
   // A last query sees every key: there is nothing to hide from it.
   if (causal && queries > 1) {
@@ -244,8 +239,8 @@ at::Tensor SwitchModel::Encode(const at::Tensor& ids_BS, const at::Tensor& valid
     const at::Tensor x = Norm(hidden, block.self.norm);
     AttentionReport report(block.moe_layer, options.observer);
     hidden = Clamped(hidden + Attend(Heads(x, block.self.q), Heads(x, block.self.k),
-                                     Heads(x, block.self.v), bias, block.self.o,
-                                     report.weights()));
+                                     Heads(x, block.self.v), bias, /*causal=*/false,
+                                     block.self.o, report.weights()));
     report.Tell(/*cross=*/false);
     hidden = AddFeedForward(block, hidden, counted, options);
   }
@@ -289,8 +284,8 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
       cache->self_value[i] = v;
     }
     AttentionReport report(block.moe_layer, options.observer);
-    hidden = Clamped(hidden + Attend(Heads(x, block.self.q), k, v, bias, block.self.o,
-                                     report.weights()));
+    hidden = Clamped(hidden + Attend(Heads(x, block.self.q), k, v, bias, /*causal=*/true,
+                                     block.self.o, report.weights()));
     report.Tell(/*cross=*/false);
 
     x = Norm(hidden, block.cross.norm);
@@ -306,8 +301,9 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
         cache->cross_value[i] = cross_v;
       }
     }
-    hidden = Clamped(hidden + Attend(Heads(x, block.cross.q), cross_k, cross_v,
-                                     cross_bias, block.cross.o, report.weights()));
+    hidden =
+        Clamped(hidden + Attend(Heads(x, block.cross.q), cross_k, cross_v, cross_bias,
+                                /*causal=*/false, block.cross.o, report.weights()));
     report.Tell(/*cross=*/true);
     hidden = AddFeedForward(block, hidden, counted, options);
   }

@@ -104,7 +104,7 @@ class SwitchModel {
   at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) const;
   at::Tensor Heads(const at::Tensor& x, const at::Tensor& weight) const;
   at::Tensor Attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                    const at::Tensor& bias, const at::Tensor& o,
+                    const at::Tensor& bias, bool causal, const at::Tensor& o,
                     at::Tensor* seen_weights = nullptr) const;
   at::Tensor PositionBias(Stack stack, int64_t queries, int64_t keys, int64_t past) const;
   // The buckets of distances (key minus query) -reach..reach, on the device.

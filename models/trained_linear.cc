@@ -17,29 +17,12 @@ using torch::autograd::variable_list;
 // Fewer: the library's product starts faster.
 constexpr int64_t kFewRows = 128;
 
-void MultiplyInto(const at::Tensor& x_ND, const at::Tensor& weight_FD,
-                  at::Tensor out_NF) {
-  OneDnnLinearInBlocks(
-      x_ND, weight_FD,
-      [](const at::Tensor& part, const at::Tensor& w, at::Tensor out) {
-        at::mm_out(out, part, w.t());
-      },
-      out_NF);
-}
-
 // [N,D] [F,D] -> [N,F], or [M,N,D] [M,F,D] -> [M,N,F].
 at::Tensor Multiply(const at::Tensor& x, const at::Tensor& weight) {
-  if (weight.dim() == 2 && OneDnnRows(x.size(0)) == x.size(0)) {
-    return OneDnnLinear(x, weight);
-  }
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = weight.size(-2);
-  at::Tensor out = at::empty(shape, x.options());
-  if (weight.dim() == 2) {
-    MultiplyInto(x, weight, out);
-    return out;
-  }
-  for (int64_t m = 0; m < weight.size(0); ++m) MultiplyInto(x[m], weight[m], out[m]);
+  if (weight.dim() == 2) return OneDnnLinear(x, weight);
+  const at::Tensor out = at::empty({x.size(0), x.size(1), weight.size(1)}, x.options());
+  for (int64_t m = 0; m < weight.size(0); ++m)
+    out[m].copy_(OneDnnLinear(x[m], weight[m]));
   return out;
 }
 

@@ -124,12 +124,25 @@ TEST(LinearDispatch, FewNumbersOfRowsReachOneDnn) {
   std::set<int64_t> asked;
   for (int64_t rows = 1; rows < 20000; ++rows) {
     const int64_t taken = OneDnnRows(rows);
-    EXPECT_LE(taken, rows);
-    EXPECT_GT(taken, rows >= 64 ? 0 : -1);
+    EXPECT_GT(taken, rows / 2 < 4096 ? rows / 2 : 4096);
+    EXPECT_LT(taken, rows + (rows <= 256 ? 16 : 64));
     asked.insert(taken);
   }
-  asked.erase(0);
-  EXPECT_EQ(asked.size(), 23u);
+  EXPECT_EQ(asked.size(), 35u);
+}
+
+TEST(LinearDispatch, ReluOfAProductIsTheSameInOne) {
+  at::manual_seed(7);
+  const at::Tensor w = at::randn({24, 40});
+  for (const int64_t rows : {3, 97, 1000, 1100}) {
+    const at::Tensor x = at::randn({rows, 40});
+    EXPECT_TRUE(at::equal(LinearRelu(x, w), at::relu(Linear(x, w)))) << rows;
+    const at::Tensor narrow = x.to(at::kBFloat16), weight = w.to(at::kBFloat16);
+    EXPECT_TRUE(at::equal(LinearRelu(narrow, weight), at::relu(Linear(narrow, weight))));
+  }
+  const at::Tensor x = at::randn({200, 40}).requires_grad_(true);
+  LinearRelu(x, w).sum().backward();
+  EXPECT_TRUE(x.grad().defined());
 }
 
 // Blocks with and without a rest, with a bias, x of more than two dimensions.
