@@ -2,8 +2,10 @@
 
 usage: reference_engine.py FOLDER THREADS DTYPE DEVICE
 Reads FOLDER (checkpoint and inputs.safetensors), prints "ready", then answers each line:
-`forward` and `decode N` run once and print the seconds; `logits` writes outputs.safetensors.
+`forward`, `stacks` (both stacks without the vocabulary's product) and `decode N` run once and
+print the seconds; `logits` writes outputs.safetensors, of fp32 on the CPU also those in double precision.
 """
+import copy
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,10 @@ def main(folder, threads, dtype, device):
     def forward():
         return model(input_ids=ids, attention_mask=valid, decoder_input_ids=decoder_ids)
 
+    def stacks():
+        hidden = model.get_encoder()(input_ids=ids, attention_mask=valid).last_hidden_state
+        return model.get_decoder()(input_ids=decoder_ids, encoder_hidden_states=hidden, encoder_attention_mask=valid)
+
     def decode(steps):
         return model.generate(encoder_outputs=encoded, attention_mask=valid[:1], do_sample=False, num_beams=1,
                               min_new_tokens=steps, max_new_tokens=steps, use_cache=True)
@@ -41,10 +47,17 @@ def main(folder, threads, dtype, device):
         start = time.perf_counter()
         if words[0] == "forward":
             forward()
+        elif words[0] == "stacks":
+            stacks()
         elif words[0] == "decode":
             decode(int(words[1]))
         elif words[0] == "logits":
-            save_file({"logits": forward().logits.float().cpu().contiguous()}, folder / "outputs.safetensors")
+            out = {"logits": forward().logits.float().cpu().contiguous()}
+            if dtype == torch.float32 and device == "cpu":
+                wide = copy.deepcopy(model).double()
+                out["double"] = wide(input_ids=ids, attention_mask=valid,
+                                     decoder_input_ids=decoder_ids).logits.contiguous()
+            save_file(out, folder / "outputs.safetensors")
         wait()
         print(time.perf_counter() - start, flush=True)
 
