@@ -12,8 +12,8 @@
 namespace routecast {
 namespace {
 
-constexpr int64_t kLeastQueries = 4;  // fewer do not pay for the packing of keys
-constexpr int64_t kGrain = 1 << 18;   // products that are worth a thread
+constexpr int64_t kLeastPacked = 4;  // fewer queries do not pay for the packing of keys
+constexpr int64_t kGrain = 1 << 18;  // products that are worth a thread
 
 // All of one call. Strides are in numbers; b, h, t: of sequences, heads, rows.
 struct Strides {
@@ -47,10 +47,11 @@ int64_t RoundUp(int64_t n, int64_t step) { return (n + step - 1) / step * step; 
 // y[kR, kC vectors] = x[kR,depth] panel[depth, kC vectors]; each sum in order of depth.
 template <int kWidth, int kC, int kR>
 ROUTECAST_INLINE void Tile(const float* x, int64_t x_stride, const float* panel,
-                           int64_t depth, float* y, int64_t y_stride) {
+                           int64_t panel_stride, int64_t depth, float* y,
+                           int64_t y_stride) {
   using Floats = typename Vectors<kWidth>::Floats;
   Floats sums[kR][kC] = {};
-  for (int64_t i = 0; i < depth; ++i, panel += kC * kWidth) {
+  for (int64_t i = 0; i < depth; ++i, panel += panel_stride) {
     Floats columns[kC];
 #pragma GCC unroll 4
     for (int c = 0; c < kC; ++c) {
@@ -241,7 +242,7 @@ ROUTECAST_INLINE void Rows(const Call& c, int64_t b, int64_t h, int64_t t,
   const int64_t keys = c.causal ? std::min(c.keys, c.keys - c.queries + t + kR) : c.keys;
   const int64_t padded = RoundUp(keys, kPanel);
   for (int64_t p = 0; p < padded; p += kPanel) {
-    Tile<kWidth, kC, kR>(q, c.q_at.t, room->keys.data() + p * c.depth, c.depth,
+    Tile<kWidth, kC, kR>(q, c.q_at.t, room->keys.data() + p * c.depth, kPanel, c.depth,
                          scores + p, room->keys_padded);
   }
   float scales[kR];
@@ -258,7 +259,7 @@ ROUTECAST_INLINE void Rows(const Call& c, int64_t b, int64_t h, int64_t t,
   float* mixed = room->mixed.data();
   for (int64_t p = 0; p < room->depth_padded; p += kPanel) {
     Tile<kWidth, kC, kR>(scores, room->keys_padded, room->values.data() + p * c.keys,
-                         keys, mixed + p, room->depth_padded);
+                         kPanel, keys, mixed + p, room->depth_padded);
   }
   for (int r = 0; r < kR; ++r) {
     const float* row = mixed + r * room->depth_padded;
@@ -285,6 +286,58 @@ ROUTECAST_INLINE void Heads(const Call& c, int64_t begin, int64_t end) {
   }
 }
 
+// One query over keys as they lie, where packing them would be most of the work.
+// REQUIRES depth in whole vectors. `scores`: room for the keys in whole vectors.
+template <int kWidth>
+ROUTECAST_INLINE void OneQuery(const Call& c, int64_t b, int64_t h, int64_t t,
+                               float* scores) {
+  using Floats = typename Vectors<kWidth>::Floats;
+  const float* q = c.q + b * c.q_at.b + h * c.q_at.h + t * c.q_at.t;
+  const float* k = c.k + b * c.k_at.b + h * c.k_at.h;
+  const float* v = c.v + b * c.v_at.b + h * c.v_at.h;
+  const int64_t keys = c.causal ? c.keys - c.queries + t + 1 : c.keys;
+  for (int64_t s = 0; s < keys; ++s) {
+    Floats sums = {};
+    for (int64_t i = 0; i < c.depth; i += kWidth) {
+      Floats x, y;
+      std::memcpy(&x, q + i, sizeof x);
+      std::memcpy(&y, k + s * c.k_at.t + i, sizeof y);
+      sums += x * y;
+    }
+    scores[s] = Joined<kWidth>(sums, [](const auto& other, auto* x) { *x += other; });
+  }
+  const float scale = Exponentials<kWidth>(
+      scores, c.bias + b * c.bias_at.b + h * c.bias_at.h + t * c.bias_at.t, keys,
+      RoundUp(keys, kWidth));
+  if (c.weights != nullptr) {
+    float* to = c.weights + ((b * c.heads + h) * c.queries + t) * c.keys;
+    for (int64_t s = 0; s < keys; ++s) to[s] = scores[s] * scale;
+  }
+  float* to = c.out + ((b * c.queries + t) * c.heads + h) * c.depth;
+  int64_t i = 0;
+  for (; i + 8 * kWidth <= c.depth; i += 8 * kWidth) {
+    Tile<kWidth, 8, 1>(scores, 0, v + i, c.v_at.t, keys, to + i, 0);
+  }
+  for (; i < c.depth; i += kWidth) {
+    Tile<kWidth, 1, 1>(scores, 0, v + i, c.v_at.t, keys, to + i, 0);
+  }
+  for (int64_t w = 0; w < c.depth; ++w) to[w] *= scale;
+}
+
+template <int kWidth>
+ROUTECAST_INLINE void FewQueries(const Call& c, int64_t begin, int64_t end) {
+  std::vector<float> scores(static_cast<size_t>(RoundUp(c.keys, kWidth)));
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t t = 0; t < c.queries; ++t) {
+      OneQuery<kWidth>(c, i / c.heads, i % c.heads, t, scores.data());
+    }
+  }
+}
+
+constexpr int kFewWidth = 8;  // of vectors that few queries take on every machine
+[[gnu::target("avx2,fma")]] void HeadsOfFew(const Call& c, int64_t begin, int64_t end) {
+  FewQueries<kFewWidth>(c, begin, end);
+}
 // Panels as wide as registers allow; narrow heads take narrow ones.
 [[gnu::target("avx512f")]] void Heads512(const Call& c, int64_t begin, int64_t end) {
   c.depth > 32 ? Heads<16, 4>(c, begin, end) : Heads<16, 1>(c, begin, end);
@@ -301,23 +354,20 @@ HeadsLoop* LoopOfMachine() {
                                                                         : nullptr;
   return loop;
 }
+// Null: the library's products.
+HeadsLoop* LoopFor(int64_t queries, int64_t depth) {
+  HeadsLoop* const loop = LoopOfMachine();
+  if (loop == nullptr || queries >= kLeastPacked) return loop;
+  return depth % kFewWidth == 0 ? HeadsOfFew : nullptr;
+}
 #else
 using HeadsLoop = void(const Call&, int64_t, int64_t);
-HeadsLoop* LoopOfMachine() { return nullptr; }
+HeadsLoop* LoopFor(int64_t, int64_t) { return nullptr; }
 #endif
 
-bool OwnLoopsServe(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                   const at::Tensor& bias) {
-  if (LoopOfMachine() == nullptr || q.size(2) < kLeastQueries || k.numel() == 0) {
-    return false;
-  }
-  for (const at::Tensor* x : {&q, &k, &v, &bias}) {
-    if (!x->device().is_cpu() || x->scalar_type() != at::kFloat ||
-        (c10::GradMode::is_enabled() && x->requires_grad())) {
-      return false;
-    }
-  }
-  return true;
+bool OwnLoopsServe(const at::Tensor& x) {
+  return x.device().is_cpu() && x.scalar_type() == at::kFloat && x.numel() > 0 &&
+         !(c10::GradMode::is_enabled() && x.requires_grad());
 }
 
 at::Tensor Dense(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
@@ -330,7 +380,9 @@ at::Tensor MultiHeadAttention(const at::Tensor& q_BHTK, const at::Tensor& k_BHSK
                               bool causal, at::Tensor* weights_BHTS) {
   const int64_t batch = q_BHTK.size(0), heads = q_BHTK.size(1), queries = q_BHTK.size(2),
                 depth = q_BHTK.size(3), keys = k_BHSK.size(2);
-  if (!OwnLoopsServe(q_BHTK, k_BHSK, v_BHSK, bias)) {
+  HeadsLoop* const loop = LoopFor(queries, depth);
+  if (loop == nullptr || !OwnLoopsServe(q_BHTK) || !OwnLoopsServe(k_BHSK) ||
+      !OwnLoopsServe(v_BHSK) || !OwnLoopsServe(bias)) {
     const at::Tensor weights =
         at::softmax(at::matmul(q_BHTK, k_BHSK.transpose(2, 3)).add_(bias), -1);
     if (weights_BHTS != nullptr) *weights_BHTS = weights;
@@ -360,9 +412,9 @@ at::Tensor MultiHeadAttention(const at::Tensor& q_BHTK, const at::Tensor& k_BHSK
       keys,
       depth,
       causal};
-  at::parallel_for(
-      0, batch * heads, std::max<int64_t>(1, kGrain / (2 * queries * keys * depth)),
-      [&](int64_t begin, int64_t end) { LoopOfMachine()(call, begin, end); });
+  at::parallel_for(0, batch * heads,
+                   std::max<int64_t>(1, kGrain / (2 * queries * keys * depth)),
+                   [&](int64_t begin, int64_t end) { loop(call, begin, end); });
   return out;
 }
 

@@ -55,27 +55,33 @@ INSTANTIATE_TEST_SUITE_P(Shapes, AttentionTest,
                          testing::Values(Shape{2, 3, 128, 128, 64},
                                          Shape{1, 2, 17, 65, 64}, Shape{2, 2, 5, 1, 16},
                                          Shape{1, 1, 4, 63, 5}, Shape{1, 2, 9, 200, 33},
-                                         Shape{3, 1, 6, 7, 130}, Shape{1, 2, 1, 40, 64}));
+                                         Shape{3, 1, 6, 7, 130}, Shape{1, 2, 1, 40, 64},
+                                         Shape{3, 2, 1, 77, 24}, Shape{2, 2, 3, 7, 136},
+                                         Shape{1, 2, 2, 9, 5}));
 
 // What makes a sequence in a batch equal to the sequence alone.
 TEST(Attention, RowsDoNotDependOnOtherRowsNorOnMaskedKeys) {
-  const Shape s{2, 2, 23, 40, 64};
   at::manual_seed(12);
-  const at::Tensor q = Heads(s, s.queries), k = Heads(s, s.keys), v = Heads(s, s.keys);
-  at::Tensor bias = at::zeros({s.batch, 1, 1, s.keys});
-  bias.narrow(3, 29, 11).fill_(kLowest);
-  const at::Tensor all = MultiHeadAttention(q, k, v, bias, false, nullptr);
-  const at::Tensor some = MultiHeadAttention(
-      q.narrow(0, 1, 1).narrow(2, 4, 7), k.narrow(0, 1, 1).narrow(2, 0, 29),
-      v.narrow(0, 1, 1).narrow(2, 0, 29), bias.narrow(0, 1, 1).narrow(3, 0, 29), false,
-      nullptr);
-  EXPECT_TRUE(at::equal(some, all.narrow(0, 1, 1).narrow(1, 4, 7)));
+  for (const int64_t queries : {23, 3}) {
+    const Shape s{2, 2, queries, 40, 64};
+    const at::Tensor q = Heads(s, s.queries), k = Heads(s, s.keys), v = Heads(s, s.keys);
+    at::Tensor bias = at::zeros({s.batch, 1, 1, s.keys});
+    bias.narrow(3, 29, 11).fill_(kLowest);
+    const at::Tensor all = MultiHeadAttention(q, k, v, bias, /*causal=*/false, nullptr);
+    const int64_t some = queries == 23 ? 7 : 2;
+    const at::Tensor alone = MultiHeadAttention(
+        q.narrow(0, 1, 1).narrow(2, 1, some), k.narrow(0, 1, 1).narrow(2, 0, 29),
+        v.narrow(0, 1, 1).narrow(2, 0, 29), bias.narrow(0, 1, 1).narrow(3, 0, 29),
+        /*causal=*/false, nullptr);
+    EXPECT_TRUE(at::equal(alone, all.narrow(0, 1, 1).narrow(1, 1, some)));
+  }
 }
 
 // What lies behind a query is left out, and not a bit of the result shows it.
 TEST(Attention, CausalIsTheSameAsTheMaskAlone) {
   at::manual_seed(14);
-  for (const Shape s : {Shape{1, 2, 131, 131, 64}, Shape{1, 2, 9, 70, 16}}) {
+  for (const Shape s :
+       {Shape{1, 2, 131, 131, 64}, Shape{1, 2, 9, 70, 16}, Shape{2, 2, 3, 10, 24}}) {
     const at::Tensor q = Heads(s, s.queries), k = Heads(s, s.keys), v = Heads(s, s.keys);
     const at::Tensor behind =
         at::ones({s.queries, s.keys}, at::kBool).triu(s.keys - s.queries + 1);
