@@ -29,8 +29,7 @@ void RequireFreeBytes(const fs::path& path, uint64_t bytes);
 
 // A folder that appears under its final name only when Commit() ran: written beside it as
 // NAME.tmp, synced, renamed. An earlier unfinished NAME.tmp is removed. An existing final
-// folder is replaced in one step (RENAME_EXCHANGE); only where the file system has none
-// is there a moment without either. The destructor removes what was not committed.
+// folder is replaced. The destructor removes what was not committed.
 class SealedFolder {
  public:
   explicit SealedFolder(fs::path final_path);
