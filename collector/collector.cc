@@ -58,6 +58,23 @@ std::vector<uint32_t> Gather(const std::vector<uint32_t>& mine, int world) {
   return all;
 }
 
+// Each host of the job once, in the order of its first rank.
+Json Hosts(const RankInfo& rank) {
+  constexpr int kNameBytes = MPI_MAX_PROCESSOR_NAME;
+  char mine[kNameBytes] = {};
+  int length = 0;
+  MPI_Get_processor_name(mine, &length);
+  std::vector<char> all(static_cast<size_t>(rank.world) * kNameBytes);
+  MPI_Allgather(mine, kNameBytes, MPI_CHAR, all.data(), kNameBytes, MPI_CHAR,
+                MPI_COMM_WORLD);
+  Json hosts = Json::array();
+  for (size_t r = 0; r < static_cast<size_t>(rank.world); ++r) {
+    const std::string name = all.data() + r * kNameBytes;
+    if (std::find(hosts.begin(), hosts.end(), name) == hosts.end()) hosts.push_back(name);
+  }
+  return hosts;
+}
+
 int ThreadsOf(const CollectOptions& options, const RankInfo& rank) {
   if (options.threads > 0) return options.threads;
   // An unfinished store goes on with its own count, whatever the number of ranks is now.
@@ -247,6 +264,7 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     return CollectEnd::kComplete;
   }
 
+  const Json hosts = Hosts(rank);
   std::unique_ptr<StoreLock> lock;
   std::optional<RunRecord> run;
   if (rank.is_root()) {
@@ -258,6 +276,7 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
       WriteRouters(store, checkpoint, config.Records("output"));
     }
     run.emplace(store, "routecast-collect", configuration);
+    run->Set("hosts", hosts);
     run->Set("ranks", rank.world);
     run->Set("device", device.str());
     run->Set("threads", threads);
