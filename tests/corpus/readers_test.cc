@@ -53,6 +53,35 @@ TEST_F(ReadersTest, WindowsChangeNoRecord) {
   }
 }
 
+// Nothing above the limit is read to see that: 256 MiB of a (sparse) file of a terabyte.
+TEST_F(ReadersTest, AGiantLineIsRefusedByItsByte) {
+  const fs::path path = folder_ / "giant.jsonl";
+  WriteFileAtomic(path, "{\"text\": \"x\"}\n");
+  fs::resize_file(path, uint64_t{1} << 40);
+  const SourceFile file(path);
+  int records = 0;
+  try {
+    ReadFileRecords({SourceKind::kJsonl, "", "text"}, file, "giant.jsonl",
+                    [&](const RawRecord&) { ++records; });
+    FAIL() << "a line of a terabyte was taken";
+  } catch (const DataError& e) {
+    EXPECT_NE(std::string(e.what()).find("at byte 14: a line above 256 MiB"),
+              std::string::npos)
+        << e.what();
+  }
+  EXPECT_EQ(records, 1);
+}
+
+TEST_F(ReadersTest, AFileReadWholeHasALimit) {
+  const fs::path path = folder_ / "giant.txt";
+  WriteFileAtomic(path, "x");
+  fs::resize_file(path, uint64_t{1} << 40);
+  const SourceFile file(path);
+  EXPECT_THROW(ReadFileRecords({SourceKind::kText, "", ""}, file, "giant.txt",
+                               [](const RawRecord&) {}),
+               DataError);
+}
+
 TEST_F(ReadersTest, AFileThatIsCutWhileItIsReadIsDataErrorByName) {
   const fs::path path = folder_ / "cut.jsonl";
   std::string lines;
