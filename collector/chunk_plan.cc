@@ -17,7 +17,8 @@ constexpr uint64_t kMinChunkBytes = 8 << 10;    // below, staging and ingestion 
 constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is left
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
 constexpr double kTextBytesPerToken = 3;        // and as many tokens of the decoder
-constexpr double kBytesPerId = 5.2;             // id, probability, margin, drop bit
+constexpr uint64_t kBytesPerBf16 = 2;
+constexpr double kBytesPerId = 5.2;  // id, probability, margin, drop bit
 constexpr uint64_t kOrderKey = 0x636f6c6c656374ULL;
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
 constexpr uint64_t kMostTokensPerByte = 2;  // normalized text may be longer than it was
@@ -165,21 +166,33 @@ ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& 
   return plan;
 }
 
+uint64_t BytesBesideIds(const StoreConfig& config, Stack stack) {
+  const bool decoder = stack == Stack::kDecoder;
+  if (config.hidden_share == 0 || (decoder && config.task == Task::kEncode)) return 0;
+  const MoeGeometry& g = config.geometry;
+  const auto layers = static_cast<uint64_t>(g.layers(stack));
+  const auto width = static_cast<uint64_t>(g.d_model);
+  const auto heads = static_cast<uint64_t>(config.AttentionHeads(stack));
+  const uint64_t vectors = layers + (decoder && config.Records("output") ? 1 : 0);
+  return kBytesPerBf16 * width * vectors + layers * heads * kAttentionBytesPerHead;
+}
+
+uint64_t EstimatedBytesBesideIds(const StoreConfig& config, uint64_t text_bytes) {
+  const double tokens = static_cast<double>(text_bytes) / kTextBytesPerToken;
+  const uint64_t a_token =
+      BytesBesideIds(config, Stack::kEncoder) + BytesBesideIds(config, Stack::kDecoder);
+  return static_cast<uint64_t>(tokens * config.hidden_share *
+                               static_cast<double>(a_token));
+}
+
 uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes) {
   const MoeGeometry& g = config.geometry;
   const double tokens = static_cast<double>(text_bytes) / kTextBytesPerToken;
-  double bytes = 0;
-  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
-    if (stack == Stack::kDecoder && config.task == Task::kEncode) continue;
-    const double layers = g.layers(stack);
-    double beside = 2.0 * g.d_model * layers;  // bf16
-    if (stack == Stack::kDecoder && config.Records("output")) beside += 2.0 * g.d_model;
-    beside += layers * config.AttentionHeads(stack) * kAttentionBytesPerHead;
-    const double topk =
-        config.top_k * (2 + std::bit_width(unsigned(g.num_experts - 1)) / 8.0);
-    bytes += tokens * (layers * (kBytesPerId + topk) + config.hidden_share * beside);
-  }
-  return static_cast<uint64_t>(bytes);
+  const double topk =
+      config.top_k * (2 + std::bit_width(unsigned(g.num_experts - 1)) / 8.0);
+  const int layers = config.task == Task::kEncode ? g.encoder_layers : g.num_layers();
+  return static_cast<uint64_t>(tokens * layers * (kBytesPerId + topk)) +
+         EstimatedBytesBesideIds(config, text_bytes);
 }
 
 std::set<uint64_t> ForcedHiddenGroups(const Corpus& corpus, const ChunkPlan& plan,

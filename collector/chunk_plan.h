@@ -80,6 +80,11 @@ ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& 
 // What a store takes for so much text, roughly: records of ids, and of the share of
 // sequences with router inputs what is recorded beside them.
 uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes);
+// Of a sequence with router inputs: bytes a token of `stack` beside its ids (the inputs,
+// the decoder's output, attention). 0 where none are recorded, or the stack is not run.
+uint64_t BytesBesideIds(const StoreConfig& config, Stack stack);
+// What of the estimate that is.
+uint64_t EstimatedBytesBesideIds(const StoreConfig& config, uint64_t text_bytes);
 
 // Document groups whose router inputs are recorded: a share by hash, and where that
 // leaves a split part without any in an intake and those before it, the part's first

@@ -1,5 +1,7 @@
 #include "collector/collect_sources.h"
 
+#include <cstdio>
+
 #include "collector/intakes.h"
 #include "common/stop.h"
 #include "storage/trace_store.h"
@@ -53,6 +55,13 @@ std::optional<CollectSources> OpenSources(
   IntakeList list = ListIntakes(stored, options.data);
   CollectSources sources{OpenCorpus(options, rank, threads, list.sources), {}, {}};
   if (list.adds && LastIsEmpty(sources.corpus)) {
+    if (rank.is_root() && !options.quiet) {
+      std::fprintf(
+          stderr,
+          "collect: --data adds nothing: its documents (%llu) are in the "
+          "store already, or come twice\n",
+          static_cast<unsigned long long>(sources.corpus.stats().exact_duplicates));
+    }
     list.sources.pop_back();
     list.named = list.sources.size() - 1;
     sources.corpus = OpenCorpus(options, rank, threads, list.sources);

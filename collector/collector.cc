@@ -13,6 +13,7 @@
 #include "collector/collect_job.h"
 #include "collector/collect_sources.h"
 #include "collector/collected_model.h"
+#include "collector/dry_run.h"
 #include "collector/rank_watch.h"
 #include "collector/span_log.h"
 #include "common/errors.h"
@@ -55,6 +56,23 @@ std::vector<uint32_t> Gather(const std::vector<uint32_t>& mine, int world) {
   MPI_Allgatherv(mine.data(), count, MPI_UINT32_T, all.data(), counts.data(),
                  starts.data(), MPI_UINT32_T, MPI_COMM_WORLD);
   return all;
+}
+
+// Each host of the job once, in the order of its first rank.
+Json Hosts(const RankInfo& rank) {
+  constexpr int kNameBytes = MPI_MAX_PROCESSOR_NAME;
+  char mine[kNameBytes] = {};
+  int length = 0;
+  MPI_Get_processor_name(mine, &length);
+  std::vector<char> all(static_cast<size_t>(rank.world) * kNameBytes);
+  MPI_Allgather(mine, kNameBytes, MPI_CHAR, all.data(), kNameBytes, MPI_CHAR,
+                MPI_COMM_WORLD);
+  Json hosts = Json::array();
+  for (size_t r = 0; r < static_cast<size_t>(rank.world); ++r) {
+    const std::string name = all.data() + r * kNameBytes;
+    if (std::find(hosts.begin(), hosts.end(), name) == hosts.end()) hosts.push_back(name);
+  }
+  return hosts;
 }
 
 int ThreadsOf(const CollectOptions& options, const RankInfo& rank) {
@@ -123,22 +141,6 @@ void WriteRouters(const fs::path& store, const Checkpoint& checkpoint, bool with
                        alive.back().const_data_ptr()});
   }
   WriteSafetensors(store / "routers.safetensors", tensors);
-}
-
-void PrintPlan(const CollectOptions& options, const StoreConfig& config,
-               const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
-  std::printf("corpus     %s\n", corpus.Summary().c_str());
-  std::printf(
-      "plan       %llu documents (%s of text) in %zu chunks, %d shards, %d ranks\n",
-      static_cast<unsigned long long>(plan.num_documents),
-      FormatBytes(plan.text_bytes).c_str(), plan.chunks.size(), config.num_shards,
-      rank.world);
-  std::printf("model      %s: %d+%d MoE layers, %d experts\n", options.model.c_str(),
-              config.geometry.encoder_layers, config.geometry.decoder_layers,
-              config.geometry.num_experts);
-  std::printf("store      %s: about %s; %s free\n", options.store.c_str(),
-              FormatBytes(EstimatedStoreBytes(config, plan.text_bytes)).c_str(),
-              FormatBytes(FreeBytes(options.store)).c_str());
 }
 
 // Another rank hangs: no call that waits for ranks can be made any more, so this process
@@ -258,28 +260,23 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
   config.SetIntakes(sources->intakes);
   if (options.dry_run) {
-    if (fs::exists(store / "store.json")) {
-      TraceStore::RequireGoesOn(store, TraceStore::Open(store), config);
-    }
-    if (rank.is_root()) PrintPlan(options, config, corpus, plan, rank);
-    // An existing store has taken some of it already: its start knows how much.
-    if (!fs::exists(store / "store.json")) {
-      RequireFreeBytes(store, EstimatedStoreBytes(config, plan.text_bytes));
-    }
+    DryRun(options, config, corpus, plan, rank);
     return CollectEnd::kComplete;
   }
 
+  const Json hosts = Hosts(rank);
   std::unique_ptr<StoreLock> lock;
   std::optional<RunRecord> run;
   if (rank.is_root()) {
     MakeFolder(store);
-    lock = std::make_unique<StoreLock>(store);
+    lock = std::make_unique<StoreLock>(store, EndJob);
     TraceStore::CreateOrOpen(store, config);
     TraceStore::CleanStaging(store);
     if (!fs::exists(store / "routers.safetensors")) {
       WriteRouters(store, checkpoint, config.Records("output"));
     }
     run.emplace(store, "routecast-collect", configuration);
+    run->Set("hosts", hosts);
     run->Set("ranks", rank.world);
     run->Set("device", device.str());
     run->Set("threads", threads);

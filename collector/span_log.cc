@@ -12,18 +12,6 @@
 namespace routecast {
 namespace {
 
-struct Memory {
-  int64_t resident_bytes = 0, anonymous_bytes = 0;
-};
-
-Memory OwnMemory() {
-  std::ifstream in("/proc/self/statm");
-  int64_t total = 0, resident = 0, shared = 0;
-  in >> total >> resident >> shared;
-  const int64_t page = ::sysconf(_SC_PAGESIZE);
-  return {resident * page, (resident - shared) * page};
-}
-
 fs::path PathOf(const fs::path& store, const RankInfo& rank) {
   char name[32];
   std::snprintf(name, sizeof name, "rank-%05d.jsonl", rank.rank);
@@ -31,6 +19,14 @@ fs::path PathOf(const fs::path& store, const RankInfo& rank) {
 }
 
 }  // namespace
+
+ProcessMemory OwnMemory() {
+  std::ifstream in("/proc/self/statm");
+  int64_t total = 0, resident = 0, shared = 0;
+  in >> total >> resident >> shared;
+  const int64_t page = ::sysconf(_SC_PAGESIZE);
+  return {resident * page, (resident - shared) * page};
+}
 
 SpanLog::SpanLog(const fs::path& store, const RankInfo& rank)
     : path_(PathOf(store, rank)) {
@@ -47,7 +43,7 @@ void SpanLog::Write(const std::string& span, Clock::time_point begin, Json more)
       std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch())
           .count();
   more["seconds"] = std::chrono::duration<double>(Clock::now() - begin).count();
-  const Memory memory = OwnMemory();
+  const ProcessMemory memory = OwnMemory();
   more["resident_bytes"] = memory.resident_bytes;
   more["anonymous_bytes"] = memory.anonymous_bytes;
   const std::string line = more.dump() + "\n";

@@ -12,6 +12,13 @@
 
 namespace routecast {
 
+// Of these, `anonymous_bytes` leave out mapped files, which the kernel takes back when it
+// needs room.
+struct ProcessMemory {
+  int64_t resident_bytes = 0, anonymous_bytes = 0;
+};
+ProcessMemory OwnMemory();
+
 class SpanLog {
  public:
   using Clock = std::chrono::steady_clock;
@@ -22,8 +29,7 @@ class SpanLog {
   SpanLog& operator=(const SpanLog&) = delete;
 
   // A line: `span`, `time` (its end, seconds since 1970), `seconds` since `begin`,
-  // this process' memory (`resident_bytes`, and of these `anonymous_bytes`: without
-  // mapped files, which the kernel takes back when it needs room), and what `more` holds.
+  // this process' memory (`resident_bytes`, `anonymous_bytes`), and what `more` holds.
   void Write(const std::string& span, Clock::time_point begin, Json more);
 
  private:

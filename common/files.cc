@@ -138,6 +138,18 @@ namespace {
 void Rename(const fs::path& from, const fs::path& to) {
   if (::rename(from.c_str(), to.c_str()) != 0) ThrowErrno(errno, "rename", to);
 }
+
+// One step: something is under both names at every moment. False where the file system
+// cannot do that (NFS, some FUSE ones).
+bool Exchange(const fs::path& a, const fs::path& b) {
+  if (::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) == 0) {
+    return true;
+  }
+  if (errno != EINVAL && errno != ENOSYS && errno != EOPNOTSUPP) {
+    ThrowErrno(errno, "rename", b);
+  }
+  return false;
+}
 }  // namespace
 
 void SealedFolder::Commit() {
@@ -146,11 +158,17 @@ void SealedFolder::Commit() {
   for (; !error && entry != end; entry.increment(error)) SyncPath(entry->path());
   if (error) ThrowErrno(error.value(), "list", temporary_);
   SyncPath(temporary_);
-  const fs::path old = final_.string() + ".old.tmp";
+  fs::path old = final_.string() + ".old.tmp";
   fs::remove_all(old, error);
   if (error) ThrowErrno(error.value(), "remove", old);
-  if (fs::exists(final_, error)) Rename(final_, old);
-  Rename(temporary_, final_);
+  if (!fs::exists(final_, error)) {
+    Rename(temporary_, final_);
+  } else if (Exchange(temporary_, final_)) {
+    old = temporary_;
+  } else {
+    Rename(final_, old);
+    Rename(temporary_, final_);
+  }
   committed_ = true;
   SyncPath(fs::absolute(final_).parent_path());
   fs::remove_all(old, error);

@@ -15,6 +15,7 @@
 #include "common/errors.h"
 #include "common/random.h"
 #include "corpus/index_pass.h"
+#include "corpus/mapped_file.h"
 
 namespace routecast {
 
@@ -23,12 +24,12 @@ class Corpus::TextStore {
  public:
   explicit TextStore(std::string owned) : owned_(std::move(owned)), bytes_(owned_) {}
   explicit TextStore(const fs::path& file)
-      : file_(std::make_unique<SourceFile>(file)), bytes_(file_->bytes()) {}
+      : file_(std::make_unique<MappedFile>(file)), bytes_(file_->bytes()) {}
   std::string_view bytes() const { return bytes_; }
 
  private:
   std::string owned_;
-  std::unique_ptr<SourceFile> file_;
+  std::unique_ptr<MappedFile> file_;
   std::string_view bytes_;
 };
 
@@ -156,12 +157,10 @@ class CorpusBuilder {
       Corpus corpus;
       const fs::path index = folder / kIndexName;
       corpus.contents_ = ParseIndex(ReadFile(index, kMaxIndexBytes), index.string());
+      // Through reads: a sector that has gone bad since is an error, not a signal.
+      if (HashFile(folder / kTextName) != corpus.contents_.text_hash) return {};
       corpus.texts_ = std::make_unique<Corpus::TextStore>(folder / kTextName);
-      const std::string_view texts = corpus.texts_->bytes();
-      if (texts.size() != corpus.contents_.text_bytes ||
-          Hash64(texts) != corpus.contents_.text_hash) {
-        return {};
-      }
+      if (corpus.texts_->bytes().size() != corpus.contents_.text_bytes) return {};
       return corpus;
     } catch (const DataError&) {
       return {};

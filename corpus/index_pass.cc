@@ -19,7 +19,7 @@ constexpr uint64_t kBatchBytes = uint64_t{16} << 20;
 
 // What one record becomes; filled by worker threads.
 struct Prepared {
-  std::string raw;  // own copy where the reader's bytes do not outlive the call
+  std::string raw;  // own copy: the reader's bytes do not outlive the call
   RawRecord record;
   std::string text;
   uint64_t hash = 0, foreign_bytes = 0;
@@ -40,17 +40,16 @@ class Pass {
     path_ = path.string();
     spec_ = &spec;
     result_.contents.files.push_back(path_);
-    // Readers of structured files hand out temporaries.
-    const bool copies = spec.kind == SourceKind::kSquad || spec.kind == SourceKind::kGlue;
-    ReadRecords(spec, file.bytes(), path_, [&](const RawRecord& record) {
+    ReadFileRecords(spec, file, path_, [&](const RawRecord& record) {
       Prepared prepared;
       prepared.record = record;
-      if (copies) prepared.raw = record.raw;
+      // One that fills a batch is gone through before this call ends.
+      if (record.raw.size() < kBatchBytes) prepared.raw = record.raw;
       batch_.push_back(std::move(prepared));
       batch_bytes_ += record.raw.size() + sizeof prepared;  // records may be tiny
-      if (batch_bytes_ >= kBatchBytes) Flush(copies);
+      if (batch_bytes_ >= kBatchBytes) Flush();
     });
-    Flush(copies);
+    Flush();
     std::error_code ignored;
     done_bytes_ += fs::file_size(path, ignored);
     progress_.Update(done_bytes_);
@@ -62,10 +61,10 @@ class Pass {
   }
 
  private:
-  void Flush(bool copies) {
+  void Flush() {
     ParallelFor(batch_.size(), threads_, [&](size_t i) {
       Prepared& one = batch_[i];
-      if (copies) one.record.raw = one.raw;
+      if (!one.raw.empty()) one.record.raw = one.raw;
       one.foreign_bytes = CountForeignBytes(one.record.raw);
       if (IsBinary(one.foreign_bytes, one.record.raw.size())) return;
       one.text = RecordText(*spec_, one.record, path_);

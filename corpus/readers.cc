@@ -11,6 +11,8 @@
 namespace routecast {
 namespace {
 
+constexpr uint64_t kMaxWholeBytes = uint64_t{8} << 30, kMaxDocument = uint64_t{4} << 30;
+
 // Records that are runs of whole lines: starts_record tells where the next one begins and
 // whether the line itself is kept.
 void ReadBlocks(std::string_view bytes, const RecordSink& sink) {
@@ -60,6 +62,45 @@ void ReadJsonl(std::string_view bytes, const std::string& what, const RecordSink
     if (line.size() > kMaxLineBytes) ThrowRecord(what, at, "a line above 256 MiB");
     if (!IsBlank(line)) sink({line, at});
   });
+}
+
+// Where the last whole record of a window ends, as the readers above cut them; 0 where
+// that cannot be known yet.
+size_t LastRecordEnd(SourceKind kind, std::string_view window) {
+  size_t last = 0;
+  if (kind == SourceKind::kJsonl) {
+    last = window.rfind('\n') + 1;  // npos + 1 is 0
+  } else if (kind == SourceKind::kTextBlocks) {
+    for (size_t end = window.rfind('\n'); end != window.npos && last == 0;) {
+      const size_t before = end == 0 ? window.npos : window.rfind('\n', end - 1);
+      const size_t start = before + 1;
+      if (IsBlank(window.substr(start, end - start))) last = end + 1;
+      end = before;
+    }
+  } else {
+    bool after_blank = true;
+    ForEachLine(window, [&](std::string_view line, size_t at) {
+      if (after_blank && at > 0 && IsArticleTitle(line)) {
+        const size_t next = std::min(at + line.size() + 1, window.size());
+        const size_t next_end = window.find('\n', next);
+        const bool known = next_end != window.npos;
+        if (known && IsBlank(window.substr(next, next_end - next))) last = at;
+      }
+      after_blank = IsBlank(line);
+    });
+  }
+  return last;
+}
+
+bool HasWindows(SourceKind kind) {
+  return kind == SourceKind::kJsonl || kind == SourceKind::kTextBlocks ||
+         kind == SourceKind::kWikitext;
+}
+
+[[noreturn]] void ThrowTooLong(SourceKind kind, const std::string& what, uint64_t at) {
+  if (kind == SourceKind::kJsonl) ThrowRecord(what, at, "a line above 256 MiB");
+  throw DataError(ErrorText(what + ": a document larger than 4 GiB",
+                            "at byte " + std::to_string(at), "cut it"));
 }
 
 std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
@@ -120,6 +161,36 @@ void ReadRecords(const SourceSpec& spec, std::string_view bytes, const std::stri
       return ReadSquad(bytes, what, sink);
     case SourceKind::kGlue:
       return ReadGlue(spec.field, bytes, what, sink);
+  }
+}
+
+void ReadFileRecords(const SourceSpec& spec, const SourceFile& file,
+                     const std::string& what, const RecordSink& sink,
+                     size_t window_bytes) {
+  if (!HasWindows(spec.kind)) {
+    if (file.size() > kMaxWholeBytes) {
+      throw DataError(
+          ErrorText(what + " is too large to be read as a whole",
+                    FormatBytes(file.size()) + ", limit " + FormatBytes(kMaxWholeBytes),
+                    "cut it, or read a text as text:PATH#blocks"));
+    }
+    return ReadRecords(spec, file.Read(0, file.size()), what, sink);
+  }
+  const uint64_t limit = spec.kind == SourceKind::kJsonl ? kMaxLineBytes : kMaxDocument;
+  for (uint64_t at = 0; at < file.size();) {
+    const uint64_t left = file.size() - at;
+    std::string window;
+    size_t end = 0;
+    for (uint64_t size = window_bytes; end == 0; size = std::min(2 * size, limit + 1)) {
+      if (window.size() > limit) ThrowTooLong(spec.kind, what, at);
+      window += file.Read(at + window.size(), std::min(size, left) - window.size());
+      end = window.size() == left ? left : LastRecordEnd(spec.kind, window);
+    }
+    ReadRecords(spec, std::string_view(window).substr(0, end), what,
+                [&](const RawRecord& record) {
+                  sink({record.raw, at + record.offset});
+                });
+    at += end;
   }
 }
 

@@ -24,6 +24,14 @@ using RecordSink = std::function<void(const RawRecord&)>;
 void ReadRecords(const SourceSpec& spec, std::string_view bytes, const std::string& what,
                  const RecordSink& sink);
 
+// The records of a file. Kinds whose records are lines (jsonl, blocks, wikitext) are read
+// in windows, so that memory is bounded by `window_bytes` and the longest record; others
+// as a whole, up to 8 GiB. A file that gets shorter meanwhile is a DataError.
+inline constexpr size_t kWindowBytes = size_t{4} << 20;
+void ReadFileRecords(const SourceSpec& spec, const SourceFile& file,
+                     const std::string& what, const RecordSink& sink,
+                     size_t window_bytes = kWindowBytes);
+
 // The text of a record: for jsonl its field is parsed here (the costly part, so that
 // threads can share it), for others it is the record. Then CleanText.
 std::string RecordText(const SourceSpec& spec, const RawRecord& record,

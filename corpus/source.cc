@@ -1,15 +1,10 @@
 #include "corpus/source.h"
 
-#include <fcntl.h>
 #include <glob.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 #include <zlib.h>
 #include <zstd.h>
 
 #include <algorithm>
-#include <cerrno>
 
 #include "common/errors.h"
 #include "corpus/task_prompts.h"
@@ -20,28 +15,6 @@ namespace {
 constexpr uint64_t kMaxUnpackedBytes = uint64_t{8} << 30;
 constexpr uint64_t kMaxRatio = 256, kFreeBytes = uint64_t{16} << 20;
 constexpr size_t kPiece = size_t{1} << 20;
-
-struct Mapping {
-  void* data = nullptr;
-  size_t size = 0;
-};
-
-Mapping MapFile(const fs::path& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) ThrowErrno(errno, "open", path);
-  struct stat info;
-  const bool regular = ::fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-  Mapping mapping;
-  if (regular && info.st_size > 0) {
-    mapping.size = static_cast<size_t>(info.st_size);
-    mapping.data = ::mmap(nullptr, mapping.size, PROT_READ, MAP_PRIVATE, fd, 0);
-  }
-  const int error = errno;
-  ::close(fd);
-  if (!regular) throw UsageError(path.string() + " is not a regular file");
-  if (mapping.data == MAP_FAILED) ThrowErrno(error, "map", path);
-  return mapping;
-}
 
 [[noreturn]] void ThrowArchive(const fs::path& path, uint64_t offset,
                                const std::string& why) {
@@ -60,41 +33,66 @@ void Grow(const fs::path& path, uint64_t packed, std::string* out) {
   out->resize(out->size() + kPiece);
 }
 
-std::string UnpackZstd(const fs::path& path, std::string_view packed) {
+// The packed bytes, a piece at a time.
+class PackedPieces {
+ public:
+  explicit PackedPieces(const ByteFile& file) : file_(file) {}
+  // The bytes from `at` on that are at hand: none at the file's end.
+  std::string_view From(uint64_t at) {
+    if (at == begin_ + piece_.size()) {
+      begin_ = at;
+      piece_ = file_.Read(at, std::min<uint64_t>(kPiece, file_.size() - at));
+    }
+    return std::string_view(piece_).substr(at - begin_);
+  }
+
+ private:
+  const ByteFile& file_;
+  uint64_t begin_ = 0;
+  std::string piece_;
+};
+
+std::string UnpackZstd(const ByteFile& file) {
   std::unique_ptr<ZSTD_DStream, decltype(&ZSTD_freeDStream)> stream(ZSTD_createDStream(),
                                                                     &ZSTD_freeDStream);
   ZSTD_DCtx_setParameter(stream.get(), ZSTD_d_windowLogMax,
                          27);  // zstd's own default limit
-  ZSTD_inBuffer in{packed.data(), packed.size(), 0};
+  PackedPieces pieces(file);
   std::string out;
+  uint64_t at = 0;
   size_t used = 0, hint = 1;
-  while (in.pos < in.size || hint != 0) {
-    if (out.size() - used < kPiece / 2) Grow(path, packed.size(), &out);
+  while (at < file.size() || hint != 0) {
+    if (out.size() - used < kPiece / 2) Grow(file.path(), file.size(), &out);
+    const std::string_view packed = pieces.From(at);
+    ZSTD_inBuffer in{packed.data(), packed.size(), 0};
     ZSTD_outBuffer buffer{out.data(), out.size(), used};
-    const size_t before = in.pos;
     hint = ZSTD_decompressStream(stream.get(), &buffer, &in);
-    if (ZSTD_isError(hint)) ThrowArchive(path, in.pos, ZSTD_getErrorName(hint));
-    const bool stuck = in.pos == before && buffer.pos == used;
+    at += in.pos;
+    if (ZSTD_isError(hint)) ThrowArchive(file.path(), at, ZSTD_getErrorName(hint));
+    const bool stuck = in.pos == 0 && buffer.pos == used;
     used = buffer.pos;
-    if (stuck && hint != 0) ThrowArchive(path, in.pos, "the file ends early");
+    if (stuck && hint != 0) ThrowArchive(file.path(), at, "the file ends early");
   }
   out.resize(used);
   return out;
 }
 
-std::string UnpackGzip(const fs::path& path, std::string_view packed) {
+std::string UnpackGzip(const ByteFile& file) {
   z_stream stream{};
   if (inflateInit2(&stream, 15 + 16) != Z_OK)
     throw EnvironmentError("zlib does not start");
   std::unique_ptr<z_stream, decltype(&inflateEnd)> guard(&stream, &inflateEnd);
+  PackedPieces pieces(file);
   std::string out;
-  size_t used = 0, at = 0;
+  uint64_t at = 0;
+  size_t used = 0;
   int status = Z_OK;
-  while (at < packed.size() || status != Z_STREAM_END) {
+  while (at < file.size() || status != Z_STREAM_END) {
     if (status == Z_STREAM_END) inflateReset(&stream);  // gzip files may be concatenated
-    if (out.size() - used < kPiece / 2) Grow(path, packed.size(), &out);
-    stream.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(packed.data() + at));
-    stream.avail_in = static_cast<uInt>(std::min(packed.size() - at, kPiece));
+    if (out.size() - used < kPiece / 2) Grow(file.path(), file.size(), &out);
+    const std::string_view packed = pieces.From(at);
+    stream.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(packed.data()));
+    stream.avail_in = static_cast<uInt>(packed.size());
     stream.next_out = reinterpret_cast<Bytef*>(out.data() + used);
     stream.avail_out = static_cast<uInt>(out.size() - used);
     const uInt given = stream.avail_in, room = stream.avail_out;
@@ -103,10 +101,10 @@ std::string UnpackGzip(const fs::path& path, std::string_view packed) {
     used += room - stream.avail_out;
     if (status == Z_BUF_ERROR ||
         (status == Z_OK && given == 0 && room == stream.avail_out)) {
-      ThrowArchive(path, at, "the file ends early");
+      ThrowArchive(file.path(), at, "the file ends early");
     }
     if (status != Z_OK && status != Z_STREAM_END) {
-      ThrowArchive(path, at, stream.msg ? stream.msg : "damaged gzip data");
+      ThrowArchive(file.path(), at, stream.msg ? stream.msg : "damaged gzip data");
     }
   }
   out.resize(used);
@@ -197,25 +195,16 @@ std::vector<fs::path> ListFiles(const SourceSpec& spec) {
   return files;
 }
 
-SourceFile::SourceFile(const fs::path& path) {
-  const Mapping mapping = MapFile(path);
-  map_ = mapping.data;
-  map_size_ = mapping.size;
-  bytes_ = {static_cast<const char*>(map_), map_size_};
+SourceFile::SourceFile(const fs::path& path) : file_(path) {
   const std::string extension = path.extension().string();
-  if (extension != ".zst" && extension != ".gz") return;
-  try {
-    if (map_size_ == 0) ThrowArchive(path, 0, "the file is empty");
-    owned_ = extension == ".zst" ? UnpackZstd(path, bytes_) : UnpackGzip(path, bytes_);
-  } catch (...) {
-    if (map_) ::munmap(map_, map_size_);
-    throw;
-  }
-  bytes_ = owned_;
+  packed_ = extension == ".zst" || extension == ".gz";
+  if (!packed_) return;
+  if (file_.size() == 0) ThrowArchive(path, 0, "the file is empty");
+  unpacked_ = extension == ".zst" ? UnpackZstd(file_) : UnpackGzip(file_);
 }
 
-SourceFile::~SourceFile() {
-  if (map_) ::munmap(map_, map_size_);
+std::string SourceFile::Read(uint64_t offset, size_t count) const {
+  return packed_ ? unpacked_.substr(offset, count) : file_.Read(offset, count);
 }
 
 }  // namespace routecast

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/byte_file.h"
 #include "common/files.h"
 
 namespace routecast {
@@ -30,23 +31,23 @@ SourceSpec ParseSourceSpec(const std::string& text);
 // none.
 std::vector<fs::path> ListFiles(const SourceSpec& spec);
 
-// A whole file in memory: mapped when plain, unpacked when it ends in .zst or .gz (at
-// most 8 GiB, and 256 times the packed size and 16 MiB, so that a small file cannot fill
-// the memory).
+// A file of text. One that ends in .zst or .gz is unpacked into memory (at most 8 GiB,
+// and 256 times the packed size and 16 MiB, so that a small file cannot fill the memory);
+// others are read where they are asked for. Never mapped: a file that is cut while it is
+// read, or a bad sector, would then end the process by a signal.
 class SourceFile {
  public:
   // Throws UsageError (missing, no permission), DataError (damaged archive, too large).
   explicit SourceFile(const fs::path& path);
-  ~SourceFile();
-  SourceFile(const SourceFile&) = delete;
-  SourceFile& operator=(const SourceFile&) = delete;
-  std::string_view bytes() const { return bytes_; }
+  uint64_t size() const { return packed_ ? unpacked_.size() : file_.size(); }
+  // REQUIRES offset + count <= size(). Throws DataError where the file has become
+  // shorter, EnvironmentError (I/O).
+  std::string Read(uint64_t offset, size_t count) const;
 
  private:
-  std::string owned_;
-  void* map_ = nullptr;
-  size_t map_size_ = 0;
-  std::string_view bytes_;
+  ByteFile file_;
+  bool packed_ = false;
+  std::string unpacked_;
 };
 
 }  // namespace routecast

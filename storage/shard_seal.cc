@@ -53,6 +53,30 @@ std::string FromHex(const std::string& text) {
   return bytes;
 }
 
+// The checksum holds, but who wrote it is not known: values of other kinds are refused.
+ShardSeal ParseSeal(const Json& json, const fs::path& path) {
+  if (!json.is_object() || json.value("version", Json()) != kSealVersion) {
+    throw DataError(ErrorText(path.string() + " is no seal of this version", "",
+                              "use the routecast that wrote it"));
+  }
+  ShardSeal seal;
+  try {
+    seal.config = json.at("config").get<std::string>();
+    for (const auto& [name, file] : json.at("files").items()) {
+      seal.files[name] = {file.at("bytes").get<uint64_t>(),
+                          file.at("hash").get<uint64_t>()};
+    }
+    for (const auto& [chunk, mark] : json.at("marks").items()) {
+      seal.marks[static_cast<uint32_t>(std::stoul(chunk))] =
+          FromHex(mark.get<std::string>());
+    }
+  } catch (const std::exception& e) {
+    throw DataError(ErrorText(path.string() + " is no seal", e.what(),
+                              "the shard itself may be sound: remove the seal, verify"));
+  }
+  return seal;
+}
+
 }  // namespace
 
 void WriteShardSeal(const fs::path& store, int shard,
@@ -106,22 +130,7 @@ std::optional<ShardSeal> ReadShardSeal(const fs::path& store, int shard) {
                               "its checksum is not that of its text",
                               "the shard itself may be sound: remove the seal, verify"));
   }
-  const Json json = ParseJson(text, path.string());
-  if (!json.is_object() || json.value("version", 0) != kSealVersion) {
-    throw DataError(ErrorText(path.string() + " is no seal of this version", "",
-                              "use the routecast that wrote it"));
-  }
-  ShardSeal seal;
-  seal.config = json.at("config").get<std::string>();
-  for (const auto& [name, file] : json.at("files").items()) {
-    seal.files[name] = {file.at("bytes").get<uint64_t>(),
-                        file.at("hash").get<uint64_t>()};
-  }
-  for (const auto& [chunk, mark] : json.at("marks").items()) {
-    seal.marks[static_cast<uint32_t>(std::stoul(chunk))] =
-        FromHex(mark.get<std::string>());
-  }
-  return seal;
+  return ParseSeal(ParseJson(text, path.string()), path);
 }
 
 void RemoveShardSeal(const fs::path& store, int shard) {

@@ -18,7 +18,6 @@ namespace routecast {
 namespace {
 
 constexpr int kStaleSeconds = 120;
-constexpr auto kBeat = std::chrono::seconds(15);
 
 std::string HostName() {
   char host[256] = "unknown";
@@ -53,6 +52,15 @@ class Guard {
     }
   }
   ~Guard() { ::close(fd_); }
+  // Now, by the clock that heartbeats are written with: of a network file system the
+  // server's, which this host's may differ from.
+  std::time_t Now() const {
+    struct stat info;
+    if (::futimens(fd_, nullptr) != 0 || ::fstat(fd_, &info) != 0) {
+      return std::time(nullptr);
+    }
+    return info.st_mtim.tv_sec;
+  }
 
  private:
   int fd_;
@@ -60,7 +68,7 @@ class Guard {
 
 // Who holds the lock, or "" when whoever took it is gone. Where that cannot be seen it is
 // an error: a living holder's store must not be taken.
-std::string LivingHolder(const fs::path& path) {
+std::string LivingHolder(const fs::path& path, std::time_t now) {
   struct stat info;
   if (::stat(path.c_str(), &info) != 0) {
     if (errno != ENOENT) ThrowErrno(errno, "stat", path);
@@ -79,7 +87,7 @@ std::string LivingHolder(const fs::path& path) {
   } catch (const Json::exception&) {
     return "";
   }
-  const int64_t age = std::time(nullptr) - info.st_mtime;
+  const int64_t age = now - info.st_mtim.tv_sec;
   const bool alive = host == HostName() ? !start.empty() && ProcessStart(pid) == start
                                         : age < kStaleSeconds;
   if (!alive) return "";
@@ -89,9 +97,12 @@ std::string LivingHolder(const fs::path& path) {
 
 }  // namespace
 
-StoreLock::StoreLock(const fs::path& store) : path_(store / "lock.json") {
+StoreLock::StoreLock(const fs::path& store,
+                     std::function<void(const std::string&)> on_lost,
+                     std::chrono::milliseconds heartbeat)
+    : path_(store / "lock.json"), on_lost_(std::move(on_lost)), period_(heartbeat) {
   const Guard guard(store / "lock.guard");
-  const std::string holder = LivingHolder(path_);
+  const std::string holder = LivingHolder(path_, guard.Now());
   if (!holder.empty()) {
     throw EnvironmentError(ErrorText(store.string() + " is in use by another job", holder,
                                      "wait for it, or stop it and start again"));
@@ -136,11 +147,22 @@ bool StoreLock::IsOwn() const { return ReadJsonFile(path_).value("token", "") ==
 
 void StoreLock::Beat() {
   std::unique_lock lock(mutex_);
-  while (!wake_.wait_for(lock, kBeat, [this] { return ending_; })) {
+  while (!wake_.wait_for(lock, period_, [this] { return ending_; })) {
     try {
-      if (IsOwn()) ::utimensat(AT_FDCWD, path_.c_str(), nullptr, 0);
+      if (IsOwn()) {
+        ::utimensat(AT_FDCWD, path_.c_str(), nullptr, 0);
+        continue;
+      }
     } catch (const std::exception&) {  // unreadable: not to be renewed
+      continue;
     }
+    if (on_lost_) {
+      on_lost_(ErrorText(
+          path_.parent_path().string() + " was taken over by another job",
+          "this one stood still for more than " + std::to_string(kStaleSeconds) + " s",
+          "let the other finish, or start this one again after it"));
+    }
+    return;
   }
 }
 

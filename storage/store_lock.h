@@ -3,7 +3,9 @@
 // Thread rule: one owner object; the heartbeat runs on a thread of its own.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -15,9 +17,14 @@ namespace routecast {
 class StoreLock {
  public:
   // Takes the lock, or takes over that of a holder that is gone: on this host its process
-  // no longer lives; on another host its heartbeat is older than two minutes. Throws
-  // EnvironmentError naming the holder otherwise.
-  explicit StoreLock(const fs::path& store);
+  // no longer lives; on another host its heartbeat is older than two minutes, by the
+  // clock of the file system. Throws EnvironmentError naming the holder otherwise.
+  // `on_lost` is called (on the heartbeat's thread) with what to say where another job
+  // has taken it over, because this one stood still for so long: nothing may be written
+  // then.
+  explicit StoreLock(const fs::path& store,
+                     std::function<void(const std::string& error)> on_lost = {},
+                     std::chrono::milliseconds heartbeat = std::chrono::seconds(15));
   ~StoreLock();  // releases, unless another job has taken it over
   StoreLock(const StoreLock&) = delete;
   StoreLock& operator=(const StoreLock&) = delete;
@@ -28,6 +35,8 @@ class StoreLock {
   void Beat();
   bool IsOwn() const;
   fs::path path_;
+  std::function<void(const std::string&)> on_lost_;
+  std::chrono::milliseconds period_;
   std::string token_;
   std::mutex mutex_;
   std::condition_variable wake_;

@@ -22,6 +22,13 @@ TEST_F(CollectTest, RanksDoNotChangeTheRecords) {
   }
 }
 
+TEST_F(CollectTest, ItsRecordNamesRanksAndHosts) {
+  ASSERT_EQ(Collect(3, "hosts", {"--max_sequences=20"}), 0);
+  const Json record = ReadJsonFile(folder_ / "hosts" / "run.json");
+  EXPECT_EQ(record["ranks"], 3);
+  EXPECT_EQ(record["hosts"], Json::array({record["host"]}));
+}
+
 // Each expert lives on one rank of a group; groups work side by side. An expert runs the
 // tokens of one rank at a time, so not even a bit differs.
 TEST_F(CollectTest, ExpertParallelGroupsRecordTheSame) {

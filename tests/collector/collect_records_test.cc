@@ -205,6 +205,41 @@ TEST_F(CollectRecordsTest, DryRunWritesNothing) {
   EXPECT_FALSE(fs::exists(folder_ / "dry"));
 }
 
+// What the program prints.
+std::string Printed(const std::vector<std::string>& command) {
+  std::string line;
+  for (const std::string& word : command) line += "'" + word + "' ";
+  FILE* out = ::popen(line.c_str(), "r");
+  std::string text;
+  for (int c = 0; (c = std::fgetc(out)) != EOF;) text += static_cast<char>(c);
+  EXPECT_EQ(::pclose(out), 0) << line;
+  return text;
+}
+
+TEST_F(CollectRecordsTest, DryRunNamesTheBytesOfRouterInputs) {
+  const std::string plan = Printed(Program("dry", {"--dry_run"}));
+  EXPECT_NE(plan.find("20 % of the document groups: "
+                      "128 bytes a token of the encoder (2 layers x 32 x 2), "
+                      "192 bytes a token of the decoder (2 layers x 32 x 2 and what"),
+            std::string::npos)
+      << plan;
+  EXPECT_EQ(Printed(Program("dry", {"--dry_run", "--record=ids"})).find("inputs"),
+            std::string::npos);
+}
+
+TEST_F(CollectRecordsTest, DryRunKnowsWhatTheStoreHasAlready) {
+  Golden();
+  const int64_t chunks = ReadJsonFile(folder_ / "golden" / "store.json")["num_chunks"];
+  const std::string plan = Printed(Program("golden", {"--dry_run"}));
+  EXPECT_NE(plan.find("the store has " + std::to_string(chunks) + " chunks"),
+            std::string::npos)
+      << plan;
+}
+
+TEST_F(CollectRecordsTest, DryRunRefusesAStoreThatCannotBeMade) {
+  EXPECT_EQ(RunProgram(Program("corpus.jsonl/store", {"--dry_run"})), kExitUsage);
+}
+
 TEST_F(CollectRecordsTest, SamplingFlagsThatDoNothingAreRefused) {
   EXPECT_EQ(Collect(1, "none", {"--temperature=1"}), kExitUsage);  // denoise
   EXPECT_EQ(Collect(1, "none", {"--record=ids,output"}), kExitUsage);

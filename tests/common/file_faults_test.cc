@@ -70,6 +70,7 @@ class FileFaultsTest : public testing::Test {
   }
   void FailAtEvery(Fault fault);
   void LosePowerEverywhere(Lost lost);
+  void ReplaceUnderKills(Fault fault);
 
   TempFolder folder_;
 };
@@ -134,6 +135,61 @@ void FileFaultsTest::LosePowerEverywhere(Lost lost) {
   }
 }
 
+// A folder that is sealed twice under one name: a kill after any call leaves the first or
+// the second there. Without exchanges of names there is one moment with neither.
+void FileFaultsTest::ReplaceUnderKills(Fault fault) {
+  const auto replace = [&](const char* text) {
+    SealedFolder sealed(disk() / "out");
+    WriteFileAtomic(sealed.path() / "text", text);
+    sealed.Commit();
+  };
+  Empty();
+  int64_t exchange = -1;
+  {
+    FileWatch watch(disk());
+    replace("1");
+    replace("2");
+    for (size_t n = 0; n < watch.calls().size(); ++n) {
+      if (watch.calls()[n].call == FileCall::kExchange)
+        exchange = static_cast<int64_t>(n);
+    }
+  }
+  ASSERT_GE(exchange, 0);
+  Empty();
+  std::vector<int> promises;
+  std::vector<DiskState> disks;
+  {
+    FileWatch watch(disk(), exchange, fault);
+    replace("1");
+    watch.Promise();
+    replace("2");
+    watch.Promise();
+    EXPECT_EQ(watch.fired(), fault != Fault::kNone);
+    disks = watch.PowerLosses(Lost::kNothing, &promises);
+  }
+  EXPECT_EQ(ReadFile(disk() / "out" / "text"), "2");
+  EXPECT_EQ(std::distance(fs::directory_iterator(disk()), fs::directory_iterator()), 1);
+  int absent = 0;
+  for (size_t i = 0; i < disks.size(); ++i) {
+    if (promises[i] == 0) continue;
+    const auto text = disks[i].files.find("out/text");
+    if (text == disks[i].files.end()) {
+      ++absent;
+    } else if (promises[i] == 2) {
+      EXPECT_EQ(text->second, "2");
+    } else {
+      EXPECT_TRUE(text->second == "1" || text->second == "2") << text->second;
+    }
+  }
+  EXPECT_EQ(absent, fault == Fault::kNoExchange ? 1 : 0);
+}
+
+TEST_F(FileFaultsTest, AReplacedFolderIsThereAtEveryMoment) {
+  ReplaceUnderKills(Fault::kNone);
+}
+TEST_F(FileFaultsTest, AFolderIsReplacedWhereNamesCannotBeExchanged) {
+  ReplaceUnderKills(Fault::kNoExchange);
+}
 TEST_F(FileFaultsTest, IoErrors) { FailAtEvery(Fault::kIoError); }
 TEST_F(FileFaultsTest, FullDisk) { FailAtEvery(Fault::kNoSpace); }
 TEST_F(FileFaultsTest, FullDiskInsideAWrite) { FailAtEvery(Fault::kCutWrite); }

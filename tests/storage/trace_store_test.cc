@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <future>
+#include <future>
 
 #include "common/errors.h"
 #include "storage/store_lock.h"
@@ -170,6 +172,37 @@ TEST_F(TraceStoreTest, ALockThatAnotherJobTookOverIsLeftAlone) {
     std::ofstream(file) << other.dump();
   }
   EXPECT_TRUE(fs::exists(file));
+}
+
+// And it must write no more.
+TEST_F(TraceStoreTest, AJobThatLostItsLockIsTold) {
+  Create();
+  const fs::path file = store() / "lock.json";
+  std::promise<std::string> told;
+  const StoreLock lock(
+      store(), [&told](const std::string& error) { told.set_value(error); },
+      std::chrono::milliseconds(5));
+  Json other = ReadJsonFile(file);
+  other["token"] = "of another job";
+  WriteFileAtomic(file, other.dump());
+  EXPECT_NE(told.get_future().get().find("taken over by another job"), std::string::npos);
+}
+
+// Of a process on another host there is only its heartbeat.
+TEST_F(TraceStoreTest, ALockOfAnotherHostHoldsWhileItsHeartbeatIsFresh) {
+  Create();
+  const fs::path file = store() / "lock.json";
+  std::ofstream(file) << R"({"host": "elsewhere", "pid": 1, "job": "7"})";
+  try {
+    StoreLock second(store());
+    FAIL();
+  } catch (const EnvironmentError& e) {
+    EXPECT_NE(std::string(e.what()).find("host elsewhere, process 1, job \"7\""),
+              std::string::npos)
+        << e.what();
+  }
+  fs::last_write_time(file, fs::last_write_time(file) - std::chrono::minutes(3));
+  EXPECT_NO_THROW(StoreLock{store()});
 }
 
 // Whatever lies there, written by whom: nobody holds the store by it.

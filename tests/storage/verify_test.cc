@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "common/errors.h"
+#include "storage/shard_db.h"
 #include "storage/statistics.h"
 #include "tests/storage/store_fixture.h"
 
@@ -59,6 +60,55 @@ TEST_F(TraceStoreTest, AMissingShardIsFound) {
   fs::remove_all(store() / "shards" / "00002");
   EXPECT_FALSE(VerifyStore(store()).sound());
   EXPECT_THROW(TraceReader{store()}, DataError);
+}
+
+// One of each problem names `what`.
+void ExpectProblem(const VerifyReport& report, const std::string& what) {
+  const auto names = [&](const std::string& problem) {
+    return problem.find(what) != problem.npos;
+  };
+  EXPECT_TRUE(std::any_of(report.problems.begin(), report.problems.end(), names))
+      << what << " is not in " << (report.sound() ? "" : report.problems[0]);
+}
+
+// Their checksums hold.
+TEST_F(TraceStoreTest, RecordsThatDoNotFitTheGeometryAreNamed) {
+  Fill();
+  Json json = config_.ToJson();
+  json["geometry"]["num_experts"] = 64;
+  WriteFileAtomic(store() / "store.json", json.dump());
+  const VerifyReport report = VerifyStore(store());
+  EXPECT_EQ(report.sequences, 0u);
+  const uint64_t id = All().begin()->first;
+  ExpectProblem(report, ": sequence " + std::to_string(id) + " (");
+  ExpectProblem(report, "128 experts; the store says");
+}
+
+TEST_F(TraceStoreTest, ARecordThatIsGoneIsNamed) {
+  Fill();
+  const RoutingTrace trace = All().begin()->second;
+  const std::string key = EncodeKey(KindOf(Stack::kEncoder), trace.sequence_id);
+  for (int shard = 0; shard < config_.num_shards; ++shard) {
+    const ShardDb db(store(), shard, config_, ShardDb::Mode::kWrite);
+    CheckStatus(db.db()->Delete(rocksdb::WriteOptions(), key), "delete", db.path());
+  }
+  const VerifyReport report = VerifyStore(store());
+  EXPECT_EQ(report.sequences, kChunks * kPerChunk - 1);
+  ExpectProblem(report, ": sequence " + std::to_string(trace.sequence_id) + " (encoder)");
+}
+
+// Of a sequence that no chunk has.
+TEST_F(TraceStoreTest, ARecordTooManyIsFound) {
+  Fill();
+  const RoutingTrace trace = All().begin()->second;
+  const std::string key = EncodeKey(KindOf(Stack::kEncoder), 1 << 20);
+  {
+    const ShardDb db(store(), 0, config_, ShardDb::Mode::kWrite);
+    const std::string value =
+        EncodeSpan(key, trace.encoder, trace.task, config_.geometry.num_experts);
+    CheckStatus(db.db()->Put(rocksdb::WriteOptions(), key, value), "put", db.path());
+  }
+  ExpectProblem(VerifyStore(store()), "records, the chunk marks name ");
 }
 
 TEST_F(TraceStoreTest, StatisticsAgreeWithANaiveCount) {

@@ -55,6 +55,10 @@ void SimulatedDisk::Apply(const FileChange& c) {
       if (c.kind == FileChange::kRename) ParentOf(c.path)->names.erase(name);
       break;
     }
+    case FileChange::kExchange:
+      std::swap(ParentOf(c.path)->names.at(name),
+                ParentOf(c.other)->names.at(fs::path(c.other).filename().string()));
+      break;
     case FileChange::kUnlink:
       ParentOf(c.path)->names.erase(name);
       break;

@@ -20,12 +20,13 @@ struct FileChange {
     kSync,
     kMakeFolder,
     kRename,
+    kExchange,
     kLink,
     kUnlink,
     kPromise
   } kind;
   std::string path;     // of the open file: the name under which it was opened
-  std::string other;    // rename, link: the new name
+  std::string other;    // rename, exchange, link: the new name
   int64_t file = 0;     // create, write, truncate, sync: number of the open file
   uint64_t offset = 0;  // write; truncate: the new size
   std::string bytes;

@@ -60,7 +60,9 @@ struct FileWatch::State {
       *cut = true;
       return false;
     }
-    errno = fault == Fault::kNoSpace ? ENOSPC : EIO;
+    errno = fault == Fault::kNoSpace      ? ENOSPC
+            : fault == Fault::kNoExchange ? EINVAL
+                                          : EIO;
     return true;
   }
 };
@@ -172,8 +174,9 @@ int WatchedName(FileCall call, FileChange::Kind kind, const std::string& from,
 }  // namespace
 
 const char* FileCallName(FileCall call) {
-  constexpr const char* kNames[] = {"open",     "create", "read", "write",  "sync",
-                                    "truncate", "rename", "link", "unlink", "mkdir"};
+  constexpr const char* kNames[] = {"open", "create",   "read",   "write",
+                                    "sync", "truncate", "rename", "exchange",
+                                    "link", "unlink",   "mkdir"};
   return kNames[static_cast<int>(call)];
 }
 
@@ -186,10 +189,13 @@ bool Applies(Fault fault, FileCall call) {
     case Fault::kCutWrite:
     case Fault::kPartial:
       return call == FileCall::kWrite;
+    case Fault::kNoExchange:
+      return call == FileCall::kExchange;
     case Fault::kNoSpace:
       return call == FileCall::kCreate || call == FileCall::kWrite ||
              call == FileCall::kSync || call == FileCall::kRename ||
-             call == FileCall::kLink || call == FileCall::kMakeFolder;
+             call == FileCall::kExchange || call == FileCall::kLink ||
+             call == FileCall::kMakeFolder;
   }
   return false;
 }
@@ -351,6 +357,18 @@ int rename(const char* from, const char* to) {
   ROUTECAST_REAL(rename);
   return routecast::WatchedName(FileCall::kRename, FileChange::kRename, from, to,
                                 [&] { return real(from, to); });
+}
+
+int renameat2(int from_folder, const char* from, int to_folder, const char* to,
+              unsigned flags) {
+  ROUTECAST_REAL(renameat2);
+  const bool swaps = (flags & RENAME_EXCHANGE) != 0;
+  return routecast::WatchedName(swaps ? FileCall::kExchange : FileCall::kRename,
+                                swaps ? FileChange::kExchange : FileChange::kRename,
+                                routecast::AtDescriptor(from_folder, from),
+                                routecast::AtDescriptor(to_folder, to).c_str(), [&] {
+                                  return real(from_folder, from, to_folder, to, flags);
+                                });
 }
 
 int link(const char* from, const char* to) {

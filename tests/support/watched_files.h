@@ -23,6 +23,7 @@ enum class FileCall {
   kSync,
   kTruncate,
   kRename,
+  kExchange,  // renameat2 that swaps two names
   kLink,
   kUnlink,
   kMakeFolder,
@@ -31,10 +32,11 @@ const char* FileCallName(FileCall call);
 
 enum class Fault {
   kNone,
-  kIoError,   // the call fails with EIO, later ones work
-  kNoSpace,   // this call and all later ones that need room fail with ENOSPC
-  kCutWrite,  // the write takes half of its bytes, then as kNoSpace
-  kPartial,   // the write takes half of its bytes, the rest may follow
+  kIoError,     // the call fails with EIO, later ones work
+  kNoSpace,     // this call and all later ones that need room fail with ENOSPC
+  kCutWrite,    // the write takes half of its bytes, then as kNoSpace
+  kPartial,     // the write takes half of its bytes, the rest may follow
+  kNoExchange,  // swapping names is refused, as by file systems that cannot
 };
 // Whether `fault` means something at such a call.
 bool Applies(Fault fault, FileCall call);

@@ -1,0 +1,101 @@
+#include "collector/dry_run.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+
+#include "collector/span_log.h"
+#include "common/errors.h"
+#include "storage/trace_reader.h"
+#include "storage/trace_store.h"
+
+namespace routecast {
+namespace {
+
+// Of a store that a job was killed in, or writes now, what can be read. A damaged shard
+// is the job's to mend; here all its store is taken to be missing.
+uint64_t CompletedChunks(const fs::path& store) {
+  if (!fs::exists(store / "store.json")) return 0;
+  try {
+    return static_cast<uint64_t>(TraceReader(store, NeedTokens::kNo).completed_chunks());
+  } catch (const DataError&) {
+    return 0;
+  }
+}
+
+// Where the store can be made or written: the folder itself, or its nearest parent.
+void RequireWritable(const fs::path& store) {
+  fs::path existing = fs::absolute(store);
+  std::error_code ignored;  // of what lies below a file: it is not there
+  while (!fs::exists(existing, ignored) && existing.has_relative_path()) {
+    existing = existing.parent_path();
+  }
+  if (!fs::is_directory(existing)) ThrowErrno(ENOTDIR, "write below", existing);
+  if (::access(existing.c_str(), W_OK | X_OK) != 0) {
+    ThrowErrno(errno, "write into", existing);
+  }
+}
+
+void PrintHidden(const StoreConfig& config, uint64_t text_bytes) {
+  if (config.hidden_share == 0) return;
+  std::printf("inputs     of %g %% of the document groups: ", 100 * config.hidden_share);
+  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    const uint64_t bytes = BytesBesideIds(config, stack);
+    if (bytes == 0) continue;
+    std::printf("%llu bytes a token of the %s (%d layers x %d x 2%s), ",
+                static_cast<unsigned long long>(bytes), StackName(stack),
+                config.geometry.layers(stack), config.geometry.d_model,
+                config.Records("attention") ||
+                        (stack == Stack::kDecoder && config.Records("output"))
+                    ? " and what is recorded beside"
+                    : "");
+  }
+  std::printf("about %s of the store\n",
+              FormatBytes(EstimatedBytesBesideIds(config, text_bytes)).c_str());
+}
+
+void PrintPlan(const CollectOptions& options, const StoreConfig& config,
+               const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank,
+               uint64_t completed) {
+  std::printf("corpus     %s\n", corpus.Summary().c_str());
+  std::printf("plan       %llu documents (%s of text) in %zu chunks, %d shards, %d ranks",
+              static_cast<unsigned long long>(plan.num_documents),
+              FormatBytes(plan.text_bytes).c_str(), plan.chunks.size(), config.num_shards,
+              rank.world);
+  if (completed > 0) {
+    std::printf("; the store has %llu chunks",
+                static_cast<unsigned long long>(completed));
+  }
+  std::printf(
+      "\nmodel      %s: %d+%d MoE layers, %d experts, width %d; %s of memory a "
+      "rank before the first batch\n",
+      options.model.c_str(), config.geometry.encoder_layers,
+      config.geometry.decoder_layers, config.geometry.num_experts,
+      config.geometry.d_model,
+      FormatBytes(static_cast<uint64_t>(OwnMemory().resident_bytes)).c_str());
+  std::printf("store      %s: about %s; %s free\n", options.store.c_str(),
+              FormatBytes(EstimatedStoreBytes(config, plan.text_bytes)).c_str(),
+              FormatBytes(FreeBytes(options.store)).c_str());
+  PrintHidden(config, plan.text_bytes);
+}
+
+}  // namespace
+
+void DryRun(const CollectOptions& options, const StoreConfig& config,
+            const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
+  const fs::path store = options.store;
+  if (fs::exists(store / "store.json")) {
+    TraceStore::RequireGoesOn(store, TraceStore::Open(store), config);
+  }
+  if (!rank.is_root()) return;
+  const uint64_t completed = CompletedChunks(store);
+  PrintPlan(options, config, corpus, plan, rank, completed);
+  RequireWritable(store);
+  const uint64_t chunks = std::max<uint64_t>(plan.chunks.size(), 1);
+  RequireFreeBytes(store, EstimatedStoreBytes(config, plan.text_bytes) / chunks *
+                              (chunks - std::min(completed, chunks)));
+}
+
+}  // namespace routecast

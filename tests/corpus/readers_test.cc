@@ -1,0 +1,110 @@
+// Files that are read in windows: the same records as of the whole, and an error where
+// the file is cut meanwhile.
+#include "corpus/readers.h"
+
+#include <gtest/gtest.h>
+
+#include "common/errors.h"
+#include "common/random.h"
+#include "tests/corpus/test_folder.h"
+
+namespace routecast {
+namespace {
+
+using Records = std::vector<std::pair<std::string, uint64_t>>;
+
+class ReadersTest : public TestFolder {};
+
+// Lines such as the readers cut at, in random order, the last one sometimes without its
+// end.
+std::string RandomLines(uint64_t seed) {
+  const std::vector<std::string> kLines = {
+      "",       " ", "\t\r",          " = Title = ",           "= Other =",
+      " text ", "x", " = = Sub = = ", "a longer line of words"};
+  std::string text;
+  for (uint64_t i = 0; i < 40; ++i) {
+    text += kLines[ToRange(Mix(seed, i), kLines.size())] + "\n";
+  }
+  if (seed % 2 == 1) text.pop_back();
+  return text;
+}
+
+TEST_F(ReadersTest, WindowsChangeNoRecord) {
+  for (const SourceKind kind :
+       {SourceKind::kTextBlocks, SourceKind::kWikitext, SourceKind::kJsonl}) {
+    const SourceSpec spec{.kind = kind, .path = "", .field = ""};
+    for (uint64_t seed = 0; seed < 60; ++seed) {
+      const std::string text = RandomLines(seed);
+      const fs::path path = folder_ / "lines";
+      WriteFileAtomic(path, text);
+      Records whole;
+      ReadRecords(spec, text, "lines",
+                  [&](const RawRecord& r) { whole.emplace_back(r.raw, r.offset); });
+      const SourceFile file(path);
+      for (const size_t window : {1, 7, 30, 64, 1000}) {
+        Records records;
+        ReadFileRecords(
+            spec, file, "lines",
+            [&](const RawRecord& r) { records.emplace_back(r.raw, r.offset); }, window);
+        ASSERT_EQ(records, whole)
+            << "kind " << int(kind) << ", seed " << seed << ", window " << window;
+      }
+    }
+  }
+}
+
+// Nothing above the limit is read to see that: 256 MiB of a (sparse) file of a terabyte.
+TEST_F(ReadersTest, AGiantLineIsRefusedByItsByte) {
+  const fs::path path = folder_ / "giant.jsonl";
+  WriteFileAtomic(path, "{\"text\": \"x\"}\n");
+  fs::resize_file(path, uint64_t{1} << 40);
+  const SourceFile file(path);
+  int records = 0;
+  try {
+    ReadFileRecords({SourceKind::kJsonl, "", "text"}, file, "giant.jsonl",
+                    [&](const RawRecord&) { ++records; });
+    FAIL() << "a line of a terabyte was taken";
+  } catch (const DataError& e) {
+    EXPECT_NE(std::string(e.what()).find("at byte 14: a line above 256 MiB"),
+              std::string::npos)
+        << e.what();
+  }
+  EXPECT_EQ(records, 1);
+}
+
+TEST_F(ReadersTest, AFileReadWholeHasALimit) {
+  const fs::path path = folder_ / "giant.txt";
+  WriteFileAtomic(path, "x");
+  fs::resize_file(path, uint64_t{1} << 40);
+  const SourceFile file(path);
+  EXPECT_THROW(ReadFileRecords({SourceKind::kText, "", ""}, file, "giant.txt",
+                               [](const RawRecord&) {}),
+               DataError);
+}
+
+TEST_F(ReadersTest, AFileThatIsCutWhileItIsReadIsDataErrorByName) {
+  const fs::path path = folder_ / "cut.jsonl";
+  std::string lines;
+  for (int i = 0; i < 1000; ++i) lines += "{\"text\": \"a line of it\"}\n";
+  WriteFileAtomic(path, lines);
+  const SourceFile file(path);
+  int records = 0;
+  try {
+    ReadFileRecords(
+        {SourceKind::kJsonl, "", "text"}, file, path.string(),
+        [&](const RawRecord&) {
+          if (++records == 1) fs::resize_file(path, 100);
+        },
+        4096);
+    FAIL() << "the cut was not seen";
+  } catch (const DataError& e) {
+    EXPECT_NE(std::string(e.what()).find("cut.jsonl ended while it was read"),
+              std::string::npos)
+        << e.what();
+  }
+  EXPECT_GT(records, 100);  // of the first window
+  EXPECT_LT(records, 1000);
+}
+
+}  // namespace
+}  // namespace routecast
