@@ -23,6 +23,11 @@ SpeculationSize SizeOf(const SpeculationOptions& o, TraceDataset* dataset,
   size.steps = o.steps > 0 ? o.steps : o.epochs * size.steps_per_epoch;
   // Weights, gradients, two moments, the best weights so far.
   size.bytes = static_cast<uint64_t>(size.parameters) * sizeof(float) * 5;
+  for (TraceDataset* store : stores) {
+    size.record_bytes += store->EstimateBytes(SplitPart::kTrain, HiddenOf(configs[0]));
+    size.records_kept =
+        size.records_kept && store->FitsInCache(SplitPart::kTrain, HiddenOf(configs[0]));
+  }
   return size;
 }
 
@@ -40,13 +45,15 @@ std::string DescribeSpeculation(const SpeculationJob& job, TraceDataset* dataset
                 "traces: %s\n%smodel: %s, %lld parameters\nrun: %lld steps of %d windows "
                 "on %d ranks; "
                 "%lld steps an epoch of %llu windows\nmemory: %s a rank before "
-                "activations and traces\n",
+                "activations\nrecords to train on: %s a rank, %s\n",
                 dataset->SplitJson().dump().c_str(), further.c_str(), o.kind.c_str(),
                 static_cast<long long>(size.parameters),
                 static_cast<long long>(size.steps), o.global_batch, world,
                 static_cast<long long>(size.steps_per_epoch),
                 static_cast<unsigned long long>(size.windows_per_epoch),
-                FormatBytes(size.bytes).c_str());
+                FormatBytes(size.bytes).c_str(), FormatBytes(size.record_bytes).c_str(),
+                size.records_kept ? "read into memory before the first step"
+                                  : "more than --cache holds: read when they are needed");
   return text;
 }
 

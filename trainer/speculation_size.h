@@ -13,6 +13,9 @@ struct SpeculationSize {
   int64_t steps_per_epoch = 0;
   uint64_t windows_per_epoch = 0;
   uint64_t bytes = 0;  // of memory a rank, before activations and traces
+  // Of the train parts, once they are in memory; whether they are read there ahead.
+  uint64_t record_bytes = 0;
+  bool records_kept = true;
 };
 // Throws what TrainSpeculation throws for options that do not fit the traces.
 SpeculationSize SizeOf(const SpeculationOptions& options, TraceDataset* dataset,

@@ -106,6 +106,7 @@ class SpeculationTrainer {
   SpeculationResult Run() {
     const StaleControl control = Control();
     Resume();
+    for (TraceDataset* store : stores_) store->KeepAll(SplitPart::kTrain, hidden_);
     for (size_t i = 0; i < stores_.size(); ++i) {
       const fs::path folder = FolderOfStore(job_, i);
       if (rank_.is_root()) MakeFolder(folder);

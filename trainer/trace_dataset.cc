@@ -5,12 +5,14 @@
 #include <set>
 
 #include "common/errors.h"
+#include "common/stop.h"
 
 namespace routecast {
 namespace {
 
 constexpr uint32_t kFewestTokens = 2;
 constexpr size_t kScanSequences = 256;
+constexpr size_t kSampled = 32;  // for an estimate
 
 uint64_t BytesOf(const RoutingSpan& s) {
   return s.token_ids.size() * 4 + s.expert_ids.size() * 2 + s.gate_probs.size() * 4 +
@@ -168,6 +170,50 @@ std::vector<std::shared_ptr<const RoutingTrace>> TraceDataset::Read(
   lock.lock();
   for (const size_t m : missing) Keep(sequences[m], with_hidden, found[m]);
   return found;
+}
+
+uint64_t TraceDataset::EstimateBytes(SplitPart part, WithHidden with_hidden) {
+  if (!reader_) return 0;
+  double bytes = 0;
+  for (const bool hidden : {false, true}) {
+    std::vector<uint32_t> all, some;
+    double tokens = 0, sampled = 0, sample_bytes = 0;
+    const auto tokens_of = [&](uint32_t i) {
+      return 1.0 + sequences_[i].encoder_tokens + sequences_[i].decoder_tokens;
+    };
+    for (uint32_t i = 0; i < sequences_.size(); ++i) {
+      if (parts_[i] != part || sequences_[i].has_hidden != hidden) continue;
+      all.push_back(i);
+      tokens += tokens_of(i);
+    }
+    for (size_t i = 0; i < std::min(all.size(), kSampled); ++i) {
+      some.push_back(all[i * all.size() / std::min(all.size(), kSampled)]);
+      sampled += tokens_of(some.back());
+    }
+    for (const auto& trace : Read(some, with_hidden)) {
+      sample_bytes +=
+          static_cast<double>(BytesOf(trace->encoder) + BytesOf(trace->decoder));
+    }
+    if (!some.empty()) bytes += sample_bytes * tokens / sampled;
+  }
+  return static_cast<uint64_t>(bytes);
+}
+
+bool TraceDataset::FitsInCache(SplitPart part, WithHidden with_hidden) {
+  return EstimateBytes(part, with_hidden) <= options_.cache_bytes;
+}
+
+bool TraceDataset::KeepAll(SplitPart part, WithHidden with_hidden) {
+  if (!reader_) return true;
+  if (!FitsInCache(part, with_hidden)) return false;
+  std::vector<uint32_t> batch;
+  for (uint32_t i = 0; i < sequences_.size() && !StopRequested(); ++i) {
+    if (parts_[i] == part) batch.push_back(i);
+    if (batch.size() < kScanSequences && i + 1 < sequences_.size()) continue;
+    Read(batch, with_hidden);
+    batch.clear();
+  }
+  return true;
 }
 
 std::vector<uint32_t> TraceDataset::Select(SplitPart part, Stack stack,

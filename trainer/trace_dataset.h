@@ -55,6 +55,16 @@ class TraceDataset {
   std::vector<std::shared_ptr<const RoutingTrace>> Read(
       std::span<const uint32_t> sequences, WithHidden with_hidden);
 
+  // Memory that the part's records take once they are kept: from a sample of them, by
+  // their tokens. Of traces in memory 0.
+  uint64_t EstimateBytes(SplitPart part, WithHidden with_hidden);
+  bool FitsInCache(SplitPart part, WithHidden with_hidden);
+  // Reads the part's records into memory ahead of their use, where all of them fit into
+  // the cache; false where they do not. Ends early where a stop is requested
+  // (common/stop.h): what is missing is then read when it is needed.
+  bool KeepAll(SplitPart part, WithHidden with_hidden);
+  uint64_t kept_bytes() const { return kept_bytes_; }
+
   // Sequences of a part that a (stack, source layer) can use: two tokens or more in that
   // stack, and router inputs where asked for. Ascending.
   std::vector<uint32_t> Select(SplitPart part, Stack stack, WithHidden with_hidden) const;

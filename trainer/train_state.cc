@@ -159,17 +159,30 @@ void LoadTrainState(const fs::path& folder, int64_t step, const Parameters& para
   optimizer->Load(ReadParameters(from / kOptimizerFile, at::ScalarType::Undefined));
 }
 
+namespace {
+
+// `where` names the place of both in the whole configuration.
+void CheckSame(const Json& stored, const Json& current, const std::string& where,
+               const fs::path& folder) {
+  for (const auto& [key, value] : current.items()) {
+    const std::string name = where + key;
+    const bool there = stored.contains(key);
+    if (there && stored[key] == value) continue;
+    if (there && stored[key].is_object() && value.is_object()) {
+      CheckSame(stored[key], value, name + ".", folder);  // a short line, not all of it
+    }
+    throw UsageError(ErrorText(
+        folder.string() + " holds an unfinished run of another configuration: " + name,
+        "there " + (there ? stored[key].dump() : "absent") + ", now " + value.dump(),
+        "use the same flags, another --out, or --resume=never"));
+  }
+}
+
+}  // namespace
+
 void CheckSameConfiguration(const Json& stored, const Json& current,
                             const fs::path& folder) {
-  for (const auto& [key, value] : current.items()) {
-    if (!stored.contains(key) || stored[key] != value) {
-      throw UsageError(ErrorText(
-          folder.string() + " holds an unfinished run of another configuration: " + key,
-          "there " + (stored.contains(key) ? stored[key].dump() : "absent") + ", now " +
-              value.dump(),
-          "use the same flags, another --out, or --resume=never"));
-    }
-  }
+  CheckSame(stored, current, "", folder);
 }
 
 }  // namespace routecast

@@ -7,10 +7,16 @@
 // more sequences than the smallest (source -1 needs no router input, so every sequence
 // serves it) is held to kLargestToSmallest times the smallest's quota, and goes on in
 // the next epoch where it stopped.
+//
+// Ranks wait for the slowest of them at each step. So a step is made of runs of 2, 4 or 8
+// micro-batches that cost about the same (padded tokens, a decoder's twice), of any
+// groups, and the ranks share each run; a cheap run and a dear one follow each other, so
+// that steps have about as many labels each.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "common/routing.h"
@@ -45,7 +51,7 @@ struct WindowSamplerOptions {
   int global_batch = 64;  // windows a step over all ranks; a multiple of micro_batch
 };
 
-// Thread rule: const, any thread. Memory: none beyond the groups.
+// Thread rule: const, any thread. Memory: the groups, and the order of 32 steps.
 class WindowSampler {
  public:
   static constexpr uint64_t kLargestToSmallest = 2;
@@ -71,6 +77,14 @@ class WindowSampler {
     return static_cast<uint64_t>(options_.global_batch / options_.micro_batch);
   }
   uint64_t MicroOf(size_t group) const;  // micro-batches a group gives to each epoch
+  uint64_t RunLength() const;            // micro-batches of like cost; 1 = no runs
+  size_t GroupOf(uint64_t number) const;
+  // Pool indices of the windows that are sorted by length together with micro-batch
+  // `slot` of the group.
+  std::vector<uint64_t> Bucket(uint64_t epoch, size_t group, uint64_t slot) const;
+  std::vector<uint64_t> OrderOf(uint64_t epoch, uint64_t block) const;
+  // Number of the micro-batch at a place of the epoch.
+  uint64_t NumberAt(uint64_t epoch, uint64_t place) const;
   MicroBatch Make(uint64_t epoch, uint64_t number) const;
   // Index in the pool of the group's stream at `position`.
   uint64_t StreamAt(size_t group, uint64_t position) const;
@@ -79,6 +93,13 @@ class WindowSampler {
   WindowSamplerOptions options_;
   std::vector<uint64_t> quotas_;
   std::vector<uint64_t> first_micro_;  // of each group, and the total at the end
+  // What OrderOf last said.
+  struct Order {
+    uint64_t epoch = 0, block = 0;
+    std::vector<uint64_t> numbers;
+  };
+  mutable std::mutex mutex_;
+  mutable Order last_;
 };
 
 }  // namespace routecast

@@ -144,5 +144,23 @@ TEST(TrainState, AnotherConfigurationIsRefusedByName) {
   }
 }
 
+TEST(TrainState, OnlyWhatDiffersOfALongConfigurationIsPrinted) {
+  const Json stored = {{"model", {{"width", 8}, {"geometry", {{"num_experts", 16}}}}}};
+  Json current = stored;
+  current["model"]["geometry"]["num_experts"] = 128;
+  try {
+    CheckSameConfiguration(stored, current, "out");
+    FAIL();
+  } catch (const UsageError& e) {
+    const std::string text = e.what();
+    EXPECT_NE(text.find("model.geometry.num_experts\n  there 16, now 128\n"),
+              std::string::npos)
+        << text;
+  }
+  current = stored;
+  current["model"].erase("width");
+  EXPECT_THROW(CheckSameConfiguration(stored, current, "out"), UsageError);
+}
+
 }  // namespace
 }  // namespace routecast

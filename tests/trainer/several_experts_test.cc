@@ -1,6 +1,7 @@
 // Traces of models that route a token to several experts, as they are imported: no token
 // ids, no states. Labels, losses and scores heed every expert.
 #include <ATen/ATen.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -15,6 +16,7 @@
 #include "trainer/knn_estimate.h"
 #include "trainer/leaderboard.h"
 #include "trainer/speculation_loss.h"
+#include "trainer/speculation_size.h"
 
 namespace routecast {
 namespace {
@@ -86,6 +88,27 @@ class SeveralExperts : public testing::Test {
  private:
   TempFolder folder_;
 };
+
+TEST_F(SeveralExperts, APartIsReadAheadWhereAllOfItFits) {
+  const auto reader = std::make_shared<const TraceReader>(Import(), NeedTokens::kNo);
+  TraceDataset dataset(reader, {});
+  const auto estimate = dataset.EstimateBytes(SplitPart::kTrain, WithHidden::kNo);
+  EXPECT_TRUE(dataset.KeepAll(SplitPart::kTrain, WithHidden::kNo));
+  const uint64_t kept = dataset.kept_bytes();
+  EXPECT_NEAR(double(kept), double(estimate), 0.1 * double(kept));
+  dataset.Read(dataset.Select(SplitPart::kTrain, Stack::kDecoder, WithHidden::kNo),
+               WithHidden::kNo);
+  EXPECT_EQ(dataset.kept_bytes(), kept) << "something was left to read";
+  TraceDataset small(reader, {.cache_bytes = estimate / 2});
+  EXPECT_FALSE(small.KeepAll(SplitPart::kTrain, WithHidden::kNo));
+  EXPECT_LE(small.kept_bytes(), estimate / 2);
+  // --dry_run says which of the two it will be.
+  const SpeculationJob job = Job("plan", "interlayer");
+  EXPECT_THAT(DescribeSpeculation(job, &dataset, 1),
+              testing::HasSubstr("read into memory before the first step"));
+  EXPECT_THAT(DescribeSpeculation(job, &small, 1),
+              testing::HasSubstr("read when they are needed"));
+}
 
 TEST_F(SeveralExperts, ABatchHoldsAllOfAToken) {
   TraceDataset dataset = Open(Import());

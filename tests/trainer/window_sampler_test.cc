@@ -142,6 +142,48 @@ TEST(WindowSampler, MicroBatchesHoldSimilarLengths) {
   EXPECT_LT(padded, tokens * 110 / 100) << "random batches would pad by 80 %";
 }
 
+uint64_t CostOf(const MicroBatch& m) {
+  static const std::vector<SampleGroup> groups = Groups();
+  uint32_t longest = 0;
+  for (const uint32_t s : m.sequences) {
+    longest = std::max(longest, groups[0].pool->lengths[s - 1000]);
+  }
+  return (100 + m.sequences.size() * longest) * (m.stack == Stack::kDecoder ? 2 : 1);
+}
+
+TEST(WindowSampler, RanksGetAboutTheSameWorkInEachStep) {
+  const WindowSampler sampler = Sampler();
+  for (const int world : {2, 4}) {
+    uint64_t slowest = 0, sum = 0;
+    for (uint64_t step = 0; step + 1 < sampler.steps_per_epoch(); ++step) {
+      uint64_t most = 0;
+      for (int r = 0; r < world; ++r) {
+        uint64_t cost = 0;
+        for (const MicroBatch& m : sampler.Step(0, step, r, world)) cost += CostOf(m);
+        most = std::max(most, cost);
+        sum += cost;
+      }
+      slowest += most;
+    }
+    EXPECT_LT(slowest * static_cast<uint64_t>(world), sum * 106 / 100)
+        << world << " ranks; dealt at random it is 1.2 to 1.4 times";
+  }
+}
+
+TEST(WindowSampler, AStepHoldsWindowsOfSeveralGroups) {
+  const WindowSampler sampler(Groups(), {3, /*micro_batch=*/4, /*global_batch=*/16});
+  uint64_t groups = 0;
+  for (uint64_t step = 0; step < sampler.steps_per_epoch(); ++step) {
+    std::set<std::pair<Stack, int>> held;
+    for (const MicroBatch& m : sampler.Step(0, step, 0, 1)) {
+      held.insert({m.stack, m.source_layer});
+    }
+    groups += held.size();
+  }
+  EXPECT_GT(groups * 10, sampler.steps_per_epoch() * 20)
+      << "of four micro-batches drawn one by one 2.7 would be of another group";
+}
+
 TEST(WindowSampler, RefusesBatchesThatDoNotDivide) {
   EXPECT_THROW(WindowSampler(Groups(), {1, 16, 40}), UsageError);
   EXPECT_THROW(WindowSampler(Groups(), {1, 0, 0}), UsageError);
