@@ -41,7 +41,8 @@ TEST_P(AttentionTest, EqualsTheFormula) {
   for (const auto& bias :
        {at::randn({1, s.heads, s.queries, s.keys}), at::randn({s.batch, 1, 1, s.keys}),
         at::randn({s.batch, s.heads, s.queries, s.keys}),
-        at::randn({s.queries, s.keys, s.heads}).permute({2, 0, 1}).unsqueeze(0)}) {
+        at::randn({s.queries, s.keys, s.heads}).permute({2, 0, 1}).unsqueeze(0),
+        at::randn({1, s.heads, s.queries, 1})}) {
     at::Tensor weights, expected_weights;
     const at::Tensor expected = Formula(q, k, v, bias, &expected_weights);
     const at::Tensor got = MultiHeadAttention(q, k, v, bias, /*causal=*/false, &weights);
