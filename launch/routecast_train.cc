@@ -77,6 +77,9 @@ DEFINE_double(set_weight, 0, "Of the encoder's set prediction in the loss");
 DEFINE_double(distill_weight, 0,
               "Share of the loss towards the routers' own top-k (--record=topk)");
 DEFINE_double(distill_temperature, 1, "Of --distill_weight");
+DEFINE_double(consistency_weight, 0,
+              "Of 'neighbouring tokens are as alike as their experts' in the loss");
+DEFINE_double(diversity_weight, 0, "Of 'all experts are named' in the loss");
 DEFINE_double(contrastive_weight, 0,
               "Of InfoNCE between a lead and the experts' embeddings in the loss");
 DEFINE_bool(
@@ -187,6 +190,8 @@ SpeculationOptions OptionsOfFlags() {
   o.distill_weight = FLAGS_distill_weight;
   o.distill_temperature = FLAGS_distill_temperature;
   o.contrastive_weight = FLAGS_contrastive_weight;
+  o.consistency_weight = FLAGS_consistency_weight;
+  o.diversity_weight = FLAGS_diversity_weight;
   o.attention_inputs = FLAGS_attention_inputs;
   o.backup_experts = FLAGS_backup_experts;
   o.backup_weight = FLAGS_backup_weight;

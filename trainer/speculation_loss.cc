@@ -69,6 +69,25 @@ at::Tensor BackupLoss(const at::Tensor& backups_NKE, const at::Tensor& choices_N
       .mean(1);
 }
 
+at::Tensor ConsistencyLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTH) {
+  const int64_t pairs = labels_BTH.size(1) - 1;
+  if (pairs < 1) return logits_BTHE.sum() * 0;
+  const auto before = labels_BTH.narrow(1, 0, pairs);
+  const auto after = labels_BTH.narrow(1, 1, pairs);
+  const auto counts = before.ne(kIgnore).logical_and(after.ne(kIgnore));
+  const auto cosines = at::cosine_similarity(logits_BTHE.narrow(1, 0, pairs),
+                                             logits_BTHE.narrow(1, 1, pairs), 3);
+  return ((cosines - before.eq(after).to(at::kFloat)).square() * counts).sum();
+}
+
+at::Tensor DiversityLoss(const at::Tensor& logits_NE) {
+  const auto rows = static_cast<double>(logits_NE.size(0));
+  const auto experts = static_cast<double>(logits_NE.size(1));
+  if (rows == 0) return logits_NE.sum();
+  const auto mean = at::softmax(logits_NE, 1).mean(0).clamp_min(1e-8);
+  return (mean * experts).log().mean() * -rows;
+}
+
 at::Tensor ContrastiveLoss(const at::Tensor& features_ND, const at::Tensor& keys_ED,
                            const at::Tensor& truth_NK) {
   const auto unit = [](const at::Tensor& x) {
@@ -190,6 +209,14 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
   if (weights.set > 0 && batch.window.stack == Stack::kEncoder) {
     sums.total = sums.total +
                  weights.set * SetLoss(output.logits_BTHE, LabelSets(batch).to(device));
+  }
+  if (weights.consistency > 0) {
+    sums.total =
+        sums.total + weights.consistency *
+                         ConsistencyLoss(output.logits_BTHE, batch.labels_BTH.to(device));
+  }
+  if (weights.diversity > 0) {
+    sums.total = sums.total + weights.diversity * DiversityLoss(logits);
   }
   if (output.own_loss.defined() && output.logits_BTHE.requires_grad()) {
     sums.total = sums.total + output.own_loss.sum();

@@ -29,6 +29,8 @@ struct LossWeights {
   double label_smoothing = 0;
   double contrastive = 0;  // of ContrastiveLoss, where the model embeds experts
   double backup = 0;       // of BackupLoss, where the model has heads for further choices
+  double consistency = 0;  // of ConsistencyLoss
+  double diversity = 0;    // of DiversityLoss
 };
 // Cross-entropy of the routing and what the weights add to it (of a batch with mixup, of
 // the labels of both sequences by their shares); cross_entropy, recall and
@@ -45,6 +47,13 @@ at::Tensor RoutingCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& tr
 // [N]: the mean over K heads of the cross-entropy of each with the router's choice that
 // it is for.
 at::Tensor BackupLoss(const at::Tensor& backups_NKE, const at::Tensor& choices_NK);
+
+// Over neighbouring tokens that both have a label (int64 [B,T,H], -100 = none), the sum
+// of (cosine of their logits - [same expert])^2: answers change where the routing does.
+at::Tensor ConsistencyLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTH);
+
+// N times KL(uniform || mean of the rows' probabilities): all experts are named.
+at::Tensor DiversityLoss(const at::Tensor& logits_NE);
 
 // [N]: InfoNCE at temperature .1 between what a model makes of a lead and its embeddings
 // of the experts: -log softmax(cosines / .1) of the true experts, the mean over the K.

@@ -187,6 +187,8 @@ Json SpeculationOptions::ToJson() const {
           {"distill_weight", distill_weight},
           {"distill_temperature", distill_temperature},
           {"contrastive_weight", contrastive_weight},
+          {"consistency_weight", consistency_weight},
+          {"diversity_weight", diversity_weight},
           {"attention_inputs", attention_inputs},
           {"backup_experts", backup_experts},
           {"backup_weight", backup_weight},
@@ -257,6 +259,8 @@ void SpeculationOptions::Validate() const {
   RequirePositive("--distill_temperature", distill_temperature);
   RequireNotNegative("--curriculum_epochs", curriculum_epochs);
   RequireNotNegative("--contrastive_weight", contrastive_weight);
+  RequireNotNegative("--consistency_weight", consistency_weight);
+  RequireNotNegative("--diversity_weight", diversity_weight);
   RequireNotNegative("--backup_experts", backup_experts);
   RequireNotNegative("--backup_weight", backup_weight);
   const bool top_k = distill_weight > 0 || backup_experts > 0;

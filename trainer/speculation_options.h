@@ -67,6 +67,8 @@ struct SpeculationOptions {
   double set_weight = 0;           // of the encoder's set prediction
   double distill_weight = 0;  // share of the loss that is towards the router's own top-k
   double distill_temperature = 1;
+  double consistency_weight = 0;  // of ConsistencyLoss and
+  double diversity_weight = 0;    // DiversityLoss: the published gating loss
   double contrastive_weight = 0;  // of InfoNCE between leads and expert embeddings
   bool attention_inputs = false;  // `hidden` reads attention summaries, too
   int backup_experts = 0;         // heads for the router's second, third .. choice

@@ -94,7 +94,8 @@ class SpeculationTrainer {
     weights_ = {options_.confidence_weight,   options_.next_token_weight,
                 options_.set_weight,          options_.distill_weight,
                 options_.distill_temperature, 0,
-                options_.contrastive_weight,  options_.backup_weight};
+                options_.contrastive_weight,  options_.backup_weight,
+                options_.consistency_weight,  options_.diversity_weight};
     for (const MemberOptions& o : TrainingOf(options_, config_)) {
       smoothing_.push_back(o.label_smoothing);
     }

@@ -126,6 +126,32 @@ TEST(ContrastiveLoss, IsInfoNceOverCosines) {
   }
 }
 
+TEST(ConsistencyLoss, ComparesNeighboursThatBothCount) {
+  const auto logits =
+      at::tensor({1.f, 0.f, 0.f, 2.f, 3.f, 0.f, 1.f, 1.f}).view({1, 4, 1, 2});
+  const auto labels = at::tensor({0, 0, 1, -100}, at::kLong).view({1, 4, 1});
+  // Cosines 0 of the same expert, 0 of another; the last one has no label.
+  EXPECT_NEAR(ConsistencyLoss(logits, labels).item<double>(), 1, 1e-5);
+}
+
+TEST(DiversityLoss, IsTheDivergenceOfTheMeanFromUniform) {
+  const auto logits = at::tensor({0.75f, 0.25f, 0.75f, 0.25f}).view({2, 2}).log();
+  const double expected = 2 * (std::log(0.5 / 0.75) + std::log(0.5 / 0.25)) / 2;
+  EXPECT_NEAR(DiversityLoss(logits).item<double>(), expected, 1e-5);
+  EXPECT_NEAR(DiversityLoss(at::zeros({3, 4})).item<double>(), 0, 1e-5);
+}
+
+TEST_F(TrainingAids, TheGatingLossChangesWhatAStepLearns) {
+  const SpeculationJob plain = Job("gating_plain", "simple");
+  const double without = Losses(plain)[0];
+  SpeculationJob consistent = Job("consistent", "simple");
+  consistent.options.consistency_weight = 1;
+  EXPECT_GT(Losses(consistent)[0], without);
+  SpeculationJob diverse = Job("diverse", "simple");
+  diverse.options.diversity_weight = 1;
+  EXPECT_GT(Losses(diverse)[0], without);
+}
+
 TEST_F(TrainingAids, TheContrastiveTermIsLearnt) {
   for (const char* kind : {"interlayer", "moe", "autoregressive"}) {
     const SpeculationJob plain = Job(std::string("plain_") + kind, kind);
