@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
@@ -46,6 +47,13 @@ std::string RankText() {
   return std::string(" (rank ") + rank + ")";
 }
 
+// Every rank finds the same mistake in flags: the first one says it and ends the job while
+// the others wait. Where it alone finds nothing wrong, they say it after all.
+void LetTheFirstRankSpeak() {
+  if (RankText().empty() || RankText() == " (rank 0)") return;
+  std::this_thread::sleep_for(std::chrono::seconds(2));
+}
+
 std::string FirstLines(const std::string& text, int count) {
   size_t end = 0;
   while (count-- > 0 && end != std::string::npos) end = text.find('\n', end + (end > 0));
@@ -77,6 +85,7 @@ int ExitCodeOf(const std::function<void()>& body) {
   } catch (const StoppedError& e) {
     return Report(kExitStopped, e.what());
   } catch (const UsageError& e) {
+    LetTheFirstRankSpeak();
     return Report(kExitUsage, e.what());
   } catch (const DataError& e) {
     return Report(kExitBadData, e.what());

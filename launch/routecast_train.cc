@@ -125,7 +125,9 @@ DEFINE_string(
 DEFINE_string(resume, "auto",
               "auto: go on with an unfinished run in --out; never: start anew; or the "
               "folder of an unfinished run");
-DEFINE_bool(deterministic, true, "Refuse operations whose result may differ by run");
+DEFINE_bool(
+    deterministic, true,
+    "Pin algorithms: refuse those whose result may differ by run; prints its cost");
 DEFINE_string(leaderboard, "",
               "Makes one table in --out of these, comma-separated: kinds and files of "
               "flags, NAME.flags (trained over --seeds seeds), folders of finished runs; "

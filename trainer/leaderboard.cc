@@ -164,6 +164,7 @@ Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
               {"seeds", seeds},
               {"validation_loss", loss / static_cast<double>(results.size())},
               {"predict_us", nullptr},
+              {"predict_flops", nullptr},
               {"offline_only", nullptr},
               {"scores", Merged(lists)}};
   if (std::isfinite(predict_us)) row["predict_us"] = predict_us;
@@ -325,6 +326,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
   }
   QuestionTimes times;
   times.question_us.assign(entries.size(), 0);
+  times.question_flops.assign(entries.size(), 0);
   times.pass_us = job.pass_us;
   if (comm->rank_info().is_root()) {
     times = TimeQuestions(timed, job.checkpoint, job.run.device, dataset);
@@ -346,6 +348,9 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
                                        fs::path(entry.name).filename().string() + ")";
     board["rows"].push_back(
         LeaderboardRow(name, results, times.question_us[i], times.pass_us, questions));
+    if (std::isfinite(times.question_flops[i])) {
+      board["rows"].back()["predict_flops"] = times.question_flops[i];
+    }
     last = results;
   }
   if (!last.empty()) AddBaselines(last, &board["rows"]);

@@ -18,6 +18,10 @@ std::string Share(const Json& value) {
 // Of models of several experts a token the scores are of the set of all K.
 bool Sets(const Json& board) { return board.value("experts_per_token", 1) > 1; }
 
+std::string Millions(const Json& value) {
+  return Number(value.is_number() ? Json(value.get<double>() / 1e6) : Json(), 2);
+}
+
 std::string NameOf(const Json& row) {
   const char* what = row.contains("estimate")          ? " (estimate)"
                      : row.contains("baseline")        ? " (baseline)"
@@ -51,6 +55,7 @@ Table TableOf(const Json& board, bool rates) {
       "enc all " + first,
       "x chance",
       "us",
+      "MFLOP",
       "<serve"};
   const Json& all = board.at("rows");
   const bool backups = std::any_of(
@@ -74,6 +79,7 @@ Table TableOf(const Json& board, bool rates) {
         Share(r.at("encoder_" + one)),
         Number(r.value("times_chance", Json()), 2),
         Number(r.at("predict_us"), 0),
+        Millions(r.value("predict_flops", Json())),
         offline.is_boolean() ? (offline.get<bool>() ? "no" : "yes") : "-"};
     if (backups) {
       row.push_back(Share(r.value("backup_recall", Json())));
@@ -116,7 +122,8 @@ std::string LeaderboardHtml(const Json& board) {
   page.Section("All kinds");
   page.Paragraph(
       "Test documents, %; means over layers, leads and seeds. us: one question for one "
-      "decoder token on the machine that made this table; serve: within 5 % of a pass; "
+      "decoder token on the machine that made this table; MFLOP: a prediction's matrix "
+      "products, millions of operations; serve: within 5 % of a pass; "
       "x chance: the score that ranks the rows over that of guessing.");
   if (board.contains("pass_us")) {
     page.Paragraph(

@@ -11,6 +11,7 @@
 #include "common/errors.h"
 #include "models/checkpoint.h"
 #include "models/speculation_model.h"
+#include "trainer/flop_count.h"
 #include "trainer/model_setup.h"
 #include "trainer/speculation_batch.h"
 
@@ -55,7 +56,6 @@ class AskedModel {
     const MoeGeometry& g = dataset->geometry();
     const Stack stack = g.decoder_layers > 0 ? Stack::kDecoder : Stack::kEncoder;
     const WithHidden hidden = HiddenOf(model_->config());
-    model_->PrepareServing();
     const auto trace = AnySequence(dataset, stack, hidden);
     for (int i = 0; trace && i < g.layers(stack); ++i) {
       const int source = i - (stack == Stack::kEncoder ? 1 : 0);
@@ -70,7 +70,15 @@ class AskedModel {
         if (x->defined()) *x = x->narrow(1, tokens - kept, kept).contiguous();
       }
       windows_.push_back(window);
+      flops_ += static_cast<double>(
+                    MatrixFlops([&] { model_->Forward(window, /*dropout_key=*/0); })) /
+                static_cast<double>(kept);
     }
+    model_->PrepareServing();
+  }
+  double MeanFlops() const {
+    return windows_.empty() ? std::numeric_limits<double>::quiet_NaN()
+                            : flops_ / static_cast<double>(windows_.size());
   }
   void Ask(std::vector<double>* times) {
     for (const RoutingWindow& window : windows_) {
@@ -81,6 +89,7 @@ class AskedModel {
  private:
   std::unique_ptr<SpeculationModel> model_;
   std::vector<RoutingWindow> windows_;
+  double flops_ = 0;
 };
 
 // Greedy decoding at batch 1, a step at a time.
@@ -161,6 +170,8 @@ QuestionTimes TimeQuestions(const std::vector<fs::path>& models,
   }
   QuestionTimes result;
   for (const auto& t : times) result.question_us.push_back(Median(t));
+  for (const AskedModel& model : asked)
+    result.question_flops.push_back(model.MeanFlops());
   result.pass_us = Median(passes);
   return result;
 }

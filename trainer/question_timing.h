@@ -15,6 +15,9 @@ struct QuestionTimes {
   // where there is no decoder) with the history that the kind needs, as it is served; NaN
   // where no sequence can be asked about.
   std::vector<double> question_us;
+  // FLOPs of a prediction (flop_count.h): of the trained form, over the same tokens, by
+  // their number; the mean over source layers. NaN as above.
+  std::vector<double> question_flops;
   // Median of a decoder step at batch 1, vocabulary head and argmax included; NaN where
   // no model was given.
   double pass_us = 0;

@@ -1,6 +1,7 @@
 #include "trainer/speculation_trainer.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -12,6 +13,7 @@
 #include "common/progress.h"
 #include "common/random.h"
 #include "common/stop.h"
+#include "models/device_choice.h"
 #include "models/joint_model.h"
 #include "models/speculation_onnx.h"
 #include "trainer/augmentation.h"
@@ -19,6 +21,7 @@
 #include "trainer/batch_loader.h"
 #include "trainer/best_parameters.h"
 #include "trainer/curriculum.h"
+#include "trainer/determinism.h"
 #include "trainer/gradient_reducer.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/model_setup.h"
@@ -123,6 +126,7 @@ class SpeculationTrainer {
                           sampler_.groups(), options_.seed);
     }
     if (rank_.is_root()) log_ = TrainingLog(job_.out, step_);
+    TellCostOfPinning();
     Loop();
     return Finish(control);
   }
@@ -153,6 +157,23 @@ class SpeculationTrainer {
     }
     progress.Finish();
     seconds_ = Seconds();
+  }
+
+  // On the first micro-batch, whose gradients go nowhere.
+  void TellCostOfPinning() {
+    if (!job_.deterministic || job_.quiet || step_ >= steps_) return;
+    const std::vector<MicroBatch> mine = MicroBatchesOf(step_);
+    if (mine.empty()) return;
+    SpeculationBatch batch = MakeSpeculationBatch(
+        mine[0], stores_[static_cast<size_t>(mine[0].store)], hidden_);
+    batch.window.training.teacher_BTH = batch.labels_BTH;
+    const std::string line = CostOfPinning([&] {
+      torch::autograd::grad({Loss(batch)}, joint_.parameters().tensors(), {},
+                            /*retain_graph=*/false, /*create_graph=*/false,
+                            /*allow_unused=*/true);
+      Synchronize(job_.device);
+    });
+    std::fprintf(stderr, "%s\n", line.c_str());
   }
 
   // Of training so far, over all processes of the run.
@@ -415,7 +436,7 @@ SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* data
     RequireOnnxKind(job.options.kind, job.options.backup_experts,
                     job.options.attention_inputs);
   }
-  at::globalContext().setDeterministicAlgorithms(job.deterministic, /*warn_only=*/false);
+  PinAlgorithms(job.deterministic);
   return SpeculationTrainer(job, dataset, routers, comm).Run();
 }
 

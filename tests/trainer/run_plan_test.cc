@@ -126,6 +126,7 @@ TEST_F(RunPlan, ThePassIsTimedOnTheModelThatWasTraced) {
   for (const Json& row : board["rows"]) {
     if (row.contains("baseline")) continue;
     EXPECT_GT(row["predict_us"], 0.0);
+    EXPECT_GT(row["predict_flops"], 0.0);
     // Three questions a pass: before the first layer, and at each of the two.
     EXPECT_EQ(row["offline_only"], row["predict_us"].get<double>() * 3 >
                                        0.05 * board["pass_us"].get<double>());
