@@ -65,6 +65,9 @@ struct ComparisonResult {
   // figures stay those of the fastest; notes name the comparison.
   void Append(ComparisonResult other);
   Json ToJson() const;  // results.json, exactly the keys of docs/metrics.md
+  // rows.csv: the same rows and keys; of five numbers a column each (_min, _q1, _median,
+  // _q3, _max), nothing where a row has no such key.
+  std::string ToCsv() const;
 };
 
 // "store, batch 4, by_route"

@@ -343,6 +343,32 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
             (std::vector<std::string>{"rows", "device", "link_peak_bytes_per_second"}));
 }
 
+// The columns are those of the row that has most: a lossy one.
+TEST(ComparisonResultTest, CsvHasTheKeysAndValuesOfJson) {
+  ComparisonResult result;
+  result.rows.resize(2);
+  result.rows[0].prompts = "a,\"b\".txt";
+  result.rows[0].speed_up_spread = {0.5, 1, 1.25, 2, 3};
+  result.rows[1].copies = "int8";
+  result.rows[1].logit_kl = 0.5;
+  const std::string csv = result.ToCsv();
+  std::vector<std::string> lines;
+  for (size_t at = 0, end; (end = csv.find("\r\n", at)) != csv.npos; at = end + 2)
+    lines.push_back(csv.substr(at, end - at));
+  ASSERT_EQ(lines.size(), 3u);
+  EXPECT_TRUE(lines[0].starts_with("policy,predictor,eviction,tier,budget_bytes,"));
+  EXPECT_NE(
+      lines[0].find(",speed_up_spread_min,speed_up_spread_q1,speed_up_spread_median,"
+                    "speed_up_spread_q3,speed_up_spread_max,"),
+      lines[0].npos);
+  EXPECT_NE(lines[0].find(",logit_kl,"), lines[0].npos);
+  EXPECT_NE(lines[1].find(",\"a,\"\"b\"\".txt\","), lines[1].npos);
+  EXPECT_NE(lines[1].find(",0.5,1.0,1.25,2.0,3.0,"), lines[1].npos);
+  EXPECT_TRUE(lines[1].ends_with(",,,,"))
+      << "what the lossless row has not: " << lines[1];
+  EXPECT_NE(lines[2].find(",1.0,0.5,0.0,0"), lines[2].npos) << lines[2];
+}
+
 TEST_F(ComparisonTest, TooSmallABudgetNamesTheLeastThatWorks) {
   options_.budget_bytes = 100;
   try {
