@@ -6,6 +6,8 @@
 // serial link of that rate would carry them. Reports label such runs `emulated`.
 #pragma once
 
+#include <sys/stat.h>
+
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -24,9 +26,11 @@ struct DiskEngineOptions {
   int num_threads = 3;               // readers; 2-4 saturate one disk
   uint64_t chunk_bytes = 1 << 20;    // multiple of 4096
   double pace_bytes_per_second = 0;  // 0 = as fast as the disk
-  bool check_hashes = false;         // compares each blob with the file's index (slow)
-  bool direct = true;                // false: through the page cache
-  std::byte* memory = nullptr;       // of the slots, else an arena of the engine's own
+  // Compares a blob with the file's index at every read (slow). Else at the first one,
+  // and at every one of a file that changes.
+  bool check_hashes = false;
+  bool direct = true;           // false: through the page cache
+  std::byte* memory = nullptr;  // of the slots, else an arena of the engine's own
 };
 
 class DiskTransferEngine : public LinkEngine {
@@ -64,12 +68,16 @@ class DiskTransferEngine : public LinkEngine {
   void Work();
   Job* NextJob();  // lock held
   void ReadChunk(uint64_t offset, uint64_t size, std::byte* to);
+  // Throws DataError where the expert is not what the file was written with: looked at
+  // when it is read first, and always in a file that was changed since it was opened.
+  void ExpectRight(const TransferOrder& order) const;
   void FinishIfDone(Job* job, std::unique_lock<std::mutex>* lock);
 
   std::shared_ptr<const ExpertFile> file_;
   DiskEngineOptions options_;
   SlotArena arena_;
   int fd_ = -1;
+  struct stat opened_ = {};  // of the file, then
   bool direct_ = true;
   Done done_;
   SteadyClock clock_;
