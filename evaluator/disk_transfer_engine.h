@@ -31,6 +31,9 @@ struct DiskEngineOptions {
   bool check_hashes = false;
   bool direct = true;           // false: through the page cache
   std::byte* memory = nullptr;  // of the slots, else an arena of the engine's own
+  // A read that takes longer never ends. Nobody can call it back, nor free the memory
+  // that it writes to: the process ends by name (exit 4). Above 0.
+  double deadline_seconds = 45;
 };
 
 class DiskTransferEngine : public LinkEngine {
@@ -65,7 +68,14 @@ class DiskTransferEngine : public LinkEngine {
     int readers = 0;
     bool cancelled = false, failed = false;
   };
-  void Work();
+  // A reading thread's read, while it is under way: how often Watch has seen it.
+  struct Read {
+    bool under_way = false;
+    int looks = 0;
+    uint64_t offset = 0, size = 0;
+  };
+  void Work(Read* read);
+  void Watch();
   Job* NextJob();  // lock held
   void ReadChunk(uint64_t offset, uint64_t size, std::byte* to);
   // Throws DataError where the expert is not what the file was written with: looked at
@@ -88,7 +98,11 @@ class DiskTransferEngine : public LinkEngine {
   double link_free_ = 0;  // when the paced link may take the next chunk
   bool stopping_ = false;
   std::string error_;
+  std::vector<Read> reads_;  // by thread
   std::vector<std::thread> threads_;
+  std::condition_variable watch_wake_;
+  bool joined_ = false;  // the reading threads have ended
+  std::thread watch_;
 };
 
 }  // namespace routecast
