@@ -73,6 +73,7 @@ Json ComparisonResult::ToJson() const {
     entry["prefetch_precision"] = row.prefetch_precision;
     entry["prefetch_recall"] = row.prefetch_recall;
     entry["prefetch_timely"] = row.prefetch_timely;
+    entry["batch_dedup"] = row.batch_dedup;
     entry["bytes_useful"] = row.bytes_useful;
     entry["bytes_late"] = row.bytes_late;
     entry["bytes_wasted"] = row.bytes_wasted;
@@ -83,6 +84,7 @@ Json ComparisonResult::ToJson() const {
     entry["predictor_seconds"] = row.predictor_seconds;
     entry["predictor_share"] = row.predictor_share;
     entry["link_share"] = row.link_share;
+    entry["compute_share"] = row.compute_share;
     entry["bound"] = row.bound;
     entry["lossless"] = row.lossless;
     entry["copies"] = row.copies;

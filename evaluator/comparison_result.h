@@ -48,7 +48,8 @@ struct RowResult {
   // Of what was prefetched: used, and used and there in time; of what was needed:
   // prefetched.
   double prefetch_precision = 0, prefetch_timely = 0, prefetch_recall = 0;
-  double predictor_share = 0, link_share = 0;  // of the steps' time
+  double batch_dedup = 0;  // share of the tokens' requests that shared another's expert
+  double predictor_share = 0, link_share = 0, compute_share = 0;  // of the steps' time
 };
 
 struct ComparisonResult {

@@ -207,9 +207,18 @@ TEST_F(ComparisonTest, LruMovesWhatTheSimulationSays) {
 }
 
 TEST_F(ComparisonTest, BatchesShareOneLoadOfAnExpert) {
-  options_.batch = 2;
   SignalPredictor predictor(traces_);
-  EXPECT_TRUE(Compare({&predictor}).lossless);
+  for (const int batch : {1, 2}) {
+    options_.batch = batch;
+    const ComparisonResult result = Compare({&predictor});
+    EXPECT_TRUE(result.lossless);
+    for (const RowResult& row : result.rows) {
+      EXPECT_LT(row.batch_dedup, 1);
+      // A step of one token shares with nobody; an encoder's are many.
+      const bool alone = row.phase == Stack::kDecoder && batch == 1;
+      EXPECT_EQ(row.batch_dedup > 0, !alone) << row.policy << ", batch " << batch;
+    }
+  }
 }
 
 // Lossy rows are named so, beside lossless ones that are not touched by them.
@@ -318,6 +327,7 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "prefetch_precision",
                                              "prefetch_recall",
                                              "prefetch_timely",
+                                             "batch_dedup",
                                              "bytes_useful",
                                              "bytes_late",
                                              "bytes_wasted",
@@ -328,6 +338,7 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "predictor_seconds",
                                              "predictor_share",
                                              "link_share",
+                                             "compute_share",
                                              "bound",
                                              "lossless",
                                              "copies",
