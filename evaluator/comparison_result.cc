@@ -1,8 +1,11 @@
 #include "evaluator/comparison_result.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <map>
 
 #include "common/files.h"
+#include "report/table.h"
 
 namespace routecast {
 
@@ -70,6 +73,7 @@ Json ComparisonResult::ToJson() const {
     entry["prefetch_precision"] = row.prefetch_precision;
     entry["prefetch_recall"] = row.prefetch_recall;
     entry["prefetch_timely"] = row.prefetch_timely;
+    entry["batch_dedup"] = row.batch_dedup;
     entry["bytes_useful"] = row.bytes_useful;
     entry["bytes_late"] = row.bytes_late;
     entry["bytes_wasted"] = row.bytes_wasted;
@@ -80,6 +84,7 @@ Json ComparisonResult::ToJson() const {
     entry["predictor_seconds"] = row.predictor_seconds;
     entry["predictor_share"] = row.predictor_share;
     entry["link_share"] = row.link_share;
+    entry["compute_share"] = row.compute_share;
     entry["bound"] = row.bound;
     entry["lossless"] = row.lossless;
     entry["copies"] = row.copies;
@@ -97,6 +102,37 @@ Json ComparisonResult::ToJson() const {
   json["device"] = device;
   json["link_peak_bytes_per_second"] = link_peak_bytes_per_second;
   return json;
+}
+
+std::string ComparisonResult::ToCsv() const {
+  static const std::array<const char*, 5> kFive = {"_min", "_q1", "_median", "_q3",
+                                                   "_max"};
+  const auto text = [](const Json& value) {
+    return value.is_string() ? value.get<std::string>() : value.dump();
+  };
+  std::vector<std::string> columns;  // in the order of their first appearance
+  std::vector<std::map<std::string, std::string>> cells;
+  const Json json = ToJson();
+  for (const Json& row : json.at("rows")) {
+    auto& line = cells.emplace_back();
+    const auto put = [&](const std::string& column, const Json& value) {
+      if (std::find(columns.begin(), columns.end(), column) == columns.end())
+        columns.push_back(column);
+      line[column] = text(value);
+    };
+    for (const auto& [key, value] : row.items()) {
+      if (!value.is_array()) put(key, value);
+      for (size_t i = 0; value.is_array() && i < value.size(); ++i)
+        put(key + kFive.at(i), value[i]);
+    }
+  }
+  Table table(columns);
+  for (auto& line : cells) {
+    std::vector<std::string> row;
+    for (const std::string& column : columns) row.push_back(line[column]);
+    table.AddRow(std::move(row));
+  }
+  return table.ToCsv();
 }
 
 namespace {

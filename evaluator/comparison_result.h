@@ -48,7 +48,8 @@ struct RowResult {
   // Of what was prefetched: used, and used and there in time; of what was needed:
   // prefetched.
   double prefetch_precision = 0, prefetch_timely = 0, prefetch_recall = 0;
-  double predictor_share = 0, link_share = 0;  // of the steps' time
+  double batch_dedup = 0;  // share of the tokens' requests that shared another's expert
+  double predictor_share = 0, link_share = 0, compute_share = 0;  // of the steps' time
 };
 
 struct ComparisonResult {
@@ -65,6 +66,9 @@ struct ComparisonResult {
   // figures stay those of the fastest; notes name the comparison.
   void Append(ComparisonResult other);
   Json ToJson() const;  // results.json, exactly the keys of docs/metrics.md
+  // rows.csv: the same rows and keys; of five numbers a column each (_min, _q1, _median,
+  // _q3, _max), nothing where a row has no such key.
+  std::string ToCsv() const;
 };
 
 // "store, batch 4, by_route"

@@ -98,6 +98,7 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   result.prefetch_precision = Share(stats.speculations_used, prefetched);
   result.prefetch_timely = Share(stats.speculations_in_time, prefetched);
   result.prefetch_recall = Share(stats.speculations_used, stats.uses);
+  if (stats.requests > 0) result.batch_dedup = 1 - Share(stats.uses, stats.requests);
   result.bytes_useful = stats.bytes_useful;
   result.bytes_late = stats.bytes_late;
   result.bytes_wasted = stats.bytes_wasted;
@@ -117,6 +118,7 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   if (total > 0) {
     result.predictor_share = result.predictor_seconds / total;
     result.link_share = result.transfer_seconds / total;
+    result.compute_share = result.compute_seconds / total;
   }
   result.output_sha256 = row.hash.Hex();
   result.lossless = !row.is_lossy && result.output_sha256 == rows_.front()->hash.Hex();

@@ -6,14 +6,16 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 
 #include "common/errors.h"
 
 namespace routecast {
 namespace {
 constexpr double kPaceSlackSeconds =
-    200e-6;  // a late wake-up is caught up, an idle link is not
-}
+    200e-6;                // a late wake-up is caught up, an idle link is not
+constexpr int kLooks = 8;  // at a read, until it is overdue
+}  // namespace
 
 DiskTransferEngine::DiskTransferEngine(std::shared_ptr<const ExpertFile> file,
                                        int num_slots, DiskEngineOptions options)
@@ -39,8 +41,10 @@ DiskTransferEngine::DiskTransferEngine(std::shared_ptr<const ExpertFile> file,
     fd_ = ::open(file_->path().c_str(), O_RDONLY | O_CLOEXEC);
   }
   if (fd_ < 0) ThrowErrno(errno, "open", file_->path());
-  for (int i = 0; i < options_.num_threads; ++i)
-    threads_.emplace_back([this] { Work(); });
+  if (::fstat(fd_, &opened_) != 0) ThrowErrno(errno, "stat", file_->path());
+  reads_.resize(static_cast<size_t>(options_.num_threads));
+  for (Read& read : reads_) threads_.emplace_back([this, &read] { Work(&read); });
+  watch_ = std::thread([this] { Watch(); });
 }
 
 DiskTransferEngine::~DiskTransferEngine() {
@@ -50,6 +54,12 @@ DiskTransferEngine::~DiskTransferEngine() {
   }
   wake_.notify_all();
   for (std::thread& thread : threads_) thread.join();
+  {
+    std::lock_guard lock(mutex_);
+    joined_ = true;
+  }
+  watch_wake_.notify_all();
+  watch_.join();
   ::close(fd_);
 }
 
@@ -121,7 +131,28 @@ DiskTransferEngine::Job* DiskTransferEngine::NextJob() {
   return best;
 }
 
-void DiskTransferEngine::Work() {
+// Counts looks, not seconds: in a process that was stopped for a while none is overdue.
+void DiskTransferEngine::Watch() {
+  const std::chrono::duration<double> between(options_.deadline_seconds / kLooks);
+  std::unique_lock lock(mutex_);
+  while (!watch_wake_.wait_for(lock, between, [this] { return joined_; })) {
+    for (Read& read : reads_) {
+      if (!read.under_way || ++read.looks < kLooks) continue;
+      std::fprintf(stderr,
+                   "routecast-evaluate: reading experts does not come to an end: %s\n"
+                   "  %llu bytes at %llu under way for %.0f s\n"
+                   "  the disk hangs, or what it lies behind; start the command again "
+                   "when it answers\n",
+                   file_->path().c_str(), static_cast<unsigned long long>(read.size),
+                   static_cast<unsigned long long>(read.offset),
+                   options_.deadline_seconds);
+      std::fflush(stderr);
+      std::_Exit(kExitEnvironment);
+    }
+  }
+}
+
+void DiskTransferEngine::Work(Read* read) {
   std::unique_lock lock(mutex_);
   while (true) {
     Job* job = NextJob();
@@ -152,6 +183,7 @@ void DiskTransferEngine::Work() {
       carried = link_free_;
     }
     std::byte* to = arena_.slot(job->order.slot) + from;
+    *read = {true, 0, job->offset + from, size};
     lock.unlock();
     std::string error;
     try {
@@ -160,6 +192,7 @@ void DiskTransferEngine::Work() {
       error = e.what();
     }
     lock.lock();
+    read->under_way = false;
     // The chunk has crossed the emulated link only when its time is over.
     while (pace > 0 && clock_.Now() < carried && !stopping_) {
       wake_.wait_for(lock, std::chrono::duration<double>(carried - clock_.Now()));
@@ -189,6 +222,21 @@ void DiskTransferEngine::ReadChunk(uint64_t offset, uint64_t size, std::byte* to
   }
 }
 
+void DiskTransferEngine::ExpectRight(const TransferOrder& order) const {
+  struct stat now = {};
+  if (::fstat(fd_, &now) != 0) ThrowErrno(errno, "stat", file_->path());
+  // Somebody has written to the file: nothing that was right before need be so now.
+  const bool changed = now.st_size != opened_.st_size ||
+                       now.st_mtim.tv_sec != opened_.st_mtim.tv_sec ||
+                       now.st_mtim.tv_nsec != opened_.st_mtim.tv_nsec;
+  const std::byte* blob = arena_.slot(order.slot);
+  if (changed || options_.check_hashes) {
+    file_->Check(order.key, blob);
+  } else {
+    file_->CheckOnce(order.key, blob);
+  }
+}
+
 void DiskTransferEngine::FinishIfDone(Job* job, std::unique_lock<std::mutex>* lock) {
   if (job->readers > 0) return;
   const bool whole = job->finished == file_->spec().stride_bytes();
@@ -201,9 +249,9 @@ void DiskTransferEngine::FinishIfDone(Job* job, std::unique_lock<std::mutex>* lo
   const std::unique_ptr<Job> finished = std::move(*it);
   jobs_.erase(it);
   lock->unlock();
-  if (outcome == TransferOutcome::kArrived && options_.check_hashes) {
+  if (outcome == TransferOutcome::kArrived) {
     try {
-      file_->Check(finished->order.key, arena_.slot(finished->order.slot));
+      ExpectRight(finished->order);
     } catch (const std::exception& e) {
       outcome = TransferOutcome::kFailed;
       std::lock_guard error_lock(mutex_);

@@ -6,6 +6,8 @@
 // serial link of that rate would carry them. Reports label such runs `emulated`.
 #pragma once
 
+#include <sys/stat.h>
+
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -24,9 +26,14 @@ struct DiskEngineOptions {
   int num_threads = 3;               // readers; 2-4 saturate one disk
   uint64_t chunk_bytes = 1 << 20;    // multiple of 4096
   double pace_bytes_per_second = 0;  // 0 = as fast as the disk
-  bool check_hashes = false;         // compares each blob with the file's index (slow)
-  bool direct = true;                // false: through the page cache
-  std::byte* memory = nullptr;       // of the slots, else an arena of the engine's own
+  // Compares a blob with the file's index at every read (slow). Else at the first one,
+  // and at every one of a file that changes.
+  bool check_hashes = false;
+  bool direct = true;           // false: through the page cache
+  std::byte* memory = nullptr;  // of the slots, else an arena of the engine's own
+  // A read that takes longer never ends. Nobody can call it back, nor free the memory
+  // that it writes to: the process ends by name (exit 4). Above 0.
+  double deadline_seconds = 45;
 };
 
 class DiskTransferEngine : public LinkEngine {
@@ -61,15 +68,26 @@ class DiskTransferEngine : public LinkEngine {
     int readers = 0;
     bool cancelled = false, failed = false;
   };
-  void Work();
+  // A reading thread's read, while it is under way: how often Watch has seen it.
+  struct Read {
+    bool under_way = false;
+    int looks = 0;
+    uint64_t offset = 0, size = 0;
+  };
+  void Work(Read* read);
+  void Watch();
   Job* NextJob();  // lock held
   void ReadChunk(uint64_t offset, uint64_t size, std::byte* to);
+  // Throws DataError where the expert is not what the file was written with: looked at
+  // when it is read first, and always in a file that was changed since it was opened.
+  void ExpectRight(const TransferOrder& order) const;
   void FinishIfDone(Job* job, std::unique_lock<std::mutex>* lock);
 
   std::shared_ptr<const ExpertFile> file_;
   DiskEngineOptions options_;
   SlotArena arena_;
   int fd_ = -1;
+  struct stat opened_ = {};  // of the file, then
   bool direct_ = true;
   Done done_;
   SteadyClock clock_;
@@ -80,7 +98,11 @@ class DiskTransferEngine : public LinkEngine {
   double link_free_ = 0;  // when the paced link may take the next chunk
   bool stopping_ = false;
   std::string error_;
+  std::vector<Read> reads_;  // by thread
   std::vector<std::thread> threads_;
+  std::condition_variable watch_wake_;
+  bool joined_ = false;  // the reading threads have ended
+  std::thread watch_;
 };
 
 }  // namespace routecast

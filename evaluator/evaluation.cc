@@ -74,6 +74,7 @@ Json Headline(const ComparisonResult& result) {
 void WriteOutputs(const EvaluationOptions& options, const ComparisonResult& result) {
   if (options.out.empty()) return;
   WriteFileAtomic(options.out / "results.json", result.ToJson().dump(1) + "\n");
+  WriteFileAtomic(options.out / "rows.csv", result.ToCsv());
   WriteFileAtomic(options.out / "table.txt", ComparisonTable(result));
   std::vector<fs::path> folders = {options.out};
   folders.insert(folders.end(), options.report_with.begin(), options.report_with.end());

@@ -197,6 +197,7 @@ ExpertFile::ExpertFile(const fs::path& path) : path_(path) {
     position_[key[0] * header.num_experts + key[1]] = i;
     hashes_.push_back(hash);
   }
+  was_right_ = std::make_unique<std::atomic<bool>[]>(hashes_.size());
 }
 
 std::vector<ExpertKey> ExpertFile::keys() const {
@@ -220,6 +221,14 @@ void ExpertFile::Check(ExpertKey key, const std::byte* blob) const {
     Bad(path_, "layer " + std::to_string(key.layer) + " expert " +
                    std::to_string(key.expert) + ": checksum differs");
   }
+}
+
+void ExpertFile::CheckOnce(ExpertKey key, const std::byte* blob) const {
+  std::atomic<bool>& was_right =
+      was_right_[static_cast<size_t>(position_[key.Index(spec_.geometry)])];
+  if (was_right) return;
+  Check(key, blob);
+  was_right = true;
 }
 
 void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,

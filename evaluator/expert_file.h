@@ -9,6 +9,7 @@
 // into place after it: a file under its final name is whole.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -67,11 +68,12 @@ class ExpertFileWriter {
   std::vector<IndexEntry> index_;
 };
 
-// An open, checked expert file. Thread rule: immutable.
+// An open, checked expert file. Thread rule: immutable but for what CheckOnce remembers;
+// any thread.
 class ExpertFile {
  public:
   // Throws UsageError (missing), DataError naming the broken rule (magic, version,
-  // checksum, size). Blobs are checked only by Check, against the index.
+  // checksum, size). Blobs are checked by Check and CheckOnce, against the index.
   explicit ExpertFile(const fs::path& path);
   const ExpertFileSpec& spec() const { return spec_; }
   const fs::path& path() const { return path_; }
@@ -82,11 +84,15 @@ class ExpertFile {
   uint64_t size_bytes() const { return size_; }
   // Throws DataError when `blob` (blob_bytes) is not what was written for `key`.
   void Check(ExpertKey key, const std::byte* blob) const;
+  // The same until it was right once; then nothing. What a process reads over and over is
+  // compared at its first read.
+  void CheckOnce(ExpertKey key, const std::byte* blob) const;
 
  private:
   fs::path path_;
   ExpertFileSpec spec_;
   uint64_t size_ = 0;
+  std::unique_ptr<std::atomic<bool>[]> was_right_;  // by position
   int count_ = 0;
   std::vector<int> position_;     // by key index, -1 absent
   std::vector<uint64_t> hashes_;  // by position

@@ -155,6 +155,7 @@ void PrefetchRuntime::OnRouting(const LayerRouting& routing) {
   // Kept until Begin: the demand goes first, the predictor runs while it is under way.
   pending_ = routing;
   has_pending_ = true;
+  stats_[static_cast<int>(stack_)].requests += routing.expert_ids_BT.numel();
 }
 
 void PrefetchRuntime::Begin(int layer, std::span<const int> experts) {

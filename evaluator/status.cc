@@ -1,8 +1,8 @@
 #include "evaluator/status.h"
 
 #include <ATen/Context.h>
-#include <torch/version.h>
 #include <sys/sysinfo.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <chrono>
@@ -85,6 +85,15 @@ std::string RunDetail(const Json& run) {
   return detail;
 }
 
+// How far a store is, as its last run left it.
+std::string ChunkCount(const Json& run) {
+  const Json results = run.is_object() ? run.value("results", Json()) : Json();
+  const int whole = Number(results, "num_chunks");
+  if (whole == 0) return "";
+  return ", " + std::to_string(Number(results, "chunks")) + " of " +
+         std::to_string(whole) + " chunks";
+}
+
 // The folder's own kind; empty where it is none of ours.
 Artefact Look(const fs::path& folder) {
   Artefact found;
@@ -95,7 +104,8 @@ Artefact Look(const fs::path& folder) {
   const std::string ran = RunDetail(run);
   if (store.is_object() && store.contains("geometry")) {
     found.kind = fs::exists(folder / "lock.json") ? "locked" : "store";
-    found.detail = Geometry(store["geometry"]) + ", " + Text(store, "task");
+    found.detail =
+        Geometry(store["geometry"]) + ", " + Text(store, "task") + ChunkCount(run);
   } else if (Text(config, "format") == "routecast-speculation") {
     found.kind = "predictor";
     found.detail = config.contains("config")
@@ -159,6 +169,21 @@ std::vector<Artefact> FindArtefacts(const fs::path& folder, size_t most) {
   return found;
 }
 
+Json DeviceStatus(int count,
+                  const std::function<std::unique_ptr<DeviceCopy>(int)>& open) {
+  Json devices = Json::array();
+  for (int i = 0; i < count; ++i) {
+    try {
+      const std::unique_ptr<DeviceCopy> device = open(i);
+      devices.push_back(
+          {{"name", device->description()}, {"free_bytes", device->FreeBytes()}});
+    } catch (const EnvironmentError& e) {  // all is said of the others
+      devices.push_back({{"name", e.what()}, {"free_bytes", nullptr}});
+    }
+  }
+  return devices;
+}
+
 Json MachineStatus() {
   struct sysinfo info = {};
   ::sysinfo(&info);
@@ -170,6 +195,7 @@ Json MachineStatus() {
                   {"torch", TORCH_VERSION},
                   {"cuda_built", built},
                   {"cuda_devices", devices},
+                  {"devices", DeviceStatus(static_cast<int>(devices), OpenCudaDevice)},
                   {"cores", std::thread::hardware_concurrency()},
                   {"memory_bytes", uint64_t{info.totalram} * info.mem_unit},
                   {"missing", Json::array()}};
@@ -188,6 +214,13 @@ std::string StatusText(const Json& machine, const std::vector<Artefact>& artefac
       FormatBytes(machine.at("memory_bytes").get<uint64_t>()) +
       ", CUDA devices: " + std::to_string(machine.at("cuda_devices").get<int64_t>()) +
       "\n";
+  for (const Json& device : machine.at("devices")) {
+    text += "device: " + device.at("name").get<std::string>();
+    if (device.at("free_bytes").is_number()) {
+      text += ", " + FormatBytes(device.at("free_bytes").get<uint64_t>()) + " free";
+    }
+    text += "\n";
+  }
   for (const Json& missing : machine.at("missing")) {
     text += "missing: " + missing.get<std::string>() + "\n";
   }

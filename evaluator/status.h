@@ -2,11 +2,14 @@
 // nothing. Thread rule: one thread.
 #pragma once
 
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "common/files.h"
 #include "common/run_record.h"
+#include "evaluator/device_copy.h"
 
 namespace routecast {
 
@@ -25,6 +28,9 @@ std::vector<Artefact> FindArtefacts(const fs::path& folder, size_t most = 20'000
 
 // Version, build, devices, memory, cores, and what is missing for which use.
 Json MachineStatus();
+// Of it, `devices`: name and free bytes of devices 0..count-1, as `open` (OpenCudaDevice)
+// has them; of one that refuses its error, and null.
+Json DeviceStatus(int count, const std::function<std::unique_ptr<DeviceCopy>(int)>& open);
 
 std::string StatusText(const Json& machine, const std::vector<Artefact>& artefacts);
 Json StatusJson(const Json& machine, const std::vector<Artefact>& artefacts);

@@ -84,7 +84,8 @@ DEFINE_bool(compare, false,
 DEFINE_string(baselines, "all", "baselines of --compare: all, simple or none");
 DEFINE_bool(timeline, false,
             "writes timeline.json for Perfetto: one more round of every row");
-DEFINE_string(out, "", "folder for results.json, run.json, table.txt and report.html");
+DEFINE_string(out, "",
+              "folder for results.json, rows.csv, run.json, table.txt and report.html");
 DEFINE_string(report_with, "",
               "comma list of other output folders that report.html shows");
 DEFINE_string(cache, "", "folder of expert files; default: the user's cache folder");

@@ -1,7 +1,9 @@
 #include "report/row_charts.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <set>
@@ -182,25 +184,40 @@ std::vector<std::string> DetailCharts(const RowGroup& group) {
 }
 
 std::vector<std::string> BatchCharts(const RunFolder& folder) {
+  struct Picture {
+    const char *title, *y, *key;
+    double scale;
+  };
+  static constexpr Picture kPictures[] = {
+      {"Speed by batch", "tokens/s", "tokens_per_second", 1},
+      {"Rate over on-demand LRU by batch", "ratio", "speed_up", 1},
+      {"Hits by batch", "%", "hit_rate", 100},
+      {"Step by batch", "ms, median", "p50_ms", 1},
+      {"Tail of a step by batch", "ms, p99", "p99_ms", 1},
+      {"Memory by batch", "MiB held", "held_bytes_peak", 1.0 / (1 << 20)}};
   struct Charts {
     std::set<double> batches;
-    Lines speed, hits;
+    std::array<Lines, std::size(kPictures)> lines;
   };
   std::map<std::string, Charts> by_group;
   for (const Json& row : EntriesWith(folder.results, "policy")) {
     Charts& charts = by_group[GroupText(row, "batch")];
     const double batch = NumberOf(row, "batch");
     charts.batches.insert(batch);
-    charts.speed.Add(Labelled(row), batch, NumberOf(row, "tokens_per_second"));
-    charts.hits.Add(Labelled(row), batch, NumberOf(row, "hit_rate") * 100);
+    for (size_t i = 0; i < charts.lines.size(); ++i) {
+      const Picture& picture = kPictures[i];
+      charts.lines[i].Add(Labelled(row), batch,
+                          NumberOf(row, picture.key) * picture.scale);
+    }
   }
   std::vector<std::string> svg;
   for (const auto& [name, charts] : by_group) {
     if (charts.batches.size() < 2) continue;
-    svg.push_back(charts.speed.Svg(Titled("Speed by batch", name), "sequences together",
-                                   "tokens/s", true));
-    svg.push_back(
-        charts.hits.Svg(Titled("Hits by batch", name), "sequences together", "%", true));
+    for (size_t i = 0; i < charts.lines.size(); ++i) {
+      if (charts.lines[i].empty()) continue;
+      svg.push_back(charts.lines[i].Svg(Titled(kPictures[i].title, name),
+                                        "sequences together", kPictures[i].y, true));
+    }
   }
   return svg;
 }

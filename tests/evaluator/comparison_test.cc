@@ -207,9 +207,18 @@ TEST_F(ComparisonTest, LruMovesWhatTheSimulationSays) {
 }
 
 TEST_F(ComparisonTest, BatchesShareOneLoadOfAnExpert) {
-  options_.batch = 2;
   SignalPredictor predictor(traces_);
-  EXPECT_TRUE(Compare({&predictor}).lossless);
+  for (const int batch : {1, 2}) {
+    options_.batch = batch;
+    const ComparisonResult result = Compare({&predictor});
+    EXPECT_TRUE(result.lossless);
+    for (const RowResult& row : result.rows) {
+      EXPECT_LT(row.batch_dedup, 1);
+      // A step of one token shares with nobody; an encoder's are many.
+      const bool alone = row.phase == Stack::kDecoder && batch == 1;
+      EXPECT_EQ(row.batch_dedup > 0, !alone) << row.policy << ", batch " << batch;
+    }
+  }
 }
 
 // Lossy rows are named so, beside lossless ones that are not touched by them.
@@ -318,6 +327,7 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "prefetch_precision",
                                              "prefetch_recall",
                                              "prefetch_timely",
+                                             "batch_dedup",
                                              "bytes_useful",
                                              "bytes_late",
                                              "bytes_wasted",
@@ -328,6 +338,7 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "predictor_seconds",
                                              "predictor_share",
                                              "link_share",
+                                             "compute_share",
                                              "bound",
                                              "lossless",
                                              "copies",
@@ -341,6 +352,32 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
   for (const auto& [key, value] : json.items()) keys.push_back(key);
   EXPECT_EQ(keys,
             (std::vector<std::string>{"rows", "device", "link_peak_bytes_per_second"}));
+}
+
+// The columns are those of the row that has most: a lossy one.
+TEST(ComparisonResultTest, CsvHasTheKeysAndValuesOfJson) {
+  ComparisonResult result;
+  result.rows.resize(2);
+  result.rows[0].prompts = "a,\"b\".txt";
+  result.rows[0].speed_up_spread = {0.5, 1, 1.25, 2, 3};
+  result.rows[1].copies = "int8";
+  result.rows[1].logit_kl = 0.5;
+  const std::string csv = result.ToCsv();
+  std::vector<std::string> lines;
+  for (size_t at = 0, end; (end = csv.find("\r\n", at)) != csv.npos; at = end + 2)
+    lines.push_back(csv.substr(at, end - at));
+  ASSERT_EQ(lines.size(), 3u);
+  EXPECT_TRUE(lines[0].starts_with("policy,predictor,eviction,tier,budget_bytes,"));
+  EXPECT_NE(
+      lines[0].find(",speed_up_spread_min,speed_up_spread_q1,speed_up_spread_median,"
+                    "speed_up_spread_q3,speed_up_spread_max,"),
+      lines[0].npos);
+  EXPECT_NE(lines[0].find(",logit_kl,"), lines[0].npos);
+  EXPECT_NE(lines[1].find(",\"a,\"\"b\"\".txt\","), lines[1].npos);
+  EXPECT_NE(lines[1].find(",0.5,1.0,1.25,2.0,3.0,"), lines[1].npos);
+  EXPECT_TRUE(lines[1].ends_with(",,,,"))
+      << "what the lossless row has not: " << lines[1];
+  EXPECT_NE(lines[2].find(",1.0,0.5,0.0,0"), lines[2].npos) << lines[2];
 }
 
 TEST_F(ComparisonTest, TooSmallABudgetNamesTheLeastThatWorks) {

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 
@@ -67,6 +68,9 @@ TEST_F(EvaluationTest, ReplayWritesResultsAndReport) {
   }
   EXPECT_EQ(ReadJsonFile(options.out / "run.json")["exit_status"], 0);
   EXPECT_GT(fs::file_size(options.out / "report.html"), 1000u);
+  const std::string csv = ReadFile(options.out / "rows.csv", 1 << 20);
+  EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'),
+            static_cast<long>(results["rows"].size()) + 1);
 }
 
 TEST_F(EvaluationTest, FrequentIdsAreThoseOfTheTrainPart) {

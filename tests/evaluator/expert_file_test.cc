@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <fstream>
@@ -151,6 +152,35 @@ TEST_F(ExpertFileTest, EngineReportsADamagedExpert) {
   reports.Listen(&engine);
   engine.Start({5, {2, 1}, 0, true});
   EXPECT_EQ(reports.Wait(5), TransferOutcome::kFailed);
+  EXPECT_NE(engine.last_error().find("layer 2 expert 1"), std::string::npos);
+}
+
+// Unless it is asked for, at the first read alone: until the expert was right once.
+TEST_F(ExpertFileTest, EngineComparesWhatItReadsFirst) {
+  const auto file = std::make_shared<ExpertFile>(path());
+  Overwrite(file->Offset({2, 1}) + 100, 'X');
+  Reports reports;
+  DiskTransferEngine engine(file, 2, {});
+  reports.Listen(&engine);
+  for (const uint64_t id : {5u, 6u}) {
+    engine.Start({id, {2, 1}, 0, true});
+    EXPECT_EQ(reports.Wait(id), TransferOutcome::kFailed);
+    EXPECT_NE(engine.last_error().find("layer 2 expert 1"), std::string::npos);
+  }
+}
+
+TEST_F(ExpertFileTest, EngineComparesAgainWhatChangesWhileItRuns) {
+  const auto file = std::make_shared<ExpertFile>(path());
+  Reports reports;
+  DiskTransferEngine engine(file, 2, {});
+  reports.Listen(&engine);
+  engine.Start({1, {2, 1}, 0, true});
+  ASSERT_EQ(reports.Wait(1), TransferOutcome::kArrived);
+  Overwrite(file->Offset({2, 1}) + 100, 'X');
+  // Two writes may lie within one tick of the file system's clock.
+  fs::last_write_time(path(), fs::file_time_type::clock::now() + std::chrono::seconds(2));
+  engine.Start({2, {2, 1}, 0, true});
+  EXPECT_EQ(reports.Wait(2), TransferOutcome::kFailed);
   EXPECT_NE(engine.last_error().find("layer 2 expert 1"), std::string::npos);
 }
 

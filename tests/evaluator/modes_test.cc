@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <map>
+#include <memory>
 
 #include "common/errors.h"
 #include "evaluator/comparison.h"
@@ -15,6 +16,7 @@
 #include "evaluator/quality.h"
 #include "evaluator/status.h"
 #include "evaluator/timeline.h"
+#include "tests/evaluator/fake_device.h"
 #include "tests/evaluator/synthetic_store.h"
 #include "tests/models/switch_test_support.h"
 
@@ -254,6 +256,8 @@ TEST_F(ModesTest, StatusNamesWhatThereIs) {
   WriteFileAtomic(in / "junk/config.json", "{ not json");
   WriteFileAtomic(in / "junk/run.json", "[1, 2]");
   fs::copy(folder_ / "store", in / "store", fs::copy_options::recursive);
+  WriteFileAtomic(in / "store/run.json", R"({"program": "routecast-collect",
+      "exit_status": 75, "results": {"chunks": 3, "num_chunks": 8}})");
   std::map<std::string, Artefact> found;
   for (const Artefact& a : FindArtefacts(in)) {
     found[fs::relative(a.path, in).string()] = a;
@@ -262,6 +266,8 @@ TEST_F(ModesTest, StatusNamesWhatThereIs) {
   EXPECT_EQ(found["model"].kind, "model");
   EXPECT_THAT(found["run"].detail, HasSubstr("stopped: the same command goes on"));
   EXPECT_EQ(found["store"].kind, "store");
+  EXPECT_THAT(found["store"].detail,
+              HasSubstr(", 3 of 8 chunks; routecast-collect, sto"));
   EXPECT_GT(found["store"].bytes, 1000u);
   EXPECT_EQ(found["other/half.tmp"].kind, "partial");
   EXPECT_EQ(found["other/half.tmp"].bytes, 5u);
@@ -269,6 +275,19 @@ TEST_F(ModesTest, StatusNamesWhatThereIs) {
   const Json machine = MachineStatus();
   EXPECT_GE(machine["cores"].get<int>(), 1);
   EXPECT_THAT(StatusText(machine, FindArtefacts(in)), HasSubstr("half.tmp"));
+}
+
+TEST(StatusTest, NamesEachDeviceAndWhatItHasFree) {
+  const auto log = std::make_shared<FakeDeviceLog>();
+  Json machine = MachineStatus();
+  EXPECT_EQ(machine["devices"].size(), machine["cuda_devices"].get<size_t>());
+  machine["devices"] = DeviceStatus(2, [&](int index) -> std::unique_ptr<DeviceCopy> {
+    if (index == 1) throw EnvironmentError("it fell off the bus");
+    return std::make_unique<FakeDevice>(log, 20e9);
+  });
+  const std::string text = StatusText(machine, {});
+  EXPECT_THAT(text, HasSubstr("device: fake device, "));
+  EXPECT_THAT(text, HasSubstr(" free\ndevice: it fell off the bus\n"));
 }
 
 TEST(TimelineTest, SpansOfALaneNeverOverlap) {

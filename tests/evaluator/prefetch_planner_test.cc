@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <set>
 
 #include "common/errors.h"
-#include "common/random.h"
 #include "evaluator/simulated_link.h"
 #include "gtest/gtest.h"
 
@@ -302,113 +300,6 @@ TEST(PrefetchPlannerTest, ConfidentStartsNothingBelowSeventyPercent) {
 
 TEST(PrefetchPlannerTest, UnknownPolicyNamesTheNearest) {
   EXPECT_THROW(ParsePolicy("topk"), UsageError);
-}
-
-// One random schedule: random sizes, needs, predictions (nonsense among them), holding
-// times, failing speculations. Everything that the rules forbid is checked on the way.
-void RunSchedule(uint64_t seed) {
-  uint64_t drawn = 0;
-  const auto draw = [&](uint64_t range) { return ToRange(Mix(seed, ++drawn), range); };
-  const MoeGeometry g{static_cast<int>(draw(2)), 1 + static_cast<int>(draw(2)),
-                      2 + static_cast<int>(draw(4)), 1, 8};
-  const bool can_cancel = draw(2);
-  const auto eviction = static_cast<Eviction>(draw(6));
-  const int slots = 2 + static_cast<int>(draw(3));
-  ManualClock clock;
-  ExpertCache cache(g, slots, eviction);
-  SpeculationPolicy policy = Eager();
-  policy.adapt_k = draw(2);
-  PrefetchPlanner planner({100, 50.0 + static_cast<double>(draw(100)), 2,
-                           static_cast<double>(draw(3)) / 2, can_cancel, policy},
-                          &cache, &clock);
-  SimulatedLink link({100, 20 + draw(100), 100, draw(2) * 0.1, can_cancel}, &clock);
-  std::set<uint64_t> demanded;
-  const auto drive = [&] {
-    const PlannerActions actions = planner.Poll();
-    bool speculated = false;
-    for (const TransferOrder& order : actions.start) {
-      ASSERT_FALSE(order.demand && speculated) << "demand after speculation";
-      speculated |= !order.demand;
-      if (order.demand) demanded.insert(order.id);
-      ASSERT_EQ(cache.slot(order.key), order.slot);
-      ASSERT_FALSE(cache.IsRetired(order.slot))
-          << "a transfer into a slot out of service";
-      if (!order.demand && draw(20) == 0) link.FailOn(order.id);
-    }
-    ASSERT_LE(planner.in_flight(), 2);
-    for (uint64_t id : actions.promote) link.Promote(id);
-    for (uint64_t id : actions.cancel) {
-      ASSERT_FALSE(demanded.count(id)) << "a demand was cancelled";
-      link.Cancel(id);
-    }
-    for (const TransferOrder& order : actions.start) link.Start(order);
-  };
-  link.SetDone([&](uint64_t id, TransferOutcome outcome, uint64_t bytes) {
-    planner.OnDone(id, outcome, bytes);
-    drive();
-  });
-  std::vector<ExpertKey> leases;
-  uint64_t served = 0, asked = 0;
-  const int visits = 3 + static_cast<int>(draw(5));
-  for (int v = 0; v < visits; ++v) {
-    const int layer = v % g.num_layers();
-    std::vector<int> experts;
-    for (int e = 0; e < g.num_experts; ++e) {
-      if (draw(3) == 0) experts.push_back(e);
-    }
-    asked += experts.size();
-    planner.BeginLayer(layer, experts);
-    drive();
-    for (int lead = 1; lead <= static_cast<int>(draw(4)); ++lead) {
-      std::vector<float> p(g.num_experts);
-      for (float& x : p) x = static_cast<float>(draw(12)) / 10 - 0.1f;
-      if (draw(10) == 0) p[0] = std::numeric_limits<float>::quiet_NaN();
-      planner.Predict((layer + lead) % g.num_layers(), lead, p);
-      drive();
-    }
-    while (!planner.AllServed()) {
-      if (planner.failed()) return;  // the runtime gives up here, with an error
-      if (const auto key = planner.TakeReady()) {
-        leases.push_back(*key);
-        ++served;
-        if (draw(2)) continue;  // keeps it for a while
-      } else if (link.NextEvent() >= 0) {
-        link.AdvanceTo(link.NextEvent());
-        continue;
-      } else {
-        ASSERT_FALSE(leases.empty())
-            << "deadlock: nothing ready, nothing moving, no lease";
-      }
-      planner.Release(leases.back());
-      leases.pop_back();
-      drive();
-    }
-    for (; !leases.empty(); leases.pop_back()) planner.Release(leases.back());
-    drive();
-    if (draw(4) == 0) {  // other users of the memory take room, or give it back
-      planner.SetCapacity(2 + static_cast<int>(draw(static_cast<uint64_t>(slots) - 1)));
-      drive();
-      while (!planner.within_capacity()) {
-        ASSERT_GE(link.NextEvent(), 0) << "stuck above the capacity";
-        link.AdvanceTo(link.NextEvent());
-      }
-    }
-    link.AdvanceTo(clock.Now() + static_cast<double>(draw(30)) / 10);
-  }
-  ASSERT_EQ(served, asked);
-  const TransferLedger ledger = planner.ledger();
-  ASSERT_LE(ledger.hits, ledger.uses);
-  ASSERT_LE(ledger.speculations_in_time, ledger.speculations_used);
-  const uint64_t settled = ledger.speculations_used + ledger.speculations_unused;
-  ASSERT_LE(settled, ledger.speculations);
-  ASSERT_GE(settled + static_cast<uint64_t>(planner.in_flight()), ledger.speculations);
-}
-
-TEST(PrefetchPlannerTest, RandomSchedulesKeepTheRules) {
-  for (uint64_t seed = 0; seed < 100000; ++seed) {
-    RunSchedule(seed);
-    if (HasFatalFailure()) FAIL() << "seed " << seed;
-  }
 }
 
 }  // namespace

@@ -158,9 +158,18 @@ TEST(EvaluationReport, SeveralBatchSizesAreDrawnAgainstEachOther) {
   Json more = f.results["rows"][1];
   more["batch"] = 16;
   f.results["rows"].push_back(more);
-  const std::string page = EvaluationReportHtml({f});
+  std::string page = EvaluationReportHtml({f});
   EXPECT_TRUE(Has(page, "Speed by batch, decode"));
   EXPECT_TRUE(Has(page, "Hits by batch, decode"));
+  EXPECT_TRUE(Has(page, "Rate over on-demand LRU by batch, decode"));
+  EXPECT_FALSE(Has(page, "Tail of a step by batch")) << "no row says it";
+  for (Json& row : f.results["rows"]) {
+    for (const char* key : {"p50_ms", "p99_ms", "held_bytes_peak"}) row[key] = 1 << 20;
+  }
+  page = EvaluationReportHtml({f});
+  for (const char* title :
+       {"Step by batch", "Tail of a step by batch", "Memory by batch"})
+    EXPECT_TRUE(Has(page, std::string(title) + ", decode")) << title;
 }
 
 TEST(EvaluationReport, SeveralBudgetsShowSpeedAgainstMemory) {
