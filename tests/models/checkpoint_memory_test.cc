@@ -6,7 +6,9 @@
 #include <fstream>
 
 #include "models/checkpoint.h"
+#include "models/switch_model.h"
 #include "models/synthetic_checkpoint.h"
+#include "tests/common/torch_file_builder.h"
 #include "tests/support/reference.h"
 
 namespace routecast {
@@ -24,6 +26,9 @@ uint64_t Status(const std::string& key) {
 }
 
 constexpr uint64_t kMiB = uint64_t{1} << 20;
+
+// From now on VmHWM is the peak since now.
+void ForgetPeak() { std::ofstream("/proc/self/clear_refs") << "5"; }
 
 SwitchConfig Config() {
   SwitchConfig c;
@@ -49,6 +54,7 @@ TEST(CheckpointMemory, WritingTakesABufferAndLoadingTakesWhatIsKept) {
   EXPECT_LT(Status("VmHWM") - at_start, 24 * kMiB);
 
   // Converted: the files hold twice of what is kept, and it is never there as a whole.
+  ForgetPeak();
   const uint64_t before = Status("VmRSS");
   const Checkpoint read = LoadCheckpoint(folder, at::kBFloat16, at::kCPU);
   uint64_t kept = 0;
@@ -58,6 +64,42 @@ TEST(CheckpointMemory, WritingTakesABufferAndLoadingTakesWhatIsKept) {
             1.1 * static_cast<double>(kept));
   RecordProperty("kept_mib", static_cast<int>(kept / kMiB));
   RecordProperty("peak_mib", static_cast<int>((Status("VmHWM") - before) / kMiB));
+  fs::remove_all(folder);
+}
+
+// A pytorch_model.bin of these parameters, all of them zeros, a storage each.
+std::string TorchFileOf(const SwitchConfig& config) {
+  std::string items;
+  std::vector<ZipPart> parts = {{"archive/data.pkl", ""}};
+  for (const auto& [name, shape] : ParameterShapes(config)) {
+    const std::string key = std::to_string(parts.size() - 1);
+    std::vector<int64_t> strides(shape.size(), 1);
+    for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
+    const int64_t numbers = strides[0] * shape[0];
+    items +=
+        pickle::Text(name) +
+        pickle::Tensor(pickle::Storage("FloatStorage", key, numbers), 0, shape, strides);
+    parts.push_back(
+        {"archive/data/" + key, std::string(static_cast<size_t>(numbers) * 4, '\0')});
+  }
+  parts[0].data = pickle::Dict(items);
+  parts.push_back({"archive/version", "3\n"});
+  return MakeZip(parts);
+}
+
+TEST(CheckpointMemory, LoadingATorchFileTakesWhatIsKept) {
+  const fs::path folder = TestFolder("checkpoint-memory-bin");
+  std::ofstream(folder / "config.json") << Config().ToJson();
+  std::ofstream(folder / "pytorch_model.bin", std::ios::binary) << TorchFileOf(Config());
+  ASSERT_GT(fs::file_size(folder / "pytorch_model.bin"), 200 * kMiB);
+  ForgetPeak();
+  const uint64_t before = Status("VmRSS");
+  const Checkpoint read = LoadCheckpoint(folder, at::kBFloat16, at::kCPU);
+  uint64_t kept = 0;
+  for (const auto& [name, tensor] : read.parameters.items()) kept += tensor.nbytes();
+  ASSERT_GT(kept, 100 * kMiB);
+  EXPECT_LT(static_cast<double>(Status("VmHWM") - before),
+            1.1 * static_cast<double>(kept));
   fs::remove_all(folder);
 }
 

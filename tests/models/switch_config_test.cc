@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <functional>
+#include <tuple>
 
 #include "common/errors.h"
 #include "tests/models/switch_test_support.h"
@@ -85,6 +86,59 @@ TEST(SwitchConfig, FeedForwardProjMayOnlyAgree) {
   EXPECT_TRUE(gated.is_gated_act);
   EXPECT_THROW(Read({{"feed_forward_proj", "silu"}}), DataError);
   EXPECT_THROW(Read({{"feed_forward_proj", "relu"}, {"is_gated_act", true}}), DataError);
+}
+
+// The published models, as their configurations say them (of the largest: Fedus et al.,
+// table 9, gated): what is sparse, and as many parameters as they are known by.
+TEST(SwitchConfig, PublishedModelsHaveTheirSizes) {
+  const Json base = {{"vocab_size", 32128},
+                     {"d_model", 768},
+                     {"d_kv", 64},
+                     {"d_ff", 3072},
+                     {"num_heads", 12},
+                     {"num_layers", 12},
+                     {"num_decoder_layers", 12},
+                     {"num_sparse_encoder_layers", 6},
+                     {"num_sparse_decoder_layers", 6},
+                     {"expert_capacity", 64},
+                     {"tie_word_embeddings", true}};
+  const auto with = [](Json json, const Json& more) {
+    json.update(more);
+    return json;
+  };
+  const Json deep = {{"num_layers", 24},
+                     {"num_decoder_layers", 24},
+                     {"num_sparse_encoder_layers", 12},
+                     {"num_sparse_decoder_layers", 12},
+                     {"num_experts", 128}};
+  const Json large =
+      with(with(base, deep), {{"d_model", 1024}, {"d_ff", 4096}, {"num_heads", 16}});
+  const Json xxl = with(with(base, deep), {{"d_model", 4096},
+                                           {"d_ff", 10240},
+                                           {"num_heads", 64},
+                                           {"dense_act_fn", "gelu_new"},
+                                           {"is_gated_act", true}});
+  const std::tuple<const char*, Json, double> models[] = {
+      {"base-8", with(base, {{"num_experts", 8}}), .619},
+      {"base-16", with(base, {{"num_experts", 16}}), 1.07},
+      {"base-32", with(base, {{"num_experts", 32}}), 1.98},
+      {"base-64", with(base, {{"num_experts", 64}}), 3.79},
+      {"base-128", with(base, {{"num_experts", 128}}), 7.42},
+      {"base-256", with(base, {{"num_experts", 256}}), 14.7},
+      {"large-128", large, 26.3},
+      {"xxl-128", xxl, 395}};
+  for (const auto& [name, json, billions] : models) {
+    const SwitchConfig c = Read(json);
+    EXPECT_EQ(c.geometry().num_layers(), c.num_layers) << name;  // half of both stacks
+    EXPECT_EQ(SparseBlocks(c, Stack::kDecoder).substr(0, 4), ".S.S") << name;
+    double numbers = 0;
+    for (const auto& [tensor, shape] : ParameterShapes(c)) {
+      double count = 1;
+      for (const int64_t size : shape) count *= static_cast<double>(size);
+      numbers += count;
+    }
+    EXPECT_NEAR(numbers / 1e9, billions, .005 * billions) << name;
+  }
 }
 
 TEST(SwitchConfig, WhatItWritesItReads) {
