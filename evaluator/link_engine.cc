@@ -1,7 +1,10 @@
 #include "evaluator/link_engine.h"
 
 #include <condition_variable>
+#include <deque>
+#include <map>
 #include <mutex>
+#include <numeric>
 
 #include "common/errors.h"
 #include "evaluator/clock.h"
@@ -14,12 +17,17 @@ double MeasurePeak(LinkEngine* engine, std::span<const ExpertKey> keys, int num_
   std::mutex mutex;
   std::condition_variable arrived;
   int under_way = 0;
+  // Orders end in any order: a slot is only asked for again when nobody looks at it.
+  std::deque<int> free(static_cast<size_t>(num_slots));
+  std::iota(free.begin(), free.end(), 0);
+  std::map<uint64_t, int> taken;  // by order
   uint64_t bytes = 0;
   bool failed = false;
   engine->SetPace(0);
-  engine->SetDone([&](uint64_t, TransferOutcome outcome, uint64_t moved) {
+  engine->SetDone([&](uint64_t id, TransferOutcome outcome, uint64_t moved) {
     std::lock_guard lock(mutex);
     --under_way;
+    free.push_back(taken.extract(id).mapped());
     bytes += moved;
     failed = failed || outcome == TransferOutcome::kFailed;
     arrived.notify_all();
@@ -28,11 +36,13 @@ double MeasurePeak(LinkEngine* engine, std::span<const ExpertKey> keys, int num_
   const double start = clock.Now();
   std::unique_lock lock(mutex);
   for (uint64_t i = 0; (clock.Now() - start < seconds || i < least) && !failed; ++i) {
-    arrived.wait(lock, [&] { return under_way < kUnderWay; });
+    arrived.wait(lock, [&] { return under_way < kUnderWay && !free.empty(); });
     ++under_way;
+    const int slot = free.front();
+    free.pop_front();
+    taken[i] = slot;
     lock.unlock();
-    engine->Start({i, keys[i % keys.size()],
-                   static_cast<int>(i % static_cast<uint64_t>(num_slots)), true});
+    engine->Start({i, keys[i % keys.size()], slot, true});
     lock.lock();
   }
   arrived.wait(lock, [&] { return under_way == 0; });

@@ -8,6 +8,9 @@
 #include <fstream>
 #include <map>
 #include <mutex>
+#include <set>
+#include <thread>
+#include <vector>
 
 #include "common/errors.h"
 #include "evaluator/disk_transfer_engine.h"
@@ -220,6 +223,52 @@ TEST_F(ExpertFileTest, PaceIsKept) {
   for (uint64_t i = 0; i < 4; ++i) reports.Wait(i);
   // Four experts of 50 ms on a serial link; later only by what a loaded machine adds.
   EXPECT_GE(clock.Now(), 0.195);
+}
+
+// Ends its first order behind five others.
+class LateFirst final : public LinkEngine {
+ public:
+  ~LateFirst() override {
+    for (std::thread& t : threads_) t.join();
+  }
+  void SetDone(Done done) override { done_ = std::move(done); }
+  void Start(const TransferOrder& order) override {
+    {
+      const std::lock_guard lock(mutex_);
+      twice = twice || !busy_.insert(order.slot).second;
+    }
+    threads_.emplace_back([this, order] { End(order); });
+  }
+  void Promote(uint64_t) override {}
+  void Cancel(uint64_t) override {}
+  bool can_cancel() const override { return false; }
+  std::byte* slot(int) const override { return nullptr; }
+  std::string description() const override { return ""; }
+  void SetPace(double) override {}
+  bool twice = false;  // a slot was asked for while an order filled it
+
+ private:
+  void End(const TransferOrder& order) {
+    std::unique_lock lock(mutex_);
+    if (order.id == 0) ended_.wait(lock, [this] { return count_ >= 5; });
+    ++count_;
+    busy_.erase(order.slot);
+    ended_.notify_all();
+    done_(order.id, TransferOutcome::kArrived, 1);
+  }
+  Done done_;
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  std::set<int> busy_;
+  int count_ = 0;
+  std::vector<std::thread> threads_;
+};
+
+TEST(MeasurePeak, NeverFillsASlotThatIsBeingFilled) {
+  const std::vector<ExpertKey> keys = {{0, 0}, {0, 1}};
+  LateFirst engine;
+  MeasurePeak(&engine, keys, 4, /*seconds=*/0, /*least=*/8);
+  EXPECT_FALSE(engine.twice);
 }
 
 TEST_F(ExpertFileTest, PeakIsMeasuredUnpaced) {
