@@ -276,7 +276,7 @@ TEST_F(ComparisonTest, AProfilePacesStepsAndLink) {
   const double step = 2 * (work.between[1] + work.expert) + work.head;  // weights
   constexpr double kStepSeconds = 0.01;
   slow.memory_bytes_per_second = 4 * step / kStepSeconds;
-  slow.link_bytes_per_second = 1e8;
+  slow.link_bytes_per_second = 1e7;  // less than any disk brings, however busy it is
   options_.profile = slow;
   const ComparisonResult paced = Compare({});
   for (const RowResult& row : paced.rows) {
@@ -285,7 +285,7 @@ TEST_F(ComparisonTest, AProfilePacesStepsAndLink) {
     EXPECT_EQ(row.output_sha256, own.rows[0].output_sha256);
   }
   EXPECT_FALSE(own.rows[0].emulated);
-  EXPECT_LE(paced.link_bytes_per_second, 1e8);
+  EXPECT_LE(paced.link_bytes_per_second, 1e7);
   EXPECT_NE(paced.notes[0].find("emulates slow"), std::string::npos) << paced.notes[0];
 }
 
