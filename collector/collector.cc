@@ -208,6 +208,7 @@ void CollectOptions::Validate() const {
   require(top_k >= 1 && top_k <= 64, "--top_k is out of range", "use 1 to 64");
   require(hidden_share >= 0 && hidden_share <= 1, "--hidden_share is out of range",
           "use a share from 0 to 1");
+  RequireCompression(compression, MoeGeometry());
   require(num_shards >= 1 && num_shards <= 4096, "--num_shards is out of range",
           "use 1 to 4096");
   require(max_sequences >= 0, "--max_sequences is negative", "use 0 for all");

@@ -68,7 +68,10 @@ SourceList ListSources(const std::vector<std::vector<std::string>>& intakes) {
   SourceList list;
   uint64_t files = 0;
   for (const auto& specs : intakes) {
-    if (specs.empty()) throw UsageError("no corpus: give at least one --data=kind:path");
+    if (specs.empty()) {
+      throw UsageError(ErrorText("--data is missing", "",
+                                 "give at least one source, e.g. --data=text:book.txt"));
+    }
     for (const std::string& text : specs) {
       SourceSpec spec = ParseSourceSpec(text);
       list.sources.push_back({spec, ListFiles(spec)});

@@ -23,7 +23,10 @@ MappedFile::MappedFile(const fs::path& path) {
   }
   const int error = errno;
   ::close(fd);
-  if (!regular) throw UsageError(path.string() + " is not a regular file");
+  if (!regular) {
+    throw UsageError(ErrorText(path.string() + " is not a regular file", "",
+                               "give a file, not a folder, pipe or device"));
+  }
   if (data == MAP_FAILED) ThrowErrno(error, "map", path);
   data_ = data;
 }

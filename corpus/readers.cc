@@ -111,9 +111,13 @@ std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
   if (!json.contains(spec.field)) {
     std::vector<std::string> names;
     for (const auto& [key, value] : json.items()) names.push_back(key);
-    ThrowRecord(what, record.offset,
-                "no field \"" + spec.field + "\"; did you mean \"" +
-                    NearestName(spec.field, names) + "\"?");
+    const std::string near = NearestName(spec.field, names);
+    throw DataError(
+        ErrorText(what + ": a record without the field \"" + spec.field + "\"",
+                  "at byte " + std::to_string(record.offset) +
+                      (near.empty() ? "" : "; did you mean \"" + near + "\"?"),
+                  near.empty() ? "repair or leave out the file"
+                               : "name it: --data=jsonl:" + what + "#" + near));
   }
   const Json& value = json[spec.field];
   if (!value.is_string()) {

@@ -171,7 +171,10 @@ SourceSpec ParseSourceSpec(const std::string& text) {
     ParseChoice("--data=text:...#", option, {"blocks"});
     spec.kind = SourceKind::kTextBlocks;
   }
-  if (spec.path.empty()) throw UsageError("--data=" + text + " names no path");
+  if (spec.path.empty()) {
+    throw UsageError(ErrorText("--data=" + text + " names no path", "",
+                               "give a file, a folder or a glob: text:book.txt"));
+  }
   return spec;
 }
 
@@ -182,7 +185,9 @@ std::vector<fs::path> ListFiles(const SourceSpec& spec) {
   } else if (fs::is_directory(spec.path)) {
     files = FolderFiles(spec.path);
   } else if (fs::exists(spec.path)) {
-    throw UsageError(spec.path + " is neither a file nor a folder");
+    throw UsageError(ErrorText(spec.path + " is neither a file nor a folder",
+                               "a pipe or a device cannot be read twice",
+                               "write it to a file first"));
   } else {
     files = GlobFiles(spec.path);
   }

@@ -40,7 +40,9 @@ void Validate(const SpanCorruptionOptions& options, const Sentinels& sentinels) 
         "density between 0 and 1, mean span at least 1"));
   }
   if (sentinels.count < 1) {
-    throw UsageError("span corruption needs a tokenizer with sentinels (extra_ids >= 1)");
+    throw UsageError(ErrorText("span corruption needs a tokenizer with sentinels",
+                               "extra_ids is 0 in tokenizer_config.json",
+                               "use --task=encode or generate, or a T5 tokenizer"));
   }
 }
 

@@ -69,6 +69,11 @@ Tokenizer::~Tokenizer() = default;
 Tokenizer Tokenizer::Load(const fs::path& folder) {
   const int extra_ids = ReadExtraIds(folder / "tokenizer_config.json");
   const fs::path model = folder / "spiece.model";
+  if (!fs::exists(model)) {
+    throw UsageError(ErrorText(folder.string() + " has no tokenizer",
+                               "spiece.model is missing; tokenizer.json is not read",
+                               "copy spiece.model from the model's repository"));
+  }
   return FromModel(ReadFile(model, kMaxModelBytes), extra_ids, model.string());
 }
 

@@ -47,7 +47,11 @@ constexpr char kUsage[] =
 
 // A flag of 0 leaves the preset's value.
 void Override(const char* flag, int value, int* option) {
-  if (value < 0) throw UsageError(std::string(flag) + " is a count: 0 or more");
+  if (value < 0) {
+    throw UsageError(ErrorText(std::string(flag) + " is a count",
+                               "it is " + std::to_string(value),
+                               "give 1 or more; 0 takes the preset's value"));
+  }
   if (value > 0) *option = value;
 }
 

@@ -67,8 +67,9 @@ void ByteWriter::Bf16Planes(const std::vector<float>& values) {
   out_->resize(start + 2 * n);
   auto* high = reinterpret_cast<uint8_t*>(out_->data() + start);
   uint8_t* low = high + n;
+  const float* from = values.data();  // bytes may alias the vector's own pointer
   for (size_t i = 0; i < n; ++i) {
-    const uint16_t bits = RoundedToBf16(values[i]);
+    const uint16_t bits = RoundedToBf16(from[i]);
     high[i] = static_cast<uint8_t>(bits >> 8);
     low[i] = static_cast<uint8_t>(bits);
   }

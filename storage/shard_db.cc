@@ -17,7 +17,7 @@
 namespace routecast {
 namespace {
 
-constexpr size_t kBlockBytes = 32 << 10;
+constexpr size_t kBlockBytes = 48 << 10;
 constexpr size_t kCacheBytes = 64 << 20;
 constexpr auto kLockPatience = std::chrono::seconds(15);  // mpirun reaps ranks within 2 s
 constexpr std::array<const char*, 3> kFamilyNames = {"default", "hidden", "attention"};

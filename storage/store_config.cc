@@ -290,11 +290,15 @@ std::vector<std::string> Differences(const StoreConfig& stored,
   std::vector<std::string> differences;
   Json keys = a;  // a key that one of the two lacks differs, too
   keys.update(b);
-  for (const auto& [key, value] : keys.items()) {
-    if (key == "model" || key == "data" || Deciding(a, key) == Deciding(b, key)) continue;
+  const auto compare = [&](const std::string& key) {
+    if (Deciding(a, key) == Deciding(b, key)) return;
     differences.push_back(key + ": " + Deciding(a, key) + " in the store, not " +
                           Deciding(b, key));
+  };
+  for (const auto& [key, value] : keys.items()) {
+    if (key != "model" && key != "data" && key != "schema") compare(key);
   }
+  if (differences.empty()) compare("schema");  // it follows from the others
   return differences;
 }
 
