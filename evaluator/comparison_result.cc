@@ -93,6 +93,9 @@ Json ComparisonResult::ToJson() const {
       entry["logit_kl"] = row.logit_kl;
       entry["perplexity_change"] = row.perplexity_change;
       entry["compared_sequences"] = row.compared_sequences;
+      entry["compression_ratio"] = row.copy.ratio;
+      entry["weight_error"] = row.copy.weight_error;
+      entry["weight_scale"] = row.copy.weight_scale;
     }
     entry["output_sha256"] = row.output_sha256;
     entry["synthetic_weights"] = synthetic_weights;
@@ -141,11 +144,13 @@ namespace {
 std::string Verdict(const RowResult& row) {
   if (row.copies == "lossless") return row.lossless ? "" : "  OUTPUT DIFFERS";
   if (row.phase == Stack::kEncoder) return "  LOSSY " + row.copies;
-  char text[160];
+  char text[200];
   std::snprintf(
       text, sizeof text,
-      "  LOSSY %s: %.1f%% of %lld texts equal, KL %.4f nats, perplexity %+.2f%%",
-      row.copies.c_str(), 100 * row.exact_match,
+      "  LOSSY %s (1/%.1f of the bytes, weights off by %.1f%%): %.1f%% of %lld texts "
+      "equal, KL %.4f nats, perplexity %+.2f%%",
+      row.copies.c_str(), row.copy.ratio,
+      100 * row.copy.weight_error / row.copy.weight_scale, 100 * row.exact_match,
       static_cast<long long>(row.compared_sequences), row.logit_kl,
       100 * row.perplexity_change);
   return text;

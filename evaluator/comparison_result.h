@@ -9,6 +9,7 @@
 
 #include "common/routing.h"
 #include "common/run_record.h"
+#include "evaluator/expert_copies.h"
 
 namespace routecast {
 
@@ -40,6 +41,7 @@ struct RowResult {
   std::string copies = "lossless";  // of experts on disk; else the three below count
   double exact_match = 1, logit_kl = 0, perplexity_change = 0;  // lossy_quality.h
   int64_t compared_sequences = 0;
+  CopyFigures copy;
   std::string output_sha256;
   double speed_up = 0;        // median over rounds of the rate over on-demand LRU's
   bool switched_off = false;  // the row's speculation did not help and is off

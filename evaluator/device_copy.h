@@ -32,6 +32,9 @@ class DeviceCopy {
   // is allowed, and slow.
   virtual Ticket CopyAsync(std::byte* device, const std::byte* host, uint64_t bytes,
                            int stream) = 0;
+  // The same from the device to host memory.
+  virtual Ticket CopyBackAsync(std::byte* host, const std::byte* device, uint64_t bytes,
+                               int stream) = 0;
   // The same from one place of the device to another.
   virtual Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
                                  int stream) = 0;

@@ -108,6 +108,10 @@ class CudaCopy final : public DeviceCopy {
                    int stream) override {
     return Enqueue(device, host, bytes, cudaMemcpyHostToDevice, stream);
   }
+  Ticket CopyBackAsync(std::byte* host, const std::byte* device, uint64_t bytes,
+                       int stream) override {
+    return Enqueue(host, device, bytes, cudaMemcpyDeviceToHost, stream);
+  }
   Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
                          int stream) override {
     return Enqueue(to, from, bytes, cudaMemcpyDeviceToDevice, stream);

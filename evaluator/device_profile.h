@@ -15,6 +15,7 @@ struct TransferPoint {
   int threads = 1;
   bool direct = true;
   bool with_compute = false;  // while every other core (device) streams memory
+  bool both_ways = false;     // while as much goes the other way (a file is written)
   // A copy from host memory to a device; `threads` are then streams.
   bool to_device = false, pinned = false;
   double seconds = 0;  // median of one transfer
@@ -42,18 +43,7 @@ struct DeviceProfile {
 // device_profile.json or a folder that holds one. UsageError naming what there is.
 DeviceProfile FindProfile(const std::string& name_or_file);
 
-struct TransferOptions {
-  fs::path folder;  // a scratch file of file_bytes is written there, and removed
-  uint64_t file_bytes = uint64_t{1} << 29;
-  uint64_t smallest = 64 << 10, largest = 256 << 20;
-  double seconds_a_point = 0.3;
-  bool quiet = false;
-};
-// (A device: device_sweep.h.)
-// Reads a scratch file at 64 KiB to 256 MiB (a factor of four apart) with 1, 2 and 4
-// threads, direct and through the page cache, alone and beside a core that streams
-// memory. EnvironmentError where the folder cannot hold the file.
-DeviceProfile MeasureDisk(const TransferOptions& options);
+// (Measured in disk_sweep.h and device_sweep.h.)
 std::string ProfileTable(const DeviceProfile& profile);
 
 // seconds = fixed + bytes / rate, the line of least squared relative errors through the

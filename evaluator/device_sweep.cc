@@ -18,7 +18,7 @@ class Sweep {
   Sweep(DeviceCopy* device, const DeviceSweepOptions& options)
       : device_(device),
         options_(options),
-        host_(1, options.largest),
+        host_(2, options.largest),  // what goes there; what comes back
         slab_(device->Allocate(2 * options.largest)) {}
 
   TransferPoint Measure(TransferPoint point) {
@@ -63,6 +63,10 @@ class Sweep {
   double Transfer(const TransferPoint& point) {
     std::vector<DeviceCopy::Ticket> others, tickets;
     if (point.with_compute) others.push_back(Within(1));
+    if (point.both_ways) {
+      others.push_back(device_->CopyBackAsync(host_.slot(1), slab_ + options_.largest,
+                                              point.bytes, 1));
+    }
     const double start = device_->Now();
     const uint64_t part = point.bytes / static_cast<uint64_t>(point.threads);
     for (int stream = 0; stream < point.threads; ++stream) {
@@ -100,7 +104,7 @@ class Sweep {
 std::vector<TransferPoint> EngineLine(const std::vector<TransferPoint>& points) {
   std::vector<TransferPoint> line;
   for (const TransferPoint& p : points) {
-    if (p.pinned && p.threads == 1 && !p.with_compute) line.push_back(p);
+    if (p.pinned && p.threads == 1 && !p.with_compute && !p.both_ways) line.push_back(p);
   }
   return line;
 }
@@ -113,7 +117,7 @@ void MeasureDevice(DeviceCopy* device, const DeviceSweepOptions& options,
   for (uint64_t s = options.smallest; s <= options.largest; s *= 4) sizes.push_back(s);
   Sweep sweep(device, options);
   std::vector<TransferPoint> points;
-  Progress progress("copies to the device", "points", 4 * sizes.size() + 1,
+  Progress progress("copies to the device", "points", 4 * sizes.size() + 2,
                     options.quiet);
   for (const bool pinned : {false, true}) {
     if (pinned) device->Register(sweep.host(), sweep.host_bytes());
@@ -131,6 +135,9 @@ void MeasureDevice(DeviceCopy* device, const DeviceSweepOptions& options,
   }
   TransferPoint beside = EngineLine(points).back();
   beside.with_compute = true;
+  points.push_back(sweep.Measure(beside));
+  beside.with_compute = false;
+  beside.both_ways = true;
   points.push_back(sweep.Measure(beside));
   progress.Update(points.size());
   device->Unregister(sweep.host());

@@ -15,7 +15,8 @@ struct DeviceSweepOptions {
 };
 
 // Copies from host memory, pinned and pageable, on one and on two streams (of one
-// transfer each half), alone and, for the largest, beside copies within the device.
+// transfer each half), alone and, for the largest, beside copies within the device and
+// beside a copy of the same size back to the host.
 // Adds these points to `profile`, and makes link, memory and name those of the device;
 // what else is in it (a disk's points) stays. EnvironmentError: no room on the device or
 // in host memory, or a copy that does not complete.

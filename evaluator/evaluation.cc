@@ -111,13 +111,17 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
   comparing.timeline = timeline;
   comparing.next_token = setup.next_token;
   const CopyKind copies = ParseCopies(options.copies);
-  if (copies != CopyKind::kLossless)
+  CopyFigures copy;
+  if (copies != CopyKind::kLossless) {
     comparing.copies = CompressedCopy(setup.file, copies, options.quiet);
+    copy = MeasureCopy(*setup.file, *comparing.copies);
+  }
   Comparison comparison(workload.get(), setup.file, predictors, comparing);
   ComparisonResult result = comparison.Run();
   for (RowResult& row : result.rows) {
     row.prompts = group.requests->name;
     row.schedule = group.schedule;
+    if (row.copies != "lossless") row.copy = copy;
     if (options.budgets.size() > 1) row.budget = group.budget;
   }
   return result;

@@ -14,6 +14,16 @@ namespace routecast {
 std::shared_ptr<const ExpertFile> CompressedCopy(
     const std::shared_ptr<const ExpertFile>& file, CopyKind kind, bool quiet);
 
+// What a compressed copy gains and costs before anything runs.
+struct CopyFigures {
+  double ratio = 1;         // an expert's bytes / its copy's
+  double weight_error = 0;  // mean |copy - weight|
+  double weight_scale = 0;  // mean |weight| of the same, to hold it against
+};
+// From at most `sample` experts, evenly spaced over the file, all their weights.
+// DataError where one of them is damaged. REQUIRES `copy` of CompressedCopy(file, ...).
+CopyFigures MeasureCopy(const ExpertFile& file, const ExpertFile& copy, int sample = 16);
+
 // A blob of a compressed file -> wi [d_ff, d_model], wo [d_model, d_ff] in the file's
 // dtype, spec.expert_bytes() in all.
 void DecodeExpert(const ExpertFileSpec& spec, const std::byte* blob, std::byte* expert);

@@ -9,6 +9,7 @@
 #include "common/errors.h"
 #include "common/model_folder.h"
 #include "evaluator/device_sweep.h"
+#include "evaluator/disk_sweep.h"
 #include "evaluator/evaluation.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/policy_simulation.h"
@@ -252,7 +253,7 @@ void Simulate() {
 }
 
 void Transfer() {
-  TransferOptions options;
+  DiskSweepOptions options;
   options.folder = ExpertCacheFolder(FLAGS_cache);
   options.quiet = FLAGS_quiet;
   if (FLAGS_dry_run) {

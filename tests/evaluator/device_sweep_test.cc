@@ -26,18 +26,27 @@ TEST(DeviceSweepTest, TheLinkIsWhatTheDeviceDoes) {
   EXPECT_EQ(profile.name, "fake device");
   EXPECT_NEAR(profile.memory_bytes_per_second, 400e9, 20e9);
   EXPECT_GE(profile.bytes_at_90_percent, 1u << 20);
-  int pinned = 0, pageable = 0, beside = 0;
+  int pinned = 0, pageable = 0, beside = 0, both_ways = 0;
   for (const TransferPoint& p : profile.sweep) {
     EXPECT_TRUE(p.to_device);
     EXPECT_GE(p.repeats, 5);
-    (p.with_compute ? beside : p.pinned ? pinned : pageable) += 1;
-    if (p.bytes == 4 << 20 && p.threads == 1 && !p.with_compute) {
+    (p.both_ways      ? both_ways
+     : p.with_compute ? beside
+     : p.pinned       ? pinned
+                      : pageable) += 1;
+    if (p.both_ways) {
+      EXPECT_EQ(p.bytes, 4u << 20);
+      EXPECT_NEAR(p.bytes_per_second(), 10e9, 0.3e9);  // behind as much the other way
+    } else if (p.bytes == 4 << 20 && p.threads == 1 && !p.with_compute) {
       EXPECT_NEAR(p.bytes_per_second(), p.pinned ? 20e9 : 10e9, 0.5e9);
     }
   }
   EXPECT_EQ(pinned, 8);  // four sizes, one and two streams
   EXPECT_EQ(pageable, 8);
   EXPECT_EQ(beside, 1);
+  EXPECT_EQ(both_ways, 1);
+  EXPECT_EQ(log->copied_back % (4u << 20), 0u);
+  EXPECT_GE(log->copied_back, 5u * (4u << 20));
   EXPECT_EQ(log->registered.size(), 1u);
   EXPECT_EQ(log->unregistered, 1);
 }

@@ -195,6 +195,35 @@ TEST_F(ExpertCopiesTest, HoldEveryExpertNearItsOriginal) {
   }
 }
 
+// Against a plain sum over all weights of all experts; a sample of two takes the first
+// and the third.
+TEST_F(ExpertCopiesTest, FiguresAreThoseOfTheWeights) {
+  const auto copy = CompressedCopy(file_, CopyKind::kInt4, true);
+  const auto sums = [&](const std::vector<int>& experts) {
+    double error = 0, scale = 0, count = 0;
+    for (const int e : experts) {
+      const auto original = Blob(*file_, {0, e}), blob = Blob(*copy, {0, e});
+      std::vector<std::byte> decoded(original.size());
+      DecodeExpert(copy->spec(), blob.data(), decoded.data());
+      for (size_t i = 0; i < decoded.size(); i += 4, ++count) {
+        float a, b;
+        std::memcpy(&a, original.data() + i, 4);
+        std::memcpy(&b, decoded.data() + i, 4);
+        error += std::abs(a - b);
+        scale += std::abs(a);
+      }
+    }
+    return std::pair(error / count, scale / count);
+  };
+  const CopyFigures all = MeasureCopy(*file_, *copy), two = MeasureCopy(*file_, *copy, 2);
+  EXPECT_NEAR(all.weight_error, sums({0, 1, 2, 3}).first, 1e-9);
+  EXPECT_NEAR(all.weight_scale, sums({0, 1, 2, 3}).second, 1e-7);
+  EXPECT_NEAR(two.weight_error, sums({0, 2}).first, 1e-9);
+  EXPECT_NE(two.weight_error, all.weight_error);
+  EXPECT_DOUBLE_EQ(all.ratio,
+                   2 * 32 * 160 * 4.0 / static_cast<double>(copy->spec().blob_bytes()));
+}
+
 TEST_F(ExpertCopiesTest, AreWrittenOnceAndAgainWhenDamaged) {
   const fs::path path = CompressedCopy(file_, CopyKind::kInt8, true)->path();
   EXPECT_EQ(path.filename(), "x-int8.experts");

@@ -33,6 +33,7 @@ struct FakeDeviceLog {
   std::vector<size_t> fences_before;  // copies enqueued before each fence
   std::vector<uint64_t> registered;   // sizes
   int unregistered = 0;
+  uint64_t copied_back = 0;
   std::vector<std::unique_ptr<std::byte[]>> slabs;
   uint64_t free_bytes = uint64_t{1} << 34;
   int decoded = 0;
@@ -105,6 +106,15 @@ class FakeDevice : public DeviceCopy {
     queue_.push_back({++last_, device, host, bytes, free_at_});
     log_->most_under_way = std::max(log_->most_under_way, queue_.size());
     log_->changed.notify_all();
+    return last_;
+  }
+  // The link carries one way at a time.
+  Ticket CopyBackAsync(std::byte* host, const std::byte* device, uint64_t bytes,
+                       int) override {
+    std::lock_guard lock(log_->mutex);
+    log_->copied_back += bytes;
+    free_at_ = std::max(free_at_, now_) + fixed_ + static_cast<double>(bytes) / rate_;
+    queue_.push_back({++last_, host, device, bytes, free_at_});
     return last_;
   }
   // Ten times the link's rate each way, on a way of its own: over after a pause or two.
