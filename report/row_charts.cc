@@ -180,6 +180,19 @@ std::vector<std::string> DetailCharts(const RowGroup& group) {
           &charts);
   AddBars(group, "Use of the link, and what asking takes", "% of the time",
           {{"link", "link_share", 100}, {"asking", "predictor_share", 100}}, &charts);
+  // One point a row: what no cheaper predictor beats is the front.
+  Lines cost;
+  for (const Json& row : group.rows) {
+    if (IsLossy(row) || TextOf(row, "policy") == "resident") continue;
+    if (TextOf(row, "predictor") == "oracle") continue;  // nobody can have it
+    cost.Add(Labelled(row), NumberOf(row, "predictor_share") * 100,
+             NumberOf(row, "speed_up"));
+  }
+  if (!cost.empty()) {
+    cost.AddBest("best of all");
+    charts.push_back(cost.Svg(Titled("Speed against what asking takes", group.name),
+                              "asking, % of the time", "ratio to on-demand LRU", false));
+  }
   return charts;
 }
 

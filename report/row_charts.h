@@ -23,7 +23,7 @@ std::string Labelled(const Json& row);
 // Tokens a second, and how its ratio to on-demand LRU spreads beside the bound.
 std::vector<std::string> SpeedCharts(const RowGroup& group);
 // Where a token's time goes, how both parts spread, the tail of its steps, what became of
-// prefetches, and what asking costs.
+// prefetches, what asking costs, and the ratio to on-demand LRU against that cost.
 std::vector<std::string> DetailCharts(const RowGroup& group);
 // Tokens a second, its ratio to on-demand LRU, hit rate, a step's median and tail, and
 // the memory of experts against batch sizes, of a folder with several.

@@ -39,14 +39,18 @@ Table RowTable(const RowGroup& group) {
 }
 
 Table LossyTable(const RowGroup& group) {
-  Table table({"<row", "speed-up", "texts equal %", "texts", "KL, nats", "perplexity %"});
+  Table table({"<row", "speed-up", "bytes 1/", "weights off %", "texts equal %", "texts",
+               "KL, nats", "perplexity %"});
   for (const Json& row : group.rows) {
     if (!IsLossy(row)) continue;
-    table.AddRow({Labelled(row), Fixed(NumberOf(row, "speed_up"), 2),
-                  Fixed(100 * NumberOf(row, "exact_match"), 1),
-                  ShortNumber(NumberOf(row, "compared_sequences")),
-                  Fixed(NumberOf(row, "logit_kl"), 4),
-                  Fixed(100 * NumberOf(row, "perplexity_change"), 2)});
+    table.AddRow(
+        {Labelled(row), Fixed(NumberOf(row, "speed_up"), 2),
+         Fixed(NumberOf(row, "compression_ratio"), 1),
+         Fixed(100 * NumberOf(row, "weight_error") / NumberOf(row, "weight_scale"), 1),
+         Fixed(100 * NumberOf(row, "exact_match"), 1),
+         ShortNumber(NumberOf(row, "compared_sequences")),
+         Fixed(NumberOf(row, "logit_kl"), 4),
+         Fixed(100 * NumberOf(row, "perplexity_change"), 2)});
   }
   return table;
 }

@@ -194,6 +194,20 @@ TEST(EvaluationReport, BudgetsOfOneRunAreGroupsOfTheirOwn) {
   EXPECT_TRUE(Has(page, "Speed by memory, generation, decode, batch 1"));
 }
 
+TEST(EvaluationReport, SpeedStandsAgainstWhatAskingTakes) {
+  const std::string title = "Speed against what asking takes, decode";
+  RunFolder f = Evaluation();
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), title)) << "no row says it";
+  for (Json& row : f.results["rows"]) row["predictor_share"] = 0.02;
+  const std::string page = EvaluationReportHtml({f});
+  const size_t from = page.find(title), to = page.find("</svg>", from);
+  ASSERT_NE(from, page.npos);
+  const std::string chart = page.substr(from, to - from);
+  EXPECT_TRUE(Has(chart, "hidden"));
+  EXPECT_TRUE(Has(chart, "best of all"));
+  EXPECT_FALSE(Has(chart, "oracle"));
+}
+
 TEST(EvaluationReport, LossyRowsAreNamedAndLeaveTheOthersEqual) {
   RunFolder f = Evaluation();
   Json lossy = f.results["rows"][2];
@@ -202,11 +216,16 @@ TEST(EvaluationReport, LossyRowsAreNamedAndLeaveTheOthersEqual) {
   lossy["speed_up"] = 9.0;
   lossy["exact_match"] = 0.75;
   lossy["logit_kl"] = 0.0123;
+  lossy["compression_ratio"] = 7.53;
+  lossy["weight_error"] = 0.0042;
+  lossy["weight_scale"] = 0.1;
   f.results["rows"].push_back(lossy);
   const std::string page = EvaluationReportHtml({f});
   EXPECT_TRUE(Has(page, "LOSSY int4"));
   EXPECT_TRUE(Has(page, "all lossless rows are equal, bit for bit"));
   EXPECT_TRUE(Has(page, "0.0123"));
+  EXPECT_TRUE(Has(page, ">7.5<"));
+  EXPECT_TRUE(Has(page, ">4.2<"));
   EXPECT_FALSE(Has(page, "9.00x"));  // no key figure
 }
 
