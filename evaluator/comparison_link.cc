@@ -44,10 +44,11 @@ void Comparison::OpenLinks() {
     const ExpertTiers disk = OpenTiers(file_, std::min(slots_, 8), disk_only);
     disk_peak_ = MeasurePeak(disk.engine.get(), file_->keys(), std::min(slots_, 8),
                              options_.peak_seconds);
-    notes_.push_back(
-        "the host tier holds " + std::to_string(tiers_.host_slots) + " of " +
-        std::to_string(file_->count()) +
-        " experts, for all rows as they come: what one leaves there the next finds");
+    if (!options_.tiers.chain.passes_host)
+      notes_.push_back(
+          "the host tier holds " + std::to_string(tiers_.host_slots) + " of " +
+          std::to_string(file_->count()) +
+          " experts, for all rows as they come: what one leaves there the next finds");
   }
   peak_ = PeakOfLink();
   if (resident_fits_) resident_tiers_ = OpenResidentTiers(file_, options_.tiers);

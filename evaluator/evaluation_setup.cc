@@ -98,8 +98,9 @@ std::string WayOf(const Placement& placement) {
   if (!chain.gpu) return "disk -> host memory";
   if (chain.managed)
     return "disk -> managed memory (every expert) -> " + placement.device.str();
-  const std::string held =
-      chain.host_bytes ? FormatBytes(*chain.host_bytes) : "every expert";
+  const std::string held = chain.passes_host  ? "a few in passing"
+                           : chain.host_bytes ? FormatBytes(*chain.host_bytes)
+                                              : "every expert";
   return "disk -> host memory (" + held + ") -> " + placement.device.str();
 }
 

@@ -98,6 +98,8 @@ void CheckHostRoom(int host_slots, const ExpertFileSpec& spec) {
 
 int HostSlots(const TierChain& chain, const ExpertFile& file) {
   if (!chain.gpu) return 0;
+  if (chain.passes_host)
+    return std::min(kPassingSlots, std::max(kLeastHostSlots, file.count()));
   if (!chain.host_bytes) return std::max(kLeastHostSlots, file.count());
   const uint64_t slot = file.spec().stride_bytes();
   const auto slots = static_cast<int>(

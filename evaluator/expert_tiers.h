@@ -49,8 +49,9 @@ struct DecodingTiers {
 DecodingTiers OpenDecodingTiers(std::shared_ptr<const ExpertFile> copies, int slots,
                                 const ExpertTierOptions& options);
 
-// Slots of the tier between disk and device: what its SIZE holds, else every expert; 0
-// without one. UsageError where it holds fewer than two, naming the least that works.
+// Slots of the tier between disk and device: what its SIZE holds, else every expert; a
+// few where it is only passed through; 0 without a device. UsageError where it holds
+// fewer than two, naming the least that works.
 int HostSlots(const TierChain& chain, const ExpertFile& file);
 
 // Bytes of the fastest tier that are free now.

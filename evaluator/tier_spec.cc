@@ -12,8 +12,8 @@ namespace {
 
 const std::vector<std::string> kTiers = {"gpu", "managed", "host", "disk"};
 constexpr char kExample[] =
-    "write --tier=gpu:6GiB,host:16GiB,disk, --tier=managed:6GiB,disk or "
-    "--tier=host:2GiB,disk";
+    "write --tier=gpu:6GiB,host:16GiB,disk, --tier=gpu:6GiB,disk, "
+    "--tier=managed:6GiB,disk or --tier=host:2GiB,disk";
 enum Kind { kGpu, kManaged, kHost, kDisk };  // of kTiers
 
 [[noreturn]] void Wrong(const std::string& text, const std::string& why) {
@@ -62,8 +62,8 @@ TierChain ParseTiers(const std::string& text) {
     if (tiers.size() == 2) return chain;
     Wrong(text, "managed memory is host and device memory in one: only disk follows it");
   }
-  if (tiers.size() < (chain.gpu ? 3u : 2u))
-    Wrong(text, "experts pass through host memory: host is missing");
+  if (tiers.size() < 2) Wrong(text, "nothing lies before the disk");
+  chain.passes_host = chain.gpu && tiers.size() == 2;
   return chain;
 }
 

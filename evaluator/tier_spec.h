@@ -1,12 +1,13 @@
 // --tier: the chain of memories that experts move through, fastest first. Torch-free.
 // Thread rule: pure functions.
-//   chain = ( [ "gpu" [":" SIZE] "," ] "host" [":" SIZE] | "managed" [":" SIZE] ) ","
-//   "disk"
+//   chain = ( "gpu" [":" SIZE] | [ "gpu" [":" SIZE] "," ] "host" [":" SIZE] |
+//   "managed" [":" SIZE] ) "," "disk"
 // "gpu:6GiB,host:16GiB,disk", "managed:6GiB,disk", "host:2GiB,disk", "host,disk". The
 // first tier holds the slots that the model reads; without a SIZE, --expert_budget says
 // it. A host tier behind a gpu tier is the pinned arena; without a SIZE it holds every
-// expert. A managed tier is CUDA's managed memory: every expert has its place in it, in
-// host memory, and SIZE bytes of them are on the device as well.
+// expert, and without the tier ("gpu:6GiB,disk") a few are in it on their way. A managed
+// tier is CUDA's managed memory: every expert has its place in it, in host memory, and
+// SIZE bytes of them are on the device as well.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,7 @@ struct TierChain {
   bool gpu = false;  // the model reads a device's memory: gpu or managed
   std::optional<uint64_t> gpu_bytes, host_bytes;
   bool managed = false;
+  bool passes_host = false;  // gpu, disk: host memory holds nothing for later
   const char* fastest() const { return managed ? "managed" : gpu ? "gpu" : "host"; }
   // Of the first tier.
   std::optional<uint64_t> budget_bytes() const { return gpu ? gpu_bytes : host_bytes; }

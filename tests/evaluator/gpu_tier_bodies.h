@@ -86,6 +86,19 @@ class GpuTierBodies : public testing::Test {
     const std::string record = ReadJsonFile(options.out / "run.json").dump();
     EXPECT_NE(record.find("the host tier holds 4 of"), std::string::npos) << record;
   }
+  // Every expert that is not on the device comes from the disk, through eight slots.
+  void HostMemoryMayBePassedThroughOnly() {
+    EvaluationOptions options = Options(false);
+    options.tier = "gpu:98304,disk";
+    options.budget_given = false;
+    const Json results = Run(options);
+    for (const Json& row : results["rows"]) {
+      EXPECT_TRUE(row["lossless"].get<bool>());
+      EXPECT_EQ(row["tier"], "gpu");
+    }
+    const std::string record = ReadJsonFile(options.out / "run.json").dump();
+    EXPECT_EQ(record.find("the host tier holds"), std::string::npos) << record;
+  }
   void CompressedCopiesAreDecodedOnTheDevice() {
     EvaluationOptions options = Options(false);
     options.copies = "int8";

@@ -29,6 +29,9 @@ TEST_F(GpuTierGpuTest, ManagedMemoryPutsOutTheSameBits) {
 TEST_F(GpuTierGpuTest, AHostTierMayHoldAPartOnly) {
   GpuTierBodies::AHostTierMayHoldAPartOnly();
 }
+TEST_F(GpuTierGpuTest, HostMemoryMayBePassedThroughOnly) {
+  GpuTierBodies::HostMemoryMayBePassedThroughOnly();
+}
 TEST_F(GpuTierGpuTest, CompressedCopiesAreDecodedOnTheDevice) {
   GpuTierBodies::CompressedCopiesAreDecodedOnTheDevice();
 }

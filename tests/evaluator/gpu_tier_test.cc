@@ -82,6 +82,10 @@ TEST_F(GpuTierTest, AHostTierMayHoldAPartOnly) {
   GpuTierBodies::AHostTierMayHoldAPartOnly();
 }
 
+TEST_F(GpuTierTest, HostMemoryMayBePassedThroughOnly) {
+  GpuTierBodies::HostMemoryMayBePassedThroughOnly();
+}
+
 TEST_F(GpuTierTest, CompressedCopiesAreDecodedOnTheDevice) {
   GpuTierBodies::CompressedCopiesAreDecodedOnTheDevice();
   EXPECT_GT(log_->decoded, 0);
@@ -105,6 +109,11 @@ TEST_F(GpuTierTest, ADryRunNamesTheWay) {
   Evaluate(options, Json::object());
   const std::string plan = testing::internal::GetCapturedStdout();
   EXPECT_NE(plan.find("disk -> host memory (64.00 KiB) -> "), std::string::npos) << plan;
+  options.tier = "gpu,disk";
+  testing::internal::CaptureStdout();
+  Evaluate(options, Json::object());
+  EXPECT_NE(testing::internal::GetCapturedStdout().find("(a few in passing) -> "),
+            std::string::npos);
 }
 
 // A machine's own link is shown as it is, unless pacing is asked for.
@@ -171,6 +180,7 @@ TEST(HostSlotsTest, ASizeTooSmallNamesTheLeast) {
   EXPECT_EQ(HostSlots(ParseTiers("host:1GiB,disk"), file), 0);
   EXPECT_EQ(HostSlots(ParseTiers("gpu,host,disk"), file), 6);
   EXPECT_EQ(HostSlots(ParseTiers("gpu,host:49152,disk"), file), 3);
+  EXPECT_EQ(HostSlots(ParseTiers("gpu,disk"), file), 6);  // it has no more than six
   try {
     HostSlots(ParseTiers("gpu,host:16384,disk"), file);
     FAIL();

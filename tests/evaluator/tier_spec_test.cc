@@ -18,6 +18,8 @@ TEST(TierSpecTest, ReadsChains) {
   EXPECT_EQ(ParseTiers("gpu:6GiB,host:16GiB,disk"),
             (TierChain{true, 6 * kGiB, 16 * kGiB}));
   EXPECT_EQ(ParseTiers("gpu,host,disk"), (TierChain{true, {}, {}}));
+  EXPECT_EQ(ParseTiers("gpu:6GiB,disk"), (TierChain{true, 6 * kGiB, {}, false, true}));
+  EXPECT_EQ(ParseTiers("gpu,disk"), (TierChain{true, {}, {}, false, true}));
   EXPECT_EQ(ParseTiers("managed:6GiB,disk"), (TierChain{true, 6 * kGiB, {}, true}));
   EXPECT_EQ(ParseTiers("managed,disk"), (TierChain{true, {}, {}, true}));
   EXPECT_STREQ(ParseTiers("managed,disk").fastest(), "managed");
@@ -29,7 +31,8 @@ TEST(TierSpecTest, WhatIsNoChainIsUsageInThreeLines) {
   for (const char* wrong : {"disk",
                             "host",
                             "host:2GiB",
-                            "gpu:6GiB,disk",
+                            "gpu:6GiB",
+                            "gpu:6GiB,gpu:2GiB,disk",
                             "host:1GiB,gpu:2GiB,disk",
                             "disk,host",
                             "host,host,disk",
