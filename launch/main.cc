@@ -47,11 +47,15 @@ std::string RankText() {
   return std::string(" (rank ") + rank + ")";
 }
 
-// Every rank finds the same mistake in flags: the first one says it and ends the job while
-// the others wait. Where it alone finds nothing wrong, they say it after all.
-void LetTheFirstRankSpeak() {
-  if (RankText().empty() || RankText() == " (rank 0)") return;
-  std::this_thread::sleep_for(std::chrono::seconds(2));
+// Every rank finds the same mistake in flags: the first one says it and ends the job
+// while the others wait. Where it alone finds nothing wrong, they say it after all. True:
+// the job is being ended (mpirun's TERM, which else would only be noted).
+bool TheFirstRankSpeaks() {
+  if (RankText().empty() || RankText() == " (rank 0)") return false;
+  constexpr int kLooks = 100;
+  for (int look = 0; look < kLooks && !StopRequested(); ++look)
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  return StopRequested();
 }
 
 std::string FirstLines(const std::string& text, int count) {
@@ -85,8 +89,7 @@ int ExitCodeOf(const std::function<void()>& body) {
   } catch (const StoppedError& e) {
     return Report(kExitStopped, e.what());
   } catch (const UsageError& e) {
-    LetTheFirstRankSpeak();
-    return Report(kExitUsage, e.what());
+    return TheFirstRankSpeaks() ? kExitUsage : Report(kExitUsage, e.what());
   } catch (const DataError& e) {
     return Report(kExitBadData, e.what());
   } catch (const EnvironmentError& e) {

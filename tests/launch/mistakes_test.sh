@@ -118,6 +118,12 @@ wrong 2 "--steps" pretrain --data=text:text.txt --out=made --steps=-1
 wrong 2 "--out" pretrain --data=text:text.txt
 wrong 2 "--flagfile|nowhere" pretrain --flagfile=nowhere.flags
 
+# Of two ranks with the same mistake one says it.
+"$ROUTECAST_SOURCE_DIR/launch/run_ranks.sh" -n 2 "$bin/routecast-collect" --quiet "${collect[@]:1}" \
+  --compression=lz4 2>error
+[ $? -eq 2 ] || fail "two ranks: $(cat error)"
+[ "$(grep -c . error)" -eq 3 ] || fail "two ranks: not three lines: $(cat error)"
+
 echo "$tried mistakes"
 [ "$tried" -ge 40 ] || fail "fewer than 40"
 exit $failed
