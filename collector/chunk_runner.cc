@@ -37,6 +37,29 @@ Padded Pad(const std::vector<const std::vector<int32_t>*>& rows, int32_t pad) {
   return padded;
 }
 
+struct Abandoned {};  // a pass ends by it
+
+// The recorder, and a look whether the work goes on.
+class WatchedRecorder final : public RoutingObserver {
+ public:
+  WatchedRecorder(RoutingRecorder* recorder, const std::function<bool()>& goes_on)
+      : recorder_(recorder), goes_on_(goes_on) {}
+  void OnPassBegin(const PassInfo& pass) override { recorder_->OnPassBegin(pass); }
+  void OnRouting(const LayerRouting& routing) override {
+    if (!goes_on_()) throw Abandoned{};
+    recorder_->OnRouting(routing);
+  }
+  bool WantsAttention() const override { return recorder_->WantsAttention(); }
+  void OnAttention(const LayerAttention& attention) override {
+    recorder_->OnAttention(attention);
+  }
+  void OnPassEnd(const PassInfo& pass) override { recorder_->OnPassEnd(pass); }
+
+ private:
+  RoutingRecorder* recorder_;
+  const std::function<bool()>& goes_on_;
+};
+
 // Teacher forcing: the start token, then the targets without their last.
 std::vector<int32_t> ShiftedRight(const std::vector<int32_t>& targets, int32_t start) {
   std::vector<int32_t> inputs = {start};
@@ -129,20 +152,25 @@ size_t ChunkRunner::BatchEnd(const std::vector<Sequence>& sequences, size_t firs
   return end;
 }
 
-bool ChunkRunner::Run(uint32_t chunk, const std::function<bool()>& between_batches,
+bool ChunkRunner::Run(uint32_t chunk, const std::function<bool()>& goes_on,
                       const std::function<void(const RoutingTrace&)>& sink) {
   const std::vector<Sequence> sequences = SequencesOf(plan_->chunks.at(chunk));
-  for (size_t first = 0; first < sequences.size();) {
-    if (!between_batches()) return false;
-    const size_t end = BatchEnd(sequences, first);
-    std::vector<const Sequence*> batch;
-    for (; first < end; ++first) batch.push_back(&sequences[first]);
-    RunBatch(batch, sink);
+  try {
+    for (size_t first = 0; first < sequences.size();) {
+      if (!goes_on()) return false;
+      const size_t end = BatchEnd(sequences, first);
+      std::vector<const Sequence*> batch;
+      for (; first < end; ++first) batch.push_back(&sequences[first]);
+      RunBatch(batch, goes_on, sink);
+    }
+  } catch (const Abandoned&) {
+    return false;
   }
-  return between_batches();
+  return goes_on();
 }
 
 void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
+                           const std::function<bool()>& goes_on,
                            const std::function<void(const RoutingTrace&)>& sink) {
   const c10::NoGradGuard no_grad;
   const SwitchConfig& model_config = model_->config();
@@ -157,7 +185,8 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
                             config_.Records("output"), config_.Records("attention")},
                            hidden_rows);
   ForwardOptions forward;
-  forward.observer = &recorder;
+  WatchedRecorder watched(&recorder, goes_on);
+  forward.observer = &watched;
   const Padded source = Pad(inputs, model_config.pad_token_id);
   computed_tokens_ += source.ids_BT.numel();
   if (config_.task == Task::kGenerate) {

@@ -16,10 +16,11 @@ class ChunkRunner {
  public:
   ChunkRunner(SwitchModel* model, const Corpus* corpus, const Tokenizer* tokenizer,
               const ChunkPlan* plan, const StoreConfig& config);
-  // Hands each sequence of the chunk to `sink`. `between_batches` is called before every
-  // batch; false abandons the chunk: Run then returns false. Batches are rows of like
+  // Hands each sequence of the chunk to `sink`. `goes_on` is called before every batch
+  // and, in a pass, before the experts of every MoE layer, so that large models answer
+  // soon; false abandons the chunk: Run then returns false. Batches are rows of like
   // length, a function of the chunk alone.
-  bool Run(uint32_t chunk, const std::function<bool()>& between_batches,
+  bool Run(uint32_t chunk, const std::function<bool()>& goes_on,
            const std::function<void(const RoutingTrace&)>& sink);
   // Places of tokens in all passes so far, padding included.
   int64_t computed_tokens() const { return computed_tokens_; }
@@ -35,6 +36,7 @@ class ChunkRunner {
   size_t BatchEnd(const std::vector<Sequence>& sequences, size_t first) const;
   Sequence MakeSequence(uint64_t id, std::vector<int32_t> ids) const;
   void RunBatch(const std::vector<const Sequence*>& batch,
+                const std::function<bool()>& goes_on,
                 const std::function<void(const RoutingTrace&)>& sink);
   bool RecordsHidden(uint64_t group) const;
 

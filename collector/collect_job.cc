@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "collector/life_signs.h"
 #include "common/stop.h"
 
 namespace routecast {
@@ -18,9 +19,13 @@ CollectJob::CollectJob(const CollectParts& parts, const RankInfo& rank,
       total_(static_cast<uint64_t>(parts.config->num_chunks)),
       num_done_(total_ - todo.size()),
       progress_("collect", "chunks", total_, parts.options->quiet || !rank.is_root()),
-      exchange_(rank, parts.config->num_shards, std::move(todo),
-                {[this](uint32_t c) { Ingest(c); },
-                 [this](const ChunkResult& r) { Done(r); }, parts.idle}) {}
+      exchange_(
+          rank, parts.config->num_shards, std::move(todo),
+          {[this](uint32_t c) { Ingest(c); }, [this](const ChunkResult& r) { Done(r); },
+           [this] {
+             ShowLife();
+             if (parts_.idle) parts_.idle();
+           }}) {}
 
 void CollectJob::Run() {
   while (Serving()) {
@@ -52,6 +57,7 @@ bool CollectJob::OutOfTime() const {
 }
 
 bool CollectJob::Serving() {
+  ShowLife();
   exchange_.Serve();
   return !StopRequested();
 }

@@ -20,6 +20,15 @@ int64_t PlaceOf(const at::Tensor& tensor) {
 
 CopyRing::CopyRing(int64_t bytes, HostCopier* copier) : bytes_(bytes), copier_(copier) {}
 
+CopyRing::~CopyRing() {
+  for (const Set& set : under_way_) {
+    try {
+      set.flight->Wait();
+    } catch (const std::exception&) {  // it is over, and was said where it was waited for
+    }
+  }
+}
+
 void CopyRing::Add(std::vector<at::Tensor> tensors, Use use) {
   for (at::Tensor& tensor : tensors) tensor = tensor.contiguous();
   if (!Copies(tensors.front())) {

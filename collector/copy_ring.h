@@ -25,6 +25,8 @@ class CopyRing {
   // Pinned memory: none before the first copy, then `bytes`, or as much as the largest
   // set where that is more. Borrows `copier`.
   explicit CopyRing(int64_t bytes = kBytes, HostCopier* copier = DeviceCopier());
+  // Waits for what is under way, which nobody uses any more: a batch was given up.
+  ~CopyRing();
   CopyRing(const CopyRing&) = delete;
   CopyRing& operator=(const CopyRing&) = delete;
 

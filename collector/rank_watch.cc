@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <ctime>
 
+#include "collector/life_signs.h"
 #include "common/errors.h"
 
 namespace routecast {
@@ -15,6 +17,14 @@ namespace {
 constexpr std::chrono::duration<double> kLongestPeriod{2};
 constexpr double kLooksALimit = 10;
 constexpr double kOwnSleepPeriods = 3;
+// Of a core: more than threads need that sleep and look now and then.
+constexpr double kLeastShareOfACore = 0.02;
+
+double SecondsOf(clockid_t clock) {
+  struct timespec t {};
+  ::clock_gettime(clock, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
 
 std::string WhoAmI() {
   char host[256] = "unknown";
@@ -77,13 +87,24 @@ fs::path RankWatch::FileOf(int rank) const {
   return folder_ / ("alive-" + token_ + "-" + std::to_string(rank));
 }
 
+bool RankWatch::Advanced(std::chrono::duration<double> elapsed) {
+  const uint64_t signs = LifeSigns();
+  const double cpu =
+      SecondsOf(CLOCK_PROCESS_CPUTIME_ID) - SecondsOf(CLOCK_THREAD_CPUTIME_ID);
+  const bool advanced =
+      signs != seen_signs_ || cpu - seen_cpu_ >= kLeastShareOfACore * elapsed.count();
+  seen_signs_ = signs;
+  seen_cpu_ = cpu;
+  return advanced;
+}
+
 void RankWatch::Run() {
   const fs::path own = FileOf(rank_.rank);
   Clock::time_point last = Clock::now();
   std::unique_lock lock(mutex_);
   while (!wake_.wait_for(lock, period_, [this] { return ending_; })) {
-    ::utimensat(AT_FDCWD, own.c_str(), nullptr, 0);
     const Clock::time_point now = Clock::now();
+    if (Advanced(now - last)) ::utimensat(AT_FDCWD, own.c_str(), nullptr, 0);
     // Where the whole job was stopped and goes on, nobody could beat meanwhile.
     if (now - last > kOwnSleepPeriods * period_) {
       for (auto& [r, peer] : peers_) peer.changed = now;

@@ -1,8 +1,9 @@
-// Notices ranks that hang: stopped, swapped out, on a host that is gone. (A rank that
-// dies ends the job through mpirun.) Every rank renews the time of a file of its own;
-// rank 0 watches all others, the others watch rank 0. A process that lives but does not
-// advance is not noticed here; its waits have deadlines of their own (comm/mpi_wait.h).
-// Thread rule: one owner; looks from a thread of its own.
+// Notices ranks that hang: stopped, swapped out, on a host that is gone, waiting for what
+// never comes. (A rank that dies ends the job through mpirun.) Every rank renews the time
+// of a file of its own as long as it advances: its work shows life (life_signs.h), or the
+// process takes the time of a core, as it does in a long layer, a merge of tables or a
+// spinning wait of MPI. Rank 0 watches all others, the others watch rank 0. What spins
+// without end is not noticed. Thread rule: one owner; looks from a thread of its own.
 #pragma once
 
 #include <chrono>
@@ -37,6 +38,8 @@ class RankWatch {
     Clock::time_point changed;
   };
   void Run();
+  // Since the last call: a sign of life, or time of a core beyond this thread's own.
+  bool Advanced(std::chrono::duration<double> elapsed);
   void Look(Clock::time_point now);
   fs::path FileOf(int rank) const;
 
@@ -46,6 +49,8 @@ class RankWatch {
   std::chrono::duration<double> limit_, period_;
   std::function<void(const std::string&)> on_hang_;
   std::map<int, Peer> peers_;
+  uint64_t seen_signs_ = 0;
+  double seen_cpu_ = 0;  // seconds of the process without the watching thread's
   std::mutex mutex_;
   std::condition_variable wake_;
   bool ending_ = false, reported_ = false;

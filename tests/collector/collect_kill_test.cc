@@ -4,6 +4,9 @@
 // All that is random is drawn from the seed; when exactly a signal meets the program is
 // the machine's.
 #include <gtest/gtest.h>
+#include <sys/ptrace.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstdio>
@@ -28,6 +31,29 @@ uint64_t Number(const char* name, const char* fallback) {
 
 double Since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// A process that holds the first thread of `pid`, and no other, until that one has died.
+pid_t HoldFirstThread(pid_t pid, bool* held) {
+  int pipe[2];
+  if (::pipe(pipe) != 0) return 0;
+  const pid_t holder = ::fork();
+  if (holder == 0) {
+    const bool holds = ::ptrace(PTRACE_SEIZE, pid, nullptr, nullptr) == 0 &&
+                       ::ptrace(PTRACE_INTERRUPT, pid, nullptr, nullptr) == 0;
+    const char answer = holds ? 'y' : 'n';
+    if (::write(pipe[1], &answer, 1) != 1 || !holds) ::_exit(1);
+    int status = 0;
+    do {
+      if (::waitpid(pid, &status, __WALL) != pid) break;
+    } while (!WIFEXITED(status) && !WIFSIGNALED(status));
+    ::_exit(0);
+  }
+  char answer = 'n';
+  *held = holder > 0 && ::read(pipe[0], &answer, 1) == 1 && answer == 'y';
+  ::close(pipe[0]);
+  ::close(pipe[1]);
+  return holder;
 }
 
 // The mpirun of a launch script; 0 where it has none (yet).
@@ -98,15 +124,21 @@ class CollectKillTest : public CollectFixture {
     }
     return files;
   }
-  // Two ranks at work, one of which `signal` meets: how the job ends, and what it says.
+  // Two ranks at work, one of which `signal` or `harm` meets: how the job ends, and what
+  // it says.
   static void ExpectEndsNaming(const std::string& store, size_t rank, int signal,
                                const std::string& named) {
+    ExpectEndsNaming(store, rank, named, [signal](pid_t pid) { ::kill(pid, signal); });
+  }
+  static void ExpectEndsNaming(const std::string& store, size_t rank,
+                               const std::string& named,
+                               const std::function<void(pid_t)>& harm) {
     const fs::path errors = folder_ / (store + ".errors");
     const pid_t job = Start(Launched(2, store, {"--hang_seconds=3"}), errors);
     WaitForChunk(store);
     const std::vector<pid_t> ranks = ChildrenOf(MpirunOf(job));
     ASSERT_EQ(ranks.size(), 2u);
-    ::kill(ranks[rank], signal);
+    harm(ranks[rank]);
     const auto begin = Clock::now();
     EXPECT_EQ(Wait(job), kExitEnvironment);
     EXPECT_LE(Since(begin), 20);  // with the default of 45 s: below 60
@@ -217,6 +249,17 @@ TEST_F(CollectKillTest, StoppedAgainAndAgainItEndsWithTheSameRecordsAndLeavesNot
 
 TEST_F(CollectKillTest, AHungWorkerEndsTheJobByName) {
   ExpectEndsNaming("hung-worker", 1, SIGSTOP, "rank 1 hangs");
+}
+// Its other threads live on: the one that shows signs of life among them.
+TEST_F(CollectKillTest, AWorkerWhoseWorkHangsEndsTheJobByName) {
+  bool held = false;
+  pid_t holder = 0;
+  ExpectEndsNaming("stuck-worker", 1, "rank 1 hangs", [&](pid_t rank) {
+    holder = HoldFirstThread(rank, &held);
+    if (!held) ::kill(rank, SIGSTOP);  // no tracing here: as above
+  });
+  ::waitpid(holder, nullptr, 0);
+  if (!held) GTEST_SKIP() << "no process may be traced here";
 }
 TEST_F(CollectKillTest, AHungManagerEndsTheJobByName) {
   ExpectEndsNaming("hung-manager", 0, SIGSTOP, "rank 0 hangs");
