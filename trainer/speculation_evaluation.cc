@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/errors.h"
+#include "trainer/divergence.h"
 #include "trainer/speculation_loss.h"
 
 namespace routecast {
@@ -72,10 +73,12 @@ double Vertex(double a, double b, double c) {
 
 namespace {
 
-// One row of sums a column of `outputs`: cross-entropy, top-1, top-4, recall, labels.
+// Of a model's `outputs`, one row of sums a column: cross-entropy, top-1, top-4, recall,
+// labels.
 template <typename Outputs>
-std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
-                                    Communicator* comm, const Outputs& outputs) {
+std::vector<ValidationScores> Score(const SpeculationModel& model, size_t columns,
+                                    const EvaluationData& data, Communicator* comm,
+                                    const Outputs& outputs) {
   const c10::NoGradGuard no_grad;
   std::vector<double> sums(5 * columns, 0);
   for (const MicroBatch* micro : Mine(data, comm)) {
@@ -85,12 +88,15 @@ std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
     const std::vector<SpeculationOutput> all =
         outputs(WindowTo(batch.window, data.device));
     for (size_t i = 0; i < columns; ++i) {
-      const LossSums loss = SpeculationLoss(all.at(i), batch, {});
-      sums[5 * i] += loss.cross_entropy;
-      sums[5 * i + 1] += loss.top1;
-      sums[5 * i + 2] += loss.top4;
-      sums[5 * i + 3] += loss.recall;
-      sums[5 * i + 4] += static_cast<double>(loss.labels);
+      const RoutingScores scores = ScoresOf(all.at(i), batch);
+      if (!std::isfinite(scores.cross_entropy)) {
+        ThrowDiverged("validation", model, batch, all);
+      }
+      sums[5 * i] += scores.cross_entropy;
+      sums[5 * i + 1] += scores.top1;
+      sums[5 * i + 2] += scores.top4;
+      sums[5 * i + 3] += scores.recall;
+      sums[5 * i + 4] += static_cast<double>(scores.labels);
     }
   }
   comm->AllReduceSum(sums);
@@ -108,7 +114,7 @@ std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
 
 ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
                           Communicator* comm) {
-  return Score(1, data, comm, [&](const RoutingWindow& window) {
+  return Score(*model, 1, data, comm, [&](const RoutingWindow& window) {
     return std::vector<SpeculationOutput>{model->Forward(window, 0)};
   })[0];
 }
@@ -117,7 +123,7 @@ std::vector<ValidationScores> ValidateMembers(SpeculationModel* model,
                                               const EvaluationData& data,
                                               Communicator* comm) {
   return Score(
-      model->MemberParameters().size(), data, comm,
+      *model, model->MemberParameters().size(), data, comm,
       [&](const RoutingWindow& window) { return model->ForwardMembers(window, 0); });
 }
 

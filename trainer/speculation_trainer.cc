@@ -16,12 +16,11 @@
 #include "models/device_choice.h"
 #include "models/joint_model.h"
 #include "models/speculation_onnx.h"
-#include "trainer/augmentation.h"
 #include "trainer/autocast.h"
 #include "trainer/batch_loader.h"
 #include "trainer/best_parameters.h"
-#include "trainer/curriculum.h"
 #include "trainer/determinism.h"
+#include "trainer/divergence.h"
 #include "trainer/gradient_reducer.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/model_setup.h"
@@ -30,11 +29,11 @@
 #include "trainer/trained_run.h"
 #include "trainer/training_checks.h"
 #include "trainer/training_log.h"
+#include "trainer/training_windows.h"
 
 namespace routecast {
 namespace {
 
-constexpr uint64_t kAugmentStream = 0x61756721ULL;
 constexpr uint64_t kDropoutStream = 0x64726f70ULL;
 constexpr uint64_t kValidationStream = 0x76616cULL;
 constexpr uint64_t kTestStream = 0x74657374ULL;
@@ -77,8 +76,7 @@ class SpeculationTrainer {
         configs_(ConfigsOf(job.options, stores_)),
         config_(configs_[0]),
         hidden_(HiddenOf(config_)),
-        sampler_(GroupsOfAll(stores_, SplitPart::kTrain, hidden_),
-                 {options_.seed, options_.micro_batch, options_.global_batch}),
+        windows_(options_, stores_, hidden_, config_.context, rank_),
         joint_(configs_, options_.seed),
         model_(&joint_.part(0)) {
     RequireWork(options_, rank_.world);
@@ -86,7 +84,7 @@ class SpeculationTrainer {
       validation_.push_back(Part(i, SplitPart::kValidation, options_.validation_sequences,
                                  kValidationStream));
     }
-    const auto per_epoch = static_cast<int64_t>(sampler_.steps_per_epoch());
+    const int64_t per_epoch = windows_.steps_per_epoch();
     steps_ = options_.steps > 0 ? options_.steps : options_.epochs * per_epoch;
     validate_every_ =
         options_.validate_every > 0
@@ -121,10 +119,7 @@ class SpeculationTrainer {
       if (i == 0) tables_ = tables;
     }
     model_->FitRouters(routers_);
-    if (options_.curriculum_epochs > 0) {
-      curriculum_.emplace(options_.curriculum_epochs, tables_, dataset_,
-                          sampler_.groups(), options_.seed);
-    }
+    windows_.FitCurriculum(tables_);
     if (rank_.is_root()) log_ = TrainingLog(job_.out, step_);
     TellCostOfPinning();
     Loop();
@@ -138,18 +133,17 @@ class SpeculationTrainer {
     progress.Update(static_cast<uint64_t>(step_));
     clock_ = Stopwatch();
     BatchLoader loader(
-        step_, steps_, [this](int64_t step) { return MicroBatchesOf(step); },
-        [this](const MicroBatch& micro) {
-          return MakeSpeculationBatch(micro, stores_[static_cast<size_t>(micro.store)],
-                                      hidden_);
-        });
+        step_, steps_, [this](int64_t step) { return windows_.Of(step); },
+        [this](const MicroBatch& micro) { return windows_.Read(micro); });
     while (step_ < steps_ && !exhausted_ && !out_of_time_) {
       const double loss = Step(&loader, progress.seconds());
       progress.Update(static_cast<uint64_t>(step_), Note(loss));
       if (step_ % validate_every_ == 0 || step_ == steps_ || out_of_time_) {
+        optimizer_->RequireFinite();  // nothing is kept of what went wrong
         ValidateAndSave();
       }
       if (stop_ && step_ < steps_ && !exhausted_ && !out_of_time_) {
+        optimizer_->RequireFinite();
         Save();
         throw StoppedError("stopped at step " + std::to_string(step_) +
                            "; start the same command again and it goes on");
@@ -162,10 +156,9 @@ class SpeculationTrainer {
   // On the first micro-batch, whose gradients go nowhere.
   void TellCostOfPinning() {
     if (!job_.deterministic || job_.quiet || step_ >= steps_) return;
-    const std::vector<MicroBatch> mine = MicroBatchesOf(step_);
+    const std::vector<MicroBatch> mine = windows_.Of(step_);
     if (mine.empty()) return;
-    SpeculationBatch batch = MakeSpeculationBatch(
-        mine[0], stores_[static_cast<size_t>(mine[0].store)], hidden_);
+    SpeculationBatch batch = windows_.Read(mine[0]);
     batch.window.training.teacher_BTH = batch.labels_BTH;
     const std::string line = CostOfPinning([&] {
       torch::autograd::grad({Loss(batch)}, joint_.parameters().tensors(), {},
@@ -230,22 +223,12 @@ class SpeculationTrainer {
     out_of_time_ = job_.time_limit > 0 && before_ > job_.time_limit && best_.step() > 0;
   }
 
-  uint64_t EpochOf(int64_t step) const {
-    return static_cast<uint64_t>(step) / sampler_.steps_per_epoch();
-  }
-  // Of this rank.
-  std::vector<MicroBatch> MicroBatchesOf(int64_t step) const {
-    return sampler_.Step(EpochOf(step),
-                         static_cast<uint64_t>(step) % sampler_.steps_per_epoch(),
-                         rank_.rank, rank_.world);
-  }
-
   // One step of the global batch: fixed micro-batches dealt to ranks, gradients summed
   // while backward runs, divided by the labels of all ranks.
   double Step(BatchLoader* loader, double seconds) {
-    const uint64_t epoch = EpochOf(step_);
     // Loss, labels, windows; a stop was requested, the time is over.
     double sums[5] = {0, 0, 0, 0, 0};
+    std::vector<at::Tensor> losses;  // of micro-batches, on the device
     double waited = 0;
     const Stopwatch step;
     reducer_->BeginStep();
@@ -256,16 +239,14 @@ class SpeculationTrainer {
       if (!next.batch) break;  // fewer micro-batches than ranks
       if (next.last) reducer_->LastBackward();
       SpeculationBatch& batch = *next.batch;
-      batch.window.training.teacher_BTH = batch.labels_BTH;
-      if (curriculum_) curriculum_->Apply(epoch, &batch);
-      Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch,
-              config_.context);
+      windows_.Prepare(step_, &batch);
       const at::Tensor loss = Loss(batch);
       loss.backward();
-      sums[0] += loss.item<double>() / static_cast<double>(smoothing_.size());
+      losses.push_back(loss.detach());
       sums[1] += static_cast<double>(batch.num_labels);
       sums[2] += static_cast<double>(batch.window.token_ids_BT.size(0));
     }
+    sums[0] = Read(losses);
     sums[3] = StopRequested() || step_ + 1 == job_.stop_after ? 1 : 0;
     sums[4] = job_.time_limit > 0 && Seconds() > job_.time_limit ? 1 : 0;
     reducer_->Finalize(1);  // before any other collective: see gradient_reducer.h
@@ -273,25 +254,55 @@ class SpeculationTrainer {
     const double labels = std::max(1.0, sums[1]);
     reducer_->Scale(1 / labels);
     const double share = options_.schedule.Share(step_, steps_, best_.plateaus());
-    const double norm = optimizer_->Step(share, static_cast<int64_t>(epoch));
+    optimizer_->Step(share, static_cast<int64_t>(windows_.EpochOf(step_)));
     losses_.push_back(sums[0] / labels);
     meter_.Add({losses_.back(), sums[2], step.seconds(), waited});
     ++step_;
     stop_ = sums[3] > 0;
     out_of_time_ = sums[4] > 0;
     if (step_ % options_.log_every == 0 || step_ == steps_) {
-      log_.Write(Place(), meter_.Take(optimizer_->LearningRate(share), norm, seconds,
-                                      loader->seconds()));
+      log_.Write(Place(),
+                 meter_.Take(optimizer_->LearningRate(share), optimizer_->GradientNorm(),
+                             seconds, loader->seconds()));
     }
     return losses_.back();
   }
 
+  // Their sum, a mean over members. The one time in a step that the host waits for the
+  // device: whether the step before met a gradient that is no number comes along.
+  double Read(const std::vector<at::Tensor>& losses) {
+    std::vector<at::Tensor> all = losses;
+    if (optimizer_->broken().defined()) all.push_back(optimizer_->broken());
+    if (all.empty()) return 0;
+    const at::Tensor values = at::stack(all).cpu();
+    const float* value = values.const_data_ptr<float>();
+    if (all.size() > losses.size() && value[losses.size()] != 0) {
+      optimizer_->RequireFinite();
+    }
+    double sum = 0;
+    for (size_t i = 0; i < losses.size(); ++i) {
+      if (!std::isfinite(value[i])) Diverged(i);
+      sum += double{value[i]} / static_cast<double>(smoothing_.size());
+    }
+    return sum;
+  }
+
+  // Runs the step's micro-batch once more, to name what is not finite.
+  [[noreturn]] void Diverged(size_t micro_batch) {
+    SpeculationBatch batch = windows_.Read(windows_.Of(step_).at(micro_batch));
+    windows_.Prepare(step_, &batch);
+    ThrowDiverged("step " + std::to_string(step_ + 1), joint_, batch, Outputs(batch));
+  }
+
+  std::vector<SpeculationOutput> Outputs(const SpeculationBatch& batch) {
+    return ForwardMembersAs(options_.dtype == "bf16" ? at::kBFloat16 : at::kFloat,
+                            &joint_, WindowTo(batch.window, job_.device),
+                            Mix(options_.seed, kDropoutStream, batch.id));
+  }
+
   // Of all members, each by its own output.
   at::Tensor Loss(const SpeculationBatch& batch) {
-    const auto outputs =
-        ForwardMembersAs(options_.dtype == "bf16" ? at::kBFloat16 : at::kFloat, &joint_,
-                         WindowTo(batch.window, job_.device),
-                         Mix(options_.seed, kDropoutStream, batch.id));
+    const auto outputs = Outputs(batch);
     at::Tensor total;
     for (size_t m = 0; m < outputs.size(); ++m) {
       LossWeights weights = weights_;
@@ -313,7 +324,7 @@ class SpeculationTrainer {
 
   TrainingPlace Place() const {
     return {step_,
-            static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch()),
+            static_cast<double>(step_) / static_cast<double>(windows_.steps_per_epoch()),
             meter_.samples()};
   }
   std::string Note(double loss) const {
@@ -401,12 +412,11 @@ class SpeculationTrainer {
   const std::vector<SpeculationConfig> configs_;  // by store
   const SpeculationConfig config_;                // of the first
   WithHidden hidden_;
-  WindowSampler sampler_;
+  TrainingWindows windows_;
   std::vector<EvaluationData> validation_;  // by store
   JointModel joint_;
   SpeculationModel* model_;                       // its part for the first store
   std::shared_ptr<const BaselineTables> tables_;  // of the train part
-  std::optional<Curriculum> curriculum_;
   std::optional<GradientReducer> reducer_;
   std::optional<MemberOptimizer> optimizer_;
   LossWeights weights_;

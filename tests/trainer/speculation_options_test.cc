@@ -237,6 +237,7 @@ TEST(MemberOptimizerTest, ABrokenGradientIsNamedAndChangesNothing) {
   broken.grad().fill_(NAN);
   try {
     optimizer.Step(1);
+    optimizer.RequireFinite();
     FAIL();
   } catch (const std::logic_error& e) {
     EXPECT_THAT(e.what(), testing::HasSubstr("head.mid.bias"));

@@ -230,9 +230,9 @@ TEST(Mixup, LabelsCountByTheirShares) {
   const double expected = .75 * cost(0, 0, 1) + .25 * cost(0, 0, 0) +  // B: 0
                           .75 * cost(0, 1, 2) +                        // B has none there
                           .5 * cost(1, 0, 0) + .5 * cost(1, 0, 1);
-  const LossSums sums = SpeculationLoss(output, batch, {});
-  EXPECT_NEAR(sums.total.item<double>(), expected, 1e-5);
-  EXPECT_EQ(sums.labels, 3);
+  const LossSum sum = SpeculationLoss(output, batch, {});
+  EXPECT_NEAR(sum.total.item<double>(), expected, 1e-5);
+  EXPECT_EQ(sum.labels, 3);
 }
 
 // All of it is a function of seed and step: a run that was stopped has equal bits.
