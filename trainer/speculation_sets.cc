@@ -8,7 +8,17 @@ namespace routecast {
 namespace {
 
 constexpr double kLargest = 1 - 1e-6;
-enum Value { kRecall, kPrecision, kSize, kTrueSize, kFrequencyRecall, kSequences };
+constexpr double kWider = 1.3;
+enum Value {
+  kRecall,
+  kPrecision,
+  kSize,
+  kTrueSize,
+  kFrequencyRecall,
+  kWiderRecall,
+  kWiderFrequencyRecall,
+  kSequences
+};
 
 }  // namespace
 
@@ -39,10 +49,16 @@ at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTHK)
 }
 
 Json SetScores::ToJson() const {
-  return {{"phase", "encoder"},     {"layer", layer},
-          {"lead", lead},           {"recall", recall},
-          {"precision", precision}, {"size", size},
-          {"true_size", true_size}, {"frequency_recall", frequency_recall},
+  return {{"phase", "encoder"},
+          {"layer", layer},
+          {"lead", lead},
+          {"recall", recall},
+          {"precision", precision},
+          {"size", size},
+          {"true_size", true_size},
+          {"frequency_recall", frequency_recall},
+          {"recall_at_1_3", wider_recall},
+          {"frequency_recall_at_1_3", wider_frequency_recall},
           {"sequences", sequences}};
 }
 
@@ -55,25 +71,34 @@ void SetAccumulator::Add(int layer, const at::Tensor& probs_BTHE,
   const auto needed = NeededExperts(labels_BTHK, E);
   const auto budget = likely.sum(2).ceil().clamp(1, static_cast<double>(E));
   // Rank of each expert from 0; the set is those below the budget.
-  const auto taken = [&](const at::Tensor& score) {
+  const auto taken = [&](const at::Tensor& score, const at::Tensor& budget_BH) {
     const auto order = score.argsort(/*stable=*/true, 2, /*descending=*/true);
-    return order.argsort(/*stable=*/true, 2, false).lt(budget.unsqueeze(2));
+    return order.argsort(/*stable=*/true, 2, false)
+        .lt(budget_BH.unsqueeze(2))
+        .to(at::kFloat);
   };
-  const auto ours = taken(likely).to(at::kFloat);
-  const auto frequent = taken(frequency_HE.unsqueeze(0).expand_as(likely)).to(at::kFloat);
+  const auto counts_HE = frequency_HE.unsqueeze(0).expand_as(likely);
+  const auto ours = taken(likely, budget), frequent = taken(counts_HE, budget);
+  const auto wider = (needed.sum(2).to(at::kDouble) * kWider).floor();
+  const auto ours_wider = taken(likely, wider), frequent_wider = taken(counts_HE, wider);
   for (int64_t b = 0; b < likely.size(0); ++b) {
     for (int64_t h = 0; h < likely.size(1); ++h) {
       const auto truth = needed[b][h];
       const double size = truth.sum().item<double>();
       if (size == 0) continue;
-      const double hits = (ours[b][h] * truth).sum().item<double>();
+      const auto hits_of = [&](const at::Tensor& set_BHE) {
+        return (set_BHE[b][h] * truth).sum().item<double>();
+      };
+      const double hits = hits_of(ours);
       const double held = budget[b][h].item<double>();
       auto& sums = sums_[{layer, static_cast<int>(h) + 1}];
       sums[kRecall] += hits / size;
       sums[kPrecision] += hits / held;
       sums[kSize] += held;
       sums[kTrueSize] += size;
-      sums[kFrequencyRecall] += (frequent[b][h] * truth).sum().item<double>() / size;
+      sums[kFrequencyRecall] += hits_of(frequent) / size;
+      sums[kWiderRecall] += hits_of(ours_wider) / size;
+      sums[kWiderFrequencyRecall] += hits_of(frequent_wider) / size;
       sums[kSequences] += 1;
     }
   }
@@ -101,8 +126,8 @@ std::vector<SetScores> SetAccumulator::Scores(const std::vector<double>& sums,
       const double n = at[kSequences];
       if (n == 0) continue;
       scores.push_back({layer, lead, at[kRecall] / n, at[kPrecision] / n, at[kSize] / n,
-                        at[kTrueSize] / n, at[kFrequencyRecall] / n,
-                        static_cast<int64_t>(n)});
+                        at[kTrueSize] / n, at[kFrequencyRecall] / n, at[kWiderRecall] / n,
+                        at[kWiderFrequencyRecall] / n, static_cast<int64_t>(n)});
     }
   }
   return scores;

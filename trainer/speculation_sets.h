@@ -34,6 +34,8 @@ struct SetScores {
   double precision = 0;
   double size = 0, true_size = 0;  // means
   double frequency_recall = 0;  // of as many experts, ranked by the train part's counts
+  // Both of floor(1.3 times the true set's size) experts, whatever sum P says.
+  double wider_recall = 0, wider_frequency_recall = 0;
   int64_t sequences = 0;
   Json ToJson() const;
 };
@@ -50,7 +52,7 @@ class SetAccumulator {
   static std::vector<SetScores> Scores(const std::vector<double>& sums, int layers);
 
  private:
-  static constexpr int kValues = 6;
+  static constexpr int kValues = 8;
   std::map<std::pair<int, int>, std::array<double, kValues>> sums_;
 };
 

@@ -100,7 +100,7 @@ TEST(SpeculationSetsTest, AreScoredLikeSets) {
   const auto scores = SetAccumulator::Scores(accumulator.Sums(2), 2);
   ASSERT_EQ(scores.size(), 2u);
   for (int lead = 1; lead <= 2; ++lead) {
-    double recall = 0, precision = 0, size = 0, frequent = 0;
+    double recall = 0, precision = 0, size = 0, frequent = 0, wide = 0, frequent_wide = 0;
     for (int b = 0; b < 3; ++b) {
       std::vector<std::pair<double, int>> likely, common;
       double expected = 0;
@@ -126,6 +126,10 @@ TEST(SpeculationSetsTest, AreScoredLikeSets) {
         common_hits += needed[size_t(common[size_t(i)].second)];
       }
       for (const bool n : needed) total += n;
+      for (int i = 0; i < std::min(6, total * 13 / 10); ++i) {
+        wide += double(needed[size_t(likely[size_t(i)].second)]) / total / 3;
+        frequent_wide += double(needed[size_t(common[size_t(i)].second)]) / total / 3;
+      }
       recall += double(hits) / total / 3;
       precision += double(hits) / held / 3;
       size += held / 3.0;
@@ -136,6 +140,8 @@ TEST(SpeculationSetsTest, AreScoredLikeSets) {
     EXPECT_NEAR(s.precision, precision, 1e-6);
     EXPECT_NEAR(s.size, size, 1e-6);
     EXPECT_NEAR(s.frequency_recall, frequent, 1e-6);
+    EXPECT_NEAR(s.wider_recall, wide, 1e-6);
+    EXPECT_NEAR(s.wider_frequency_recall, frequent_wide, 1e-6);
     EXPECT_EQ(s.sequences, 3);
   }
 }
