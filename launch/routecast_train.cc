@@ -125,6 +125,9 @@ DEFINE_string(
 DEFINE_string(resume, "auto",
               "auto: go on with an unfinished run in --out; never: start anew; or the "
               "folder of an unfinished run");
+DEFINE_int32(keep_checkpoints, 2,
+             "Newest checkpoints that stay while it trains, 1 or more; the best "
+             "parameters lie beside them");
 DEFINE_bool(
     deterministic, true,
     "Pin algorithms: refuse those whose result may differ by run; prints its cost");
@@ -224,6 +227,12 @@ SpeculationJob Validate() {
   job.store = FLAGS_store;
   job.resume = FLAGS_resume;
   job.stop_after = FLAGS_stop_after;
+  job.keep_checkpoints = FLAGS_keep_checkpoints;
+  if (FLAGS_keep_checkpoints < 1) {
+    throw UsageError(ErrorText("--keep_checkpoints must be 1 or more",
+                               "it is " + std::to_string(FLAGS_keep_checkpoints),
+                               "the newest is what a stopped run goes on from"));
+  }
   job.onnx = FLAGS_onnx;
   if (job.onnx && !(FLAGS_leaderboard.empty() && FLAGS_search.empty())) {
     throw UsageError(

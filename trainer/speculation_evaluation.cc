@@ -119,6 +119,22 @@ ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
   })[0];
 }
 
+ValidationScores ValidateAll(SpeculationModel* model,
+                             const std::vector<EvaluationData>& stores,
+                             Communicator* comm) {
+  ValidationScores mean;
+  for (const EvaluationData& data : stores) {
+    const ValidationScores own = Validate(model, data, comm);
+    const double share = 1 / static_cast<double>(stores.size());
+    mean.loss += own.loss * share;
+    mean.top1 += own.top1 * share;
+    mean.top4 += own.top4 * share;
+    mean.recall += own.recall * share;
+    mean.labels += own.labels;
+  }
+  return mean;
+}
+
 std::vector<ValidationScores> ValidateMembers(SpeculationModel* model,
                                               const EvaluationData& data,
                                               Communicator* comm) {

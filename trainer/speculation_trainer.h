@@ -40,6 +40,7 @@ struct SpeculationJob {
   // Seconds of steps and validations, over all processes of the run; after the step that
   // exceeds them the best so far is the result, as if it were the last. 0 = no limit.
   double time_limit = 0;
+  int keep_checkpoints = 2;  // newest ones that stay while it trains; >= 1
   bool onnx = false;  // writes out/onnx beside the model; kinds that cannot are refused
   bool quiet = false;
 };
