@@ -68,6 +68,7 @@ class SpeculationTrainer {
         joint_(configs_, options_.seed),
         model_(&joint_.part(0)) {
     RequireWork(options_, rank_.world);
+    RequireShift(job.shift.dataset, *dataset, hidden_);
     for (size_t i = 0; i < stores_.size(); ++i) {
       validation_.push_back(Part(i, SplitPart::kValidation, options_.validation_sequences,
                                  kValidationStream));

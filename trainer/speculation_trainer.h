@@ -27,6 +27,9 @@ struct SpeculationJob {
   // windows of all stores, validation is the mean over them, and each one's model goes to
   // out/also-N; scores are of `store`.
   std::vector<FurtherStore> also;
+  // Another store of the traced model, whose test documents are asked about, too: a
+  // change of domain. No dataset = none.
+  FurtherStore shift;
   // Becomes a speculation model's folder (config.json, model.safetensors) with
   // baselines.safetensors, results.json and metrics.jsonl; holds state/ while training.
   fs::path out;

@@ -14,6 +14,7 @@
 #include "tests/trainer/synthetic_traces.h"
 #include "tests/trainer/training_in_memory.h"
 #include "trainer/leaderboard.h"
+#include "trainer/leaderboard_rows.h"
 #include "trainer/speculation_loss.h"
 
 namespace routecast {

@@ -9,6 +9,7 @@
 #include "common/errors.h"
 #include "models/ensemble_model.h"
 #include "trainer/leaderboard.h"
+#include "trainer/leaderboard_rows.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/search.h"
 #include "trainer/speculation_sets.h"
