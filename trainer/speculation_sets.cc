@@ -3,12 +3,14 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <limits>
 
 namespace routecast {
 namespace {
 
 constexpr double kLargest = 1 - 1e-6;
 constexpr double kWider = 1.3;
+constexpr int kLengths[] = {0, 16, 64, 128, std::numeric_limits<int>::max()};  // 0 = all
 enum Value {
   kRecall,
   kPrecision,
@@ -49,17 +51,21 @@ at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTHK)
 }
 
 Json SetScores::ToJson() const {
-  return {{"phase", "encoder"},
-          {"layer", layer},
-          {"lead", lead},
-          {"recall", recall},
-          {"precision", precision},
-          {"size", size},
-          {"true_size", true_size},
-          {"frequency_recall", frequency_recall},
-          {"recall_at_1_3", wider_recall},
-          {"frequency_recall_at_1_3", wider_frequency_recall},
-          {"sequences", sequences}};
+  Json json{{"phase", "encoder"},
+            {"layer", layer},
+            {"lead", lead},
+            {"recall", recall},
+            {"precision", precision},
+            {"size", size},
+            {"true_size", true_size},
+            {"frequency_recall", frequency_recall},
+            {"recall_at_1_3", wider_recall},
+            {"frequency_recall_at_1_3", wider_frequency_recall},
+            {"sequences", sequences}};
+  const bool longest = most_tokens == std::numeric_limits<int>::max();
+  if (most_tokens > 0) json["most_tokens"] = longest ? Json() : Json(most_tokens);
+  for (const SetScores& part : by_tokens) json["by_tokens"].push_back(part.ToJson());
+  return json;
 }
 
 void SetAccumulator::Add(int layer, const at::Tensor& probs_BTHE,
@@ -91,15 +97,21 @@ void SetAccumulator::Add(int layer, const at::Tensor& probs_BTHE,
       };
       const double hits = hits_of(ours);
       const double held = budget[b][h].item<double>();
-      auto& sums = sums_[{layer, static_cast<int>(h) + 1}];
-      sums[kRecall] += hits / size;
-      sums[kPrecision] += hits / held;
-      sums[kSize] += held;
-      sums[kTrueSize] += size;
-      sums[kFrequencyRecall] += hits_of(frequent) / size;
-      sums[kWiderRecall] += hits_of(ours_wider) / size;
-      sums[kWiderFrequencyRecall] += hits_of(frequent_wider) / size;
-      sums[kSequences] += 1;
+      const std::array<double, kValues> values = {hits / size,
+                                                  hits / held,
+                                                  held,
+                                                  size,
+                                                  hits_of(frequent) / size,
+                                                  hits_of(ours_wider) / size,
+                                                  hits_of(frequent_wider) / size,
+                                                  1};
+      const auto tokens = counts[b].select(1, h).sum().item<int64_t>();
+      size_t length = 1;
+      while (tokens > kLengths[length]) ++length;
+      for (const size_t l : {size_t{0}, length}) {
+        auto& sums = sums_[{layer, static_cast<int>(h) + 1, l}];
+        for (size_t v = 0; v < values.size(); ++v) sums[v] += values[v];
+      }
     }
   }
 }
@@ -108,9 +120,11 @@ std::vector<double> SetAccumulator::Sums(int layers) const {
   std::vector<double> all;
   for (int layer = -1; layer < layers - 1; ++layer) {
     for (int lead = 1; lead <= layers - 1 - layer; ++lead) {
-      const auto it = sums_.find({layer, lead});
-      for (int v = 0; v < kValues; ++v) {
-        all.push_back(it == sums_.end() ? 0 : it->second[static_cast<size_t>(v)]);
+      for (size_t length = 0; length < std::size(kLengths); ++length) {
+        const auto it = sums_.find({layer, lead, length});
+        const auto values =
+            it == sums_.end() ? std::array<double, kValues>{} : it->second;
+        all.insert(all.end(), values.begin(), values.end());
       }
     }
   }
@@ -122,12 +136,24 @@ std::vector<SetScores> SetAccumulator::Scores(const std::vector<double>& sums,
   std::vector<SetScores> scores;
   const double* at = sums.data();
   for (int layer = -1; layer < layers - 1; ++layer) {
-    for (int lead = 1; lead <= layers - 1 - layer; ++lead, at += kValues) {
-      const double n = at[kSequences];
-      if (n == 0) continue;
-      scores.push_back({layer, lead, at[kRecall] / n, at[kPrecision] / n, at[kSize] / n,
-                        at[kTrueSize] / n, at[kFrequencyRecall] / n, at[kWiderRecall] / n,
-                        at[kWiderFrequencyRecall] / n, static_cast<int64_t>(n)});
+    for (int lead = 1; lead <= layers - 1 - layer; ++lead) {
+      for (const int length : kLengths) {
+        const double n = at[kSequences];
+        const SetScores means = {layer,
+                                 lead,
+                                 at[kRecall] / n,
+                                 at[kPrecision] / n,
+                                 at[kSize] / n,
+                                 at[kTrueSize] / n,
+                                 at[kFrequencyRecall] / n,
+                                 at[kWiderRecall] / n,
+                                 at[kWiderFrequencyRecall] / n,
+                                 static_cast<int64_t>(n),
+                                 length};
+        at += kValues;
+        if (n == 0) continue;
+        (length == 0 ? scores : scores.back().by_tokens).push_back(means);
+      }
     }
   }
   return scores;

@@ -144,7 +144,31 @@ TEST(SpeculationSetsTest, AreScoredLikeSets) {
     EXPECT_NEAR(s.wider_recall, wide, 1e-6);
     EXPECT_NEAR(s.wider_frequency_recall, frequent_wide, 1e-6);
     EXPECT_EQ(s.sequences, 3);
+    ASSERT_EQ(s.by_tokens.size(), 1u);  // all are short
+    EXPECT_EQ(s.by_tokens[0].recall, s.recall);
   }
+}
+
+TEST(SpeculationSetsTest, AreScoredByLengthAsWell) {
+  auto labels = at::zeros({3, 70, 1}, at::kLong);
+  labels[0].narrow(0, 16, 54).fill_(-100);  // 16 tokens, 17, 70
+  labels[1].narrow(0, 17, 53).fill_(-100);
+  labels[1][3][0] = 1;
+  const auto probs = at::one_hot(at::zeros({3, 70, 1}, at::kLong), 6).to(at::kFloat);
+  SetAccumulator accumulator;
+  accumulator.Add(0, probs, labels.unsqueeze(3), at::ones({1, 6}));
+  const SetScores all = SetAccumulator::Scores(accumulator.Sums(2), 2).at(0);
+  EXPECT_DOUBLE_EQ(all.recall, (1 + .5 + 1) / 3);
+  ASSERT_EQ(all.by_tokens.size(), 3u);
+  const int most[] = {16, 64, 128};
+  const double recall[] = {1, .5, 1};
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(all.by_tokens[i].sequences, 1);
+    EXPECT_EQ(all.by_tokens[i].most_tokens, most[i]);
+    EXPECT_DOUBLE_EQ(all.by_tokens[i].recall, recall[i]);
+  }
+  EXPECT_EQ(all.ToJson()["by_tokens"][1]["most_tokens"], 64);
+  EXPECT_FALSE(all.ToJson().contains("most_tokens"));
 }
 
 TEST(SpeculationSetsTest, TheLossIsFiniteAndPrefersTheTrueSet) {
