@@ -74,65 +74,74 @@ class Newton {
   double least_ = std::numeric_limits<double>::infinity();
 };
 
+// Of the micro-batch's rows, into the sums of its places.
+void AddSums(SpeculationModel* ensemble, const MicroBatch& micro,
+             const EvaluationData& data, const std::map<Place, Newton>& places,
+             std::map<Place, at::Tensor>* sums) {
+  const SpeculationBatch batch = MakeSpeculationBatch(micro, data.dataset, data.hidden);
+  if (batch.num_labels == 0) return;
+  const auto outputs = ensemble->ForwardMembers(WindowTo(batch.window, data.device), 0);
+  const at::Tensor sets = LabelSets(batch);
+  for (int64_t h = 0; h < sets.size(2); ++h) {
+    const at::Tensor truth = sets.select(2, h).flatten(0, 1);
+    const at::Tensor rows = truth.select(1, 0).ne(kIgnore).nonzero().squeeze(1);
+    if (rows.numel() == 0) continue;
+    std::vector<at::Tensor> logs;
+    for (const SpeculationOutput& out : outputs) {
+      const at::Tensor logits = out.logits_BTHE.select(2, h).flatten(0, 1).cpu();
+      logs.push_back(at::log_softmax(logits.index_select(0, rows), 1).to(at::kDouble));
+    }
+    const Place place{micro.stack, micro.source_layer, static_cast<int>(h) + 1};
+    sums->at(place) +=
+        places.at(place).Sums(at::stack(logs, 1), truth.index_select(0, rows));
+  }
+}
+
+// A pass over the data at the places' weights, and a step of each; false where all have
+// settled. Sums of all ranks: each takes the same steps.
+bool Pass(SpeculationModel* ensemble, const EvaluationData& data, Communicator* comm,
+          std::map<Place, Newton>* places) {
+  const auto M = static_cast<int64_t>(ensemble->config().members.size());
+  const int64_t width = 2 + M + M * M;
+  std::map<Place, at::Tensor> sums;
+  for (const auto& [place, newton] : *places) {
+    sums[place] = at::zeros({width}, at::kDouble);
+  }
+  const RankInfo rank = comm->rank_info();
+  for (size_t i = static_cast<size_t>(rank.rank); i < data.batches.size();
+       i += static_cast<size_t>(rank.world)) {
+    AddSums(ensemble, data.batches[i], data, *places, &sums);
+  }
+  std::vector<double> all;
+  for (const auto& [place, sum] : sums) {
+    const double* value = sum.const_data_ptr<double>();
+    all.insert(all.end(), value, value + width);
+  }
+  comm->AllReduceSum(all);
+  bool moving = false;
+  double* next = all.data();
+  for (auto& [place, newton] : *places) {
+    moving = newton.Step(at::from_blob(next, {width}, at::kDouble)) || moving;
+    next += width;
+  }
+  return moving;
+}
+
 }  // namespace
 
 void FitStack(SpeculationModel* ensemble, const EvaluationData& data,
               Communicator* comm) {
   const c10::NoGradGuard no_grad;
-  const RankInfo rank = comm->rank_info();
-  const auto M = static_cast<int64_t>(ensemble->config().members.size());
-  const int64_t width = 2 + M + M * M;
+  const auto members = static_cast<int64_t>(ensemble->config().members.size());
   std::map<Place, Newton> places;
   for (const MicroBatch& micro : data.batches) {
     const int leads = ensemble->NumLeads(micro.stack, micro.source_layer);
     for (int lead = 1; lead <= leads; ++lead) {
-      places.try_emplace({micro.stack, micro.source_layer, lead}, M);
+      places.try_emplace({micro.stack, micro.source_layer, lead}, members);
     }
   }
-  bool moving = true;
-  for (int pass = 0; pass < kMostPasses && moving; ++pass) {
-    std::map<Place, at::Tensor> sums;
-    for (const auto& [place, newton] : places) {
-      sums[place] = at::zeros({width}, at::kDouble);
-    }
-    for (size_t i = static_cast<size_t>(rank.rank); i < data.batches.size();
-         i += static_cast<size_t>(rank.world)) {
-      const MicroBatch& micro = data.batches[i];
-      const SpeculationBatch batch =
-          MakeSpeculationBatch(micro, data.dataset, data.hidden);
-      if (batch.num_labels == 0) continue;
-      const auto outputs =
-          ensemble->ForwardMembers(WindowTo(batch.window, data.device), 0);
-      const at::Tensor sets = LabelSets(batch);
-      for (int64_t h = 0; h < sets.size(2); ++h) {
-        const at::Tensor truth = sets.select(2, h).flatten(0, 1);
-        const at::Tensor rows = truth.select(1, 0).ne(kIgnore).nonzero().squeeze(1);
-        if (rows.numel() == 0) continue;
-        std::vector<at::Tensor> logs;
-        for (const SpeculationOutput& out : outputs) {
-          const at::Tensor logits = out.logits_BTHE.select(2, h).flatten(0, 1).cpu();
-          logs.push_back(
-              at::log_softmax(logits.index_select(0, rows), 1).to(at::kDouble));
-        }
-        const Place place{micro.stack, micro.source_layer, static_cast<int>(h) + 1};
-        sums[place] +=
-            places.at(place).Sums(at::stack(logs, 1), truth.index_select(0, rows));
-      }
-    }
-    std::vector<double> all;
-    for (const auto& [place, sum] : sums) {
-      const double* value = sum.const_data_ptr<double>();
-      all.insert(all.end(), value, value + width);
-    }
-    comm->AllReduceSum(all);
-    moving = false;
-    int64_t offset = 0;
-    for (auto& [place, newton] : places) {
-      const at::Tensor sum =
-          at::from_blob(&all[static_cast<size_t>(offset)], {width}, at::kDouble);
-      moving = newton.Step(sum) || moving;
-      offset += width;
-    }
+  int passes = 0;
+  while (Pass(ensemble, data, comm, &places) && ++passes < kMostPasses) {
   }
   for (const auto& [place, newton] : places) {
     const auto [stack, source, lead] = place;
