@@ -13,6 +13,7 @@
 #include "common/progress.h"
 #include "models/routing_window.h"
 #include "report/table.h"
+#include "storage/one_model.h"
 
 namespace routecast {
 namespace {
@@ -285,13 +286,8 @@ std::vector<PredictorQuality> MeasureQuality(const TraceReader& reader,
 
 ShiftedQuality MeasureShift(const TraceReader& from, const TraceReader& to,
                             const Predictors& predictors, const QualityOptions& options) {
-  const MoeGeometry &a = from.config().geometry, &b = to.config().geometry;
-  if (a.encoder_layers != b.encoder_layers || a.decoder_layers != b.decoder_layers ||
-      a.num_experts != b.num_experts) {
-    throw UsageError(ErrorText("the two stores are of models of other geometries",
-                               from.path().string() + ", " + to.path().string(),
-                               "give two stores of one model"));
-  }
+  RequireOneModel({from.path().string(), from.config().geometry},
+                  {to.path().string(), to.config().geometry});
   const c10::NoGradGuard no_grad;
   const std::vector<Asked> before = AskAll(from, predictors, options),
                            after = AskAll(to, predictors, options);

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <numeric>
 #include <stdexcept>
 
@@ -12,6 +13,7 @@ namespace routecast {
 namespace {
 
 constexpr uint64_t kMemberStream = 0x6d656d626572ULL;
+constexpr char kStackWeights[] = "stack.weights";  // [stacks, sources, leads, M]
 
 // Members of one shape, in the order of the configuration.
 struct MemberGroup {
@@ -53,6 +55,12 @@ class EnsembleModel final : public SpeculationModel {
         constants_.Add(prefix + name, tensor);
       }
     }
+    if (config.combine != "stack") return;
+    const auto members = static_cast<int64_t>(config.members.size());
+    const int64_t layers =
+        std::max(config.geometry.encoder_layers, config.geometry.decoder_layers);
+    constants_.Add(kStackWeights, at::full({2, layers + 1, layers, members},
+                                           1.0 / static_cast<double>(members)));
   }
 
   void FitPriors(const BaselineTables& tables) override {
@@ -80,7 +88,7 @@ class EnsembleModel final : public SpeculationModel {
   }
 
   SpeculationOutput Forward(const RoutingWindow& window, uint64_t dropout_key) override {
-    return Combine(ForwardMembers(window, dropout_key));
+    return Combine(window, ForwardMembers(window, dropout_key));
   }
 
   SpeculationOutput ForwardLast(const RoutingWindow& window) override {
@@ -88,7 +96,7 @@ class EnsembleModel final : public SpeculationModel {
     for (const MemberGroup& group : groups_) {
       Spread(group, group.model->ForwardLast(window), &outputs);
     }
-    return Combine(outputs);
+    return Combine(window, outputs);
   }
 
   std::vector<std::vector<ParameterSlice>> MemberParameters() const override {
@@ -105,6 +113,13 @@ class EnsembleModel final : public SpeculationModel {
       }
     }
     return members;
+  }
+
+  // [leads, M]
+  at::Tensor StackSource(Stack stack, int source_layer) const {
+    return constants_.Get(kStackWeights)
+        .select(0, static_cast<int64_t>(stack))
+        .select(0, source_layer + 1);
   }
 
   void SetWeights(std::vector<double> weights) {
@@ -132,7 +147,16 @@ class EnsembleModel final : public SpeculationModel {
     }
   }
 
-  SpeculationOutput Combine(const std::vector<SpeculationOutput>& outputs) const {
+  // A member's answer [B,T,H,E] as it counts.
+  at::Tensor Weighted(const RoutingWindow& window, size_t m, const at::Tensor& x) const {
+    if (config_.combine != "stack") return x * config_.weights[m];
+    return x * StackSource(window.stack, window.source_layer)
+                   .narrow(0, 0, x.size(2))
+                   .narrow(1, static_cast<int64_t>(m), 1);
+  }
+
+  SpeculationOutput Combine(const RoutingWindow& window,
+                            const std::vector<SpeculationOutput>& outputs) const {
     SpeculationOutput mixed;
     for (size_t m = 0; m < outputs.size(); ++m) {
       const at::Tensor& logits = outputs[m].logits_BTHE;
@@ -141,14 +165,15 @@ class EnsembleModel final : public SpeculationModel {
       if (config_.combine == "vote") {
         vote = at::one_hot(logits.argmax(-1), logits.size(-1)).to(at::kFloat);
       }
-      const double w = config_.weights[m];
-      const auto share = outputs[m].confidence_BTH * w;
-      mixed.logits_BTHE = m == 0 ? vote * w : mixed.logits_BTHE + vote * w;
+      if (config_.combine == "stack") vote = at::log_softmax(logits, -1);
+      const at::Tensor part = Weighted(window, m, vote);
+      const auto share = outputs[m].confidence_BTH * config_.weights[m];
+      mixed.logits_BTHE = m == 0 ? part : mixed.logits_BTHE + part;
       mixed.confidence_BTH = m == 0 ? share : mixed.confidence_BTH + share;
     }
     // Shares of votes tie and are zero often: a floor keeps them finite as logits.
     constexpr double kLeast = 1e-6;
-    if (config_.combine != "logits") {
+    if (config_.combine == "probabilities" || config_.combine == "vote") {
       mixed.logits_BTHE = mixed.logits_BTHE.clamp_min(kLeast).log();
     }
     return mixed;
@@ -173,6 +198,15 @@ void SetMemberWeights(SpeculationModel* ensemble, const std::vector<double>& wei
   auto* model = dynamic_cast<EnsembleModel*>(ensemble);
   if (!model) throw std::logic_error("weights for a model that has no members");
   model->SetWeights(weights);
+}
+
+at::Tensor StackWeights(const SpeculationModel& ensemble, Stack stack, int source_layer,
+                        int lead) {
+  const auto* model = dynamic_cast<const EnsembleModel*>(&ensemble);
+  if (!model || model->config().combine != "stack") {
+    throw std::logic_error("stack weights of a model that has none");
+  }
+  return model->StackSource(stack, source_layer).select(0, lead - 1);
 }
 
 }  // namespace routecast

@@ -80,9 +80,10 @@ std::string EnsembleProblem(const SpeculationConfig& c) {
   if (c.weights.size() != c.members.size() || std::abs(sum - 1) > 1e-3) {
     return "weights that do not sum to 1 over the members";
   }
-  if (c.combine != "probabilities" && c.combine != "logits" && c.combine != "vote") {
+  if (c.combine != "probabilities" && c.combine != "logits" && c.combine != "vote" &&
+      c.combine != "stack") {
     return "combine=" + c.combine.substr(0, 64) +
-           ", expected probabilities, logits or vote";
+           ", expected probabilities, logits, vote or stack";
   }
   for (const SpeculationConfig& member : c.members) {
     if (member.kind == "ensemble") return "an ensemble in an ensemble";

@@ -27,7 +27,8 @@ struct SpeculationConfig {
   double dropout = 0;      // training only
 
   // `ensemble` alone: what it is made of, and the weights of its members, which sum to 1;
-  // `combine` is probabilities, logits or vote.
+  // `combine` is probabilities, logits, vote or stack (a sum of the members'
+  // log-probabilities whose weights, a (stack, source, lead), were learnt).
   std::vector<SpeculationConfig> members;
   std::vector<double> weights;
   std::string combine;

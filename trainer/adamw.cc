@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <optional>
+
 namespace routecast {
 namespace {
 
@@ -44,8 +46,9 @@ void AdamW::Step(double learning_rate) {
   Step(std::vector<double>(groups_.size(), learning_rate));
 }
 
-void AdamW::Step(const std::vector<double>& learning_rates) {
+void AdamW::Step(const std::vector<double>& learning_rates, const at::Tensor& skip) {
   const c10::NoGradGuard no_grad;
+  const auto found = skip.defined() ? std::optional(skip) : std::nullopt;
   for (Group& g : groups_) {
     if (g.slices.empty() || learning_rates.at(g.rate) < 0) continue;
     std::vector<at::Tensor> parameters, gradients;
@@ -53,11 +56,15 @@ void AdamW::Step(const std::vector<double>& learning_rates) {
       parameters.push_back(slice.Value());
       gradients.push_back(slice.Gradient());
     }
-    at::_foreach_add_(g.steps, 1);
+    if (found) {
+      at::_foreach_add_(g.steps, 1 - skip);
+    } else {
+      at::_foreach_add_(g.steps, 1);
+    }
     at::_fused_adamw_(parameters, gradients, g.first, g.second, /*max_exp_avg_sqs=*/{},
                       g.steps, learning_rates.at(g.rate), options_.beta1, options_.beta2,
                       g.weight_decay, options_.epsilon, /*amsgrad=*/false,
-                      /*maximize=*/false);
+                      /*maximize=*/false, /*grad_scale=*/std::nullopt, found);
   }
 }
 

@@ -29,8 +29,9 @@ class AdamW {
   AdamW(const std::vector<AdamWGroup>& groups, AdamWOptions options);
   void Step(double learning_rate);
   // One learning rate a group, in the constructor's order; below 0: nothing of the group
-  // changes, not its moments either.
-  void Step(const std::vector<double>& learning_rates);
+  // changes, not its moments either. `skip` (float32 [] on the parameters' device;
+  // undefined = 0): where it is 1 nothing changes at all, found out on the device.
+  void Step(const std::vector<double>& learning_rates, const at::Tensor& skip = {});
   // Moments and step counts as named tensors, for checkpoints; Load REQUIRES the same
   // names.
   Parameters State() const;

@@ -103,25 +103,79 @@ void PermuteExperts(double share, uint64_t key, SpeculationBatch* batch) {
   }
 }
 
-void MaskTokens(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch) {
+// The token's routing and state, as if nothing were known of it yet.
+void HideToken(int64_t b, int64_t t, RoutingWindow* w) {
+  const auto token = [&](const at::Tensor& x) { return x.select(0, b).select(0, t); };
+  token(w->experts_BTL).fill_(w->num_experts);
+  if (w->others_BTLK.defined()) token(w->others_BTLK).fill_(w->num_experts);
+  if (w->hidden_BTD.defined()) token(w->hidden_BTD).zero_();
+  if (w->context_BTD.defined()) token(w->context_BTD).zero_();
+  if (w->attended_ids_BTAK.defined()) {
+    token(w->attention_entropy_BTA).zero_();
+    token(w->attended_ids_BTAK).fill_(-1);
+  }
+}
+
+// Of all tokens of the sequence; the source layer's state goes with its choices, which it
+// would tell.
+void HideLayer(int64_t b, int64_t layer, RoutingWindow* w) {
+  for (const at::Tensor& ids : {w->experts_BTL, w->others_BTLK}) {
+    if (ids.defined()) ids.select(0, b).select(1, layer).fill_(w->num_experts);
+  }
+  if (layer != w->source_layer) return;
+  if (w->hidden_BTD.defined()) w->hidden_BTD.select(0, b).zero_();
+  if (w->attended_ids_BTAK.defined()) {
+    w->attention_entropy_BTA.select(0, b).zero_();
+    w->attended_ids_BTAK.select(0, b).fill_(-1);
+  }
+}
+
+void MaskTokens(double share, uint64_t key, SpeculationBatch* batch) {
   RoutingWindow& w = batch->window;
-  batch->weights_BT = at::full(w.valid_BT.sizes(), options.unmasked_weight, at::kFloat);
   for (int64_t b = 0; b < w.valid_BT.size(0); ++b) {
     for (int64_t t = 0; t < w.valid_BT.size(1); ++t) {
-      if (Draw(key, kMask, b, t) >= options.mask) continue;
-      w.experts_BTL.select(0, b).select(0, t).fill_(w.num_experts);
-      if (w.others_BTLK.defined()) {
-        w.others_BTLK.select(0, b).select(0, t).fill_(w.num_experts);
-      }
-      if (w.hidden_BTD.defined()) w.hidden_BTD.select(0, b).select(0, t).zero_();
-      if (w.context_BTD.defined()) w.context_BTD.select(0, b).select(0, t).zero_();
-      if (w.attended_ids_BTAK.defined()) {
-        w.attention_entropy_BTA.select(0, b).select(0, t).zero_();
-        w.attended_ids_BTAK.select(0, b).select(0, t).fill_(-1);
-      }
+      if (Draw(key, kMask, b, t) >= share) continue;
+      HideToken(b, t, &w);
       batch->weights_BT.select(0, b).select(0, t).fill_(1);
     }
   }
+}
+
+// As many tokens of each sequence, next to each other.
+void MaskBlock(double share, uint64_t key, SpeculationBatch* batch) {
+  RoutingWindow& w = batch->window;
+  for (int64_t b = 0; b < w.valid_BT.size(0); ++b) {
+    const auto tokens = w.valid_BT.select(0, b).sum().item<int64_t>();
+    const int64_t count = std::llround(share * static_cast<double>(tokens));
+    const auto first = static_cast<int64_t>(Draw(key, kMask, b, 0) *
+                                            static_cast<double>(tokens - count + 1));
+    for (int64_t t = first; t < first + count; ++t) HideToken(b, t, &w);
+    batch->weights_BT.select(0, b).narrow(0, first, count).fill_(1);
+  }
+}
+
+// One whole layer of those that the model looks at, of a share of the sequences.
+void MaskLayer(double share, uint64_t key, int context, SpeculationBatch* batch) {
+  RoutingWindow& w = batch->window;
+  // A decoder's earlier tokens know the layers after the source, too.
+  const int known = w.stack == Stack::kEncoder ? w.source_layer + 1 : w.num_layers;
+  const int seen = context > 0 ? std::min(context, known) : known;
+  for (int64_t b = 0; b < w.valid_BT.size(0); ++b) {
+    if (Draw(key, kMask, b, 0) >= share) continue;
+    batch->weights_BT.select(0, b).fill_(1);
+    if (seen == 0) continue;
+    const int back = static_cast<int>(Draw(key, kMask, b, 1) * seen);
+    HideLayer(b, (w.source_layer - back + w.num_layers) % w.num_layers, &w);
+  }
+}
+
+void Mask(const AugmentOptions& options, uint64_t key, int context,
+          SpeculationBatch* batch) {
+  batch->weights_BT =
+      at::full(batch->window.valid_BT.sizes(), options.unmasked_weight, at::kFloat);
+  if (options.mask_mode == "layer") return MaskLayer(options.mask, key, context, batch);
+  if (options.mask_mode == "block") return MaskBlock(options.mask, key, batch);
+  MaskTokens(options.mask, key, batch);
 }
 
 // Beta(a, a) by Joehnk's rejection: u^(1/a) / (u^(1/a) + v^(1/a)) where the sum is at
@@ -171,23 +225,26 @@ void HideIds(double share, uint64_t key, RoutingWindow* w) {
 }  // namespace
 
 Json AugmentOptions::ToJson() const {
-  return {{"layer_dropout", layer_dropout},
-          {"subsequence", subsequence},
-          {"permutation", permutation},
-          {"mixup", mixup},
-          {"noise", noise},
-          {"context", context},
-          {"masked_ids", masked_ids},
-          {"mask", mask},
-          {"unmasked_weight", unmasked_weight}};
+  Json json{{"layer_dropout", layer_dropout},
+            {"subsequence", subsequence},
+            {"permutation", permutation},
+            {"mixup", mixup},
+            {"noise", noise},
+            {"context", context},
+            {"masked_ids", masked_ids},
+            {"mask", mask},
+            {"unmasked_weight", unmasked_weight}};
+  // Runs of versions that had one mode are the same as before.
+  if (mask_mode != AugmentOptions().mask_mode) json["mask_mode"] = mask_mode;
+  return json;
 }
 
 void AugmentOptions::Validate() const {
   const auto share = [](const char* flag, double value, bool one) {
     if (value >= 0 && (one ? value <= 1 : value < 1)) return;
     throw UsageError(ErrorText(
-        std::string(flag) + " must be 0 or more and " + (one ? "at most 1" : "below 1"),
-        "it is " + std::to_string(value), ""));
+        std::string(flag) + " is out of range", "it is " + std::to_string(value),
+        std::string("use 0 or more and ") + (one ? "at most 1" : "below 1")));
   };
   share("--augment_layers", layer_dropout, false);
   share("--augment_parts", subsequence, true);
@@ -198,6 +255,12 @@ void AugmentOptions::Validate() const {
   share("--augment_noise", noise, true);
   share("--augment_context", context, true);
   share("--masked_ids", masked_ids, false);
+  ParseChoice("--augment_mask_mode", mask_mode, {"tokens", "block", "layer"});
+  if (mask_mode != AugmentOptions().mask_mode && mask == 0) {
+    throw UsageError(
+        ErrorText("--augment_mask_mode=" + mask_mode + " needs --augment_mask",
+                  "nothing is masked", "e.g. --augment_mask=0.15"));
+  }
 }
 
 void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batch,
@@ -214,7 +277,7 @@ void Augment(const AugmentOptions& options, uint64_t key, SpeculationBatch* batc
   if (options.subsequence > 0) TakeParts(options.subsequence, key, batch);
   if (options.permutation > 0) PermuteExperts(options.permutation, key, batch);
   if (options.layer_dropout > 0) DropLayers(options.layer_dropout, key, batch);
-  if (options.mask > 0) MaskTokens(options, key, batch);
+  if (options.mask > 0) Mask(options, key, context, batch);
   if (options.mixup > 0) MixSequences(options.mixup, key, &batch->window);
   batch->window.training.noise = options.noise;
   if (options.masked_ids > 0) HideIds(options.masked_ids, key, &batch->window);

@@ -3,6 +3,8 @@
 // never see them. Labels move with what they belong to.
 #pragma once
 
+#include <string>
+
 #include "trainer/speculation_batch.h"
 
 namespace routecast {
@@ -22,6 +24,10 @@ struct AugmentOptions {
   double context = 0;          // probability that a micro-batch looks at fewer layers: 1
                                // to the context, evenly
   double masked_ids = 0;       // share of known experts that are hidden and predicted
+  // What `mask` hides: "tokens", each by its own draw; "block", that share of every
+  // sequence in one run; "layer", of that share of the sequences one whole layer of those
+  // that the model looks at (all their labels then count 1).
+  std::string mask_mode = "tokens";
   bool any() const {
     return layer_dropout > 0 || subsequence > 0 || permutation > 0 || mask > 0 ||
            mixup > 0 || noise > 0 || context > 0 || masked_ids > 0;

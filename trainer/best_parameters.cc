@@ -42,9 +42,11 @@ void BestParameters::CopyTo(const Parameters& parameters) const {
 
 void BestParameters::Write(const fs::path& folder) const {
   // One that is there may be of a run that was killed before its first checkpoint.
-  if (step_ == 0 || (step_ == previous_step_ && fs::exists(FileOf(folder, step_))))
+  if (step_ == 0 || (step_ == written_step_ && fs::exists(FileOf(folder, step_)))) {
     return;
+  }
   WriteParameters(FileOf(folder, step_), best_, at::kFloat);
+  written_step_ = step_;
 }
 
 Json BestParameters::ToJson() const {
@@ -55,27 +57,13 @@ Json BestParameters::ToJson() const {
           {"since_lowered", since_lowered_}};
 }
 
-// Bests that neither the newest state nor the one before can name.
-void BestParameters::RemoveOld(const fs::path& folder) {
-  if (previous_step_ != step_) {
-    for (const auto& entry : fs::directory_iterator(folder)) {
-      const fs::path& p = entry.path();
-      if (p.extension() == ".safetensors" && p != FileOf(folder, step_) &&
-          p != FileOf(folder, previous_step_)) {
-        fs::remove(p);
-      }
-    }
-  }
-  previous_step_ = step_;
-}
-
 void BestParameters::Load(const fs::path& folder, const Json& json) {
   score_ = json.at("best_score");
   step_ = json.at("best_step");
   worse_ = json.at("worse");
   lowered_ = json.at("lowered");
   since_lowered_ = json.at("since_lowered");
-  previous_step_ = step_;
+  written_step_ = step_;
   if (step_ > 0) best_ = ReadParameters(FileOf(folder, step_), at::kFloat);
 }
 

@@ -25,16 +25,16 @@ class BestParameters {
   // Copies the best into `parameters`; nothing where there is none yet.
   void CopyTo(const Parameters& parameters) const;
 
-  // Rank 0. Write goes before the state that names the best (ToJson), RemoveOld after it:
-  // whatever state is found, its best is there.
+  // Rank 0. Write goes before the state that names the best (ToJson): whatever state is
+  // found, its best is there.
   void Write(const fs::path& folder) const;
   Json ToJson() const;
-  void RemoveOld(const fs::path& folder);
   // From ToJson's values and what Write left.
   void Load(const fs::path& folder, const Json& json);
 
  private:
-  int64_t step_ = 0, previous_step_ = 0;
+  int64_t step_ = 0;
+  mutable int64_t written_step_ = 0;  // of what lies in the folder
   double score_ = 0;
   int worse_ = 0, lowered_ = 0, since_lowered_ = 0;
   Parameters best_;

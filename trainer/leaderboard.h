@@ -53,12 +53,4 @@ std::string LeaderboardText(const Json& leaderboard);
 std::string LeaderboardCsv(const Json& leaderboard);
 std::string LeaderboardHtml(const Json& leaderboard);
 
-// Rows of results.json files (with training_seconds and time_limit, where they are
-// known): one a (name, parameters), the mean of its seeds. Exposed for tests.
-Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
-                    double predict_us, double pass_us, int questions_a_pass);
-// Adds what a row's score is over chance, in points a second of training and in points a
-// million parameters; null where one of them is not known. Exposed for tests.
-void AddRates(const MoeGeometry& geometry, Json* row);
-
 }  // namespace routecast

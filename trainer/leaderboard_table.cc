@@ -37,6 +37,16 @@ std::vector<std::string> RatesOf(const Json& row) {
           Number(row.value("points_per_million_parameters", Json()), 1)};
 }
 
+// Whose scores of another domain are shown: the decoder's, where there is one.
+std::string ShiftStack(const Json& rows) {
+  for (const Json& r : rows) {
+    if (r.at("decoder_top1").is_number() || r.at("decoder_recall").is_number()) {
+      return "decoder";
+    }
+  }
+  return "encoder";
+}
+
 // `rates`: with them, which people get as a table of its own.
 Table TableOf(const Json& board, bool rates) {
   const bool sets = Sets(board);
@@ -61,6 +71,14 @@ Table TableOf(const Json& board, bool rates) {
   const bool backups = std::any_of(
       all.begin(), all.end(), [](const Json& r) { return r.contains("backup_recall"); });
   if (backups) columns.insert(columns.end(), {"choices 2+", "by head 1"});
+  const bool shift = board.contains("shift_store");
+  const std::string stack = ShiftStack(all);
+  if (shift) {
+    const std::string next = (stack == "decoder" ? "dec next " : "enc next ");
+    columns.insert(columns.end(), {"shifted: " + next + first,
+                                   std::string("shifted: ") + (sets ? "at 2K" : "top-4"),
+                                   "points lost"});
+  }
   if (rates) columns.insert(columns.end(), std::begin(kRates), std::end(kRates));
   Table table(columns);
   for (const Json& r : board.at("rows")) {
@@ -84,6 +102,14 @@ Table TableOf(const Json& board, bool rates) {
     if (backups) {
       row.push_back(Share(r.value("backup_recall", Json())));
       row.push_back(Share(r.value("backup_recall_primary", Json())));
+    }
+    if (shift) {
+      const std::string next = stack + "_next_";
+      for (const std::string& key :
+           {next + one + "_after_shift", next + wide + "_after_shift",
+            next + one + "_lost"}) {
+        row.push_back(Share(r.value(key, Json())));
+      }
     }
     if (rates) {
       const auto values = RatesOf(r);
@@ -130,6 +156,12 @@ std::string LeaderboardHtml(const Json& board) {
         "A pass of one decoder token: " + Fixed(board.at("pass_us").get<double>(), 0) +
         (board.contains("pass_model") ? " us, timed beside the questions."
                                       : " us, as given."));
+  }
+  if (board.contains("shift_store")) {
+    page.Paragraph("shifted: the same models on the test documents of " +
+                   board.at("shift_store").get<std::string>() +
+                   ", and how many points of " + (Sets(board) ? "recall" : "top-1") +
+                   " they lose there.");
   }
   page.AddTable(TableOf(board, false), "best first");
   page.Paragraph(

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <numbers>
 
 #include "common/errors.h"
@@ -37,17 +38,22 @@ Json LearningSchedule::ToJson() const {
 void LearningSchedule::Validate() const {
   ParseChoice("--schedule", name,
               {"cosine", "restarts", "plateau", "constant", "one_cycle"});
-  const auto require = [](bool good, const char* flag, const std::string& values) {
-    if (!good)
-      throw UsageError(ErrorText(std::string(flag) + " is out of range", values, ""));
+  const auto require = [](bool good, const char* flag, double value, const char* range) {
+    if (good) return;
+    char text[32];
+    std::snprintf(text, sizeof text, "it is %g", value);
+    throw UsageError(ErrorText(std::string(flag) + " is out of range", text,
+                               std::string("use ") + range));
   };
-  require(warmup_steps >= 0, "--warmup_steps", "0 or more");
-  require(last_share >= 0 && last_share <= 1, "--last_rate", "0 to 1");
-  require(restart_steps >= 0, "--restart_steps", "0 or more");
-  require(restart_growth >= 1 && restart_growth <= 10, "--restart_growth", "1 to 10");
-  require(plateau_factor > 0 && plateau_factor < 1, "--plateau_factor",
-          "above 0, below 1");
-  require(plateau_patience > 0, "--plateau_patience", "1 or more");
+  require(warmup_steps >= 0, "--warmup_steps", warmup_steps, "0 or more");
+  require(last_share >= 0 && last_share <= 1, "--last_rate", last_share, "0 to 1");
+  require(restart_steps >= 0, "--restart_steps", static_cast<double>(restart_steps),
+          "0 or more");
+  require(restart_growth >= 1 && restart_growth <= 10, "--restart_growth", restart_growth,
+          "1 to 10");
+  require(plateau_factor > 0 && plateau_factor < 1, "--plateau_factor", plateau_factor,
+          "a number above 0 and below 1");
+  require(plateau_patience > 0, "--plateau_patience", plateau_patience, "1 or more");
 }
 
 double LearningSchedule::Share(int64_t step, int64_t steps, int lowered) const {

@@ -6,10 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <stdexcept>
 
 #include "common/errors.h"
-#include "trainer/speculation_loss.h"
+#include "trainer/divergence.h"
 
 namespace routecast {
 namespace {
@@ -62,56 +61,74 @@ MemberOptimizer::MemberOptimizer(const SpeculationModel& model,
       training_(std::move(training)),
       ema_(ema),
       adamw_(Groups(), OptionsOf(beta1, beta2)) {
+  std::vector<double> clips;
+  for (const MemberOptions& o : training_) clips.push_back(o.clip_norm);
+  clip_M = at::tensor(clips, at::kDouble).to(parts_.at(0).slices.at(0).Value().device());
   if (ema_ == 0) return;
   for (const auto& [name, tensor] : parameters_.items()) {
     averages_.Add(name, tensor.detach().clone());
   }
 }
 
-std::vector<double> MemberOptimizer::Norms(int64_t epoch) const {
-  std::vector<std::vector<at::Tensor>> gradients(training_.size());
+std::vector<ParameterSlice> MemberOptimizer::TrainedSlices(size_t m,
+                                                           int64_t epoch) const {
+  std::vector<ParameterSlice> slices;
   for (const Part& part : parts_) {
-    if (epoch < part.released_at) continue;
-    for (const ParameterSlice& slice : part.slices) {
-      gradients[part.member].push_back(slice.Gradient());
-    }
+    if (part.member != m || epoch < part.released_at) continue;
+    slices.insert(slices.end(), part.slices.begin(), part.slices.end());
   }
-  std::vector<double> norms;
-  for (const auto& member : gradients) {
-    const auto each = at::stack(at::_foreach_norm(member, 2));
-    norms.push_back(each.to(at::kDouble).norm().item<double>());
-  }
-  return norms;
+  return slices;
 }
 
-double MemberOptimizer::Step(double share, int64_t epoch) {
+void MemberOptimizer::Step(double share, int64_t epoch) {
   const c10::NoGradGuard no_grad;
-  const std::vector<double> norms = Norms(epoch);
+  epoch_ = epoch;
+  slice_norms_.clear();
+  std::vector<std::vector<at::Tensor>> gradients(training_.size());
+  std::vector<at::Tensor> norms;
+  for (size_t m = 0; m < training_.size(); ++m) {
+    for (const ParameterSlice& slice : TrainedSlices(m, epoch)) {
+      gradients[m].push_back(slice.Gradient());
+    }
+    slice_norms_.push_back(at::stack(at::_foreach_norm(gradients[m], 2)));
+    norms.push_back(slice_norms_.back().to(at::kDouble).norm());
+  }
+  norm_M = at::stack(norms);
+  broken_ = norm_M.isfinite().all().logical_not().to(at::kFloat);
+  const at::Tensor scale_M =
+      at::where(norm_M > clip_M, clip_M / norm_M, 1.0).to(at::kFloat);
+  for (size_t m = 0; m < training_.size(); ++m) {
+    at::_foreach_mul_(gradients[m], scale_M.select(0, static_cast<int64_t>(m)));
+  }
   std::vector<double> rates;
   for (const Part& part : parts_) {
-    const MemberOptions& training = training_[part.member];
-    const double norm = norms[part.member];
     const bool frozen = epoch < part.released_at;
-    rates.push_back(frozen ? -1 : training.learning_rate * share);
-    if (frozen) continue;
-    if (!std::isfinite(norm)) {
-      for (const ParameterSlice& slice : part.slices) {
-        if (at::isfinite(slice.Gradient()).all().item<bool>()) continue;
-        throw DivergedError("the gradient of " + slice.name + " (member " +
-                            std::to_string(part.member) + ") is not finite");
-      }
-    }
-    if (norm <= training.clip_norm) continue;
-    for (const ParameterSlice& slice : part.slices) {
-      slice.Gradient().mul_(training.clip_norm / norm);
-    }
+    rates.push_back(frozen ? -1 : training_[part.member].learning_rate * share);
   }
-  adamw_.Step(rates);
+  adamw_.Step(rates, broken_);
   for (const auto& [name, average] : averages_.items()) {
     at::Tensor(average).lerp_(parameters_.Get(name).detach(), 1 - ema_);
   }
-  return *std::max_element(norms.begin(), norms.end());
 }
+
+void MemberOptimizer::RequireFinite() const {
+  if (!broken_.defined() || broken_.item<float>() == 0) return;
+  for (size_t m = 0; m < training_.size(); ++m) {
+    const at::Tensor norms = slice_norms_[m].to(at::kDouble).cpu();
+    const auto slices = TrainedSlices(m, epoch_);
+    for (size_t i = 0; i < slices.size(); ++i) {
+      if (std::isfinite(norms.const_data_ptr<double>()[i])) continue;
+      throw DivergedError(ErrorText(
+          "the gradient of " + slices[i].name + " is not finite",
+          "member " + std::to_string(m) + "; the step was not taken", kDivergedAdvice));
+    }
+  }
+  throw DivergedError(ErrorText("the norm of the gradients is not finite",
+                                "each tensor's own is; the step was not taken",
+                                kDivergedAdvice));
+}
+
+double MemberOptimizer::GradientNorm() const { return norm_M.max().item<double>(); }
 
 double MemberOptimizer::LearningRate(double share) const {
   double rate = 0;

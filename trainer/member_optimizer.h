@@ -1,6 +1,6 @@
 // One optimizer step of all members of a model: each member's gradient is clipped by its
 // own norm and stepped at its own rate, and a running average of the parameters is kept
-// where one is wanted. Thread rule: the training thread.
+// where one is wanted. Thread rule: the training thread. M members.
 #pragma once
 
 #include <vector>
@@ -19,10 +19,17 @@ class MemberOptimizer {
                   double beta1, double beta2, double ema, LayerFreezing freeze = {});
 
   // `share` of each member's peak learning rate. What is frozen in `epoch` stays as it is
-  // and counts in no norm. Returns the largest member's gradient
-  // norm before clipping. Throws std::logic_error naming the first tensor whose gradient
-  // is not finite; nothing is changed then.
-  double Step(double share, int64_t epoch = 0);
+  // and counts in no norm. CUDA: enqueued; the host does not wait. Where a gradient is
+  // not finite no parameter and no moment changes: broken() and RequireFinite say so.
+  void Step(double share, int64_t epoch = 0);
+  // Of the last step: float32 [] on the parameters' device, 1 where a gradient was not
+  // finite, else 0. Undefined before the first step.
+  const at::Tensor& broken() const { return broken_; }
+  // Throws DivergedError naming the first tensor whose gradient the last step found not
+  // finite. Waits for the device, as the next one does.
+  void RequireFinite() const;
+  // The largest member's gradient norm of the last step, before clipping.
+  double GradientNorm() const;
   // Highest rate at `share`: what logs show.
   double LearningRate(double share) const;
 
@@ -43,12 +50,18 @@ class MemberOptimizer {
   static std::vector<Part> PartsOf(const SpeculationModel& model,
                                    const LayerFreezing& freeze);
   std::vector<AdamWGroup> Groups() const;
-  std::vector<double> Norms(int64_t epoch) const;  // by member
+  // Slices of member `m` that are trained in `epoch`, in the order of parts_.
+  std::vector<ParameterSlice> TrainedSlices(size_t m, int64_t epoch) const;
   Parameters parameters_, averages_;
   std::vector<Part> parts_;
   std::vector<MemberOptions> training_;
   double ema_;
   AdamW adamw_;
+  at::Tensor clip_M;  // float64
+  // Of the last step, on the device.
+  int64_t epoch_ = 0;
+  std::vector<at::Tensor> slice_norms_;  // by member, [slices]
+  at::Tensor norm_M, broken_;
 };
 
 }  // namespace routecast

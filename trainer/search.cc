@@ -10,9 +10,9 @@
 #include "common/progress.h"
 #include "common/random.h"
 #include "report/table.h"
+#include "trainer/divergence.h"
 #include "trainer/model_setup.h"
 #include "trainer/run_plan.h"
-#include "trainer/speculation_loss.h"
 
 namespace routecast {
 namespace {

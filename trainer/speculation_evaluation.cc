@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/errors.h"
+#include "trainer/divergence.h"
 #include "trainer/speculation_loss.h"
 
 namespace routecast {
@@ -72,10 +73,12 @@ double Vertex(double a, double b, double c) {
 
 namespace {
 
-// One row of sums a column of `outputs`: cross-entropy, top-1, top-4, recall, labels.
+// Of a model's `outputs`, one row of sums a column: cross-entropy, top-1, top-4, recall,
+// labels.
 template <typename Outputs>
-std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
-                                    Communicator* comm, const Outputs& outputs) {
+std::vector<ValidationScores> Score(const SpeculationModel& model, size_t columns,
+                                    const EvaluationData& data, Communicator* comm,
+                                    const Outputs& outputs) {
   const c10::NoGradGuard no_grad;
   std::vector<double> sums(5 * columns, 0);
   for (const MicroBatch* micro : Mine(data, comm)) {
@@ -85,12 +88,15 @@ std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
     const std::vector<SpeculationOutput> all =
         outputs(WindowTo(batch.window, data.device));
     for (size_t i = 0; i < columns; ++i) {
-      const LossSums loss = SpeculationLoss(all.at(i), batch, {});
-      sums[5 * i] += loss.cross_entropy;
-      sums[5 * i + 1] += loss.top1;
-      sums[5 * i + 2] += loss.top4;
-      sums[5 * i + 3] += loss.recall;
-      sums[5 * i + 4] += static_cast<double>(loss.labels);
+      const RoutingScores scores = ScoresOf(all.at(i), batch);
+      if (!std::isfinite(scores.cross_entropy)) {
+        ThrowDiverged("validation", model, batch, all);
+      }
+      sums[5 * i] += scores.cross_entropy;
+      sums[5 * i + 1] += scores.top1;
+      sums[5 * i + 2] += scores.top4;
+      sums[5 * i + 3] += scores.recall;
+      sums[5 * i + 4] += static_cast<double>(scores.labels);
     }
   }
   comm->AllReduceSum(sums);
@@ -108,16 +114,32 @@ std::vector<ValidationScores> Score(size_t columns, const EvaluationData& data,
 
 ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
                           Communicator* comm) {
-  return Score(1, data, comm, [&](const RoutingWindow& window) {
+  return Score(*model, 1, data, comm, [&](const RoutingWindow& window) {
     return std::vector<SpeculationOutput>{model->Forward(window, 0)};
   })[0];
+}
+
+ValidationScores ValidateAll(SpeculationModel* model,
+                             const std::vector<EvaluationData>& stores,
+                             Communicator* comm) {
+  ValidationScores mean;
+  for (const EvaluationData& data : stores) {
+    const ValidationScores own = Validate(model, data, comm);
+    const double share = 1 / static_cast<double>(stores.size());
+    mean.loss += own.loss * share;
+    mean.top1 += own.top1 * share;
+    mean.top4 += own.top4 * share;
+    mean.recall += own.recall * share;
+    mean.labels += own.labels;
+  }
+  return mean;
 }
 
 std::vector<ValidationScores> ValidateMembers(SpeculationModel* model,
                                               const EvaluationData& data,
                                               Communicator* comm) {
   return Score(
-      model->MemberParameters().size(), data, comm,
+      *model, model->MemberParameters().size(), data, comm,
       [&](const RoutingWindow& window) { return model->ForwardMembers(window, 0); });
 }
 
@@ -312,6 +334,11 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   for (const MicroBatch* micro : Mine(data, comm)) {
     const SpeculationBatch batch = MakeSpeculationBatch(*micro, data.dataset, hidden);
     RoutingWindow seen = batch.window;
+    // Another store may have ids that the model has no row for: they read as padding
+    // does.
+    if (const int known = model->config().vocab_size; known > 0) {
+      seen.token_ids_BT = seen.token_ids_BT.masked_fill(seen.token_ids_BT.ge(known), 0);
+    }
     if (data.hidden == WithHidden::kNo) ForgetRouterInputs(&seen);
     const SpeculationOutput out = model->Forward(WindowTo(seen, data.device), 0);
     const int leads = static_cast<int>(batch.labels_BTH.size(2));

@@ -32,6 +32,11 @@ struct ValidationScores {
 ValidationScores Validate(SpeculationModel* model, const EvaluationData& data,
                           Communicator* comm);
 
+// The mean over stores: each counts alike, however large.
+ValidationScores ValidateAll(SpeculationModel* model,
+                             const std::vector<EvaluationData>& stores,
+                             Communicator* comm);
+
 // Each member's own, in the order of ForwardMembers.
 std::vector<ValidationScores> ValidateMembers(SpeculationModel* model,
                                               const EvaluationData& data,

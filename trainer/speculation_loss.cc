@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 
 #include "trainer/speculation_sets.h"
@@ -39,14 +38,6 @@ at::Tensor NextTokenLoss(const SpeculationOutput& output, const SpeculationBatch
   return at::cross_entropy_loss(
       output.next_token_BTV.narrow(1, 0, tokens - 1).flatten(0, 1), ids.flatten(), {},
       at::Reduction::Sum, kIgnore);
-}
-
-void RequireFinite(const at::Tensor& total, const SpeculationBatch& batch) {
-  if (std::isfinite(total.item<double>())) return;
-  throw DivergedError("the loss is not finite in micro-batch " +
-                      std::to_string(batch.id) + " (" + StackName(batch.window.stack) +
-                      ", source layer " + std::to_string(batch.window.source_layer) +
-                      ")");
 }
 
 }  // namespace
@@ -133,6 +124,21 @@ at::Tensor RowsOf(const at::Tensor& x_BTHX, const Targets& targets) {
   return x_BTHX.reshape({-1, x_BTHX.size(3)}).index_select(0, targets.rows);
 }
 
+// Experts with a larger logit than each true one, [N,K].
+at::Tensor ExpertsAhead(const at::Tensor& logits_NE, const at::Tensor& truth_NK) {
+  return logits_NE.unsqueeze(1).gt(logits_NE.gather(1, truth_NK).unsqueeze(2)).sum(2);
+}
+
+// LibTorch's loss refuses what is no number (on a GPU by ending the device's context), so
+// that the sum is told apart: it says so, and the training names what it came from.
+at::Tensor ConfidenceLoss(const at::Tensor& confidence_N, const at::Tensor& right_N) {
+  const auto share =
+      confidence_N.clamp(1 - kLargestConfidence, kLargestConfidence).nan_to_num(0.5);
+  const auto nothing_or_nan = confidence_N.detach().sum() * 0;
+  return at::binary_cross_entropy(share, right_N, {}, at::Reduction::None) +
+         nothing_or_nan;
+}
+
 at::Tensor RoutingLoss(const SpeculationOutput& output, const Targets& targets,
                        const LossWeights& weights) {
   at::Tensor loss = targets.Sum(RoutingCrossEntropy(
@@ -156,14 +162,14 @@ Targets PartnersOf(const SpeculationBatch& batch, at::Device device) {
 
 }  // namespace
 
-LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
-                         const LossWeights& weights) {
+LossSum SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
+                        const LossWeights& weights) {
   const auto device = output.logits_BTHE.device();
   const TrainingHints& hints = batch.window.training;
   const Targets targets =
       TargetsOf(LabelSets(batch), Weights(batch, hints.share_B), device);
   const at::Tensor logits = RowsOf(output.logits_BTHE, targets);
-  const at::Tensor &rows = targets.rows, &truth = targets.truth_NK;
+  const at::Tensor& rows = targets.rows;
   at::Tensor routing = RoutingLoss(output, targets, weights);
   if (hints.order_B.defined()) {
     routing = routing + RoutingLoss(output, PartnersOf(batch, device), weights);
@@ -186,21 +192,14 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
     const auto choices = teacher(batch.teacher_ids_BTHK).narrow(1, 1, backups.size(1));
     routing = routing + weights.backup * targets.Sum(BackupLoss(backups, choices));
   }
-  LossSums sums;
-  sums.labels = rows.size(0);
-  sums.total = routing;
-  const at::Tensor scores = logits.detach();
-  const at::Tensor ahead = scores.unsqueeze(1)
-                               .gt(scores.gather(1, truth).unsqueeze(2))
-                               .sum(2);  // experts above each true one, [N,K]
-  const at::Tensor right = ahead.eq(0).any(1).to(at::kFloat);
+  LossSum sums{routing, rows.size(0)};
   if (weights.confidence > 0 && output.confidence_BTH.requires_grad()) {
-    const at::Tensor confidence =
-        output.confidence_BTH.flatten().index_select(0, rows).clamp(
-            1 - kLargestConfidence, kLargestConfidence);
+    const at::Tensor right =
+        ExpertsAhead(logits.detach(), targets.truth_NK).eq(0).any(1).to(at::kFloat);
     sums.total = sums.total +
-                 weights.confidence * targets.Sum(at::binary_cross_entropy(
-                                          confidence, right, {}, at::Reduction::None));
+                 weights.confidence *
+                     targets.Sum(ConfidenceLoss(
+                         output.confidence_BTH.flatten().index_select(0, rows), right));
   }
   if (weights.next_token > 0 && output.next_token_BTV.defined() &&
       batch.window.token_ids_BT.size(1) > 1) {
@@ -221,13 +220,19 @@ LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch
   if (output.own_loss.defined() && output.logits_BTHE.requires_grad()) {
     sums.total = sums.total + output.own_loss.sum();
   }
-  sums.cross_entropy = RoutingCrossEntropy(scores, truth).sum().item<double>();
-  sums.top1 = ahead.select(1, 0).eq(0).sum().item<double>();
-  sums.top4 = ahead.select(1, 0).lt(4).sum().item<double>();
-  const int64_t chosen = truth.size(1);
-  sums.recall = ahead.lt(chosen).sum().item<double>() / static_cast<double>(chosen);
-  RequireFinite(sums.total, batch);
   return sums;
+}
+
+RoutingScores ScoresOf(const SpeculationOutput& output, const SpeculationBatch& batch) {
+  const Targets targets = TargetsOf(LabelSets(batch), {}, output.logits_BTHE.device());
+  const at::Tensor logits = RowsOf(output.logits_BTHE, targets).detach();
+  const at::Tensor& truth = targets.truth_NK;
+  const at::Tensor ahead = ExpertsAhead(logits, truth);
+  const int64_t chosen = truth.size(1);
+  const auto sum = [](const at::Tensor& x) { return x.sum().item<double>(); };
+  return {sum(RoutingCrossEntropy(logits, truth)), sum(ahead.select(1, 0).eq(0)),
+          sum(ahead.select(1, 0).lt(4)),
+          sum(ahead.lt(chosen)) / static_cast<double>(chosen), truth.size(0)};
 }
 
 }  // namespace routecast

@@ -2,22 +2,12 @@
 // B windows, T tokens, H leads, E experts, K experts a token, N rows that count.
 #pragma once
 
-#include <stdexcept>
-
 #include "trainer/speculation_batch.h"
 
 namespace routecast {
 
-// A loss or gradient is not finite: a fault of the program or, more often, of the
-// options.
-struct DivergedError : std::logic_error {
-  using std::logic_error::logic_error;
-};
-
-struct LossSums {
-  at::Tensor total;  // summed over labels; what backward runs from
-  double cross_entropy = 0, top1 = 0, top4 = 0;  // sums over labels
-  double recall = 0;  // of the K experts among the K likeliest; K = 1: top1
+struct LossSum {
+  at::Tensor total;  // [], summed over labels; what backward runs from
   int64_t labels = 0;
 };
 struct LossWeights {
@@ -33,11 +23,17 @@ struct LossWeights {
   double diversity = 0;    // of DiversityLoss
 };
 // Cross-entropy of the routing and what the weights add to it (of a batch with mixup, of
-// the labels of both sequences by their shares); cross_entropy, recall and
-// top1 (of the first choice) are of the plain labels. Throws DivergedError naming the
-// batch where a value is not finite.
-LossSums SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
-                         const LossWeights& weights);
+// the labels of both sequences by their shares). CUDA: enqueued; the host does not wait.
+LossSum SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
+                        const LossWeights& weights);
+
+// Of the plain labels, as sums over them.
+struct RoutingScores {
+  double cross_entropy = 0, top1 = 0, top4 = 0;  // of the first choice the latter two
+  double recall = 0;  // of the K experts among the K likeliest; K = 1: top1
+  int64_t labels = 0;
+};
+RoutingScores ScoresOf(const SpeculationOutput& output, const SpeculationBatch& batch);
 
 // [N]: the mean over a row's K experts (int64 [N,K]) of -log softmax(logits)[expert];
 // least where all K are equally likely and nothing else is.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdio>
 
 #include "common/errors.h"
 #include "models/speculation_kinds.h"
@@ -12,20 +13,22 @@ namespace {
 
 constexpr int kMostMembers = 64;
 
+// `range`: what is allowed, as "use ...".
+void Require(bool good, const char* flag, double value, const char* range) {
+  if (good && std::isfinite(value)) return;
+  char text[32];
+  std::snprintf(text, sizeof text, "it is %g", value);
+  throw UsageError(ErrorText(std::string(flag) + " is out of range", text,
+                             std::string("use ") + range));
+}
 void RequirePositive(const char* flag, double value) {
-  if (value > 0 && std::isfinite(value)) return;
-  throw UsageError(ErrorText(std::string(flag) + " must be above 0",
-                             "it is " + std::to_string(value), ""));
+  Require(value > 0, flag, value, "a number above 0");
 }
 void RequireNotNegative(const char* flag, double value) {
-  if (value >= 0 && std::isfinite(value)) return;
-  throw UsageError(ErrorText(std::string(flag) + " must be 0 or more",
-                             "it is " + std::to_string(value), ""));
+  Require(value >= 0, flag, value, "0 or more");
 }
 void RequireBelowOne(const char* flag, double value) {
-  if (value >= 0 && value < 1) return;
-  throw UsageError(ErrorText(std::string(flag) + " must be 0 or more and below 1",
-                             "it is " + std::to_string(value), ""));
+  Require(value >= 0 && value < 1, flag, value, "0 or more and below 1");
 }
 
 void ValidateTraining(const MemberOptions& o) {
@@ -209,9 +212,12 @@ void SpeculationOptions::Validate() const {
   RequirePositive("--micro_batch", micro_batch);
   RequirePositive("--global_batch", global_batch);
   if (global_batch % micro_batch != 0) {
-    throw UsageError(ErrorText(
-        "--global_batch must be a multiple of --micro_batch",
-        std::to_string(global_batch) + " and " + std::to_string(micro_batch), ""));
+    const int fitting = std::max(1, global_batch / micro_batch) * micro_batch;
+    throw UsageError(ErrorText("--global_batch must be a multiple of --micro_batch",
+                               "they are " + std::to_string(global_batch) + " and " +
+                                   std::to_string(micro_batch) +
+                                   ": a step is whole micro-batches",
+                               "e.g. --global_batch=" + std::to_string(fitting)));
   }
   if (dtype == "fp16") {
     throw UsageError(ErrorText("--dtype=fp16 does not train speculation models",
@@ -246,16 +252,14 @@ void SpeculationOptions::Validate() const {
                                "name the folder of a finished run"));
   }
   ParseMembers(members, training);
-  ParseChoice("--combine", combine, {"probabilities", "logits", "vote"});
+  ParseChoice("--combine", combine, {"probabilities", "logits", "vote", "stack"});
   ParseChoice("--monitor", monitor, {"loss", "top1"});
   RequireBelowOne("--beta1", beta1);
   RequireBelowOne("--beta2", beta2);
   RequireBelowOne("--ema", ema);
   RequireNotNegative("--set_weight", set_weight);
-  if (!(distill_weight >= 0 && distill_weight <= 1)) {
-    throw UsageError(ErrorText("--distill_weight must be 0 to 1",
-                               "it is " + std::to_string(distill_weight), ""));
-  }
+  Require(distill_weight >= 0 && distill_weight <= 1, "--distill_weight", distill_weight,
+          "0 to 1");
   RequirePositive("--distill_temperature", distill_temperature);
   RequireNotNegative("--curriculum_epochs", curriculum_epochs);
   RequireNotNegative("--contrastive_weight", contrastive_weight);

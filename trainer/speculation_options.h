@@ -51,7 +51,7 @@ struct SpeculationOptions {
   bool transfer = false;
   LayerFreezing freeze;                   // of what start_from gave
   std::string members;                    // of an ensemble; empty = the kind's own three
-  std::string combine = "probabilities";  // or logits, vote: how members are mixed
+  std::string combine = "probabilities";  // or logits, vote, stack
   int epochs = 8;                         // at most; early stopping may end before
   int64_t steps = 0;      // > 0: exactly this many at most, instead of epochs
   int global_batch = 64;  // windows a step over all ranks

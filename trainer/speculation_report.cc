@@ -49,11 +49,21 @@ std::string Row(const LeadScores& s, const TestScores& test) {
   return row + "\n";
 }
 
+Json BaselinesJson(const TestScores& test) {
+  Json baselines = Json::object();
+  for (const auto& [name, scores] : test.baselines) baselines[name] = Entries(scores);
+  return baselines;
+}
+
 }  // namespace
 
+Json AfterShiftJson(const std::string& store, const TestScores& after) {
+  return {{"shift_store", store},
+          {"scores_after_shift", Entries(after.model)},
+          {"baselines_after_shift", BaselinesJson(after)}};
+}
+
 Json ResultsJson(const SpeculationReport& r) {
-  Json baselines = Json::object();
-  for (const auto& [name, scores] : r.test.baselines) baselines[name] = Entries(scores);
   const auto validation = [](const ValidationScores& v) {
     return Json{{"loss", v.loss},
                 {"top1", v.top1},
@@ -71,7 +81,8 @@ Json ResultsJson(const SpeculationReport& r) {
                {"split", r.split},
                {"validation", validation(r.validation)},
                {"scores", Entries(r.test.model)},
-               {"baselines", baselines}};
+               {"baselines", BaselinesJson(r.test)}};
+  if (!r.shift_store.empty()) json.update(AfterShiftJson(r.shift_store, r.after_shift));
   if (r.options.attention_inputs) json["attention_inputs"] = true;
   for (const auto& [store, scores] : r.also) {
     json["also"].push_back({{"store", store}, {"validation", validation(scores)}});
@@ -109,6 +120,8 @@ std::string ResultsTable(const SpeculationReport& r, int num_experts) {
   for (const char* name : kShown) text += Format(" %11.11s", name);
   text += "\n";
   for (const LeadScores& s : r.test.model) text += Row(s, r.test);
+  if (!r.shift_store.empty()) text += "then " + r.shift_store + ":\n";
+  for (const LeadScores& s : r.after_shift.model) text += Row(s, r.after_shift);
   if (r.has_control) {
     text += Format(
         "stale gate at distance 0: %.1f %% of %lld tokens (%lld ties within bf16)\n",

@@ -3,12 +3,24 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <limits>
 
 namespace routecast {
 namespace {
 
 constexpr double kLargest = 1 - 1e-6;
-enum Value { kRecall, kPrecision, kSize, kTrueSize, kFrequencyRecall, kSequences };
+constexpr double kWider = 1.3;
+constexpr int kLengths[] = {0, 16, 64, 128, std::numeric_limits<int>::max()};  // 0 = all
+enum Value {
+  kRecall,
+  kPrecision,
+  kSize,
+  kTrueSize,
+  kFrequencyRecall,
+  kWiderRecall,
+  kWiderFrequencyRecall,
+  kSequences
+};
 
 }  // namespace
 
@@ -39,11 +51,21 @@ at::Tensor SetLoss(const at::Tensor& logits_BTHE, const at::Tensor& labels_BTHK)
 }
 
 Json SetScores::ToJson() const {
-  return {{"phase", "encoder"},     {"layer", layer},
-          {"lead", lead},           {"recall", recall},
-          {"precision", precision}, {"size", size},
-          {"true_size", true_size}, {"frequency_recall", frequency_recall},
-          {"sequences", sequences}};
+  Json json{{"phase", "encoder"},
+            {"layer", layer},
+            {"lead", lead},
+            {"recall", recall},
+            {"precision", precision},
+            {"size", size},
+            {"true_size", true_size},
+            {"frequency_recall", frequency_recall},
+            {"recall_at_1_3", wider_recall},
+            {"frequency_recall_at_1_3", wider_frequency_recall},
+            {"sequences", sequences}};
+  const bool longest = most_tokens == std::numeric_limits<int>::max();
+  if (most_tokens > 0) json["most_tokens"] = longest ? Json() : Json(most_tokens);
+  for (const SetScores& part : by_tokens) json["by_tokens"].push_back(part.ToJson());
+  return json;
 }
 
 void SetAccumulator::Add(int layer, const at::Tensor& probs_BTHE,
@@ -55,26 +77,41 @@ void SetAccumulator::Add(int layer, const at::Tensor& probs_BTHE,
   const auto needed = NeededExperts(labels_BTHK, E);
   const auto budget = likely.sum(2).ceil().clamp(1, static_cast<double>(E));
   // Rank of each expert from 0; the set is those below the budget.
-  const auto taken = [&](const at::Tensor& score) {
+  const auto taken = [&](const at::Tensor& score, const at::Tensor& budget_BH) {
     const auto order = score.argsort(/*stable=*/true, 2, /*descending=*/true);
-    return order.argsort(/*stable=*/true, 2, false).lt(budget.unsqueeze(2));
+    return order.argsort(/*stable=*/true, 2, false)
+        .lt(budget_BH.unsqueeze(2))
+        .to(at::kFloat);
   };
-  const auto ours = taken(likely).to(at::kFloat);
-  const auto frequent = taken(frequency_HE.unsqueeze(0).expand_as(likely)).to(at::kFloat);
+  const auto counts_HE = frequency_HE.unsqueeze(0).expand_as(likely);
+  const auto ours = taken(likely, budget), frequent = taken(counts_HE, budget);
+  const auto wider = (needed.sum(2).to(at::kDouble) * kWider).floor();
+  const auto ours_wider = taken(likely, wider), frequent_wider = taken(counts_HE, wider);
   for (int64_t b = 0; b < likely.size(0); ++b) {
     for (int64_t h = 0; h < likely.size(1); ++h) {
       const auto truth = needed[b][h];
       const double size = truth.sum().item<double>();
       if (size == 0) continue;
-      const double hits = (ours[b][h] * truth).sum().item<double>();
+      const auto hits_of = [&](const at::Tensor& set_BHE) {
+        return (set_BHE[b][h] * truth).sum().item<double>();
+      };
+      const double hits = hits_of(ours);
       const double held = budget[b][h].item<double>();
-      auto& sums = sums_[{layer, static_cast<int>(h) + 1}];
-      sums[kRecall] += hits / size;
-      sums[kPrecision] += hits / held;
-      sums[kSize] += held;
-      sums[kTrueSize] += size;
-      sums[kFrequencyRecall] += (frequent[b][h] * truth).sum().item<double>() / size;
-      sums[kSequences] += 1;
+      const std::array<double, kValues> values = {hits / size,
+                                                  hits / held,
+                                                  held,
+                                                  size,
+                                                  hits_of(frequent) / size,
+                                                  hits_of(ours_wider) / size,
+                                                  hits_of(frequent_wider) / size,
+                                                  1};
+      const auto tokens = counts[b].select(1, h).sum().item<int64_t>();
+      size_t length = 1;
+      while (tokens > kLengths[length]) ++length;
+      for (const size_t l : {size_t{0}, length}) {
+        auto& sums = sums_[{layer, static_cast<int>(h) + 1, l}];
+        for (size_t v = 0; v < values.size(); ++v) sums[v] += values[v];
+      }
     }
   }
 }
@@ -83,9 +120,11 @@ std::vector<double> SetAccumulator::Sums(int layers) const {
   std::vector<double> all;
   for (int layer = -1; layer < layers - 1; ++layer) {
     for (int lead = 1; lead <= layers - 1 - layer; ++lead) {
-      const auto it = sums_.find({layer, lead});
-      for (int v = 0; v < kValues; ++v) {
-        all.push_back(it == sums_.end() ? 0 : it->second[static_cast<size_t>(v)]);
+      for (size_t length = 0; length < std::size(kLengths); ++length) {
+        const auto it = sums_.find({layer, lead, length});
+        const auto values =
+            it == sums_.end() ? std::array<double, kValues>{} : it->second;
+        all.insert(all.end(), values.begin(), values.end());
       }
     }
   }
@@ -97,12 +136,24 @@ std::vector<SetScores> SetAccumulator::Scores(const std::vector<double>& sums,
   std::vector<SetScores> scores;
   const double* at = sums.data();
   for (int layer = -1; layer < layers - 1; ++layer) {
-    for (int lead = 1; lead <= layers - 1 - layer; ++lead, at += kValues) {
-      const double n = at[kSequences];
-      if (n == 0) continue;
-      scores.push_back({layer, lead, at[kRecall] / n, at[kPrecision] / n, at[kSize] / n,
-                        at[kTrueSize] / n, at[kFrequencyRecall] / n,
-                        static_cast<int64_t>(n)});
+    for (int lead = 1; lead <= layers - 1 - layer; ++lead) {
+      for (const int length : kLengths) {
+        const double n = at[kSequences];
+        const SetScores means = {layer,
+                                 lead,
+                                 at[kRecall] / n,
+                                 at[kPrecision] / n,
+                                 at[kSize] / n,
+                                 at[kTrueSize] / n,
+                                 at[kFrequencyRecall] / n,
+                                 at[kWiderRecall] / n,
+                                 at[kWiderFrequencyRecall] / n,
+                                 static_cast<int64_t>(n),
+                                 length};
+        at += kValues;
+        if (n == 0) continue;
+        (length == 0 ? scores : scores.back().by_tokens).push_back(means);
+      }
     }
   }
   return scores;

@@ -8,7 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "common/routing.h"
@@ -34,7 +34,13 @@ struct SetScores {
   double precision = 0;
   double size = 0, true_size = 0;  // means
   double frequency_recall = 0;  // of as many experts, ranked by the train part's counts
+  // Both of floor(1.3 times the true set's size) experts, whatever sum P says.
+  double wider_recall = 0, wider_frequency_recall = 0;
   int64_t sequences = 0;
+  int most_tokens = 0;  // of sequences of so many tokens that count, at most; 0 = of all
+  // The same of sequences of 1 to 16, 17 to 64, 65 to 128 and more tokens, where there
+  // are some.
+  std::vector<SetScores> by_tokens{};
   Json ToJson() const;
 };
 
@@ -44,14 +50,14 @@ class SetAccumulator {
   // probs [B,T,H,E] of one source layer; frequency_HE: of the leads' targets.
   void Add(int layer, const at::Tensor& probs_BTHE, const at::Tensor& labels_BTHK,
            const at::Tensor& frequency_HE);
-  // Sums as numbers, for a reduction over ranks; in the order of Keys of `most` sources
-  // and leads.
+  // Sums as numbers, for a reduction over ranks; in one order on all.
   std::vector<double> Sums(int layers) const;
   static std::vector<SetScores> Scores(const std::vector<double>& sums, int layers);
 
  private:
-  static constexpr int kValues = 6;
-  std::map<std::pair<int, int>, std::array<double, kValues>> sums_;
+  static constexpr int kValues = 8;
+  // By layer, lead and length: 0 = all, then the lengths of by_tokens.
+  std::map<std::tuple<int, int, size_t>, std::array<double, kValues>> sums_;
 };
 
 }  // namespace routecast

@@ -16,31 +16,28 @@
 #include "models/device_choice.h"
 #include "models/joint_model.h"
 #include "models/speculation_onnx.h"
-#include "trainer/augmentation.h"
 #include "trainer/autocast.h"
 #include "trainer/batch_loader.h"
-#include "trainer/best_parameters.h"
-#include "trainer/curriculum.h"
 #include "trainer/determinism.h"
+#include "trainer/divergence.h"
 #include "trainer/gradient_reducer.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/model_setup.h"
 #include "trainer/speculation_loss.h"
-#include "trainer/train_state.h"
 #include "trainer/trained_run.h"
 #include "trainer/training_checks.h"
 #include "trainer/training_log.h"
+#include "trainer/training_progress.h"
+#include "trainer/training_windows.h"
 
 namespace routecast {
 namespace {
 
-constexpr uint64_t kAugmentStream = 0x61756721ULL;
 constexpr uint64_t kDropoutStream = 0x64726f70ULL;
 constexpr uint64_t kValidationStream = 0x76616cULL;
 constexpr uint64_t kTestStream = 0x74657374ULL;
 constexpr int kEvaluationsPerRun = 8;
 constexpr int kEvaluationMicroBatch = 32;
-constexpr char kSecondsFile[] = "seconds.json";  // of training so far
 
 class Stopwatch {
  public:
@@ -52,16 +49,6 @@ class Stopwatch {
  private:
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
-
-// What the traces are, for "the same run".
-std::string FingerprintOf(const TraceDataset& dataset) {
-  uint64_t hash = 0;
-  for (const SequenceInfo& s : dataset.sequences()) {
-    hash = Mix(hash, s.sequence_id, s.group_id,
-               (uint64_t{s.encoder_tokens} << 32) | s.decoder_tokens, s.has_hidden);
-  }
-  return Hex64(hash);
-}
 
 class SpeculationTrainer {
  public:
@@ -77,16 +64,16 @@ class SpeculationTrainer {
         configs_(ConfigsOf(job.options, stores_)),
         config_(configs_[0]),
         hidden_(HiddenOf(config_)),
-        sampler_(GroupsOfAll(stores_, SplitPart::kTrain, hidden_),
-                 {options_.seed, options_.micro_batch, options_.global_batch}),
+        windows_(options_, stores_, hidden_, config_.context, rank_),
         joint_(configs_, options_.seed),
         model_(&joint_.part(0)) {
     RequireWork(options_, rank_.world);
+    RequireShift(job.shift.dataset, *dataset, hidden_);
     for (size_t i = 0; i < stores_.size(); ++i) {
       validation_.push_back(Part(i, SplitPart::kValidation, options_.validation_sequences,
                                  kValidationStream));
     }
-    const auto per_epoch = static_cast<int64_t>(sampler_.steps_per_epoch());
+    const int64_t per_epoch = windows_.steps_per_epoch();
     steps_ = options_.steps > 0 ? options_.steps : options_.epochs * per_epoch;
     validate_every_ =
         options_.validate_every > 0
@@ -121,11 +108,8 @@ class SpeculationTrainer {
       if (i == 0) tables_ = tables;
     }
     model_->FitRouters(routers_);
-    if (options_.curriculum_epochs > 0) {
-      curriculum_.emplace(options_.curriculum_epochs, tables_, dataset_,
-                          sampler_.groups(), options_.seed);
-    }
-    if (rank_.is_root()) log_ = TrainingLog(job_.out, step_);
+    windows_.FitCurriculum(tables_);
+    if (rank_.is_root()) log_ = TrainingLog(job_.out, at_.step);
     TellCostOfPinning();
     Loop();
     return Finish(control);
@@ -135,23 +119,22 @@ class SpeculationTrainer {
   void Loop() {
     Progress progress("train " + options_.kind, "steps", static_cast<uint64_t>(steps_),
                       job_.quiet || !rank_.is_root());
-    progress.Update(static_cast<uint64_t>(step_));
+    progress.Update(static_cast<uint64_t>(at_.step));
     clock_ = Stopwatch();
     BatchLoader loader(
-        step_, steps_, [this](int64_t step) { return MicroBatchesOf(step); },
-        [this](const MicroBatch& micro) {
-          return MakeSpeculationBatch(micro, stores_[static_cast<size_t>(micro.store)],
-                                      hidden_);
-        });
-    while (step_ < steps_ && !exhausted_ && !out_of_time_) {
+        at_.step, steps_, [this](int64_t step) { return windows_.Of(step); },
+        [this](const MicroBatch& micro) { return windows_.Read(micro); });
+    while (at_.step < steps_ && !exhausted_ && !out_of_time_) {
       const double loss = Step(&loader, progress.seconds());
-      progress.Update(static_cast<uint64_t>(step_), Note(loss));
-      if (step_ % validate_every_ == 0 || step_ == steps_ || out_of_time_) {
+      progress.Update(static_cast<uint64_t>(at_.step), Note(loss));
+      if (at_.step % validate_every_ == 0 || at_.step == steps_ || out_of_time_) {
+        optimizer_->RequireFinite();  // nothing is kept of what went wrong
         ValidateAndSave();
       }
-      if (stop_ && step_ < steps_ && !exhausted_ && !out_of_time_) {
+      if (stop_ && at_.step < steps_ && !exhausted_ && !out_of_time_) {
+        optimizer_->RequireFinite();
         Save();
-        throw StoppedError("stopped at step " + std::to_string(step_) +
+        throw StoppedError("stopped at step " + std::to_string(at_.step) +
                            "; start the same command again and it goes on");
       }
     }
@@ -161,11 +144,10 @@ class SpeculationTrainer {
 
   // On the first micro-batch, whose gradients go nowhere.
   void TellCostOfPinning() {
-    if (!job_.deterministic || job_.quiet || step_ >= steps_) return;
-    const std::vector<MicroBatch> mine = MicroBatchesOf(step_);
+    if (!job_.deterministic || job_.quiet || at_.step >= steps_) return;
+    const std::vector<MicroBatch> mine = windows_.Of(at_.step);
     if (mine.empty()) return;
-    SpeculationBatch batch = MakeSpeculationBatch(
-        mine[0], stores_[static_cast<size_t>(mine[0].store)], hidden_);
+    SpeculationBatch batch = windows_.Read(mine[0]);
     batch.window.training.teacher_BTH = batch.labels_BTH;
     const std::string line = CostOfPinning([&] {
       torch::autograd::grad({Loss(batch)}, joint_.parameters().tensors(), {},
@@ -177,7 +159,7 @@ class SpeculationTrainer {
   }
 
   // Of training so far, over all processes of the run.
-  double Seconds() const { return before_ + clock_.seconds(); }
+  double Seconds() const { return at_.seconds + clock_.seconds(); }
 
   EvaluationData Part(size_t store, SplitPart part, uint64_t sequences,
                       uint64_t stream) const {
@@ -188,16 +170,7 @@ class SpeculationTrainer {
             hidden_, job_.device};
   }
   fs::path StateFolder() const { return job_.out / "state"; }
-  Json Configuration() const {
-    Json json = options_.ToJson();
-    json["model"] = config_.ToJson();
-    json["traces"] = FingerprintOf(*dataset_);
-    for (size_t i = 1; i < stores_.size(); ++i) {
-      json["also"].push_back(
-          {{"model", configs_[i].ToJson()}, {"traces", FingerprintOf(*stores_[i])}});
-    }
-    return json;
-  }
+  Json Configuration() const { return RunConfiguration(options_, configs_, stores_); }
 
   // The stale gate's control, before any time is spent on training.
   StaleControl Control() const {
@@ -214,38 +187,23 @@ class SpeculationTrainer {
     if (job_.resume == "never") return;
     const fs::path from =
         job_.resume == "auto" ? StateFolder() : fs::path(job_.resume) / "state";
-    const auto state = FindTrainState(from);
-    if (!state && job_.resume != "auto") {
+    if (!LoadProgress(from, job_.out, Configuration(), TrainedTensors(),
+                      &optimizer_->adamw(), &at_)) {
+      if (job_.resume == "auto") return;
       throw UsageError(ErrorText(from.string() + " holds no unfinished run", "",
                                  "give the --out of a stopped run to --resume"));
     }
-    if (!state) return;
-    CheckSameConfiguration(state->configuration, Configuration(), job_.out);
-    LoadTrainState(from, state->step, TrainedTensors(), &optimizer_->adamw());
-    step_ = state->step;
-    best_.Load(from, state->extra);
     exhausted_ = Exhausted();
-    meter_.Load(state->extra);
-    if (fs::exists(from / kSecondsFile)) before_ = ReadJsonFile(from / kSecondsFile);
-    out_of_time_ = job_.time_limit > 0 && before_ > job_.time_limit && best_.step() > 0;
-  }
-
-  uint64_t EpochOf(int64_t step) const {
-    return static_cast<uint64_t>(step) / sampler_.steps_per_epoch();
-  }
-  // Of this rank.
-  std::vector<MicroBatch> MicroBatchesOf(int64_t step) const {
-    return sampler_.Step(EpochOf(step),
-                         static_cast<uint64_t>(step) % sampler_.steps_per_epoch(),
-                         rank_.rank, rank_.world);
+    out_of_time_ =
+        job_.time_limit > 0 && at_.seconds > job_.time_limit && at_.best.step() > 0;
   }
 
   // One step of the global batch: fixed micro-batches dealt to ranks, gradients summed
   // while backward runs, divided by the labels of all ranks.
   double Step(BatchLoader* loader, double seconds) {
-    const uint64_t epoch = EpochOf(step_);
     // Loss, labels, windows; a stop was requested, the time is over.
     double sums[5] = {0, 0, 0, 0, 0};
+    std::vector<at::Tensor> losses;  // of micro-batches, on the device
     double waited = 0;
     const Stopwatch step;
     reducer_->BeginStep();
@@ -256,42 +214,70 @@ class SpeculationTrainer {
       if (!next.batch) break;  // fewer micro-batches than ranks
       if (next.last) reducer_->LastBackward();
       SpeculationBatch& batch = *next.batch;
-      batch.window.training.teacher_BTH = batch.labels_BTH;
-      if (curriculum_) curriculum_->Apply(epoch, &batch);
-      Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch.id), &batch,
-              config_.context);
+      windows_.Prepare(at_.step, &batch);
       const at::Tensor loss = Loss(batch);
       loss.backward();
-      sums[0] += loss.item<double>() / static_cast<double>(smoothing_.size());
+      losses.push_back(loss.detach());
       sums[1] += static_cast<double>(batch.num_labels);
       sums[2] += static_cast<double>(batch.window.token_ids_BT.size(0));
     }
-    sums[3] = StopRequested() || step_ + 1 == job_.stop_after ? 1 : 0;
+    sums[0] = Read(losses);
+    sums[3] = StopRequested() || at_.step + 1 == job_.stop_after ? 1 : 0;
     sums[4] = job_.time_limit > 0 && Seconds() > job_.time_limit ? 1 : 0;
     reducer_->Finalize(1);  // before any other collective: see gradient_reducer.h
     comm_->AllReduceSum(sums);
     const double labels = std::max(1.0, sums[1]);
     reducer_->Scale(1 / labels);
-    const double share = options_.schedule.Share(step_, steps_, best_.plateaus());
-    const double norm = optimizer_->Step(share, static_cast<int64_t>(epoch));
+    const double share = options_.schedule.Share(at_.step, steps_, at_.best.plateaus());
+    optimizer_->Step(share, static_cast<int64_t>(windows_.EpochOf(at_.step)));
     losses_.push_back(sums[0] / labels);
-    meter_.Add({losses_.back(), sums[2], step.seconds(), waited});
-    ++step_;
+    at_.meter.Add({losses_.back(), sums[2], step.seconds(), waited});
+    ++at_.step;
     stop_ = sums[3] > 0;
     out_of_time_ = sums[4] > 0;
-    if (step_ % options_.log_every == 0 || step_ == steps_) {
-      log_.Write(Place(), meter_.Take(optimizer_->LearningRate(share), norm, seconds,
-                                      loader->seconds()));
+    if (at_.step % options_.log_every == 0 || at_.step == steps_) {
+      log_.Write(Place(),
+                 at_.meter.Take(optimizer_->LearningRate(share),
+                                optimizer_->GradientNorm(), seconds, loader->seconds()));
     }
     return losses_.back();
   }
 
+  // Their sum, a mean over members. The one time in a step that the host waits for the
+  // device: whether the step before met a gradient that is no number comes along.
+  double Read(const std::vector<at::Tensor>& losses) {
+    std::vector<at::Tensor> all = losses;
+    if (optimizer_->broken().defined()) all.push_back(optimizer_->broken());
+    if (all.empty()) return 0;
+    const at::Tensor values = at::stack(all).cpu();
+    const float* value = values.const_data_ptr<float>();
+    if (all.size() > losses.size() && value[losses.size()] != 0) {
+      optimizer_->RequireFinite();
+    }
+    double sum = 0;
+    for (size_t i = 0; i < losses.size(); ++i) {
+      if (!std::isfinite(value[i])) Diverged(i);
+      sum += double{value[i]} / static_cast<double>(smoothing_.size());
+    }
+    return sum;
+  }
+
+  // Runs the step's micro-batch once more, to name what is not finite.
+  [[noreturn]] void Diverged(size_t micro_batch) {
+    SpeculationBatch batch = windows_.Read(windows_.Of(at_.step).at(micro_batch));
+    windows_.Prepare(at_.step, &batch);
+    ThrowDiverged("step " + std::to_string(at_.step + 1), joint_, batch, Outputs(batch));
+  }
+
+  std::vector<SpeculationOutput> Outputs(const SpeculationBatch& batch) {
+    return ForwardMembersAs(options_.dtype == "bf16" ? at::kBFloat16 : at::kFloat,
+                            &joint_, WindowTo(batch.window, job_.device),
+                            Mix(options_.seed, kDropoutStream, batch.id));
+  }
+
   // Of all members, each by its own output.
   at::Tensor Loss(const SpeculationBatch& batch) {
-    const auto outputs =
-        ForwardMembersAs(options_.dtype == "bf16" ? at::kBFloat16 : at::kFloat, &joint_,
-                         WindowTo(batch.window, job_.device),
-                         Mix(options_.seed, kDropoutStream, batch.id));
+    const auto outputs = Outputs(batch);
     at::Tensor total;
     for (size_t m = 0; m < outputs.size(); ++m) {
       LossWeights weights = weights_;
@@ -312,42 +298,29 @@ class SpeculationTrainer {
   }
 
   TrainingPlace Place() const {
-    return {step_,
-            static_cast<double>(step_) / static_cast<double>(sampler_.steps_per_epoch()),
-            meter_.samples()};
+    return {
+        at_.step,
+        static_cast<double>(at_.step) / static_cast<double>(windows_.steps_per_epoch()),
+        at_.meter.samples()};
   }
   std::string Note(double loss) const {
     char text[96];
     // Of top-1 the score is its negative: less is better.
     std::snprintf(text, sizeof text, "loss %.3f, best %.3f (ln E %.3f)", loss,
-                  std::abs(best_.score()),
+                  std::abs(at_.best.score()),
                   std::log(double(config_.geometry.num_experts)));
     return text;
-  }
-
-  // The mean over stores: each counts alike, however large.
-  ValidationScores ValidateAll() {
-    ValidationScores mean;
-    for (const EvaluationData& data : validation_) {
-      const ValidationScores own = Validate(&joint_, data, comm_);
-      const double share = 1 / static_cast<double>(validation_.size());
-      mean.loss += own.loss * share;
-      mean.top1 += own.top1 * share;
-      mean.top4 += own.top4 * share;
-      mean.recall += own.recall * share;
-      mean.labels += own.labels;
-    }
-    return mean;
   }
 
   // Early stopping: the parameters of the best validation are what is kept; of averaged
   // ones where averages are.
   void ValidateAndSave() {
     optimizer_->SwapAverages();
-    const ValidationScores scores = ValidateAll();
+    const ValidationScores scores = ValidateAll(&joint_, validation_, comm_);
     log_.Write(Place(), scores);
     const double score = options_.monitor == "top1" ? -scores.recall : scores.loss;
-    best_.Offer(score, step_, joint_.parameters(), options_.schedule.plateau_patience);
+    at_.best.Offer(score, at_.step, joint_.parameters(),
+                   options_.schedule.plateau_patience);
     optimizer_->SwapAverages();
     exhausted_ = Exhausted();
     Save();
@@ -355,35 +328,24 @@ class SpeculationTrainer {
 
   // Validation was not bettered for as long as it is waited for.
   bool Exhausted() const {
-    return options_.patience > 0 && best_.worse() >= options_.patience;
+    return options_.patience > 0 && at_.best.worse() >= options_.patience;
   }
 
-  // The best parameters first, under a name of their own: the state that names them comes
-  // after, and only then an older best goes.
   void Save() {
     if (rank_.is_root()) {
-      MakeFolder(StateFolder());
-      // Beside the checkpoints: those are equal bits, however long they took.
-      WriteFileAtomic(StateFolder() / kSecondsFile, Json(Seconds()).dump() + "\n");
-      best_.Write(StateFolder());
-      Json extra = best_.ToJson();
-      extra.update(meter_.ToJson());
-      std::vector<std::string> beside;
-      if (best_.step() > 0) beside.push_back(best_.file_name());
-      SaveTrainState(StateFolder(), {step_, Configuration(), extra, beside},
-                     TrainedTensors(), optimizer_->adamw());
-      best_.RemoveOld(StateFolder());
+      SaveProgress(StateFolder(), at_, Seconds(), Configuration(), TrainedTensors(),
+                   optimizer_->adamw(), job_.keep_checkpoints);
     }
     comm_->Barrier();
   }
 
   SpeculationResult Finish(const StaleControl& control) {
-    best_.CopyTo(joint_.parameters());
+    at_.best.CopyTo(joint_.parameters());
     const EvaluationData test =
         Part(0, SplitPart::kTest, options_.test_sequences, kTestStream);
     SpeculationResult result =
         ScoreAndWrite({&job_, &joint_, validation_, test, tables_, &routers_, control,
-                       step_, best_.step(), seconds_, out_of_time_},
+                       at_.step, at_.best.step(), seconds_, out_of_time_},
                       comm_);
     result.losses = losses_;
     if (rank_.is_root()) RemoveTrainStates(StateFolder());
@@ -401,12 +363,11 @@ class SpeculationTrainer {
   const std::vector<SpeculationConfig> configs_;  // by store
   const SpeculationConfig config_;                // of the first
   WithHidden hidden_;
-  WindowSampler sampler_;
+  TrainingWindows windows_;
   std::vector<EvaluationData> validation_;  // by store
   JointModel joint_;
   SpeculationModel* model_;                       // its part for the first store
   std::shared_ptr<const BaselineTables> tables_;  // of the train part
-  std::optional<Curriculum> curriculum_;
   std::optional<GradientReducer> reducer_;
   std::optional<MemberOptimizer> optimizer_;
   LossWeights weights_;
@@ -414,13 +375,7 @@ class SpeculationTrainer {
   TrainingLog log_;                // rank 0's writes
   int64_t steps_ = 0, validate_every_ = 1;
 
-  // What a checkpoint holds beside the tensors.
-  int64_t step_ = 0;
-  BestParameters best_;
-  StepMeter meter_;
-
-  double before_ = 0;  // seconds of the processes before this one
-
+  TrainingProgress at_;
   Stopwatch clock_;     // since this process' first step
   double seconds_ = 0;  // of the whole training, once it is over
   bool stop_ = false, exhausted_ = false, out_of_time_ = false;

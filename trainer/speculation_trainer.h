@@ -27,6 +27,9 @@ struct SpeculationJob {
   // windows of all stores, validation is the mean over them, and each one's model goes to
   // out/also-N; scores are of `store`.
   std::vector<FurtherStore> also;
+  // Another store of the traced model, whose test documents are asked about, too: a
+  // change of domain. No dataset = none.
+  FurtherStore shift;
   // Becomes a speculation model's folder (config.json, model.safetensors) with
   // baselines.safetensors, results.json and metrics.jsonl; holds state/ while training.
   fs::path out;
@@ -40,6 +43,7 @@ struct SpeculationJob {
   // Seconds of steps and validations, over all processes of the run; after the step that
   // exceeds them the best so far is the result, as if it were the last. 0 = no limit.
   double time_limit = 0;
+  int keep_checkpoints = 2;  // newest ones that stay while it trains; >= 1
   bool onnx = false;  // writes out/onnx beside the model; kinds that cannot are refused
   bool quiet = false;
 };

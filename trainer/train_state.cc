@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <set>
 
 #include "common/byte_file.h"
 #include "common/errors.h"
@@ -13,7 +14,6 @@
 namespace routecast {
 namespace {
 
-constexpr size_t kKept = 2;
 constexpr char kPrefix[] = "step-";
 constexpr char kTemporary[] = ".tmp";
 constexpr char kStateFile[] = "state.json", kChecksum[] = "checksum";
@@ -67,10 +67,14 @@ void RemoveOrphans(const fs::path& folder) {
 
 [[noreturn]] void Damaged(const fs::path& checkpoint, const fs::path& file,
                           const std::string& why) {
-  throw DataError(ErrorText(file.string() + " is damaged: " + why, "",
-                            "remove " + checkpoint.string() +
-                                " to go on from the one before it, or start anew with "
-                                "--resume=never"));
+  const size_t older = Checkpoints(checkpoint.parent_path()).size() - 1;
+  throw DataError(
+      ErrorText(file.string() + " is damaged: " + why,
+                "checkpoints before it: " + std::to_string(older),
+                (older > 0 ? "remove " + checkpoint.string() +
+                                 " to go on from the one before it, or start anew with "
+                           : std::string("start anew with ")) +
+                    "--resume=never"));
 }
 
 // Of everything but itself.
@@ -98,7 +102,7 @@ Json ReadState(const fs::path& checkpoint) {
 }  // namespace
 
 void SaveTrainState(const fs::path& folder, const TrainState& state,
-                    const Parameters& parameters, const AdamW& optimizer) {
+                    const Parameters& parameters, const AdamW& optimizer, int keep) {
   MakeFolder(folder);
   RemoveOrphans(folder);
   SealedFolder sealed(StepFolder(folder, state.step));
@@ -121,7 +125,28 @@ void SaveTrainState(const fs::path& folder, const TrainState& state,
   WriteFileAtomic(sealed.path() / kStateFile, json.dump(2) + "\n");
   sealed.Commit();
   std::vector<fs::path> all = Checkpoints(folder);
-  for (size_t i = 0; i + kKept < all.size(); ++i) RemoveWhole(all[i]);
+  const auto kept = static_cast<size_t>(keep);
+  for (size_t i = 0; i + kept < all.size(); ++i) RemoveWhole(all[i]);
+}
+
+void RemoveUnnamed(const fs::path& folder) {
+  std::set<std::string> named;
+  for (const fs::path& checkpoint : Checkpoints(folder)) {
+    try {
+      const Json state = ReadState(checkpoint);
+      for (const Json& name : state.at("beside")) named.insert(name);
+    } catch (const DataError&) {
+      return;
+    }
+  }
+  std::vector<fs::path> unnamed;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const fs::path& p = entry.path();
+    if (p.extension() == ".safetensors" && !named.contains(p.filename().string())) {
+      unnamed.push_back(p);
+    }
+  }
+  for (const fs::path& path : unnamed) RemoveAll(path);
 }
 
 std::optional<TrainState> FindTrainState(const fs::path& folder) {

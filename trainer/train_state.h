@@ -1,6 +1,6 @@
 // Checkpoints of a training run: FOLDER/step-00000200/{parameters,optimizer}.safetensors
 // and state.json, sealed by a rename, so that a reader finds step n or an older one,
-// never a part. The newest two are kept. state.json holds its own checksum and those of
+// never a part. The newest few are kept. state.json holds its own checksum and those of
 // all files that the state needs. Thread rule: rank 0 saves; every rank loads.
 #pragma once
 
@@ -22,9 +22,13 @@ struct TrainState {
   std::vector<std::string> beside{};
 };
 
-// Also removes what a killed save left in FOLDER.
+// Also removes what a killed save left in FOLDER, and checkpoints but the newest `keep`
+// (>= 1), once the new one is whole.
 void SaveTrainState(const fs::path& folder, const TrainState& state,
-                    const Parameters& parameters, const AdamW& optimizer);
+                    const Parameters& parameters, const AdamW& optimizer, int keep = 2);
+// Removes FOLDER/*.safetensors that no checkpoint there needs; none where one of them
+// does not say what it needs.
+void RemoveUnnamed(const fs::path& folder);
 // The newest whole checkpoint's state, or nothing where there is none. Throws DataError
 // naming the file where one that it needs is damaged: every byte is checked.
 std::optional<TrainState> FindTrainState(const fs::path& folder);

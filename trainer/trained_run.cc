@@ -4,6 +4,8 @@
 
 #include "models/ensemble_model.h"
 #include "models/speculation_onnx.h"
+#include "trainer/domain_shift.h"
+#include "trainer/ensemble_stack.h"
 #include "trainer/knn_estimate.h"
 #include "trainer/speculation_report.h"
 
@@ -20,7 +22,8 @@ Json ExtraOf(const TrainedRun& run) {
   return extra;
 }
 
-// An ensemble's members count by their validation top-1; no member, no scores.
+// An ensemble's members count by their validation top-1, or by what was learnt there; no
+// member, no scores.
 std::vector<ValidationScores> WeighMembers(const EvaluationData& data,
                                            SpeculationModel* model, Communicator* comm) {
   if (model->config().members.empty()) return {};
@@ -28,6 +31,7 @@ std::vector<ValidationScores> WeighMembers(const EvaluationData& data,
   std::vector<double> weights;
   for (const ValidationScores& s : scores) weights.push_back(s.recall + 1e-9);
   SetMemberWeights(model, weights);
+  if (model->config().combine == "stack") FitStack(model, data, comm);
   return scores;
 }
 
@@ -68,6 +72,11 @@ SpeculationResult ScoreAndWrite(const TrainedRun& run, Communicator* comm) {
   const Calibration calibration = FitCalibration(&model, validation, comm);
   report.test = Test(&model, calibration, run.tables, *run.routers, run.test,
                      job.options.seed, comm);
+  if (job.shift.dataset != nullptr) {
+    report.shift_store = job.shift.name;
+    report.after_shift = Test(&model, calibration, run.tables, *run.routers,
+                              ShiftData(job, run.test.hidden), job.options.seed, comm);
+  }
   report.neighbours = NeighboursJson(dataset, job.options.seed, comm);
   FinishOthers(run, comm, &report);
   SpeculationResult result;

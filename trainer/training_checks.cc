@@ -2,6 +2,7 @@
 
 #include "common/errors.h"
 #include "models/speculation_kinds.h"
+#include "storage/one_model.h"
 #include "trainer/speculation_batch.h"
 
 namespace routecast {
@@ -78,6 +79,22 @@ void RequirePart(const TraceDataset& dataset, SplitPart part, WithHidden hidden)
       ErrorText("the traces have no sequence of two tokens or more in a " +
                     std::string(SplitPartName(part)) + " document",
                 std::to_string(dataset.sequences().size()) + " sequences in all",
+                "collect more documents"));
+}
+
+void RequireShift(const TraceDataset* shift, const TraceDataset& dataset,
+                  WithHidden hidden) {
+  if (shift == nullptr) return;
+  RequireOneModel({"--store", dataset.geometry()}, {"--shift_store", shift->geometry()});
+  if (hidden != WithHidden::kNo && !shift->any_hidden()) {
+    throw UsageError(ErrorText("--shift_store has no router inputs",
+                               "the model reads them",
+                               "collect it with --record=ids,hidden"));
+  }
+  if (!GroupsOf(*shift, SplitPart::kTest, hidden).empty()) return;
+  throw UsageError(
+      ErrorText("--shift_store has no sequence of two tokens or more in a test document",
+                std::to_string(shift->sequences().size()) + " sequences in all",
                 "collect more documents"));
 }
 

@@ -6,6 +6,8 @@
 
 #include <vector>
 
+#include "common/errors.h"
+
 namespace routecast {
 namespace {
 
@@ -117,6 +119,80 @@ TEST(AugmentationTest, MaskedTokensAreHiddenAndWeighed) {
   EXPECT_LT(masked.sum().item<int>(), 38);
   EXPECT_TRUE(at::allclose(batch.weights_BT, at::where(masked, 1.0, 0.1).to(at::kFloat)));
   EXPECT_TRUE(batch.window.hidden_BTD.abs().sum(2).eq(0).eq(masked).all().item<bool>());
+}
+
+TEST(AugmentationTest, AMaskedBlockIsOneRunOfItsShare) {
+  SpeculationBatch batch = Batch();
+  Augment({.mask = 0.25, .unmasked_weight = 0.1, .mask_mode = "block"}, 5, &batch);
+  const auto masked = batch.window.experts_BTL.eq(5).all(2).to(at::kLong);
+  EXPECT_EQ(masked[0].sum().item<int>(), 6);  // of 24
+  EXPECT_EQ(masked[1].sum().item<int>(), 3);  // of 12 real ones
+  for (int b = 0; b < 2; ++b) {
+    const auto edges = masked[b].diff().abs().sum().item<int>();
+    EXPECT_LE(edges, 2) << "in pieces";
+  }
+  EXPECT_TRUE(
+      at::allclose(batch.weights_BT, at::where(masked.eq(1), 1.0, 0.1).to(at::kFloat)));
+  EXPECT_TRUE(
+      batch.window.hidden_BTD.abs().sum(2).eq(0).eq(masked.eq(1)).all().item<bool>());
+}
+
+// Uniform masking of tokens, or of single entries, would leave columns in part.
+TEST(AugmentationTest, LayerAwareMaskingHidesOneWholeLayer) {
+  constexpr int kDraws = 600;
+  int hidden = 0, by_layer[3] = {};
+  for (uint64_t key = 0; key < kDraws; ++key) {
+    SpeculationBatch batch = Batch();
+    const auto before = batch.window.experts_BTL.clone();
+    Augment({.mask = 0.3, .unmasked_weight = 0.1, .mask_mode = "layer"}, key, &batch, 2);
+    for (int b = 0; b < 2; ++b) {
+      const auto& ids = batch.window.experts_BTL[b];
+      const auto gone = ids.eq(5);
+      const auto columns = gone.all(0);
+      EXPECT_TRUE(at::equal(gone, columns.unsqueeze(0).expand_as(gone))) << "in part";
+      EXPECT_TRUE(at::equal(at::where(gone, 5, before[b]), ids));
+      const int count = columns.sum().item<int>();
+      EXPECT_LE(count, 1);
+      EXPECT_EQ(batch.weights_BT[b].eq(1).all().item<bool>(), count == 1);
+      EXPECT_FLOAT_EQ(batch.weights_BT[b][3].item<float>(), count == 1 ? 1 : 0.1f);
+      // The state is that of the source layer, and tells its choice.
+      const bool source = columns[1].item<bool>();
+      EXPECT_EQ(batch.window.hidden_BTD[b].eq(0).all().item<bool>(), source);
+      hidden += count;
+      for (int l = 0; l < 3; ++l) by_layer[l] += columns[l].item<bool>();
+    }
+  }
+  EXPECT_NEAR(hidden, 0.3 * 2 * kDraws, 60);
+  EXPECT_NEAR(by_layer[0], hidden / 2, 40);  // the newest two, evenly
+  EXPECT_NEAR(by_layer[1], hidden / 2, 40);
+  EXPECT_EQ(by_layer[2], 0);  // the third newest is no context of this model
+}
+
+TEST(AugmentationTest, AMaskedLayerOfAnEncoderIsAKnownOne) {
+  for (uint64_t key = 0; key < 50; ++key) {
+    SpeculationBatch batch = Batch();
+    batch.window.stack = Stack::kEncoder;
+    batch.window.source_layer = 0;
+    batch.window.experts_BTL.narrow(2, 1, 2).fill_(5);
+    const auto before = batch.window.experts_BTL.narrow(2, 1, 2).clone();
+    Augment({.mask = 0.99, .mask_mode = "layer"}, key, &batch, 4);
+    EXPECT_TRUE(batch.window.experts_BTL[0].select(1, 0).eq(5).all().item<bool>() ||
+                key > 0);
+    EXPECT_TRUE(at::equal(batch.window.experts_BTL.narrow(2, 1, 2), before));
+    batch = Batch();
+    batch.window.source_layer = -1;  // nothing is known
+    batch.window.stack = Stack::kEncoder;
+    const auto ids = batch.window.experts_BTL.clone();
+    Augment({.mask = 0.99, .mask_mode = "layer"}, key, &batch, 4);
+    EXPECT_TRUE(at::equal(batch.window.experts_BTL, ids));
+  }
+}
+
+TEST(AugmentationTest, AModeWithoutAMaskIsRefused) {
+  EXPECT_THROW(AugmentOptions{.mask_mode = "layer"}.Validate(), UsageError);
+  EXPECT_THROW((AugmentOptions{.mask = 0.1, .mask_mode = "column"}.Validate()),
+               UsageError);
+  EXPECT_NO_THROW((AugmentOptions{.mask = 0.1, .mask_mode = "layer"}.Validate()));
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "tests/trainer/synthetic_traces.h"
 #include "tests/trainer/training_in_memory.h"
 #include "trainer/leaderboard.h"
+#include "trainer/leaderboard_rows.h"
 #include "trainer/speculation_loss.h"
 
 namespace routecast {
@@ -102,9 +103,10 @@ TEST(BackupExperts, CostTheMeanOfTheirCrossEntropies) {
       expected -= log_probs[choice].item<double>() / 2;
     }
   }
-  const LossSums sums = SpeculationLoss(output, batch, weights);
-  EXPECT_NEAR(sums.total.item<double>(), without + 0.4 * expected, 1e-5);
-  EXPECT_NEAR(sums.cross_entropy, without, 1e-5);  // what is reported is the first head's
+  const LossSum sum = SpeculationLoss(output, batch, weights);
+  EXPECT_NEAR(sum.total.item<double>(), without + 0.4 * expected, 1e-5);
+  // What is reported is the first head's.
+  EXPECT_NEAR(ScoresOf(output, batch).cross_entropy, without, 1e-5);
 }
 
 TEST(BackupExperts, AnswerWithDistinctExperts) {

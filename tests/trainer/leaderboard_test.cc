@@ -7,6 +7,7 @@
 #include "common/errors.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/trainer/training_in_memory.h"
+#include "trainer/leaderboard_rows.h"
 #include "trainer/run_plan.h"
 
 namespace routecast {

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <set>
+#include <string>
 
 #include "common/errors.h"
 #include "tests/support/reference.h"
@@ -123,6 +125,36 @@ TEST(TrainState, SavesLoadsAndKeepsTheNewestTwo) {
   const Parameters saved = optimizer.State(), loaded = other_optimizer.State();
   for (const auto& [name, t] : saved.items()) {
     EXPECT_TRUE(at::equal(t, loaded.Get(name))) << name;
+  }
+}
+
+TEST(TrainState, KeepsAsManyAsAskedForAndWhatTheyName) {
+  const Parameters p = TwoParameters();
+  for (const int keep : {1, 3}) {
+    const fs::path folder = TestFolder("train-state-" + std::to_string(keep));
+    MakeFolder(folder);
+    for (int64_t step = 1; step <= 6; ++step) {
+      // A best every second step.
+      const std::string best = "best-" + std::to_string((step + 1) / 2) + ".safetensors";
+      WriteParameters(folder / best, p, at::kFloat);
+      SaveTrainState(folder, {step, Json::object(), Json::object(), {best}}, p,
+                     AdamW(p, {}), keep);
+      RemoveUnnamed(folder);
+    }
+    std::set<std::string> found;
+    for (const auto& entry : fs::directory_iterator(folder)) {
+      found.insert(entry.path().filename());
+    }
+    std::set<std::string> expected = {"step-00000006", "best-3.safetensors"};
+    if (keep == 3) {
+      expected.insert({"step-00000004", "step-00000005", "best-2.safetensors"});
+    }
+    EXPECT_EQ(found, expected);
+    // Of a damaged one it is not known what it needs.
+    WriteParameters(folder / "best-9.safetensors", p, at::kFloat);
+    WriteFileAtomic(folder / "step-00000006" / "state.json", "{}");
+    RemoveUnnamed(folder);
+    EXPECT_TRUE(fs::exists(folder / "best-9.safetensors"));
   }
 }
 

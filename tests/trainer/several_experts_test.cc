@@ -154,12 +154,14 @@ TEST(SeveralExpertsLoss, IsTheMeanOverAllAndRecallCountsAll) {
       first += k == 0 && rank == 0;
     }
   }
-  const LossSums sums = SpeculationLoss(output, batch, {});
-  EXPECT_EQ(sums.labels, 4);
-  EXPECT_NEAR(sums.total.item<double>(), loss, 1e-5);
-  EXPECT_NEAR(sums.cross_entropy, loss, 1e-5);
-  EXPECT_NEAR(sums.recall, recall, 1e-9);
-  EXPECT_NEAR(sums.top1, first, 1e-9);
+  const LossSum sum = SpeculationLoss(output, batch, {});
+  EXPECT_EQ(sum.labels, 4);
+  EXPECT_NEAR(sum.total.item<double>(), loss, 1e-5);
+  const RoutingScores scores = ScoresOf(output, batch);
+  EXPECT_EQ(scores.labels, 4);
+  EXPECT_NEAR(scores.cross_entropy, loss, 1e-5);
+  EXPECT_NEAR(scores.recall, recall, 1e-9);
+  EXPECT_NEAR(scores.top1, first, 1e-9);
   // Smoothing is that of one-hot labels, K times.
   double smoothed = 0;
   for (int k = 0; k < 3; ++k) {

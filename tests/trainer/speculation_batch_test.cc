@@ -34,9 +34,10 @@ TEST(SpeculationLoss, AddsTheNextTokensWhereTheModelGuessesThem) {
   const double next = CrossEntropy(output.next_token_BTV[0][0], 1) +
                       CrossEntropy(output.next_token_BTV[0][1], 4) +
                       CrossEntropy(output.next_token_BTV[1][0], 0);
-  const LossSums sums = SpeculationLoss(output, batch, {0, 0.5});
-  EXPECT_NEAR(sums.total.item<double>(), routing + 0.5 * next, 1e-5);
-  EXPECT_NEAR(sums.cross_entropy, routing, 1e-5);  // what is reported is the routing's
+  const LossSum sum = SpeculationLoss(output, batch, {0, 0.5});
+  EXPECT_NEAR(sum.total.item<double>(), routing + 0.5 * next, 1e-5);
+  // What is reported is the routing's.
+  EXPECT_NEAR(ScoresOf(output, batch).cross_entropy, routing, 1e-5);
 }
 
 // All sequences once, as many together as their memory allows.

@@ -9,6 +9,7 @@
 #include "common/errors.h"
 #include "models/ensemble_model.h"
 #include "trainer/leaderboard.h"
+#include "trainer/leaderboard_rows.h"
 #include "trainer/member_optimizer.h"
 #include "trainer/search.h"
 #include "trainer/speculation_sets.h"
@@ -100,7 +101,7 @@ TEST(SpeculationSetsTest, AreScoredLikeSets) {
   const auto scores = SetAccumulator::Scores(accumulator.Sums(2), 2);
   ASSERT_EQ(scores.size(), 2u);
   for (int lead = 1; lead <= 2; ++lead) {
-    double recall = 0, precision = 0, size = 0, frequent = 0;
+    double recall = 0, precision = 0, size = 0, frequent = 0, wide = 0, frequent_wide = 0;
     for (int b = 0; b < 3; ++b) {
       std::vector<std::pair<double, int>> likely, common;
       double expected = 0;
@@ -126,6 +127,10 @@ TEST(SpeculationSetsTest, AreScoredLikeSets) {
         common_hits += needed[size_t(common[size_t(i)].second)];
       }
       for (const bool n : needed) total += n;
+      for (int i = 0; i < std::min(6, total * 13 / 10); ++i) {
+        wide += double(needed[size_t(likely[size_t(i)].second)]) / total / 3;
+        frequent_wide += double(needed[size_t(common[size_t(i)].second)]) / total / 3;
+      }
       recall += double(hits) / total / 3;
       precision += double(hits) / held / 3;
       size += held / 3.0;
@@ -136,8 +141,34 @@ TEST(SpeculationSetsTest, AreScoredLikeSets) {
     EXPECT_NEAR(s.precision, precision, 1e-6);
     EXPECT_NEAR(s.size, size, 1e-6);
     EXPECT_NEAR(s.frequency_recall, frequent, 1e-6);
+    EXPECT_NEAR(s.wider_recall, wide, 1e-6);
+    EXPECT_NEAR(s.wider_frequency_recall, frequent_wide, 1e-6);
     EXPECT_EQ(s.sequences, 3);
+    ASSERT_EQ(s.by_tokens.size(), 1u);  // all are short
+    EXPECT_EQ(s.by_tokens[0].recall, s.recall);
   }
+}
+
+TEST(SpeculationSetsTest, AreScoredByLengthAsWell) {
+  auto labels = at::zeros({3, 70, 1}, at::kLong);
+  labels[0].narrow(0, 16, 54).fill_(-100);  // 16 tokens, 17, 70
+  labels[1].narrow(0, 17, 53).fill_(-100);
+  labels[1][3][0] = 1;
+  const auto probs = at::one_hot(at::zeros({3, 70, 1}, at::kLong), 6).to(at::kFloat);
+  SetAccumulator accumulator;
+  accumulator.Add(0, probs, labels.unsqueeze(3), at::ones({1, 6}));
+  const SetScores all = SetAccumulator::Scores(accumulator.Sums(2), 2).at(0);
+  EXPECT_DOUBLE_EQ(all.recall, (1 + .5 + 1) / 3);
+  ASSERT_EQ(all.by_tokens.size(), 3u);
+  const int most[] = {16, 64, 128};
+  const double recall[] = {1, .5, 1};
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(all.by_tokens[i].sequences, 1);
+    EXPECT_EQ(all.by_tokens[i].most_tokens, most[i]);
+    EXPECT_DOUBLE_EQ(all.by_tokens[i].recall, recall[i]);
+  }
+  EXPECT_EQ(all.ToJson()["by_tokens"][1]["most_tokens"], 64);
+  EXPECT_FALSE(all.ToJson().contains("most_tokens"));
 }
 
 TEST(SpeculationSetsTest, TheLossIsFiniteAndPrefersTheTrueSet) {
@@ -237,6 +268,7 @@ TEST(MemberOptimizerTest, ABrokenGradientIsNamedAndChangesNothing) {
   broken.grad().fill_(NAN);
   try {
     optimizer.Step(1);
+    optimizer.RequireFinite();
     FAIL();
   } catch (const std::logic_error& e) {
     EXPECT_THAT(e.what(), testing::HasSubstr("head.mid.bias"));

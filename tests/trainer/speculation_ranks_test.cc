@@ -38,6 +38,13 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
       job.options.augment.layer_dropout = 0.2;
       job.options.curriculum_epochs = 1;
     }
+    TraceDataset elsewhere(traces.traces, traces.geometry);
+    if (kind == "ensemble_stack") {
+      job.options.kind = "ensemble";
+      job.options.members = "interlayer:width=16,heads=2,layers=1;simple";
+      job.options.combine = "stack";
+      job.shift = {"elsewhere", &elsewhere};
+    }
     if (kind == "interlayer") {
       job.options.contrastive_weight = 0.1;
       job.options.augment.mixup = 0.3;
@@ -58,8 +65,8 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
         TrainSpeculation(job, &dataset, traces.routers, with);
     return result;
   };
-  for (const std::string kind :
-       {"hidden", "hidden_attention", "hidden_bf16", "interlayer", "ensemble"}) {
+  for (const std::string kind : {"hidden", "hidden_attention", "hidden_bf16",
+                                 "interlayer", "ensemble", "ensemble_stack"}) {
     const SpeculationResult many = train(kind, "_many", comm.get());
     LocalCommunicator alone;
     const SpeculationResult one =
@@ -71,12 +78,18 @@ TEST(SpeculationRanks, TwoRanksTrainLikeOne) {
     }
     EXPECT_EQ(many.results["world_size"], rank.world);
     EXPECT_EQ(many.results["neighbours"], one.results["neighbours"]);
-    ASSERT_EQ(many.results["scores"].size(), one.results["scores"].size());
-    for (size_t i = 0; i < one.results["scores"].size(); ++i) {
-      const Json &a = many.results["scores"][i], &b = one.results["scores"][i];
-      EXPECT_EQ(a["samples"], b["samples"]);
-      EXPECT_NEAR(a["cross_entropy"].get<double>(), b["cross_entropy"].get<double>(),
-                  1e-3);
+    for (const char* key : {"scores", "scores_after_shift"}) {
+      ASSERT_EQ(one.results.contains(key),
+                key == std::string("scores") || kind == "ensemble_stack");
+      if (!one.results.contains(key)) continue;
+      const Json &all = many.results[key], &expected = one.results[key];
+      ASSERT_EQ(all.size(), expected.size());
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const Json &a = all[i], &b = expected[i];
+        EXPECT_EQ(a["samples"], b["samples"]);
+        EXPECT_NEAR(a["cross_entropy"].get<double>(), b["cross_entropy"].get<double>(),
+                    1e-3);
+      }
     }
     for (const auto& [name, entries] : one.results["baselines"].items()) {
       for (size_t i = 0; i < entries.size(); ++i) {

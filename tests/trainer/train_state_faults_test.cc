@@ -269,6 +269,53 @@ TEST_F(TrainingFaults, PowerLossWithNamesAheadOfBytes) {
   GoOnFromEveryDisk(Lost::kUnsyncedBytes, 17);
 }
 
+// However many are kept: each of them, with the best that it names, is a place to go on
+// from where the newer ones are damaged, to the same bits.
+TEST_F(TrainingFaults, WithoutADamagedCheckpointItGoesOnFromTheOneBefore) {
+  Empty();
+  const std::string undisturbed = Train();
+  for (const int keep : {1, 3}) {
+    Empty();
+    job_.keep_checkpoints = keep;
+    job_.options.validate_every = 2;
+    job_.options.training.learning_rate = 0.3;  // a new best not every time
+    const std::string expected = Train();
+    EXPECT_NE(expected, undisturbed);
+    Empty();
+    job_.stop_after = 7;
+    EXPECT_THROW(Train(), StoppedError);
+    job_.stop_after = 0;
+    std::vector<fs::path> kept;
+    for (const auto& entry : fs::directory_iterator(state())) {
+      if (fs::is_directory(entry)) kept.push_back(entry.path());
+    }
+    std::sort(kept.rbegin(), kept.rend());
+    ASSERT_EQ(kept.size(), static_cast<size_t>(keep));
+    for (int i = 0; i < keep; ++i) {
+      const fs::path newest = kept[static_cast<size_t>(i)];
+      std::ofstream(newest / "optimizer.safetensors", std::ios::binary) << "cut";
+      try {
+        Train();
+        FAIL() << newest;
+      } catch (const DataError& e) {
+        EXPECT_NE(std::string(e.what()).find(newest.string()), std::string::npos)
+            << e.what();
+        EXPECT_EQ(std::string(e.what()).find("remove") != std::string::npos, i + 1 < keep)
+            << "only where there is an older one: " << e.what();
+      }
+      if (i + 1 == keep) break;
+      fs::remove_all(newest);
+      const fs::path older = folder_.path() / "older";
+      fs::copy(state(), older, fs::copy_options::recursive);
+      EXPECT_EQ(Train(), expected);
+      Empty();
+      MakeFolder(state().parent_path());
+      fs::copy(older, state(), fs::copy_options::recursive);
+      fs::remove_all(older);
+    }
+  }
+}
+
 // The best parameters are written before the first checkpoint: those of a run that was
 // killed in between are not another run's.
 TEST_F(TrainingFaults, BestParametersOfAnotherRunAreNotTaken) {

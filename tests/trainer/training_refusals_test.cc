@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+
 #include "common/errors.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/trainer/synthetic_traces.h"
@@ -78,6 +80,35 @@ TEST_F(TrainingRefusals, HowAnEnsembleMixesIsOfEnsembles) {
   EXPECT_THROW(job.options.Validate(), UsageError);
   job.options.kind = "ensemble";
   EXPECT_NO_THROW(job.options.Validate());
+}
+
+// What, which value, what to do instead.
+TEST_F(TrainingRefusals, AnOptionOutOfRangeIsSaidInThreeLines) {
+  const std::pair<const char*, std::function<void(SpeculationOptions*)>> wrong[] = {
+      {"--global_batch=16", [](auto* o) { o->global_batch = 20; }},
+      {"--micro_batch", [](auto* o) { o->micro_batch = 0; }},
+      {"--learning_rate", [](auto* o) { o->training.learning_rate = -1; }},
+      {"--clip_norm", [](auto* o) { o->training.clip_norm = 0; }},
+      {"--dropout", [](auto* o) { o->sizes.dropout = 1; }},
+      {"--ema", [](auto* o) { o->ema = 1; }},
+      {"--distill_weight", [](auto* o) { o->distill_weight = 2; }},
+      {"--augment_mask", [](auto* o) { o->augment.mask = 1; }},
+      {"--augment_mask_mode", [](auto* o) { o->augment.mask_mode = "layer"; }},
+      {"--restart_growth", [](auto* o) { o->schedule.restart_growth = .5; }},
+      {"--plateau_factor", [](auto* o) { o->schedule.plateau_factor = 1; }}};
+  for (const auto& [flag, spoil] : wrong) {
+    SpeculationOptions options;
+    options.micro_batch = 16;
+    spoil(&options);
+    try {
+      options.Validate();
+      FAIL() << flag;
+    } catch (const UsageError& e) {
+      const std::string text = e.what();
+      EXPECT_THAT(text, testing::HasSubstr(flag));
+      EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 2) << text;
+    }
+  }
 }
 
 // --members are the ensemble's row alone; the others are what they are without.

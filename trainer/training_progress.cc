@@ -1,0 +1,69 @@
+#include "trainer/training_progress.h"
+
+#include "common/random.h"
+
+namespace routecast {
+namespace {
+
+constexpr char kSecondsFile[] = "seconds.json";
+
+// What the traces are.
+std::string FingerprintOf(const TraceDataset& dataset) {
+  uint64_t hash = 0;
+  for (const SequenceInfo& s : dataset.sequences()) {
+    hash = Mix(hash, s.sequence_id, s.group_id,
+               (uint64_t{s.encoder_tokens} << 32) | s.decoder_tokens, s.has_hidden);
+  }
+  return Hex64(hash);
+}
+
+}  // namespace
+
+Json RunConfiguration(const SpeculationOptions& options,
+                      const std::vector<SpeculationConfig>& configs,
+                      const std::vector<TraceDataset*>& stores) {
+  Json json = options.ToJson();
+  json["model"] = configs[0].ToJson();
+  json["traces"] = FingerprintOf(*stores[0]);
+  for (size_t i = 1; i < stores.size(); ++i) {
+    json["also"].push_back(
+        {{"model", configs[i].ToJson()}, {"traces", FingerprintOf(*stores[i])}});
+  }
+  return json;
+}
+
+// The best parameters first, under a name of their own: the state that names them comes
+// after, and only then one goes that no state names.
+void SaveProgress(const fs::path& folder, const TrainingProgress& progress,
+                  double seconds, const Json& configuration, const Parameters& trained,
+                  const AdamW& optimizer, int keep) {
+  MakeFolder(folder);
+  // Beside the checkpoints: those are equal bits, however long they took.
+  WriteFileAtomic(folder / kSecondsFile, Json(seconds).dump() + "\n");
+  progress.best.Write(folder);
+  Json extra = progress.best.ToJson();
+  extra.update(progress.meter.ToJson());
+  std::vector<std::string> beside;
+  if (progress.best.step() > 0) beside.push_back(progress.best.file_name());
+  SaveTrainState(folder, {progress.step, configuration, extra, beside}, trained,
+                 optimizer, keep);
+  RemoveUnnamed(folder);
+}
+
+bool LoadProgress(const fs::path& folder, const fs::path& out, const Json& configuration,
+                  const Parameters& trained, AdamW* optimizer,
+                  TrainingProgress* progress) {
+  const auto state = FindTrainState(folder);
+  if (!state) return false;
+  CheckSameConfiguration(state->configuration, configuration, out);
+  LoadTrainState(folder, state->step, trained, optimizer);
+  progress->step = state->step;
+  progress->best.Load(folder, state->extra);
+  progress->meter.Load(state->extra);
+  if (fs::exists(folder / kSecondsFile)) {
+    progress->seconds = ReadJsonFile(folder / kSecondsFile);
+  }
+  return true;
+}
+
+}  // namespace routecast
