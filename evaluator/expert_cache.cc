@@ -240,9 +240,8 @@ bool ExpertCache::LeavesBefore(ExpertKey a, ExpertKey b) const {
       break;
     }
     case Eviction::kPhaseAware: {
-      const Stack running = geometry_.StackOf(std::max(layer_, 0));
-      score_a = geometry_.StackOf(a.layer) != running;
-      score_b = geometry_.StackOf(b.layer) != running;
+      score_a = PhaseTurn(a.layer);
+      score_b = PhaseTurn(b.layer);
       break;
     }
     case Eviction::kBelady: {
@@ -255,6 +254,24 @@ bool ExpertCache::LeavesBefore(ExpertKey a, ExpertKey b) const {
   if (score_a != score_b) return score_a > score_b;
   if (x.last_use != y.last_use) return x.last_use < y.last_use;
   return a < b;
+}
+
+bool ExpertCache::Passed(int layer) const {
+  // Encoder layers count first: behind the running one, in whichever stack that is.
+  return eviction_ == Eviction::kPhaseAware && layer <= layer_ &&
+         geometry_.StackOf(layer) == Stack::kEncoder;
+}
+
+// The larger, the sooner it leaves.
+int ExpertCache::PhaseTurn(int layer) const {
+  if (Passed(layer)) return 2;
+  return geometry_.StackOf(layer) != geometry_.StackOf(std::max(layer_, 0)) ? 1 : 0;
+}
+
+double ExpertCache::UseShare(ExpertKey key) const {
+  const uint64_t visits = layer_visits_[static_cast<size_t>(key.layer)];
+  return visits == 0 ? 0
+                     : static_cast<double>(Of(key).uses) / static_cast<double>(visits);
 }
 
 double ExpertCache::UseRate(ExpertKey key) const {

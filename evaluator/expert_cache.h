@@ -24,7 +24,8 @@ enum class Eviction {
   kLfru,        // fewest uses per layer visit since the last use (vLLM issue 37190)
   kLeastStale,  // unused at its layer's latest visit, then farthest layer (SpecMD,
                 // 2602.03921)
-  kPhaseAware,  // the stack that is not running, then least recently used
+  kPhaseAware,  // what Passed; then the stack that is not running; then least recently
+                // used
   kBelady,      // farthest next use in a known future (offline only)
 };
 Eviction ParseEviction(const std::string& name);  // UsageError naming the nearest
@@ -77,6 +78,11 @@ class ExpertCache {
   std::optional<ExpertKey> Victim(std::span<const ExpertKey> kept = {}) const;
   // True where the policy gives up `a` before `b`.
   bool LeavesBefore(ExpertKey a, ExpertKey b) const;
+  // kPhaseAware: an encoder's layer whose turn is over, or has come: nothing uses its
+  // experts before the next sequence, but for what the running layer still waits for.
+  bool Passed(int layer) const;
+  // Share of its layer's visits so far that used the key; 0 before the first one.
+  double UseShare(ExpertKey key) const;
   // Share of its layer's recent visits that used the key (decays over about 8 visits).
   double UseRate(ExpertKey key) const;
   struct Rank {
@@ -127,6 +133,7 @@ class ExpertCache {
   void Enter(ExpertKey key);
   void Leave(ExpertKey key);
   int LayerDistance(int layer) const;
+  int PhaseTurn(int layer) const;
 
   MoeGeometry geometry_;
   Eviction eviction_;

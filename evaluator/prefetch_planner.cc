@@ -11,10 +11,6 @@ namespace {
 
 constexpr double kLinkSmoothing =
     0.2;  // share of the newest transfer in the link's estimate
-// A visit farther ahead can still be started later, with better knowledge.
-constexpr double kLeadDiscount = 0.6;
-constexpr double kSwitchGain =
-    1.5;  // how much better a speculation must be to replace one
 
 bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
   return std::find(keys.begin(), keys.end(), key) != keys.end();
@@ -145,6 +141,10 @@ void PrefetchPlanner::Predict(const LayerForecast& told) {
 }
 
 std::optional<ExpertKey> PrefetchPlanner::PickVictim() {
+  if (cache_->eviction() == Eviction::kPhaseAware) {
+    const std::optional<ExpertKey> first = cache_->Victim(unserved_);
+    if (first && cache_->Passed(first->layer)) return first;
+  }
   const bool foresees =
       forecasts_.AnyAfter(timeline_.visit()) && cache_->eviction() != Eviction::kBelady;
   return foresees ? worth_.Least(unserved_) : cache_->Victim(unserved_);
@@ -207,6 +207,7 @@ const PlannerActions& PrefetchPlanner::Poll() {
   CancelWrong(&actions);
   StartDemands(&actions);
   if (demands_.empty()) StartSpeculations(&actions);
+  if (idle()) StartWarming(&actions);
   actions.evicted.swap(evicted_);
   return actions;
 }
@@ -222,141 +223,6 @@ void PrefetchPlanner::StartDemands(PlannerActions* actions) {
     actions->start.push_back(Launch(demands_.front(), true, timeline_.visit()));
     demands_.erase(demands_.begin());
   }
-}
-
-void PrefetchPlanner::CancelWrong(PlannerActions* actions) {
-  if (!options_.engine_can_cancel) return;
-  for (Flight& flight : flights_) {
-    if (flight.joined || flight.cancelling) continue;
-    // Past: its layer has shown its routing, and this expert is not among it.
-    if (flight.visit > timeline_.visit() && !Outdone(flight)) continue;
-    flight.cancelling = true;
-    actions->cancel.push_back(flight.order.id);
-  }
-}
-
-bool PrefetchPlanner::Outdone(const Flight& flight) {
-  const VisitForecast* forecast = forecasts_.Find(flight.visit);
-  if (!forecast || forecast->layer != flight.order.key.layer) return false;
-  const double left = std::clamp(
-      1 - (clock_->Now() - std::max(flight.started, last_done_)) / transfer_seconds_,
-      0.05, 1.0);
-  const double own =
-      Score(forecast->probabilities[flight.order.key.expert], flight.visit) / left;
-  if (kSwitchGain * own >= 1) return false;  // no score is above 1
-  std::optional<LinkOutlook> link;
-  bool outdone = false;
-  EachCandidate([&](const Candidate& candidate) {
-    if (candidate.score <= kSwitchGain * own) return false;  // best first
-    if (!link) link = OutlookOfLink();
-    outdone = ArrivesInTime(candidate, *link);
-    return !outdone;
-  });
-  return outdone;
-}
-
-double PrefetchPlanner::Score(double probability, long visit) const {
-  double score = probability;
-  for (long v = timeline_.visit() + 1; v < visit; ++v) score *= kLeadDiscount;
-  return score;
-}
-
-void PrefetchPlanner::Advance(Row* row) const {
-  const VisitForecast& forecast = *row->forecast;
-  for (; row->next < forecast.ranked.size(); ++row->next) {
-    const ForetoldExpert& e = forecast.ranked[row->next];
-    if (cache_->state({forecast.layer, e.expert}) != ExpertCache::State::kAbsent)
-      continue;
-    row->score = Score(e.probability, forecast.visit);
-    return;
-  }
-  row->score = -1;
-}
-
-// Each visit's are ranked already: the best is that of one of the rows' heads.
-template <typename Act>
-void PrefetchPlanner::EachCandidate(const Act& act) {
-  rows_.clear();
-  for (int distance = 1; distance <= forecasts_.max_lead(); ++distance) {
-    const VisitForecast* forecast = forecasts_.Find(timeline_.visit() + distance);
-    if (!forecast || forecast->ranked.empty()) continue;
-    rows_.push_back({forecast});
-    Advance(&rows_.back());
-    if (rows_.back().score < 0) rows_.pop_back();
-  }
-  while (!rows_.empty()) {
-    Row* best = &rows_.front();
-    for (Row& row : rows_) {
-      if (row.score > best->score) best = &row;
-    }
-    if (best->score < 0) return;
-    const VisitForecast& forecast = *best->forecast;
-    const Candidate candidate{{forecast.layer, forecast.ranked[best->next].expert},
-                              forecast.visit,
-                              best->score};
-    if (!act(candidate)) return;
-    ++best->next;
-    Advance(best);
-  }
-}
-
-PrefetchPlanner::LinkOutlook PrefetchPlanner::OutlookOfLink() const {
-  const double now = clock_->Now();
-  double link_free = now, served = now;  // served: demands are first on the link
-  for (const Flight& flight : flights_) {
-    const double began = std::max(flight.started, last_done_);
-    const bool first =
-        &flight == &flights_.front();  // the others have not had the link yet
-    const double left = std::max(0.0, transfer_seconds_ - (first ? now - began : 0.0));
-    link_free += left;
-    if (flight.joined) served += left;
-  }
-  // While the model waits for its demands, what comes after them is needed later.
-  double stall = stall_;
-  if (served > now) stall = std::max(stall, served - timeline_.visit_start());
-  return {now, link_free, stall};
-}
-
-bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate,
-                                    const LinkOutlook& link) const {
-  const int distance = static_cast<int>(candidate.visit - timeline_.visit());
-  const double need = std::max(link.now, timeline_.StartOf(distance, link.stall));
-  return link.free + transfer_seconds_ <=
-         need + options_.late_allowance * transfer_seconds_;
-}
-
-bool PrefetchPlanner::MakeRoomFor(const Candidate& candidate) {
-  if (cache_->free_slots() > 0) return true;
-  const std::optional<ExpertKey> victim = PickVictim();
-  if (!victim || Worth(*victim) >= Worth(candidate.key)) return false;
-  Evict(*victim);
-  return true;
-}
-
-void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
-  if (!forecasts_.AnyAfter(timeline_.visit())) return;
-  int speculating = 0;
-  for (const Flight& flight : flights_) speculating += !flight.joined;
-  // The last place is the demands'.
-  const auto full = [&] {
-    return speculating >= options_.max_in_flight - 1 ||
-           in_flight() >= options_.max_in_flight;
-  };
-  if (full()) return;
-  std::optional<LinkOutlook> link;
-  const size_t evicted_before = evicted_.size();
-  EachCandidate([&](const Candidate& candidate) {
-    // What has just left for a better one stays away.
-    const bool left = std::find(evicted_.begin() + static_cast<long>(evicted_before),
-                                evicted_.end(), candidate.key) != evicted_.end();
-    if (left || cache_->state(candidate.key) != ExpertCache::State::kAbsent) return true;
-    if (!link) link = OutlookOfLink();
-    if (!ArrivesInTime(candidate, *link) || !MakeRoomFor(candidate)) return true;
-    actions->start.push_back(Launch(candidate.key, false, candidate.visit));
-    link.reset();
-    ++speculating;
-    return !full();
-  });
 }
 
 void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes) {
@@ -386,6 +252,7 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
     if (!flight.order.demand) ++ledger_.speculations_unused;
     const bool wanted = Contains(unserved_, key);
     if (outcome == TransferOutcome::kFailed && wanted) failed_ = key;
+    if (outcome == TransferOutcome::kFailed && flight.warming) cold_.push_back(key);
     if (outcome == TransferOutcome::kFailed) {  // not tried again until it is demanded
       for (int distance = 1; distance <= forecasts_.max_lead(); ++distance) {
         VisitForecast* forecast = forecasts_.Find(timeline_.visit() + distance);

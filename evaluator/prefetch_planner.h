@@ -15,6 +15,11 @@
 // probability
 //   and by when it is next expected, than the one it brings; what the running layer needs
 //   is never evicted;
+// - where the cache is phase-aware, what the encoder has passed leaves before all else,
+// and on
+//   a link that is idle while the encoder runs the decoder's most used experts are warmed
+//   into free slots and those, if they can be there before the decoder begins; whatever
+//   is demanded or foretold with some certainty goes before that;
 // - no more slots are in service than SetCapacity allows, as soon as experts that are not
 //   leased, needed or on their way leave enough of them.
 #pragma once
@@ -116,6 +121,9 @@ class PrefetchPlanner {
   // the predictions are forgotten.
   void Predict(const LayerForecast& forecast);
   void ForgetPredictions();
+  // Whether a phase-aware cache is warmed for the decoder. It is where the policy
+  // speculates at all, unless this says otherwise.
+  void SetWarming(bool warms) { warms_ = warms; }
 
   // How many slots may be in service from the next Poll on. REQUIRES 2 <= slots <= those
   // of the cache.
@@ -155,6 +163,7 @@ class PrefetchPlanner {
     long visit = 0;       // that it is for
     bool joined = false;  // a demand waits for it
     bool cancelling = false;
+    bool warming = false;
   };
   struct Candidate {
     ExpertKey key;
@@ -188,6 +197,9 @@ class PrefetchPlanner {
   LinkOutlook OutlookOfLink() const;
   bool ArrivesInTime(const Candidate& candidate, const LinkOutlook& link) const;
   bool MakeRoomFor(const Candidate& candidate);
+  // One transfer for the decoder, where the encoder leaves the link idle.
+  void StartWarming(PlannerActions* actions);
+  std::optional<ExpertKey> LikeliestOfDecoder() const;  // of those absent
   std::optional<ExpertKey> PickVictim();
   TransferOrder Launch(ExpertKey key, bool demand, long visit);
   void Evict(ExpertKey key);
@@ -208,6 +220,8 @@ class PrefetchPlanner {
   PlannerActions actions_;
   std::vector<Row> rows_;  // of EachCandidate
   std::optional<ExpertKey> failed_;
+  std::vector<ExpertKey> cold_;  // whose warming failed: not tried again
+  bool warms_ = true;
   uint64_t next_id_ = 1;
   double stall_ = 0, transfer_seconds_ = 0, last_done_ = -1;
   int capacity_;  // slots in service, at most

@@ -133,6 +133,9 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
   {
     std::lock_guard lock(mutex_);
     planner_.BeginPass(rested);
+    // Where speculation does not help the decoder, nothing is warmed for it either.
+    planner_.SetWarming(!options_.planner.policy.auto_off ||
+                        speculation_helps(Stack::kDecoder));
   }
   FitMemory(pass);
   if (!foresight_) return;

@@ -67,7 +67,9 @@ DEFINE_string(shift_store, "",
               "how predictors take a change of domain");
 DEFINE_double(question_us, 200, "cost of a question in --mode=simulate");
 DEFINE_string(in, ".", "folder that --mode=status looks into");
-DEFINE_string(phase, "decoder", "stacks of a replay: decoder, encoder or both");
+DEFINE_string(phase, "decoder",
+              "stacks of a replay: decoder, encoder or both; --mode=simulate: decoder or "
+              "both");
 DEFINE_string(link, "auto",
               "native, emulated (paced), or auto: paced where the bound is < 1.5");
 DEFINE_bool(guess_next_token, true,
@@ -229,6 +231,7 @@ void Simulate() {
   options.sequences = FLAGS_sequences;
   options.tokens = FLAGS_max_new_tokens;
   options.question_seconds = FLAGS_question_us * 1e-6;
+  options.encoder = ParseChoice("--phase", FLAGS_phase, {"decoder", "both"}) == 1;
   constexpr uint64_t kWhole = 1'000'000;  // of a share
   options.budget_share =
       static_cast<double>(ParseBudget(FLAGS_expert_budget, kWhole)) / kWhole;

@@ -121,15 +121,18 @@ class PrefetchRuntimeTest : public testing::TestWithParam<StepMemory> {
                                              options);
   }
   // Asked on the forward thread, then on one of their own.
-  void ChangesNothing(StrangePredictor::Mode mode, const std::string& policy, int slots) {
+  void ChangesNothing(StrangePredictor::Mode mode, const std::string& policy, int slots,
+                      Eviction eviction = Eviction::kLru) {
     const std::string resident = Resident();
     for (const bool aside : {false, true}) {
       ask_aside_ = aside;
       DiskTransferEngine engine(file_, slots, {2, 4096, 0, true, true});
       StrangePredictor predictor(mode);
-      auto runtime = Runtime(&engine, slots, Eviction::kLru, policy,
+      auto runtime = Runtime(&engine, slots, eviction, policy,
                              std::make_unique<PredictorForesight>(
                                  &predictor, checkpoint_.config.geometry(), 3));
+      EXPECT_EQ(Decode(runtime.get(), runtime.get()), resident) << aside;
+      // What is used how often is known now: a phase-aware cache is warmed.
       EXPECT_EQ(Decode(runtime.get(), runtime.get()), resident) << aside;
       runtime->Suspend();
       EXPECT_GT(predictor.calls, 0);
@@ -197,6 +200,13 @@ TEST_P(PrefetchRuntimeTest, AsManyLeasesAsSlotsInServiceWhoeverPassesThemOn) {
 
 TEST_P(PrefetchRuntimeTest, RandomPredictionsChangeNothing) {
   ChangesNothing(StrangePredictor::kRandom, "top_k", 4);
+}
+TEST_P(PrefetchRuntimeTest, PhaseAwareWarmingChangesNothing) {
+  for (const auto mode : {StrangePredictor::kRandom, StrangePredictor::kMalicious}) {
+    for (int slots : {2, 5, 24}) {
+      ChangesNothing(mode, "top_k", slots, Eviction::kPhaseAware);
+    }
+  }
 }
 TEST_P(PrefetchRuntimeTest, MaliciousPredictionsChangeNothing) {
   ChangesNothing(StrangePredictor::kMalicious, "multi_look", 2);

@@ -35,7 +35,7 @@ class WorkingModel : public ExpertSource, public RoutingObserver {
                const StepCosts& costs)
       : runtime_(runtime), link_(link), clock_(clock), costs_(costs) {}
   void OnPassBegin(const PassInfo& pass) override {
-    Work(costs_.head);
+    if (pass.stack == Stack::kDecoder) Work(costs_.head);
     runtime_->OnPassBegin(pass);
   }
   void OnRouting(const LayerRouting& routing) override {
@@ -147,6 +147,10 @@ class SimulationAgreementTest : public testing::Test {
     size_t counted_from = 0;
     for (int i = 0; i < kSequences; ++i) {
       if (i == kWarmUp) counted_from = visits.size();
+      if (replay_.encoder) {
+        AppendEncoderVisits(traces_[static_cast<size_t>(i)], spec_.geometry,
+                            replay_.max_source, costs_, foresight.get(), &visits);
+      }
       AppendVisits(traces_[static_cast<size_t>(i)], spec_.geometry, kTokens, costs_,
                    foresight.get(), &visits);
     }
@@ -183,10 +187,12 @@ class SimulationAgreementTest : public testing::Test {
       OutputHash ignored;
       workload.Run(i, &model, &model, &ignored);
     }
-    const PhaseStats stats = runtime.stats(Stack::kDecoder);
+    const PhaseStats encoder = runtime.stats(Stack::kEncoder),
+                     decoder = runtime.stats(Stack::kDecoder);
     return {kTokens * (kSequences - kWarmUp) / (clock.Now() - begin),
-            static_cast<double>(stats.hits) / static_cast<double>(stats.uses),
-            static_cast<uint64_t>(stats.speculations)};
+            static_cast<double>(encoder.hits + decoder.hits) /
+                static_cast<double>(encoder.uses + decoder.uses),
+            static_cast<uint64_t>(encoder.speculations + decoder.speculations)};
   }
 
   void ExpectAgreement(const std::string& policy, Eviction eviction) {
@@ -217,6 +223,19 @@ TEST_F(SimulationAgreementTest, Auto) { ExpectAgreement("auto", Eviction::kLru);
 TEST_F(SimulationAgreementTest, TopK) { ExpectAgreement("top_k", Eviction::kLfu); }
 TEST_F(SimulationAgreementTest, Intelligent) {
   ExpectAgreement("intelligent", Eviction::kLru);
+}
+
+// Encoder passes, too, whose idle link warms the decoder.
+TEST_F(SimulationAgreementTest, PhaseAwareWithItsEncoder) {
+  synthetic_.geometry = {2, 3, 10, 1, 0};
+  traces_ = SyntheticTraces(synthetic_, kSequences, 3);
+  spec_.geometry = ReplayConfig(synthetic_.geometry, replay_).geometry();
+  replay_.encoder = true;
+  costs_.between_layers = 2e-3;
+  ExpectAgreement("auto", Eviction::kPhaseAware);
+  const uint64_t warmed = Run("auto", Eviction::kPhaseAware).speculations;
+  EXPECT_EQ(warmed, Simulated("auto", Eviction::kPhaseAware).speculations);
+  EXPECT_NE(warmed, Simulated("auto", Eviction::kLru).speculations);
 }
 
 // The comparison above would see a simulator that forgets what questions cost.
