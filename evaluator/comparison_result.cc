@@ -55,6 +55,12 @@ Json ComparisonResult::ToJson() const {
       entry["memory_bytes_peak"] = row.memory_bytes_peak;
       entry["least_slots"] = row.least_slots;
     }
+    if (!row.warm_start.empty()) {
+      entry["warm_start"] = row.warm_start;
+      entry["warm_start_experts"] = row.warm_start_experts;
+      entry["warm_start_bytes"] = row.warm_start_bytes;
+      entry["warm_start_seconds"] = row.warm_start_seconds;
+    }
     entry["phase"] = StackName(row.phase);
     entry["batch"] = row.batch;
     entry["prompts"] = row.prompts;

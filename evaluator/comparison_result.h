@@ -24,6 +24,12 @@ struct RowResult {
   // fewest slots that were left. Else 0.
   uint64_t memory_bytes_peak = 0;
   int least_slots = 0;
+  // What was counted where the slots were filled before the first step, else empty; how
+  // many experts that brought, and what it cost.
+  std::string warm_start;
+  int warm_start_experts = 0;
+  uint64_t warm_start_bytes = 0;
+  double warm_start_seconds = 0;
   int batch = 1, pairs = 0;
   std::string prompts;                // which requests: store, lines.txt, squad:dev.json
   std::string schedule = "in_order";  // how they were batched

@@ -120,6 +120,14 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
     result.link_share = result.transfer_seconds / total;
     result.compute_share = result.compute_seconds / total;
   }
+  if (row.warm_seconds > 0) {
+    result.warm_start = options_.warm_start->source;
+    result.warm_start_experts = row.warm_experts;
+    const ExpertFile& moved = row.is_lossy ? *options_.copies : *file_;
+    result.warm_start_bytes =
+        static_cast<uint64_t>(row.warm_experts) * moved.spec().blob_bytes();
+    result.warm_start_seconds = row.warm_seconds;
+  }
   result.output_sha256 = row.hash.Hex();
   result.lossless = !row.is_lossy && result.output_sha256 == rows_.front()->hash.Hex();
   if (row.is_lossy) {

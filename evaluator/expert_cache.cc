@@ -14,6 +14,7 @@ namespace {
 // Short: what was used lately is used again, and that beats long-run shares
 // (docs/runtime.md).
 constexpr double kRateDecay = 1.0 - 1.0 / 8;
+constexpr double kPriorVisits = 64;  // that a prior counts as, a layer
 const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
                                          "least_stale", "phase_aware", "belady"};
 
@@ -158,6 +159,11 @@ void ExpertCache::Arrive(ExpertKey key) {
   if (Evictable(key)) Enter(key);
 }
 
+void ExpertCache::Touch(ExpertKey key) {
+  Of(key).last_use = ++num_uses_;
+  if (Evictable(key)) Enter(key);
+}
+
 void ExpertCache::Drop(ExpertKey key) {
   Entry& entry = Of(key);
   Require(entry.state != State::kAbsent && entry.pins == 0,
@@ -269,9 +275,13 @@ int ExpertCache::PhaseTurn(int layer) const {
 }
 
 double ExpertCache::UseShare(ExpertKey key) const {
-  const uint64_t visits = layer_visits_[static_cast<size_t>(key.layer)];
-  return visits == 0 ? 0
-                     : static_cast<double>(Of(key).uses) / static_cast<double>(visits);
+  auto visits = static_cast<double>(layer_visits_[static_cast<size_t>(key.layer)]);
+  auto uses = static_cast<double>(Of(key).uses);
+  if (!prior_.empty()) {
+    visits += kPriorVisits;
+    uses += kPriorVisits * prior_[static_cast<size_t>(key.Index(geometry_))];
+  }
+  return visits > 0 ? uses / visits : 0;
 }
 
 double ExpertCache::UseRate(ExpertKey key) const {

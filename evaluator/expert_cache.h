@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/routing.h"
@@ -60,6 +61,11 @@ class ExpertCache {
   // > 0.
   int Load(ExpertKey key);
   void Arrive(ExpertKey key);  // loading -> ready
+  // As if it had been used last, without counting a use: the order of a warm start.
+  void Touch(ExpertKey key);
+  // Shares of their layers' uses, by key, that UseShare begins with: as much as so many
+  // visits of each layer. REQUIRES a share a key.
+  void SetPrior(std::vector<double> shares) { prior_ = std::move(shares); }
   // Loading or ready -> absent. REQUIRES no pins.
   void Drop(ExpertKey key);
   // Takes a free slot out of service, and puts the one back that was taken last; the
@@ -81,7 +87,8 @@ class ExpertCache {
   // kPhaseAware: an encoder's layer whose turn is over, or has come: nothing uses its
   // experts before the next sequence, but for what the running layer still waits for.
   bool Passed(int layer) const;
-  // Share of its layer's visits so far that used the key; 0 before the first one.
+  // Share of its layer's visits so far that used the key; before the first one 0, or the
+  // prior's.
   double UseShare(ExpertKey key) const;
   // Share of its layer's recent visits that used the key (decays over about 8 visits).
   double UseRate(ExpertKey key) const;
@@ -148,6 +155,7 @@ class ExpertCache {
   int layer_ = -1;       // running now
   uint64_t visits_ = 0;  // of any layer
   std::vector<uint64_t> layer_visits_;
+  std::vector<double> prior_;  // by key; empty: none
   uint64_t num_uses_ = 0;
   uint64_t future_position_ = 0;
   std::vector<std::vector<uint64_t>> future_;  // by key: positions of its uses

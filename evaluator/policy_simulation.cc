@@ -101,9 +101,9 @@ class Playground {
     PlannerOptions planner = planner_;
     planner.policy = settings;
     const auto start = std::chrono::steady_clock::now();
-    const SimulationResult r =
-        SimulatePrefetch(g_, slots_, ParseEviction(eviction), planner, link_,
-                         recording.visits, recording.counted_from);
+    const SimulationResult r = SimulatePrefetch(
+        g_, slots_, ParseEviction(eviction), planner, link_, recording.visits,
+        recording.counted_from, options_.warm_start.get());
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
     const TransferLedger& l = r.ledger;
     SimulatedRow row;
@@ -132,6 +132,10 @@ class Playground {
     return seconds;
   }
   int slots() const { return slots_; }
+  double TransferSeconds() const {
+    return link_.fixed_seconds +
+           static_cast<double>(link_.expert_bytes) / link_.bytes_per_second;
+  }
   const MoeGeometry& geometry() const { return g_; }
 
  private:
@@ -174,6 +178,10 @@ PolicySimulationResult SimulatePolicies(
   result.profile = profile;
   result.slots = ground.slots();
   const Recording plain = ground.Record(nullptr, 0);
+  if (options.warm_start) {
+    result.warm_start = options.warm_start->source;
+    result.warm_start_seconds = result.slots * ground.TransferSeconds();
+  }
   result.tokens = plain.tokens;
   const SpeculationPolicy demand = ParsePolicy("on_demand");
   result.rows.push_back(ground.Run("none", "on_demand", "lru", plain, demand));
@@ -224,6 +232,10 @@ Json PolicySimulationResult::ToJson() const {
                {"slots", slots},
                {"tokens", tokens},
                {"rows", Json::array()}};
+  if (!warm_start.empty()) {
+    json["warm_start"] = warm_start;
+    json["warm_start_seconds"] = warm_start_seconds;
+  }
   for (const SimulatedRow& row : rows) json["rows"].push_back(row.ToJson());
   return json;
 }
@@ -242,7 +254,13 @@ std::string PolicyTable(const PolicySimulationResult& result) {
                   Fixed(r.bound, 2)});
     visits = std::max(visits, r.visits_per_second);
   }
-  return table.ToText() + "simulated: " + result.profile.name +
+  const std::string warm = result.warm_start.empty()
+                               ? ""
+                               : "slots begin with the most used experts (" +
+                                     result.warm_start +
+                                     "): " + Fixed(result.warm_start_seconds, 2) +
+                                     " s before the first step\n";
+  return table.ToText() + warm + "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
          std::to_string(result.slots) + " slots, " + std::to_string(result.tokens) +
          " tokens; up to " + Fixed(visits / 1e3, 0) + " thousand layers a second\n";

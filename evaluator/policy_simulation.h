@@ -20,6 +20,8 @@ struct PolicySimulationOptions {
   int sequences = 200, warmup_sequences = 4, tokens = 16;
   bool encoder =
       false;  // its pass before each sequence's steps; its experts in the budget
+  // What the slots hold at the begin; null: nothing.
+  std::shared_ptr<const UseShares> warm_start;
   SplitPart part = SplitPart::kTest;
   std::vector<std::string> policies = {"auto"};
   std::vector<std::string> evictions = {"lru"};
@@ -42,6 +44,9 @@ struct PolicySimulationResult {
   DeviceProfile profile;
   int slots = 0;
   size_t tokens = 0;
+  // Where slots began filled: what was counted, and what bringing it takes.
+  std::string warm_start;
+  double warm_start_seconds = 0;
   std::vector<SimulatedRow> rows;  // on-demand LRU first
   Json ToJson() const;
 };

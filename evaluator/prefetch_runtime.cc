@@ -336,10 +336,23 @@ void PrefetchRuntime::Preload(const std::vector<ExpertKey>& keys) {
       if (cache_.state(key) != ExpertCache::State::kAbsent) continue;
       cache_.Load(key);
       cache_.Arrive(key);  // Resume below brings the bytes before anyone asks
+      cache_.Touch(key);
     }
     held_peak_ = std::max(held_peak_, cache_.held_slots());
   }
   Resume();
+}
+
+int PrefetchRuntime::WarmStart(const UseShares& shares,
+                               const std::vector<ExpertKey>& keys) {
+  const std::vector<ExpertKey> most =
+      MostUsed(shares, spec_.geometry, keys, static_cast<size_t>(cache_.num_slots()));
+  {
+    std::lock_guard lock(mutex_);
+    cache_.SetPrior(shares.by_key);
+  }
+  Preload(most);
+  return static_cast<int>(most.size());
 }
 
 double PrefetchRuntime::measured_link_bytes_per_second() const {

@@ -10,6 +10,7 @@
 #include "common/model_folder.h"
 #include "evaluator/device_sweep.h"
 #include "evaluator/evaluation.h"
+#include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
@@ -52,6 +53,10 @@ DEFINE_string(
 DEFINE_string(
     copies, "lossless",
     "int8, int4 or sparse: rows on compressed copies as well, LOSSY and named so");
+DEFINE_string(warm_start, "none",
+              "experts that slots hold before the first step: none, auto (the most used "
+              "of --store's train part), another store, or load.csv of routecast-trace "
+              "stats");
 DEFINE_string(
     mode, "generate",
     "generate (with --model, or a replay of --store), quality (predictors on "
@@ -131,6 +136,7 @@ EvaluationOptions OptionsFromFlags() {
   options.kv_in_budget = FLAGS_kv_in_budget;
   options.tier = FLAGS_tier;
   options.copies = FLAGS_copies;
+  options.warm_start = FLAGS_warm_start;
   options.phase = FLAGS_phase;
   options.link = FLAGS_link;
   if (!gflags::GetCommandLineFlagInfoOrDie("profile").is_default)
@@ -244,6 +250,7 @@ void Simulate() {
   const DeviceProfile profile = FindProfile(FLAGS_profile);
   const TraceReader reader = OpenStore();
   const auto predictors = Predictors(reader);
+  options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
   if (FLAGS_dry_run) {
     std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",
                 predictors.size(), options.policies.size(), options.evictions.size(),

@@ -184,6 +184,30 @@ TEST(ExpertCacheTest, UseRateIsTheFadingShareOfVisits) {
   EXPECT_EQ(cache.UseRate({0, 3}), 0);
 }
 
+TEST(ExpertCacheTest, AUseShareBeginsWithThePriorAndFollowsTheUses) {
+  ExpertCache cache(Geometry(0, 1, 4), 4, Eviction::kLru);
+  EXPECT_EQ(cache.UseShare({0, 1}), 0);
+  cache.SetPrior({.1, .6, .3, 0});
+  EXPECT_DOUBLE_EQ(cache.UseShare({0, 1}), .6);
+  for (int i = 0; i < 2000; ++i) {
+    cache.BeginLayer(0);
+    Access(&cache, {0, 3});
+  }
+  EXPECT_LT(cache.UseShare({0, 1}), .03);
+  EXPECT_GT(cache.UseShare({0, 3}), .9);
+}
+
+TEST(ExpertCacheTest, WhatIsTouchedLeavesAsIfItHadBeenUsed) {
+  ExpertCache cache(Geometry(0, 1, 4), 3, Eviction::kLru);
+  for (const ExpertKey key : {ExpertKey{0, 2}, {0, 0}, {0, 1}}) {
+    cache.Load(key);
+    cache.Arrive(key);
+    cache.Touch(key);
+  }
+  EXPECT_EQ(cache.Victim(), (ExpertKey{0, 2}));
+  EXPECT_EQ(cache.UseRate({0, 1}), 0);
+}
+
 TEST(ExpertCacheTest, UnknownEvictionNamesTheNearest) {
   try {
     ParseEviction("lrru");

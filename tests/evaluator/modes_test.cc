@@ -173,6 +173,36 @@ TEST_F(ModesTest, SimulatedLruHitsAreThoseOfTheCache) {
   }
 }
 
+TEST_F(ModesTest, ASimulationMayBeginWarmAndSaysWhatThatTakes) {
+  PolicySimulationOptions options;
+  options.warmup_sequences = 0;
+  options.sequences = 1;
+  const auto simulate = [&] {
+    return SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
+  };
+  const auto cold = simulate();
+  EXPECT_EQ(cold.ToJson().count("warm_start"), 0u);
+  // What the sequence's first token chooses.
+  const MoeGeometry g = reader_->config().geometry;
+  std::vector<uint64_t> counts(static_cast<size_t>(g.num_keys()), 0);
+  for (const SequenceInfo& info : reader_->sequences()) {
+    if (SplitOf(info.group_id) != SplitPart::kTest) continue;
+    const RoutingSpan span = reader_->Read(info.sequence_id, WithHidden::kNo).decoder;
+    for (int l = 0; l < g.decoder_layers; ++l) {
+      const ExpertKey key{g.GlobalLayer(Stack::kDecoder, l),
+                          span.expert_ids[static_cast<size_t>(l * span.num_tokens)]};
+      counts[static_cast<size_t>(key.Index(g))] = 1;
+    }
+    break;
+  }
+  options.warm_start = std::make_shared<UseShares>(SharesOf(counts, g, "first token"));
+  const auto warm = simulate();
+  EXPECT_LT(warm.rows[0].stall_seconds, cold.rows[0].stall_seconds);
+  const double transfer = 8.0 * options.d_model * options.d_ff / 2e9;
+  EXPECT_NEAR(warm.ToJson()["warm_start_seconds"].get<double>(), warm.slots * transfer,
+              1e-9);
+}
+
 TEST_F(ModesTest, ASimulatedPhaseAwareCacheKnowsTheEncoder) {
   PolicySimulationOptions options;
   options.evictions = {"lru", "phase_aware"};

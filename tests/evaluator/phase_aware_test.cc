@@ -94,6 +94,17 @@ TEST(PhaseAwareTest, AnIdleLinkWarmsTheDecodersMostUsed) {
   EXPECT_EQ(rig.planner.ledger().speculations_in_time, 1u);
 }
 
+TEST(PhaseAwareTest, WhatACountSaysIsWarmedBeforeAnyUse) {
+  Rig rig = MakeRig(6);
+  std::vector<double> shares(16, 0.0);
+  shares[3 * 4 + 1] = .7;  // layer 3, expert 1
+  rig.cache.SetPrior(shares);
+  rig.Layer(0, {0}, 3);
+  rig.Layer(1, {0}, 3);
+  EXPECT_TRUE(Held(rig, {3, 1}));
+  EXPECT_EQ(rig.planner.ledger().speculations, 1u);
+}
+
 // The same life under another eviction or policy: nothing is brought unasked.
 TEST(PhaseAwareTest, NobodyElseWarms) {
   for (const bool on_demand : {false, true}) {

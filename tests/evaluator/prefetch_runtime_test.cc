@@ -373,6 +373,36 @@ TEST_P(PrefetchRuntimeTest, PreloadedRowNeverWaits) {
   EXPECT_EQ(stats.stall_seconds, 0);
 }
 
+TEST_P(PrefetchRuntimeTest, AWarmStartHitsFromTheFirstStepAndChangesNothing) {
+  const MoeGeometry g = checkpoint_.config.geometry();
+  std::vector<uint64_t> counts(static_cast<size_t>(g.num_keys()), 0);
+  {
+    DiskTransferEngine engine(file_, 32, {});
+    auto runtime = Runtime(&engine, 32, Eviction::kLru, "on_demand", nullptr);
+    Decode(runtime.get(), runtime.get());
+    for (const auto& visit : runtime->TakeVisits()) {
+      for (const int expert : visit.experts)
+        ++counts[static_cast<size_t>(ExpertKey{visit.layer, expert}.Index(g))];
+    }
+  }
+  const UseShares shares = SharesOf(counts, g, "test");
+  const auto hits = [&](bool warm) {
+    DiskTransferEngine engine(file_, 32, {});
+    auto runtime = Runtime(&engine, 32, Eviction::kLru, "on_demand", nullptr);
+    runtime->Suspend();
+    if (warm) {
+      EXPECT_GT(runtime->WarmStart(shares, file_->keys()), 4);
+    } else {
+      runtime->Resume();
+    }
+    EXPECT_EQ(Decode(runtime.get(), runtime.get()), Resident());
+    const PhaseStats stats = runtime->stats(Stack::kDecoder);
+    return static_cast<double>(stats.hits) / static_cast<double>(stats.uses);
+  };
+  EXPECT_LT(hits(false), 1);
+  EXPECT_EQ(hits(true), 1);
+}
+
 TEST_P(PrefetchRuntimeTest, AnExpertThatCannotBeReadIsAnEnvironmentError) {
   const auto damaged = std::make_shared<ExpertFile>(file_->path());
   DiskTransferEngine engine(damaged, 4, {2, 4096, 0, true, true});

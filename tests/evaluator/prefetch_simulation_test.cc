@@ -88,6 +88,26 @@ TEST(PrefetchSimulationTest, TheTimeOfAskingCounts) {
   EXPECT_GE(r.seconds, 198 * 0.015);
 }
 
+TEST(PrefetchSimulationTest, AWarmStartHoldsTheMostUsedOfTheLayersThatRun) {
+  const MoeGeometry g{1, 3, 8, 1, 16};  // an encoder that never runs
+  auto visits = Visits(0.008);
+  for (SimulatedVisit& visit : visits) {
+    ++visit.layer;
+    visit.experts = {0};
+  }
+  std::vector<uint64_t> counts(32, 1);
+  counts[0] = 1000;  // the encoder's
+  for (const size_t layer : {1, 2, 3}) counts[8 * layer] = 100;
+  const UseShares shares = SharesOf(counts, g, "test");
+  const auto run = [&](const UseShares* warm) {
+    return SimulatePrefetch(g, 3, Eviction::kLru, Planner("on_demand"), Link(), visits, 0,
+                            warm);
+  };
+  EXPECT_NEAR(run(nullptr).stall_seconds, 3 * kTransfer, 1e-9);
+  EXPECT_EQ(run(&shares).stall_seconds, 0);
+  EXPECT_EQ(run(&shares).ledger.bytes_moved(), 0u);
+}
+
 // Random work: several experts a visit, encoder and decoder passes, questions that cost
 // time, forecasts of which some are wrong and some are no probabilities.
 std::vector<SimulatedVisit> RandomVisits(const MoeGeometry& g, uint64_t seed) {
