@@ -11,9 +11,9 @@
 namespace routecast {
 namespace {
 
-// Short: what was used lately is used again, and that beats long-run shares
-// (docs/runtime.md).
-constexpr double kRateDecay = 1.0 - 1.0 / 8;
+// Long: what is used much in the long run says more than what was used just now
+// (docs/results/runtime.md), and still a change of the workload is learned in time.
+constexpr double kRateDecay = 1.0 - 1.0 / 256;
 constexpr double kPriorVisits = 64;  // that a prior counts as, a layer
 const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
                                          "least_stale", "phase_aware", "belady"};
@@ -31,10 +31,13 @@ const auto kPowers = Table([](double power) { return power; });
 const auto kLogReach = Table([](double power) { return std::log(1 - power); });
 
 // kRateDecay to the power of `visits`.
-double Decay(uint64_t visits) { return visits < kPowers.size() ? kPowers[visits] : 0; }
+double Decay(uint64_t visits) {
+  return visits < kPowers.size() ? kPowers[visits]
+                                 : std::exp(-kFall * static_cast<double>(visits));
+}
 // The logarithm of the weight that a rate can have reached in `visits`.
 double LogReach(uint64_t visits) {
-  return visits < kLogReach.size() ? kLogReach[visits] : 0;
+  return visits < kLogReach.size() ? kLogReach[visits] : std::log1p(-Decay(visits));
 }
 
 void Require(bool ok, const char* rule) {

@@ -90,7 +90,7 @@ class ExpertCache {
   // Share of its layer's visits so far that used the key; before the first one 0, or the
   // prior's.
   double UseShare(ExpertKey key) const;
-  // Share of its layer's recent visits that used the key (decays over about 8 visits).
+  // Share of its layer's recent visits that used the key (decays over about 256 visits).
   double UseRate(ExpertKey key) const;
   struct Rank {
     double score = 0;  // the lower, the sooner it leaves

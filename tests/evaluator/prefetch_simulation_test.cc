@@ -178,11 +178,11 @@ struct PinnedDecisions {
 TEST(PrefetchSimulationTest, DecisionsStayWhatTheyWere) {
   const std::vector<PinnedDecisions> pinned = {
       {"on_demand", 14556351193717003112u, 5215880253049396787u},
-      {"multi_look", 2550645704598127005u, 12334513693863021494u},
-      {"top_k", 1509592704927082248u, 10829098993201505263u},
-      {"intelligent", 1737744665066659768u, 5163811638786931766u},
-      {"confident", 14036142439073297939u, 16071316646445188620u},
-      {"auto", 18057019251924012429u, 4413985509048853573u}};
+      {"multi_look", 13011014739334089492u, 8932422351212202368u},
+      {"top_k", 4504008360201117703u, 9945243435450569878u},
+      {"intelligent", 15162152781345988065u, 3549268656767090167u},
+      {"confident", 1600877594127843372u, 7697037165092585072u},
+      {"auto", 16811374999932695153u, 3888965338246174052u}};
   const MoeGeometry g{2, 3, 24, 1, 16};
   for (const auto& [policy, phase_aware, others] : pinned) {
     uint64_t found = 0, found_phase_aware = 0;
