@@ -100,6 +100,15 @@ Json ComparisonResult::ToJson() const {
       entry["perplexity_change"] = row.perplexity_change;
       entry["compared_sequences"] = row.compared_sequences;
     }
+    for (const SpeculationAccount& a : row.speculation) {
+      entry["speculation"].push_back({{"lead", a.lead},
+                                      {"open", a.open()},
+                                      {"threshold", a.threshold},
+                                      {"trust", a.trust},
+                                      {"judged", a.judged},
+                                      {"saved", a.saved},
+                                      {"cost", a.cost}});
+    }
     entry["output_sha256"] = row.output_sha256;
     entry["synthetic_weights"] = synthetic_weights;
     entry["emulated"] = row.emulated;
@@ -127,6 +136,7 @@ std::string ComparisonResult::ToCsv() const {
       line[column] = text(value);
     };
     for (const auto& [key, value] : row.items()) {
+      if (key == "speculation") continue;  // a table of its own: results.json has it
       if (!value.is_array()) put(key, value);
       for (size_t i = 0; value.is_array() && i < value.size(); ++i)
         put(key + kFive.at(i), value[i]);

@@ -9,6 +9,7 @@
 
 #include "common/routing.h"
 #include "common/run_record.h"
+#include "evaluator/speculation_ledger.h"
 
 namespace routecast {
 
@@ -47,7 +48,9 @@ struct RowResult {
   double exact_match = 1, logit_kl = 0, perplexity_change = 0;  // lossy_quality.h
   int64_t compared_sequences = 0;
   std::string output_sha256;
-  double speed_up = 0;        // median over rounds of the rate over on-demand LRU's
+  double speed_up = 0;  // median over rounds of the rate over on-demand LRU's
+  // By lead, where thresholds adapt and anything was foretold.
+  std::vector<SpeculationAccount> speculation;
   bool switched_off = false;  // the row's speculation did not help and is off
   // Over rounds: those ratios, and a token's share of computing and of waiting.
   FiveNumbers speed_up_spread{}, compute_ms_spread{}, stall_ms_spread{};

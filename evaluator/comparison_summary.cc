@@ -31,6 +31,16 @@ double Share(int64_t part, int64_t of) {
   return of > 0 ? static_cast<double>(part) / static_cast<double>(of) : 0;
 }
 
+// "3, 4"
+std::string ShutLeads(const RowResult& row) {
+  std::string leads;
+  for (const SpeculationAccount& account : row.speculation) {
+    if (account.open()) continue;
+    leads += (leads.empty() ? "" : ", ") + std::to_string(account.lead);
+  }
+  return leads;
+}
+
 double MovedBytes(const PhaseStats& stats) {
   return static_cast<double>(stats.bytes_useful + stats.bytes_late + stats.bytes_wasted);
 }
@@ -137,6 +147,9 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
     result.perplexity_change = row.quality.perplexity_change();
     result.compared_sequences = row.quality.sequences();
   }
+  for (const SpeculationAccount& account : row.runtime->speculation(phase)) {
+    if (account.judged > 0) result.speculation.push_back(account);
+  }
   result.switched_off = !row.runtime->speculation_helps(phase);
   return result;
 }
@@ -192,6 +205,12 @@ ComparisonResult Comparison::Result() {
   result.emulated = pace_ > 0 || options_.profile.has_value();
   result.synthetic_weights = options_.synthetic_weights;
   for (const auto& row : result.rows) {
+    const std::string shut = ShutLeads(row);
+    if (!shut.empty() && !row.switched_off) {
+      notes_.push_back(
+          row.predictor + " (" + StackName(row.phase) +
+          "): what it said this many layers ahead was not worth fetching: " + shut);
+    }
     if (row.switched_off) {
       notes_.push_back(row.predictor + " (" + StackName(row.phase) +
                        "): prefetching did not help here and is off");

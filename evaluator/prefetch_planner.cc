@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <utility>
 
 #include "common/errors.h"
 
@@ -26,7 +27,7 @@ SpeculationPolicy ParsePolicy(const std::string& name) {
       {"top_k", true, 3, 10, 0.5, false, false},
       {"intelligent", true, 3, 10, 0.3, true, false},
       {"confident", true, 4, 2, 0.7, false, false},
-      {"auto", true, 4, 2, 0.25, false, true}};
+      {"auto", true, 4, 2, 0.25, false, true, true}};
   std::vector<std::string> names;
   for (const auto& policy : kPolicies) names.push_back(policy.name);
   return kPolicies[ParseChoice("--policy", name, names)];
@@ -40,7 +41,9 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
       timeline_(cache->geometry().num_layers()),
       forecasts_(options_.policy.max_lead),
       worth_(cache, &timeline_, &forecasts_),
+      accounts_(options_.policy.max_lead, options_.policy.min_probability),
       unused_(cache->geometry().num_keys(), 0),
+      displaced_(cache->geometry().num_keys()),
       capacity_(cache->num_slots()),
       top_k_(options_.policy.top_k) {
   if (cache->num_slots() < 2 || options_.max_in_flight < 2 ||
@@ -59,6 +62,7 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
   stall_ = 0;
   cache_->BeginLayer(layer);
   worth_.Renew();
+  JudgeForecast(layer, experts);
   for (int expert : experts) {
     const ExpertKey key{layer, expert};
     cache_->Use(key);
@@ -68,8 +72,9 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
     if (options_.policy.adapt_k) AdaptTopK(ready);
     if (ready) {
       ++ledger_.hits;
-      if (unused_[key.Index(cache_->geometry())]) {
-        unused_[key.Index(cache_->geometry())] = 0;
+      if (uint8_t& unused = unused_[key.Index(cache_->geometry())]) {
+        if (unused > 1) accounts_.Used(StackOf(key), unused - 1, 1);
+        unused = 0;
         ++ledger_.speculations_used;
         ++ledger_.speculations_in_time;
         ledger_.bytes_useful += options_.expert_bytes;
@@ -80,8 +85,14 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
                                      [&](const Flight& f) { return f.order.key == key; });
     if (flight == flights_.end()) {
       demands_.push_back(key);
+      const Displaced displaced =
+          std::exchange(displaced_[key.Index(cache_->geometry())], {});
+      const auto slots = static_cast<uint64_t>(cache_->num_slots());
+      if (displaced.lead > 0 && ledger_.uses - displaced.uses <= slots)
+        accounts_.Harmed(displaced.stack, displaced.lead, 1);
     } else if (!flight->cancelling) {
       flight->joined = true;
+      flight->moved = MovedShare(*flight);
       promotions_.push_back(flight->order.id);
     }  // a cancelled one becomes a demand when its cancellation is confirmed
   }
@@ -108,15 +119,19 @@ VisitForecast* PrefetchPlanner::Entry(int layer, int distance) {
   if (!policy.speculate || distance < 1 || distance > policy.max_lead) return nullptr;
   worth_.Renew();
   VisitForecast& forecast = forecasts_.Say(timeline_.visit() + distance);
+  if (forecast.layer != layer) forecast.said.clear();
   forecast.layer = layer;
+  forecast.lead = distance;
   return &forecast;
 }
 
 bool PrefetchPlanner::Foresee(VisitForecast* forecast, std::span<const float> p) const {
   forecast->probabilities = p;
   std::vector<ForetoldExpert>& ranked = forecast->ranked;
-  if (!RankExperts(p, static_cast<float>(options_.policy.min_probability), &ranked))
-    return false;
+  const SpeculationPolicy& policy = options_.policy;
+  const double least =
+      policy.adapt_threshold ? accounts_.least_threshold() : policy.min_probability;
+  if (!RankExperts(p, static_cast<float>(least), &ranked)) return false;
   const auto k = static_cast<size_t>(std::lround(top_k_));
   if (ranked.size() > k) ranked.resize(k);
   return true;
@@ -128,16 +143,22 @@ void PrefetchPlanner::Predict(int layer, int distance,
   if (!forecast) return;
   std::vector<float>& kept = forecast->kept;
   kept.assign(probabilities.begin(), probabilities.end());
-  if (Foresee(forecast, kept)) return;
-  // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
-  MakeProbabilities(&kept);
-  Foresee(forecast, kept);
+  if (!Foresee(forecast, kept)) {
+    // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
+    MakeProbabilities(&kept);
+    Foresee(forecast, kept);
+  }
+  ApplyThreshold(forecast);
 }
 
 void PrefetchPlanner::Predict(const LayerForecast& told) {
   VisitForecast* forecast = Entry(told.layer, told.distance);
-  if (forecast && !Foresee(forecast, told.probabilities))
+  if (!forecast) return;
+  if (Foresee(forecast, told.probabilities)) {
+    ApplyThreshold(forecast);
+  } else {
     Predict(told.layer, told.distance, told.probabilities);
+  }
 }
 
 std::optional<ExpertKey> PrefetchPlanner::PickVictim() {
@@ -160,6 +181,7 @@ void PrefetchPlanner::Evict(ExpertKey key) {
   if (unused) {
     ledger_.bytes_wasted += options_.expert_bytes;
     ++ledger_.speculations_unused;
+    if (unused > 1) accounts_.Unused(StackOf(key), unused - 1, 1);
   }
   unused = 0;
   cache_->Drop(key);
@@ -168,7 +190,17 @@ void PrefetchPlanner::Evict(ExpertKey key) {
 
 TransferOrder PrefetchPlanner::Launch(ExpertKey key, bool demand, long visit) {
   const TransferOrder order{next_id_++, key, cache_->Load(key), demand};
-  flights_.push_back({order, clock_->Now(), visit, demand, false});
+  const auto ahead = std::find_if(flights_.begin(), flights_.end(),
+                                  [](const Flight& f) { return !f.joined; });
+  const bool alone = std::none_of(flights_.begin(), flights_.end(),
+                                  [](const Flight& f) { return f.joined; });
+  Flight flight{order, clock_->Now(), visit, demand, false};
+  if (demand && alone && ahead != flights_.end()) {
+    flight.behind = ahead->order.key;
+    flight.behind_lead = ahead->lead;
+  }
+  flights_.push_back(flight);
+  displaced_[key.Index(cache_->geometry())] = {};
   if (!demand) ++ledger_.speculations;
   return order;
 }
@@ -237,19 +269,30 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
     // The link is serial: a transfer had it from its start or the end of the one before.
     const double seconds = now - std::max(flight.started, last_done_);
     if (seconds > 0) transfer_seconds_ += kLinkSmoothing * (seconds - transfer_seconds_);
+    if (flight.behind_lead > 0) {  // what it stood behind, in transfers
+      const double late = (now - flight.started) / transfer_seconds_ - 1;
+      accounts_.Harmed(StackOf(flight.behind), flight.behind_lead,
+                       std::clamp(late, 0.0, 1.0));
+    }
     cache_->Arrive(key);
     if (flight.order.demand) {
       ledger_.bytes_useful += bytes;
     } else if (flight.joined || Contains(unserved_, key)) {
       ++ledger_.speculations_used;
       ledger_.bytes_late += bytes;
+      if (flight.lead > 0) accounts_.Used(StackOf(key), flight.lead, flight.moved);
     } else {
-      unused_[key.Index(cache_->geometry())] = 1;
+      unused_[key.Index(cache_->geometry())] = static_cast<uint8_t>(1 + flight.lead);
     }
   } else {
     cache_->Drop(key);
     ledger_.bytes_wasted += bytes;
     if (!flight.order.demand) ++ledger_.speculations_unused;
+    if (flight.lead > 0) {
+      accounts_.Unused(
+          StackOf(key), flight.lead,
+          static_cast<double>(bytes) / static_cast<double>(options_.expert_bytes));
+    }
     const bool wanted = Contains(unserved_, key);
     if (outcome == TransferOutcome::kFailed && wanted) failed_ = key;
     if (outcome == TransferOutcome::kFailed && flight.warming) cold_.push_back(key);

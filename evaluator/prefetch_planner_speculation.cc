@@ -29,6 +29,38 @@ void PrefetchPlanner::CancelWrong(PlannerActions* actions) {
   }
 }
 
+double PrefetchPlanner::MovedShare(const Flight& flight) const {
+  const double began = std::max(flight.started, last_done_);
+  return std::clamp((clock_->Now() - began) / transfer_seconds_, 0.0, 1.0);
+}
+
+// What was said at this lead is remembered, to be judged, and left out where it does not
+// reach the threshold.
+void PrefetchPlanner::ApplyThreshold(VisitForecast* forecast) {
+  if (!options_.policy.adapt_threshold) return;
+  std::erase_if(forecast->said,
+                [&](const SaidExpert& said) { return said.lead == forecast->lead; });
+  for (const ForetoldExpert& expert : forecast->ranked)
+    forecast->said.push_back({forecast->lead, expert});
+  const Stack stack = cache_->geometry().StackOf(forecast->layer);
+  const double threshold = accounts_.Threshold(stack, forecast->lead);
+  forecast->trusted = threshold <= 1;
+  std::erase_if(forecast->ranked, [&](const ForetoldExpert& expert) {
+    return expert.probability < threshold;
+  });
+}
+
+void PrefetchPlanner::JudgeForecast(int layer, std::span<const int> experts) {
+  const VisitForecast* forecast = forecasts_.Find(timeline_.visit());
+  if (!forecast || forecast->layer != layer) return;
+  const Stack stack = cache_->geometry().StackOf(layer);
+  for (const auto& [lead, foretold] : forecast->said) {
+    const bool came =
+        std::find(experts.begin(), experts.end(), foretold.expert) != experts.end();
+    accounts_.Judge(stack, lead, foretold.probability, came);
+  }
+}
+
 bool PrefetchPlanner::Outdone(const Flight& flight) {
   const VisitForecast* forecast = forecasts_.Find(flight.visit);
   const bool foretold = forecast && forecast->layer == flight.order.key.layer;
@@ -91,7 +123,8 @@ void PrefetchPlanner::EachCandidate(const Act& act) {
     const VisitForecast& forecast = *best->forecast;
     const Candidate candidate{{forecast.layer, forecast.ranked[best->next].expert},
                               forecast.visit,
-                              best->score};
+                              best->score,
+                              forecast.lead};
     if (!act(candidate)) return;
     ++best->next;
     Advance(best);
@@ -130,6 +163,8 @@ bool PrefetchPlanner::MakeRoomFor(const Candidate& candidate) {
   if (!cache_->Passed(victim->layer) && Worth(*victim) >= Worth(candidate.key))
     return false;
   Evict(*victim);
+  displaced_[victim->Index(cache_->geometry())] = {StackOf(candidate.key), candidate.lead,
+                                                   ledger_.uses};
   return true;
 }
 
@@ -153,6 +188,7 @@ void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
     if (!link) link = OutlookOfLink();
     if (!ArrivesInTime(candidate, *link) || !MakeRoomFor(candidate)) return true;
     actions->start.push_back(Launch(candidate.key, false, candidate.visit));
+    flights_.back().lead = candidate.lead;
     link.reset();
     ++speculating;
     return !full();
@@ -189,7 +225,8 @@ void PrefetchPlanner::StartWarming(PlannerActions* actions) {
   // Layers count in the order in which they run, the encoder's first.
   const long now = timeline_.visit();
   const bool known = timeline_.DistanceTo(g.encoder_layers).has_value();
-  if (known && !ArrivesInTime({{}, now + g.encoder_layers - layer, 0}, OutlookOfLink()))
+  if (known &&
+      !ArrivesInTime({{}, now + g.encoder_layers - layer, 0, 0}, OutlookOfLink()))
     return;
   const std::optional<ExpertKey> key = LikeliestOfDecoder();
   if (!key) return;

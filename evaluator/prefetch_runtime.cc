@@ -275,6 +275,12 @@ PhaseStats PrefetchRuntime::stats(Stack stack) const {
   return stats;
 }
 
+std::vector<SpeculationAccount> PrefetchRuntime::speculation(Stack stack) const {
+  std::lock_guard lock(mutex_);
+  if (!options_.planner.policy.adapt_threshold) return {};
+  return planner_.speculation().Accounts(stack);
+}
+
 void PrefetchRuntime::ResetStats() {
   std::lock_guard lock(mutex_);
   planner_.ResetLedger();

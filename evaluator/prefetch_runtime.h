@@ -86,6 +86,10 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   // tells the cache what is used how often. Returns how many were brought.
   int WarmStart(const UseShares& shares, const std::vector<ExpertKey>& keys);
 
+  // By lead: what its speculation was worth, and its threshold. Empty where the policy
+  // does not adapt it.
+  std::vector<SpeculationAccount> speculation(Stack stack) const;
+
   // Since ResetStats. The stack's experts that are prefetched but not used yet are
   // wasted.
   PhaseStats stats(Stack stack) const;

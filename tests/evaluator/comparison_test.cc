@@ -136,6 +136,27 @@ TEST_F(ComparisonTest, AWarmStartIsPaidBeforeTheFirstStepAndSaysWhatItCost) {
   EXPECT_EQ(json["rows"][1]["warm_start"], "counted");
 }
 
+TEST_F(ComparisonTest, RowsOfAutoSayWhatEachLeadIsWorth) {
+  options_.link = "native";
+  SignalPredictor predictor(traces_);
+  const ComparisonResult result = Compare({&predictor});
+  const Json json = result.ToJson();
+  bool any = false;
+  for (const Json& row : json["rows"]) {
+    const bool speculates = row["policy"] == "auto";
+    EXPECT_TRUE(speculates || !row.contains("speculation")) << row["policy"];
+    if (!row.contains("speculation")) continue;
+    any = true;
+    for (const Json& lead : row["speculation"]) {
+      EXPECT_GE(lead["lead"].get<int>(), 1);
+      EXPECT_GT(lead["judged"].get<int>(), 0);
+      EXPECT_EQ(lead["open"].get<bool>(), lead["threshold"].get<double>() <= 1);
+    }
+  }
+  EXPECT_TRUE(any);
+  EXPECT_EQ(result.ToCsv().find("speculation"), std::string::npos);
+}
+
 // Slots make room as sequences grow, come back, and change no bit.
 TEST_F(ComparisonTest, KeysAndValuesShareTheBudget) {
   options_.link = "native";

@@ -182,7 +182,7 @@ TEST(PrefetchSimulationTest, DecisionsStayWhatTheyWere) {
       {"top_k", 4504008360201117703u, 9945243435450569878u},
       {"intelligent", 15162152781345988065u, 3549268656767090167u},
       {"confident", 1600877594127843372u, 7697037165092585072u},
-      {"auto", 16811374999932695153u, 3888965338246174052u}};
+      {"auto", 9672630263436921914u, 17553752327557953006u}};
   const MoeGeometry g{2, 3, 24, 1, 16};
   for (const auto& [policy, phase_aware, others] : pinned) {
     uint64_t found = 0, found_phase_aware = 0;
