@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "evaluator/comparison.h"
 #include "evaluator/foresight.h"
 #include "evaluator/policy_simulation.h"
 #include "models/predictor_factory.h"
@@ -31,6 +32,8 @@ DEFINE_double(min_probability, -1, "Overrides the policy's");
 DEFINE_int32(top_k, 0, "Overrides the policy's");
 DEFINE_int32(max_lead, 0, "Overrides the policy's");
 DEFINE_double(late_allowance, 0.95, "PlannerOptions");
+DEFINE_string(eviction, "lru", "As routecast-evaluate's, of every row but the first");
+DEFINE_bool(layers, true, "Prints what was waited layer by layer");
 
 namespace routecast {
 namespace {
@@ -62,15 +65,17 @@ Play Record(const TraceReader& reader, const MoeGeometry& g, Foresight* foresigh
   return play;
 }
 
-void Print(const char* name, const SimulationResult& r, double base, size_t uses) {
+void Print(const char* name, const SimulationResult& r, double base, size_t uses,
+           int64_t belady) {
   const TransferLedger& l = r.ledger;
   const double n = double(uses), one = 8.0 * kDModel * kDff;
   std::printf(
-      "%-10s %6.3fx  hits %5.1f%%  late %5.1f%%  wasted %5.1f%%  stall %6.2f s  "
-      "of %6.2f s  link %4.1f%%\n",
+      "%-12s %6.3fx  hits %5.1f%%  late %5.1f%%  wasted %5.1f%%  stall %6.2f s  "
+      "of %6.2f s  link %4.1f%%  moved %.3fx Belady's\n",
       name, base / r.seconds, 100 * double(l.hits) / n,
       100 * double(l.bytes_late) / one / n, 100 * double(l.bytes_wasted) / one / n,
-      r.stall_seconds, r.seconds, 100 * r.link_seconds / r.seconds);
+      r.stall_seconds, r.seconds, 100 * r.link_seconds / r.seconds,
+      double(l.bytes_moved()) / one / double(belady));
 }
 
 // By layer: what was waited, and where the expert stood in what was said of it before, by
@@ -131,14 +136,18 @@ int Main() {
   SimulatedLinkOptions link;
   link.expert_bytes = options.expert_bytes;
   link.chunk_bytes = 1 << 20;
+  Eviction eviction = Eviction::kLru;
   const auto run = [&](const SpeculationPolicy& p,
                        std::span<const SimulatedVisit> visits) {
     PlannerOptions o = options;
     o.policy = p;
     o.link_bytes_per_second = link.bytes_per_second;
-    return SimulatePrefetch(decoder, slots, Eviction::kLru, o, link, visits,
-                            play.counted_from);
+    return SimulatePrefetch(decoder, slots, eviction, o, link, visits, play.counted_from);
   };
+  std::vector<OracleForesight::Visit> plain;
+  for (const SimulatedVisit& v : play.visits) plain.push_back({v.layer, v.experts});
+  const int64_t belady =
+      CountMisses(g, slots, Eviction::kBelady, plain, play.counted_from).misses[1];
   const SpeculationPolicy demand = ParsePolicy("on_demand");
   link.bytes_per_second = 1e15;
   const double compute = run(demand, play.visits).seconds;  // nothing to wait for
@@ -149,14 +158,22 @@ int Main() {
   const size_t uses = play.visits.size() - play.counted_from;
   std::printf("%zu tokens, %d slots, an expert takes %.2f ms\n", play.tokens, slots,
               1e3 * double(link.expert_bytes) / link.bytes_per_second);
-  Print("lru", lru, lru.seconds, uses);
-  Print(FLAGS_policy.c_str(), run(policy, play.visits), lru.seconds, uses);
-  PrintLayers(run(policy, play.visits), play);
+  const auto print = [&](const std::string& name, const SimulationResult& r) {
+    Print(name.c_str(), r, lru.seconds, uses, belady);
+  };
+  print("lru", lru);
+  for (const char* other : {"lfu", "lfru", "least_stale"}) {
+    eviction = ParseEviction(other);
+    print(other, run(demand, play.visits));
+  }
+  eviction = ParseEviction(FLAGS_eviction);
+  print(FLAGS_policy, run(policy, play.visits));
+  if (FLAGS_layers) PrintLayers(run(policy, play.visits), play);
   SpeculationPolicy far = policy;
-  far.max_lead = 12;
-  for (const size_t horizon : {1, 2, 3, 12}) {
-    Print(("oracle " + std::to_string(horizon)).c_str(),
-          run(far, WithOracle(play.visits, g.num_experts, horizon)), lru.seconds, uses);
+  for (const int horizon : {1, 2, 3, 12, 48, 192}) {
+    far.max_lead = horizon;
+    print("oracle " + std::to_string(horizon),
+          run(far, WithOracle(play.visits, g.num_experts, size_t(horizon))));
   }
   std::printf("goal       %6.3fx\n", 1 + 0.8 * (lru.seconds / compute - 1));
   return 0;

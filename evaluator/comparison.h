@@ -39,6 +39,9 @@ struct ComparisonOptions {
   double emulated_bound = 1.8;  // what a paced link aims at, in (1, 2)
   double peak_seconds = 0.5;    // spent on measuring the link alone
   bool oracle = true, resident = true, uncached = true;
+  // What the slots hold before the first step, but for rows without cache and with
+  // everything. Null = nothing.
+  std::shared_ptr<const UseShares> warm_start;
   // Compressed copies of the same experts: rows on them too, named lossy. Null = none.
   std::shared_ptr<const ExpertFile> copies;
   bool synthetic_weights = false;  // label only
@@ -77,6 +80,7 @@ class Comparison {
   void MakeRows();
   void AddRow(const std::string& policy, const std::string& predictor, Eviction eviction,
               std::unique_ptr<Foresight> foresight, LinkEngine* link);
+  void WarmStart(Row* row);
   void OpenCopies();  // the engines of lossy rows
   void AddSpeculatingRows(LinkEngine* link);
   void OpenLinks();

@@ -55,6 +55,12 @@ Json ComparisonResult::ToJson() const {
       entry["memory_bytes_peak"] = row.memory_bytes_peak;
       entry["least_slots"] = row.least_slots;
     }
+    if (!row.warm_start.empty()) {
+      entry["warm_start"] = row.warm_start;
+      entry["warm_start_experts"] = row.warm_start_experts;
+      entry["warm_start_bytes"] = row.warm_start_bytes;
+      entry["warm_start_seconds"] = row.warm_start_seconds;
+    }
     entry["phase"] = StackName(row.phase);
     entry["batch"] = row.batch;
     entry["prompts"] = row.prompts;
@@ -97,6 +103,15 @@ Json ComparisonResult::ToJson() const {
       entry["weight_error"] = row.copy.weight_error;
       entry["weight_scale"] = row.copy.weight_scale;
     }
+    for (const SpeculationAccount& a : row.speculation) {
+      entry["speculation"].push_back({{"lead", a.lead},
+                                      {"open", a.open()},
+                                      {"threshold", a.threshold},
+                                      {"trust", a.trust},
+                                      {"judged", a.judged},
+                                      {"saved", a.saved},
+                                      {"cost", a.cost}});
+    }
     entry["output_sha256"] = row.output_sha256;
     entry["synthetic_weights"] = synthetic_weights;
     entry["emulated"] = row.emulated;
@@ -124,6 +139,7 @@ std::string ComparisonResult::ToCsv() const {
       line[column] = text(value);
     };
     for (const auto& [key, value] : row.items()) {
+      if (key == "speculation") continue;  // a table of its own: results.json has it
       if (!value.is_array()) put(key, value);
       for (size_t i = 0; value.is_array() && i < value.size(); ++i)
         put(key + kFive.at(i), value[i]);

@@ -10,6 +10,7 @@
 #include "common/routing.h"
 #include "common/run_record.h"
 #include "evaluator/expert_copies.h"
+#include "evaluator/speculation_ledger.h"
 
 namespace routecast {
 
@@ -25,6 +26,12 @@ struct RowResult {
   // fewest slots that were left. Else 0.
   uint64_t memory_bytes_peak = 0;
   int least_slots = 0;
+  // What was counted where the slots were filled before the first step, else empty; how
+  // many experts that brought, and what it cost.
+  std::string warm_start;
+  int warm_start_experts = 0;
+  uint64_t warm_start_bytes = 0;
+  double warm_start_seconds = 0;
   int batch = 1, pairs = 0;
   std::string prompts;                // which requests: store, lines.txt, squad:dev.json
   std::string schedule = "in_order";  // how they were batched
@@ -43,7 +50,9 @@ struct RowResult {
   int64_t compared_sequences = 0;
   CopyFigures copy;
   std::string output_sha256;
-  double speed_up = 0;        // median over rounds of the rate over on-demand LRU's
+  double speed_up = 0;  // median over rounds of the rate over on-demand LRU's
+  // By lead, where thresholds adapt and anything was foretold.
+  std::vector<SpeculationAccount> speculation;
   bool switched_off = false;  // the row's speculation did not help and is off
   // Over rounds: those ratios, and a token's share of computing and of waiting.
   FiveNumbers speed_up_spread{}, compute_ms_spread{}, stall_ms_spread{};

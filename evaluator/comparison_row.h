@@ -18,6 +18,8 @@ struct Comparison::Row {
   OracleForesight* oracle = nullptr;  // owned by the runtime
   std::unique_ptr<PrefetchRuntime> runtime;
   OutputHash hash;
+  int warm_experts = 0;            // that the row began with
+  double warm_seconds = 0;         // in which they were brought
   uint64_t disk_bytes = 0;         // read for a tier in the middle, in measured rounds
   std::vector<double> rates[2];    // tokens/s by round
   std::vector<double> seconds[2];  // of a round

@@ -31,6 +31,16 @@ double Share(int64_t part, int64_t of) {
   return of > 0 ? static_cast<double>(part) / static_cast<double>(of) : 0;
 }
 
+// "3, 4"
+std::string ShutLeads(const RowResult& row) {
+  std::string leads;
+  for (const SpeculationAccount& account : row.speculation) {
+    if (account.open()) continue;
+    leads += (leads.empty() ? "" : ", ") + std::to_string(account.lead);
+  }
+  return leads;
+}
+
 double MovedBytes(const PhaseStats& stats) {
   return static_cast<double>(stats.bytes_useful + stats.bytes_late + stats.bytes_wasted);
 }
@@ -120,6 +130,14 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
     result.link_share = result.transfer_seconds / total;
     result.compute_share = result.compute_seconds / total;
   }
+  if (row.warm_seconds > 0) {
+    result.warm_start = options_.warm_start->source;
+    result.warm_start_experts = row.warm_experts;
+    const ExpertFile& moved = row.is_lossy ? *options_.copies : *file_;
+    result.warm_start_bytes =
+        static_cast<uint64_t>(row.warm_experts) * moved.spec().blob_bytes();
+    result.warm_start_seconds = row.warm_seconds;
+  }
   result.output_sha256 = row.hash.Hex();
   result.lossless = !row.is_lossy && result.output_sha256 == rows_.front()->hash.Hex();
   if (row.is_lossy) {
@@ -128,6 +146,9 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
     result.logit_kl = row.quality.logit_kl();
     result.perplexity_change = row.quality.perplexity_change();
     result.compared_sequences = row.quality.sequences();
+  }
+  for (const SpeculationAccount& account : row.runtime->speculation(phase)) {
+    if (account.judged > 0) result.speculation.push_back(account);
   }
   result.switched_off = !row.runtime->speculation_helps(phase);
   return result;
@@ -184,6 +205,12 @@ ComparisonResult Comparison::Result() {
   result.emulated = pace_ > 0 || options_.profile.has_value();
   result.synthetic_weights = options_.synthetic_weights;
   for (const auto& row : result.rows) {
+    const std::string shut = ShutLeads(row);
+    if (!shut.empty() && !row.switched_off) {
+      notes_.push_back(
+          row.predictor + " (" + StackName(row.phase) +
+          "): what it said this many layers ahead was not worth fetching: " + shut);
+    }
     if (row.switched_off) {
       notes_.push_back(row.predictor + " (" + StackName(row.phase) +
                        "): prefetching did not help here and is off");

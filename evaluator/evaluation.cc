@@ -110,6 +110,7 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
   comparing.device = setup.placement.device;
   comparing.timeline = timeline;
   comparing.next_token = setup.next_token;
+  comparing.warm_start = setup.warm_start;
   const CopyKind copies = ParseCopies(options.copies);
   CopyFigures copy;
   if (copies != CopyKind::kLossless) {

@@ -26,7 +26,10 @@ struct EvaluationOptions {             // one field a flag of the same name
   bool kv_in_budget = false;        // keys and values count against the budget
   std::string tier;                 // tier_spec.h; empty: host,disk
   std::string copies = "lossless";  // int8, int4, sparse: lossy rows beside the others
-  std::string phase = "decoder";    // replay: decoder, encoder or both
+  // What slots hold before the first step: none, auto (the most used experts of the
+  // store's train part), another store, or load.csv of routecast-trace stats.
+  std::string warm_start = "none";
+  std::string phase = "decoder";  // replay: decoder, encoder or both
   std::string link = "auto";
   std::string profile;             // device that this one is to be like; empty: itself
   std::vector<int> batches = {1};  // a comparison each

@@ -130,6 +130,8 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
 
 void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
   setup->geometry = setup->reader->config().geometry;
+  setup->warm_start =
+      WarmStartOf(options.warm_start, setup->reader.get(), setup->geometry);
   LoadPredictors(options, StoredRouters(*setup->reader), setup);
   const bool needs_hidden =
       std::any_of(setup->predictors.begin(), setup->predictors.end(),
@@ -209,6 +211,8 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
   const SwitchConfig& config = setup->checkpoint->config;
   setup->geometry = config.geometry();
   if (setup->reader) CheckStore(*setup);
+  setup->warm_start =
+      WarmStartOf(options.warm_start, setup->reader.get(), setup->geometry);
   LoadPredictors(options, RoutersOf(config, setup->checkpoint->parameters), setup);
   LoadRequests(options, setup);
   if (options.dry_run) {
@@ -275,6 +279,28 @@ Placement PlacementOf(const EvaluationOptions& options) {
   placement.device = device;
   placement.tiers.open_device = [device] { return OpenCudaDevice(device.index()); };
   return placement;
+}
+
+std::shared_ptr<const UseShares> WarmStartOf(const std::string& warm_start,
+                                             const TraceReader* store,
+                                             const MoeGeometry& geometry) {
+  if (warm_start == "none") return nullptr;
+  if (warm_start == "auto") {
+    if (!store) {
+      throw UsageError(ErrorText("--warm_start=auto counts recorded routing", "",
+                                 "give --store=STORE, or --warm_start=load.csv"));
+    }
+    return std::make_shared<UseShares>(CountUses(*store, geometry));
+  }
+  const fs::path path = warm_start;
+  if (fs::is_directory(path))
+    return std::make_shared<UseShares>(CountUses(TraceReader(path), geometry));
+  if (!fs::exists(path)) {
+    throw UsageError(ErrorText("--warm_start=" + warm_start + " does not exist", "",
+                               "give none, auto, a trace store, or load.csv of "
+                               "routecast-trace stats"));
+  }
+  return std::make_shared<UseShares>(ReadUseShares(path, geometry));
 }
 
 EvaluationSetup SetUpEvaluation(const EvaluationOptions& options) {

@@ -11,6 +11,7 @@
 #include "evaluator/expert_tiers.h"
 #include "evaluator/requests.h"
 #include "evaluator/tier_spec.h"
+#include "evaluator/use_shares.h"
 #include "models/next_token_guess.h"
 #include "storage/trace_reader.h"
 
@@ -34,7 +35,8 @@ struct EvaluationSetup {
   std::shared_ptr<const NextTokenGuess> next_token;
   std::unique_ptr<ExpertPredictor> scheduler;  // foretells routes of whole requests
   std::vector<RequestSet> requests;
-  std::shared_ptr<const ExpertFile> file;  // null in a dry run
+  std::shared_ptr<const UseShares> warm_start;  // null: slots begin empty
+  std::shared_ptr<const ExpertFile> file;       // null in a dry run
 };
 
 inline bool IsReplay(const EvaluationOptions& options) { return options.model.empty(); }
@@ -45,6 +47,11 @@ inline bool RunsDecoder(const EvaluationOptions& o) {
   return !IsReplay(o) || o.phase != "encoder";
 }
 
+// --warm_start: `store` is what auto counts, and may be null; null where it says none.
+// UsageError, DataError: nothing that can be counted, or of another geometry.
+std::shared_ptr<const UseShares> WarmStartOf(const std::string& warm_start,
+                                             const TraceReader* store,
+                                             const MoeGeometry& geometry);
 // Of the fastest tier: --tier's, or what `budget` (of --expert_budget) comes to of
 // `whole_bytes`.
 // UsageError where both say a size and these differ.

@@ -11,9 +11,10 @@
 namespace routecast {
 namespace {
 
-// Short: what was used lately is used again, and that beats long-run shares
-// (docs/runtime.md).
-constexpr double kRateDecay = 1.0 - 1.0 / 8;
+// Long: what is used much in the long run says more than what was used just now
+// (docs/results/runtime.md), and still a change of the workload is learned in time.
+constexpr double kRateDecay = 1.0 - 1.0 / 256;
+constexpr double kPriorVisits = 64;  // that a prior counts as, a layer
 const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
                                          "least_stale", "phase_aware", "belady"};
 
@@ -30,10 +31,13 @@ const auto kPowers = Table([](double power) { return power; });
 const auto kLogReach = Table([](double power) { return std::log(1 - power); });
 
 // kRateDecay to the power of `visits`.
-double Decay(uint64_t visits) { return visits < kPowers.size() ? kPowers[visits] : 0; }
+double Decay(uint64_t visits) {
+  return visits < kPowers.size() ? kPowers[visits]
+                                 : std::exp(-kFall * static_cast<double>(visits));
+}
 // The logarithm of the weight that a rate can have reached in `visits`.
 double LogReach(uint64_t visits) {
-  return visits < kLogReach.size() ? kLogReach[visits] : 0;
+  return visits < kLogReach.size() ? kLogReach[visits] : std::log1p(-Decay(visits));
 }
 
 void Require(bool ok, const char* rule) {
@@ -158,6 +162,11 @@ void ExpertCache::Arrive(ExpertKey key) {
   if (Evictable(key)) Enter(key);
 }
 
+void ExpertCache::Touch(ExpertKey key) {
+  Of(key).last_use = ++num_uses_;
+  if (Evictable(key)) Enter(key);
+}
+
 void ExpertCache::Drop(ExpertKey key) {
   Entry& entry = Of(key);
   Require(entry.state != State::kAbsent && entry.pins == 0,
@@ -240,9 +249,8 @@ bool ExpertCache::LeavesBefore(ExpertKey a, ExpertKey b) const {
       break;
     }
     case Eviction::kPhaseAware: {
-      const Stack running = geometry_.StackOf(std::max(layer_, 0));
-      score_a = geometry_.StackOf(a.layer) != running;
-      score_b = geometry_.StackOf(b.layer) != running;
+      score_a = PhaseTurn(a.layer);
+      score_b = PhaseTurn(b.layer);
       break;
     }
     case Eviction::kBelady: {
@@ -255,6 +263,28 @@ bool ExpertCache::LeavesBefore(ExpertKey a, ExpertKey b) const {
   if (score_a != score_b) return score_a > score_b;
   if (x.last_use != y.last_use) return x.last_use < y.last_use;
   return a < b;
+}
+
+bool ExpertCache::Passed(int layer) const {
+  // Encoder layers count first: behind the running one, in whichever stack that is.
+  return eviction_ == Eviction::kPhaseAware && layer <= layer_ &&
+         geometry_.StackOf(layer) == Stack::kEncoder;
+}
+
+// The larger, the sooner it leaves.
+int ExpertCache::PhaseTurn(int layer) const {
+  if (Passed(layer)) return 2;
+  return geometry_.StackOf(layer) != geometry_.StackOf(std::max(layer_, 0)) ? 1 : 0;
+}
+
+double ExpertCache::UseShare(ExpertKey key) const {
+  auto visits = static_cast<double>(layer_visits_[static_cast<size_t>(key.layer)]);
+  auto uses = static_cast<double>(Of(key).uses);
+  if (!prior_.empty()) {
+    visits += kPriorVisits;
+    uses += kPriorVisits * prior_[static_cast<size_t>(key.Index(geometry_))];
+  }
+  return visits > 0 ? uses / visits : 0;
 }
 
 double ExpertCache::UseRate(ExpertKey key) const {

@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/routing.h"
@@ -24,7 +25,8 @@ enum class Eviction {
   kLfru,        // fewest uses per layer visit since the last use (vLLM issue 37190)
   kLeastStale,  // unused at its layer's latest visit, then farthest layer (SpecMD,
                 // 2602.03921)
-  kPhaseAware,  // the stack that is not running, then least recently used
+  kPhaseAware,  // what Passed; then the stack that is not running; then least recently
+                // used
   kBelady,      // farthest next use in a known future (offline only)
 };
 Eviction ParseEviction(const std::string& name);  // UsageError naming the nearest
@@ -59,6 +61,11 @@ class ExpertCache {
   // > 0.
   int Load(ExpertKey key);
   void Arrive(ExpertKey key);  // loading -> ready
+  // As if it had been used last, without counting a use: the order of a warm start.
+  void Touch(ExpertKey key);
+  // Shares of their layers' uses, by key, that UseShare begins with: as much as so many
+  // visits of each layer. REQUIRES a share a key.
+  void SetPrior(std::vector<double> shares) { prior_ = std::move(shares); }
   // Loading or ready -> absent. REQUIRES no pins.
   void Drop(ExpertKey key);
   // Takes a free slot out of service, and puts the one back that was taken last; the
@@ -77,7 +84,13 @@ class ExpertCache {
   std::optional<ExpertKey> Victim(std::span<const ExpertKey> kept = {}) const;
   // True where the policy gives up `a` before `b`.
   bool LeavesBefore(ExpertKey a, ExpertKey b) const;
-  // Share of its layer's recent visits that used the key (decays over about 8 visits).
+  // kPhaseAware: an encoder's layer whose turn is over, or has come: nothing uses its
+  // experts before the next sequence, but for what the running layer still waits for.
+  bool Passed(int layer) const;
+  // Share of its layer's visits so far that used the key; before the first one 0, or the
+  // prior's.
+  double UseShare(ExpertKey key) const;
+  // Share of its layer's recent visits that used the key (decays over about 256 visits).
   double UseRate(ExpertKey key) const;
   struct Rank {
     double score = 0;  // the lower, the sooner it leaves
@@ -127,6 +140,7 @@ class ExpertCache {
   void Enter(ExpertKey key);
   void Leave(ExpertKey key);
   int LayerDistance(int layer) const;
+  int PhaseTurn(int layer) const;
 
   MoeGeometry geometry_;
   Eviction eviction_;
@@ -141,6 +155,7 @@ class ExpertCache {
   int layer_ = -1;       // running now
   uint64_t visits_ = 0;  // of any layer
   std::vector<uint64_t> layer_visits_;
+  std::vector<double> prior_;  // by key; empty: none
   uint64_t num_uses_ = 0;
   uint64_t future_position_ = 0;
   std::vector<std::vector<uint64_t>> future_;  // by key: positions of its uses

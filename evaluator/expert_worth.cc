@@ -60,7 +60,7 @@ void ExpertWorth::Look() {
   }
   for (int distance = 1; distance <= forecasts_->max_lead(); ++distance) {
     const VisitForecast* forecast = forecasts_->Find(timeline_->visit() + distance);
-    if (!forecast) continue;
+    if (!forecast || !forecast->trusted) continue;
     Outlook& outlook = outlooks_[static_cast<size_t>(forecast->layer)];
     outlook.foreseen.emplace_back(forecast->probabilities.data(), Power(distance));
     outlook.after = Power(distance + cycle_of(forecast->layer));

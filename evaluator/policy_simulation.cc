@@ -7,13 +7,13 @@
 #include <chrono>
 
 #include "common/errors.h"
-#include "models/routing_window.h"
 #include "report/table.h"
 
 namespace routecast {
 namespace {
 
 constexpr size_t kOracleHorizon = 12;
+constexpr int kMaxSource = 128;  // encoder tokens, as in a replay
 constexpr uint64_t kChunk = 1 << 20;
 constexpr double kBytesAWeight = 4;
 
@@ -28,6 +28,7 @@ std::vector<uint64_t> SequencesOf(const TraceReader& reader,
   for (const SequenceInfo& info : reader.sequences()) {
     if (SplitOf(info.group_id) != options.part || info.decoder_tokens < 4) continue;
     if (hidden && !info.has_hidden) continue;
+    if (options.encoder && info.encoder_tokens == 0) continue;
     ids.push_back(info.sequence_id);
     if (ids.size() == static_cast<size_t>(options.sequences)) break;
   }
@@ -52,8 +53,9 @@ class Playground {
         costs_(CostsOf(profile, options)),
         ids_(SequencesOf(reader, options, hidden)),
         hidden_(hidden) {
-    slots_ = std::max(
-        2, static_cast<int>(options.budget_share * g_.decoder_layers * g_.num_experts));
+    const int layers = g_.decoder_layers + (options.encoder ? g_.encoder_layers : 0);
+    slots_ =
+        std::max(2, static_cast<int>(options.budget_share * layers * g_.num_experts));
     planner_.expert_bytes = static_cast<uint64_t>(2 * kBytesAWeight * options.d_model *
                                                   static_cast<double>(options.d_ff));
     planner_.engine_can_cancel = true;
@@ -80,11 +82,16 @@ class Playground {
       }
       const RoutingTrace trace =
           reader_.Read(ids_[i], hidden_ ? WithHidden::kYes : WithHidden::kNo);
+      if (options_.encoder)
+        AppendEncoderVisits(trace, g_, kMaxSource, costs_, foresight.get(),
+                            &recording.visits);
+      const size_t before = recording.visits.size();
       AppendVisits(trace, g_, options_.tokens, costs_, foresight.get(),
                    &recording.visits);
+      if (i < static_cast<size_t>(options_.warmup_sequences)) continue;
+      recording.tokens +=
+          (recording.visits.size() - before) / static_cast<size_t>(g_.decoder_layers);
     }
-    const size_t counted = recording.visits.size() - recording.counted_from;
-    recording.tokens = counted / static_cast<size_t>(g_.decoder_layers);
     return recording;
   }
 
@@ -94,9 +101,9 @@ class Playground {
     PlannerOptions planner = planner_;
     planner.policy = settings;
     const auto start = std::chrono::steady_clock::now();
-    const SimulationResult r =
-        SimulatePrefetch(g_, slots_, ParseEviction(eviction), planner, link_,
-                         recording.visits, recording.counted_from);
+    const SimulationResult r = SimulatePrefetch(
+        g_, slots_, ParseEviction(eviction), planner, link_, recording.visits,
+        recording.counted_from, options_.warm_start.get());
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
     const TransferLedger& l = r.ledger;
     SimulatedRow row;
@@ -125,6 +132,10 @@ class Playground {
     return seconds;
   }
   int slots() const { return slots_; }
+  double TransferSeconds() const {
+    return link_.fixed_seconds +
+           static_cast<double>(link_.expert_bytes) / link_.bytes_per_second;
+  }
   const MoeGeometry& geometry() const { return g_; }
 
  private:
@@ -155,80 +166,6 @@ StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o
   return costs;
 }
 
-void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
-                  const StepCosts& costs, Foresight* foresight,
-                  std::vector<SimulatedVisit>* visits) {
-  const RoutingSpan& span = trace.decoder;
-  const bool hidden = span.hidden_width > 0 && !span.hidden.empty();
-  const RoutingWindow source = WindowOf(trace, Stack::kDecoder, -1, g.num_experts);
-  std::vector<at::Tensor> states(static_cast<size_t>(g.decoder_layers));
-  for (int l = 0; hidden && l < g.decoder_layers; ++l) {
-    states[static_cast<size_t>(l)] =
-        WindowOf(trace, Stack::kDecoder, l, g.num_experts).hidden_BTD.contiguous();
-  }
-  const at::Tensor output = OutputOf(trace);
-  for (int t = 0; t < std::min(span.num_tokens, tokens); ++t) {
-    std::vector<LayerForecast> at_begin;
-    PassInfo pass;
-    if (foresight) {
-      pass.stack = Stack::kDecoder;
-      pass.token_ids_BT = source.token_ids_BT.narrow(1, t, 1).contiguous();
-      pass.valid_BT = at::ones({1, 1}, at::kBool);
-      pass.first_position = t;
-      pass.source_BSD = source.source_BSD;
-      pass.source_valid_BS = source.source_valid_BS;
-      at_begin = foresight->AtPassBegin(pass);
-    }
-    for (int l = 0; l < g.decoder_layers; ++l) {
-      SimulatedVisit visit;
-      visit.layer = g.GlobalLayer(Stack::kDecoder, l);
-      const int expert =
-          span.expert_ids[static_cast<size_t>(l) * static_cast<size_t>(span.num_tokens) +
-                          static_cast<size_t>(t)];
-      visit.experts = {expert};
-      visit.seconds_before = l == 0 ? costs.head : costs.between_layers;
-      visit.begins_pass = l == 0;
-      visit.seconds_in_pass = l == 0 ? costs.between_layers : 0;
-      visit.seconds_expert = costs.expert;
-      visit.seconds_predict = foresight ? costs.question : 0;
-      if (l == 0) visit.at_pass_begin = std::move(at_begin);
-      if (foresight) {
-        LayerRouting routing;
-        routing.layer = visit.layer;
-        if (hidden) {
-          routing.input_BTD = states[static_cast<size_t>(l)].narrow(1, t, 1).contiguous();
-        }
-        routing.expert_ids_BT = at::full({1, 1}, expert, at::kLong);
-        visit.at_layer = foresight->AtLayer(routing);
-        if (l + 1 == g.decoder_layers) {
-          if (output.defined()) pass.output_BTD = output.narrow(1, t, 1).contiguous();
-          visit.at_pass_end = foresight->AtPassEnd(pass);
-        }
-      }
-      visits->push_back(std::move(visit));
-    }
-  }
-}
-
-std::vector<SimulatedVisit> WithOracle(std::vector<SimulatedVisit> visits,
-                                       int num_experts, size_t horizon) {
-  for (size_t i = 0; i < visits.size(); ++i) {
-    visits[i].at_pass_begin.clear();
-    visits[i].at_layer.clear();
-    visits[i].at_pass_end.clear();
-    visits[i].seconds_predict = 0;
-    for (size_t d = 1; d <= horizon && i + d < visits.size(); ++d) {
-      LayerForecast forecast{visits[i + d].layer, static_cast<int>(d),
-                             std::vector<float>(static_cast<size_t>(num_experts), 0.f)};
-      for (const int e : visits[i + d].experts) {
-        forecast.probabilities[static_cast<size_t>(e)] = 1;
-      }
-      visits[i].at_layer.push_back(std::move(forecast));
-    }
-  }
-  return visits;
-}
-
 PolicySimulationResult SimulatePolicies(
     const TraceReader& reader,
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
@@ -241,6 +178,10 @@ PolicySimulationResult SimulatePolicies(
   result.profile = profile;
   result.slots = ground.slots();
   const Recording plain = ground.Record(nullptr, 0);
+  if (options.warm_start) {
+    result.warm_start = options.warm_start->source;
+    result.warm_start_seconds = result.slots * ground.TransferSeconds();
+  }
   result.tokens = plain.tokens;
   const SpeculationPolicy demand = ParsePolicy("on_demand");
   result.rows.push_back(ground.Run("none", "on_demand", "lru", plain, demand));
@@ -291,6 +232,10 @@ Json PolicySimulationResult::ToJson() const {
                {"slots", slots},
                {"tokens", tokens},
                {"rows", Json::array()}};
+  if (!warm_start.empty()) {
+    json["warm_start"] = warm_start;
+    json["warm_start_seconds"] = warm_start_seconds;
+  }
   for (const SimulatedRow& row : rows) json["rows"].push_back(row.ToJson());
   return json;
 }
@@ -309,7 +254,13 @@ std::string PolicyTable(const PolicySimulationResult& result) {
                   Fixed(r.bound, 2)});
     visits = std::max(visits, r.visits_per_second);
   }
-  return table.ToText() + "simulated: " + result.profile.name +
+  const std::string warm = result.warm_start.empty()
+                               ? ""
+                               : "slots begin with the most used experts (" +
+                                     result.warm_start +
+                                     "): " + Fixed(result.warm_start_seconds, 2) +
+                                     " s before the first step\n";
+  return table.ToText() + warm + "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
          std::to_string(result.slots) + " slots, " + std::to_string(result.tokens) +
          " tokens; up to " + Fixed(visits / 1e3, 0) + " thousand layers a second\n";

@@ -8,25 +8,20 @@
 #include <vector>
 
 #include "evaluator/device_profile.h"
-#include "evaluator/foresight.h"
-#include "evaluator/prefetch_simulation.h"
+#include "evaluator/recorded_visits.h"
 #include "models/expert_predictor.h"
 #include "storage/trace_reader.h"
 
 namespace routecast {
 
-// Seconds of the model's own work in a decoder's step of one sequence.
-struct StepCosts {
-  double between_layers = 0;  // from one MoE layer's experts to the next one's choice
-  double expert = 0;          // computing one
-  double head = 0;            // after the last MoE layer, with the vocabulary
-  double question = 0;        // to a predictor
-};
-
 struct PolicySimulationOptions {
   int d_model = 768, d_ff = 3072, vocab_size = 32128;  // of the model that is imagined
   double budget_share = 0.25;                          // of the expert bytes
   int sequences = 200, warmup_sequences = 4, tokens = 16;
+  bool encoder =
+      false;  // its pass before each sequence's steps; its experts in the budget
+  // What the slots hold at the begin; null: nothing.
+  std::shared_ptr<const UseShares> warm_start;
   SplitPart part = SplitPart::kTest;
   std::vector<std::string> policies = {"auto"};
   std::vector<std::string> evictions = {"lru"};
@@ -36,15 +31,6 @@ struct PolicySimulationOptions {
 
 // Costs of a geometry where every weight is read once from memory (a batch of one).
 StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& options);
-
-// The visits of the decoder's steps over one sequence, with what `foresight` (null =
-// nobody) says of them.
-void AppendVisits(const RoutingTrace& trace, const MoeGeometry& geometry, int tokens,
-                  const StepCosts& costs, Foresight* foresight,
-                  std::vector<SimulatedVisit>* visits);
-// What is said replaced by the true next `horizon` visits.
-std::vector<SimulatedVisit> WithOracle(std::vector<SimulatedVisit> visits,
-                                       int num_experts, size_t horizon);
 
 struct SimulatedRow {
   std::string predictor, policy, eviction;
@@ -58,6 +44,9 @@ struct PolicySimulationResult {
   DeviceProfile profile;
   int slots = 0;
   size_t tokens = 0;
+  // Where slots began filled: what was counted, and what bringing it takes.
+  std::string warm_start;
+  double warm_start_seconds = 0;
   std::vector<SimulatedRow> rows;  // on-demand LRU first
   Json ToJson() const;
 };

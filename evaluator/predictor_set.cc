@@ -92,6 +92,32 @@ std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
   return predictors;
 }
 
+UseShares CountUses(const TraceReader& reader, const MoeGeometry& geometry) {
+  const MoeGeometry& g = reader.config().geometry;
+  if (g.encoder_layers != geometry.encoder_layers ||
+      g.decoder_layers != geometry.decoder_layers ||
+      g.num_experts != geometry.num_experts) {
+    throw UsageError(ErrorText("--warm_start counts a model of another geometry",
+                               std::to_string(g.num_layers()) + " MoE layers x " +
+                                   std::to_string(g.num_experts) + " experts, here are " +
+                                   std::to_string(geometry.num_layers()) + " x " +
+                                   std::to_string(geometry.num_experts),
+                               "give a store of this model"));
+  }
+  std::vector<uint64_t> counts(static_cast<size_t>(g.num_keys()), 0);
+  for (const RoutingTrace& trace : ReadTrainPart(reader)) {
+    for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+      const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
+      for (size_t i = 0; i < span.expert_ids.size(); ++i) {
+        const auto layer = static_cast<int>(i / static_cast<size_t>(span.num_tokens));
+        const ExpertKey key{g.GlobalLayer(stack, layer), span.expert_ids[i]};
+        ++counts[static_cast<size_t>(key.Index(g))];
+      }
+    }
+  }
+  return SharesOf(counts, g, "train part of the store");
+}
+
 std::vector<int64_t> FrequentIds(const TraceReader& reader, int64_t vocab_size,
                                  int64_t count) {
   if (vocab_size <= count) return {};

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "evaluator/use_shares.h"
 #include "models/checkpoint.h"
 #include "models/expert_predictor.h"
 #include "storage/trace_reader.h"
@@ -24,6 +25,10 @@ std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     const std::vector<std::string>& names, const std::vector<std::string>& asked,
     const MoeGeometry& geometry, const std::vector<RouterWeights>& routers,
     const TraceReader* reader, bool quiet);
+
+// How often the store's train part used each expert. UsageError where its model has
+// another geometry.
+UseShares CountUses(const TraceReader& reader, const MoeGeometry& geometry);
 
 // Of a store; empty where it has none.
 std::vector<RouterWeights> StoredRouters(const TraceReader& reader);

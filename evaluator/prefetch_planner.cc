@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <utility>
 
 #include "common/errors.h"
 
@@ -11,10 +12,6 @@ namespace {
 
 constexpr double kLinkSmoothing =
     0.2;  // share of the newest transfer in the link's estimate
-// A visit farther ahead can still be started later, with better knowledge.
-constexpr double kLeadDiscount = 0.6;
-constexpr double kSwitchGain =
-    1.5;  // how much better a speculation must be to replace one
 
 bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
   return std::find(keys.begin(), keys.end(), key) != keys.end();
@@ -30,7 +27,7 @@ SpeculationPolicy ParsePolicy(const std::string& name) {
       {"top_k", true, 3, 10, 0.5, false, false},
       {"intelligent", true, 3, 10, 0.3, true, false},
       {"confident", true, 4, 2, 0.7, false, false},
-      {"auto", true, 4, 2, 0.25, false, true}};
+      {"auto", true, 4, 2, 0.25, false, true, true}};
   std::vector<std::string> names;
   for (const auto& policy : kPolicies) names.push_back(policy.name);
   return kPolicies[ParseChoice("--policy", name, names)];
@@ -44,7 +41,9 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
       timeline_(cache->geometry().num_layers()),
       forecasts_(options_.policy.max_lead),
       worth_(cache, &timeline_, &forecasts_),
+      accounts_(options_.policy.max_lead, options_.policy.min_probability),
       unused_(cache->geometry().num_keys(), 0),
+      displaced_(cache->geometry().num_keys()),
       capacity_(cache->num_slots()),
       top_k_(options_.policy.top_k) {
   if (cache->num_slots() < 2 || options_.max_in_flight < 2 ||
@@ -63,6 +62,7 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
   stall_ = 0;
   cache_->BeginLayer(layer);
   worth_.Renew();
+  JudgeForecast(layer, experts);
   for (int expert : experts) {
     const ExpertKey key{layer, expert};
     cache_->Use(key);
@@ -72,8 +72,9 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
     if (options_.policy.adapt_k) AdaptTopK(ready);
     if (ready) {
       ++ledger_.hits;
-      if (unused_[key.Index(cache_->geometry())]) {
-        unused_[key.Index(cache_->geometry())] = 0;
+      if (uint8_t& unused = unused_[key.Index(cache_->geometry())]) {
+        if (unused > 1) accounts_.Used(StackOf(key), unused - 1, 1);
+        unused = 0;
         ++ledger_.speculations_used;
         ++ledger_.speculations_in_time;
         ledger_.bytes_useful += options_.expert_bytes;
@@ -84,8 +85,14 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
                                      [&](const Flight& f) { return f.order.key == key; });
     if (flight == flights_.end()) {
       demands_.push_back(key);
+      const Displaced displaced =
+          std::exchange(displaced_[key.Index(cache_->geometry())], {});
+      const auto slots = static_cast<uint64_t>(cache_->num_slots());
+      if (displaced.lead > 0 && ledger_.uses - displaced.uses <= slots)
+        accounts_.Harmed(displaced.stack, displaced.lead, 1);
     } else if (!flight->cancelling) {
       flight->joined = true;
+      flight->moved = MovedShare(*flight);
       promotions_.push_back(flight->order.id);
     }  // a cancelled one becomes a demand when its cancellation is confirmed
   }
@@ -112,15 +119,19 @@ VisitForecast* PrefetchPlanner::Entry(int layer, int distance) {
   if (!policy.speculate || distance < 1 || distance > policy.max_lead) return nullptr;
   worth_.Renew();
   VisitForecast& forecast = forecasts_.Say(timeline_.visit() + distance);
+  if (forecast.layer != layer) forecast.said.clear();
   forecast.layer = layer;
+  forecast.lead = distance;
   return &forecast;
 }
 
 bool PrefetchPlanner::Foresee(VisitForecast* forecast, std::span<const float> p) const {
   forecast->probabilities = p;
   std::vector<ForetoldExpert>& ranked = forecast->ranked;
-  if (!RankExperts(p, static_cast<float>(options_.policy.min_probability), &ranked))
-    return false;
+  const SpeculationPolicy& policy = options_.policy;
+  const double least =
+      policy.adapt_threshold ? accounts_.least_threshold() : policy.min_probability;
+  if (!RankExperts(p, static_cast<float>(least), &ranked)) return false;
   const auto k = static_cast<size_t>(std::lround(top_k_));
   if (ranked.size() > k) ranked.resize(k);
   return true;
@@ -132,19 +143,29 @@ void PrefetchPlanner::Predict(int layer, int distance,
   if (!forecast) return;
   std::vector<float>& kept = forecast->kept;
   kept.assign(probabilities.begin(), probabilities.end());
-  if (Foresee(forecast, kept)) return;
-  // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
-  MakeProbabilities(&kept);
-  Foresee(forecast, kept);
+  if (!Foresee(forecast, kept)) {
+    // A predictor may say anything; numbers outside [0, 1] must not reach the arithmetic.
+    MakeProbabilities(&kept);
+    Foresee(forecast, kept);
+  }
+  ApplyThreshold(forecast);
 }
 
 void PrefetchPlanner::Predict(const LayerForecast& told) {
   VisitForecast* forecast = Entry(told.layer, told.distance);
-  if (forecast && !Foresee(forecast, told.probabilities))
+  if (!forecast) return;
+  if (Foresee(forecast, told.probabilities)) {
+    ApplyThreshold(forecast);
+  } else {
     Predict(told.layer, told.distance, told.probabilities);
+  }
 }
 
 std::optional<ExpertKey> PrefetchPlanner::PickVictim() {
+  if (cache_->eviction() == Eviction::kPhaseAware) {
+    const std::optional<ExpertKey> first = cache_->Victim(unserved_);
+    if (first && cache_->Passed(first->layer)) return first;
+  }
   const bool foresees =
       forecasts_.AnyAfter(timeline_.visit()) && cache_->eviction() != Eviction::kBelady;
   return foresees ? worth_.Least(unserved_) : cache_->Victim(unserved_);
@@ -160,6 +181,7 @@ void PrefetchPlanner::Evict(ExpertKey key) {
   if (unused) {
     ledger_.bytes_wasted += options_.expert_bytes;
     ++ledger_.speculations_unused;
+    if (unused > 1) accounts_.Unused(StackOf(key), unused - 1, 1);
   }
   unused = 0;
   cache_->Drop(key);
@@ -168,7 +190,17 @@ void PrefetchPlanner::Evict(ExpertKey key) {
 
 TransferOrder PrefetchPlanner::Launch(ExpertKey key, bool demand, long visit) {
   const TransferOrder order{next_id_++, key, cache_->Load(key), demand};
-  flights_.push_back({order, clock_->Now(), visit, demand, false});
+  const auto ahead = std::find_if(flights_.begin(), flights_.end(),
+                                  [](const Flight& f) { return !f.joined; });
+  const bool alone = std::none_of(flights_.begin(), flights_.end(),
+                                  [](const Flight& f) { return f.joined; });
+  Flight flight{order, clock_->Now(), visit, demand, false};
+  if (demand && alone && ahead != flights_.end()) {
+    flight.behind = ahead->order.key;
+    flight.behind_lead = ahead->lead;
+  }
+  flights_.push_back(flight);
+  displaced_[key.Index(cache_->geometry())] = {};
   if (!demand) ++ledger_.speculations;
   return order;
 }
@@ -207,6 +239,7 @@ const PlannerActions& PrefetchPlanner::Poll() {
   CancelWrong(&actions);
   StartDemands(&actions);
   if (demands_.empty()) StartSpeculations(&actions);
+  if (idle()) StartWarming(&actions);
   actions.evicted.swap(evicted_);
   return actions;
 }
@@ -224,141 +257,6 @@ void PrefetchPlanner::StartDemands(PlannerActions* actions) {
   }
 }
 
-void PrefetchPlanner::CancelWrong(PlannerActions* actions) {
-  if (!options_.engine_can_cancel) return;
-  for (Flight& flight : flights_) {
-    if (flight.joined || flight.cancelling) continue;
-    // Past: its layer has shown its routing, and this expert is not among it.
-    if (flight.visit > timeline_.visit() && !Outdone(flight)) continue;
-    flight.cancelling = true;
-    actions->cancel.push_back(flight.order.id);
-  }
-}
-
-bool PrefetchPlanner::Outdone(const Flight& flight) {
-  const VisitForecast* forecast = forecasts_.Find(flight.visit);
-  if (!forecast || forecast->layer != flight.order.key.layer) return false;
-  const double left = std::clamp(
-      1 - (clock_->Now() - std::max(flight.started, last_done_)) / transfer_seconds_,
-      0.05, 1.0);
-  const double own =
-      Score(forecast->probabilities[flight.order.key.expert], flight.visit) / left;
-  if (kSwitchGain * own >= 1) return false;  // no score is above 1
-  std::optional<LinkOutlook> link;
-  bool outdone = false;
-  EachCandidate([&](const Candidate& candidate) {
-    if (candidate.score <= kSwitchGain * own) return false;  // best first
-    if (!link) link = OutlookOfLink();
-    outdone = ArrivesInTime(candidate, *link);
-    return !outdone;
-  });
-  return outdone;
-}
-
-double PrefetchPlanner::Score(double probability, long visit) const {
-  double score = probability;
-  for (long v = timeline_.visit() + 1; v < visit; ++v) score *= kLeadDiscount;
-  return score;
-}
-
-void PrefetchPlanner::Advance(Row* row) const {
-  const VisitForecast& forecast = *row->forecast;
-  for (; row->next < forecast.ranked.size(); ++row->next) {
-    const ForetoldExpert& e = forecast.ranked[row->next];
-    if (cache_->state({forecast.layer, e.expert}) != ExpertCache::State::kAbsent)
-      continue;
-    row->score = Score(e.probability, forecast.visit);
-    return;
-  }
-  row->score = -1;
-}
-
-// Each visit's are ranked already: the best is that of one of the rows' heads.
-template <typename Act>
-void PrefetchPlanner::EachCandidate(const Act& act) {
-  rows_.clear();
-  for (int distance = 1; distance <= forecasts_.max_lead(); ++distance) {
-    const VisitForecast* forecast = forecasts_.Find(timeline_.visit() + distance);
-    if (!forecast || forecast->ranked.empty()) continue;
-    rows_.push_back({forecast});
-    Advance(&rows_.back());
-    if (rows_.back().score < 0) rows_.pop_back();
-  }
-  while (!rows_.empty()) {
-    Row* best = &rows_.front();
-    for (Row& row : rows_) {
-      if (row.score > best->score) best = &row;
-    }
-    if (best->score < 0) return;
-    const VisitForecast& forecast = *best->forecast;
-    const Candidate candidate{{forecast.layer, forecast.ranked[best->next].expert},
-                              forecast.visit,
-                              best->score};
-    if (!act(candidate)) return;
-    ++best->next;
-    Advance(best);
-  }
-}
-
-PrefetchPlanner::LinkOutlook PrefetchPlanner::OutlookOfLink() const {
-  const double now = clock_->Now();
-  double link_free = now, served = now;  // served: demands are first on the link
-  for (const Flight& flight : flights_) {
-    const double began = std::max(flight.started, last_done_);
-    const bool first =
-        &flight == &flights_.front();  // the others have not had the link yet
-    const double left = std::max(0.0, transfer_seconds_ - (first ? now - began : 0.0));
-    link_free += left;
-    if (flight.joined) served += left;
-  }
-  // While the model waits for its demands, what comes after them is needed later.
-  double stall = stall_;
-  if (served > now) stall = std::max(stall, served - timeline_.visit_start());
-  return {now, link_free, stall};
-}
-
-bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate,
-                                    const LinkOutlook& link) const {
-  const int distance = static_cast<int>(candidate.visit - timeline_.visit());
-  const double need = std::max(link.now, timeline_.StartOf(distance, link.stall));
-  return link.free + transfer_seconds_ <=
-         need + options_.late_allowance * transfer_seconds_;
-}
-
-bool PrefetchPlanner::MakeRoomFor(const Candidate& candidate) {
-  if (cache_->free_slots() > 0) return true;
-  const std::optional<ExpertKey> victim = PickVictim();
-  if (!victim || Worth(*victim) >= Worth(candidate.key)) return false;
-  Evict(*victim);
-  return true;
-}
-
-void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
-  if (!forecasts_.AnyAfter(timeline_.visit())) return;
-  int speculating = 0;
-  for (const Flight& flight : flights_) speculating += !flight.joined;
-  // The last place is the demands'.
-  const auto full = [&] {
-    return speculating >= options_.max_in_flight - 1 ||
-           in_flight() >= options_.max_in_flight;
-  };
-  if (full()) return;
-  std::optional<LinkOutlook> link;
-  const size_t evicted_before = evicted_.size();
-  EachCandidate([&](const Candidate& candidate) {
-    // What has just left for a better one stays away.
-    const bool left = std::find(evicted_.begin() + static_cast<long>(evicted_before),
-                                evicted_.end(), candidate.key) != evicted_.end();
-    if (left || cache_->state(candidate.key) != ExpertCache::State::kAbsent) return true;
-    if (!link) link = OutlookOfLink();
-    if (!ArrivesInTime(candidate, *link) || !MakeRoomFor(candidate)) return true;
-    actions->start.push_back(Launch(candidate.key, false, candidate.visit));
-    link.reset();
-    ++speculating;
-    return !full();
-  });
-}
-
 void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes) {
   const auto it = std::find_if(flights_.begin(), flights_.end(),
                                [&](const Flight& f) { return f.order.id == id; });
@@ -371,21 +269,33 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
     // The link is serial: a transfer had it from its start or the end of the one before.
     const double seconds = now - std::max(flight.started, last_done_);
     if (seconds > 0) transfer_seconds_ += kLinkSmoothing * (seconds - transfer_seconds_);
+    if (flight.behind_lead > 0) {  // what it stood behind, in transfers
+      const double late = (now - flight.started) / transfer_seconds_ - 1;
+      accounts_.Harmed(StackOf(flight.behind), flight.behind_lead,
+                       std::clamp(late, 0.0, 1.0));
+    }
     cache_->Arrive(key);
     if (flight.order.demand) {
       ledger_.bytes_useful += bytes;
     } else if (flight.joined || Contains(unserved_, key)) {
       ++ledger_.speculations_used;
       ledger_.bytes_late += bytes;
+      if (flight.lead > 0) accounts_.Used(StackOf(key), flight.lead, flight.moved);
     } else {
-      unused_[key.Index(cache_->geometry())] = 1;
+      unused_[key.Index(cache_->geometry())] = static_cast<uint8_t>(1 + flight.lead);
     }
   } else {
     cache_->Drop(key);
     ledger_.bytes_wasted += bytes;
     if (!flight.order.demand) ++ledger_.speculations_unused;
+    if (flight.lead > 0) {
+      accounts_.Unused(
+          StackOf(key), flight.lead,
+          static_cast<double>(bytes) / static_cast<double>(options_.expert_bytes));
+    }
     const bool wanted = Contains(unserved_, key);
     if (outcome == TransferOutcome::kFailed && wanted) failed_ = key;
+    if (outcome == TransferOutcome::kFailed && flight.warming) cold_.push_back(key);
     if (outcome == TransferOutcome::kFailed) {  // not tried again until it is demanded
       for (int distance = 1; distance <= forecasts_.max_lead(); ++distance) {
         VisitForecast* forecast = forecasts_.Find(timeline_.visit() + distance);

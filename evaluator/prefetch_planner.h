@@ -15,6 +15,11 @@
 // probability
 //   and by when it is next expected, than the one it brings; what the running layer needs
 //   is never evicted;
+// - where the cache is phase-aware, what the encoder has passed leaves before all else,
+// and on
+//   a link that is idle while the encoder runs the decoder's most used experts are warmed
+//   into free slots and those, if they can be there before the decoder begins; whatever
+//   is demanded or foretold with some certainty goes before that;
 // - no more slots are in service than SetCapacity allows, as soon as experts that are not
 //   leased, needed or on their way leave enough of them.
 #pragma once
@@ -30,6 +35,7 @@
 #include "evaluator/expert_worth.h"
 #include "evaluator/layer_forecast.h"
 #include "evaluator/layer_timeline.h"
+#include "evaluator/speculation_ledger.h"
 
 namespace routecast {
 
@@ -42,6 +48,7 @@ struct SpeculationPolicy {
   double min_probability = 0.2;  // below: not worth the link
   bool adapt_k = false;          // top_k follows the share of uses that were in time
   bool auto_off = false;         // evaluator/benefit_gauge.h may switch it off
+  bool adapt_threshold = false;  // by stack and lead: evaluator/speculation_ledger.h
 };
 // on_demand, multi_look, top_k, intelligent, confident, auto; UsageError naming the
 // nearest.
@@ -116,6 +123,9 @@ class PrefetchPlanner {
   // the predictions are forgotten.
   void Predict(const LayerForecast& forecast);
   void ForgetPredictions();
+  // Whether a phase-aware cache is warmed for the decoder. It is where the policy
+  // speculates at all, unless this says otherwise.
+  void SetWarming(bool warms) { warms_ = warms; }
 
   // How many slots may be in service from the next Poll on. REQUIRES 2 <= slots <= those
   // of the cache.
@@ -133,6 +143,8 @@ class PrefetchPlanner {
 
   int in_flight() const { return static_cast<int>(flights_.size()); }
   bool idle() const { return flights_.empty() && demands_.empty(); }
+  // What speculation was worth by lead, and the thresholds where the policy adapts them.
+  const SpeculationLedger& speculation() const { return accounts_; }
   double Worth(ExpertKey key) { return worth_.Of(key); }
   double TransferSeconds() const { return transfer_seconds_; }
   const LayerTimeline& timeline() const { return timeline_; }
@@ -155,11 +167,17 @@ class PrefetchPlanner {
     long visit = 0;       // that it is for
     bool joined = false;  // a demand waits for it
     bool cancelling = false;
+    bool warming = false;
+    int lead = 0;         // at which it was foretold; 0: demand, warming
+    ExpertKey behind{};   // a demand: the speculation's layer and
+    int behind_lead = 0;  // lead that had the link when it started; 0: none
+    double moved = 0;     // share that had been moved when a demand joined
   };
   struct Candidate {
     ExpertKey key;
     long visit = 0;
     double score = 0;
+    int lead = 0;
   };
   struct Row {  // what is left of one visit's candidates
     const VisitForecast* forecast = nullptr;
@@ -177,17 +195,25 @@ class PrefetchPlanner {
   VisitForecast* Entry(int layer, int distance);  // null: not to be speculated on
   // False where a number is no probability.
   bool Foresee(VisitForecast* forecast, std::span<const float> probabilities) const;
+  void ApplyThreshold(VisitForecast* forecast);
+  void JudgeForecast(int layer, std::span<const int> experts);
+  Stack StackOf(ExpertKey key) const { return cache_->geometry().StackOf(key.layer); }
   // The absent experts among what was foretold, best first, of equals the sooner needed,
   // until `act` returns false.
   template <typename Act>
   void EachCandidate(const Act& act);
   void Advance(Row* row) const;
+  // Share of the flight that the link has moved by now.
+  double MovedShare(const Flight& flight) const;
   // True where news made another speculation better than finishing this one.
   bool Outdone(const Flight& flight);
   double Score(double probability, long visit) const;
   LinkOutlook OutlookOfLink() const;
   bool ArrivesInTime(const Candidate& candidate, const LinkOutlook& link) const;
   bool MakeRoomFor(const Candidate& candidate);
+  // One transfer for the decoder, where the encoder leaves the link idle.
+  void StartWarming(PlannerActions* actions);
+  std::optional<ExpertKey> LikeliestOfDecoder() const;  // of those absent
   std::optional<ExpertKey> PickVictim();
   TransferOrder Launch(ExpertKey key, bool demand, long visit);
   void Evict(ExpertKey key);
@@ -202,12 +228,22 @@ class PrefetchPlanner {
   std::vector<ExpertKey> unserved_;  // needed by this layer, not yet handed out
   std::vector<ExpertKey> demands_;   // of those: absent, transfer not yet started
   std::vector<Flight> flights_;      // in starting order
-  std::vector<uint8_t> unused_;      // by key: prefetched and not used yet
+  SpeculationLedger accounts_;
+  // By key: prefetched and not used yet; 1 + the lead at which it was foretold, else 0.
+  std::vector<uint8_t> unused_;
+  struct Displaced {  // by key: what pushed it out, and after how many uses of any expert
+    Stack stack = Stack::kEncoder;
+    int lead = 0;  // 0: nothing
+    uint64_t uses = 0;
+  };
+  std::vector<Displaced> displaced_;
   std::vector<uint64_t> promotions_;
   std::vector<ExpertKey> evicted_;
   PlannerActions actions_;
   std::vector<Row> rows_;  // of EachCandidate
   std::optional<ExpertKey> failed_;
+  std::vector<ExpertKey> cold_;  // whose warming failed: not tried again
+  bool warms_ = true;
   uint64_t next_id_ = 1;
   double stall_ = 0, transfer_seconds_ = 0, last_done_ = -1;
   int capacity_;  // slots in service, at most

@@ -133,6 +133,9 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
   {
     std::lock_guard lock(mutex_);
     planner_.BeginPass(rested);
+    // Where speculation does not help the decoder, nothing is warmed for it either.
+    planner_.SetWarming(!options_.planner.policy.auto_off ||
+                        speculation_helps(Stack::kDecoder));
   }
   FitMemory(pass);
   if (!foresight_) return;
@@ -272,6 +275,12 @@ PhaseStats PrefetchRuntime::stats(Stack stack) const {
   return stats;
 }
 
+std::vector<SpeculationAccount> PrefetchRuntime::speculation(Stack stack) const {
+  std::lock_guard lock(mutex_);
+  if (!options_.planner.policy.adapt_threshold) return {};
+  return planner_.speculation().Accounts(stack);
+}
+
 void PrefetchRuntime::ResetStats() {
   std::lock_guard lock(mutex_);
   planner_.ResetLedger();
@@ -333,10 +342,23 @@ void PrefetchRuntime::Preload(const std::vector<ExpertKey>& keys) {
       if (cache_.state(key) != ExpertCache::State::kAbsent) continue;
       cache_.Load(key);
       cache_.Arrive(key);  // Resume below brings the bytes before anyone asks
+      cache_.Touch(key);
     }
     held_peak_ = std::max(held_peak_, cache_.held_slots());
   }
   Resume();
+}
+
+int PrefetchRuntime::WarmStart(const UseShares& shares,
+                               const std::vector<ExpertKey>& keys) {
+  const std::vector<ExpertKey> most =
+      MostUsed(shares, spec_.geometry, keys, static_cast<size_t>(cache_.num_slots()));
+  {
+    std::lock_guard lock(mutex_);
+    cache_.SetPrior(shares.by_key);
+  }
+  Preload(most);
+  return static_cast<int>(most.size());
 }
 
 double PrefetchRuntime::measured_link_bytes_per_second() const {

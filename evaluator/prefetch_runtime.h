@@ -21,6 +21,7 @@
 #include "evaluator/prefetch_planner.h"
 #include "evaluator/timeline.h"
 #include "evaluator/transfer_engine.h"
+#include "evaluator/use_shares.h"
 #include "models/expert_source.h"
 #include "models/routing_observer.h"
 
@@ -78,8 +79,16 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   // Takes the engine and brings the remembered experts back; not counted anywhere. The
   // first call is the constructor's.
   void Resume();
-  // Brings in every expert of `keys` now (all-resident). REQUIRES enough slots.
+  // Brings in every expert of `keys` now (all-resident), the last one as if it had been
+  // used last. REQUIRES enough slots, and a runtime that is suspended or new.
   void Preload(const std::vector<ExpertKey>& keys);
+  // The same with those of `keys` that are used most, as many as there are slots; and
+  // tells the cache what is used how often. Returns how many were brought.
+  int WarmStart(const UseShares& shares, const std::vector<ExpertKey>& keys);
+
+  // By lead: what its speculation was worth, and its threshold. Empty where the policy
+  // does not adapt it.
+  std::vector<SpeculationAccount> speculation(Stack stack) const;
 
   // Since ResetStats. The stack's experts that are prefetched but not used yet are
   // wasted.

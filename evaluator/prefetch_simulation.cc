@@ -1,5 +1,6 @@
 #include "evaluator/prefetch_simulation.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace routecast {
@@ -45,6 +46,16 @@ class Simulation {
     return waited;
   }
 
+  void WarmStart(const UseShares& shares, const std::vector<ExpertKey>& keys) {
+    cache_.SetPrior(shares.by_key);
+    for (const ExpertKey key :
+         MostUsed(shares, cache_.geometry(), keys, size_t(cache_.num_slots()))) {
+      cache_.Load(key);
+      cache_.Arrive(key);
+      cache_.Touch(key);
+    }
+  }
+
   double now() const { return clock_.Now(); }
   PrefetchPlanner* planner() { return &planner_; }
 
@@ -72,17 +83,32 @@ class Simulation {
   bool speculates_;
 };
 
+// Of the layers that are visited.
+std::vector<ExpertKey> KeysOf(std::span<const SimulatedVisit> visits,
+                              const MoeGeometry& g) {
+  std::vector<ExpertKey> keys;
+  for (int layer = 0; layer < g.num_layers(); ++layer) {
+    const bool visited =
+        std::any_of(visits.begin(), visits.end(),
+                    [&](const SimulatedVisit& visit) { return visit.layer == layer; });
+    for (int expert = 0; visited && expert < g.num_experts; ++expert)
+      keys.push_back({layer, expert});
+  }
+  return keys;
+}
+
 }  // namespace
 
 SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
                                   Eviction eviction, const PlannerOptions& planner,
                                   const SimulatedLinkOptions& link,
                                   std::span<const SimulatedVisit> visits,
-                                  size_t counted_from) {
+                                  size_t counted_from, const UseShares* warm) {
   if (planner.expert_bytes != link.expert_bytes) {
     throw std::logic_error("SimulatePrefetch: planner and link disagree on an expert");
   }
   Simulation simulation(geometry, slots, eviction, planner, link);
+  if (warm) simulation.WarmStart(*warm, KeysOf(visits, geometry));
   SimulationResult result;
   result.stalls.reserve(visits.size());
   double begin = 0;

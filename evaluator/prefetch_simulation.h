@@ -10,6 +10,7 @@
 #include "evaluator/layer_forecast.h"
 #include "evaluator/prefetch_planner.h"
 #include "evaluator/simulated_link.h"
+#include "evaluator/use_shares.h"
 
 namespace routecast {
 
@@ -32,12 +33,13 @@ struct SimulationResult {
   std::vector<double> stalls;  // of every visit that counts
 };
 
-// The visits in order, counted from `counted_from` on. REQUIRES link.expert_bytes ==
-// planner.expert_bytes.
+// The visits in order, counted from `counted_from` on. With `warm` the slots hold the
+// most used experts of the layers that are visited before the clock starts. REQUIRES
+// link.expert_bytes == planner.expert_bytes.
 SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
                                   Eviction eviction, const PlannerOptions& planner,
                                   const SimulatedLinkOptions& link,
                                   std::span<const SimulatedVisit> visits,
-                                  size_t counted_from);
+                                  size_t counted_from, const UseShares* warm = nullptr);
 
 }  // namespace routecast

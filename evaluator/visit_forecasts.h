@@ -10,12 +10,21 @@
 
 namespace routecast {
 
+// A candidate, as it was said `lead` visits ahead: to be judged when its visit comes.
+struct SaidExpert {
+  int lead = 0;
+  ForetoldExpert expert;
+};
+
 // What was said of one visit.
 struct VisitForecast {
   long visit = 0;  // 0: nothing was said
   int layer = 0;
+  int lead = 0;                          // when what stands here was said
+  bool trusted = true;                   // false: as if nothing had been said
   std::span<const float> probabilities;  // of use, by expert; in [0, 1]
   std::vector<ForetoldExpert> ranked;    // candidates, best first
+  std::vector<SaidExpert> said;          // of all leads
   std::vector<float> kept;  // where `probabilities` points, unless somebody keeps them
 };
 
@@ -30,6 +39,7 @@ class VisitForecasts {
   VisitForecast& Say(long visit) {
     last_ = std::max(last_, visit);
     VisitForecast& entry = At(visit);
+    if (entry.visit != visit) entry.said.clear();
     entry.visit = visit;
     return entry;
   }

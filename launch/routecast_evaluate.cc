@@ -11,6 +11,7 @@
 #include "evaluator/device_sweep.h"
 #include "evaluator/disk_sweep.h"
 #include "evaluator/evaluation.h"
+#include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
@@ -53,6 +54,10 @@ DEFINE_string(
 DEFINE_string(
     copies, "lossless",
     "int8, int4 or sparse: rows on compressed copies as well, LOSSY and named so");
+DEFINE_string(warm_start, "none",
+              "experts that slots hold before the first step: none, auto (the most used "
+              "of --store's train part), another store, or load.csv of routecast-trace "
+              "stats");
 DEFINE_string(
     mode, "generate",
     "generate (with --model, or a replay of --store), quality (predictors on "
@@ -68,7 +73,9 @@ DEFINE_string(shift_store, "",
               "how predictors take a change of domain");
 DEFINE_double(question_us, 200, "cost of a question in --mode=simulate");
 DEFINE_string(in, ".", "folder that --mode=status looks into");
-DEFINE_string(phase, "decoder", "stacks of a replay: decoder, encoder or both");
+DEFINE_string(phase, "decoder",
+              "stacks of a replay: decoder, encoder or both; --mode=simulate: decoder or "
+              "both");
 DEFINE_string(link, "auto",
               "native, emulated (paced), or auto: paced where the bound is < 1.5");
 DEFINE_bool(guess_next_token, true,
@@ -130,6 +137,7 @@ EvaluationOptions OptionsFromFlags() {
   options.kv_in_budget = FLAGS_kv_in_budget;
   options.tier = FLAGS_tier;
   options.copies = FLAGS_copies;
+  options.warm_start = FLAGS_warm_start;
   options.phase = FLAGS_phase;
   options.link = FLAGS_link;
   if (!gflags::GetCommandLineFlagInfoOrDie("profile").is_default)
@@ -230,6 +238,7 @@ void Simulate() {
   options.sequences = FLAGS_sequences;
   options.tokens = FLAGS_max_new_tokens;
   options.question_seconds = FLAGS_question_us * 1e-6;
+  options.encoder = ParseChoice("--phase", FLAGS_phase, {"decoder", "both"}) == 1;
   constexpr uint64_t kWhole = 1'000'000;  // of a share
   options.budget_share =
       static_cast<double>(ParseBudget(FLAGS_expert_budget, kWhole)) / kWhole;
@@ -242,6 +251,7 @@ void Simulate() {
   const DeviceProfile profile = FindProfile(FLAGS_profile);
   const TraceReader reader = OpenStore();
   const auto predictors = Predictors(reader);
+  options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
   if (FLAGS_dry_run) {
     std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",
                 predictors.size(), options.policies.size(), options.evictions.size(),

@@ -101,6 +101,62 @@ TEST_F(ComparisonTest, RowsSayWhatBecameOfPrefetchesAndHowRoundsSpread) {
   }
 }
 
+TEST_F(ComparisonTest, AWarmStartIsPaidBeforeTheFirstStepAndSaysWhatItCost) {
+  options_.link = "native";
+  options_.warmup_rounds = 0;
+  options_.rounds = 1;
+  replay_.encoder = false;
+  const ComparisonResult cold = Compare({});
+  std::vector<uint64_t> counts(24, 0);
+  for (const auto& trace : SyntheticTraces(traces_, 1, 1)) {
+    for (size_t i = 0; i < trace.decoder.expert_ids.size(); ++i) {
+      const auto layer = static_cast<int>(i) / trace.decoder.num_tokens;
+      const bool at_once = static_cast<int>(i) % trace.decoder.num_tokens == 0;
+      counts[static_cast<size_t>(6 * (2 + layer) + trace.decoder.expert_ids[i])] +=
+          at_once ? 100 : 1;
+    }
+  }
+  options_.warm_start =
+      std::make_shared<UseShares>(SharesOf(counts, traces_.geometry, "counted"));
+  const ComparisonResult warm = Compare({});
+  EXPECT_EQ(warm.rows[0].output_sha256, cold.rows[0].output_sha256);
+  for (const RowResult& row : warm.rows) {
+    const bool filled = row.policy != "resident" && row.eviction != "none";
+    EXPECT_EQ(row.warm_start, filled ? "counted" : "") << row.policy;
+    EXPECT_EQ(row.warm_start_experts, filled ? 6 : 0);
+    EXPECT_EQ(row.warm_start_bytes, filled ? 6u * 4096 * 4 : 0u);
+    EXPECT_EQ(row.warm_start_seconds > 0, filled);
+    EXPECT_LE(row.held_bytes_peak, row.budget_bytes);
+  }
+  EXPECT_EQ(cold.rows[0].warm_start, "");
+  EXPECT_EQ(warm.rows[1].eviction, "lru");
+  EXPECT_LT(warm.rows[1].bytes_useful, cold.rows[1].bytes_useful);
+  const Json json = warm.ToJson();
+  EXPECT_EQ(json["rows"][0].count("warm_start"), 0u);
+  EXPECT_EQ(json["rows"][1]["warm_start"], "counted");
+}
+
+TEST_F(ComparisonTest, RowsOfAutoSayWhatEachLeadIsWorth) {
+  options_.link = "native";
+  SignalPredictor predictor(traces_);
+  const ComparisonResult result = Compare({&predictor});
+  const Json json = result.ToJson();
+  bool any = false;
+  for (const Json& row : json["rows"]) {
+    const bool speculates = row["policy"] == "auto";
+    EXPECT_TRUE(speculates || !row.contains("speculation")) << row["policy"];
+    if (!row.contains("speculation")) continue;
+    any = true;
+    for (const Json& lead : row["speculation"]) {
+      EXPECT_GE(lead["lead"].get<int>(), 1);
+      EXPECT_GT(lead["judged"].get<int>(), 0);
+      EXPECT_EQ(lead["open"].get<bool>(), lead["threshold"].get<double>() <= 1);
+    }
+  }
+  EXPECT_TRUE(any);
+  EXPECT_EQ(result.ToCsv().find("speculation"), std::string::npos);
+}
+
 // Slots make room as sequences grow, come back, and change no bit.
 TEST_F(ComparisonTest, KeysAndValuesShareTheBudget) {
   options_.link = "native";

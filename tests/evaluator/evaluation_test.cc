@@ -10,6 +10,7 @@
 #include <set>
 
 #include "common/errors.h"
+#include "evaluator/evaluation_setup.h"
 #include "evaluator/predictor_set.h"
 #include "gtest/gtest.h"
 #include "storage/trace_reader.h"
@@ -239,11 +240,13 @@ TEST_F(EvaluationTest, ATierSaysTheBudget) {
 
 TEST_F(EvaluationTest, AGpuTierWithoutADeviceIsTheEnvironment) {
   EvaluationOptions options = Options();
-  options.tier = "gpu:1GiB,host,disk";
-  if (!at::hasCUDA()) {
-    EXPECT_THROW(ValidateEvaluation(options), EnvironmentError);
+  for (const char* tier : {"gpu:1GiB,host,disk", "gpu:1GiB,disk"}) {
+    options.tier = tier;
+    if (!at::hasCUDA()) {
+      EXPECT_THROW(ValidateEvaluation(options), EnvironmentError);
+    }
   }
-  options.tier = "gpu:1GiB,disk";
+  options.tier = "gpu:1GiB,host";
   EXPECT_THROW(ValidateEvaluation(options), UsageError);
 }
 
@@ -348,6 +351,48 @@ TEST_F(EvaluationTest, NothingToDoIsUsage) {
   options = Options();
   options.eviction = "belady";
   EXPECT_THROW(ValidateEvaluation(options), UsageError);
+}
+
+TEST_F(EvaluationTest, AWarmStartCountsAStoreOrATable) {
+  EvaluationOptions options = Options();
+  options.baselines = "none";
+  const TraceReader reader(folder_ / "store");
+  const MoeGeometry g = reader.config().geometry;
+  std::string table = "layer_id,expert_id,count\n";
+  for (int i = 0; i < g.num_keys(); ++i) {
+    const ExpertKey key = ExpertKey::FromIndex(i, g);
+    table += std::to_string(key.layer) + "," + std::to_string(key.expert) + ",1\n";
+  }
+  WriteFileAtomic(folder_ / "load.csv", table);
+  for (const std::string& from : {std::string("auto"), (folder_ / "store").string(),
+                                  (folder_ / "load.csv").string()}) {
+    options.warm_start = from;
+    options.out = folder_ / ("warm_" + std::to_string(from.size()));
+    ValidateEvaluation(options);
+    Evaluate(options, Json::object());
+    const Json results = ReadJsonFile(options.out / "results.json");
+    int filled = 0;
+    for (const Json& row : results["rows"]) filled += row.contains("warm_start_bytes");
+    EXPECT_EQ(filled, 2) << from;  // on demand with LRU, the oracle
+  }
+}
+
+TEST_F(EvaluationTest, AWarmStartThatCannotBeCountedIsUsage) {
+  SwitchConfig other = SmallConfig();
+  other.num_experts *= 2;
+  WriteSyntheticStore(folder_ / "wider", other);
+  const MoeGeometry g = SmallConfig().geometry();
+  EXPECT_EQ(WarmStartOf("none", nullptr, g), nullptr);
+  for (const std::string& wrong : {std::string("auto"), (folder_ / "nowhere").string(),
+                                   (folder_ / "wider").string()}) {
+    try {
+      WarmStartOf(wrong, nullptr, g);
+      FAIL() << wrong;
+    } catch (const UsageError& e) {
+      const std::string words = e.what();
+      EXPECT_LE(std::count(words.begin(), words.end(), '\n'), 2) << words;
+    }
+  }
 }
 
 TEST_F(EvaluationTest, AnUnknownPredictorIsUsage) {

@@ -171,17 +171,53 @@ TEST(ExpertCacheTest, EverySlotHasAtMostOneKey) {
 
 TEST(ExpertCacheTest, UseRateIsTheFadingShareOfVisits) {
   ExpertCache cache(Geometry(0, 1, 4), 4, Eviction::kLru);
-  double used[2] = {0, 0}, visits = 0;  // each visit before weighs 7/8 of the next
-  for (int i = 0; i < 50; ++i) {
+  // What a visit weighs of the next.
+  constexpr double kFading = 1 - 1.0 / 256;
+  std::vector<double> used(2, 0.0);
+  double visits = 0;
+  for (int i = 0; i < 3000; ++i) {
     const int expert = i % 4 == 0 ? 1 : 0;
     cache.BeginLayer(0);
     Access(&cache, {0, expert});
-    visits = visits * 7 / 8 + 1;
-    for (int e : {0, 1}) used[e] = used[e] * 7 / 8 + (e == expert);
+    visits = visits * kFading + 1;
+    for (int e : {0, 1}) used[e] = used[e] * kFading + (e == expert);
     ASSERT_NEAR(cache.UseRate({0, 0}), used[0] / visits, 1e-9);
     ASSERT_NEAR(cache.UseRate({0, 1}), used[1] / visits, 1e-9);
   }
   EXPECT_EQ(cache.UseRate({0, 3}), 0);
+  // A habit that has ended is forgotten, however long ago.
+  for (int i = 0; i < 2000; ++i) {
+    cache.BeginLayer(0);
+    Access(&cache, {0, 2});
+    used[0] *= kFading;
+    visits = visits * kFading + 1;
+  }
+  EXPECT_NEAR(cache.UseRate({0, 0}), used[0] / visits, 1e-9);
+  EXPECT_LT(cache.UseRate({0, 0}), 0.001);
+}
+
+TEST(ExpertCacheTest, AUseShareBeginsWithThePriorAndFollowsTheUses) {
+  ExpertCache cache(Geometry(0, 1, 4), 4, Eviction::kLru);
+  EXPECT_EQ(cache.UseShare({0, 1}), 0);
+  cache.SetPrior({.1, .6, .3, 0});
+  EXPECT_DOUBLE_EQ(cache.UseShare({0, 1}), .6);
+  for (int i = 0; i < 2000; ++i) {
+    cache.BeginLayer(0);
+    Access(&cache, {0, 3});
+  }
+  EXPECT_LT(cache.UseShare({0, 1}), .03);
+  EXPECT_GT(cache.UseShare({0, 3}), .9);
+}
+
+TEST(ExpertCacheTest, WhatIsTouchedLeavesAsIfItHadBeenUsed) {
+  ExpertCache cache(Geometry(0, 1, 4), 3, Eviction::kLru);
+  for (const ExpertKey key : {ExpertKey{0, 2}, {0, 0}, {0, 1}}) {
+    cache.Load(key);
+    cache.Arrive(key);
+    cache.Touch(key);
+  }
+  EXPECT_EQ(cache.Victim(), (ExpertKey{0, 2}));
+  EXPECT_EQ(cache.UseRate({0, 1}), 0);
 }
 
 TEST(ExpertCacheTest, UnknownEvictionNamesTheNearest) {

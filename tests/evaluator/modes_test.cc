@@ -143,27 +143,81 @@ DeviceProfile SomeProfile(double link) {
   return profile;
 }
 
+// The decoder alone, and behind the encoder.
 TEST_F(ModesTest, SimulatedLruHitsAreThoseOfTheCache) {
+  for (const bool encoder : {false, true}) {
+    PolicySimulationOptions options;
+    options.warmup_sequences = 2;
+    options.encoder = encoder;
+    const auto result =
+        SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
+    const MoeGeometry g = reader_->config().geometry;
+    const int layers = g.decoder_layers + (encoder ? g.encoder_layers : 0);
+    EXPECT_EQ(result.slots, layers * g.num_experts / 4);
+    std::vector<SimulatedVisit> visits;
+    size_t counted = 0, sequences = 0;
+    for (const SequenceInfo& info : reader_->sequences()) {
+      if (SplitOf(info.group_id) != SplitPart::kTest) continue;
+      if (sequences++ == 2) counted = visits.size();
+      const RoutingTrace trace = reader_->Read(info.sequence_id, WithHidden::kNo);
+      if (encoder) AppendEncoderVisits(trace, g, 128, {}, nullptr, &visits);
+      AppendVisits(trace, g, 16, {}, nullptr, &visits);
+    }
+    std::vector<OracleForesight::Visit> plain;
+    for (const SimulatedVisit& v : visits) plain.push_back({v.layer, v.experts});
+    const MissCount misses = CountMisses(g, result.slots, Eviction::kLru, plain, counted);
+    double uses = 0;
+    for (size_t i = counted; i < visits.size(); ++i)
+      uses += static_cast<double>(visits[i].experts.size());
+    const auto missed = static_cast<double>(misses.misses[0] + misses.misses[1]);
+    EXPECT_NEAR(result.rows[0].hit_rate, 1 - missed / uses, 1e-9);
+    EXPECT_EQ(result.rows[0].eviction, "lru");
+  }
+}
+
+TEST_F(ModesTest, ASimulationMayBeginWarmAndSaysWhatThatTakes) {
   PolicySimulationOptions options;
-  options.warmup_sequences = 2;
-  const auto result =
-      SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
+  options.warmup_sequences = 0;
+  options.sequences = 1;
+  const auto simulate = [&] {
+    return SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
+  };
+  const auto cold = simulate();
+  EXPECT_EQ(cold.ToJson().count("warm_start"), 0u);
+  // What the sequence's first token chooses.
   const MoeGeometry g = reader_->config().geometry;
-  std::vector<SimulatedVisit> visits;
-  size_t counted = 0, sequences = 0;
+  std::vector<uint64_t> counts(static_cast<size_t>(g.num_keys()), 0);
   for (const SequenceInfo& info : reader_->sequences()) {
     if (SplitOf(info.group_id) != SplitPart::kTest) continue;
-    if (sequences++ == 2) counted = visits.size();
-    AppendVisits(reader_->Read(info.sequence_id, WithHidden::kNo), g, 16, {}, nullptr,
-                 &visits);
+    const RoutingSpan span = reader_->Read(info.sequence_id, WithHidden::kNo).decoder;
+    for (int l = 0; l < g.decoder_layers; ++l) {
+      const ExpertKey key{g.GlobalLayer(Stack::kDecoder, l),
+                          span.expert_ids[static_cast<size_t>(l * span.num_tokens)]};
+      counts[static_cast<size_t>(key.Index(g))] = 1;
+    }
+    break;
   }
-  std::vector<OracleForesight::Visit> plain;
-  for (const SimulatedVisit& v : visits) plain.push_back({v.layer, v.experts});
-  const MissCount misses = CountMisses(g, result.slots, Eviction::kLru, plain, counted);
-  const double uses = static_cast<double>(visits.size() - counted);
-  EXPECT_NEAR(result.rows[0].hit_rate, 1 - static_cast<double>(misses.misses[1]) / uses,
+  options.warm_start = std::make_shared<UseShares>(SharesOf(counts, g, "first token"));
+  const auto warm = simulate();
+  EXPECT_LT(warm.rows[0].stall_seconds, cold.rows[0].stall_seconds);
+  const double transfer = 8.0 * options.d_model * options.d_ff / 2e9;
+  EXPECT_NEAR(warm.ToJson()["warm_start_seconds"].get<double>(), warm.slots * transfer,
               1e-9);
-  EXPECT_EQ(result.rows[0].eviction, "lru");
+}
+
+TEST_F(ModesTest, ASimulatedPhaseAwareCacheKnowsTheEncoder) {
+  PolicySimulationOptions options;
+  options.evictions = {"lru", "phase_aware"};
+  const auto stalls = [&](bool encoder) {
+    options.encoder = encoder;
+    const auto rows =
+        SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options)
+            .rows;
+    return std::pair(rows[0].stall_seconds, rows[1].stall_seconds);
+  };
+  const auto alone = stalls(false), behind = stalls(true);
+  EXPECT_EQ(alone.first, alone.second) << "one stack: least recently used";
+  EXPECT_NE(behind.first, behind.second);
 }
 
 TEST_F(ModesTest, SimulationIsDeterministicAndTheOracleIsBest) {

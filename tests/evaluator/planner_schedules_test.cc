@@ -160,6 +160,7 @@ void RunSchedule(uint64_t seed) {
   ExpertCache cache(g, slots, eviction);
   SpeculationPolicy policy = {"eager", true, 4, 8, 0.01, false, false};
   policy.adapt_k = draw(2);
+  policy.adapt_threshold = Mix(seed, 77) % 2 == 0;
   PrefetchPlanner planner({100, 50.0 + static_cast<double>(draw(100)), 2,
                            static_cast<double>(draw(3)) / 2, can_cancel, policy},
                           &cache, &clock);

@@ -121,15 +121,18 @@ class PrefetchRuntimeTest : public testing::TestWithParam<StepMemory> {
                                              options);
   }
   // Asked on the forward thread, then on one of their own.
-  void ChangesNothing(StrangePredictor::Mode mode, const std::string& policy, int slots) {
+  void ChangesNothing(StrangePredictor::Mode mode, const std::string& policy, int slots,
+                      Eviction eviction = Eviction::kLru) {
     const std::string resident = Resident();
     for (const bool aside : {false, true}) {
       ask_aside_ = aside;
       DiskTransferEngine engine(file_, slots, {2, 4096, 0, true, true});
       StrangePredictor predictor(mode);
-      auto runtime = Runtime(&engine, slots, Eviction::kLru, policy,
+      auto runtime = Runtime(&engine, slots, eviction, policy,
                              std::make_unique<PredictorForesight>(
                                  &predictor, checkpoint_.config.geometry(), 3));
+      EXPECT_EQ(Decode(runtime.get(), runtime.get()), resident) << aside;
+      // What is used how often is known now: a phase-aware cache is warmed.
       EXPECT_EQ(Decode(runtime.get(), runtime.get()), resident) << aside;
       runtime->Suspend();
       EXPECT_GT(predictor.calls, 0);
@@ -197,6 +200,13 @@ TEST_P(PrefetchRuntimeTest, AsManyLeasesAsSlotsInServiceWhoeverPassesThemOn) {
 
 TEST_P(PrefetchRuntimeTest, RandomPredictionsChangeNothing) {
   ChangesNothing(StrangePredictor::kRandom, "top_k", 4);
+}
+TEST_P(PrefetchRuntimeTest, PhaseAwareWarmingChangesNothing) {
+  for (const auto mode : {StrangePredictor::kRandom, StrangePredictor::kMalicious}) {
+    for (int slots : {2, 5, 24}) {
+      ChangesNothing(mode, "top_k", slots, Eviction::kPhaseAware);
+    }
+  }
 }
 TEST_P(PrefetchRuntimeTest, MaliciousPredictionsChangeNothing) {
   ChangesNothing(StrangePredictor::kMalicious, "multi_look", 2);
@@ -361,6 +371,36 @@ TEST_P(PrefetchRuntimeTest, PreloadedRowNeverWaits) {
   const PhaseStats& stats = runtime->stats(Stack::kDecoder);
   EXPECT_EQ(stats.hits, stats.uses);
   EXPECT_EQ(stats.stall_seconds, 0);
+}
+
+TEST_P(PrefetchRuntimeTest, AWarmStartHitsFromTheFirstStepAndChangesNothing) {
+  const MoeGeometry g = checkpoint_.config.geometry();
+  std::vector<uint64_t> counts(static_cast<size_t>(g.num_keys()), 0);
+  {
+    DiskTransferEngine engine(file_, 32, {});
+    auto runtime = Runtime(&engine, 32, Eviction::kLru, "on_demand", nullptr);
+    Decode(runtime.get(), runtime.get());
+    for (const auto& visit : runtime->TakeVisits()) {
+      for (const int expert : visit.experts)
+        ++counts[static_cast<size_t>(ExpertKey{visit.layer, expert}.Index(g))];
+    }
+  }
+  const UseShares shares = SharesOf(counts, g, "test");
+  const auto hits = [&](bool warm) {
+    DiskTransferEngine engine(file_, 32, {});
+    auto runtime = Runtime(&engine, 32, Eviction::kLru, "on_demand", nullptr);
+    runtime->Suspend();
+    if (warm) {
+      EXPECT_GT(runtime->WarmStart(shares, file_->keys()), 4);
+    } else {
+      runtime->Resume();
+    }
+    EXPECT_EQ(Decode(runtime.get(), runtime.get()), Resident());
+    const PhaseStats stats = runtime->stats(Stack::kDecoder);
+    return static_cast<double>(stats.hits) / static_cast<double>(stats.uses);
+  };
+  EXPECT_LT(hits(false), 1);
+  EXPECT_EQ(hits(true), 1);
 }
 
 TEST_P(PrefetchRuntimeTest, AnExpertThatCannotBeReadIsAnEnvironmentError) {

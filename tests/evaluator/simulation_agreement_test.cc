@@ -35,7 +35,7 @@ class WorkingModel : public ExpertSource, public RoutingObserver {
                const StepCosts& costs)
       : runtime_(runtime), link_(link), clock_(clock), costs_(costs) {}
   void OnPassBegin(const PassInfo& pass) override {
-    Work(costs_.head);
+    if (pass.stack == Stack::kDecoder) Work(costs_.head);
     runtime_->OnPassBegin(pass);
   }
   void OnRouting(const LayerRouting& routing) override {
@@ -146,13 +146,17 @@ class SimulationAgreementTest : public testing::Test {
     std::vector<SimulatedVisit> visits;
     size_t counted_from = 0;
     for (int i = 0; i < kSequences; ++i) {
-      if (i == kWarmUp) counted_from = visits.size();
+      if (i == warm_up_) counted_from = visits.size();
+      if (replay_.encoder) {
+        AppendEncoderVisits(traces_[static_cast<size_t>(i)], spec_.geometry,
+                            replay_.max_source, costs_, foresight.get(), &visits);
+      }
       AppendVisits(traces_[static_cast<size_t>(i)], spec_.geometry, kTokens, costs_,
                    foresight.get(), &visits);
     }
     const SimulationResult r = SimulatePrefetch(spec_.geometry, kSlots, eviction, planner,
-                                                link_, visits, counted_from);
-    return {kTokens * (kSequences - kWarmUp) / r.seconds,
+                                                link_, visits, counted_from, warm_start_);
+    return {kTokens * (kSequences - warm_up_) / r.seconds,
             static_cast<double>(r.ledger.hits) / static_cast<double>(r.ledger.uses),
             r.ledger.speculations};
   }
@@ -175,18 +179,28 @@ class SimulationAgreementTest : public testing::Test {
     WorkingModel model(&runtime, &link, &clock, costs_);
     ReplayWorkload workload(synthetic_.geometry, traces_, replay_);
     double begin = 0;
+    if (warm_start_) {
+      std::vector<ExpertKey> decoder;
+      for (int i = spec_.geometry.encoder_layers * spec_.geometry.num_experts;
+           i < spec_.geometry.num_keys(); ++i)
+        decoder.push_back(ExpertKey::FromIndex(i, spec_.geometry));
+      runtime.Suspend();
+      runtime.WarmStart(*warm_start_, decoder);
+    }
     for (int i = 0; i < kSequences; ++i) {
-      if (i == kWarmUp) {
+      if (i == warm_up_) {
         runtime.ResetStats();
         begin = clock.Now();
       }
       OutputHash ignored;
       workload.Run(i, &model, &model, &ignored);
     }
-    const PhaseStats stats = runtime.stats(Stack::kDecoder);
-    return {kTokens * (kSequences - kWarmUp) / (clock.Now() - begin),
-            static_cast<double>(stats.hits) / static_cast<double>(stats.uses),
-            static_cast<uint64_t>(stats.speculations)};
+    const PhaseStats encoder = runtime.stats(Stack::kEncoder),
+                     decoder = runtime.stats(Stack::kDecoder);
+    return {kTokens * (kSequences - warm_up_) / (clock.Now() - begin),
+            static_cast<double>(encoder.hits + decoder.hits) /
+                static_cast<double>(encoder.uses + decoder.uses),
+            static_cast<uint64_t>(encoder.speculations + decoder.speculations)};
   }
 
   void ExpectAgreement(const std::string& policy, Eviction eviction) {
@@ -205,6 +219,8 @@ class SimulationAgreementTest : public testing::Test {
   ExpertFileSpec spec_;
   SimulatedLinkOptions link_;
   StepCosts costs_;
+  int warm_up_ = kWarmUp;
+  const UseShares* warm_start_ = nullptr;
 };
 
 TEST_F(SimulationAgreementTest, OnDemand) {
@@ -217,6 +233,38 @@ TEST_F(SimulationAgreementTest, Auto) { ExpectAgreement("auto", Eviction::kLru);
 TEST_F(SimulationAgreementTest, TopK) { ExpectAgreement("top_k", Eviction::kLfu); }
 TEST_F(SimulationAgreementTest, Intelligent) {
   ExpectAgreement("intelligent", Eviction::kLru);
+}
+
+TEST_F(SimulationAgreementTest, AWarmStart) {
+  const MoeGeometry& g = spec_.geometry;
+  std::vector<uint64_t> counts(static_cast<size_t>(g.num_keys()), 0);
+  const RoutingSpan& first = traces_[0].decoder;
+  for (size_t i = 0; i < first.expert_ids.size(); ++i) {
+    const auto layer = static_cast<int>(i) / first.num_tokens;
+    const ExpertKey key{g.GlobalLayer(Stack::kDecoder, layer), first.expert_ids[i]};
+    counts[static_cast<size_t>(key.Index(g))] +=
+        static_cast<int>(i) % first.num_tokens == 0 ? 100 : 1;
+  }
+  const UseShares shares = SharesOf(counts, g, "test");
+  warm_up_ = 0;
+  const Figures cold = Run("on_demand", Eviction::kLru);
+  warm_start_ = &shares;
+  ExpectAgreement("on_demand", Eviction::kLru);
+  ExpectAgreement("auto", Eviction::kLru);
+  EXPECT_GT(Run("on_demand", Eviction::kLru).hit_rate, cold.hit_rate);
+}
+
+// Encoder passes, too, whose idle link warms the decoder.
+TEST_F(SimulationAgreementTest, PhaseAwareWithItsEncoder) {
+  synthetic_.geometry = {2, 3, 10, 1, 0};
+  traces_ = SyntheticTraces(synthetic_, kSequences, 3);
+  spec_.geometry = ReplayConfig(synthetic_.geometry, replay_).geometry();
+  replay_.encoder = true;
+  costs_.between_layers = 2e-3;
+  ExpectAgreement("auto", Eviction::kPhaseAware);
+  const uint64_t warmed = Run("auto", Eviction::kPhaseAware).speculations;
+  EXPECT_EQ(warmed, Simulated("auto", Eviction::kPhaseAware).speculations);
+  EXPECT_NE(warmed, Simulated("auto", Eviction::kLru).speculations);
 }
 
 // The comparison above would see a simulator that forgets what questions cost.

@@ -1,0 +1,129 @@
+#include "evaluator/recorded_visits.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "models/routing_window.h"
+
+namespace routecast {
+
+void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
+                  const StepCosts& costs, Foresight* foresight,
+                  std::vector<SimulatedVisit>* visits) {
+  const RoutingSpan& span = trace.decoder;
+  const bool hidden = span.hidden_width > 0 && !span.hidden.empty();
+  const RoutingWindow source = WindowOf(trace, Stack::kDecoder, -1, g.num_experts);
+  std::vector<at::Tensor> states(static_cast<size_t>(g.decoder_layers));
+  for (int l = 0; hidden && l < g.decoder_layers; ++l) {
+    states[static_cast<size_t>(l)] =
+        WindowOf(trace, Stack::kDecoder, l, g.num_experts).hidden_BTD.contiguous();
+  }
+  const at::Tensor output = OutputOf(trace);
+  for (int t = 0; t < std::min(span.num_tokens, tokens); ++t) {
+    std::vector<LayerForecast> at_begin;
+    PassInfo pass;
+    if (foresight) {
+      pass.stack = Stack::kDecoder;
+      pass.token_ids_BT = source.token_ids_BT.narrow(1, t, 1).contiguous();
+      pass.valid_BT = at::ones({1, 1}, at::kBool);
+      pass.first_position = t;
+      pass.source_BSD = source.source_BSD;
+      pass.source_valid_BS = source.source_valid_BS;
+      at_begin = foresight->AtPassBegin(pass);
+    }
+    for (int l = 0; l < g.decoder_layers; ++l) {
+      SimulatedVisit visit;
+      visit.layer = g.GlobalLayer(Stack::kDecoder, l);
+      const int expert =
+          span.expert_ids[static_cast<size_t>(l) * static_cast<size_t>(span.num_tokens) +
+                          static_cast<size_t>(t)];
+      visit.experts = {expert};
+      visit.seconds_before = l == 0 ? costs.head : costs.between_layers;
+      visit.begins_pass = l == 0;
+      visit.seconds_in_pass = l == 0 ? costs.between_layers : 0;
+      visit.seconds_expert = costs.expert;
+      visit.seconds_predict = foresight ? costs.question : 0;
+      if (l == 0) visit.at_pass_begin = std::move(at_begin);
+      if (foresight) {
+        LayerRouting routing;
+        routing.layer = visit.layer;
+        if (hidden) {
+          routing.input_BTD = states[static_cast<size_t>(l)].narrow(1, t, 1).contiguous();
+        }
+        routing.expert_ids_BT = at::full({1, 1}, expert, at::kLong);
+        visit.at_layer = foresight->AtLayer(routing);
+        if (l + 1 == g.decoder_layers) {
+          if (output.defined()) pass.output_BTD = output.narrow(1, t, 1).contiguous();
+          visit.at_pass_end = foresight->AtPassEnd(pass);
+        }
+      }
+      visits->push_back(std::move(visit));
+    }
+  }
+}
+
+void AppendEncoderVisits(const RoutingTrace& trace, const MoeGeometry& g, int most_tokens,
+                         const StepCosts& costs, Foresight* foresight,
+                         std::vector<SimulatedVisit>* visits) {
+  const RoutingSpan& span = trace.encoder;
+  const int tokens = std::min(span.num_tokens, most_tokens);
+  const bool hidden = span.hidden_width > 0 && !span.hidden.empty();
+  PassInfo pass;
+  std::vector<LayerForecast> at_begin;
+  if (foresight) {
+    const RoutingWindow source = WindowOf(trace, Stack::kEncoder, -1, g.num_experts);
+    pass.token_ids_BT = source.token_ids_BT.narrow(1, 0, tokens).contiguous();
+    pass.valid_BT = at::ones({1, tokens}, at::kBool);
+    at_begin = foresight->AtPassBegin(pass);
+  }
+  for (int l = 0; l < g.encoder_layers; ++l) {
+    SimulatedVisit visit;
+    visit.layer = g.GlobalLayer(Stack::kEncoder, l);
+    const uint16_t* chosen =
+        span.expert_ids.data() + static_cast<ptrdiff_t>(l) * span.num_tokens;
+    visit.experts.assign(chosen, chosen + tokens);
+    std::sort(visit.experts.begin(), visit.experts.end());
+    visit.experts.erase(std::unique(visit.experts.begin(), visit.experts.end()),
+                        visit.experts.end());
+    visit.begins_pass = l == 0;
+    (l == 0 ? visit.seconds_in_pass : visit.seconds_before) = costs.between_layers;
+    visit.seconds_expert = costs.expert;
+    visit.seconds_predict = foresight ? costs.question : 0;
+    if (l == 0) visit.at_pass_begin = std::move(at_begin);
+    if (foresight) {
+      LayerRouting routing;
+      routing.layer = visit.layer;
+      if (hidden) {
+        routing.input_BTD = WindowOf(trace, Stack::kEncoder, l, g.num_experts)
+                                .hidden_BTD.narrow(1, 0, tokens)
+                                .contiguous();
+      }
+      routing.expert_ids_BT = at::empty({1, tokens}, at::kLong);
+      std::copy(chosen, chosen + tokens, routing.expert_ids_BT.data_ptr<int64_t>());
+      visit.at_layer = foresight->AtLayer(routing);
+    }
+    visits->push_back(std::move(visit));
+  }
+}
+
+std::vector<SimulatedVisit> WithOracle(std::vector<SimulatedVisit> visits,
+                                       int num_experts, size_t horizon) {
+  for (size_t i = 0; i < visits.size(); ++i) {
+    visits[i].at_pass_begin.clear();
+    visits[i].at_layer.clear();
+    visits[i].at_pass_end.clear();
+    visits[i].seconds_predict = 0;
+    for (size_t d = 1; d <= horizon && i + d < visits.size(); ++d) {
+      LayerForecast forecast{visits[i + d].layer, static_cast<int>(d),
+                             std::vector<float>(static_cast<size_t>(num_experts), 0.f)};
+      for (const int e : visits[i + d].experts) {
+        forecast.probabilities[static_cast<size_t>(e)] = 1;
+      }
+      visits[i].at_layer.push_back(std::move(forecast));
+    }
+  }
+  return visits;
+}
+
+}  // namespace routecast
