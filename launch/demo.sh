@@ -67,8 +67,8 @@ if [ "$pretrain" = yes ]; then
   size=()
   checkpoint=$out/pretrain
 fi
-# The shipped predictor of the shipped checkpoint learned from fourteen times as many sequences, for
-# an hour and three quarters: it goes on with what was collected here, at a twentieth of the first
+# The shipped predictor of the shipped checkpoint learned from twenty times as many sequences, for
+# two hours and a half: it goes on with what was collected here, at a twentieth of the first
 # learning rate (at a sixth it forgets: docs/speculation.md).
 predictor=$root/configs/predictors/$(basename "$checkpoint")-hidden
 if [ "$pretrain" = no ] && [ "$scratch" = no ] && [ -e "$predictor/config.json" ]; then
