@@ -23,6 +23,7 @@
 #include "models/device_choice.h"
 #include "storage/context_coder.h"
 #include "storage/store_lock.h"
+#include "storage/store_routers.h"
 #include "storage/trace_store.h"
 
 namespace routecast {
@@ -117,7 +118,7 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
 
 // With the vocabulary head where states are recorded: what reads the decoder's output
 // needs it to know the next token.
-void WriteRouters(const fs::path& store, const Checkpoint& checkpoint, bool with_head) {
+void WriteRouters(const fs::path& file, const Checkpoint& checkpoint, bool with_head) {
   const std::vector<RouterWeights> routers =
       RoutersOf(checkpoint.config, checkpoint.parameters);
   std::vector<at::Tensor> alive;
@@ -140,7 +141,17 @@ void WriteRouters(const fs::path& store, const Checkpoint& checkpoint, bool with
     tensors.push_back({"vocabulary_head", "BF16", alive.back().sizes().vec(),
                        alive.back().const_data_ptr()});
   }
-  WriteSafetensors(store / "routers.safetensors", tensors);
+  WriteSafetensors(file, tensors);
+}
+
+// A seal of a damaged file would vouch for it: each start compares.
+void MakeSureOfRouters(const fs::path& store, const Checkpoint& checkpoint,
+                       bool with_head) {
+  const bool replaced = KeepRouters(
+      store, [&](const fs::path& file) { WriteRouters(file, checkpoint, with_head); });
+  if (!replaced) return;
+  std::fprintf(stderr, "collect: %s was not as the model gives it, and is made anew\n",
+               RoutersPath(store).c_str());
 }
 
 // Another rank hangs: no call that waits for ranks can be made any more, so this process
@@ -273,9 +284,7 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     lock = std::make_unique<StoreLock>(store, EndJob);
     TraceStore::CreateOrOpen(store, config);
     TraceStore::CleanStaging(store);
-    if (!fs::exists(store / "routers.safetensors")) {
-      WriteRouters(store, checkpoint, config.Records("output"));
-    }
+    MakeSureOfRouters(store, checkpoint, config.Records("output"));
     run.emplace(store, "routecast-collect", configuration);
     run->Set("hosts", hosts);
     run->Set("ranks", rank.world);
