@@ -1,9 +1,7 @@
-#include "collector/chunk_plan.h"
-
 #include <algorithm>
 #include <array>
-#include <bit>
 
+#include "collector/chunk_plan.h"
 #include "common/errors.h"
 #include "common/stop.h"
 #include "corpus/parallel.h"
@@ -16,9 +14,6 @@ constexpr uint64_t kMaxChunkBytes = 128 << 10;  // of text: bounds a rank's memo
 constexpr uint64_t kMinChunkBytes = 8 << 10;    // below, staging and ingestion would show
 constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is left
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
-constexpr double kTextBytesPerToken = 3;        // and as many tokens of the decoder
-constexpr uint64_t kBytesPerBf16 = 2;
-constexpr double kBytesPerId = 5.2;  // id, probability, margin, drop bit
 constexpr uint64_t kOrderKey = 0x636f6c6c656374ULL;
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
 constexpr uint64_t kMostTokensPerByte = 2;  // normalized text may be longer than it was
@@ -36,7 +31,7 @@ void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
 
 // The chunks of one intake.
 void AddChunks(const Corpus& corpus, const DocumentOrder& order, PlannedIntake range,
-               uint64_t last_segments, ChunkPlan* plan) {
+               ChunkPlan* plan) {
   uint64_t left = 0;
   for (uint64_t p = range.begin; p < range.end; ++p) {
     left += corpus.document(order(p)).length_bytes;
@@ -44,7 +39,7 @@ void AddChunks(const Corpus& corpus, const DocumentOrder& order, PlannedIntake r
   plan->num_documents += range.end - range.begin;
   plan->text_bytes += left;
   const auto add = [&](Chunk chunk) {
-    if (chunk.end == range.end) chunk.last_segments = last_segments;
+    if (chunk.end == range.end) chunk.last_segments = range.last_segments;
     plan->chunks.push_back(chunk);
   };
   for (uint64_t p = range.begin; p < range.end;) {
@@ -159,40 +154,12 @@ ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& 
   ChunkPlan plan;
   uint64_t begin = 0;
   for (size_t intake = 0; intake < limits.size(); ++intake) {
-    const PlannedIntake range{begin, begin + limits[intake].num_documents, 0};
-    AddChunks(corpus, order, range, limits[intake].last_segments, &plan);
+    const PlannedIntake range{begin, begin + limits[intake].num_documents, 0,
+                              limits[intake].last_segments};
+    AddChunks(corpus, order, range, &plan);
     begin = corpus.intake_ends()[intake];
   }
   return plan;
-}
-
-uint64_t BytesBesideIds(const StoreConfig& config, Stack stack) {
-  const bool decoder = stack == Stack::kDecoder;
-  if (config.hidden_share == 0 || (decoder && config.task == Task::kEncode)) return 0;
-  const MoeGeometry& g = config.geometry;
-  const auto layers = static_cast<uint64_t>(g.layers(stack));
-  const auto width = static_cast<uint64_t>(g.d_model);
-  const auto heads = static_cast<uint64_t>(config.AttentionHeads(stack));
-  const uint64_t vectors = layers + (decoder && config.Records("output") ? 1 : 0);
-  return kBytesPerBf16 * width * vectors + layers * heads * kAttentionBytesPerHead;
-}
-
-uint64_t EstimatedBytesBesideIds(const StoreConfig& config, uint64_t text_bytes) {
-  const double tokens = static_cast<double>(text_bytes) / kTextBytesPerToken;
-  const uint64_t a_token =
-      BytesBesideIds(config, Stack::kEncoder) + BytesBesideIds(config, Stack::kDecoder);
-  return static_cast<uint64_t>(tokens * config.hidden_share *
-                               static_cast<double>(a_token));
-}
-
-uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes) {
-  const MoeGeometry& g = config.geometry;
-  const double tokens = static_cast<double>(text_bytes) / kTextBytesPerToken;
-  const double topk =
-      config.top_k * (2 + std::bit_width(unsigned(g.num_experts - 1)) / 8.0);
-  const int layers = config.task == Task::kEncode ? g.encoder_layers : g.num_layers();
-  return static_cast<uint64_t>(tokens * layers * (kBytesPerId + topk)) +
-         EstimatedBytesBesideIds(config, text_bytes);
 }
 
 std::set<uint64_t> ForcedHiddenGroups(const Corpus& corpus, const ChunkPlan& plan,

@@ -12,7 +12,6 @@
 #include "common/routing.h"
 #include "corpus/corpus.h"
 #include "corpus/tokenizer.h"
-#include "storage/store_config.h"
 
 namespace routecast {
 
@@ -39,6 +38,7 @@ struct Chunk {
 struct PlannedIntake {
   uint64_t begin = 0, end = 0;  // positions in the permuted document order
   size_t chunk_end = 0;         // in ChunkPlan::chunks, which lie in the intakes' order
+  uint64_t last_segments = 0;   // of its last document; 0 = all
 };
 
 struct ChunkPlan {
@@ -76,15 +76,6 @@ void RequireWholeDocuments(const Corpus& corpus, size_t intake,
                            int max_tokens);
 // `limits`: one an intake.
 ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits);
-
-// What a store takes for so much text, roughly: records of ids, and of the share of
-// sequences with router inputs what is recorded beside them.
-uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes);
-// Of a sequence with router inputs: bytes a token of `stack` beside its ids (the inputs,
-// the decoder's output, attention). 0 where none are recorded, or the stack is not run.
-uint64_t BytesBesideIds(const StoreConfig& config, Stack stack);
-// What of the estimate that is.
-uint64_t EstimatedBytesBesideIds(const StoreConfig& config, uint64_t text_bytes);
 
 // Document groups whose router inputs are recorded: a share by hash, and where that
 // leaves a split part without any in an intake and those before it, the part's first

@@ -16,6 +16,7 @@
 #include "collector/dry_run.h"
 #include "collector/rank_watch.h"
 #include "collector/span_log.h"
+#include "collector/store_estimate.h"
 #include "common/errors.h"
 #include "common/safetensors.h"
 #include "common/stop.h"
@@ -272,7 +273,7 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
   config.SetIntakes(sources->intakes);
   if (options.dry_run) {
-    DryRun(options, config, corpus, plan, rank);
+    DryRun(options, config, *sources, tokenizer, rank);
     return CollectEnd::kComplete;
   }
 
@@ -312,8 +313,9 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   spans.Write("open", opened, {{"rank", rank.rank}, {"ranks", rank.world}});
 
   if (rank.is_root() && !todo.empty()) {
-    RequireFreeBytes(store, EstimatedStoreBytes(config, plan.text_bytes) /
-                                plan.chunks.size() * todo.size());
+    const TextTokens tokens = EstimatedTokens(config, corpus, plan, tokenizer);
+    RequireFreeBytes(
+        store, EstimatedStoreBytes(config, tokens) / plan.chunks.size() * todo.size());
   }
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);

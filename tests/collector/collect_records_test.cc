@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <sstream>
 
 #include "common/errors.h"
 #include "common/safetensors.h"
@@ -216,6 +217,15 @@ std::string Printed(const std::vector<std::string>& command) {
   return text;
 }
 
+// The command with `data` as its one source.
+std::vector<std::string> OnlyData(std::vector<std::string> command,
+                                  const std::string& data) {
+  std::erase_if(command, [&](const std::string& word) {
+    return word.starts_with("--data=") && word != data;
+  });
+  return command;
+}
+
 TEST_F(CollectRecordsTest, DryRunNamesTheBytesOfRouterInputs) {
   const std::string plan = Printed(Program("dry", {"--dry_run"}));
   EXPECT_NE(plan.find("20 % of the document groups: "
@@ -225,6 +235,36 @@ TEST_F(CollectRecordsTest, DryRunNamesTheBytesOfRouterInputs) {
       << plan;
   EXPECT_EQ(Printed(Program("dry", {"--dry_run", "--record=ids"})).find("inputs"),
             std::string::npos);
+}
+
+// One document: its group is drawn or forced, so all of the text has router inputs.
+TEST_F(CollectRecordsTest, DryRunEstimatesAStoreOfFewDocuments) {
+  WriteFileAtomic(folder_ / "long.txt", RandomText(9, 20'000));
+  const std::string data = "--data=text:" + (folder_ / "long.txt").string();
+  for (const std::string task : {"encode", "denoise"}) {
+    SCOPED_TRACE(task);
+    const std::string name = "few-" + task;
+    const std::vector<std::string> more = {data, "--task=" + task, "--hidden_share=0.1",
+                                           "--max_sequences=100"};
+    const std::vector<std::string> command = OnlyData(Program(name, more), data);
+    std::vector<std::string> dry = command;
+    dry.push_back("--dry_run");
+    const std::string plan = Printed(dry);
+    ASSERT_EQ(RunProgram(UnderMpirun(1, command)), 0);
+    double bytes = 0;
+    for (const auto& file : fs::recursive_directory_iterator(folder_ / name)) {
+      if (file.path().extension() == ".sst") bytes += double(file.file_size());
+    }
+    const std::string about = ": about ";
+    std::istringstream said(plan.substr(plan.find(about) + about.size()));
+    double number = 0;
+    std::string unit;
+    said >> number >> unit;
+    ASSERT_TRUE(unit == "MiB;" || unit == "KiB;") << plan;
+    const double estimate = number * (unit == "MiB;" ? 1 << 20 : 1 << 10);
+    EXPECT_GT(estimate, 0.8 * bytes) << plan;
+    EXPECT_LT(estimate, 1.3 * bytes) << plan;
+  }
 }
 
 TEST_F(CollectRecordsTest, DryRunKnowsWhatTheStoreHasAlready) {
