@@ -1,7 +1,9 @@
+#include "collector/chunk_plan.h"
+
 #include <algorithm>
 #include <array>
+#include <optional>
 
-#include "collector/chunk_plan.h"
 #include "common/errors.h"
 #include "common/stop.h"
 #include "corpus/parallel.h"
@@ -18,6 +20,11 @@ constexpr uint64_t kOrderKey = 0x636f6c6c656374ULL;
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
 constexpr uint64_t kMostTokensPerByte = 2;  // normalized text may be longer than it was
 
+// Of a chunk with `left` bytes of text from its beginning to the intake's end.
+uint64_t TargetBytes(uint64_t left) {
+  return std::clamp(left / kTaper, kMinChunkBytes, kMaxChunkBytes);
+}
+
 void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
                std::vector<std::vector<int32_t>>* segments) {
   for (size_t at = 0; at < ids.size() && segments->size() < kMaxSegments;
@@ -29,25 +36,36 @@ void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
   }
 }
 
-// The chunks of one intake.
-void AddChunks(const Corpus& corpus, const DocumentOrder& order, PlannedIntake range,
-               ChunkPlan* plan) {
-  uint64_t left = 0;
-  for (uint64_t p = range.begin; p < range.end; ++p) {
-    left += corpus.document(order(p)).length_bytes;
+// Stores of before cut a long document into equal slices.
+enum class Slices { kTapered, kEqual };
+
+// Adds the slices of a document of `bytes`, with `left` to come from its beginning on:
+// slice i of n, and where a slice would be twice as large as chunks are by then, slices
+// 2i and on of 2n.
+void AddSlices(uint64_t position, uint64_t bytes, uint64_t left, Slices slices,
+               std::vector<Chunk>* chunks) {
+  const uint64_t target = TargetBytes(left);
+  auto count = static_cast<uint32_t>((bytes + target - 1) / target);
+  const uint64_t behind = left - bytes;
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint64_t to_come = behind + bytes - bytes * i / count;
+    while (slices == Slices::kTapered && bytes / count >= 2 * TargetBytes(to_come)) {
+      i *= 2;
+      count *= 2;
+    }
+    chunks->push_back({position, position + 1, i, count});
   }
-  plan->num_documents += range.end - range.begin;
-  plan->text_bytes += left;
-  const auto add = [&](Chunk chunk) {
-    if (chunk.end == range.end) chunk.last_segments = range.last_segments;
-    plan->chunks.push_back(chunk);
-  };
+}
+
+// The chunks of one intake.
+std::vector<Chunk> ChunksOf(const Corpus& corpus, const DocumentOrder& order,
+                            const PlannedIntake& range, uint64_t left, Slices slices) {
+  std::vector<Chunk> chunks;
   for (uint64_t p = range.begin; p < range.end;) {
-    const uint64_t target = std::clamp(left / kTaper, kMinChunkBytes, kMaxChunkBytes);
+    const uint64_t target = TargetBytes(left);
     const uint64_t first_bytes = corpus.document(order(p)).length_bytes;
     if (first_bytes > 2 * target) {
-      const auto slices = static_cast<uint32_t>((first_bytes + target - 1) / target);
-      for (uint32_t i = 0; i < slices; ++i) add({p, p + 1, i, slices});
+      AddSlices(p, first_bytes, left, slices, &chunks);
       left -= first_bytes;
       ++p;
       continue;
@@ -62,10 +80,23 @@ void AddChunks(const Corpus& corpus, const DocumentOrder& order, PlannedIntake r
     }
     left -= bytes;
     p = chunk.end;
-    add(chunk);
+    chunks.push_back(chunk);
   }
-  range.chunk_end = plan->chunks.size();
-  plan->intakes.push_back(range);
+  for (Chunk& chunk : chunks) {
+    if (chunk.end == range.end) chunk.last_segments = range.last_segments;
+  }
+  return chunks;
+}
+
+// Of an intake that a store was begun with as many chunks as `stored`. Tapering only cuts
+// equal slices further: where the two plans differ, so do their numbers of chunks.
+std::vector<Chunk> ChunksOf(const Corpus& corpus, const DocumentOrder& order,
+                            const PlannedIntake& range, uint64_t text_bytes,
+                            std::optional<uint64_t> stored) {
+  auto chunks = ChunksOf(corpus, order, range, text_bytes, Slices::kTapered);
+  if (!stored || chunks.size() == *stored) return chunks;
+  auto equal = ChunksOf(corpus, order, range, text_bytes, Slices::kEqual);
+  return equal.size() == *stored ? equal : chunks;
 }
 
 }  // namespace
@@ -149,14 +180,27 @@ void RequireWholeDocuments(const Corpus& corpus, size_t intake,
   }
 }
 
-ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits) {
+ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits,
+                        const std::vector<uint64_t>& stored_chunks) {
   const DocumentOrder order(corpus);
   ChunkPlan plan;
   uint64_t begin = 0;
   for (size_t intake = 0; intake < limits.size(); ++intake) {
-    const PlannedIntake range{begin, begin + limits[intake].num_documents, 0,
-                              limits[intake].last_segments};
-    AddChunks(corpus, order, range, &plan);
+    PlannedIntake range{begin, begin + limits[intake].num_documents, 0,
+                        limits[intake].last_segments};
+    uint64_t text_bytes = 0;
+    for (uint64_t p = range.begin; p < range.end; ++p) {
+      text_bytes += corpus.document(order(p)).length_bytes;
+    }
+    const auto stored = intake < stored_chunks.size()
+                            ? std::optional(stored_chunks[intake])
+                            : std::nullopt;
+    const auto chunks = ChunksOf(corpus, order, range, text_bytes, stored);
+    plan.chunks.insert(plan.chunks.end(), chunks.begin(), chunks.end());
+    plan.num_documents += range.end - range.begin;
+    plan.text_bytes += text_bytes;
+    range.chunk_end = plan.chunks.size();
+    plan.intakes.push_back(range);
     begin = corpus.intake_ends()[intake];
   }
   return plan;
