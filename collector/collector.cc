@@ -155,6 +155,12 @@ void MakeSureOfRouters(const fs::path& store, const Checkpoint& checkpoint,
                RoutersPath(store).c_str());
 }
 
+void SayDamage(const Corpus& corpus) {
+  const std::string damage = corpus.Damage();
+  if (!damage.empty())
+    std::fprintf(stderr, "collect: of the documents: %s\n", damage.c_str());
+}
+
 // Another rank hangs: no call that waits for ranks can be made any more, so this process
 // simply ends, and mpirun ends the others.
 void EndJob(const std::string& error) {
@@ -296,8 +302,11 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     run->Set("corpus", {{"documents", corpus.stats().documents},
                         {"groups", corpus.stats().groups},
                         {"exact_duplicates", corpus.stats().exact_duplicates},
+                        {"binary_documents", corpus.stats().binary_documents},
+                        {"replaced_bytes", corpus.stats().replaced_bytes},
                         {"intake_ends", corpus.intake_ends()}});
     run->WriteStart();
+    if (!options.quiet) SayDamage(corpus);
   }
   const std::string token = ShareText(lock ? lock->token() : "");
   const RankWatch watch(store / "staging", token, rank, options.hang_seconds, EndJob);
