@@ -236,6 +236,11 @@ void CollectOptions::Validate() const {
           "use 1 to 65536");
   require(noise_density > 0 && noise_density < 1, "--noise_density is out of range",
           "use a share between 0 and 1");
+  if (noise_given && task == Task::kEncode) {
+    throw UsageError(ErrorText("--noise_density does nothing with --task=encode",
+                               "only denoise and generate mask tokens",
+                               "leave it out, or use another --task"));
+  }
   require(expert_parallel >= 1 && expert_parallel <= 4096,
           "--expert_parallel is out of range", "use 1 to the number of ranks");
   require(temperature >= 0 && std::isfinite(temperature), "--temperature is out of range",
@@ -278,6 +283,12 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   const ChunkPlan& plan = sources->plan;
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
   config.SetIntakes(sources->intakes);
+  if (rank.is_root() && !options.quiet && config.top_k > 0 &&
+      config.top_k < options.top_k) {
+    std::fprintf(stderr,
+                 "collect: --top_k=%d: the model has %d experts, so all are stored\n",
+                 options.top_k, config.top_k);
+  }
   if (options.dry_run) {
     DryRun(options, config, *sources, tokenizer, rank);
     return CollectEnd::kComplete;

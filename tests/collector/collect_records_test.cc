@@ -207,9 +207,10 @@ TEST_F(CollectRecordsTest, DryRunWritesNothing) {
 }
 
 // What the program prints.
-std::string Printed(const std::vector<std::string>& command) {
+std::string Printed(const std::vector<std::string>& command, bool errors_too = false) {
   std::string line;
   for (const std::string& word : command) line += "'" + word + "' ";
+  if (errors_too) line += "2>&1";
   FILE* out = ::popen(line.c_str(), "r");
   std::string text;
   for (int c = 0; (c = std::fgetc(out)) != EOF;) text += static_cast<char>(c);
@@ -280,8 +281,34 @@ TEST_F(CollectRecordsTest, DryRunRefusesAStoreThatCannotBeMade) {
   EXPECT_EQ(RunProgram(Program("corpus.jsonl/store", {"--dry_run"})), kExitUsage);
 }
 
+TEST_F(CollectRecordsTest, MoreThanAllExpertsAreSaid) {
+  const auto said = [](const char* top_k) {
+    return Printed(Program("dry", {"--noquiet", "--dry_run", "--record=ids,topk", top_k}),
+                   true);
+  };
+  EXPECT_NE(said("--top_k=64").find("--top_k=64: the model has 8 experts"),
+            std::string::npos);
+  EXPECT_EQ(said("--top_k=8").find("--top_k"), std::string::npos);
+}
+
+TEST_F(CollectRecordsTest, DroppedAndReplacedTextIsSaidAndKept) {
+  MakeFolder(folder_ / "mixed");
+  WriteFileAtomic(folder_ / "mixed" / "a.bin", std::string(500, '\0'));
+  WriteFileAtomic(folder_ / "mixed" / "b.txt", RandomText(1, 100) + "\xff and \xfe");
+  const std::string data = "--data=text:" + (folder_ / "mixed").string();
+  const std::string said = Printed(
+      OnlyData(Program("mixed-store", {"--noquiet", data, "--max_sequences=0"}), data),
+      true);
+  EXPECT_NE(said.find("1 binary ones dropped, 2 bytes were not UTF-8"), std::string::npos)
+      << said;
+  const Json corpus = ReadJsonFile(folder_ / "mixed-store" / "run.json")["corpus"];
+  EXPECT_EQ(corpus["binary_documents"], 1);
+  EXPECT_EQ(corpus["replaced_bytes"], 2);
+}
+
 TEST_F(CollectRecordsTest, SamplingFlagsThatDoNothingAreRefused) {
   EXPECT_EQ(Collect(1, "none", {"--temperature=1"}), kExitUsage);  // denoise
+  EXPECT_EQ(Collect(1, "none", {"--task=encode", "--noise_density=0.3"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--record=ids,output"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--record=ids,attention"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--record=ids,hidden,attention", "--max_length=70000"}),
