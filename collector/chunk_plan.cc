@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
+#include <optional>
 
 #include "common/errors.h"
 #include "common/stop.h"
@@ -16,12 +16,14 @@ constexpr uint64_t kMaxChunkBytes = 128 << 10;  // of text: bounds a rank's memo
 constexpr uint64_t kMinChunkBytes = 8 << 10;    // below, staging and ingestion would show
 constexpr uint64_t kTaper = 48;                 // a chunk takes 1/48 of what is left
 constexpr uint64_t kLimitBatch = 512;           // documents tokenized between two looks
-constexpr double kTextBytesPerToken = 3;        // and as many tokens of the decoder
-constexpr uint64_t kBytesPerBf16 = 2;
-constexpr double kBytesPerId = 5.2;  // id, probability, margin, drop bit
 constexpr uint64_t kOrderKey = 0x636f6c6c656374ULL;
 constexpr size_t kMaxSegments = (size_t{1} << kSegmentBits) - 1;
 constexpr uint64_t kMostTokensPerByte = 2;  // normalized text may be longer than it was
+
+// Of a chunk with `left` bytes of text from its beginning to the intake's end.
+uint64_t TargetBytes(uint64_t left) {
+  return std::clamp(left / kTaper, kMinChunkBytes, kMaxChunkBytes);
+}
 
 void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
                std::vector<std::vector<int32_t>>* segments) {
@@ -34,25 +36,36 @@ void CutTokens(const std::vector<int32_t>& ids, int max_tokens,
   }
 }
 
-// The chunks of one intake.
-void AddChunks(const Corpus& corpus, const DocumentOrder& order, PlannedIntake range,
-               uint64_t last_segments, ChunkPlan* plan) {
-  uint64_t left = 0;
-  for (uint64_t p = range.begin; p < range.end; ++p) {
-    left += corpus.document(order(p)).length_bytes;
+// Stores of before cut a long document into equal slices.
+enum class Slices { kTapered, kEqual };
+
+// Adds the slices of a document of `bytes`, with `left` to come from its beginning on:
+// slice i of n, and where a slice would be twice as large as chunks are by then, slices
+// 2i and on of 2n.
+void AddSlices(uint64_t position, uint64_t bytes, uint64_t left, Slices slices,
+               std::vector<Chunk>* chunks) {
+  const uint64_t target = TargetBytes(left);
+  auto count = static_cast<uint32_t>((bytes + target - 1) / target);
+  const uint64_t behind = left - bytes;
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint64_t to_come = behind + bytes - bytes * i / count;
+    while (slices == Slices::kTapered && bytes / count >= 2 * TargetBytes(to_come)) {
+      i *= 2;
+      count *= 2;
+    }
+    chunks->push_back({position, position + 1, i, count});
   }
-  plan->num_documents += range.end - range.begin;
-  plan->text_bytes += left;
-  const auto add = [&](Chunk chunk) {
-    if (chunk.end == range.end) chunk.last_segments = last_segments;
-    plan->chunks.push_back(chunk);
-  };
+}
+
+// The chunks of one intake.
+std::vector<Chunk> ChunksOf(const Corpus& corpus, const DocumentOrder& order,
+                            const PlannedIntake& range, uint64_t left, Slices slices) {
+  std::vector<Chunk> chunks;
   for (uint64_t p = range.begin; p < range.end;) {
-    const uint64_t target = std::clamp(left / kTaper, kMinChunkBytes, kMaxChunkBytes);
+    const uint64_t target = TargetBytes(left);
     const uint64_t first_bytes = corpus.document(order(p)).length_bytes;
     if (first_bytes > 2 * target) {
-      const auto slices = static_cast<uint32_t>((first_bytes + target - 1) / target);
-      for (uint32_t i = 0; i < slices; ++i) add({p, p + 1, i, slices});
+      AddSlices(p, first_bytes, left, slices, &chunks);
       left -= first_bytes;
       ++p;
       continue;
@@ -67,10 +80,23 @@ void AddChunks(const Corpus& corpus, const DocumentOrder& order, PlannedIntake r
     }
     left -= bytes;
     p = chunk.end;
-    add(chunk);
+    chunks.push_back(chunk);
   }
-  range.chunk_end = plan->chunks.size();
-  plan->intakes.push_back(range);
+  for (Chunk& chunk : chunks) {
+    if (chunk.end == range.end) chunk.last_segments = range.last_segments;
+  }
+  return chunks;
+}
+
+// Of an intake that a store was begun with as many chunks as `stored`. Tapering only cuts
+// equal slices further: where the two plans differ, so do their numbers of chunks.
+std::vector<Chunk> ChunksOf(const Corpus& corpus, const DocumentOrder& order,
+                            const PlannedIntake& range, uint64_t text_bytes,
+                            std::optional<uint64_t> stored) {
+  auto chunks = ChunksOf(corpus, order, range, text_bytes, Slices::kTapered);
+  if (!stored || chunks.size() == *stored) return chunks;
+  auto equal = ChunksOf(corpus, order, range, text_bytes, Slices::kEqual);
+  return equal.size() == *stored ? equal : chunks;
 }
 
 }  // namespace
@@ -154,45 +180,30 @@ void RequireWholeDocuments(const Corpus& corpus, size_t intake,
   }
 }
 
-ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits) {
+ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits,
+                        const std::vector<uint64_t>& stored_chunks) {
   const DocumentOrder order(corpus);
   ChunkPlan plan;
   uint64_t begin = 0;
   for (size_t intake = 0; intake < limits.size(); ++intake) {
-    const PlannedIntake range{begin, begin + limits[intake].num_documents, 0};
-    AddChunks(corpus, order, range, limits[intake].last_segments, &plan);
+    PlannedIntake range{begin, begin + limits[intake].num_documents, 0,
+                        limits[intake].last_segments};
+    uint64_t text_bytes = 0;
+    for (uint64_t p = range.begin; p < range.end; ++p) {
+      text_bytes += corpus.document(order(p)).length_bytes;
+    }
+    const auto stored = intake < stored_chunks.size()
+                            ? std::optional(stored_chunks[intake])
+                            : std::nullopt;
+    const auto chunks = ChunksOf(corpus, order, range, text_bytes, stored);
+    plan.chunks.insert(plan.chunks.end(), chunks.begin(), chunks.end());
+    plan.num_documents += range.end - range.begin;
+    plan.text_bytes += text_bytes;
+    range.chunk_end = plan.chunks.size();
+    plan.intakes.push_back(range);
     begin = corpus.intake_ends()[intake];
   }
   return plan;
-}
-
-uint64_t BytesBesideIds(const StoreConfig& config, Stack stack) {
-  const bool decoder = stack == Stack::kDecoder;
-  if (config.hidden_share == 0 || (decoder && config.task == Task::kEncode)) return 0;
-  const MoeGeometry& g = config.geometry;
-  const auto layers = static_cast<uint64_t>(g.layers(stack));
-  const auto width = static_cast<uint64_t>(g.d_model);
-  const auto heads = static_cast<uint64_t>(config.AttentionHeads(stack));
-  const uint64_t vectors = layers + (decoder && config.Records("output") ? 1 : 0);
-  return kBytesPerBf16 * width * vectors + layers * heads * kAttentionBytesPerHead;
-}
-
-uint64_t EstimatedBytesBesideIds(const StoreConfig& config, uint64_t text_bytes) {
-  const double tokens = static_cast<double>(text_bytes) / kTextBytesPerToken;
-  const uint64_t a_token =
-      BytesBesideIds(config, Stack::kEncoder) + BytesBesideIds(config, Stack::kDecoder);
-  return static_cast<uint64_t>(tokens * config.hidden_share *
-                               static_cast<double>(a_token));
-}
-
-uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes) {
-  const MoeGeometry& g = config.geometry;
-  const double tokens = static_cast<double>(text_bytes) / kTextBytesPerToken;
-  const double topk =
-      config.top_k * (2 + std::bit_width(unsigned(g.num_experts - 1)) / 8.0);
-  const int layers = config.task == Task::kEncode ? g.encoder_layers : g.num_layers();
-  return static_cast<uint64_t>(tokens * layers * (kBytesPerId + topk)) +
-         EstimatedBytesBesideIds(config, text_bytes);
 }
 
 std::set<uint64_t> ForcedHiddenGroups(const Corpus& corpus, const ChunkPlan& plan,

@@ -12,7 +12,6 @@
 #include "common/routing.h"
 #include "corpus/corpus.h"
 #include "corpus/tokenizer.h"
-#include "storage/store_config.h"
 
 namespace routecast {
 
@@ -29,7 +28,8 @@ std::vector<std::vector<int32_t>> SegmentTokens(const Tokenizer& tokenizer,
 struct Chunk {
   uint64_t begin = 0, end = 0;  // positions in the permuted document order
   // A document too long for one chunk is a chunk of its own `num_slices` times: slice i
-  // holds the segments s of the n collected with s * num_slices / n == i.
+  // holds the segments s of the n collected with s * num_slices / n == i. Later slices
+  // are of a larger num_slices: they taper as chunks do.
   uint32_t slice = 0, num_slices = 1;
   // Of the last document, where --max_sequences ends in it; 0 = all its segments.
   uint64_t last_segments = 0;
@@ -39,6 +39,7 @@ struct Chunk {
 struct PlannedIntake {
   uint64_t begin = 0, end = 0;  // positions in the permuted document order
   size_t chunk_end = 0;         // in ChunkPlan::chunks, which lie in the intakes' order
+  uint64_t last_segments = 0;   // of its last document; 0 = all
 };
 
 struct ChunkPlan {
@@ -74,17 +75,10 @@ SequenceLimit FindSequenceLimit(const Corpus& corpus, size_t intake,
 void RequireWholeDocuments(const Corpus& corpus, size_t intake,
                            const SequenceLimit& limit, const Tokenizer& tokenizer,
                            int max_tokens);
-// `limits`: one an intake.
-ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits);
-
-// What a store takes for so much text, roughly: records of ids, and of the share of
-// sequences with router inputs what is recorded beside them.
-uint64_t EstimatedStoreBytes(const StoreConfig& config, uint64_t text_bytes);
-// Of a sequence with router inputs: bytes a token of `stack` beside its ids (the inputs,
-// the decoder's output, attention). 0 where none are recorded, or the stack is not run.
-uint64_t BytesBesideIds(const StoreConfig& config, Stack stack);
-// What of the estimate that is.
-uint64_t EstimatedBytesBesideIds(const StoreConfig& config, uint64_t text_bytes);
+// `limits`: one an intake. `stored_chunks`: how many chunks each intake has that a store
+// was begun with. Where it was before slices tapered, its plan stays.
+ChunkPlan MakeChunkPlan(const Corpus& corpus, const std::vector<SequenceLimit>& limits,
+                        const std::vector<uint64_t>& stored_chunks = {});
 
 // Document groups whose router inputs are recorded: a share by hash, and where that
 // leaves a split part without any in an intake and those before it, the part's first

@@ -82,7 +82,11 @@ std::optional<CollectSources> OpenSources(
     limits.push_back(
         {static_cast<uint64_t>(shared[2 * i]), static_cast<uint64_t>(shared[2 * i + 1])});
   }
-  sources.plan = MakeChunkPlan(sources.corpus, limits);
+  std::vector<uint64_t> stored_chunks;
+  for (const StoreIntake& intake : stored) {
+    stored_chunks.push_back(static_cast<uint64_t>(intake.num_chunks));
+  }
+  sources.plan = MakeChunkPlan(sources.corpus, limits, stored_chunks);
   size_t begin = 0;
   for (size_t i = 0; i < sources.intakes.size(); ++i) {
     const size_t end = sources.plan.intakes[i].chunk_end;

@@ -16,6 +16,7 @@
 #include "collector/dry_run.h"
 #include "collector/rank_watch.h"
 #include "collector/span_log.h"
+#include "collector/store_estimate.h"
 #include "common/errors.h"
 #include "common/safetensors.h"
 #include "common/stop.h"
@@ -23,6 +24,7 @@
 #include "models/device_choice.h"
 #include "storage/context_coder.h"
 #include "storage/store_lock.h"
+#include "storage/store_routers.h"
 #include "storage/trace_store.h"
 
 namespace routecast {
@@ -117,7 +119,7 @@ StoreConfig ConfigOf(const CollectOptions& options, const Checkpoint& checkpoint
 
 // With the vocabulary head where states are recorded: what reads the decoder's output
 // needs it to know the next token.
-void WriteRouters(const fs::path& store, const Checkpoint& checkpoint, bool with_head) {
+void WriteRouters(const fs::path& file, const Checkpoint& checkpoint, bool with_head) {
   const std::vector<RouterWeights> routers =
       RoutersOf(checkpoint.config, checkpoint.parameters);
   std::vector<at::Tensor> alive;
@@ -140,7 +142,23 @@ void WriteRouters(const fs::path& store, const Checkpoint& checkpoint, bool with
     tensors.push_back({"vocabulary_head", "BF16", alive.back().sizes().vec(),
                        alive.back().const_data_ptr()});
   }
-  WriteSafetensors(store / "routers.safetensors", tensors);
+  WriteSafetensors(file, tensors);
+}
+
+// A seal of a damaged file would vouch for it: each start compares.
+void MakeSureOfRouters(const fs::path& store, const Checkpoint& checkpoint,
+                       bool with_head) {
+  const bool replaced = KeepRouters(
+      store, [&](const fs::path& file) { WriteRouters(file, checkpoint, with_head); });
+  if (!replaced) return;
+  std::fprintf(stderr, "collect: %s was not as the model gives it, and is made anew\n",
+               RoutersPath(store).c_str());
+}
+
+void SayDamage(const Corpus& corpus) {
+  const std::string damage = corpus.Damage();
+  if (!damage.empty())
+    std::fprintf(stderr, "collect: of the documents: %s\n", damage.c_str());
 }
 
 // Another rank hangs: no call that waits for ranks can be made any more, so this process
@@ -218,6 +236,11 @@ void CollectOptions::Validate() const {
           "use 1 to 65536");
   require(noise_density > 0 && noise_density < 1, "--noise_density is out of range",
           "use a share between 0 and 1");
+  if (noise_given && task == Task::kEncode) {
+    throw UsageError(ErrorText("--noise_density does nothing with --task=encode",
+                               "only denoise and generate mask tokens",
+                               "leave it out, or use another --task"));
+  }
   require(expert_parallel >= 1 && expert_parallel <= 4096,
           "--expert_parallel is out of range", "use 1 to the number of ranks");
   require(temperature >= 0 && std::isfinite(temperature), "--temperature is out of range",
@@ -260,8 +283,14 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   const ChunkPlan& plan = sources->plan;
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
   config.SetIntakes(sources->intakes);
+  if (rank.is_root() && !options.quiet && config.top_k > 0 &&
+      config.top_k < options.top_k) {
+    std::fprintf(stderr,
+                 "collect: --top_k=%d: the model has %d experts, so all are stored\n",
+                 options.top_k, config.top_k);
+  }
   if (options.dry_run) {
-    DryRun(options, config, corpus, plan, rank);
+    DryRun(options, config, *sources, tokenizer, rank);
     return CollectEnd::kComplete;
   }
 
@@ -273,9 +302,7 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     lock = std::make_unique<StoreLock>(store, EndJob);
     TraceStore::CreateOrOpen(store, config);
     TraceStore::CleanStaging(store);
-    if (!fs::exists(store / "routers.safetensors")) {
-      WriteRouters(store, checkpoint, config.Records("output"));
-    }
+    MakeSureOfRouters(store, checkpoint, config.Records("output"));
     run.emplace(store, "routecast-collect", configuration);
     run->Set("hosts", hosts);
     run->Set("ranks", rank.world);
@@ -286,8 +313,11 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
     run->Set("corpus", {{"documents", corpus.stats().documents},
                         {"groups", corpus.stats().groups},
                         {"exact_duplicates", corpus.stats().exact_duplicates},
+                        {"binary_documents", corpus.stats().binary_documents},
+                        {"replaced_bytes", corpus.stats().replaced_bytes},
                         {"intake_ends", corpus.intake_ends()}});
     run->WriteStart();
+    if (!options.quiet) SayDamage(corpus);
   }
   const std::string token = ShareText(lock ? lock->token() : "");
   const RankWatch watch(store / "staging", token, rank, options.hang_seconds, EndJob);
@@ -303,8 +333,9 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   spans.Write("open", opened, {{"rank", rank.rank}, {"ranks", rank.world}});
 
   if (rank.is_root() && !todo.empty()) {
-    RequireFreeBytes(store, EstimatedStoreBytes(config, plan.text_bytes) /
-                                plan.chunks.size() * todo.size());
+    const TextTokens tokens = EstimatedTokens(config, corpus, plan, tokenizer);
+    RequireFreeBytes(
+        store, EstimatedStoreBytes(config, tokens) / plan.chunks.size() * todo.size());
   }
 
   ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);

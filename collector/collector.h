@@ -18,13 +18,14 @@ struct CollectOptions {
   fs::path cache;                 // of the corpus index; empty: STORE.corpus
   Task task = Task::kDenoise;
   std::vector<std::string> record = {"ids", "probs", "hidden", "output"};
-  int top_k = 4;                // stored a token where record has topk
-  double hidden_share = 0.1;    // share of document groups with router inputs
-  int num_shards = 16;          // fixed at creation
-  int64_t max_sequences = 0;    // of the sources that came together; 0 = all
-  int max_length = 512;         // tokens a sequence; longer documents are cut
-  int batch_size = 32;          // sequences a forward pass
+  int top_k = 4;              // stored a token where record has topk; at most the model's
+  double hidden_share = 0.1;  // share of document groups with router inputs
+  int num_shards = 16;        // fixed at creation
+  int64_t max_sequences = 0;  // of the sources that came together; 0 = all
+  int max_length = 512;       // tokens a sequence; longer documents are cut
+  int batch_size = 32;        // sequences a forward pass
   double noise_density = 0.15;  // share of masked tokens in denoise and generate
+  bool noise_given = false;     // by the user
   int expert_parallel = 1;      // ranks that share the experts; divides the ranks
   // How tokens are chosen where the task is generate: temperature 0 = greedily.
   double temperature = 0;

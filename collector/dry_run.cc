@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "collector/span_log.h"
+#include "collector/store_estimate.h"
 #include "common/errors.h"
 #include "storage/trace_reader.h"
 #include "storage/trace_store.h"
@@ -38,7 +39,7 @@ void RequireWritable(const fs::path& store) {
   }
 }
 
-void PrintHidden(const StoreConfig& config, uint64_t text_bytes) {
+void PrintHidden(const StoreConfig& config, const TextTokens& tokens) {
   if (config.hidden_share == 0) return;
   std::printf("inputs     of %g %% of the document groups: ", 100 * config.hidden_share);
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
@@ -52,13 +53,14 @@ void PrintHidden(const StoreConfig& config, uint64_t text_bytes) {
                     ? " and what is recorded beside"
                     : "");
   }
-  std::printf("about %s of the store\n",
-              FormatBytes(EstimatedBytesBesideIds(config, text_bytes)).c_str());
+  std::printf("about %s of the store, of %.3g %% of the text\n",
+              FormatBytes(EstimatedBytesBesideIds(config, tokens)).c_str(),
+              100 * tokens.hidden / std::max(tokens.all, 1.0));
 }
 
 void PrintPlan(const CollectOptions& options, const StoreConfig& config,
                const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank,
-               uint64_t completed) {
+               const TextTokens& tokens, uint64_t completed) {
   std::printf("corpus     %s\n", corpus.Summary().c_str());
   std::printf("plan       %llu documents (%s of text) in %zu chunks, %d shards, %d ranks",
               static_cast<unsigned long long>(plan.num_documents),
@@ -76,25 +78,29 @@ void PrintPlan(const CollectOptions& options, const StoreConfig& config,
       config.geometry.d_model,
       FormatBytes(static_cast<uint64_t>(OwnMemory().resident_bytes)).c_str());
   std::printf("store      %s: about %s; %s free\n", options.store.c_str(),
-              FormatBytes(EstimatedStoreBytes(config, plan.text_bytes)).c_str(),
+              FormatBytes(EstimatedStoreBytes(config, tokens)).c_str(),
               FormatBytes(FreeBytes(options.store)).c_str());
-  PrintHidden(config, plan.text_bytes);
+  PrintHidden(config, tokens);
 }
 
 }  // namespace
 
 void DryRun(const CollectOptions& options, const StoreConfig& config,
-            const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank) {
+            const CollectSources& sources, const Tokenizer& tokenizer,
+            const RankInfo& rank) {
+  const Corpus& corpus = sources.corpus;
+  const ChunkPlan& plan = sources.plan;
   const fs::path store = options.store;
   if (fs::exists(store / "store.json")) {
     TraceStore::RequireGoesOn(store, TraceStore::Open(store), config);
   }
   if (!rank.is_root()) return;
   const uint64_t completed = CompletedChunks(store);
-  PrintPlan(options, config, corpus, plan, rank, completed);
+  const TextTokens tokens = EstimatedTokens(config, corpus, plan, tokenizer);
+  PrintPlan(options, config, corpus, plan, rank, tokens, completed);
   RequireWritable(store);
   const uint64_t chunks = std::max<uint64_t>(plan.chunks.size(), 1);
-  RequireFreeBytes(store, EstimatedStoreBytes(config, plan.text_bytes) / chunks *
+  RequireFreeBytes(store, EstimatedStoreBytes(config, tokens) / chunks *
                               (chunks - std::min(completed, chunks)));
 }
 

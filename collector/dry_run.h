@@ -2,8 +2,9 @@
 // Thread rule: one thread.
 #pragma once
 
-#include "collector/chunk_plan.h"
+#include "collector/collect_sources.h"
 #include "collector/collector.h"
+#include "corpus/tokenizer.h"
 
 namespace routecast {
 
@@ -12,6 +13,7 @@ namespace routecast {
 // configuration in the store, no permission to write), EnvironmentError (no room for the
 // chunks that the store does not have yet).
 void DryRun(const CollectOptions& options, const StoreConfig& config,
-            const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank);
+            const CollectSources& sources, const Tokenizer& tokenizer,
+            const RankInfo& rank);
 
 }  // namespace routecast

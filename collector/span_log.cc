@@ -47,9 +47,12 @@ void SpanLog::Write(const std::string& span, Clock::time_point begin, Json more)
   more["resident_bytes"] = memory.resident_bytes;
   more["anonymous_bytes"] = memory.anonymous_bytes;
   const std::string line = more.dump() + "\n";
-  // One call: a line is there wholly, but for a disk that is full.
-  if (::write(fd_, line.data(), line.size()) != static_cast<ssize_t>(line.size())) {
-    ThrowErrno(errno ? errno : EIO, "write", path_);
+  // One call, but for a disk that is full or takes a part at first.
+  for (size_t done = 0; done < line.size();) {
+    const ssize_t n = ::write(fd_, line.data() + done, line.size() - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) ThrowErrno(errno, "write", path_);
+    done += static_cast<size_t>(n);
   }
 }
 

@@ -58,13 +58,19 @@ nlohmann::json ParseForeignJson(std::string_view text, const std::string& what,
   return value;
 }
 
-std::string Quoted(std::string_view text, size_t max_shown) {
-  std::string quoted = "\"";
+std::string OneLine(std::string_view text, size_t max_shown) {
+  std::string line;
   for (const char c : text.substr(0, max_shown)) {
     const auto byte = static_cast<unsigned char>(c);
-    quoted += byte < 0x20 || byte >= 0x7f ? '?' : c;
+    line += byte < 0x20 || byte >= 0x7f ? '?' : c;
   }
-  return quoted + (text.size() > max_shown ? "...\"" : "\"");
+  return line + (text.size() > max_shown ? "..." : "");
+}
+
+std::string Quoted(std::string_view text, size_t max_shown) {
+  std::string quoted = "\"";
+  quoted += OneLine(text, max_shown);
+  return quoted + "\"";
 }
 
 }  // namespace routecast

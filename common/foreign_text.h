@@ -15,6 +15,9 @@ namespace routecast {
 nlohmann::json ParseForeignJson(std::string_view text, const std::string& what,
                                 int max_depth);
 
+// `text` on one line, printable, without the marks: at most `max_shown` characters of it,
+// and ... where it is longer.
+std::string OneLine(std::string_view text, size_t max_shown = 240);
 // `text` in quotation marks, on one line, printable, at most `max_shown` characters of
 // it.
 std::string Quoted(std::string_view text, size_t max_shown = 100);

@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "common/errors.h"
+#include "common/foreign_text.h"
 #include "common/version.h"
 
 namespace routecast {
@@ -45,8 +46,8 @@ Json ParseJson(const std::string& text, const std::string& what) {
     Json value = Json::parse(text, guard);
     if (!too_deep) return value;
   } catch (const nlohmann::json::exception& e) {
-    throw DataError(
-        ErrorText(what + " is not valid JSON", e.what(), "write the file again"));
+    throw DataError(ErrorText(what + " is not valid JSON", OneLine(e.what()),
+                              "write the file again"));
   }
   throw DataError(ErrorText(what + " is not usable JSON", "nested deeper than 100", ""));
 }

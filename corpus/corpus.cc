@@ -133,8 +133,9 @@ class CorpusBuilder {
     return corpus;
   }
 
-  static void Write(const SourceList& list, const fs::path& folder, int threads,
-                    bool quiet) {
+  // How many documents were dropped as binary.
+  static uint64_t Write(const SourceList& list, const fs::path& folder, int threads,
+                        bool quiet) {
     SealedFolder sealed(folder);
     const fs::path text_path = sealed.path() / kTextName;
     std::ofstream out(text_path, std::ios::binary);
@@ -148,9 +149,11 @@ class CorpusBuilder {
     corpus.contents_ = std::move(pass.contents);
     corpus.texts_ = std::make_unique<Corpus::TextStore>(text_path);
     Group(pass.signatures, list.file_ends, threads, &corpus);
-    if (corpus.size() == 0) return;  // nothing to seal: Open reports it
+    const uint64_t binary = corpus.contents_.binary_documents;
+    if (corpus.size() == 0) return binary;  // nothing to seal: Open reports it
     WriteFileAtomic(sealed.path() / kIndexName, SerializeIndex(corpus.contents_));
     sealed.Commit();
+    return binary;
   }
 
   // Nothing where the cache is absent or damaged.
@@ -201,8 +204,10 @@ Corpus Corpus::OpenIntakes(const std::vector<std::vector<std::string>>& intakes,
   const SourceList sources = ListSources(intakes);
   std::optional<Corpus> corpus;
   bool from_cache = false;
+  uint64_t binary = 0;
   if (cache_folder.empty()) {
     corpus = CorpusBuilder::InMemory(sources, threads, quiet);
+    binary = corpus->contents_.binary_documents;
   } else {
     MakeFolder(cache_folder);
     const fs::path folder = cache_folder / ("corpus-" + CacheKey(sources));
@@ -213,15 +218,18 @@ Corpus Corpus::OpenIntakes(const std::vector<std::vector<std::string>>& intakes,
       corpus = CorpusBuilder::Load(folder);  // another process may have made it meanwhile
       from_cache = corpus.has_value();
       if (!corpus) {
-        CorpusBuilder::Write(sources, folder, threads, quiet);
+        binary = CorpusBuilder::Write(sources, folder, threads, quiet);
         corpus = CorpusBuilder::Load(folder);
       }
     }
   }
   if (!corpus || corpus->size() == 0) {
-    throw UsageError(ErrorText("the corpus is empty",
-                               intakes.front().front() + " holds no document",
-                               "give a file with text, or another kind"));
+    throw UsageError(ErrorText(
+        "the corpus is empty",
+        intakes.front().front() + " holds no document" +
+            (binary == 0 ? ""
+                         : "; " + std::to_string(binary) + " binary ones were dropped"),
+        "give a file with text, or another kind"));
   }
   corpus->intake_ends_ = DocumentEnds(sources.file_ends, corpus->contents_.entries);
   corpus->Finish();
@@ -283,18 +291,25 @@ std::string Corpus::FingerprintAfter(size_t intake) const {
 
 std::string Corpus::Summary() const {
   const auto parts = stats_.part_documents;
-  std::string damage;
-  if (stats_.binary_documents > 0) {
-    damage += ", " + std::to_string(stats_.binary_documents) + " binary ones dropped";
-  }
-  if (stats_.replaced_bytes > 0) {
-    damage += ", " + std::to_string(stats_.replaced_bytes) + " bytes were not UTF-8";
-  }
+  const std::string damage = Damage();
   return std::to_string(stats_.documents) + " documents (" +
          FormatBytes(stats_.text_bytes) + ") in " + std::to_string(stats_.groups) +
          " groups: " + std::to_string(parts[0]) + " train, " + std::to_string(parts[1]) +
          " validation, " + std::to_string(parts[2]) + " test; " +
-         std::to_string(stats_.exact_duplicates) + " exact duplicates dropped" + damage;
+         std::to_string(stats_.exact_duplicates) + " exact duplicates dropped" +
+         (damage.empty() ? "" : ", ") + damage;
+}
+
+std::string Corpus::Damage() const {
+  std::string damage;
+  if (stats_.binary_documents > 0) {
+    damage = std::to_string(stats_.binary_documents) + " binary ones dropped";
+  }
+  if (stats_.replaced_bytes > 0) {
+    damage += (damage.empty() ? "" : ", ") + std::to_string(stats_.replaced_bytes) +
+              " bytes were not UTF-8";
+  }
+  return damage;
 }
 
 }  // namespace routecast

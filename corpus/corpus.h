@@ -67,6 +67,8 @@ class Corpus {
   const CorpusStats& stats() const { return stats_; }
   // "240650 documents (38.2 MiB) in 231024 groups: 126402 train, ...", for people.
   std::string Summary() const;
+  // Of it what was dropped as binary and replaced as foreign bytes; empty where nothing.
+  std::string Damage() const;
   // 16 hex digits over content, groups and order: equal exactly where all of these are.
   const std::string& fingerprint() const { return fingerprint_; }
   // Intake k holds the documents [k == 0 ? 0 : ends[k - 1], ends[k]).

@@ -111,7 +111,9 @@ std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
   if (!json.contains(spec.field)) {
     std::vector<std::string> names;
     for (const auto& [key, value] : json.items()) names.push_back(key);
-    const std::string near = NearestName(spec.field, names);
+    std::string near = NearestName(spec.field, names);
+    const auto control = [](unsigned char c) { return c < 0x20 || c == 0x7f; };
+    if (std::any_of(near.begin(), near.end(), control)) near.clear();
     throw DataError(
         ErrorText(what + ": a record without the field \"" + spec.field + "\"",
                   "at byte " + std::to_string(record.offset) +

@@ -28,7 +28,10 @@ DEFINE_string(record, "ids,probs,hidden,output",
               "List of: ids, probs, topk, hidden (router inputs), output (the "
               "decoder's), attention "
               "(summaries by head)");
-DEFINE_int32(top_k, 4, "Experts stored a token where topk is recorded");
+DEFINE_int32(
+    top_k, 4,
+    "Experts stored a token where topk is recorded, up to 64; all of the model's "
+    "where it has fewer");
 DEFINE_double(hidden_share, 0.1, "Share of document groups with router inputs");
 DEFINE_int32(num_shards, 16, "Databases of the store; fixed at creation");
 DEFINE_string(
@@ -79,6 +82,7 @@ CollectOptions Options() {
   o.max_length = FLAGS_max_length;
   o.batch_size = FLAGS_batch_size;
   o.noise_density = FLAGS_noise_density;
+  o.noise_given = !gflags::GetCommandLineFlagInfoOrDie("noise_density").is_default;
   o.expert_parallel = FLAGS_expert_parallel;
   o.temperature = FLAGS_temperature;
   o.top_k_sampling = FLAGS_top_k_sampling;

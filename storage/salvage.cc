@@ -9,6 +9,7 @@
 #include "storage/shard_db.h"
 #include "storage/shard_seal.h"
 #include "storage/store_builder.h"
+#include "storage/store_routers.h"
 
 namespace routecast {
 namespace {
@@ -35,8 +36,8 @@ Salvage::Salvage(fs::path store, size_t window_bytes) : store_(std::move(store))
     model_ = LoadContextModel(store_, config_);
   } catch (const DataError&) {  // coded records are lost, packed ones are not
   }
-  const fs::path routers = store_ / "routers.safetensors";
-  if (fs::exists(routers)) {
+  const fs::path routers = RoutersPath(store_);
+  if (fs::exists(routers) && !RoutersProblem(store_)) {
     const auto sealed = [&](const ShardSeal& seal) {
       const auto file = seal.files.find("routers.safetensors");
       return file == seal.files.end() || file->second.hash == HashFile(routers);

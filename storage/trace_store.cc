@@ -88,8 +88,8 @@ StoreConfig TraceStore::CreateOrOpen(const fs::path& path, const StoreConfig& wa
     for (const auto& entry : fs::directory_iterator(path)) {
       const std::string name = entry.path().filename();
       if (name.starts_with("lock.") || name.starts_with("run.json") || name == "corpus" ||
-          name == "routers.safetensors" || name == "staging" || name.ends_with(".tmp") ||
-          (name == "shards" && fs::is_empty(entry.path()))) {
+          name == "routers.safetensors" || name == "routers.hash" || name == "staging" ||
+          name.ends_with(".tmp") || (name == "shards" && fs::is_empty(entry.path()))) {
         continue;
       }
       throw UsageError(

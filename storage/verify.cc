@@ -11,6 +11,7 @@
 #include "storage/salvage.h"
 #include "storage/shard_db.h"
 #include "storage/shard_seal.h"
+#include "storage/store_routers.h"
 #include "storage/trace_reader.h"
 #include "storage/trace_store.h"
 
@@ -183,7 +184,8 @@ class Verifier {
 
   void CheckRouters() {
     const MoeGeometry& g = config_.geometry;
-    const fs::path path = store_ / "routers.safetensors";
+    const fs::path path = RoutersPath(store_);
+    if (const auto problem = RoutersProblem(store_)) Problem(*problem);
     if (!fs::exists(path)) return;  // traces of models without known routers
     const SafetensorsIndex index = ReadSafetensorsIndex(path);
     for (int l = 0; l < g.num_layers(); ++l) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <fstream>
 #include <thread>
 
 #include "common/errors.h"
@@ -89,6 +90,34 @@ TEST_F(CollectTest, ShortAllocationsEndWithTheSameRecords) {
   }
   ASSERT_EQ(Collect(1, "short"), 0);
   EXPECT_TRUE(Export("short") == Golden());
+}
+
+// Nothing seals the file while the store is unfinished.
+TEST_F(CollectTest, DamagedRoutersAreFoundAndMadeAnew) {
+  Golden();
+  const std::string good = ReadFile(folder_ / "golden" / "routers.safetensors");
+  const fs::path file = folder_ / "routers" / "routers.safetensors";
+  const auto verify = [] {
+    return RunProgram({Bin("routecast-trace"), "verify", "--quiet",
+                       "--store=" + (folder_ / "routers").string()});
+  };
+  ASSERT_EQ(Collect(2, "routers", {"--max_hours=1e-9"}), kExitStopped);
+  EXPECT_EQ(verify(), 0);
+  std::string flipped = good;
+  flipped[good.size() / 2] ^= 1;
+  for (const std::string& bad : {flipped, good.substr(0, good.size() / 3)}) {
+    std::ofstream(file, std::ios::binary) << bad;
+    EXPECT_EQ(verify(), kExitBadData);
+    ASSERT_EQ(Collect(1, "routers", {"--max_hours=1e-9"}), kExitStopped);
+    EXPECT_TRUE(ReadFile(file) == good);
+    EXPECT_EQ(verify(), 0);
+  }
+  // As in stores of before, which have no hash of it.
+  fs::remove(folder_ / "routers" / "routers.hash");
+  EXPECT_EQ(verify(), 0);
+  std::ofstream(file, std::ios::binary) << flipped;
+  ASSERT_EQ(Collect(1, "routers"), 0);
+  EXPECT_TRUE(ReadFile(file) == good);
 }
 
 // mpirun forwards SIGUSR1, the graceful signal, to every rank.

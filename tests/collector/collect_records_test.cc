@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <sstream>
 
 #include "common/errors.h"
 #include "common/safetensors.h"
@@ -206,14 +207,24 @@ TEST_F(CollectRecordsTest, DryRunWritesNothing) {
 }
 
 // What the program prints.
-std::string Printed(const std::vector<std::string>& command) {
+std::string Printed(const std::vector<std::string>& command, bool errors_too = false) {
   std::string line;
   for (const std::string& word : command) line += "'" + word + "' ";
+  if (errors_too) line += "2>&1";
   FILE* out = ::popen(line.c_str(), "r");
   std::string text;
   for (int c = 0; (c = std::fgetc(out)) != EOF;) text += static_cast<char>(c);
   EXPECT_EQ(::pclose(out), 0) << line;
   return text;
+}
+
+// The command with `data` as its one source.
+std::vector<std::string> OnlyData(std::vector<std::string> command,
+                                  const std::string& data) {
+  std::erase_if(command, [&](const std::string& word) {
+    return word.starts_with("--data=") && word != data;
+  });
+  return command;
 }
 
 TEST_F(CollectRecordsTest, DryRunNamesTheBytesOfRouterInputs) {
@@ -225,6 +236,36 @@ TEST_F(CollectRecordsTest, DryRunNamesTheBytesOfRouterInputs) {
       << plan;
   EXPECT_EQ(Printed(Program("dry", {"--dry_run", "--record=ids"})).find("inputs"),
             std::string::npos);
+}
+
+// One document: its group is drawn or forced, so all of the text has router inputs.
+TEST_F(CollectRecordsTest, DryRunEstimatesAStoreOfFewDocuments) {
+  WriteFileAtomic(folder_ / "long.txt", RandomText(9, 20'000));
+  const std::string data = "--data=text:" + (folder_ / "long.txt").string();
+  for (const std::string task : {"encode", "denoise"}) {
+    SCOPED_TRACE(task);
+    const std::string name = "few-" + task;
+    const std::vector<std::string> more = {data, "--task=" + task, "--hidden_share=0.1",
+                                           "--max_sequences=100"};
+    const std::vector<std::string> command = OnlyData(Program(name, more), data);
+    std::vector<std::string> dry = command;
+    dry.push_back("--dry_run");
+    const std::string plan = Printed(dry);
+    ASSERT_EQ(RunProgram(UnderMpirun(1, command)), 0);
+    double bytes = 0;
+    for (const auto& file : fs::recursive_directory_iterator(folder_ / name)) {
+      if (file.path().extension() == ".sst") bytes += double(file.file_size());
+    }
+    const std::string about = ": about ";
+    std::istringstream said(plan.substr(plan.find(about) + about.size()));
+    double number = 0;
+    std::string unit;
+    said >> number >> unit;
+    ASSERT_TRUE(unit == "MiB;" || unit == "KiB;") << plan;
+    const double estimate = number * (unit == "MiB;" ? 1 << 20 : 1 << 10);
+    EXPECT_GT(estimate, 0.8 * bytes) << plan;
+    EXPECT_LT(estimate, 1.3 * bytes) << plan;
+  }
 }
 
 TEST_F(CollectRecordsTest, DryRunKnowsWhatTheStoreHasAlready) {
@@ -240,8 +281,34 @@ TEST_F(CollectRecordsTest, DryRunRefusesAStoreThatCannotBeMade) {
   EXPECT_EQ(RunProgram(Program("corpus.jsonl/store", {"--dry_run"})), kExitUsage);
 }
 
+TEST_F(CollectRecordsTest, MoreThanAllExpertsAreSaid) {
+  const auto said = [](const char* top_k) {
+    return Printed(Program("dry", {"--noquiet", "--dry_run", "--record=ids,topk", top_k}),
+                   true);
+  };
+  EXPECT_NE(said("--top_k=64").find("--top_k=64: the model has 8 experts"),
+            std::string::npos);
+  EXPECT_EQ(said("--top_k=8").find("--top_k"), std::string::npos);
+}
+
+TEST_F(CollectRecordsTest, DroppedAndReplacedTextIsSaidAndKept) {
+  MakeFolder(folder_ / "mixed");
+  WriteFileAtomic(folder_ / "mixed" / "a.bin", std::string(500, '\0'));
+  WriteFileAtomic(folder_ / "mixed" / "b.txt", RandomText(1, 100) + "\xff and \xfe");
+  const std::string data = "--data=text:" + (folder_ / "mixed").string();
+  const std::string said = Printed(
+      OnlyData(Program("mixed-store", {"--noquiet", data, "--max_sequences=0"}), data),
+      true);
+  EXPECT_NE(said.find("1 binary ones dropped, 2 bytes were not UTF-8"), std::string::npos)
+      << said;
+  const Json corpus = ReadJsonFile(folder_ / "mixed-store" / "run.json")["corpus"];
+  EXPECT_EQ(corpus["binary_documents"], 1);
+  EXPECT_EQ(corpus["replaced_bytes"], 2);
+}
+
 TEST_F(CollectRecordsTest, SamplingFlagsThatDoNothingAreRefused) {
   EXPECT_EQ(Collect(1, "none", {"--temperature=1"}), kExitUsage);  // denoise
+  EXPECT_EQ(Collect(1, "none", {"--task=encode", "--noise_density=0.3"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--record=ids,output"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--record=ids,attention"}), kExitUsage);
   EXPECT_EQ(Collect(1, "none", {"--record=ids,hidden,attention", "--max_length=70000"}),

@@ -1,12 +1,12 @@
 // The dry run's estimate of the disk counts what is recorded.
-#include <gtest/gtest.h>
+#include "collector/store_estimate.h"
 
-#include "collector/chunk_plan.h"
+#include <gtest/gtest.h>
 
 namespace routecast {
 namespace {
 
-constexpr uint64_t kText = 3'000'000;  // a million tokens
+constexpr TextTokens kText = {1e6, 0.1e6};
 
 StoreConfig Config(std::vector<std::string> record) {
   StoreConfig c;

@@ -170,6 +170,30 @@ TEST_F(CorpusTest, BinaryDocumentsAreDroppedAndCounted) {
   EXPECT_THAT(corpus.Summary(), HasSubstr("2 binary ones dropped"));
 }
 
+TEST_F(CorpusTest, OfBinaryOnesAloneTheErrorSaysSo) {
+  const std::string spec = "text:" + Write("a.bin", std::string(500, '\0'));
+  for (const fs::path& cache : {fs::path(), folder_ / "cache"}) {
+    try {
+      Corpus::Open({spec}, cache, 1, true);
+      ADD_FAILURE() << "opened";
+    } catch (const UsageError& e) {
+      EXPECT_THAT(e.what(), HasSubstr("holds no document; 1 binary ones were dropped"));
+    }
+  }
+}
+
+TEST_F(CorpusTest, ErrorsShowNoControlBytes) {
+  for (const char* line : {"{\"text\": \x1b[31m\x7f}", "{\"te\\u001bt\": 1}"}) {
+    try {
+      OpenInMemory("jsonl:" + Write("a.jsonl", line));
+      ADD_FAILURE() << "opened";
+    } catch (const DataError& e) {
+      const std::string text = e.what();
+      EXPECT_EQ(text.find_first_of("\x1b\x7f"), std::string::npos) << text;
+    }
+  }
+}
+
 TEST_F(CorpusTest, BinaryLinesOfJsonlAreDroppedAndBrokenOnesRefused) {
   std::string junk;
   for (uint64_t i = 0; i < 500; ++i) junk += static_cast<char>(0x80 | (Mix(i) & 0x3F));

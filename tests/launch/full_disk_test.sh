@@ -40,6 +40,14 @@ ends 4 "no room .*|are needed" "${collect[@]}" --store="$store" --dry_run
 [ ! -e "$store" ] || fail "the dry run made $store"
 rm "$folder/disk/ballast"
 
+# Of one document all is recorded, whatever share is asked for.
+fill 140M
+tr -s '\n' <"$folder/text" >"$folder/one"
+one=("${collect[@]/#--data=*/--data=text:$folder/one}" --hidden_share=.1 --store="$store")
+ends 4 "no room .*|are needed" "${one[@]}" --dry_run
+ends 4 "are needed" "${one[@]}"
+rm -r "$folder/disk/ballast" "$store"
+
 # A store that was begun.
 ends 75 "start the same command" "${collect[@]}" --store="$store" --max_hours=1e-9
 fill 160M

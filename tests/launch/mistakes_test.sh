@@ -18,6 +18,10 @@ for i in $(seq 40); do
 done >text.txt
 printf '\xff\xfe\x00\x01' >binary.txt
 : >empty.txt
+mkdir junk
+head -c 2000 /dev/urandom >junk/a.bin
+head -c 2000 /dev/zero >junk/b.bin
+printf '{"text": \x1b[31m\x7f\xc2\x9b}\n' >junk.jsonl
 echo '{"title": "no body"}' >fields.jsonl
 cp -r "$model" cut
 head -c 100000 "$model/model.safetensors" >cut/model.safetensors
@@ -70,6 +74,10 @@ wrong 2 "--dtype" "${collect[@]}" --dtype=fp8
 wrong 2 "--max_length" "${collect[@]}" --max_length=0
 wrong 2 "--hidden_share" "${collect[@]}" --hidden_share=2
 wrong 2 "--top_p" "${collect[@]}" --task=generate --temperature=1 --top_p=1.5
+wrong 2 "--noise_density" "${collect[@]}" --task=encode --noise_density=0.3
+wrong 2 "2 binary ones were dropped" collect --model="$model" --data=text:junk --store=new
+wrong 3 "not valid JSON" collect --model="$model" --data=jsonl:junk.jsonl --store=new
+LC_ALL=C grep -q $'[\x01-\x09\x0b-\x1f\x7f]' error && fail "junk JSON: control bytes in the error"
 wrong 2 "--compression" "${collect[@]}" --compression=lz4
 wrong 2 "store" collect --model="$model" --data=text:text.txt --store=store --max_length=64
 wrong 2 "config.json|spiece.model" collect --model=no_config --data=text:text.txt --store=new

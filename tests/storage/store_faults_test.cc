@@ -8,12 +8,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <sstream>
 
+#include "collector/span_log.h"
 #include "common/errors.h"
+#include "common/run_record.h"
+#include "common/safetensors.h"
 #include "storage/context_coder.h"
 #include "storage/export.h"
 #include "storage/salvage.h"
 #include "storage/store_lock.h"
+#include "storage/store_routers.h"
 #include "storage/trace_reader.h"
 #include "storage/trace_store.h"
 #include "storage/verify.h"
@@ -52,17 +57,48 @@ class StoreFaultsTest : public testing::Test {
     const StoreLock lock(store);
     TraceStore::CreateOrOpen(store, config_);
     TraceStore::CleanStaging(store);
+    KeepRouters(store, [this](const fs::path& file) { WriteRouters(file); });
+    RunRecord run(store, "store_faults_test", Json::object());
+    run.WriteStart();
+    SpanLog spans(store, RankInfo{});
     ShardOwner owner(store, config_, 0, 1);
     const std::vector<uint32_t> done = owner.CompletedChunks();
     for (uint32_t c = 0; c < kJobChunks; ++c) {
       if (std::find(done.begin(), done.end(), c) != done.end()) continue;
+      const auto begin = SpanLog::Clock::now();
       StageChunk(store, config_, c, kSequences, shape_, lock.token());
       owner.Ingest(c, lock.token());
+      spans.Write("chunk", begin, {{"chunk", c}});
       if (watch != nullptr) watch->Promise();
     }
     MakeContextModel(store, config_);
     owner.Finish();
+    run.Finish(kExitDone, Json::object());
     if (watch != nullptr) watch->Promise();
+  }
+  void WriteRouters(const fs::path& file) const {
+    const MoeGeometry& g = config_.geometry;
+    const std::vector<float> weight(static_cast<size_t>(g.num_experts * g.d_model), 0.5f);
+    std::vector<TensorToWrite> tensors;
+    for (int l = 0; l < g.num_layers(); ++l) {
+      tensors.push_back({"layer." + std::to_string(l) + ".weight",
+                         "F32",
+                         {g.num_experts, g.d_model},
+                         weight.data()});
+    }
+    WriteSafetensors(file, tensors);
+  }
+  // What no export shows: the routers' bytes, the run's end, the lines of spans.
+  void ExpectTheRest() {
+    const fs::path routers = folder_.path() / "routers";
+    WriteRouters(routers);
+    EXPECT_EQ(ReadFile(RoutersPath(store())), ReadFile(routers));
+    EXPECT_EQ(ReadJsonFile(store() / "run.json")["exit_status"], kExitDone);
+    std::istringstream lines(ReadFile(store() / "spans" / "rank-00000.jsonl"));
+    size_t cut = 0;
+    for (std::string line; std::getline(lines, line);) cut += !Json::accept(line);
+    EXPECT_LE(cut, 1u);  // where the disk was full
+    EXPECT_TRUE(VerifyStore(store()).sound());
   }
   std::string Exported(const fs::path& store) {
     const fs::path out = folder_.path() / "export";
@@ -134,6 +170,7 @@ class StoreFaultsTest : public testing::Test {
     if (fs::exists(store() / "store.json")) ExpectReadable(failed ? 0 : kJobChunks);
     Job(store());
     EXPECT_EQ(Exported(store()), undisturbed_);
+    ExpectTheRest();
   }
   std::vector<SeenCall> Undisturbed() {
     Empty();
