@@ -16,20 +16,22 @@ namespace routecast {
 namespace {
 
 // One stack's arrays of a part. Planes are kept per layer, so that [L,T] is their
-// concatenation. N sequences, T tokens, Th tokens with router inputs, L layers, K top-k,
-// D width.
+// concatenation. N sequences, T tokens, Th tokens with router inputs, L layers, k experts
+// a token, K top-k, D width.
 struct StackArrays {
   std::vector<int64_t> offsets = {0}, hidden_index;
   std::vector<uint32_t> token_ids;
-  std::vector<std::vector<uint16_t>> expert_ids, topk_ids;
+  std::vector<std::vector<uint16_t>> expert_ids, active_ids, topk_ids;
   std::vector<std::vector<float>> gate_probs, margins, topk_probs, hidden;
   std::vector<std::vector<uint8_t>> dropped;
   std::vector<float> output;
   std::vector<std::vector<float>> attention_entropy;
   std::vector<std::vector<uint16_t>> attention_keys;
 
-  explicit StackArrays(int layers)
+  // `active`: k where all of them are known, else 0.
+  StackArrays(int layers, int active)
       : expert_ids(layers),
+        active_ids(layers),
         topk_ids(layers),
         gate_probs(layers),
         margins(layers),
@@ -37,9 +39,20 @@ struct StackArrays {
         hidden(layers),
         dropped(layers),
         attention_entropy(layers),
-        attention_keys(layers) {}
+        attention_keys(layers),
+        active_(active) {}
   void Add(const RoutingSpan& span);
+
+ private:
+  int active_;
 };
+
+// k where the model routes to several experts and all of them are stored, else 0. They
+// are the first k of the top-k.
+int ActiveExperts(const StoreConfig& config) {
+  const int k = config.geometry.experts_per_token;
+  return k > 1 && config.top_k >= k ? k : 0;
+}
 
 template <typename T>
 void AddLayer(const std::vector<T>& plane, int layer, size_t per_layer,
@@ -60,6 +73,12 @@ void StackArrays::Add(const RoutingSpan& span) {
     AddLayer(span.dropped, l, tokens, &dropped[l]);
     AddLayer(span.margins, l, tokens, &margins[l]);
     AddLayer(span.topk_ids, l, tokens * span.top_k, &topk_ids[l]);
+    for (size_t i = l * tokens; active_ > 0 && i < (l + 1) * tokens; ++i) {
+      const auto first =
+          span.topk_ids.begin() + static_cast<std::ptrdiff_t>(i * span.top_k);
+      active_ids[l].insert(active_ids[l].end(), first,
+                           first + std::min(active_, span.top_k));
+    }
     AddLayer(span.topk_probs, l, tokens * span.top_k, &topk_probs[l]);
     const size_t heads = tokens * span.attention_heads;
     AddLayer(span.attention_entropy, l, heads, &attention_entropy[l]);
@@ -106,8 +125,8 @@ class Part {
  public:
   explicit Part(const StoreConfig& config)
       : config_(config),
-        encoder_(config.geometry.encoder_layers),
-        decoder_(config.geometry.decoder_layers),
+        encoder_(config.geometry.encoder_layers, ActiveExperts(config)),
+        decoder_(config.geometry.decoder_layers, ActiveExperts(config)),
         geometry_{config.geometry.encoder_layers, config.geometry.decoder_layers,
                   config.geometry.num_experts, config.geometry.experts_per_token,
                   config.geometry.d_model} {}
@@ -187,6 +206,9 @@ class Part {
               config_.Records("probs") && filled(s.gate_probs));
     NamePlane(prefix + "dropped", s.dropped, {layers, tokens}, filled(s.dropped));
     NamePlane(prefix + "margins", s.margins, {layers, tokens}, filled(s.margins));
+    const int active = ActiveExperts(config_);
+    NamePlane(prefix + "active_ids", s.active_ids, {layers, tokens, active},
+              active > 0 && filled(s.active_ids));
     const bool topk = config_.top_k > 0 && filled(s.topk_ids);
     NamePlane(prefix + "topk_ids", s.topk_ids, {layers, tokens, config_.top_k}, topk);
     NamePlane(prefix + "topk_probs", s.topk_probs, {layers, tokens, config_.top_k},
@@ -232,7 +254,8 @@ uint64_t PartBytes(const SequenceInfo& info, const StoreConfig& c) {
         info.has_hidden ? static_cast<uint64_t>(c.AttentionHeads(stack)) : 0;
     bytes += tokens * (4 + width +
                        static_cast<uint64_t>(c.geometry.layers(stack)) *
-                           (11 + 6u * static_cast<unsigned>(c.top_k) + width +
+                           (11 + 2u * static_cast<unsigned>(ActiveExperts(c)) +
+                            6u * static_cast<unsigned>(c.top_k) + width +
                             heads * (4 + 2 * kStrongestKeys)));
   }
   return bytes * 2;  // planes are joined from their layers
@@ -267,19 +290,29 @@ std::vector<fs::path> ExportArrays(const TraceReader& reader, const fs::path& fo
   return files;
 }
 
+// [L][T], or with `each` values a token [L][T][shown], the first ones of those.
 template <typename T>
-Json Layers(const std::vector<T>& plane, const RoutingSpan& span) {
+Json Layers(const std::vector<T>& plane, const RoutingSpan& span, int each = 0,
+            int shown = 0) {
   Json rows = Json::array();
   for (int l = 0; l < span.num_layers; ++l) {
     Json row = Json::array();
-    for (int t = 0; t < span.num_tokens; ++t)
-      row.push_back(plane[l * span.num_tokens + t]);
+    for (int t = 0; t < span.num_tokens; ++t) {
+      const size_t i = static_cast<size_t>(l) * span.num_tokens + t;
+      if (each == 0) {
+        row.push_back(plane[i]);
+        continue;
+      }
+      Json values = Json::array();
+      for (int k = 0; k < shown; ++k) values.push_back(plane[i * each + k]);
+      row.push_back(std::move(values));
+    }
     rows.push_back(std::move(row));
   }
   return rows;
 }
 
-Json SpanJson(const RoutingSpan& span) {
+Json SpanJson(const RoutingSpan& span, int active) {
   Json json = {{"expert_ids", Layers(span.expert_ids, span)}};
   if (span.token_ids.size() == static_cast<size_t>(span.num_tokens)) {
     json["token_ids"] = span.token_ids;
@@ -287,18 +320,36 @@ Json SpanJson(const RoutingSpan& span) {
   if (!span.gate_probs.empty()) json["gate_probs"] = Layers(span.gate_probs, span);
   if (!span.dropped.empty()) json["dropped"] = Layers(span.dropped, span);
   if (!span.margins.empty()) json["margins"] = Layers(span.margins, span);
+  const int K = span.top_k;
+  if (!span.topk_ids.empty()) {
+    if (active > 0) json["active_ids"] = Layers(span.topk_ids, span, K, active);
+    json["topk_ids"] = Layers(span.topk_ids, span, K, K);
+  }
+  if (!span.topk_probs.empty()) json["topk_probs"] = Layers(span.topk_probs, span, K, K);
   return json;
 }
 
-void WriteJsonLine(const RoutingTrace& trace, std::ostream* out) {
-  Json json = {
-      {"sequence_id", trace.sequence_id},   {"document_id", trace.document_id},
-      {"group_id", trace.group_id},         {"task", TaskName(trace.task)},
-      {"encoder", SpanJson(trace.encoder)}, {"decoder", SpanJson(trace.decoder)}};
+void WriteJsonLine(const RoutingTrace& trace, int active, std::ostream* out) {
+  Json json = {{"sequence_id", trace.sequence_id},
+               {"document_id", trace.document_id},
+               {"group_id", trace.group_id},
+               {"task", TaskName(trace.task)},
+               {"encoder", SpanJson(trace.encoder, active)},
+               {"decoder", SpanJson(trace.decoder, active)}};
   *out << json.dump() << '\n';
 }
 
-void WriteCsvRows(const RoutingTrace& trace, std::ostream* out) {
+// A column of the first `shown` of `each` values of element `i`; nothing where there are
+// none.
+template <typename T>
+void WriteCsvList(const std::vector<T>& plane, size_t i, int each, int shown,
+                  std::ostream* out) {
+  *out << ',';
+  if (plane.empty()) return;
+  for (int k = 0; k < shown; ++k) *out << (k > 0 ? " " : "") << plane[i * each + k];
+}
+
+void WriteCsvRows(const RoutingTrace& trace, int active, std::ostream* out) {
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     const RoutingSpan& s = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
     for (int l = 0; l < s.num_layers; ++l) {
@@ -313,6 +364,9 @@ void WriteCsvRows(const RoutingTrace& trace, std::ostream* out) {
         if (!s.dropped.empty()) *out << int{s.dropped[i]};
         *out << ',';
         if (!s.margins.empty()) *out << s.margins[i];
+        WriteCsvList(s.topk_ids, i, s.top_k, active, out);
+        WriteCsvList(s.topk_ids, i, s.top_k, s.top_k, out);
+        WriteCsvList(s.topk_probs, i, s.top_k, s.top_k, out);
         *out << '\n';
       }
     }
@@ -331,13 +385,14 @@ std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& fold
   };
   if (format == "csv") {
     text << "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,"
-            "dropped,"
-            "margin\n";
+            "dropped,margin,active_ids,topk_ids,topk_probs\n";
   }
+  const int active = ActiveExperts(reader.config());
   reader.Scan(
       [&](RoutingTrace&& trace) {
         ThrowIfStopped("while exporting");
-        format == "csv" ? WriteCsvRows(trace, &text) : WriteJsonLine(trace, &text);
+        format == "csv" ? WriteCsvRows(trace, active, &text)
+                        : WriteJsonLine(trace, active, &text);
         flush();
       },
       WithHidden::kNo);
@@ -370,6 +425,16 @@ void RemoveEarlierParts(const fs::path& folder, const std::string& format,
 }
 
 }  // namespace
+
+std::string LeftOutOfText(const StoreConfig& config) {
+  std::string names;
+  for (const auto& [part, name] : {std::pair("hidden", "router inputs"),
+                                   {"output", "decoder outputs"},
+                                   {"attention", "attention summaries"}}) {
+    if (config.Records(part)) names += (names.empty() ? "" : ", ") + std::string(name);
+  }
+  return names;
+}
 
 std::vector<fs::path> ExportTraces(const TraceReader& reader, const fs::path& folder,
                                    const ExportOptions& options) {

@@ -86,8 +86,10 @@ class Survey {
   StoreConfig Config(const ImportSource& source, const ImportOptions& options) const {
     StoreConfig c;
     const std::optional<MoeGeometry> stated = source.geometry();
-    c.geometry = stated.value_or(MoeGeometry{
-        layers_[0], layers_[1], 0, planes_ ? std::max(1, planes_->top_k) : 1, width_});
+    const int experts = source.experts_per_token() > 0 ? source.experts_per_token()
+                        : planes_                      ? std::max(1, planes_->top_k)
+                                                       : 1;
+    c.geometry = stated.value_or(MoeGeometry{layers_[0], layers_[1], 0, experts, width_});
     CheckGeometry(c.geometry, stated.has_value());
     if (options.num_experts < 0 || options.num_experts > static_cast<int>(kMaxExperts)) {
       throw UsageError(ErrorText("--num_experts=" + std::to_string(options.num_experts),

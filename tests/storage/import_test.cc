@@ -96,6 +96,67 @@ TEST_F(ImportTest, AnExportComesBackToTheLastByte) {
   EXPECT_EQ(Exported(At("back")), ReadFile(files[0]));
 }
 
+// The arrays of product.md alone: one sequence of one token and layer, in the decoder.
+class ActiveImport : public ImportTest {
+ protected:
+  void Write(const std::vector<uint16_t>& active, const std::vector<uint16_t>& topk) {
+    const auto k = static_cast<int64_t>(active.size()),
+               all = static_cast<int64_t>(topk.size());
+    std::vector<NamedArray> arrays = {
+        {"sequence_ids", "<u8", {1}, &id_, 8},
+        {"document_ids", "<u8", {1}, &id_, 8},
+        {"encoder_offsets", "<i8", {2}, none_, 16},
+        {"encoder_expert_ids", "<u2", {0, 0}, active.data(), 0},
+        {"decoder_offsets", "<i8", {2}, one_, 16},
+        {"decoder_expert_ids", "<u2", {1, 1}, active.data(), 2},
+        {"decoder_active_ids", "<u2", {1, 1, k}, active.data(), 2 * active.size()}};
+    if (all > 0) {
+      arrays.push_back(
+          {"decoder_topk_ids", "<u2", {1, 1, all}, topk.data(), 2 * topk.size()});
+    }
+    WriteNpz(At("in.npz"), arrays);
+  }
+  const uint64_t id_ = 7;
+  const int64_t none_[2] = {0, 0}, one_[2] = {0, 1};
+};
+
+TEST_F(ActiveImport, SaysHowManyExpertsATokenHas) {
+  Write({5, 3}, {5, 3, 8});
+  const StoreConfig config = Import("in.npz", {}).config;
+  EXPECT_EQ(config.geometry.experts_per_token, 2);
+  EXPECT_EQ(config.top_k, 3);
+}
+
+TEST_F(ActiveImport, AloneIsTheTopK) {
+  Write({5, 3}, {});
+  EXPECT_EQ(Import("in.npz", {}).config.geometry.experts_per_token, 2);
+  EXPECT_EQ(Read(store()).at(0).decoder.topk_ids, (std::vector<uint16_t>{5, 3}));
+}
+
+TEST_F(ActiveImport, ThatIsNotTheFirstOfTheTopKIsRefused) {
+  Write({5, 4}, {5, 3, 8});
+  const std::string error = ErrorOf("in.npz", {});
+  EXPECT_NE(error.find("not the first of topk_ids"), std::string::npos) << error;
+}
+
+TEST_F(ActiveImport, OfMoreExpertsThanTheTopKIsRefused) {
+  Write({5, 3, 8}, {5, 3});
+  const std::string error = ErrorOf("in.npz", {});
+  EXPECT_NE(error.find("3 active experts of 2"), std::string::npos) << error;
+}
+
+TEST_F(ImportTest, AnExportOfSeveralExpertsComesBackToTheLastByte) {
+  shape_.top_k = 4;
+  config_ = ConfigOf(shape_, 4, kChunks);
+  config_.geometry.experts_per_token = 2;
+  Fill();
+  const auto files = ExportTraces(TraceReader(store()), At("out"), {});
+  EXPECT_NE(ReadFile(files.at(0)).find("decoder_active_ids"), std::string::npos);
+  EXPECT_EQ(ImportTraces(files[0], At("back"), {}).config.geometry, config_.geometry);
+  EXPECT_EQ(Read(At("back")), Read(store()));
+  EXPECT_EQ(Exported(At("back")), ReadFile(files[0]));
+}
+
 TEST_F(ImportTest, PartsOfAnExportComeBack) {
   Fill();
   ASSERT_GT(ExportTraces(TraceReader(store()), At("out"), {"npz", 200'000}).size(), 2u);
@@ -370,11 +431,14 @@ TEST_F(ImportTest, AnExportWithoutTokenIdsComesBack) {
 TEST_F(ImportTest, RowsOfTextWithoutTokenIdsLeaveThemOut) {
   WritePacked();
   Import("index_x.csv", packed_);
-  EXPECT_NE(Exported(store(), "csv").find("0,0,decoder,0,1,,5,,,\n"), std::string::npos);
+  EXPECT_NE(Exported(store(), "csv").find("0,0,decoder,0,1,,5,,,,5 6 7 8,5 6 7 8,\n"),
+            std::string::npos);
   const std::string lines = Exported(store(), "jsonl");
   const Json first = ParseJson(lines.substr(0, lines.find('\n')), "line");
   EXPECT_TRUE(first["decoder"].contains("expert_ids"));
   EXPECT_FALSE(first["decoder"].contains("token_ids"));
+  EXPECT_EQ(first["decoder"]["active_ids"][0][1], Json({5, 6, 7, 8}));
+  EXPECT_FALSE(first["decoder"].contains("topk_probs"));
 }
 
 TEST_F(ImportTest, ImportsOfOneModelMerge) {
