@@ -16,10 +16,23 @@ namespace {
 
 constexpr int kShards = 4;
 
+// Sizes that are given and not heeded would pass unseen.
+void RequireNoSizes(const ImportOptions& options) {
+  if (options.format == "packed") return;
+  for (const auto& [flag, value] : {std::pair("--layers", options.layers),
+                                    {"--experts_per_token", options.experts_per_token}}) {
+    if (value == 0) continue;
+    throw UsageError(ErrorText(std::string(flag) + "=" + std::to_string(value),
+                               "--format=" + options.format + " says its own sizes",
+                               "leave the flag out; it is of --format=packed"));
+  }
+}
+
 std::unique_ptr<ImportSource> OpenSource(const fs::path& path,
                                          const ImportOptions& options) {
   const int format =
       ParseChoice("--format", options.format, {"npz", "arrays", "jsonl", "packed"});
+  RequireNoSizes(options);
   if (!fs::exists(path)) {
     throw UsageError(
         ErrorText(path.string() + " does not exist", "", "name the input with --in"));

@@ -2,6 +2,7 @@
 // slices of the planes [L,T], so that memory holds one sequence.
 #include <algorithm>
 #include <bit>
+#include <cstdio>
 
 #include "common/errors.h"
 #include "storage/import_source.h"
@@ -256,6 +257,7 @@ class ExportedArrays : public ImportSource {
         if (entry.path().extension() == ".npz") files_.push_back(entry.path());
       }
       std::sort(files_.begin(), files_.end());
+      RequireAllParts();
     }
     if (files_.empty()) return;
     const NpyFile first(files_[0]);
@@ -278,6 +280,18 @@ class ExportedArrays : public ImportSource {
   std::vector<fs::path> files() const override { return files_; }
 
  private:
+  // As export names them: a part that is missing before another shows. REQUIRES sorted
+  // files_.
+  void RequireAllParts() const {
+    for (size_t i = 0; i < files_.size(); ++i) {
+      if (!files_[i].stem().string().starts_with("traces-")) continue;
+      char name[40];
+      std::snprintf(name, sizeof name, "traces-%05zu.npz", i);
+      if (files_[i].filename() == name) continue;
+      RefuseImport(files_[i].string(), "it is number " + std::to_string(i) +
+                                           " of the folder, so " + name + " is missing");
+    }
+  }
   static const NpyArray& List(const NpyFile& file, const char* name, uint64_t count) {
     const NpyArray* array = file.Find(name);
     if (array == nullptr) {
