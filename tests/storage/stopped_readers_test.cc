@@ -14,6 +14,7 @@
 #include "storage/salvage.h"
 #include "storage/statistics.h"
 #include "storage/statistics_routing.h"
+#include "storage/topk_trainer.h"
 #include "storage/verify.h"
 #include "tests/storage/store_fixture.h"
 
@@ -64,6 +65,11 @@ TEST_F(StoppedReadersTest, HeldOutEntropy) {
 }
 TEST_F(StoppedReadersTest, CountingOfTheContextModel) {
   ContextTrainer trainer(config_.geometry, {});
+  for (const auto& [id, trace] : All()) trainer.Add(Stack::kDecoder, trace.decoder);
+  ExpectStops([&] { trainer.Train("test"); });
+}
+TEST_F(StoppedReadersTest, CountingOfTheTopkModel) {
+  TopkTrainer trainer(config_.geometry, {});
   for (const auto& [id, trace] : All()) trainer.Add(Stack::kDecoder, trace.decoder);
   ExpectStops([&] { trainer.Train("test"); });
 }
