@@ -1,6 +1,8 @@
 // What recording costs: batches through a Switch Transformer with nobody listening, with
-// the recorder and staged chunks, and with each part of a record added. Sides are
-// interleaved batch by batch; a chunk is written (and synced) every --chunk batches.
+// the recorder and a store, and with each part of a record added. Sides are interleaved
+// batch by batch; a chunk is written, synced and ingested every --chunk batches, as one
+// rank does that owns all shards. What ends a store (merging, closing, seals) is timed
+// apart: once a store, whatever its size in part.
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <gflags/gflags.h>
@@ -13,10 +15,11 @@
 #include "common/errors.h"
 #include "common/process_memory.h"
 #include "models/checkpoint.h"
+#include "storage/trace_reader.h"
 #include "storage/trace_store.h"
 
 DEFINE_string(model, "configs/checkpoints/small-16", "Checkpoint folder");
-DEFINE_string(folder, "", "Folder for staged chunks; emptied");
+DEFINE_string(folder, "", "Folder for the stores; emptied");
 DEFINE_int32(batch, 32, "Sequences a batch");
 DEFINE_int32(tokens, 128, "Tokens a sequence, each stack");
 DEFINE_int32(batches, 32, "Batches a side");
@@ -37,7 +40,8 @@ class Side {
     config_.num_chunks = FLAGS_batches / FLAGS_chunk;
     if (config_.record.empty()) return;
     store_ = fs::path(FLAGS_folder) / name_;
-    fs::create_directories(store_ / "staging");
+    TraceStore::CreateOrOpen(store_, config_);
+    owner_ = std::make_unique<ShardOwner>(store_, config_, 0, 1);
   }
 
   void Batch(int index, const at::Tensor& ids, const at::Tensor& valid) {
@@ -50,6 +54,19 @@ class Side {
     seconds_.push_back(
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
+  void Finish() {
+    if (!owner_) return;
+    const auto start = std::chrono::steady_clock::now();
+    owner_->Finish();
+    finish_seconds_ =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const int64_t chunks = TraceReader(store_).completed_chunks();
+    if (chunks != config_.num_chunks) {
+      throw std::logic_error(name_ + " has " + std::to_string(chunks) + " chunks of " +
+                             std::to_string(config_.num_chunks));
+    }
+  }
+  double finish_seconds() const { return finish_seconds_; }
   double total() const {
     double sum = 0;
     for (double s : seconds_) sum += s;
@@ -101,6 +118,7 @@ class Side {
       bytes_ += writer_->record_bytes();
       writer_->Finish();
       writer_.reset();
+      owner_->Ingest(chunk, "bench");
     }
   }
 
@@ -110,12 +128,17 @@ class Side {
   StoreConfig config_;
   fs::path store_;
   std::unique_ptr<ChunkWriter> writer_;
+  std::unique_ptr<ShardOwner> owner_;
+  double finish_seconds_ = 0;
   std::vector<double> seconds_;
   uint64_t bytes_ = 0;
 };
 
 void Run() {
   if (FLAGS_folder.empty()) throw UsageError("--folder is needed");
+  if (FLAGS_chunk < 1 || FLAGS_batches < 1 || FLAGS_batches % FLAGS_chunk != 0) {
+    throw UsageError("--batches is no multiple of --chunk");
+  }
   SetComputeThreads(FLAGS_threads);
   fs::remove_all(FLAGS_folder);
   ResidentModel resident(LoadCheckpoint(FLAGS_model, at::kFloat, at::kCPU));
@@ -134,6 +157,7 @@ void Run() {
         at::randint(3, model.config().vocab_size, {FLAGS_batch, FLAGS_tokens}, at::kLong);
     for (auto& side : sides) side->Batch(i, ids, at::ones_like(ids, at::kBool));
   }
+  for (auto& side : sides) side->Finish();
   const double tokens = 2.0 * FLAGS_batches * FLAGS_batch * FLAGS_tokens;
   std::printf("%s, %d x %d tokens a batch and stack, %d thread(s)\n", FLAGS_model.c_str(),
               FLAGS_batch, FLAGS_tokens, FLAGS_threads);
@@ -141,10 +165,12 @@ void Run() {
     const std::vector<double> ratios = side->Ratios(*sides[0]);
     const size_t n = ratios.size();
     std::printf(
-        "%-18s %9.0f tokens/s  %5.1f bytes a token  costs %+5.1f %% [%+.1f, %+.1f]\n",
+        "%-18s %9.0f tokens/s  %5.1f bytes a token  costs %+5.1f %% [%+.1f, %+.1f]  "
+        "finishing %.2f s, %+.1f %%\n",
         side->name().c_str(), tokens / side->total(), double(side->bytes()) / tokens,
         100 * (ratios[n / 2] - 1), 100 * (ratios[n / 4] - 1),
-        100 * (ratios[3 * n / 4] - 1));
+        100 * (ratios[3 * n / 4] - 1), side->finish_seconds(),
+        100 * side->finish_seconds() / sides[0]->total());
   }
 }
 

@@ -2,7 +2,8 @@
 // round: bytes an id, durable writes, scans, random reads warm in the page cache. Rates
 // are in bytes of the uncompressed records, whatever a side keeps them in. Debian's
 // RocksDB has its assertions on and no io_uring: the figures are of that build.
-// Traces are uniform random ids (the hardest to store), or those of --store.
+// Traces are uniform random ids (the hardest to store), or those of --store, without
+// top-k, router inputs and attention.
 #include <gflags/gflags.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 
 #include "bench/storage_sides.h"
 #include "common/errors.h"
+#include "storage/held_out_entropy.h"
 
 DEFINE_string(folder, "", "Folder for what is written; emptied");
 DEFINE_string(store, "", "Take the traces of this store; empty: uniform random ones");
@@ -57,8 +59,18 @@ Data Load() {
   if (!FLAGS_store.empty()) {
     const TraceReader reader(FLAGS_store);
     config = reader.config();
-    reader.Scan([&](RoutingTrace&& t) { data.traces.push_back(std::move(t)); },
-                WithHidden::kNo);
+    config.top_k = config.attention_heads = 0;
+    config.intakes.clear();
+    reader.Scan(
+        [&](RoutingTrace&& t) {
+          for (RoutingSpan* s : {&t.encoder, &t.decoder}) {
+            s->top_k = 0;
+            s->topk_ids.clear();
+            s->topk_probs.clear();
+          }
+          data.traces.push_back(std::move(t));
+        },
+        WithHidden::kNo);
   } else {
     config.geometry = {FLAGS_layers, FLAGS_layers, FLAGS_experts, 1, 768};
     for (int i = 0; i < FLAGS_sequences; ++i) {
@@ -79,7 +91,11 @@ Data Load() {
       if (span.num_tokens == 0) continue;
       data.spans.push_back(&span);
       data.num_ids += span.expert_ids.size();
-      data.token_bytes += 2 * span.token_ids.size();
+      const auto& tokens = span.token_ids;
+      const bool wide =
+          !tokens.empty() && *std::max_element(tokens.begin(), tokens.end()) > 0xFFFF;
+      data.token_bytes += (wide ? 4 : 2) * tokens.size();
+      data.flat_token_bytes += 2 * tokens.size();
       data.record_bytes += EncodeSpan(EncodeKey(KindOf(s), t.sequence_id), span, t.task,
                                       config.geometry.num_experts)
                                .size();
@@ -95,20 +111,21 @@ double Quantile(std::vector<double> values, double q) {
 
 void Round(const Data& data, uint64_t round, Side* side) {
   const auto bytes = static_cast<double>(data.record_bytes);
-  if (round == 0) {
-    side->Write(true);
-    side->id_bytes =
-        static_cast<double>(side->Bytes()) - static_cast<double>(data.token_bytes);
-  }
+  if (round == 0) side->MeasureIds(data);
   const Moment write = side->Write(false);
+  const Finishing& end = side->finishing;
+  side->whole.push_back(bytes / (write.wall + end.count + end.code_and_merge + end.seal));
   side->all_bytes = static_cast<double>(side->Bytes());
   side->Scan();  // warm
   const Moment scan = side->Scan();
-  double spans = 0;
-  const Moment random = side->Random(round, &spans);
+  Reads reads;
+  const Moment random = side->Random(round, &reads);
   side->write.push_back(bytes / write.wall);
   side->scan.push_back(bytes / scan.wall);
-  side->random.push_back(spans / random.wall);
+  side->random.push_back(reads.spans / random.wall);
+  if (reads.sequences > 0) {
+    side->random_sequences.push_back(reads.sequences / random.wall);
+  }
   if (scan.cpu <= 0) return;
   side->write_cpu.push_back(bytes / write.cpu);
   side->scan_cpu.push_back(bytes / scan.cpu);
@@ -122,14 +139,50 @@ void Print(const Data& data, const Side& side) {
                   Quantile(values, .25) / 1e6, Quantile(values, .75) / 1e6);
     return std::string(text);
   };
-  std::printf("%-19s %7.4f  %6.3f  %20s  %20s  %10.0f", side.name.c_str(),
-              side.id_bytes / ids, side.all_bytes / ids, rate(side.write).c_str(),
-              rate(side.scan).c_str(), Quantile(side.random, .5));
+  const auto each = [&](double value) {
+    char text[32] = "      -";
+    if (value >= 0) std::snprintf(text, sizeof text, "%7.4f", value / ids);
+    return std::string(text);
+  };
+  std::printf("%-19s %s %s  %6.3f  %20s  %20s  %10.0f", side.name.c_str(),
+              each(side.id_bytes).c_str(), each(side.plane_bytes).c_str(),
+              side.all_bytes / ids, rate(side.write).c_str(), rate(side.scan).c_str(),
+              Quantile(side.random, .5));
+  if (side.random_sequences.empty()) {
+    std::printf("  %10s", "-");
+  } else {
+    std::printf("  %10.0f", Quantile(side.random_sequences, .5));
+  }
   if (!side.scan_cpu.empty()) {
     std::printf("  %6.0f %6.0f", Quantile(side.write_cpu, .5) / 1e6,
                 Quantile(side.scan_cpu, .5) / 1e6);
   }
   std::printf("\n");
+}
+
+void PrintFinishing(const Side& side) {
+  const Finishing& f = side.finishing;
+  std::printf("%-19s %8.2f  %15.2f  %6.2f  %20.0f\n", side.name.c_str(), f.count,
+              f.code_and_merge, f.seal, Quantile(side.whole, .5) / 1e6);
+}
+
+// What a context coder is held against, of planes alone; what `stats` prints by layer.
+double HeldOutBytes(const Data& data) {
+  const MoeGeometry& g = data.config.geometry;
+  HeldOutEntropy entropy(g);
+  uint64_t tokens[2] = {0, 0};
+  for (const RoutingTrace& t : data.traces) {
+    entropy.Add(t);
+    tokens[0] += static_cast<uint64_t>(t.encoder.num_tokens);
+    tokens[1] += static_cast<uint64_t>(t.decoder.num_tokens);
+  }
+  const std::vector<double> bits = entropy.Bits();
+  double sum = 0;
+  for (int l = 0; l < g.num_layers(); ++l) {
+    const uint64_t ids = tokens[static_cast<size_t>(g.StackOf(l))];
+    if (ids > 0) sum += bits[static_cast<size_t>(l)] * static_cast<double>(ids);
+  }
+  return sum / 8 / static_cast<double>(data.num_ids);
 }
 
 // How long a reader takes to know all sequences. Documents are spread over chunks as a
@@ -203,10 +256,21 @@ void Run() {
   std::printf("%zu sequences, %zu spans, %llu ids, %.1f MB of records; %d rounds\n",
               data.traces.size(), data.spans.size(), (unsigned long long)data.num_ids,
               static_cast<double>(data.record_bytes) / 1e6, FLAGS_rounds);
+  if (!FLAGS_store.empty()) {
+    std::printf("held-out entropy, given token and expert before: %.4f B an id\n",
+                HeldOutBytes(data));
+  }
   std::printf(
-      "                    B an id    B all      write MB/s [quartiles]     scan MB/s "
-      "  random spans/s  a CPU second: write, scan\n");
+      "                    B an id: all, plane  B all   write MB/s [quartiles]"
+      "             scan MB/s   random spans/s  sequences/s  a CPU second: write, "
+      "scan\n");
   for (const auto& side : sides) Print(data, *side);
+  std::printf(
+      "what ends a store, s: count the model  code and merge  seal  (last round); MB/s "
+      "with it (median)\n");
+  for (const auto& side : sides) {
+    if (side->Finishes()) PrintFinishing(*side);
+  }
   if (sum == 0) std::printf("no expert was ever chosen\n");
 }
 

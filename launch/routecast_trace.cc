@@ -152,6 +152,11 @@ void Export() {
                 out.c_str());
     return;
   }
+  const std::string left_out = LeftOutOfText(reader.config());
+  if ((FLAGS_format == "jsonl" || FLAGS_format == "csv") && !left_out.empty()) {
+    std::fprintf(stderr, "%s leaves out %s: npz and safetensors hold them\n",
+                 FLAGS_format.c_str(), left_out.c_str());
+  }
   RunRecord run(out, "routecast-trace export", EffectiveFlags());
   run.WriteStart();
   ExportOptions options;

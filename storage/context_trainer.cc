@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/stop.h"
 #include "storage/context_fit.h"
 
 namespace routecast {
@@ -199,6 +200,7 @@ StackTables ContextTrainer::TrainStack(const Sample& sample) const {
     }
     LayerFit fit(base, ids, experts, layers, options_, &contexts);
     for (size_t i = 0; i < n;) {
+      ThrowIfStopped("while counting the context model");
       size_t next = i;
       while (next < n && places[next].key >> 32 == places[i].key >> 32) ++next;
       fit.FitInner(l, &places[i], places.data() + next);

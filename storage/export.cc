@@ -3,33 +3,34 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
-#include <sstream>
 
-#include "common/byte_file.h"
 #include "common/errors.h"
 #include "common/safetensors.h"
 #include "common/stop.h"
 #include "common/temporary_file.h"
+#include "storage/export_text.h"
 #include "storage/npy.h"
 
 namespace routecast {
 namespace {
 
 // One stack's arrays of a part. Planes are kept per layer, so that [L,T] is their
-// concatenation. N sequences, T tokens, Th tokens with router inputs, L layers, K top-k,
-// D width.
+// concatenation. N sequences, T tokens, Th tokens with router inputs, L layers, k experts
+// a token, K top-k, D width.
 struct StackArrays {
   std::vector<int64_t> offsets = {0}, hidden_index;
   std::vector<uint32_t> token_ids;
-  std::vector<std::vector<uint16_t>> expert_ids, topk_ids;
+  std::vector<std::vector<uint16_t>> expert_ids, active_ids, topk_ids;
   std::vector<std::vector<float>> gate_probs, margins, topk_probs, hidden;
   std::vector<std::vector<uint8_t>> dropped;
   std::vector<float> output;
   std::vector<std::vector<float>> attention_entropy;
   std::vector<std::vector<uint16_t>> attention_keys;
 
-  explicit StackArrays(int layers)
+  // `active`: k where all of them are known, else 0.
+  StackArrays(int layers, int active)
       : expert_ids(layers),
+        active_ids(layers),
         topk_ids(layers),
         gate_probs(layers),
         margins(layers),
@@ -37,8 +38,12 @@ struct StackArrays {
         hidden(layers),
         dropped(layers),
         attention_entropy(layers),
-        attention_keys(layers) {}
+        attention_keys(layers),
+        active_(active) {}
   void Add(const RoutingSpan& span);
+
+ private:
+  int active_;
 };
 
 template <typename T>
@@ -60,6 +65,12 @@ void StackArrays::Add(const RoutingSpan& span) {
     AddLayer(span.dropped, l, tokens, &dropped[l]);
     AddLayer(span.margins, l, tokens, &margins[l]);
     AddLayer(span.topk_ids, l, tokens * span.top_k, &topk_ids[l]);
+    for (size_t i = l * tokens; active_ > 0 && i < (l + 1) * tokens; ++i) {
+      const auto first =
+          span.topk_ids.begin() + static_cast<std::ptrdiff_t>(i * span.top_k);
+      active_ids[l].insert(active_ids[l].end(), first,
+                           first + std::min(active_, span.top_k));
+    }
     AddLayer(span.topk_probs, l, tokens * span.top_k, &topk_probs[l]);
     const size_t heads = tokens * span.attention_heads;
     AddLayer(span.attention_entropy, l, heads, &attention_entropy[l]);
@@ -106,8 +117,8 @@ class Part {
  public:
   explicit Part(const StoreConfig& config)
       : config_(config),
-        encoder_(config.geometry.encoder_layers),
-        decoder_(config.geometry.decoder_layers),
+        encoder_(config.geometry.encoder_layers, ActiveExperts(config)),
+        decoder_(config.geometry.decoder_layers, ActiveExperts(config)),
         geometry_{config.geometry.encoder_layers, config.geometry.decoder_layers,
                   config.geometry.num_experts, config.geometry.experts_per_token,
                   config.geometry.d_model} {}
@@ -187,6 +198,9 @@ class Part {
               config_.Records("probs") && filled(s.gate_probs));
     NamePlane(prefix + "dropped", s.dropped, {layers, tokens}, filled(s.dropped));
     NamePlane(prefix + "margins", s.margins, {layers, tokens}, filled(s.margins));
+    const int active = ActiveExperts(config_);
+    NamePlane(prefix + "active_ids", s.active_ids, {layers, tokens, active},
+              active > 0 && filled(s.active_ids));
     const bool topk = config_.top_k > 0 && filled(s.topk_ids);
     NamePlane(prefix + "topk_ids", s.topk_ids, {layers, tokens, config_.top_k}, topk);
     NamePlane(prefix + "topk_probs", s.topk_probs, {layers, tokens, config_.top_k},
@@ -232,7 +246,8 @@ uint64_t PartBytes(const SequenceInfo& info, const StoreConfig& c) {
         info.has_hidden ? static_cast<uint64_t>(c.AttentionHeads(stack)) : 0;
     bytes += tokens * (4 + width +
                        static_cast<uint64_t>(c.geometry.layers(stack)) *
-                           (11 + 6u * static_cast<unsigned>(c.top_k) + width +
+                           (11 + 2u * static_cast<unsigned>(ActiveExperts(c)) +
+                            6u * static_cast<unsigned>(c.top_k) + width +
                             heads * (4 + 2 * kStrongestKeys)));
   }
   return bytes * 2;  // planes are joined from their layers
@@ -265,85 +280,6 @@ std::vector<fs::path> ExportArrays(const TraceReader& reader, const fs::path& fo
       WithHidden::kAttended);
   flush();
   return files;
-}
-
-template <typename T>
-Json Layers(const std::vector<T>& plane, const RoutingSpan& span) {
-  Json rows = Json::array();
-  for (int l = 0; l < span.num_layers; ++l) {
-    Json row = Json::array();
-    for (int t = 0; t < span.num_tokens; ++t)
-      row.push_back(plane[l * span.num_tokens + t]);
-    rows.push_back(std::move(row));
-  }
-  return rows;
-}
-
-Json SpanJson(const RoutingSpan& span) {
-  Json json = {{"expert_ids", Layers(span.expert_ids, span)}};
-  if (span.token_ids.size() == static_cast<size_t>(span.num_tokens)) {
-    json["token_ids"] = span.token_ids;
-  }
-  if (!span.gate_probs.empty()) json["gate_probs"] = Layers(span.gate_probs, span);
-  if (!span.dropped.empty()) json["dropped"] = Layers(span.dropped, span);
-  if (!span.margins.empty()) json["margins"] = Layers(span.margins, span);
-  return json;
-}
-
-void WriteJsonLine(const RoutingTrace& trace, std::ostream* out) {
-  Json json = {
-      {"sequence_id", trace.sequence_id},   {"document_id", trace.document_id},
-      {"group_id", trace.group_id},         {"task", TaskName(trace.task)},
-      {"encoder", SpanJson(trace.encoder)}, {"decoder", SpanJson(trace.decoder)}};
-  *out << json.dump() << '\n';
-}
-
-void WriteCsvRows(const RoutingTrace& trace, std::ostream* out) {
-  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
-    const RoutingSpan& s = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
-    for (int l = 0; l < s.num_layers; ++l) {
-      for (int t = 0; t < s.num_tokens; ++t) {
-        const size_t i = static_cast<size_t>(l) * s.num_tokens + t;
-        *out << trace.sequence_id << ',' << trace.document_id << ',' << StackName(stack)
-             << ',' << l << ',' << t << ',';
-        if (!s.token_ids.empty()) *out << s.token_ids[t];
-        *out << ',' << s.expert_ids[i] << ',';
-        if (!s.gate_probs.empty()) *out << s.gate_probs[i];
-        *out << ',';
-        if (!s.dropped.empty()) *out << int{s.dropped[i]};
-        *out << ',';
-        if (!s.margins.empty()) *out << s.margins[i];
-        *out << '\n';
-      }
-    }
-  }
-}
-
-std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& folder,
-                                 const std::string& format) {
-  const fs::path path = folder / ("traces." + format);
-  AtomicFileWriter file(path, /*expected_bytes=*/0);
-  std::ostringstream text;  // of one sequence
-  text.precision(9);
-  const auto flush = [&] {
-    file.Append(text.view().data(), text.view().size());
-    text.str("");
-  };
-  if (format == "csv") {
-    text << "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,"
-            "dropped,"
-            "margin\n";
-  }
-  reader.Scan(
-      [&](RoutingTrace&& trace) {
-        ThrowIfStopped("while exporting");
-        format == "csv" ? WriteCsvRows(trace, &text) : WriteJsonLine(trace, &text);
-        flush();
-      },
-      WithHidden::kNo);
-  flush();
-  file.Commit();
-  return {path};
 }
 
 // Parts of an earlier export into the same folder, of which this one has no like, written

@@ -21,4 +21,7 @@ struct ExportOptions {
 std::vector<fs::path> ExportTraces(const TraceReader& reader, const fs::path& folder,
                                    const ExportOptions& options);
 
+// What the store holds and jsonl and csv leave out; empty where that is nothing.
+std::string LeftOutOfText(const StoreConfig& config);
+
 }  // namespace routecast

@@ -3,12 +3,14 @@
 #include <utility>
 
 #include "common/random.h"
+#include "common/stop.h"
 #include "storage/context_trainer.h"
 
 namespace routecast {
 namespace {
 
 constexpr uint64_t kSalt = 0x666f6c6473000001;
+constexpr const char* kDoing = "while estimating the entropy";
 
 RoutingSpan IdsOf(const RoutingSpan& span) {
   RoutingSpan ids;
@@ -42,12 +44,14 @@ std::vector<double> HeldOutEntropy::Bits() const {
   for (int fold = 0; fold < kFolds; ++fold) {
     ContextTrainer trainer(geometry_, options);
     for (const RoutingTrace& t : traces_) {
+      ThrowIfStopped(kDoing);
       if (FoldOf(t) == fold) continue;
       trainer.Add(Stack::kEncoder, t.encoder);
       trainer.Add(Stack::kDecoder, t.decoder);
     }
     const ContextModel model = trainer.Train("held-out entropy");
     for (const RoutingTrace& t : traces_) {
+      ThrowIfStopped(kDoing);
       if (FoldOf(t) != fold) continue;
       for (const Stack s : {Stack::kEncoder, Stack::kDecoder}) {
         const RoutingSpan& span = s == Stack::kEncoder ? t.encoder : t.decoder;

@@ -16,10 +16,23 @@ namespace {
 
 constexpr int kShards = 4;
 
+// Sizes that are given and not heeded would pass unseen.
+void RequireNoSizes(const ImportOptions& options) {
+  if (options.format == "packed") return;
+  for (const auto& [flag, value] : {std::pair("--layers", options.layers),
+                                    {"--experts_per_token", options.experts_per_token}}) {
+    if (value == 0) continue;
+    throw UsageError(ErrorText(std::string(flag) + "=" + std::to_string(value),
+                               "--format=" + options.format + " says its own sizes",
+                               "leave the flag out; it is of --format=packed"));
+  }
+}
+
 std::unique_ptr<ImportSource> OpenSource(const fs::path& path,
                                          const ImportOptions& options) {
   const int format =
       ParseChoice("--format", options.format, {"npz", "arrays", "jsonl", "packed"});
+  RequireNoSizes(options);
   if (!fs::exists(path)) {
     throw UsageError(
         ErrorText(path.string() + " does not exist", "", "name the input with --in"));
@@ -86,8 +99,10 @@ class Survey {
   StoreConfig Config(const ImportSource& source, const ImportOptions& options) const {
     StoreConfig c;
     const std::optional<MoeGeometry> stated = source.geometry();
-    c.geometry = stated.value_or(MoeGeometry{
-        layers_[0], layers_[1], 0, planes_ ? std::max(1, planes_->top_k) : 1, width_});
+    const int experts = source.experts_per_token() > 0 ? source.experts_per_token()
+                        : planes_                      ? std::max(1, planes_->top_k)
+                                                       : 1;
+    c.geometry = stated.value_or(MoeGeometry{layers_[0], layers_[1], 0, experts, width_});
     CheckGeometry(c.geometry, stated.has_value());
     if (options.num_experts < 0 || options.num_experts > static_cast<int>(kMaxExperts)) {
       throw UsageError(ErrorText("--num_experts=" + std::to_string(options.num_experts),

@@ -2,6 +2,7 @@
 // slices of the planes [L,T], so that memory holds one sequence.
 #include <algorithm>
 #include <bit>
+#include <cstdio>
 
 #include "common/errors.h"
 #include "storage/import_source.h"
@@ -45,13 +46,14 @@ class StackReader {
     for (const char* plane : {"gate_probs", "dropped", "margins"}) {
       Shape(plane, {layers_, tokens_});
     }
-    if (const NpyArray* topk = Find("topk_ids")) {
-      top_k_ = topk->shape.size() == 3 ? topk->shape[2] : 0;
-      if (top_k_ < 1 || top_k_ > static_cast<int64_t>(kMaxTopK)) {
-        RefuseImport(file.Where(*topk), "shape " + ShapeText(topk->shape) +
-                                            ", not [layers, tokens, 1 to 64]");
-      }
+    active_ = Slots("active_ids");
+    top_k_ = Find("topk_ids") != nullptr ? Slots("topk_ids") : active_;
+    if (active_ > top_k_) {
+      RefuseImport(file.Where(*Find("active_ids")),
+                   std::to_string(active_) + " active experts of " +
+                       std::to_string(top_k_) + " in topk_ids");
     }
+    Shape("active_ids", {layers_, tokens_, active_});
     Shape("topk_ids", {layers_, tokens_, top_k_});
     Shape("topk_probs", {layers_, tokens_, top_k_});
     const NpyArray* hidden = Find("hidden");
@@ -79,6 +81,7 @@ class StackReader {
 
   int64_t layers() const { return layers_; }
   int64_t top_k() const { return top_k_; }
+  int64_t active() const { return active_; }  // k; 0 = not said
   int64_t width() const { return width_; }
 
   // Sequences in their order: router inputs are walked along.
@@ -102,7 +105,10 @@ class StackReader {
     Slice("margins", first, count, 1, tokens_, &span.margins);
     if (top_k_ > 0) {
       span.top_k = static_cast<int>(top_k_);
-      Slice("topk_ids", first, count, top_k_, tokens_, &span.topk_ids);
+      const bool all = Find("topk_ids") != nullptr;
+      Slice(all ? "topk_ids" : "active_ids", first, count, top_k_, tokens_,
+            &span.topk_ids);
+      if (all) RequireActiveFirst(first, count, span.topk_ids);
       Slice("topk_probs", first, count, top_k_, tokens_, &span.topk_probs);
     }
     ReadHidden(first, count, &span);
@@ -135,6 +141,30 @@ class StackReader {
     if (array == nullptr || array->shape == shape) return;
     RefuseImport(file_.Where(*array),
                  "shape " + ShapeText(array->shape) + ", not " + ShapeText(shape));
+  }
+  // The last size of an array [L,T,1 to 64]; 0 where it is not there.
+  int64_t Slots(const char* name) const {
+    const NpyArray* array = Find(name);
+    if (array == nullptr) return 0;
+    const int64_t slots = array->shape.size() == 3 ? array->shape[2] : 0;
+    if (slots >= 1 && slots <= static_cast<int64_t>(kMaxTopK)) return slots;
+    RefuseImport(file_.Where(*array),
+                 "shape " + ShapeText(array->shape) + ", not [layers, tokens, 1 to 64]");
+  }
+  // A store keeps the active experts as the first of the top-k.
+  void RequireActiveFirst(int64_t first, uint64_t count,
+                          const std::vector<uint16_t>& topk) const {
+    if (active_ == 0) return;
+    std::vector<uint16_t> active;
+    Slice("active_ids", first, count, active_, tokens_, &active);
+    const auto k = static_cast<size_t>(active_), all = static_cast<size_t>(top_k_);
+    for (size_t i = 0; i < active.size(); ++i) {
+      if (active[i] == topk[i / k * all + i % k]) continue;
+      RefuseImport(file_.Where(*Find("active_ids")),
+                   "they are not the first of topk_ids, in the sequence that begins at "
+                   "token " +
+                       std::to_string(first));
+    }
   }
   void CheckOffsets() const {
     bool good = offsets_.front() == 0 && offsets_.back() == tokens_;
@@ -195,7 +225,7 @@ class StackReader {
   const NpyFile& file_;
   const std::string prefix_;
   std::vector<int64_t> offsets_;
-  int64_t layers_ = 0, tokens_ = 0, top_k_ = 0, width_ = 0;
+  int64_t layers_ = 0, tokens_ = 0, active_ = 0, top_k_ = 0, width_ = 0;
   const NpyArray* hidden_index_ = nullptr;
   int64_t hidden_tokens_ = 0, hidden_at_ = 0, heads_ = 0;
 };
@@ -227,8 +257,17 @@ class ExportedArrays : public ImportSource {
         if (entry.path().extension() == ".npz") files_.push_back(entry.path());
       }
       std::sort(files_.begin(), files_.end());
+      RequireAllParts();
     }
-    if (!files_.empty()) geometry_ = GeometryOf(NpyFile(files_[0]));
+    if (files_.empty()) return;
+    const NpyFile first(files_[0]);
+    geometry_ = GeometryOf(first);
+    for (const char* name : {"encoder_active_ids", "decoder_active_ids"}) {
+      const NpyArray* active = first.Find(name);
+      if (active == nullptr || active->shape.size() != 3) continue;  // refused when read
+      active_ = static_cast<int>(std::clamp<int64_t>(active->shape[2], 0, kMaxTopK));
+    }
+    if (geometry_) active_ = geometry_->experts_per_token;
   }
   void Read(const Use& use) const override {
     for (const fs::path& path : files_) ReadPart(path, use);
@@ -237,9 +276,22 @@ class ExportedArrays : public ImportSource {
     for (const fs::path& path : files_) NpyFile(path).VerifyChecksums();
   }
   std::optional<MoeGeometry> geometry() const override { return geometry_; }
+  int experts_per_token() const override { return active_; }
   std::vector<fs::path> files() const override { return files_; }
 
  private:
+  // As export names them: a part that is missing before another shows. REQUIRES sorted
+  // files_.
+  void RequireAllParts() const {
+    for (size_t i = 0; i < files_.size(); ++i) {
+      if (!files_[i].stem().string().starts_with("traces-")) continue;
+      char name[40];
+      std::snprintf(name, sizeof name, "traces-%05zu.npz", i);
+      if (files_[i].filename() == name) continue;
+      RefuseImport(files_[i].string(), "it is number " + std::to_string(i) +
+                                           " of the folder, so " + name + " is missing");
+    }
+  }
   static const NpyArray& List(const NpyFile& file, const char* name, uint64_t count) {
     const NpyArray* array = file.Find(name);
     if (array == nullptr) {
@@ -269,6 +321,13 @@ class ExportedArrays : public ImportSource {
       tasks = file.Read<uint8_t>(List(file, "tasks", n), 0, n);
     }
     StackReader encoder(file, Stack::kEncoder, n), decoder(file, Stack::kDecoder, n);
+    for (const int64_t k : {encoder.active(), decoder.active()}) {
+      if (k == 0 || k == active_) continue;
+      RefuseImport(path.string(), "active_ids of " + std::to_string(k) +
+                                      " experts a token, the geometry or another array "
+                                      "says " +
+                                      std::to_string(active_));
+    }
     for (uint64_t i = 0; i < n; ++i) {
       RoutingTrace trace;
       trace.sequence_id = sequences[i];
@@ -290,6 +349,7 @@ class ExportedArrays : public ImportSource {
 
   std::vector<fs::path> files_;
   std::optional<MoeGeometry> geometry_;
+  int active_ = 0;  // experts a token; 0 = not said
 };
 
 }  // namespace

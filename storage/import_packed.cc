@@ -44,24 +44,34 @@ class PackedStream {
     }
     return bytes;
   }
+  // All bytes of the file; nothing can be read afterwards.
+  uint64_t Size() {
+    do {
+      at_ += left_.size();
+      left_ = {};
+    } while (Next());
+    return at_;
+  }
 
  private:
-  // The next bytes, where all before them are taken.
   void Fill(uint64_t wanted, const std::string& where) {
+    if (Next()) return;
+    RefuseImport(where, file_.path().string() + " ends at byte " + std::to_string(at_) +
+                            ", " + std::to_string(wanted) + " are needed");
+  }
+  // The next bytes, where all before them are taken; false at the end.
+  bool Next() {
     while (left_.empty()) {
       if (input_at_ == input_.size() && !pending_) {
         const uint64_t more = file_.size() - file_at_;
-        if (more == 0) {
-          RefuseImport(where, file_.path().string() + " ends at byte " +
-                                  std::to_string(at_) + ", " + std::to_string(wanted) +
-                                  " are needed");
-        }
+        if (more == 0) return false;
         input_ = file_.Read(file_at_, std::min<uint64_t>(more, kBlockBytes));
         input_at_ = 0;
         file_at_ += input_.size();
       }
       packed_ ? Unpack() : Take();
     }
+    return true;
   }
   void Take() {
     buffer_.swap(input_);
@@ -157,10 +167,24 @@ class Packed : public ImportSource {
       for (const char c : bytes) r.ids.push_back(static_cast<uint8_t>(c));
       use(TraceOfRequest(r, where));
     }
+    RequireUsedUp(stream.Size());
   }
   std::vector<fs::path> files() const override { return {index_, experts_path_}; }
 
  private:
+  // With half of the layers, say, there are enough bytes, and rows like any other.
+  void RequireUsedUp(uint64_t bytes) const {
+    const uint64_t rows = rows_.empty() ? 0 : rows_.back().first + rows_.back().count;
+    const uint64_t used = rows * layers_ * experts_;
+    if (rows == 0 || used == bytes) return;
+    throw DataError(ErrorText(
+        experts_path_.string() + " is not used up by " + index_.string(),
+        std::to_string(rows) + " rows of " + std::to_string(layers_) + " layers x " +
+            std::to_string(experts_) + " experts = " + std::to_string(used) +
+            " bytes, it has " + std::to_string(bytes),
+        "give the model's own --layers and --experts_per_token; of a part of the index, "
+        "cut the file behind its last row"));
+  }
   static fs::path ExpertsPath(const fs::path& index) {
     const std::string stem = index.stem(), prefix = "index";
     if (!stem.starts_with(prefix) || index.extension() != ".csv") {

@@ -27,6 +27,8 @@ class ImportSource {
   virtual void Read(const Use& use) const = 0;
   // What the input says of its model; nothing where it is to be seen from the traces.
   virtual std::optional<MoeGeometry> geometry() const { return std::nullopt; }
+  // Experts a token, where the input says that without a geometry; else 0.
+  virtual int experts_per_token() const { return 0; }
   // Files that the traces come from, for the fingerprint.
   virtual std::vector<fs::path> files() const = 0;
 };

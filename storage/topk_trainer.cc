@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/stop.h"
 #include "storage/context_fit.h"
 
 namespace routecast {
 namespace {
 
 constexpr int kMarginalSteps = 2;
+constexpr const char* kDoing = "while counting the top-k model";
 constexpr uint64_t kMarginalScale = uint64_t{1} << 32;
 
 using Weights = std::vector<double>;  // [E]
@@ -65,7 +67,10 @@ std::vector<uint32_t> FitMarginal(const Draws& draws, const TrainerOptions& opti
   Weights weights(draws.experts, 1);
   for (int step = 0; step < kMarginalSteps; ++step) {
     Tally tally(draws.experts);
-    for (size_t i = 0; i < draws.size(); ++i) tally.Add(draws, i, weights);
+    for (size_t i = 0; i < draws.size(); ++i) {
+      ThrowIfStopped(kDoing);
+      tally.Add(draws, i, weights);
+    }
     for (size_t e = 0; e < draws.experts; ++e) {
       weights[e] *=
           (tally.count(e) + options.prior) / (tally.expected(e) + options.prior);
@@ -88,6 +93,7 @@ class BaseOfFirst {
     const Weights alone(marginal_.begin(), marginal_.end());
     std::vector<Tally> tallies(draws.experts, Tally(draws.experts));
     for (size_t i = 0; i < draws.size(); ++i) {
+      ThrowIfStopped(kDoing);
       tallies[draws.At(i)[0]].Add(draws, i, alone);
     }
     for (const Tally& tally : tallies) {
@@ -194,6 +200,7 @@ StackTables TopkTrainer::TrainStack(Stack s) const {
     BaseOfFirst base(draws, options_);
     if (l == 0 || !has_tokens) places = PlacesOf(spans, static_cast<int>(l));
     for (size_t i = 0; i < places.size();) {
+      ThrowIfStopped(kDoing);
       size_t next = i;
       while (next < places.size() && places[next].key >> 32 == places[i].key >> 32)
         ++next;

@@ -26,7 +26,7 @@ void Put(std::string* bytes, T value) {
 }
 
 std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>& all,
-                                          const TraceShape& shape) {
+                                          const TraceShape& shape, int active = 1) {
   std::map<std::string, Expected> out;
   const auto n = std::to_string(all.size());
   out["sequence_ids"] = {"<u8", n, ""};
@@ -35,7 +35,7 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
   out["tasks"] = {"|u1", n, ""};
   out["geometry"] = {"<i8", "5", ""};
   for (const int number :
-       {shape.layers, shape.layers, shape.num_experts, 1, shape.width}) {
+       {shape.layers, shape.layers, shape.num_experts, active, shape.width}) {
     Put(&out["geometry"].bytes, static_cast<int64_t>(number));
   }
   for (const auto& [id, trace] : all) {
@@ -61,7 +61,7 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
       tokens += s.num_tokens;
       Put(&offsets, tokens);
     }
-    std::string ids, probs, dropped, margins, topk_ids, topk_probs, hidden;
+    std::string ids, probs, dropped, margins, active_ids, topk_ids, topk_probs, hidden;
     for (int l = 0; l < shape.layers; ++l) {
       for (const auto& [id, trace] : all) {
         const RoutingSpan& s = of(trace);
@@ -71,6 +71,9 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
           Put(&probs, s.gate_probs[i]);
           Put(&dropped, s.dropped[i]);
           Put(&margins, s.margins[i]);
+          for (int k = 0; active > 1 && k < active; ++k) {
+            Put(&active_ids, s.topk_ids[i * shape.top_k + k]);
+          }
           for (int k = 0; k < shape.top_k; ++k) {
             Put(&topk_ids, s.topk_ids[i * shape.top_k + k]);
             Put(&topk_probs, s.topk_probs[i * shape.top_k + k]);
@@ -90,6 +93,10 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
     out[stack + "_gate_probs"] = {"<f4", L + "x" + T, probs};
     out[stack + "_dropped"] = {"|u1", L + "x" + T, dropped};
     out[stack + "_margins"] = {"<f4", L + "x" + T, margins};
+    if (active > 1) {
+      out[stack + "_active_ids"] = {"<u2", L + "x" + T + "x" + std::to_string(active),
+                                    active_ids};
+    }
     out[stack + "_topk_ids"] = {"<u2", L + "x" + T + "x" + K, topk_ids};
     out[stack + "_topk_probs"] = {"<f4", L + "x" + T + "x" + K, topk_probs};
     out[stack + "_hidden"] = {"<f4", L + "x" + H + "x" + D, hidden};
@@ -99,6 +106,29 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
   return out;
 }
 
+// A model that routes to two experts, and the four most probable recorded.
+class SeveralActive : public TraceStoreTest {
+ protected:
+  SeveralActive() {
+    shape_.top_k = 4;
+    config_ = ConfigOf(shape_, 4, kChunks);
+    config_.geometry.experts_per_token = 2;
+  }
+};
+
+// One line an array: name, type, shape, CRC-32.
+std::string Listing(const std::map<std::string, Expected>& arrays) {
+  std::string lines;
+  for (const auto& [name, array] : arrays) {
+    char crc[16];
+    std::snprintf(crc, sizeof crc, "%08lx",
+                  crc32(0, reinterpret_cast<const Bytef*>(array.bytes.data()),
+                        static_cast<uInt>(array.bytes.size())));
+    lines += name + " " + array.dtype + " " + array.shape + " " + crc + "\n";
+  }
+  return lines;
+}
+
 TEST_F(TraceStoreTest, NumpyOpensTheNpz) {
   Fill();
   const auto files = ExportTraces(TraceReader(store()), folder_.path() / "out", {});
@@ -106,15 +136,25 @@ TEST_F(TraceStoreTest, NumpyOpensTheNpz) {
   EXPECT_EQ(files[0].filename(), "traces.npz");
   const fs::path listing = folder_.path() / "listing";
   ASSERT_EQ(RunReference("open_npz.py", files[0].string() + " " + listing.string()), 0);
-  std::string expected;
-  for (const auto& [name, array] : Reference(All(), shape_)) {
-    char crc[16];
-    std::snprintf(crc, sizeof crc, "%08lx",
-                  crc32(0, reinterpret_cast<const Bytef*>(array.bytes.data()),
-                        static_cast<uInt>(array.bytes.size())));
-    expected += name + " " + array.dtype + " " + array.shape + " " + crc + "\n";
+  EXPECT_EQ(ReadFile(listing), Listing(Reference(All(), shape_)));
+}
+
+TEST_F(SeveralActive, NumpyFindsTheActiveExperts) {
+  Fill();
+  const auto files = ExportTraces(TraceReader(store()), folder_.path() / "out", {});
+  const fs::path listing = folder_.path() / "listing";
+  ASSERT_EQ(RunReference("open_npz.py", files[0].string() + " " + listing.string()), 0);
+  EXPECT_EQ(ReadFile(listing), Listing(Reference(All(), shape_, 2)));
+}
+
+void ExpectTensors(const fs::path& file, const std::map<std::string, Expected>& arrays) {
+  const SafetensorsIndex index = ReadSafetensorsIndex(file);
+  EXPECT_EQ(index.tensors.size(), arrays.size());
+  for (const auto& [name, array] : arrays) {
+    const TensorEntry* entry = index.Find(name);
+    ASSERT_NE(entry, nullptr) << name;
+    EXPECT_EQ(ReadTensorBytes(file, *entry), array.bytes) << name;
   }
-  EXPECT_EQ(ReadFile(listing), expected);
 }
 
 TEST_F(TraceStoreTest, SafetensorsHoldTheSameArrays) {
@@ -122,14 +162,26 @@ TEST_F(TraceStoreTest, SafetensorsHoldTheSameArrays) {
   ExportOptions options;
   options.format = "safetensors";
   const auto files = ExportTraces(TraceReader(store()), folder_.path() / "out", options);
-  const SafetensorsIndex index = ReadSafetensorsIndex(files.at(0));
-  const auto expected = Reference(All(), shape_);
-  EXPECT_EQ(index.tensors.size(), expected.size());
-  for (const auto& [name, array] : expected) {
-    const TensorEntry* entry = index.Find(name);
-    ASSERT_NE(entry, nullptr) << name;
-    EXPECT_EQ(ReadTensorBytes(files[0], *entry), array.bytes) << name;
-  }
+  ExpectTensors(files.at(0), Reference(All(), shape_));
+}
+
+TEST_F(SeveralActive, SafetensorsHoldTheActiveExperts) {
+  Fill();
+  const auto files = ExportTraces(TraceReader(store()), folder_.path() / "out",
+                                  {.format = "safetensors"});
+  ExpectTensors(files.at(0), Reference(All(), shape_, 2));
+}
+
+// Which experts of a token were active is not known where fewer than k are recorded.
+TEST_F(SeveralActive, ActiveExpertsThatAreNotRecordedHaveNoArray) {
+  shape_.top_k = 0;
+  config_ = ConfigOf(shape_, 4, kChunks);
+  config_.record = {"ids", "probs", "hidden"};
+  config_.geometry.experts_per_token = 2;
+  Fill(1);
+  const auto files = ExportTraces(TraceReader(store()), folder_.path() / "out",
+                                  {.format = "safetensors"});
+  EXPECT_EQ(ReadSafetensorsIndex(files.at(0)).Find("decoder_active_ids"), nullptr);
 }
 
 TEST_F(TraceStoreTest, LargeStoresBecomeParts) {
@@ -169,6 +221,78 @@ TEST_F(TraceStoreTest, JsonLinesHoldEverySequence) {
   EXPECT_EQ(expected, all.end());
 }
 
+// [L][T][n] of the first n of each element's K.
+template <typename T>
+Json FirstOf(const std::vector<T>& plane, const RoutingSpan& s, int n) {
+  Json layers = Json::array();
+  for (int l = 0; l < s.num_layers; ++l) {
+    Json tokens = Json::array();
+    for (int t = 0; t < s.num_tokens; ++t) {
+      const auto from = plane.begin() + (l * s.num_tokens + t) * s.top_k;
+      tokens.push_back(std::vector<T>(from, from + n));
+    }
+    layers.push_back(tokens);
+  }
+  return layers;
+}
+
+TEST_F(SeveralActive, JsonLinesHoldAllExpertsOfAToken) {
+  Fill();
+  const auto files =
+      ExportTraces(TraceReader(store()), folder_.path() / "out", {.format = "jsonl"});
+  std::istringstream lines(ReadFile(files.at(0)));
+  const auto all = All();
+  auto expected = all.begin();
+  for (std::string line; std::getline(lines, line); ++expected) {
+    const Json json = ParseJson(line, "line");
+    ASSERT_NE(expected, all.end());
+    for (const RoutingSpan* s : {&expected->second.encoder, &expected->second.decoder}) {
+      const Json& of = json[s == &expected->second.encoder ? "encoder" : "decoder"];
+      EXPECT_EQ(of["active_ids"], FirstOf(s->topk_ids, *s, 2));
+      EXPECT_EQ(of["topk_ids"], FirstOf(s->topk_ids, *s, 4));
+      EXPECT_EQ(of["topk_probs"], FirstOf(s->topk_probs, *s, 4));
+    }
+  }
+  EXPECT_EQ(expected, all.end());
+}
+
+// Every row, printed by a slow and obvious walk.
+std::string CsvOf(const std::map<uint64_t, RoutingTrace>& all, int active) {
+  std::string text =
+      "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,dropped,"
+      "margin,active_ids,topk_ids,topk_probs\n";
+  const auto real = [](float value) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%.9g", double{value});
+    return std::string(digits);
+  };
+  for (const auto& [id, trace] : all) {
+    for (const std::string stack : {"encoder", "decoder"}) {
+      const RoutingSpan& s = stack == "encoder" ? trace.encoder : trace.decoder;
+      for (int l = 0; l < s.num_layers; ++l) {
+        for (int t = 0; t < s.num_tokens; ++t) {
+          const int i = l * s.num_tokens + t;
+          text += std::to_string(id) + "," + std::to_string(trace.document_id) + "," +
+                  stack + "," + std::to_string(l) + "," + std::to_string(t) + "," +
+                  std::to_string(s.token_ids[t]) + "," + std::to_string(s.expert_ids[i]) +
+                  "," + real(s.gate_probs[i]) + "," + std::to_string(s.dropped[i]) + "," +
+                  real(s.margins[i]) + ",";
+          std::string active_ids, topk_ids, topk_probs;
+          for (int k = 0; k < s.top_k; ++k) {
+            const std::string space = k == 0 ? "" : " ";
+            const std::string expert = std::to_string(s.topk_ids[i * s.top_k + k]);
+            if (active > 1 && k < active) active_ids += space + expert;
+            topk_ids += space + expert;
+            topk_probs += space + real(s.topk_probs[i * s.top_k + k]);
+          }
+          text += active_ids + "," + topk_ids + "," + topk_probs + "\n";
+        }
+      }
+    }
+  }
+  return text;
+}
+
 TEST_F(TraceStoreTest, CsvHasARowATokenAndLayer) {
   Fill();
   ExportOptions options;
@@ -180,6 +304,22 @@ TEST_F(TraceStoreTest, CsvHasARowATokenAndLayer) {
     rows += t.encoder.expert_ids.size() + t.decoder.expert_ids.size();
   }
   EXPECT_EQ(static_cast<size_t>(std::count(text.begin(), text.end(), '\n')), rows);
+  EXPECT_TRUE(text == CsvOf(All(), 1));  // not printed: megabytes
+}
+
+TEST_F(SeveralActive, CsvHoldsAllExpertsOfAToken) {
+  Fill();
+  const auto files =
+      ExportTraces(TraceReader(store()), folder_.path() / "out", {.format = "csv"});
+  EXPECT_TRUE(ReadFile(files.at(0)) == CsvOf(All(), 2));
+}
+
+TEST(LeftOutOfText, IsNamedWhereItIsRecorded) {
+  StoreConfig config;
+  config.record = {"ids", "probs", "topk"};
+  EXPECT_EQ(LeftOutOfText(config), "");
+  config.record = {"attention", "hidden", "ids", "output"};
+  EXPECT_EQ(LeftOutOfText(config), "router inputs, decoder outputs, attention summaries");
 }
 
 TEST_F(TraceStoreTest, AnExportLeavesNoPartOfAnEarlierOne) {

@@ -1,97 +1,80 @@
 #include "storage/import.h"
 
-#include <gtest/gtest.h>
-#include <zstd.h>
-
-#include <algorithm>
-#include <cstring>
-
-#include "common/errors.h"
-#include "storage/export.h"
 #include "storage/merge.h"
 #include "storage/npy.h"
 #include "storage/statistics.h"
 #include "storage/verify.h"
-#include "tests/storage/store_fixture.h"
+#include "tests/storage/import_fixture.h"
 #include "tests/support/reference.h"
 
 namespace routecast {
 namespace {
 
-// ids [T,L,K] of the requests that these tests import.
-uint16_t IdAt(uint64_t t, uint64_t l, uint64_t k) {
-  return static_cast<uint16_t>((5 * t + 2 * l + k) % 30);
-}
-std::vector<uint8_t> Bytes(uint64_t tokens, uint64_t layers, uint64_t experts) {
-  std::vector<uint8_t> ids;
-  for (uint64_t t = 0; t < tokens; ++t) {
-    for (uint64_t l = 0; l < layers; ++l) {
-      for (uint64_t k = 0; k < experts; ++k)
-        ids.push_back(static_cast<uint8_t>(IdAt(t, l, k)));
-    }
-  }
-  return ids;
-}
-
-class ImportTest : public TraceStoreTest {
- protected:
-  fs::path At(const std::string& name) const { return folder_.path() / name; }
-  ImportReport Import(const std::string& in, ImportOptions options) {
-    return ImportTraces(At(in), At("store"), options);
-  }
-  static std::vector<RoutingTrace> Read(const fs::path& store) {
-    std::vector<RoutingTrace> traces;
-    TraceReader(store, NeedTokens::kNo)
-        .Scan([&](RoutingTrace&& t) { traces.push_back(std::move(t)); },
-              WithHidden::kYes);
-    return traces;
-  }
-  std::string Exported(const fs::path& store, const std::string& format = "npz") {
-    const auto files =
-        ExportTraces(TraceReader(store, NeedTokens::kNo), At("export"), {format});
-    return ReadFile(files.at(0));
-  }
-  // The error of an import, whose kind is checked; nothing of a store may be left.
-  template <typename Error = DataError>
-  std::string ErrorOf(const std::string& in, const ImportOptions& options) {
-    try {
-      ImportTraces(At(in), At("refused"), options);
-    } catch (const Error& e) {
-      EXPECT_FALSE(fs::exists(At("refused")) || fs::exists(At("refused.tmp")));
-      EXPECT_LE(std::count(e.what(), e.what() + std::strlen(e.what()), '\n'), 2);
-      return e.what();
-    }
-    return "no error";
-  }
-  // Two requests of 3 and 2 tokens, 2 layers and 4 experts a token, with rows between.
-  void WritePacked(const std::string& rows = "0,3\n5,2\n") {
-    const auto ids = Bytes(7, 2, 4);
-    WriteFileAtomic(At("index_x.csv"), "row_offset,decode_tokens\n" + rows);
-    WriteFileAtomic(At("experts_x.u8"), std::string(ids.begin(), ids.end()));
-  }
-  const ImportOptions packed_{.format = "packed", .layers = 2, .experts_per_token = 4};
-};
-
-void ExpectRequest(const RoutingTrace& trace, int first, int tokens, int layers,
-                   int experts) {
-  const RoutingSpan& s = trace.decoder;
-  ASSERT_EQ(s.num_tokens, tokens);
-  ASSERT_EQ(s.num_layers, layers);
-  ASSERT_EQ(s.top_k, experts > 1 ? experts : 0);
-  for (int t = 0; t < tokens; ++t) {
-    for (int l = 0; l < layers; ++l) {
-      ASSERT_EQ(s.expert_ids[l * tokens + t], IdAt(first + t, l, 0));
-      for (int k = 0; k < s.top_k; ++k) {
-        ASSERT_EQ(s.topk_ids[(l * tokens + t) * experts + k], IdAt(first + t, l, k));
-      }
-    }
-  }
-}
-
 TEST_F(ImportTest, AnExportComesBackToTheLastByte) {
   Fill();
   const auto files = ExportTraces(TraceReader(store()), At("out"), {});
   ImportTraces(files.at(0), At("back"), {});
+  EXPECT_EQ(Read(At("back")), Read(store()));
+  EXPECT_EQ(Exported(At("back")), ReadFile(files[0]));
+}
+
+// The arrays of product.md alone: one sequence of one token and layer, in the decoder.
+class ActiveImport : public ImportTest {
+ protected:
+  void Write(const std::vector<uint16_t>& active, const std::vector<uint16_t>& topk) {
+    const auto k = static_cast<int64_t>(active.size()),
+               all = static_cast<int64_t>(topk.size());
+    std::vector<NamedArray> arrays = {
+        {"sequence_ids", "<u8", {1}, &id_, 8},
+        {"document_ids", "<u8", {1}, &id_, 8},
+        {"encoder_offsets", "<i8", {2}, none_, 16},
+        {"encoder_expert_ids", "<u2", {0, 0}, active.data(), 0},
+        {"decoder_offsets", "<i8", {2}, one_, 16},
+        {"decoder_expert_ids", "<u2", {1, 1}, active.data(), 2},
+        {"decoder_active_ids", "<u2", {1, 1, k}, active.data(), 2 * active.size()}};
+    if (all > 0) {
+      arrays.push_back(
+          {"decoder_topk_ids", "<u2", {1, 1, all}, topk.data(), 2 * topk.size()});
+    }
+    WriteNpz(At("in.npz"), arrays);
+  }
+  const uint64_t id_ = 7;
+  const int64_t none_[2] = {0, 0}, one_[2] = {0, 1};
+};
+
+TEST_F(ActiveImport, SaysHowManyExpertsATokenHas) {
+  Write({5, 3}, {5, 3, 8});
+  const StoreConfig config = Import("in.npz", {}).config;
+  EXPECT_EQ(config.geometry.experts_per_token, 2);
+  EXPECT_EQ(config.top_k, 3);
+}
+
+TEST_F(ActiveImport, AloneIsTheTopK) {
+  Write({5, 3}, {});
+  EXPECT_EQ(Import("in.npz", {}).config.geometry.experts_per_token, 2);
+  EXPECT_EQ(Read(store()).at(0).decoder.topk_ids, (std::vector<uint16_t>{5, 3}));
+}
+
+TEST_F(ActiveImport, ThatIsNotTheFirstOfTheTopKIsRefused) {
+  Write({5, 4}, {5, 3, 8});
+  const std::string error = ErrorOf("in.npz", {});
+  EXPECT_NE(error.find("not the first of topk_ids"), std::string::npos) << error;
+}
+
+TEST_F(ActiveImport, OfMoreExpertsThanTheTopKIsRefused) {
+  Write({5, 3, 8}, {5, 3});
+  const std::string error = ErrorOf("in.npz", {});
+  EXPECT_NE(error.find("3 active experts of 2"), std::string::npos) << error;
+}
+
+TEST_F(ImportTest, AnExportOfSeveralExpertsComesBackToTheLastByte) {
+  shape_.top_k = 4;
+  config_ = ConfigOf(shape_, 4, kChunks);
+  config_.geometry.experts_per_token = 2;
+  Fill();
+  const auto files = ExportTraces(TraceReader(store()), At("out"), {});
+  EXPECT_NE(ReadFile(files.at(0)).find("decoder_active_ids"), std::string::npos);
+  EXPECT_EQ(ImportTraces(files[0], At("back"), {}).config.geometry, config_.geometry);
   EXPECT_EQ(Read(At("back")), Read(store()));
   EXPECT_EQ(Exported(At("back")), ReadFile(files[0]));
 }
@@ -107,56 +90,6 @@ TEST_F(ImportTest, AnExportSaysItsGeometry) {
   Fill();
   const auto files = ExportTraces(TraceReader(store()), At("out"), {});
   EXPECT_EQ(ImportTraces(files.at(0), At("back"), {}).config.geometry, config_.geometry);
-}
-
-TEST_F(ImportTest, PackedRowsAreRequests) {
-  WritePacked();
-  const ImportReport report = Import("index_x.csv", packed_);
-  EXPECT_EQ(report.tokens, 5u);
-  EXPECT_EQ(report.config.geometry.experts_per_token, 4);
-  const auto traces = Read(store());
-  ASSERT_EQ(traces.size(), 2u);
-  ExpectRequest(traces[0], 0, 3, 2, 4);
-  ExpectRequest(traces[1], 5, 2, 2, 4);
-}
-
-TEST_F(ImportTest, PackedRowsMayBeCompressed) {
-  WritePacked();
-  ImportTraces(At("index_x.csv"), At("plain"), packed_);
-  const std::string bytes = ReadFile(At("experts_x.u8"));
-  std::string zstd(ZSTD_compressBound(bytes.size()), '\0');
-  zstd.resize(ZSTD_compress(zstd.data(), zstd.size(), bytes.data(), bytes.size(), 1));
-  fs::remove(At("experts_x.u8"));
-  WriteFileAtomic(At("experts_x.u8.zst"), zstd);
-  Import("index_x.csv", packed_);
-  EXPECT_EQ(Read(store()), Read(At("plain")));
-}
-
-TEST_F(ImportTest, RowsBeyondTheFileAreRefused) {
-  WritePacked("0,3\n5,3\n");
-  const std::string error = ErrorOf("index_x.csv", packed_);
-  EXPECT_NE(error.find("ends at byte 56, 64 are needed"), std::string::npos) << error;
-}
-
-TEST_F(ImportTest, RowsOfTwoSequencesAreRefused) {
-  WritePacked("0,3\n2,2\n");
-  const std::string error = ErrorOf("index_x.csv", packed_);
-  EXPECT_NE(error.find("line 3"), std::string::npos) << error;
-}
-
-TEST_F(ImportTest, AWrongShapeShowsInRepeatedExperts) {
-  WritePacked("0,1\n");
-  ImportOptions swapped = packed_;
-  swapped.layers = 1;
-  swapped.experts_per_token = 8;
-  const std::string error = ErrorOf("index_x.csv", swapped);
-  EXPECT_NE(error.find("twice"), std::string::npos) << error;
-}
-
-TEST_F(ImportTest, PackedBytesNeedTheirShape) {
-  WritePacked();
-  EXPECT_NE(ErrorOf<UsageError>("index_x.csv", {.format = "packed"}).find("--layers=0"),
-            std::string::npos);
 }
 
 TEST_F(ImportTest, AnArrayIsARequest) {
@@ -370,17 +303,20 @@ TEST_F(ImportTest, AnExportWithoutTokenIdsComesBack) {
 TEST_F(ImportTest, RowsOfTextWithoutTokenIdsLeaveThemOut) {
   WritePacked();
   Import("index_x.csv", packed_);
-  EXPECT_NE(Exported(store(), "csv").find("0,0,decoder,0,1,,5,,,\n"), std::string::npos);
+  EXPECT_NE(Exported(store(), "csv").find("0,0,decoder,0,1,,5,,,,5 6 7 8,5 6 7 8,\n"),
+            std::string::npos);
   const std::string lines = Exported(store(), "jsonl");
   const Json first = ParseJson(lines.substr(0, lines.find('\n')), "line");
   EXPECT_TRUE(first["decoder"].contains("expert_ids"));
   EXPECT_FALSE(first["decoder"].contains("token_ids"));
+  EXPECT_EQ(first["decoder"]["active_ids"][0][1], Json({5, 6, 7, 8}));
+  EXPECT_FALSE(first["decoder"].contains("topk_probs"));
 }
 
 TEST_F(ImportTest, ImportsOfOneModelMerge) {
   WritePacked();
   ImportTraces(At("index_x.csv"), At("a"), packed_);
-  WritePacked("1,2\n");
+  WritePacked("1,2\n", 3);
   ImportOptions more = packed_;
   more.num_experts = 30;
   ImportTraces(At("index_x.csv"), At("b"), more);

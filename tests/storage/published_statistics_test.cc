@@ -3,54 +3,30 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <sstream>
 
-#include "storage/import.h"
 #include "storage/statistics.h"
 #include "storage/trace_reader.h"
 #include "tests/storage/temp_folder.h"
-#include "tests/support/reference.h"
+#include "tests/support/published_routing.h"
 
 namespace routecast {
 namespace {
 
-constexpr int kLayers = 24, kTopK = 4, kExperts = 32, kTrainSequences = 151;
+constexpr int kLayers = PublishedRouting::kLayers, kTopK = PublishedRouting::kTopK,
+              kExperts = PublishedRouting::kExperts, kTrainSequences = 151;
 
 class PublishedStatistics : public testing::Test {
  protected:
-  static fs::path Data() {
-    return fs::path(EnvOr("ROUTECAST_SOURCE_DIR", ".")) /
-           "../shared/data/routing-gpt-oss-20b";
-  }
   void SetUp() override {
-    if (!fs::exists(Data() / "reference_stats.json")) {
-      GTEST_SKIP() << "no reference data beside this checkout: " << Data();
+    if (!PublishedRouting::Exists()) {
+      GTEST_SKIP() << "no reference data beside this checkout: "
+                   << PublishedRouting::Folder();
     }
-    reference_ = ReadJsonFile(Data() / "reference_stats.json");
+    reference_ = ReadJsonFile(PublishedRouting::Folder() / "reference_stats.json");
   }
   // The store of the reference's sequences number `first` to `last` - 1.
   fs::path Import(const std::string& name, int first, int last) {
-    std::istringstream all(ReadFile(Data() / "index_all.csv"));
-    std::string line, index;
-    std::getline(all, line);
-    index = line + "\n";
-    for (int i = 0; std::getline(all, line);) {
-      if (line.find(",mmlu_test,") == std::string::npos) continue;
-      if (i >= first && i < last) index += line + "\n";
-      ++i;
-    }
-    const fs::path folder = folder_.path() / name;
-    MakeFolder(folder);
-    WriteFileAtomic(folder / "index_all.csv", index);
-    fs::create_symlink(fs::absolute(Data() / "experts_all.u8.zst"),
-                       folder / "experts_all.u8.zst");
-    ImportTraces(folder / "index_all.csv", folder / "store",
-                 {.format = "packed",
-                  .model = "gpt-oss-20b",
-                  .num_experts = kExperts,
-                  .layers = kLayers,
-                  .experts_per_token = kTopK});
-    return folder / "store";
+    return PublishedRouting::ImportReference(folder_.path() / name, first, last);
   }
   static StoreStatistics Statistics(const fs::path& store) {
     return ComputeStatistics(TraceReader(store, NeedTokens::kNo));

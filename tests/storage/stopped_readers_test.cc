@@ -7,11 +7,14 @@
 
 #include "common/errors.h"
 #include "common/stop.h"
+#include "storage/context_trainer.h"
 #include "storage/export.h"
+#include "storage/held_out_entropy.h"
 #include "storage/import.h"
 #include "storage/salvage.h"
 #include "storage/statistics.h"
 #include "storage/statistics_routing.h"
+#include "storage/topk_trainer.h"
 #include "storage/verify.h"
 #include "tests/storage/store_fixture.h"
 
@@ -53,6 +56,22 @@ TEST_F(StoppedReadersTest, Verify) {
 }
 TEST_F(StoppedReadersTest, Statistics) {
   ExpectStops([&] { ComputeStatistics(TraceReader(store())); });
+}
+// Each looks itself: counting over many ids takes seconds after the last read.
+TEST_F(StoppedReadersTest, HeldOutEntropy) {
+  HeldOutEntropy entropy(config_.geometry);
+  for (const auto& [id, trace] : All()) entropy.Add(trace);
+  ExpectStops([&] { entropy.Bits(); });
+}
+TEST_F(StoppedReadersTest, CountingOfTheContextModel) {
+  ContextTrainer trainer(config_.geometry, {});
+  for (const auto& [id, trace] : All()) trainer.Add(Stack::kDecoder, trace.decoder);
+  ExpectStops([&] { trainer.Train("test"); });
+}
+TEST_F(StoppedReadersTest, CountingOfTheTopkModel) {
+  TopkTrainer trainer(config_.geometry, {});
+  for (const auto& [id, trace] : All()) trainer.Add(Stack::kDecoder, trace.decoder);
+  ExpectStops([&] { trainer.Train("test"); });
 }
 TEST_F(StoppedReadersTest, StatisticsOfRouting) {
   ExpectStops([&] { ComputeRoutingStatistics(TraceReader(store())); });

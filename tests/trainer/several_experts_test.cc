@@ -10,9 +10,8 @@
 
 #include "common/errors.h"
 #include "common/random.h"
-#include "storage/import.h"
 #include "tests/storage/temp_folder.h"
-#include "tests/support/reference.h"
+#include "tests/support/published_routing.h"
 #include "trainer/knn_estimate.h"
 #include "trainer/leaderboard.h"
 #include "trainer/speculation_loss.h"
@@ -300,26 +299,18 @@ TEST_F(SeveralExperts, KindsThatNeedTokenIdsAreRefused) {
 
 // Real routing of another system (top-4 of 32 experts, 24 layers).
 TEST_F(SeveralExperts, PublishedTracesAreLearnt) {
-  const fs::path data =
-      fs::path(EnvOr("ROUTECAST_SOURCE_DIR", ".")) / "../shared/data/routing-gpt-oss-20b";
-  if (!fs::exists(data / "index_all.csv")) {
-    GTEST_SKIP() << "no published traces beside this checkout: " << data;
+  if (!PublishedRouting::Exists()) {
+    GTEST_SKIP() << "no published traces beside this checkout: "
+                 << PublishedRouting::Folder();
   }
-  std::istringstream all(ReadFile(data / "index_all.csv"));
-  std::string line, index = "row_offset,decode_tokens\n";
-  std::getline(all, line);
-  for (int i = 0; i < 60 && std::getline(all, line); ++i) {
-    // The first tokens of each.
-    index += std::to_string(std::stoull(line.substr(line.rfind(',') + 1))) + ",16\n";
-  }
-  WriteFileAtomic(At("index_all.csv"), index);
-  fs::create_symlink(fs::absolute(data / "experts_all.u8.zst"), At("experts_all.u8.zst"));
-  ImportTraces(
-      At("index_all.csv"), At("published"),
-      {.format = "packed", .num_experts = 32, .layers = 24, .experts_per_token = 4});
+  int sequences = 0;  // the first tokens of the first ones
+  const fs::path published =
+      PublishedRouting::Import(At("published"), [&](const std::string&, uint64_t) {
+        return uint64_t{sequences++ < 60 ? 16u : 0u};
+      });
   SpeculationJob job = Job("run", "interlayer");
   job.options.validation_sequences = job.options.test_sequences = 2;
-  const Json results = Train(job, At("published"));
+  const Json results = Train(job, published);
   EXPECT_EQ(results["scores"].size(), size_t{25 * 24});
   EXPECT_GT(Recall(results["scores"]), Recall(results["baselines"]["frequency"]) + 0.05);
 }
