@@ -108,11 +108,12 @@ class CollectKillTest : public CollectFixture {
   }
   static void TearDownTestSuite() { fs::remove_all(temporary_); }
 
-  static void ExpectWhole(const std::string& store) {
+  static void ExpectWhole(const std::string& store,
+                          const std::string& golden = Golden()) {
     EXPECT_EQ(RunProgram({Bin("routecast-trace"), "verify", "--quiet",
                           "--store=" + (folder_ / store).string()}),
               0);
-    EXPECT_TRUE(Export(store) == Golden());
+    EXPECT_TRUE(Export(store) == golden);
     EXPECT_TRUE(fs::is_empty(folder_ / store / "staging"));
     fs::remove_all(folder_ / store);
   }
@@ -168,47 +169,62 @@ class CollectKillTest : public CollectFixture {
       std::this_thread::sleep_for(Milliseconds(1));
     }
   }
+  // Runs with `flags` are killed `kills` times; then one is left alone and has to export
+  // `golden`.
+  static void KillAndGoOn(const std::string& store, uint64_t kills, uint64_t seed,
+                          const std::vector<std::string>& flags,
+                          const std::string& golden) {
+    const fs::path errors = folder_ / (store + ".errors");
+    uint64_t killed = 0, finished = 0, number = 0;
+    for (; killed < kills && number < 4 * kills + 20; ++number) {
+      const Draw draw(seed, number, longest_);
+      // mpirun asks those whom the killed one leaves to end, and kills them a second
+      // later: here in one run of four. In the others, at once.
+      ::setenv("OMPI_MCA_odls_base_sigkill_timeout", number % 4 == 0 ? "1" : "0", 1);
+      const pid_t job = Start(Launched(draw.ranks, store, flags), errors);
+      std::this_thread::sleep_for(draw.after);
+      draw.Kill(job);
+      const int code = Wait(job);
+      WaitForOrphans();
+      if (code == 0) {  // it was done before
+        ++finished;
+        ExpectWhole(store, golden);
+        continue;
+      }
+      // The script says who died; of one rank it is the one that was killed. A defect,
+      // damage or a refusal that an earlier kill left behind would be said in other
+      // words.
+      const std::string said = ReadFile(errors);
+      const bool died =
+          code == 128 + SIGKILL ||
+          (code == kExitEnvironment && said.find("a rank died") != std::string::npos);
+      ASSERT_TRUE(died) << code << " in run " << number << " of seed " << seed << ": "
+                        << said;
+      ++killed;
+      if (killed % 50 == 0) std::printf("%d kills\n", static_cast<int>(killed));
+    }
+    ::unsetenv("OMPI_MCA_odls_base_sigkill_timeout");
+    EXPECT_EQ(killed, kills);
+    ASSERT_EQ(Collect(Draw(seed, number, longest_).ranks, store, flags), 0);
+    ExpectWhole(store, golden);
+    std::printf("%d kills, %d runs that ended first\n", static_cast<int>(killed),
+                static_cast<int>(finished));
+  }
   static inline fs::path temporary_;
   static inline Milliseconds longest_;
 };
 
 TEST_F(CollectKillTest, KilledAtRandomMomentsItEndsWithTheSameRecords) {
-  const uint64_t kills = Number("ROUTECAST_KILLS", "20");
-  const uint64_t seed = Number("ROUTECAST_KILL_SEED", "1");
-  const fs::path errors = folder_ / "killed.errors";
-  uint64_t killed = 0, finished = 0, number = 0;
-  for (; killed < kills && number < 4 * kills + 20; ++number) {
-    const Draw draw(seed, number, longest_);
-    // mpirun asks those whom the killed one leaves to end, and kills them a second later:
-    // here in one run of four. In the others, at once.
-    ::setenv("OMPI_MCA_odls_base_sigkill_timeout", number % 4 == 0 ? "1" : "0", 1);
-    const pid_t job = Start(Launched(draw.ranks, "killed", {}), errors);
-    std::this_thread::sleep_for(draw.after);
-    draw.Kill(job);
-    const int code = Wait(job);
-    WaitForOrphans();
-    if (code == 0) {  // it was done before
-      ++finished;
-      ExpectWhole("killed");
-      continue;
-    }
-    // The script says who died; of one rank it is the one that was killed. A defect,
-    // damage or a refusal that an earlier kill left behind would be said in other words.
-    const std::string said = ReadFile(errors);
-    const bool died =
-        code == 128 + SIGKILL ||
-        (code == kExitEnvironment && said.find("a rank died") != std::string::npos);
-    ASSERT_TRUE(died) << code << " in run " << number << " of seed " << seed << ": "
-                      << said;
-    ++killed;
-    if (killed % 50 == 0) std::printf("%d kills\n", static_cast<int>(killed));
-  }
-  ::unsetenv("OMPI_MCA_odls_base_sigkill_timeout");
-  EXPECT_EQ(killed, kills);
-  ASSERT_EQ(Collect(Draw(seed, number, longest_).ranks, "killed"), 0);
-  ExpectWhole("killed");
-  std::printf("%d kills, %d runs that ended first\n", static_cast<int>(killed),
-              static_cast<int>(finished));
+  KillAndGoOn("killed", Number("ROUTECAST_KILLS", "20"),
+              Number("ROUTECAST_KILL_SEED", "1"), {}, Golden());
+}
+
+// Decoder steps, the coder's model and its table files are killed, too.
+TEST_F(CollectKillTest, KilledWhileItGeneratesAndCodesItEndsWithTheSameRecords) {
+  const std::vector<std::string> flags = {"--task=generate", "--compression=context"};
+  ASSERT_EQ(Collect(1, "golden-coded", flags), 0);
+  KillAndGoOn("killed-coded", Number("ROUTECAST_KILLS", "20") / 4,
+              Number("ROUTECAST_KILL_SEED", "1") + 2000, flags, Export("golden-coded"));
 }
 
 // Ctrl-C: INT to the whole process group of the launch script, twice in every third run.
