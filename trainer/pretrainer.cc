@@ -24,7 +24,6 @@ namespace {
 constexpr uint64_t kJitterStream = 0x6a6974ULL;
 constexpr uint64_t kRowStream = 0x726f77ULL;
 constexpr double kBeta2 = 0.99;
-constexpr int kStopEvery = 10;  // steps between the ranks' agreement to stop
 
 // The tokenizer of the run: trained once by rank 0 on the train part.
 Tokenizer MakeTokenizer(const PretrainJob& job, const Corpus& corpus,
@@ -153,17 +152,14 @@ class Pretrainer {
     step_ = state->step;
   }
 
-  // Agreed by all ranks, so that they save and leave together.
-  bool MustStop() {
-    if (step_ == job_.stop_after) return true;
-    return step_ % kStopEvery == 0 && comm_->Any(StopRequested());
-  }
+  // Agreed by all ranks in the step, so that they save and leave together.
+  bool MustStop() const { return stop_ || step_ == job_.stop_after; }
 
   // One step: the global batch as fixed micro-batches, dealt round-robin. What a
   // micro-batch holds depends on (seed, step, its number) only.
   double Step() {
     const int micro = options_.global_batch / options_.micro_batch;
-    double sums[2] = {0, 0};  // loss, micro-batches
+    double sums[3] = {0, 0, 0};  // loss, micro-batches, whether to stop
     std::vector<int> mine;
     for (int m = rank_.rank; m < micro; m += rank_.world) mine.push_back(m);
     reducer_->BeginStep();
@@ -175,14 +171,19 @@ class Pretrainer {
     reducer_->Finalize(1.0 / micro);
     const double norm = reducer_->GradientNorm();
     if (!std::isfinite(norm)) {
-      throw std::logic_error("the gradient is not finite at step " +
-                             std::to_string(step_));
+      throw UsageError(ErrorText(
+          "the gradient is not finite at step " + std::to_string(step_),
+          "the loss was " + std::to_string(sums[0] / std::max(1.0, sums[1])) + " there",
+          "start anew (--resume=never) with a lower --learning_rate; the last checkpoint "
+          "is whole"));
     }
     if (norm > options_.clip_norm) reducer_->Scale(options_.clip_norm / norm);
     optimizer_->Step(LearningRate(options_, step_));
     grad_norm_ = norm;
     ++step_;
+    sums[2] = StopRequested() ? 1 : 0;
     comm_->AllReduceSum(sums);
+    stop_ = sums[2] > 0;
     return sums[0] / sums[1];
   }
 
@@ -272,6 +273,7 @@ class Pretrainer {
   std::optional<GradientReducer> reducer_;
   int64_t step_ = 0;
   double grad_norm_ = 0;
+  bool stop_ = false;
 };
 
 }  // namespace

@@ -2,9 +2,13 @@
 // one that was not, and what it leaves.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <fstream>
+#include <thread>
 
 #include "common/run_record.h"
 #include "models/checkpoint.h"
@@ -70,6 +74,34 @@ TEST_F(Pretraining, ResumeIsBitExact) {
     EXPECT_TRUE(at::equal(tensor, cut.parameters.Get(name))) << name;
   }
   EXPECT_EQ(Losses(Out("whole")), Losses(Out("cut")));
+}
+
+// Long steps: asked to stop in one, it saves behind it and not some steps later.
+TEST_F(Pretraining, AStopIsHeardInTheStepItComesIn) {
+  const fs::path out = Out("asked");
+  const std::string program =
+      EnvOr("ROUTECAST_BIN_DIR", "build/bin") + "/routecast-pretrain";
+  const std::string command =
+      "exec " + program + " --quiet --threads=1 " + data_ +
+      "--global_batch=96 --micro_batch=4 --steps=1000 --out=" + out.string() +
+      " 2>/dev/null";
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+    ::_exit(127);
+  }
+  const auto steps = [&] {
+    return fs::exists(out / "metrics.jsonl") ? Losses(out).size() : 0;
+  };
+  for (int i = 0; i < 6000 && steps() == 0; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  const size_t before = steps();
+  ::kill(child, SIGUSR1);
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 75);
+  EXPECT_LE(steps(), before + 3);
 }
 
 TEST_F(Pretraining, AnotherConfigurationIsRefused) {
