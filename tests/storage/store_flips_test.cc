@@ -26,7 +26,7 @@ namespace {
 
 constexpr uint32_t kFlipChunks = 4;
 constexpr uint64_t kFlipSequences = 8;       // a chunk
-constexpr uint64_t kBesideBytes = 64 << 10;  // a block and its longest record
+constexpr uint64_t kBesideBytes = 56 << 10;  // a block and its longest record
 
 uint64_t FromEnvironment(const char* name, uint64_t otherwise) {
   const char* text = std::getenv(name);
