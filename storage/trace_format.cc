@@ -149,6 +149,23 @@ void ReadDropped(ByteReader* in, uint64_t count, bool any,
   if (any) UnpackFlags(in->Raw(PackedBytes(count, 1)), dropped);
 }
 
+// As a new one, but for the memory that its planes hold.
+void Empty(RoutingSpan* span) {
+  span->num_tokens = span->num_layers = span->top_k = 0;
+  span->hidden_width = span->attention_heads = 0;
+  span->token_ids.clear();
+  span->expert_ids.clear();
+  span->gate_probs.clear();
+  span->dropped.clear();
+  span->margins.clear();
+  span->topk_ids.clear();
+  span->topk_probs.clear();
+  span->hidden.clear();
+  span->output.clear();
+  span->attention_entropy.clear();
+  span->attention_keys.clear();
+}
+
 }  // namespace
 
 std::string EncodeKey(RecordKind kind, uint64_t id) {
@@ -222,6 +239,14 @@ std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
 
 DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
                        const std::string& where, const ContextModel* model) {
+  DecodedSpan decoded;
+  static_cast<SpanHeader&>(decoded) = DecodeSpan(key, value, where, model, &decoded.span);
+  return decoded;
+}
+
+SpanHeader DecodeSpan(std::string_view key, std::string_view value,
+                      const std::string& where, const ContextModel* model,
+                      RoutingSpan* out) {
   const bool coded_ids = value.size() > 1 && (static_cast<uint8_t>(value[1]) & kCodedIds);
   const bool coded_topk =
       !value.empty() && static_cast<uint8_t>(value[0]) == kCodedTopkVersion;
@@ -232,17 +257,18 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
   ByteReader in(UnsealRecord(key, value, where, is_coded ? model->fingerprint() : 0,
                              kCodedTopkVersion),
                 where);
-  DecodedSpan decoded;
-  RoutingSpan& span = decoded.span;
+  RoutingSpan& span = *out;
+  Empty(out);
+  SpanHeader header;
   const uint8_t flags = in.U8();
   const uint8_t task = in.U8();
   if (task > static_cast<uint8_t>(Task::kGenerate)) in.Fail("unknown task");
-  decoded.task = static_cast<Task>(task);
+  header.task = static_cast<Task>(task);
   span.num_tokens = static_cast<int>(in.Varint("token count", kMaxTokens));
   span.num_layers = static_cast<int>(in.Varint("layer count", kMaxLayers));
   const uint64_t experts = in.Varint("expert count", kMaxExperts);
   if (experts == 0) in.Fail("expert count 0");
-  decoded.num_experts = static_cast<int>(experts);
+  header.num_experts = static_cast<int>(experts);
   span.top_k = static_cast<int>(in.Varint("top-k", kMaxTopK));
   const uint64_t n = static_cast<uint64_t>(span.num_tokens) * span.num_layers;
   const uint64_t k = n * span.top_k;
@@ -270,7 +296,7 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
             std::to_string(ahead.left()));
   }
   const Stack s = StackOf(key);
-  if (is_coded) RequireModelFits(in, s, *model, decoded.num_experts, span);
+  if (is_coded) RequireModelFits(in, s, *model, header.num_experts, span);
   if (!(flags & kNoTokens)) ReadTokens(&in, flags & kWideTokens, &span);
   if (coded_ids) {
     in.Varint("coded ids", ids);
@@ -291,7 +317,7 @@ DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
     ReadIds(&in, k, experts, &span.topk_ids);
   }
   if (!(flags & kTopkIdsOnly)) ReadFloats(&in, k, &span.topk_probs);
-  return decoded;
+  return header;
 }
 
 }  // namespace routecast

@@ -65,12 +65,18 @@ bool DecodeKey(std::string_view key, RecordKind* kind, uint64_t* id);
 // fingerprint then seals the record beside its key.
 std::string EncodeSpan(std::string_view key, const RoutingSpan& span, Task task,
                        int num_experts, const ContextModel* model = nullptr);
-// Throws DataError naming `where` on any damage; sizes are checked before memory is
-// taken.
-struct DecodedSpan {
-  RoutingSpan span;
+struct SpanHeader {
   Task task = Task::kDenoise;
   int num_experts = 0;
+};
+// Throws DataError naming `where` on any damage; sizes are checked before memory is
+// taken. What `span` held is gone, but for its memory, which is used again; after an
+// exception what is in it is not said.
+SpanHeader DecodeSpan(std::string_view key, std::string_view value,
+                      const std::string& where, const ContextModel* model,
+                      RoutingSpan* span);
+struct DecodedSpan : SpanHeader {
+  RoutingSpan span;
 };
 DecodedSpan DecodeSpan(std::string_view key, std::string_view value,
                        const std::string& where, const ContextModel* model = nullptr);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <numeric>
 #include <optional>
 
@@ -20,28 +21,31 @@ uint32_t TokensOf(const SequenceInfo& info, Stack stack) {
   return stack == Stack::kEncoder ? info.encoder_tokens : info.decoder_tokens;
 }
 
+RoutingSpan* SpanOf(RoutingTrace* trace, Stack stack) {
+  return stack == Stack::kEncoder ? &trace->encoder : &trace->decoder;
+}
+
 // Decodes a routing record into `trace` and holds it against the index and the geometry.
 void DecodeInto(std::string_view key, std::string_view value, const std::string& where,
                 Stack stack, const SequenceInfo& info, const StoreConfig& config,
                 const ContextModel* model, RoutingTrace* trace) {
   const MoeGeometry& geometry = config.geometry;
-  DecodedSpan decoded = DecodeSpan(key, value, where, model);
-  const bool fits =
-      decoded.num_experts == geometry.num_experts &&
-      decoded.span.num_layers == geometry.layers(stack) &&
-      static_cast<uint32_t>(decoded.span.num_tokens) == TokensOf(info, stack);
+  const RoutingSpan& span = *SpanOf(trace, stack);
+  const SpanHeader header = DecodeSpan(key, value, where, model, SpanOf(trace, stack));
+  const bool fits = header.num_experts == geometry.num_experts &&
+                    span.num_layers == geometry.layers(stack) &&
+                    static_cast<uint32_t>(span.num_tokens) == TokensOf(info, stack);
   if (!fits) {
-    throw DataError(ErrorText(where + ": record and store disagree",
-                              std::to_string(decoded.span.num_tokens) + " tokens, " +
-                                  std::to_string(decoded.span.num_layers) + " layers, " +
-                                  std::to_string(decoded.num_experts) +
-                                  " experts; the store says " +
-                                  std::to_string(TokensOf(info, stack)) + ", " +
-                                  std::to_string(geometry.layers(stack)) + ", " +
-                                  std::to_string(geometry.num_experts),
-                              "run routecast-trace verify"));
+    throw DataError(ErrorText(
+        where + ": record and store disagree",
+        std::to_string(span.num_tokens) + " tokens, " + std::to_string(span.num_layers) +
+            " layers, " + std::to_string(header.num_experts) +
+            " experts; the store says " + std::to_string(TokensOf(info, stack)) + ", " +
+            std::to_string(geometry.layers(stack)) + ", " +
+            std::to_string(geometry.num_experts),
+        "run routecast-trace verify"));
   }
-  if (decoded.span.token_ids.empty() == config.token_ids) {
+  if (span.token_ids.empty() == config.token_ids) {
     throw DataError(ErrorText(where + ": record and store disagree",
                               std::string("the record has ") +
                                   (config.token_ids ? "no " : "") +
@@ -49,14 +53,13 @@ void DecodeInto(std::string_view key, std::string_view value, const std::string&
                               "run routecast-trace verify"));
   }
   // A record may lack the plane, as others; one of another shape is of another store.
-  if (decoded.span.top_k != 0 && decoded.span.top_k != config.top_k) {
+  if (span.top_k != 0 && span.top_k != config.top_k) {
     throw DataError(ErrorText(where + ": record and store disagree",
-                              "top-k of " + std::to_string(decoded.span.top_k) +
+                              "top-k of " + std::to_string(span.top_k) +
                                   "; store.json says " + std::to_string(config.top_k),
                               "run routecast-trace verify"));
   }
-  trace->task = decoded.task;
-  (stack == Stack::kEncoder ? trace->encoder : trace->decoder) = std::move(decoded.span);
+  trace->task = header.task;
 }
 
 void DecodeBeside(Family family, std::string_view key, std::string_view value,
@@ -202,18 +205,19 @@ size_t TraceReader::IndexOf(uint64_t sequence_id) const {
   return static_cast<size_t>(info - sequences_.data());
 }
 
-RoutingTrace TraceReader::Header(size_t index) const {
-  RoutingTrace trace;
-  trace.sequence_id = sequences_[index].sequence_id;
-  trace.document_id = sequences_[index].document_id;
-  trace.group_id = sequences_[index].group_id;
-  trace.task = config_.task;
-  return trace;
+void TraceReader::FillHeader(size_t index, RoutingTrace* trace) const {
+  trace->sequence_id = sequences_[index].sequence_id;
+  trace->document_id = sequences_[index].document_id;
+  trace->group_id = sequences_[index].group_id;
+  trace->task = config_.task;
 }
 
-std::string TraceReader::Where(size_t index, Stack stack) const {
-  return shards_[places_[index].shard]->path().string() + ": sequence " +
-         std::to_string(sequences_[index].sequence_id) + " (" + StackName(stack) + ")";
+void TraceReader::SayWhere(size_t index, Stack stack, std::string* where) const {
+  char id[20];
+  const char* end = std::to_chars(id, id + sizeof id, sequences_[index].sequence_id).ptr;
+  where->assign(shards_[places_[index].shard]->path().native());
+  where->append(": sequence ").append(static_cast<const char*>(id), end).append(" (");
+  where->append(StackName(stack)).append(")");
 }
 
 // Routing first: the others are held against its dims.
@@ -239,12 +243,13 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
   std::vector<std::vector<Record>> by_shard(shards_.size());
   for (size_t slot = 0; slot < sequence_ids.size(); ++slot) {
     const size_t index = IndexOf(sequence_ids[slot]);
-    traces.push_back(Header(index));
+    FillHeader(index, &traces.emplace_back());
     for (const Stack stack : kStacks) {
       if (TokensOf(sequences_[index], stack) == 0) continue;
       by_shard[places_[index].shard].push_back({index, slot, stack});
     }
   }
+  std::string where;
   for (const Family family : Wanted(with_hidden)) {
     for (size_t shard = 0; shard < by_shard.size(); ++shard) {
       std::vector<Record> wanted;
@@ -265,7 +270,7 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
                         slices.data(), values.data(), statuses.data());
       for (size_t i = 0; i < keys.size(); ++i) {
         const Record& w = wanted[i];
-        const std::string where = Where(w.index, w.stack);
+        SayWhere(w.index, w.stack, &where);
         CheckStatus(statuses[i], "read", where);
         RoutingTrace& trace = traces[w.slot];
         if (family == Family::kRouting) {
@@ -273,7 +278,7 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
                      sequences_[w.index], config_, model_.get(), &trace);
         } else {
           DecodeBeside(family, keys[i], values[i].ToStringView(), where,
-                       w.stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
+                       SpanOf(&trace, w.stack));
         }
       }
     }
@@ -313,12 +318,18 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
     return &cursor;
   };
   const std::vector<Family> families = Wanted(with_hidden);
+  // One for all: what the callback does not take of its memory, the next record uses.
+  RoutingTrace trace;
+  std::string where;
   for (size_t index = 0; index < sequences_.size(); ++index) {
-    RoutingTrace trace = Header(index);
+    FillHeader(index, &trace);
     for (const Stack stack : kStacks) {
-      if (TokensOf(sequences_[index], stack) == 0) continue;
+      if (TokensOf(sequences_[index], stack) == 0) {
+        *SpanOf(&trace, stack) = {};
+        continue;
+      }
       const std::string key = EncodeKey(KindOf(stack), sequences_[index].sequence_id);
-      const std::string where = Where(index, stack);
+      SayWhere(index, stack, &where);
       Cursor* routing = value_at(index, stack, Family::kRouting, key, where);
       DecodeInto(key, routing->it->value().ToStringView(), where, stack,
                  sequences_[index], config_, model_.get(), &trace);
@@ -327,7 +338,7 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
       for (size_t f = 1; f < families.size(); ++f) {
         Cursor* beside = value_at(index, stack, families[f], key, where);
         DecodeBeside(families[f], key, beside->it->value().ToStringView(), where,
-                     stack == Stack::kEncoder ? &trace.encoder : &trace.decoder);
+                     SpanOf(&trace, stack));
         beside->it->Next();
       }
     }

@@ -65,8 +65,9 @@ class TraceReader {
   void ReadMarks(int shard);
   std::vector<Family> Wanted(WithHidden with_hidden) const;
   size_t IndexOf(uint64_t sequence_id) const;
-  RoutingTrace Header(size_t index) const;
-  std::string Where(size_t index, Stack stack) const;
+  void FillHeader(size_t index, RoutingTrace* trace) const;
+  // Into a string that is used again: said of each record, read where one is damaged.
+  void SayWhere(size_t index, Stack stack, std::string* where) const;
 
   fs::path path_;
   StoreConfig config_;

@@ -84,6 +84,26 @@ TEST(TraceFormat, PlanesOfFloatsAreBf16) {
   }
 }
 
+// All fields differ from a new span's: none may stay when the next record is decoded.
+TEST(TraceFormat, WhatASpanHeldBeforeIsGone) {
+  RoutingSpan used = RandomSpan(3, {}, false);
+  used.top_k = 3;
+  used.hidden_width = 7;
+  used.attention_heads = 2;
+  used.topk_ids.assign(5, 1);
+  used.topk_probs.assign(5, .5f);
+  used.hidden.assign(9, 1);
+  used.output.assign(9, 1);
+  used.attention_entropy.assign(4, 1);
+  used.attention_keys.assign(4, 1);
+  RoutingSpan span;
+  span.num_tokens = 2;
+  span.num_layers = 1;
+  span.expert_ids = {1, 0};
+  DecodeSpan(Key(), EncodeSpan(Key(), span, Task::kGenerate, 2), "test", nullptr, &used);
+  EXPECT_EQ(used, span);
+}
+
 TEST(TraceFormat, AbsentPlanesStayAbsent) {
   RoutingSpan span;
   span.num_tokens = 2;
