@@ -62,6 +62,8 @@ DEFINE_double(consistency_weight, 0,
 DEFINE_double(diversity_weight, 0, "Of 'all experts are named' in the loss");
 DEFINE_double(contrastive_weight, 0,
               "Of InfoNCE between a lead and the experts' embeddings in the loss");
+DEFINE_bool(encoder_attention, false,
+            "The encoder's tokens see each other in `hidden`: more right, and slower");
 DEFINE_bool(
     attention_inputs, false,
     "`hidden` reads attention summaries, too (--record=ids,hidden,attention); the "
@@ -138,6 +140,7 @@ SpeculationOptions OptionsOfFlags() {
   o.consistency_weight = FLAGS_consistency_weight;
   o.diversity_weight = FLAGS_diversity_weight;
   o.attention_inputs = FLAGS_attention_inputs;
+  o.encoder_attention = FLAGS_encoder_attention;
   o.backup_experts = FLAGS_backup_experts;
   o.backup_weight = FLAGS_backup_weight;
   o.augment = {FLAGS_augment_layers,   FLAGS_augment_parts,    FLAGS_augment_permutation,

@@ -35,6 +35,7 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker* make)
       reader.emplace_back(make, c.hidden_width, c.width, c.heads);
     }
   }
+  if (c.encoder_attention) mixer.emplace_back(make, c.width, c.heads);
   for (int i = 0; c.attention_heads > 0 && i < NumStates(c.geometry); ++i) {
     const bool decoder = i >= c.geometry.encoder_layers - 1;
     attention.emplace_back(make, "attention." + std::to_string(i),
@@ -48,6 +49,20 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker* make)
   for (int i = 0; i < c.layers; ++i) {
     blocks.emplace_back(make, "block." + std::to_string(i), c.width, c.ff);
   }
+}
+
+at::Tensor TokenMixer::operator()(const at::Tensor& x_BTD,
+                                  const at::Tensor& valid_BT) const {
+  const int64_t B = x_BTD.size(0), T = x_BTD.size(1), A = attention.heads;
+  const auto at = at::arange(T, valid_BT.options().dtype(at::kLong));
+  const auto row = (at.unsqueeze(0) - at.unsqueeze(1)).clamp(-kReach, kReach) + kReach;
+  const auto by_member = bias.view({-1, A, 2 * kReach + 1});
+  const int64_t M = by_member.size(0);
+  const auto near = by_member.index_select(2, row.flatten()).view({M, 1, A, T, T});
+  const auto absent = valid_BT.logical_not().to(at::kFloat).mul(kMasked);
+  const auto mask = near + absent.view({M, B / M, 1, 1, T});
+  const auto y = norm(x_BTD.reshape({B * T, -1})).view(x_BTD.sizes());
+  return attention(y, y, mask.view({B, A, T, T}));
 }
 
 // Sum over layers of the embeddings of (layer, expert); first_layer is the table's layer
@@ -254,6 +269,11 @@ SpeculationOutput HiddenModel::Compute(const RoutingWindow& window,
   auto x = (*dropout)(Features(window).view({B * T, config_.width}));
   for (size_t i = 0; i < net_.blocks.size(); ++i) {
     x = net_.blocks[i](x, dropout);
+    if (i == 0 && !net_.mixer.empty() && window.stack == Stack::kEncoder) {
+      const at::Tensor read =
+          net_.mixer[0](x.view({B, T, config_.width}), window.valid_BT);
+      x = x + (*dropout)(read.reshape({B * T, config_.width}));
+    }
     if (i > 0 || net_.reader.empty() || !window.source_BSD.defined()) continue;
     const SourceReader& reader = net_.reader[0];
     const at::Tensor mask =

@@ -77,6 +77,21 @@ struct SourceReader {
   AttentionLayer attention;
 };
 
+// What a token of the encoder reads of the others: attention with a learnt bias by
+// distance, all beyond kReach alike.
+struct TokenMixer {
+  static constexpr int kReach = 32;
+  TokenMixer(ParameterMaker* make, int64_t width, int heads)
+      : norm(make, "mixer.norm", width),
+        attention(make, "mixer.attention", width, heads),
+        bias(make->Constant("mixer.bias", {heads, 2 * kReach + 1}, 0)) {}
+  // x [B,T,width], valid_BT: true = a token.
+  at::Tensor operator()(const at::Tensor& x_BTD, const at::Tensor& valid_BT) const;
+  NormLayer norm;
+  AttentionLayer attention;
+  at::Tensor bias;  // [heads,2 * kReach + 1], of each member; from kReach before to after
+};
+
 // A guess at the decoder's next token, whose routing follows its id: scores against the
 // token embedding.
 struct NextToken {
@@ -101,6 +116,7 @@ struct HiddenNet {
   std::vector<at::Tensor> no_state;  // [width], with `state`: in place of an unknown one
   std::vector<AttentionInput> attention;  // by source layer, as `state`; or none
   std::vector<SourceReader> reader;       // one or none; read after the first block
+  std::vector<TokenMixer> mixer;          // the same of the encoder
   EmbeddingLayer token;                   // V rows of kTokenWidth
   LinearLayer token_in;
   std::vector<Priors> priors;   // one or none

@@ -69,11 +69,30 @@ Value Features(OnnxLayers* o) {
   return x;
 }
 
+// Attention of the encoder's tokens, with a bias by distance.
+Value MixTokens(OnnxLayers* o, const Value& x) {
+  constexpr int64_t kReach = TokenMixer::kReach;
+  const Value at =
+      o->Op("Range", {o->graph().Int(0), o->Length(x, 1), o->graph().Int(1)});
+  const Value distance = o->Op("Sub", {o->Unsqueeze(at, {0}), o->Unsqueeze(at, {1})});
+  const Value row = o->Op(
+      "Add", {o->Op("Clip", {distance, o->graph().Int(-kReach), o->graph().Int(kReach)}),
+              o->graph().Int(kReach)});
+  // [A,2 * kReach + 1] by [T,T]: [A,T,T].
+  const Value near = o->Op("Gather", {o->Constant(o->Weight("mixer.bias")), row},
+                           {{"axis", int64_t{1}}});
+  const Value mask =
+      o->Add(o->AdditiveMask(o->Unsqueeze(o->Window("valid_BT"), {1, 2})), near);
+  const Value y = o->Norm(x, "mixer.norm");
+  return o->Add(x, o->Attention({y, y, mask}, "mixer.attention", o->config().heads));
+}
+
 Value Blocks(OnnxLayers* o, Value x) {
   for (int i = 0; i < o->config().layers; ++i) {
     const std::string name = "block." + std::to_string(i);
     const Value inner = o->Gelu(o->Linear(o->Norm(x, name + ".norm"), name + ".in"));
     x = o->Add(x, o->Linear(inner, name + ".out"));
+    if (i == 0 && !o->decoder() && o->config().encoder_attention) x = MixTokens(o, x);
     if (i > 0 || !o->decoder() || !o->Has("source.norm.weight")) continue;
     const Value memory =
         o->Linear(o->Norm(o->Window("source_BSD"), "source.norm"), "source.linear");

@@ -130,7 +130,8 @@ bool HiddenModel::Few(const RoutingWindow& window) const {
       window.token_ids_BT.is_contiguous() && window.experts_BTL.is_contiguous() &&
       plain(window.hidden_BTD) && plain(window.context_BTD) && plain(window.source_BSD) &&
       (!window.source_BSD.defined() || window.source_valid_BS.is_contiguous());
-  return contiguous && members() == 1 && net_.attention.empty() &&
+  const bool mixes = !net_.mixer.empty() && window.stack == Stack::kEncoder;
+  return contiguous && members() == 1 && net_.attention.empty() && !mixes &&
          !c10::GradMode::is_enabled() && window.token_ids_BT.numel() <= kFewRows &&
          net_.token.weight.is_cpu();
 }

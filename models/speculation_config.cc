@@ -114,6 +114,10 @@ std::string ProblemOf(const SpeculationConfig& c) {
     return "attention_heads=" + std::to_string(c.attention_heads) + ", expected 0 of " +
            c.kind + (kind.attention ? " without router inputs" : "");
   }
+  if (c.encoder_attention && (c.kind != "hidden" || c.layers == 0)) {
+    return "encoder_attention=true, expected false of " + c.kind +
+           (c.layers == 0 ? " without blocks" : "");
+  }
   if (c.next_token && (!c.priors || c.geometry.decoder_layers == 0)) {
     return "next_token=true, expected false without priors and a decoder";
   }
@@ -145,6 +149,7 @@ Json SpeculationConfig::ToJson() const {
             {"dropout", dropout}};
   if (backup_experts > 0) json["backup_experts"] = backup_experts;
   if (attention_heads > 0) json["attention_heads"] = attention_heads;
+  if (encoder_attention) json["encoder_attention"] = true;
   if (members.empty()) return json;
   json["weights"] = weights;
   json["combine"] = combine;
@@ -204,6 +209,9 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.dropout = in.Number("dropout");
   if (json.contains("backup_experts")) c.backup_experts = in.Int("backup_experts");
   if (json.contains("attention_heads")) c.attention_heads = in.Int("attention_heads");
+  if (json.contains("encoder_attention")) {
+    c.encoder_attention = in.Flag("encoder_attention");
+  }
   if (c.kind == "ensemble") ReadMembers(in, what, &c);
   if (const std::string problem = ProblemOf(c); !problem.empty()) in.Bad(problem);
   return c;

@@ -23,6 +23,8 @@ struct SpeculationConfig {
   // Heads of the traced model's attention whose summaries are a feature of `hidden`, at
   // the source layer (a decoder has as many again over the encoder); 0 = no feature.
   int attention_heads = 0;
+  // `hidden`: tokens of the encoder attend to each other, as those of the model will.
+  bool encoder_attention = false;
   int backup_experts = 0;  // heads for the router's second, third .. choice; 0 = none
   double dropout = 0;      // training only
 

@@ -71,6 +71,9 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
     refuse("it reads attention summaries of " + std::to_string(config.attention_heads) +
            " heads, this run of " + std::to_string(heads));
   }
+  if (options.encoder_attention && !config.encoder_attention) {
+    refuse("it has no attention in the encoder, --encoder_attention asks for it");
+  }
   if (config.backup_experts != options.backup_experts) {
     refuse("it has " + std::to_string(config.backup_experts) +
            " backup experts, --backup_experts says " +
@@ -123,6 +126,7 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
                                 TraceDataset* dataset) {
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
   config.backup_experts = options.backup_experts;
+  config.encoder_attention = options.encoder_attention;
   if (options.attention_inputs) config.attention_heads = dataset->attention_heads();
   if (options.kind == "ensemble") {
     config.combine = options.combine;

@@ -193,6 +193,7 @@ Json SpeculationOptions::ToJson() const {
           {"consistency_weight", consistency_weight},
           {"diversity_weight", diversity_weight},
           {"attention_inputs", attention_inputs},
+          {"encoder_attention", encoder_attention},
           {"backup_experts", backup_experts},
           {"backup_weight", backup_weight},
           {"augment", augment.ToJson()},
@@ -236,6 +237,10 @@ void SpeculationOptions::Validate() const {
   if (combine != SpeculationOptions().combine && kind != "ensemble") {
     throw UsageError(ErrorText("--combine is of --kind=ensemble", "--kind=" + kind,
                                "leave one of the two out"));
+  }
+  if (encoder_attention && kind != "hidden") {
+    throw UsageError(ErrorText("--encoder_attention is of --kind=hidden",
+                               "--kind=" + kind, "leave one of the two out"));
   }
   const ModelSizes& s = sizes;
   const bool sized = s.width > 0 || s.heads > 0 || s.ff > 0 || s.layers > 0 ||

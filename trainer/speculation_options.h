@@ -67,12 +67,13 @@ struct SpeculationOptions {
   double set_weight = 0;           // of the encoder's set prediction
   double distill_weight = 0;  // share of the loss that is towards the router's own top-k
   double distill_temperature = 1;
-  double consistency_weight = 0;  // of ConsistencyLoss and
-  double diversity_weight = 0;    // DiversityLoss: the published gating loss
-  double contrastive_weight = 0;  // of InfoNCE between leads and expert embeddings
-  bool attention_inputs = false;  // `hidden` reads attention summaries, too
-  int backup_experts = 0;         // heads for the router's second, third .. choice
-  double backup_weight = 0.3;     // of the mean of their cross-entropies
+  double consistency_weight = 0;   // of ConsistencyLoss and
+  double diversity_weight = 0;     // DiversityLoss: the published gating loss
+  double contrastive_weight = 0;   // of InfoNCE between leads and expert embeddings
+  bool encoder_attention = false;  // `hidden`: the encoder's tokens see each other
+  bool attention_inputs = false;   // `hidden` reads attention summaries, too
+  int backup_experts = 0;          // heads for the router's second, third .. choice
+  double backup_weight = 0.3;      // of the mean of their cross-entropies
   AugmentOptions augment;
   int curriculum_epochs =
       0;  // until all targets count (curriculum.h); 0 = from the start

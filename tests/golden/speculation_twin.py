@@ -179,6 +179,8 @@ class SpeculationTwin:
         for i in range(self.config["layers"]):
             inner = F.gelu(self.linear(self.norm(x, f"block.{i}.norm"), f"block.{i}.in"))
             x = x + self.linear(inner, f"block.{i}.out")
+            if i == 0 and not self.decoder and "mixer.bias" in w:
+                x = x + self.mixed_tokens(self.norm(x, "mixer.norm"))
             if i == 0 and self.decoder and "source.norm.weight" in w:
                 memory = self.linear(self.norm(self.window["source_BSD"], "source.norm"),
                                      "source.linear")
@@ -192,6 +194,15 @@ class SpeculationTwin:
         if "prior.token" in w:
             logits = logits + self.hidden_priors(y)
         return logits, self.linear(z, "confidence")
+
+    def mixed_tokens(self, y):
+        """Attention of the encoder's tokens, with a bias by distance."""
+        bias = self.w["mixer.bias"]
+        reach = (bias.shape[1] - 1) // 2
+        at = torch.arange(y.shape[1])
+        near = bias[:, (at[None] - at[:, None]).clamp(-reach, reach) + reach]
+        mask = near + additive(self.window["valid_BT"][:, None, None])
+        return self.attention(y, y, mask, "mixer.attention", self.config["heads"])
 
     def hidden_features(self):
         w, n, E = self.w, self.config["neighbours"], self.experts

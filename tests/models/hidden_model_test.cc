@@ -97,6 +97,19 @@ TEST(HiddenModelTest, PriorsAreTheCounts) {
   expect(decoder, 4, 3);
 }
 
+// What an encoder's token says of far ones moves with them only where it sees them.
+TEST(HiddenModelTest, AttentionSeesTokensBeyondTheNeighbours) {
+  const c10::NoGradGuard no_grad;
+  RoutingTrace near = RandomTrace(SmallGeometry(), 12, 3, 5), far = near;
+  far.encoder.token_ids[11] = (near.encoder.token_ids[11] + 1) % 11;
+  const auto says = [](const std::string& name, const RoutingTrace& trace) {
+    const auto model = MakeSpeculationModel(SmallSpeculation(name), 3);
+    return model->Forward(WindowOf(trace, Stack::kEncoder, -1, 5), 0).logits_BTHE[0][0];
+  };
+  EXPECT_TRUE(at::equal(says("hidden", near), says("hidden", far)));
+  EXPECT_FALSE(at::equal(says("hidden_mixed", near), says("hidden_mixed", far)));
+}
+
 TEST(SpeculationModelTest, HiddenPredictsATokenBetweenLayers) {
   MoeGeometry g{6, 6, 128, 1, 768};
   const auto model =

@@ -91,7 +91,7 @@ TEST(SpeculationKindsTest, GatingSizesAreThePublished) {
 
 class StackedKindTest : public testing::TestWithParam<std::string> {};
 std::vector<std::string> Stackable() {
-  auto kinds = SpeculationKinds();
+  auto kinds = SpeculationNames();
   std::erase(kinds, "ensemble");
   return kinds;
 }

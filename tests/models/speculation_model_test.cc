@@ -24,7 +24,7 @@ class SpeculationKindTest : public testing::TestWithParam<std::string> {
       MakeSpeculationModel(SmallSpeculation(GetParam()), 7);
 };
 INSTANTIATE_TEST_SUITE_P(Kinds, SpeculationKindTest,
-                         testing::ValuesIn(SpeculationKinds()),
+                         testing::ValuesIn(SpeculationNames()),
                          [](const auto& info) { return info.param; });
 
 fs::path Folder(const std::string& name) {

@@ -16,12 +16,12 @@ namespace {
 
 constexpr int kExperts = 5;
 
-// "KIND" or "KIND_plain": without router inputs and priors.
+// A name of SmallSpeculation, or "KIND_plain": without router inputs and priors.
 SpeculationConfig ConfigNamed(const std::string& name) {
-  const size_t end = name.find('_');
-  SpeculationConfig c = SmallSpeculation(name.substr(0, end));
+  const bool plain = name.ends_with("_plain");
+  SpeculationConfig c = SmallSpeculation(plain ? name.substr(0, name.find('_')) : name);
   if (c.kind == "hidden") c.vocab_size = 40;  // more than it guesses at
-  if (end != std::string::npos) {
+  if (plain) {
     c.hidden_width = 0;
     c.priors = c.next_token = false;
   }
@@ -84,8 +84,8 @@ void WriteCases(const fs::path& folder, SpeculationModel* model) {
   }
 }
 
-constexpr const char* kNames[] = {"interlayer", "interlayer_plain", "hidden",
-                                  "hidden_plain", "multiscale"};
+constexpr const char* kNames[] = {"interlayer",   "interlayer_plain", "hidden",
+                                  "hidden_plain", "hidden_mixed",     "multiscale"};
 
 // Folders of cases and of what `write` leaves there, of all models in one: the reference
 // takes longer to start than to compute.

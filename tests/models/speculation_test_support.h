@@ -54,8 +54,18 @@ inline RoutingWindow BatchOf(const std::vector<RoutingTrace>& traces, Stack stac
   return WindowsOf(all, stack, source, num_experts, experts_per_token);
 }
 
-inline SpeculationConfig SmallSpeculation(const std::string& kind) {
-  SpeculationConfig c = DefaultSpeculationConfig(kind, SmallGeometry(), 11, 6);
+// Every kind, and "hidden_mixed": with attention among the encoder's tokens.
+inline std::vector<std::string> SpeculationNames() {
+  auto names = SpeculationKinds();
+  names.push_back("hidden_mixed");
+  return names;
+}
+
+inline SpeculationConfig SmallSpeculation(const std::string& name) {
+  const bool mixed = name == "hidden_mixed";
+  SpeculationConfig c =
+      DefaultSpeculationConfig(mixed ? "hidden" : name, SmallGeometry(), 11, 6);
+  c.encoder_attention = mixed;
   const auto shrink = [](SpeculationConfig* config) {
     config->width = 16;
     config->heads = 2;
