@@ -5,6 +5,7 @@
 
 #include "common/errors.h"
 #include "common/progress.h"
+#include "common/stop.h"
 #include "evaluator/slot_arena.h"
 
 namespace routecast {
@@ -27,6 +28,7 @@ class Sweep {
     while (static_cast<int>(times.size()) < kFewestRepeats ||
            (device_->Now() - start < options_.seconds_a_point &&
             static_cast<int>(times.size()) < kMostRepeats)) {
+      ThrowIfStopped("while copying to the device");
       times.push_back(Transfer(point));
     }
     std::sort(times.begin(), times.end());
