@@ -105,6 +105,13 @@ check "what is packed" "generate/results.json replay/results.json status/results
 calls >/dev/null
 "$evaluate" --bundle --store=s --rounds=2 --cache=c --out="$bundle" >/dev/null 2>&1
 check "nothing is done twice" "" "$(calls)"
+"$evaluate" --bundle --store=s --model=m --prompts=p --phase=both --out="$folder/parts" >/dev/null 2>&1
+cat >"$folder/expected" <<CALLS
+evaluate --compare --store=s --phase=both --out=$folder/parts/replay
+evaluate --compare --model=m --store=s --prompts=p --out=$folder/parts/generate
+CALLS
+grep -- --compare "$folder/calls" | diff "$folder/expected" - || fail "each part has its own flags"
+calls >/dev/null
 for flags in "--rounds=2" "--store=s --mode=status" "--store=s store"; do
   # shellcheck disable=SC2086
   "$evaluate" --bundle $flags --out="$folder/none" >/dev/null 2>"$folder/errors"
