@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "common/errors.h"
+#include "common/foreign_text.h"
 #include "common/stop.h"
 #include "evaluator/clock.h"
 
@@ -55,7 +56,8 @@ double MeasurePeak(LinkEngine* engine, std::span<const ExpertKey> keys, int num_
   engine->SetDone([](uint64_t, TransferOutcome, uint64_t) {});  // the last call is over
   ThrowIfStopped("while measuring the link");
   if (failed) {
-    throw EnvironmentError(ErrorText("experts cannot be brought", engine->last_error(),
+    throw EnvironmentError(ErrorText("experts cannot be brought",
+                                     OneLine(engine->last_error()),
                                      "check the disk; remove the expert file to write it "
                                      "anew"));
   }

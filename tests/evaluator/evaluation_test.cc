@@ -413,6 +413,26 @@ TEST_F(EvaluationTest, AWarmStartThatCannotBeCountedIsUsage) {
   }
 }
 
+TEST_F(EvaluationTest, ATooSmallBudgetIsRefusedBeforeAnythingIsWritten) {
+  EvaluationOptions options = Options();
+  options.model = folder_ / "model";
+  options.cache = folder_ / "untouched";
+  options.budgets = {"50%", "1KiB"};
+  for (const bool dry : {true, false}) {
+    options.dry_run = dry;
+    EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
+    EXPECT_FALSE(fs::exists(options.cache));
+  }
+  options.budgets = {"50%"};
+  options.dry_run = true;
+  testing::internal::CaptureStdout();
+  Evaluate(options, Json::object());
+  const std::string plan = testing::internal::GetCapturedStdout();
+  const std::string all = std::to_string(SmallConfig().geometry().num_keys());
+  EXPECT_NE(plan.find("this budget holds "), plan.npos) << plan;
+  EXPECT_NE(plan.find(" of " + all + " experts"), plan.npos) << plan;
+}
+
 // run.json says how a run ended, and no results of an earlier run stand beside it.
 TEST_F(EvaluationTest, AFailedRunSaysHowItEnded) {
   EvaluationOptions options = Options();
@@ -425,7 +445,15 @@ TEST_F(EvaluationTest, AFailedRunSaysHowItEnded) {
     std::fstream file(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
     for (int page = 1; page < 10; ++page) file.seekp(4096 * page + 100).put('\x5a');
   }
-  EXPECT_THROW(Evaluate(options, Json::object()), EnvironmentError);
+  try {
+    Evaluate(options, Json::object());
+    ADD_FAILURE() << "a damaged expert was taken";
+  } catch (const EnvironmentError& e) {
+    const std::string words = e.what();
+    EXPECT_LE(std::count(words.begin(), words.end(), '\n'), 2) << words;
+    EXPECT_NE(words.find("checksum differs"), words.npos) << words;
+    EXPECT_NE(words.find("remove the expert file"), words.npos) << words;
+  }
   const Json run = ReadJsonFile(options.out / "run.json");
   EXPECT_EQ(run["exit_status"], kExitEnvironment);
   EXPECT_FALSE(run["end"].is_null());
