@@ -13,6 +13,7 @@
 #include "common/errors.h"
 #include "common/progress.h"
 #include "common/stop.h"
+#include "evaluator/expert_tiers.h"
 
 namespace routecast {
 namespace {
@@ -270,6 +271,7 @@ DeviceProfile MeasureDisk(const DiskSweepOptions& options) {
   Pages pages(std::min(options.largest, options.file_bytes));
   DeviceProfile profile;
   profile.name = "this machine's disk, below " + options.folder.string();
+  profile.memory_bytes = FreeFastBytes({});
   double alone = 0, beside = 0;
   {
     MemoryStream stream;

@@ -14,6 +14,7 @@
 #include "evaluator/evaluation.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_store.h"
+#include "evaluator/kernel_sweep.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
 #include "evaluator/quality.h"
@@ -290,6 +291,11 @@ void Transfer() {
       sweep.quiet = FLAGS_quiet;
       MeasureDevice(OpenCudaDevice(device.index()).get(), sweep, &profile);
     }
+    // What the runtime computes in: fp32 on a CPU, bf16 on a card.
+    constexpr double kSeconds = 0.5;
+    profile.flops_per_second =
+        device.is_cuda() ? MeasureProducts(device, at::kBFloat16, 4096, kSeconds)
+                         : MeasureProducts(device, at::kFloat, 768, kSeconds);
     return {ProfileTable(profile), profile.ToJson()};
   });
 }
