@@ -25,7 +25,8 @@ Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> fil
       file_(std::move(file)),
       predictors_(std::move(predictors)),
       options_(std::move(options)) {
-  slots_ = std::min(SlotsOfBudget(options_.budget_bytes, file_->spec()), file_->count());
+  slots_ = std::min(SlotsOfBudget(options_.budget_bytes, file_->spec(), staging_bytes()),
+                    file_->count());
   // Refused before anything runs; what is always held is no slots' room.
   if (options_.kv_in_budget) slots_ = std::min(slots_, SharedBudget().most);
   if (options_.profile) {
@@ -40,9 +41,18 @@ Comparison::Comparison(Workload* workload, std::shared_ptr<const ExpertFile> fil
   }
 }
 
+// Rows on compressed copies and the others hold as many experts, for which all leave
+// room.
+uint64_t Comparison::staging_bytes() const {
+  return options_.copies ? StagingBytes(options_.copies->spec().copies, file_->spec())
+                         : 0;
+}
+
 SharedSlots Comparison::SharedBudget() const {
   const auto beside = [&](uint64_t bytes) {
-    return SlotsBeside(options_.budget_bytes, bytes, file_->count(), file_->spec()).least;
+    return SlotsBeside(options_.budget_bytes, bytes + staging_bytes(), file_->count(),
+                       file_->spec())
+        .least;
   };
   return {beside(workload_->MinKeyValueBytes()), beside(workload_->MaxKeyValueBytes())};
 }
@@ -148,7 +158,7 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
   options.planner.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
   if (row->is_lossy) options.planner.expert_bytes = options_.copies->spec().blob_bytes();
   if (options_.kv_in_budget && !row->is_resident) {
-    options.memory_bytes = options_.budget_bytes;
+    options.memory_bytes = options_.budget_bytes - staging_bytes();
     options.key_value_bytes = [this](const PassInfo& pass) {
       return workload_->KeyValueBytes(pass);
     };
@@ -207,7 +217,7 @@ void Comparison::OpenCopies() {
   if (tiers_.direct && !options.chain.gpu) return;
   // Fills the page cache or the host tier, as for the lossless experts.
   const std::vector<ExpertKey> keys = options_.copies->keys();
-  MeasurePeak(copies_tiers_.link, keys, copies_tiers_.staging_slots, 0, keys.size());
+  MeasurePeak(copies_tiers_.link, keys, kStagingSlots, 0, keys.size());
 }
 
 void Comparison::AddSpeculatingRows(LinkEngine* link) {
@@ -313,6 +323,9 @@ void Comparison::DrawRound(int round) {
 }
 
 ComparisonResult Comparison::Run() {
+  if (!options_.quiet)
+    std::fprintf(stderr, "%s\n",
+                 BudgetText(slots_, file_->count(), file_->spec()).c_str());
   Record();
   if (options_.kv_in_budget) NoteSharedBudget();
   ChooseLink();

@@ -74,6 +74,7 @@ class Comparison {
  private:
   struct Row;
   SharedSlots SharedBudget() const;
+  uint64_t staging_bytes() const;  // of lossy rows, in the budget
   void NoteSharedBudget();
   void Record();      // first pass: visits, Tc
   void ChooseLink();  // native or paced
@@ -97,6 +98,7 @@ class Comparison {
   std::vector<OracleForesight::Visit> AllVisits(size_t* counted_from) const;
   ComparisonResult Result();
   RowResult Summarise(const Row& row, Stack phase) const;
+  const ExpertFile& Moved(const Row& row) const;  // what its link carries
   void AddBounds(std::vector<RowResult>* rows) const;
   int SegmentOf(int round) const { return round % workload_->num_segments(); }
 
@@ -104,7 +106,7 @@ class Comparison {
   std::shared_ptr<const ExpertFile> file_;
   std::vector<ExpertPredictor*> predictors_;
   ComparisonOptions options_;
-  int slots_ = 0;
+  int slots_ = 0;  // of every row that does not hold everything
   bool resident_fits_ = false;
   ExpertTiers tiers_, resident_tiers_;
   DecodingTiers copies_tiers_;         // compressed experts, decoded into slots

@@ -88,6 +88,7 @@ Json ComparisonResult::ToJson() const {
     entry["compute_seconds"] = row.compute_seconds;
     entry["transfer_seconds"] = row.transfer_seconds;
     entry["predictor_seconds"] = row.predictor_seconds;
+    entry["predictor_aside_seconds"] = row.predictor_aside_seconds;
     entry["predictor_share"] = row.predictor_share;
     entry["link_share"] = row.link_share;
     entry["compute_share"] = row.compute_share;
@@ -103,12 +104,16 @@ Json ComparisonResult::ToJson() const {
       entry["weight_error"] = row.copy.weight_error;
       entry["weight_scale"] = row.copy.weight_scale;
     }
-    for (const SpeculationAccount& a : row.speculation) {
+    for (const auto& [a, wasted_bytes, saved_seconds] : row.speculation) {
       entry["speculation"].push_back({{"lead", a.lead},
                                       {"open", a.open()},
                                       {"threshold", a.threshold},
                                       {"trust", a.trust},
                                       {"judged", a.judged},
+                                      {"used", a.used},
+                                      {"unused", a.unused},
+                                      {"wasted_bytes", wasted_bytes},
+                                      {"saved_seconds", saved_seconds},
                                       {"saved", a.saved},
                                       {"cost", a.cost}});
     }

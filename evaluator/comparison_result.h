@@ -17,6 +17,13 @@ namespace routecast {
 // The least, the quartiles and the most.
 using FiveNumbers = std::array<double, 5>;
 
+// What speculation at one lead was worth in a row.
+struct LeadResult {
+  SpeculationAccount account;
+  int64_t wasted_bytes = 0;
+  double saved_seconds = 0;  // of waiting, by what a transfer took last
+};
+
 struct RowResult {
   std::string policy, predictor, eviction, tier;
   Stack phase = Stack::kDecoder;
@@ -42,7 +49,8 @@ struct RowResult {
   double hit_rate = 0;
   int64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0, bytes_belady = 0;
   double stall_seconds = 0, compute_seconds = 0, transfer_seconds = 0,
-         predictor_seconds = 0;
+         predictor_seconds = 0,
+         predictor_aside_seconds = 0;  // on the questions' own thread, beside the pass
   double bound = 0;
   bool lossless = false;
   std::string copies = "lossless";  // of experts on disk; else the three below count
@@ -52,7 +60,7 @@ struct RowResult {
   std::string output_sha256;
   double speed_up = 0;  // median over rounds of the rate over on-demand LRU's
   // By lead, where thresholds adapt and anything was foretold.
-  std::vector<SpeculationAccount> speculation;
+  std::vector<LeadResult> speculation;
   bool switched_off = false;  // the row's speculation did not help and is off
   // Over rounds: those ratios, and a token's share of computing and of waiting.
   FiveNumbers speed_up_spread{}, compute_ms_spread{}, stall_ms_spread{};

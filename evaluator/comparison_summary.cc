@@ -34,11 +34,17 @@ double Share(int64_t part, int64_t of) {
 // "3, 4"
 std::string ShutLeads(const RowResult& row) {
   std::string leads;
-  for (const SpeculationAccount& account : row.speculation) {
-    if (account.open()) continue;
-    leads += (leads.empty() ? "" : ", ") + std::to_string(account.lead);
+  for (const LeadResult& lead : row.speculation) {
+    if (lead.account.open()) continue;
+    leads += (leads.empty() ? "" : ", ") + std::to_string(lead.account.lead);
   }
   return leads;
+}
+
+// "hidden (decoder, int8)"
+std::string SpeculatorName(const RowResult& row) {
+  return row.predictor + " (" + StackName(row.phase) +
+         (row.copies == "lossless" ? "" : ", " + row.copies) + ")";
 }
 
 double MovedBytes(const PhaseStats& stats) {
@@ -88,9 +94,14 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   result.budget_bytes = static_cast<uint64_t>(row.slots) * file_->spec().stride_bytes();
   result.held_bytes_peak = static_cast<uint64_t>(row.runtime->held_peak_slots()) *
                            file_->spec().stride_bytes();
+  if (row.is_lossy) {  // those on their way as well
+    result.budget_bytes += staging_bytes();
+    result.held_bytes_peak += staging_bytes();
+  }
   if (options_.kv_in_budget && !row.is_resident) {
     result.budget_bytes = options_.budget_bytes;
-    result.memory_bytes_peak = row.runtime->memory_peak_bytes();
+    result.memory_bytes_peak =
+        row.runtime->memory_peak_bytes() + (row.is_lossy ? staging_bytes() : 0);
     result.least_slots = row.runtime->least_slots();
   }
   result.budget_phase_share =
@@ -114,6 +125,7 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   result.bytes_wasted = stats.bytes_wasted;
   result.stall_seconds = stats.stall_seconds;
   result.predictor_seconds = stats.predictor_seconds;
+  result.predictor_aside_seconds = stats.aside_seconds;
   const double total = Sum(row.seconds[s]);
   result.compute_seconds = total - stats.stall_seconds - stats.predictor_seconds;
   result.compute_ms_spread = Spread(row.compute_ms[s]);
@@ -133,9 +145,8 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
   if (row.warm_seconds > 0) {
     result.warm_start = options_.warm_start->source;
     result.warm_start_experts = row.warm_experts;
-    const ExpertFile& moved = row.is_lossy ? *options_.copies : *file_;
     result.warm_start_bytes =
-        static_cast<uint64_t>(row.warm_experts) * moved.spec().blob_bytes();
+        static_cast<uint64_t>(row.warm_experts) * Moved(row).spec().blob_bytes();
     result.warm_start_seconds = row.warm_seconds;
   }
   result.output_sha256 = row.hash.Hex();
@@ -147,11 +158,21 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
     result.perplexity_change = row.quality.perplexity_change();
     result.compared_sequences = row.quality.sequences();
   }
+  const auto blob = static_cast<double>(file_->spec().blob_bytes());
+  const double seconds_each = blob / row.runtime->measured_link_bytes_per_second(),
+               bytes_each = static_cast<double>(Moved(row).spec().blob_bytes());
   for (const SpeculationAccount& account : row.runtime->speculation(phase)) {
-    if (account.judged > 0) result.speculation.push_back(account);
+    if (account.judged == 0) continue;
+    result.speculation.push_back(
+        {account, static_cast<int64_t>(account.moved_in_vain * bytes_each),
+         account.saved * seconds_each});
   }
   result.switched_off = !row.runtime->speculation_helps(phase);
   return result;
+}
+
+const ExpertFile& Comparison::Moved(const Row& row) const {
+  return row.is_lossy ? *options_.copies : *file_;
 }
 
 void Comparison::AddBounds(std::vector<RowResult>* rows) const {
@@ -161,18 +182,21 @@ void Comparison::AddBounds(std::vector<RowResult>* rows) const {
       CountMisses(workload_->geometry(), slots_, Eviction::kBelady, visits, from);
   for (RowResult& row : *rows) {
     const int s = static_cast<int>(row.phase);
-    // Tc: computing with nothing to wait for. Tx: moving what on-demand LRU moves.
-    double tc = compute_[s] * options_.rounds, tx = 0;
+    // Tc: computing with nothing to wait for. Tx: moving what on-demand LRU moves, and
+    // `own` what it moves of the row's copies.
+    double tc = compute_[s] * options_.rounds, tx = 0, own = 0;
     for (const RowResult& other : *rows) {
-      if (other.phase != row.phase || other.copies != "lossless") continue;
+      if (other.phase != row.phase) continue;
       if (other.policy == "resident") tc = other.compute_seconds;
-      if (other.policy == "on_demand" && other.eviction == "lru")
-        tx = other.transfer_seconds;
+      if (other.policy != "on_demand" || other.eviction != "lru") continue;
+      if (other.copies == "lossless") tx = other.transfer_seconds;
+      if (other.copies == row.copies) own = other.transfer_seconds;
     }
-    row.bound = tc + tx > 0 ? (tc + tx) / std::max(tc, tx) : 1;
+    row.bound = tc + tx > 0 ? (tc + tx) / std::max(tc, own) : 1;
     if (row.policy != "resident") {
-      row.bytes_belady =
-          best.misses[s] * static_cast<int64_t>(file_->spec().blob_bytes());
+      const bool lossy = row.copies != "lossless";
+      const ExpertFileSpec& moved = (lossy ? *options_.copies : *file_).spec();
+      row.bytes_belady = best.misses[s] * static_cast<int64_t>(moved.blob_bytes());
     }
   }
 }
@@ -208,12 +232,12 @@ ComparisonResult Comparison::Result() {
     const std::string shut = ShutLeads(row);
     if (!shut.empty() && !row.switched_off) {
       notes_.push_back(
-          row.predictor + " (" + StackName(row.phase) +
-          "): what it said this many layers ahead was not worth fetching: " + shut);
+          SpeculatorName(row) +
+          ": what it said this many layers ahead was not worth fetching: " + shut);
     }
     if (row.switched_off) {
-      notes_.push_back(row.predictor + " (" + StackName(row.phase) +
-                       "): prefetching did not help here and is off");
+      notes_.push_back(SpeculatorName(row) +
+                       ": prefetching did not help here and is off");
     }
   }
   for (const auto& row : rows_) {

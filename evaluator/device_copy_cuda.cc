@@ -14,6 +14,7 @@ namespace routecast {
 namespace {
 
 constexpr uint64_t kPage = 4096;
+constexpr double kPollSeconds = 5e-6, kDecodeDeadline = 30;
 
 void Check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -166,7 +167,14 @@ class CudaCopy final : public DeviceCopy {
     DecodeMatrixOnDevice(spec.copies, blob, f, d, spec.dtype, expert, stream);
     DecodeMatrixOnDevice(spec.copies, blob + CodedBytes(spec.copies, f, d), d, f,
                          spec.dtype, expert + spec.expert_bytes() / 2, stream);
-    Check(cudaStreamSynchronize(stream), "decoding (cudaStreamSynchronize)");
+    // Not cudaStreamSynchronize: a device that hangs would never be named.
+    const Ticket decoded = Mark(1);
+    for (const double from = Now(); !IsOver(decoded); Pause(kPollSeconds)) {
+      if (Now() - from <= kDecodeDeadline) continue;
+      throw EnvironmentError(ErrorText("decoding on the device does not complete",
+                                       description(),
+                                       "nvidia-smi says what the device is doing"));
+    }
   }
 
   bool IsOver(Ticket ticket) override {

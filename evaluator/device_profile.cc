@@ -130,7 +130,8 @@ std::string ProfileTable(const DeviceProfile& profile) {
          FormatBytes(profile.bytes_at_90_percent) +
          " on\nmemory: " + Fixed(profile.memory_bytes_per_second / 1e9, 2) + " GB/s, " +
          Fixed(100 * profile.memory_share_with_transfers, 0) +
-         " % of it beside transfers\n";
+         " % of it beside transfers; " + FormatBytes(profile.memory_bytes) +
+         " free\nproducts: " + Fixed(profile.flops_per_second / 1e9, 1) + " GFLOP/s\n";
 }
 
 }  // namespace routecast

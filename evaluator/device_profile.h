@@ -29,9 +29,9 @@ struct DeviceProfile {
   bool emulated = false;  // from a data sheet, not measured here
   double link_bytes_per_second = 0, link_fixed_seconds = 0;
   double memory_bytes_per_second = 0;  // weights of a batch of one stream at this rate
-  uint64_t memory_bytes = 0;           // of the device; 0 = not known
-  double flops_per_second = 0;         // dense bf16 products; 0 = not known
-  uint64_t bytes_at_90_percent = 0;    // smallest transfer at 90 % of the peak
+  uint64_t memory_bytes = 0;    // of the device, or free on it when measured; 0 = unknown
+  double flops_per_second = 0;  // of dense products; 0 = unknown
+  uint64_t bytes_at_90_percent = 0;        // smallest transfer at 90 % of the peak
   double memory_share_with_transfers = 1;  // of the memory rate, while the link is busy
   std::vector<TransferPoint> sweep;
   Json ToJson() const;

@@ -5,6 +5,7 @@
 
 #include "common/errors.h"
 #include "common/progress.h"
+#include "common/stop.h"
 #include "evaluator/slot_arena.h"
 
 namespace routecast {
@@ -27,6 +28,7 @@ class Sweep {
     while (static_cast<int>(times.size()) < kFewestRepeats ||
            (device_->Now() - start < options_.seconds_a_point &&
             static_cast<int>(times.size()) < kMostRepeats)) {
+      ThrowIfStopped("while copying to the device");
       times.push_back(Transfer(point));
     }
     std::sort(times.begin(), times.end());
@@ -115,6 +117,7 @@ void MeasureDevice(DeviceCopy* device, const DeviceSweepOptions& options,
                    DeviceProfile* profile) {
   std::vector<uint64_t> sizes;
   for (uint64_t s = options.smallest; s <= options.largest; s *= 4) sizes.push_back(s);
+  profile->memory_bytes = device->FreeBytes();
   Sweep sweep(device, options);
   std::vector<TransferPoint> points;
   Progress progress("copies to the device", "points", 4 * sizes.size() + 2,

@@ -12,6 +12,8 @@
 
 #include "common/errors.h"
 #include "common/progress.h"
+#include "common/stop.h"
+#include "evaluator/expert_tiers.h"
 
 namespace routecast {
 namespace {
@@ -217,6 +219,7 @@ TransferPoint MeasurePoint(const Reader& reader, const ScratchFile& file, Pages*
   const auto start = std::chrono::steady_clock::now();
   while (static_cast<int>(times.size()) < kFewestRepeats ||
          (Seconds(start) < seconds && static_cast<int>(times.size()) < kMostRepeats)) {
+    ThrowIfStopped("while reading the scratch file");
     if (offset + point.bytes > file.bytes()) offset = 0;
     times.push_back(reader.Transfer(offset, point.bytes, point.threads, pages->data()));
     offset += (point.bytes + kPage - 1) / kPage * kPage;
@@ -268,6 +271,7 @@ DeviceProfile MeasureDisk(const DiskSweepOptions& options) {
   Pages pages(std::min(options.largest, options.file_bytes));
   DeviceProfile profile;
   profile.name = "this machine's disk, below " + options.folder.string();
+  profile.memory_bytes = FreeFastBytes({});
   double alone = 0, beside = 0;
   {
     MemoryStream stream;

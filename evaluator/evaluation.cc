@@ -11,10 +11,15 @@
 #include "common/errors.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_copies.h"
+#include "evaluator/recorded_run.h"
 #include "report/evaluation_report.h"
 
 namespace routecast {
 namespace {
+
+// What a run writes beside run.json.
+const std::vector<std::string> kOutputs = {"results.json", "rows.csv", "table.txt",
+                                           "report.html", "timeline.json"};
 
 // One comparison: a source of requests, a batch size, an order of requests, a budget.
 struct Group {
@@ -65,6 +70,7 @@ Json Headline(const ComparisonResult& result) {
     headline["bound"][StackName(row.phase) + GroupSuffix(result, row)] = row.bound;
   }
   headline["lossless"] = result.lossless;
+  headline["device"] = result.device;
   headline["link"] = result.link;
   headline["link_bytes_per_second"] = result.link_bytes_per_second;
   headline["notes"] = result.notes;
@@ -163,6 +169,24 @@ void ValidateTiers(const EvaluationOptions& options) {
   }
 }
 
+// What would do nothing here.
+void RequireHeeded(const EvaluationOptions& options) {
+  const auto refuse = [](bool unheeded, const char* flag, const char* why) {
+    if (unheeded)
+      throw UsageError(
+          ErrorText(std::string(flag) + " does nothing here", why, "leave it out"));
+  };
+  const bool replay = IsReplay(options);
+  refuse(replay && !options.prompts.empty(), "--prompts",
+         "a replay's tokens are the store's: prompts want --model");
+  refuse(!replay && options.phase != "decoder", "--phase",
+         "it is of a replay: generation runs both stacks");
+  refuse(!options.compare && options.baselines != "all", "--baselines",
+         "its rows are those of --compare");
+  refuse(options.out.empty() && !options.report_with.empty(), "--report_with",
+         "report.html is written into --out");
+}
+
 void ValidateGroups(const EvaluationOptions& options) {
   for (const std::string& schedule : options.schedules) {
     if (ParseChoice("--schedule", schedule, {"in_order", "by_route"}) == 1 &&
@@ -222,6 +246,7 @@ void ValidateEvaluation(const EvaluationOptions& options) {
     throw UsageError(ErrorText("no checkpoint folder: " + options.model.string(), "",
                                "check --model"));
   }
+  RequireHeeded(options);
   ParsePolicy(options.policy);
   if (ParseEviction(options.eviction) == Eviction::kBelady) {
     throw UsageError(ErrorText("--eviction=belady knows the future", "",
@@ -250,29 +275,19 @@ Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
   const c10::NoGradGuard no_grad;
   const EvaluationSetup setup = SetUpEvaluation(options);
   if (options.dry_run) return {};
-  std::unique_ptr<RunRecord> record;
-  if (!options.out.empty()) {
-    MakeFolder(options.out);
-    record =
-        std::make_unique<RunRecord>(options.out, "routecast-evaluate", configuration);
-    record->WriteStart();
-  }
-  Timeline timeline;
-  const bool draws = options.timeline && !options.out.empty();
-  ComparisonResult result;
-  try {
-    result = RunGroups(options, setup, draws ? &timeline : nullptr);
-  } catch (const StoppedError&) {
-    if (record) record->Finish(kExitStopped, {});
-    throw;
-  }
-  std::printf("%s", ComparisonTable(result).c_str());
-  const Json headline = Headline(result);
-  WriteOutputs(options, result);
-  if (draws) timeline.Write(options.out / "timeline.json");
-  if (record) record->Finish(result.lossless ? kExitDone : kExitDefect, headline);
-  if (!result.lossless) throw std::logic_error("two rows put out different bits");
-  return headline;
+  const auto run = [&] {
+    Timeline timeline;
+    const bool draws = options.timeline && !options.out.empty();
+    const ComparisonResult result =
+        RunGroups(options, setup, draws ? &timeline : nullptr);
+    std::printf("%s", ComparisonTable(result).c_str());
+    WriteOutputs(options, result);
+    if (draws) timeline.Write(options.out / "timeline.json");
+    if (!result.lossless) throw std::logic_error("two rows put out different bits");
+    return Headline(result);
+  };
+  return options.out.empty() ? run()
+                             : Recorded(options.out, kOutputs, configuration, run);
 }
 
 }  // namespace routecast

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/errors.h"
+#include "evaluator/expert_budget.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/predictor_set.h"
 #include "evaluator/replay.h"
@@ -113,18 +114,18 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
   const MoeGeometry& full = spec.geometry;
   const int layers = (replay.encoder ? full.encoder_layers : 0) +
                      (replay.decoder ? full.decoder_layers : 0);
-  const uint64_t whole =
-      static_cast<uint64_t>(layers) * full.num_experts * spec.stride_bytes();
+  const int count = layers * full.num_experts;
+  const uint64_t whole = static_cast<uint64_t>(count) * spec.stride_bytes();
   std::printf("replay of %zu test sequences: %d x %d experts of %s, %s on disk in %s\n",
               sequences, layers, full.num_experts, FormatBytes(spec.blob_bytes()).c_str(),
               FormatBytes(whole).c_str(),
               ExpertCacheFolder(options.cache).string().c_str());
   for (const std::string& budget : options.budgets) {
-    const int slots = SlotsOfBudget(BudgetOf(options, budget, whole), spec);
-    std::printf("budget: %d experts, %s; %s; %zu predictors, %d + %d rounds\n", slots,
-                FormatBytes(static_cast<uint64_t>(slots) * spec.stride_bytes()).c_str(),
-                WayOf(setup.placement).c_str(), setup.predictors.size(),
-                options.warmup_rounds, options.rounds);
+    const int slots = SlotsOfBudget(BudgetOf(options, budget, whole), spec,
+                                    StagingBytes(ParseCopies(options.copies), spec));
+    std::printf("%s; %s; %zu predictors, %d + %d rounds\n",
+                BudgetText(slots, count, spec).c_str(), WayOf(setup.placement).c_str(),
+                setup.predictors.size(), options.warmup_rounds, options.rounds);
   }
 }
 
@@ -211,6 +212,16 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
   const SwitchConfig& config = setup->checkpoint->config;
   setup->geometry = config.geometry();
   if (setup->reader) CheckStore(*setup);
+  const ExpertFileSpec spec = SpecOfCheckpoint(config, dtype);
+  const int count = spec.geometry.num_keys();
+  std::vector<std::string> budgets;  // refused before anything is counted or written
+  for (const std::string& budget : options.budgets) {
+    const uint64_t bytes =
+        BudgetOf(options, budget, static_cast<uint64_t>(count) * spec.stride_bytes());
+    const int slots =
+        SlotsOfBudget(bytes, spec, StagingBytes(ParseCopies(options.copies), spec));
+    budgets.push_back(BudgetText(slots, count, spec));
+  }
   setup->warm_start =
       WarmStartOf(options.warm_start, setup->reader.get(), setup->geometry);
   LoadPredictors(options, RoutersOf(config, setup->checkpoint->parameters), setup);
@@ -224,6 +235,7 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
         prompts, setup->geometry.num_layers(), setup->geometry.num_experts,
         WayOf(setup->placement).c_str(), setup->predictors.size(), options.warmup_rounds,
         options.rounds);
+    for (const std::string& budget : budgets) std::printf("%s\n", budget.c_str());
     return;
   }
   if (options.guess_next_token) {

@@ -6,14 +6,23 @@
 
 namespace routecast {
 
-int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec) {
-  const auto slots = static_cast<int>(budget_bytes / spec.stride_bytes());
-  if (slots >= 2) return slots;
+int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec,
+                  uint64_t staging_bytes) {
+  const uint64_t least = 2 * spec.stride_bytes() + staging_bytes;
+  if (budget_bytes >= least)
+    return static_cast<int>((budget_bytes - staging_bytes) / spec.stride_bytes());
   throw UsageError(ErrorText(
       "--expert_budget is smaller than one step needs",
-      FormatBytes(budget_bytes) + " given; two experts (one runs, one arrives) need " +
-          FormatBytes(2 * spec.stride_bytes()),
-      "use --expert_budget=" + std::to_string(2 * spec.stride_bytes()) + " or more"));
+      FormatBytes(budget_bytes) + " given; two experts (one runs, one arrives)" +
+          (staging_bytes > 0 ? " and compressed ones on their way" : "") + " need " +
+          FormatBytes(least),
+      "use --expert_budget=" + std::to_string(least) + " or more"));
+}
+
+std::string BudgetText(int slots, int count, const ExpertFileSpec& spec) {
+  const int held = std::min(slots, count);
+  return "this budget holds " + std::to_string(held) + " of " + std::to_string(count) +
+         " experts, " + FormatBytes(static_cast<uint64_t>(held) * spec.stride_bytes());
 }
 
 SharedSlots SlotsBeside(uint64_t budget_bytes, uint64_t most_key_value_bytes, int count,

@@ -8,9 +8,13 @@
 
 namespace routecast {
 
-// Slots that `budget_bytes` buys. UsageError naming the least that works: two experts,
-// one that runs and one that arrives.
-int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec);
+// Slots that `budget_bytes` buys beside `staging_bytes` (compressed experts on their
+// way). UsageError naming the least that works: two experts, one that runs and one that
+// arrives.
+int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec,
+                  uint64_t staging_bytes = 0);
+// "this budget holds 12 of 48 experts, 216 MiB".
+std::string BudgetText(int slots, int count, const ExpertFileSpec& spec);
 // The same where the model's keys and values share the budget: slots when there are none,
 // at most `count`, and beside the most bytes that they come to. UsageError naming the
 // least that works.

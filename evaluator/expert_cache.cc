@@ -73,7 +73,8 @@ ExpertCache::ExpertCache(const MoeGeometry& geometry, int num_slots, Eviction ev
       in_slot_(std::max(num_slots, 0), -1),
       by_policy_(geometry.num_layers()),
       by_rate_(geometry.num_layers()),
-      layer_visits_(geometry.num_layers(), 0) {
+      layer_visits_(geometry.num_layers(), 0),
+      reach_(geometry.num_layers(), {Decay(0), LogReach(0)}) {
   Require(num_slots >= 1, "at least one slot");
   for (int slot = num_slots - 1; slot >= 0; --slot) free_.push_back(slot);
 }
@@ -81,7 +82,8 @@ ExpertCache::ExpertCache(const MoeGeometry& geometry, int num_slots, Eviction ev
 void ExpertCache::BeginLayer(int layer) {
   layer_ = layer;
   ++visits_;
-  ++layer_visits_[layer];
+  const uint64_t visits = ++layer_visits_[layer];
+  reach_[static_cast<size_t>(layer)] = {Decay(visits), LogReach(visits)};
 }
 
 void ExpertCache::Use(ExpertKey key) {
@@ -293,12 +295,13 @@ double ExpertCache::UseRate(ExpertKey key) const {
   const uint64_t age = layer_visits_[key.layer] - entry.rate_at;
   // Divided by the weight that the visits so far can reach: unbiased from the first visit
   // on.
-  return entry.rate * Decay(age) / (1 - Decay(layer_visits_[key.layer]));
+  return entry.rate * Decay(age) / (1 - reach_[static_cast<size_t>(key.layer)].decay);
 }
 
 double ExpertCache::ScoreOfRate(int layer, double log_rate) const {
   const uint64_t visits = layer_visits_[static_cast<size_t>(layer)];
-  return log_rate + LogReach(visits) + kFall * static_cast<double>(visits);
+  return log_rate + reach_[static_cast<size_t>(layer)].log +
+         kFall * static_cast<double>(visits);
 }
 
 void ExpertCache::SetFuture(const std::vector<ExpertKey>& uses) {

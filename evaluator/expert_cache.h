@@ -155,6 +155,10 @@ class ExpertCache {
   int layer_ = -1;       // running now
   uint64_t visits_ = 0;  // of any layer
   std::vector<uint64_t> layer_visits_;
+  struct Reach {  // of a layer's visits: what follows from their number alone
+    double decay = 1, log = 0;
+  };
+  std::vector<Reach> reach_;
   std::vector<double> prior_;  // by key; empty: none
   uint64_t num_uses_ = 0;
   uint64_t future_position_ = 0;

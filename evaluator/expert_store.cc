@@ -29,14 +29,10 @@ fs::path ExpertCacheFolder(const std::string& flag) {
   return fs::path(home ? home : ".") / ".cache/routecast/experts";
 }
 
-std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_folder,
-                                                      const fs::path& checkpoint,
-                                                      const SwitchConfig& config,
-                                                      const std::string& fingerprint,
-                                                      at::ScalarType dtype, bool quiet) {
+ExpertFileSpec SpecOfCheckpoint(const SwitchConfig& config, at::ScalarType dtype) {
   if (config.is_gated_act) {
     throw UsageError(ErrorText("experts with a gate cannot be moved one by one",
-                               checkpoint.string() + ": is_gated_act=true",
+                               "the model's config.json: is_gated_act=true",
                                "use a checkpoint whose experts have wi and wo alone"));
   }
   ExpertFileSpec spec;
@@ -48,6 +44,15 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
         ErrorText("experts on disk are fp32 or bf16", "", "use --dtype=fp32"));
   }
   spec.dtype = dtype == at::kFloat ? ExpertDtype::kFloat32 : ExpertDtype::kBfloat16;
+  return spec;
+}
+
+std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_folder,
+                                                      const fs::path& checkpoint,
+                                                      const SwitchConfig& config,
+                                                      const std::string& fingerprint,
+                                                      at::ScalarType dtype, bool quiet) {
+  ExpertFileSpec spec = SpecOfCheckpoint(config, dtype);
   spec.content_id = Hash64(fingerprint);
   MakeFolder(cache_folder);
   const fs::path path =

@@ -16,7 +16,6 @@
 namespace routecast {
 namespace {
 
-constexpr int kStagingSlots = 4;    // of compressed experts
 constexpr int kPassingSlots = 8;    // of a host tier that is only passed through
 constexpr int kLeastHostSlots = 2;  // one is read while the other leaves
 
@@ -130,6 +129,12 @@ ExpertTiers OpenResidentTiers(std::shared_ptr<const ExpertFile> file,
   return Open(std::move(file), count, std::min(count, kPassingSlots), copied);
 }
 
+uint64_t StagingBytes(CopyKind kind, ExpertFileSpec spec) {
+  if (kind == CopyKind::kLossless) return 0;
+  spec.copies = kind;
+  return kStagingSlots * spec.stride_bytes();
+}
+
 DecodingTiers OpenDecodingTiers(std::shared_ptr<const ExpertFile> copies, int slots,
                                 const ExpertTierOptions& options) {
   const ExpertFileSpec spec = copies->spec();
@@ -138,7 +143,6 @@ DecodingTiers OpenDecodingTiers(std::shared_ptr<const ExpertFile> copies, int sl
   ExpertTiers inner = OpenTiers(std::move(copies), kStagingSlots, copied);
   DecodingTiers tiers;
   tiers.link = inner.engine.get();
-  tiers.staging_slots = kStagingSlots;
   std::unique_ptr<SlotMemory> memory;
   DecodingEngine::Decode decode = [spec](const std::byte* blob, std::byte* to) {
     DecodeExpert(spec, blob, to);

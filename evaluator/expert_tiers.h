@@ -41,11 +41,14 @@ ExpertTiers OpenResidentTiers(std::shared_ptr<const ExpertFile> file,
 // The same for compressed experts, never in managed memory: `slots` slots of decoded ones
 // behind a few staging slots. `link`, owned by `engine`, is what is paced and carries the
 // compressed bytes.
+constexpr int kStagingSlots = 4;  // of compressed experts; they are in the budget
 struct DecodingTiers {
   std::unique_ptr<TransferEngine> engine;
   LinkEngine* link = nullptr;
-  int staging_slots = 0;
 };
+// What compressed experts take on their way into slots for experts of `spec`, which the
+// budget has to hold as well; 0 where `kind` is lossless.
+uint64_t StagingBytes(CopyKind kind, ExpertFileSpec spec);
 DecodingTiers OpenDecodingTiers(std::shared_ptr<const ExpertFile> copies, int slots,
                                 const ExpertTierOptions& options);
 

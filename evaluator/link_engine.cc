@@ -7,6 +7,8 @@
 #include <numeric>
 
 #include "common/errors.h"
+#include "common/foreign_text.h"
+#include "common/stop.h"
 #include "evaluator/clock.h"
 
 namespace routecast {
@@ -35,7 +37,10 @@ double MeasurePeak(LinkEngine* engine, std::span<const ExpertKey> keys, int num_
   const SteadyClock clock;
   const double start = clock.Now();
   std::unique_lock lock(mutex);
-  for (uint64_t i = 0; (clock.Now() - start < seconds || i < least) && !failed; ++i) {
+  const auto goes_on = [&](uint64_t i) {
+    return (clock.Now() - start < seconds || i < least) && !failed && !StopRequested();
+  };
+  for (uint64_t i = 0; goes_on(i); ++i) {
     arrived.wait(lock, [&] { return under_way < kUnderWay && !free.empty(); });
     ++under_way;
     const int slot = free.front();
@@ -49,8 +54,10 @@ double MeasurePeak(LinkEngine* engine, std::span<const ExpertKey> keys, int num_
   const double peak = static_cast<double>(bytes) / (clock.Now() - start);
   lock.unlock();
   engine->SetDone([](uint64_t, TransferOutcome, uint64_t) {});  // the last call is over
+  ThrowIfStopped("while measuring the link");
   if (failed) {
-    throw EnvironmentError(ErrorText("experts cannot be brought", engine->last_error(),
+    throw EnvironmentError(ErrorText("experts cannot be brought",
+                                     OneLine(engine->last_error()),
                                      "check the disk; remove the expert file to write it "
                                      "anew"));
   }

@@ -7,6 +7,7 @@
 #include <chrono>
 
 #include "common/errors.h"
+#include "common/stop.h"
 #include "report/table.h"
 
 namespace routecast {
@@ -77,6 +78,7 @@ class Playground {
           std::make_unique<PredictorForesight>(predictor, g_, max_lead, next_token_);
     }
     for (size_t i = 0; i < ids_.size(); ++i) {
+      ThrowIfStopped("while asking for the simulation");
       if (i == static_cast<size_t>(options_.warmup_sequences)) {
         recording.counted_from = recording.visits.size();
       }
@@ -98,6 +100,7 @@ class Playground {
   SimulatedRow Run(const std::string& predictor, const std::string& policy,
                    const std::string& eviction, const Recording& recording,
                    SpeculationPolicy settings) const {
+    ThrowIfStopped("between two simulations");
     PlannerOptions planner = planner_;
     planner.policy = settings;
     const auto start = std::chrono::steady_clock::now();
@@ -186,7 +189,7 @@ PolicySimulationResult SimulatePolicies(
   const SpeculationPolicy demand = ParsePolicy("on_demand");
   result.rows.push_back(ground.Run("none", "on_demand", "lru", plain, demand));
   for (const std::string& eviction : options.evictions) {
-    if (eviction == "lru" || eviction == "belady") continue;
+    if (eviction == "lru") continue;
     result.rows.push_back(ground.Run("none", "on_demand", eviction, plain, demand));
   }
   for (const auto& predictor : predictors) {
@@ -195,7 +198,7 @@ PolicySimulationResult SimulatePolicies(
       settings.auto_off = false;  // the gauge compares measured times
       const Recording told = ground.Record(predictor.get(), settings.max_lead);
       for (const std::string& eviction : options.evictions) {
-        if (eviction == "belady") continue;
+        if (eviction == "belady") continue;  // a row on demand alone: what is least
         result.rows.push_back(
             ground.Run(predictor->name(), policy, eviction, told, settings));
       }

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <numeric>
 
 #include "common/errors.h"
+#include "common/stop.h"
 #include "models/checkpoint.h"
 #include "models/predictor_factory.h"
 #include "models/serving_strategies.h"
@@ -20,26 +22,40 @@ bool Has(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
-std::vector<RoutingTrace> ReadTrainPart(const TraceReader& reader) {
-  std::vector<uint64_t> train;
+// All sequences of the train part, some at a time: a store may be larger than memory, and
+// a stop is heard between two reads. Returns how many there are.
+size_t EachOfTrainPart(const TraceReader& reader,
+                       const std::function<void(const RoutingTrace&)>& look) {
+  constexpr size_t kAtOnce = 1024;
+  std::vector<uint64_t> ids;
+  size_t count = 0;
+  const auto read = [&] {
+    ThrowIfStopped("while counting the train part");
+    for (const RoutingTrace& trace : reader.ReadMany(ids, WithHidden::kNo)) look(trace);
+    count += ids.size();
+    ids.clear();
+  };
   for (const SequenceInfo& info : reader.sequences()) {
-    if (SplitOf(info.group_id) == SplitPart::kTrain) train.push_back(info.sequence_id);
+    if (SplitOf(info.group_id) != SplitPart::kTrain) continue;
+    ids.push_back(info.sequence_id);
+    if (ids.size() == kAtOnce) read();
   }
-  return reader.ReadMany(train, WithHidden::kNo);
+  read();
+  return count;
 }
 
 // Counts of the train part: what the simple baselines predict from.
 std::shared_ptr<const BaselineTables> FitTables(const TraceReader& reader, bool quiet) {
-  const std::vector<RoutingTrace> traces = ReadTrainPart(reader);
   uint32_t vocab = 0;
-  for (const RoutingTrace& trace : traces) {
+  EachOfTrainPart(reader, [&](const RoutingTrace& trace) {
     for (uint32_t id : trace.encoder.token_ids) vocab = std::max(vocab, id);
     for (uint32_t id : trace.decoder.token_ids) vocab = std::max(vocab, id);
-  }
+  });
   auto tables = std::make_shared<BaselineTables>(
       reader.config().geometry, static_cast<int>(std::max(vocab + 1, kLeastVocabulary)));
-  for (const RoutingTrace& trace : traces) tables->Fit(trace);
-  if (!quiet) std::fprintf(stderr, "baselines: %zu train sequences\n", traces.size());
+  const size_t count =
+      EachOfTrainPart(reader, [&](const RoutingTrace& trace) { tables->Fit(trace); });
+  if (!quiet) std::fprintf(stderr, "baselines: %zu train sequences\n", count);
   return tables;
 }
 
@@ -105,7 +121,7 @@ UseShares CountUses(const TraceReader& reader, const MoeGeometry& geometry) {
                                "give a store of this model"));
   }
   std::vector<uint64_t> counts(static_cast<size_t>(g.num_keys()), 0);
-  for (const RoutingTrace& trace : ReadTrainPart(reader)) {
+  EachOfTrainPart(reader, [&](const RoutingTrace& trace) {
     for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
       const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
       for (size_t i = 0; i < span.expert_ids.size(); ++i) {
@@ -114,7 +130,7 @@ UseShares CountUses(const TraceReader& reader, const MoeGeometry& geometry) {
         ++counts[static_cast<size_t>(key.Index(g))];
       }
     }
-  }
+  });
   return SharesOf(counts, g, "train part of the store");
 }
 
@@ -122,11 +138,11 @@ std::vector<int64_t> FrequentIds(const TraceReader& reader, int64_t vocab_size,
                                  int64_t count) {
   if (vocab_size <= count) return {};
   std::vector<int64_t> said(static_cast<size_t>(vocab_size)), ids(said.size());
-  for (const RoutingTrace& trace : ReadTrainPart(reader)) {
+  EachOfTrainPart(reader, [&](const RoutingTrace& trace) {
     for (uint32_t id : trace.decoder.token_ids) {
       if (id < said.size()) ++said[id];
     }
-  }
+  });
   std::iota(ids.begin(), ids.end(), 0);
   std::stable_sort(ids.begin(), ids.end(), [&](int64_t a, int64_t b) {
     return said[static_cast<size_t>(a)] > said[static_cast<size_t>(b)];

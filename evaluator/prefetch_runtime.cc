@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "common/foreign_text.h"
 
 namespace routecast {
 namespace {
@@ -188,7 +189,7 @@ ExpertLease PrefetchRuntime::Next() {
         throw EnvironmentError(
             ErrorText("expert " + std::to_string(failed->expert) + " of MoE layer " +
                           std::to_string(failed->layer) + " cannot be brought",
-                      engine_->last_error(),
+                      OneLine(engine_->last_error()),
                       "check the disk; remove the expert file to write it anew"));
       }
       Wait(&lock);
@@ -248,6 +249,7 @@ void PrefetchRuntime::OnPassEnd(const PassInfo& pass) {
   stats.pass_seconds += seconds;
   stats.stall_seconds += stall_;
   stats.predictor_seconds += predict_;
+  stats.aside_seconds += aside;
   std::lock_guard lock(mutex_);
   const TransferLedger now = planner_.settled();
   const auto add = [](int64_t* to, uint64_t after, uint64_t before) {
@@ -330,7 +332,7 @@ void PrefetchRuntime::Resume() {
   while (!restoring_.empty()) Wait(&lock);
   if (restore_failed_) {
     throw EnvironmentError(ErrorText("held experts cannot be read again",
-                                     engine_->last_error(), "check the disk"));
+                                     OneLine(engine_->last_error()), "check the disk"));
   }
   active_ = true;
 }

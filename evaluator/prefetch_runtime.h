@@ -50,7 +50,8 @@ struct PhaseStats {
   int64_t passes = 0;
   double pass_seconds = 0;  // wall, without the vocabulary head
   double stall_seconds = 0, predictor_seconds = 0;
-  int64_t requests = 0;  // tokens x MoE layers: what `uses` would be if none shared
+  double aside_seconds = 0;  // of answers on their own thread, up to the pass' end
+  int64_t requests = 0;      // tokens x MoE layers: what `uses` would be if none shared
   int64_t uses = 0, hits = 0;
   int64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
   int64_t speculations = 0, speculations_used = 0, speculations_in_time = 0,

@@ -20,6 +20,15 @@ class Simulation {
     });
   }
 
+  // For an eviction that knows the future: the uses of all visits, in order.
+  void TellFuture(std::span<const SimulatedVisit> visits) {
+    std::vector<ExpertKey> uses;
+    for (const SimulatedVisit& visit : visits) {
+      for (int expert : visit.experts) uses.push_back({visit.layer, expert});
+    }
+    cache_.SetFuture(uses);
+  }
+
   // Returns what was waited.
   double Run(const SimulatedVisit& visit) {
     Work(visit.seconds_before);
@@ -83,6 +92,20 @@ class Simulation {
   bool speculates_;
 };
 
+// Asks for what will be told at a visit some visits ahead: a recording is larger than the
+// caches, and its numbers lie behind two pointers.
+void FetchAhead(std::span<const SimulatedVisit> visits, size_t at) {
+#if defined(__GNUC__)
+  constexpr size_t kNear = 2, kFar = 6, kFloatsALine = 16;
+  if (at + kFar < visits.size()) __builtin_prefetch(visits[at + kFar].at_layer.data());
+  if (at + kNear >= visits.size()) return;
+  for (const LayerForecast& forecast : visits[at + kNear].at_layer) {
+    const std::vector<float>& p = forecast.probabilities;
+    for (size_t i = 0; i < p.size(); i += kFloatsALine) __builtin_prefetch(&p[i]);
+  }
+#endif
+}
+
 // Of the layers that are visited.
 std::vector<ExpertKey> KeysOf(std::span<const SimulatedVisit> visits,
                               const MoeGeometry& g) {
@@ -108,6 +131,7 @@ SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
     throw std::logic_error("SimulatePrefetch: planner and link disagree on an expert");
   }
   Simulation simulation(geometry, slots, eviction, planner, link);
+  if (eviction == Eviction::kBelady) simulation.TellFuture(visits);
   if (warm) simulation.WarmStart(*warm, KeysOf(visits, geometry));
   SimulationResult result;
   result.stalls.reserve(visits.size());
@@ -117,6 +141,7 @@ SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
       begin = simulation.now();
       simulation.planner()->ResetLedger();
     }
+    FetchAhead(visits, i);
     const double stall = simulation.Run(visits[i]);
     if (i < counted_from) continue;
     result.stalls.push_back(stall);

@@ -11,6 +11,7 @@
 
 #include "common/errors.h"
 #include "common/progress.h"
+#include "common/stop.h"
 #include "models/routing_window.h"
 #include "report/table.h"
 #include "storage/one_model.h"
@@ -262,6 +263,7 @@ std::vector<Asked> AskAll(const TraceReader& reader, const Predictors& predictor
     const RoutingTrace trace =
         reader.Read(ids[i], hidden ? WithHidden::kYes : WithHidden::kNo);
     for (size_t p = 0; p < predictors.size(); ++p) {
+      ThrowIfStopped("while asking predictors");
       interview.Ask(trace, predictors[p].get(), &asked[p]);
     }
     progress.Update(i + 1);

@@ -15,6 +15,8 @@ namespace routecast {
 namespace {
 
 constexpr size_t kMostPromptTokens = 128;  // as the collector cuts long texts
+// Of a line, which is nobody's to cut: attention takes memory by its square.
+constexpr size_t kMostLineTokens = 2048;
 
 // Whole pieces of `ids`, each ended with eos.
 void AddPieces(const std::vector<int32_t>& ids, size_t wanted, RequestSet* set) {
@@ -35,9 +37,18 @@ void ReadLines(const fs::path& file, const Tokenizer& tokenizer, size_t wanted,
                                "give a text file, or KIND:PATH as for --data"));
   }
   set->name = file.filename().string();
+  size_t number = 0;
   for (std::string line; std::getline(lines, line) && set->prompts.size() < wanted;) {
+    ++number;
     const std::vector<int32_t> ids = tokenizer.Encode(line);
     if (ids.empty()) continue;
+    if (ids.size() >= kMostLineTokens) {
+      throw UsageError(ErrorText(
+          "a prompt is too long: " + file.string() + ", line " + std::to_string(number),
+          std::to_string(ids.size()) + " tokens, at most " +
+              std::to_string(kMostLineTokens - 1),
+          "make several lines of it"));
+    }
     set->prompts.emplace_back(ids.begin(), ids.end());
     set->prompts.back().push_back(Tokenizer::kEos);
   }

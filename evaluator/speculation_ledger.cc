@@ -28,6 +28,7 @@ void SpeculationLedger::Judge(Stack stack, int lead, double probability, bool ca
 
 void SpeculationLedger::Used(Stack stack, int lead, double saved) {
   Entry& entry = Of(stack, lead);
+  ++entry.all.used;
   entry.all.saved += saved;
   entry.used = kFading * entry.used + 1;
   entry.saved = kFading * entry.saved + saved;
@@ -36,6 +37,8 @@ void SpeculationLedger::Used(Stack stack, int lead, double saved) {
 void SpeculationLedger::Unused(Stack stack, int lead, double moved) {
   Entry& entry = Of(stack, lead);
   const double cost = byte_cost_ * moved;
+  ++entry.all.unused;
+  entry.all.moved_in_vain += moved;
   entry.all.cost += cost;
   entry.unused = kFading * entry.unused + 1;
   entry.unused_cost = kFading * entry.unused_cost + cost;

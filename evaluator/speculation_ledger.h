@@ -21,9 +21,10 @@ struct SpeculationAccount {
   int lead = 0;
   double threshold = 0;  // on what the predictor says; above 1: shut
   double trust = 1;
-  uint64_t judged = 0;  // candidates whose visit has come
+  uint64_t judged = 0;            // candidates whose visit has come
+  uint64_t used = 0, unused = 0;  // of what was fetched, once it is known
   // All told, in transfers.
-  double saved = 0, cost = 0;
+  double moved_in_vain = 0, saved = 0, cost = 0;
   bool open() const { return threshold <= 1; }
 };
 

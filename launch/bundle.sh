@@ -9,13 +9,13 @@ usage() {
   cat <<'TEXT'
 Usage: launch/evaluate.sh --bundle --store=STORE [--model=FOLDER] [--out=FOLDER] [FLAGS]
 Runs status, transfer, a replay of STORE and, with --model, generation, each with --compare and
-FLAGS; packs results.json, device_profile.json, status.json, run.json, table.txt and report.html
+FLAGS (--phase for the replay, --prompts and --dtype for generation); packs results.json, device_profile.json, status.json, run.json, table.txt and report.html
 of each into FOLDER/routecast-bundle.tar.gz (default: out/bundle). run.json names the host, the
 flags and the versions: look at it before you send the file on.
 TEXT
 }
 
-out=$root/out/bundle model= store= cache_flag=() flags=()
+out=$root/out/bundle model= store= cache_flag=() flags=() of_replay=() of_generation=()
 for flag in "$@"; do
   case $flag in
     --help) usage; exit 0 ;;
@@ -24,6 +24,8 @@ for flag in "$@"; do
     --store=?*) store=$flag ;;
     --mode=* | --compare*) die 2 "$flag is the bundle's to set" "launch/evaluate.sh --bundle --help" ;;
     --cache=?*) cache_flag=("$flag"); flags+=("$flag") ;;
+    --phase=*) of_replay+=("$flag") ;;
+    --prompts=* | --dtype=*) of_generation+=("$flag") ;;
     --*) flags+=("$flag") ;;
     *) die 2 "$flag is not a flag" "write --name=value" ;;
   esac
@@ -50,9 +52,9 @@ parts=(status transfer replay)
 num_steps=${#parts[@]}
 step status "status" "$evaluate" --mode=status --in="$out/status" --out="$out/status"
 step transfer "the link, as it is" "$evaluate" --mode=transfer "${cache_flag[@]}" --out="$out/transfer"
-step replay "replay at full-size geometry" "$evaluate" --compare "$store" "${flags[@]}" --out="$out/replay"
+step replay "replay at full-size geometry" "$evaluate" --compare "$store" "${flags[@]}" "${of_replay[@]}" --out="$out/replay"
 [ -z "$model" ] ||
-  step generate "generation" "$evaluate" --compare "$model" "$store" "${flags[@]}" --out="$out/generate"
+  step generate "generation" "$evaluate" --compare "$model" "$store" "${flags[@]}" "${of_generation[@]}" --out="$out/generate"
 pack
 printf '\n%s\n' "${times[@]}"
 printf '\nto send back: %s (%s bytes)\n' "$out/routecast-bundle.tar.gz" \

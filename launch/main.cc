@@ -9,10 +9,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #include "common/errors.h"
+#include "common/exit_code.h"
 #include "common/process_memory.h"
 #include "common/stop.h"
 
@@ -72,38 +72,30 @@ int Report(int code, const std::string& text) {
   return code;
 }
 
-// Missing paths and permissions are the caller's to mend; the rest is the machine's.
-int CodeOf(const std::system_error& error) {
-  const std::error_condition c = error.code().default_error_condition();
-  const bool usage = c == std::errc::no_such_file_or_directory ||
-                     c == std::errc::not_a_directory || c == std::errc::is_a_directory ||
-                     c == std::errc::permission_denied || c == std::errc::file_exists;
-  return usage ? kExitUsage : kExitEnvironment;
+// What is said of `error` beside its exit code.
+std::string TextOf(const std::exception& error, int code) {
+  const std::string what = error.what();
+  if (IsOutOfMemory(error)) {
+    // A library's own words go on with a stack.
+    const bool says = dynamic_cast<const std::bad_alloc*>(&error) == nullptr;
+    return ErrorText("out of memory", says ? what.substr(0, what.find('\n')) : "",
+                     "use a smaller batch or budget, shorter texts, or fewer ranks");
+  }
+  if (dynamic_cast<const Json::exception*>(&error))
+    return "a JSON file has unexpected content\n  " + what;
+  return code == kExitDefect ? "internal error: " + what : what;
 }
 
 // Runs `body`; returns the exit code of what it throws.
-int ExitCodeOf(const std::function<void()>& body) {
+int CodeOfRun(const std::function<void()>& body) {
   try {
     body();
     return kExitDone;
-  } catch (const StoppedError& e) {
-    return Report(kExitStopped, e.what());
-  } catch (const UsageError& e) {
-    return TheFirstRankSpeaks() ? kExitUsage : Report(kExitUsage, e.what());
-  } catch (const DataError& e) {
-    return Report(kExitBadData, e.what());
-  } catch (const EnvironmentError& e) {
-    return Report(kExitEnvironment, e.what());
-  } catch (const Json::exception& e) {  // foreign JSON of an unexpected shape
-    return Report(kExitBadData,
-                  std::string("a JSON file has unexpected content\n  ") + e.what());
-  } catch (const std::system_error& e) {
-    return Report(CodeOf(e), e.what());
-  } catch (const std::bad_alloc&) {
-    return Report(kExitEnvironment,
-                  "out of memory\n  use a smaller batch or budget, or fewer ranks");
   } catch (const std::exception& e) {
-    return Report(kExitDefect, std::string("internal error: ") + e.what());
+    const int code = ExitCodeOf(e);
+    if (code == kExitUsage && dynamic_cast<const UsageError*>(&e) && TheFirstRankSpeaks())
+      return code;
+    return Report(code, TextOf(e, code));
   }
 }
 
@@ -155,7 +147,7 @@ int Main(int argc, char** argv, Program program, const std::function<void()>& ru
   ProgramName() = fs::path(argc > 0 ? argv[0] : "routecast").filename().string();
   CommandLine line;
   const std::vector<std::string> args(argv + std::min(argc, 1), argv + argc);
-  int code = ExitCodeOf([&] {
+  int code = CodeOfRun([&] {
     line = ParseCommandLine(args);
     if (!line.help && !line.version) RequireFewArguments(line, program);
   });
@@ -171,7 +163,7 @@ int Main(int argc, char** argv, Program program, const std::function<void()>& ru
   MutableArguments() = line.arguments;
   InstallStopHandlers();
   StartLogging(argv[0]);
-  code = ExitCodeOf(run);
+  code = CodeOfRun(run);
   EndOtherRanks(code);
   return code;
 }

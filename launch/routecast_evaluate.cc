@@ -3,8 +3,9 @@
 #include <gflags/gflags.h>
 
 #include <algorithm>
+#include <functional>
 #include <sstream>
-#include <thread>
+#include <utility>
 
 #include "common/errors.h"
 #include "common/model_folder.h"
@@ -13,9 +14,11 @@
 #include "evaluator/evaluation.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_store.h"
+#include "evaluator/kernel_sweep.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
 #include "evaluator/quality.h"
+#include "evaluator/recorded_run.h"
 #include "evaluator/status.h"
 #include "launch/flags.h"
 #include "launch/main.h"
@@ -161,16 +164,21 @@ EvaluationOptions OptionsFromFlags() {
   return options;
 }
 
-// Prints and, where there is an --out, keeps.
-void Report(const std::string& text, const std::string& file, const Json& json) {
-  std::printf("%s", text.c_str());
-  if (FLAGS_out.empty()) return;
+struct Findings {
+  std::string text;
+  Json json;
+};
+
+// Prints what `work` finds and, where there is an --out, keeps it in `file`.
+void Report(const std::string& file, const std::function<Findings()>& work) {
   const fs::path out = FLAGS_out;
-  MakeFolder(out);
-  RunRecord record(out, "routecast-evaluate", EffectiveFlags());
-  record.WriteStart();
-  WriteFileAtomic(out / file, json.dump(1) + "\n");
-  record.Finish(kExitDone, {{"mode", FLAGS_mode}});
+  if (out.empty()) return (void)std::printf("%s", work().text.c_str());
+  Recorded(out, {file}, EffectiveFlags(), [&]() -> Json {
+    const Findings found = work();
+    std::printf("%s", found.text.c_str());
+    WriteFileAtomic(out / file, found.json.dump(1) + "\n");
+    return {{"mode", FLAGS_mode}};
+  });
 }
 
 TraceReader OpenStore() {
@@ -206,26 +214,28 @@ void Quality() {
                 FLAGS_sequences);
     return;
   }
-  QualityOptions options;
-  options.sequences = FLAGS_sequences;
-  options.tokens = FLAGS_max_new_tokens;
-  options.seed = FLAGS_seed;
-  options.quiet = FLAGS_quiet;
-  Json json = {{"store", FLAGS_store}, {"predictors", Json::array()}};
-  const auto add = [&](const char* key, const std::vector<PredictorQuality>& all) {
-    for (const auto& quality : all) json[key].push_back(quality.ToJson());
-    return QualityTable(all);
-  };
-  std::string table;
-  if (!shift) {
-    table = add("predictors", MeasureQuality(reader, predictors, options));
-  } else {
+  Report("quality.json", [&]() -> Findings {
+    QualityOptions options;
+    options.sequences = FLAGS_sequences;
+    options.tokens = FLAGS_max_new_tokens;
+    options.seed = FLAGS_seed;
+    options.quiet = FLAGS_quiet;
+    Json json = {{"store", FLAGS_store}, {"predictors", Json::array()}};
+    const auto add = [&](const char* key, const std::vector<PredictorQuality>& all) {
+      for (const auto& quality : all) json[key].push_back(quality.ToJson());
+      return QualityTable(all);
+    };
+    if (!shift) {
+      const std::string table =
+          add("predictors", MeasureQuality(reader, predictors, options));
+      return {table, json};
+    }
     const ShiftedQuality shifted = MeasureShift(reader, *shift, predictors, options);
     json["shift_store"] = FLAGS_shift_store;
-    table = add("predictors", shifted.before) + "then " + FLAGS_shift_store + ":\n" +
-            add("predictors_after_shift", shifted.after);
-  }
-  Report(table, "quality.json", json);
+    const std::string before = add("predictors", shifted.before),
+                      after = add("predictors_after_shift", shifted.after);
+    return {before + "then " + FLAGS_shift_store + ":\n" + after, json};
+  });
 }
 
 void Simulate() {
@@ -258,8 +268,10 @@ void Simulate() {
                 profile.name.c_str());
     return;
   }
-  const auto result = SimulatePolicies(reader, predictors, profile, options);
-  Report(PolicyTable(result), "simulation.json", result.ToJson());
+  Report("simulation.json", [&]() -> Findings {
+    const auto result = SimulatePolicies(reader, predictors, profile, options);
+    return {PolicyTable(result), result.ToJson()};
+  });
 }
 
 void Transfer() {
@@ -272,19 +284,61 @@ void Transfer() {
     return;
   }
   const at::Device device = ParseDevice(FLAGS_device, 0);
-  DeviceProfile profile = MeasureDisk(options);
-  if (device.is_cuda()) {
-    DeviceSweepOptions sweep;
-    sweep.quiet = FLAGS_quiet;
-    MeasureDevice(OpenCudaDevice(device.index()).get(), sweep, &profile);
-  }
-  Report(ProfileTable(profile), "device_profile.json", profile.ToJson());
+  Report("device_profile.json", [&]() -> Findings {
+    DeviceProfile profile = MeasureDisk(options);
+    if (device.is_cuda()) {
+      DeviceSweepOptions sweep;
+      sweep.quiet = FLAGS_quiet;
+      MeasureDevice(OpenCudaDevice(device.index()).get(), sweep, &profile);
+    }
+    // What the runtime computes in: fp32 on a CPU, bf16 on a card.
+    constexpr double kSeconds = 0.5;
+    profile.flops_per_second =
+        device.is_cuda() ? MeasureProducts(device, at::kBFloat16, 4096, kSeconds)
+                         : MeasureProducts(device, at::kFloat, 768, kSeconds);
+    return {ProfileTable(profile), profile.ToJson()};
+  });
 }
 
 void Status() {
   const Json machine = MachineStatus();
   const auto artefacts = FindArtefacts(FLAGS_in);
-  Report(StatusText(machine, artefacts), "status.json", StatusJson(machine, artefacts));
+  Report("status.json", [&]() -> Findings {
+    return {StatusText(machine, artefacts), StatusJson(machine, artefacts)};
+  });
+}
+
+// A flag that another mode heeds would do nothing here. What names inputs, --device and
+// --cache may be handed to all: scripts do.
+void RefuseUnheeded() {
+  static const std::vector<std::pair<std::string, std::vector<std::string>>> kHeeded = {
+      {"generate", {"prompts",       "policy",   "eviction",       "expert_budget",
+                    "kv_in_budget",  "tier",     "copies",         "warm_start",
+                    "profile",       "phase",    "link",           "guess_next_token",
+                    "batch",         "schedule", "max_new_tokens", "rounds",
+                    "warmup_rounds", "compare",  "baselines",      "timeline",
+                    "report_with",   "dtype"}},
+      {"quality", {"sequences", "shift_store", "max_new_tokens", "baselines"}},
+      {"simulate",
+       {"policy", "eviction", "expert_budget", "warm_start", "profile", "sequences",
+        "question_us", "phase", "max_new_tokens", "baselines"}},
+      {"transfer", {}},
+      {"status", {"in"}}};
+  const auto heeds = [](const std::vector<std::string>& flags, const std::string& flag) {
+    return std::find(flags.begin(), flags.end(), flag) != flags.end();
+  };
+  const auto here = std::find_if(kHeeded.begin(), kHeeded.end(), [](const auto& mode) {
+    return mode.first == FLAGS_mode;
+  });
+  for (const auto& [mode, flags] : kHeeded) {
+    for (const std::string& flag : flags) {
+      if (heeds(here->second, flag) ||
+          gflags::GetCommandLineFlagInfoOrDie(flag.c_str()).is_default)
+        continue;
+      throw UsageError(ErrorText("--" + flag + " is of --mode=" + mode,
+                                 "--mode=" + FLAGS_mode, "leave one of them out"));
+    }
+  }
 }
 
 void Generate() {
@@ -297,13 +351,10 @@ void Run() {
   constexpr void (*kModes[])() = {Generate, Quality, Simulate, Transfer, Status};
   const int mode = ParseChoice("--mode", FLAGS_mode,
                                {"generate", "quality", "simulate", "transfer", "status"});
-  if (!FLAGS_shift_store.empty() && FLAGS_mode != "quality") {
-    throw UsageError(ErrorText("--shift_store is of --mode=quality",
-                               "--mode=" + FLAGS_mode, "leave one of them out"));
-  }
-  // One core is left to the threads that bring experts.
-  const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  at::set_num_threads(FLAGS_threads > 0 ? FLAGS_threads : std::max(1, cores - 1));
+  RefuseUnheeded();
+  // Where nothing is said, one core is left to the threads that bring experts.
+  const int threads = ThreadsPerRank(1);
+  at::set_num_threads(FLAGS_threads > 0 ? threads : std::max(1, threads - 1));
   kModes[mode]();
 }
 

@@ -5,7 +5,7 @@
 # The running step. TERM and INT reach it, and it saves before it ends.
 child=
 stop() { [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
-trap stop TERM INT
+trap stop TERM INT HUP
 
 step_number=0
 chain=
@@ -32,9 +32,9 @@ step() {
     return
   fi
   printf '\n[%d/%d] %s\n' "$step_number" "$num_steps" "$what"
-  # tee -i: an interrupt ends the step, not its log.
+  # A signal to the whole group (Ctrl-C, timeout, a batch system) ends the step, not its log.
   local log_pid
-  exec 3> >(exec tee -i "$steps_folder/log/$name.log")
+  exec 3> >(trap '' INT TERM HUP; exec tee "$steps_folder/log/$name.log")
   log_pid=$!
   "$@" >&3 2>&1 3>&- &
   child=$!

@@ -19,21 +19,24 @@ bool IsReplay(const std::vector<Json>& rows) {
 std::string Mebibytes(double bytes) { return Fixed(bytes / (1 << 20), 1); }
 
 Table RowTable(const RowGroup& group) {
-  Table table({"<row", "tokens/s", "speed-up", "p50 ms", "p95 ms", "hit rate %",
-               "useful MiB", "late MiB", "wasted MiB", "stall s", "Tc s", "Tx s", "bound",
-               "<output"});
+  Table table({"<row", "tokens/s", "speed-up", "p50 ms", "p95 ms", "p99 ms", "hit rate %",
+               "useful MiB", "late MiB", "wasted MiB", "stall s", "asking s", "aside s",
+               "Tc s", "Tx s", "bound", "<output"});
   for (const Json& row : group.rows) {
     const std::string hash = TextOf(row, "output_sha256");
-    table.AddRow(
-        {Labelled(row), Fixed(NumberOf(row, "tokens_per_second"), 1),
-         Fixed(NumberOf(row, "speed_up"), 2), Fixed(NumberOf(row, "p50_ms"), 2),
-         Fixed(NumberOf(row, "p95_ms"), 2), Fixed(NumberOf(row, "hit_rate") * 100, 1),
-         Mebibytes(NumberOf(row, "bytes_useful")), Mebibytes(NumberOf(row, "bytes_late")),
-         Mebibytes(NumberOf(row, "bytes_wasted")),
-         Fixed(NumberOf(row, "stall_seconds"), 2),
-         Fixed(NumberOf(row, "compute_seconds"), 2),
-         Fixed(NumberOf(row, "transfer_seconds"), 2), Fixed(NumberOf(row, "bound"), 2),
-         hash.substr(0, 8)});
+    table.AddRow({Labelled(row), Fixed(NumberOf(row, "tokens_per_second"), 1),
+                  Fixed(NumberOf(row, "speed_up"), 2), Fixed(NumberOf(row, "p50_ms"), 2),
+                  Fixed(NumberOf(row, "p95_ms"), 2), Fixed(NumberOf(row, "p99_ms"), 2),
+                  Fixed(NumberOf(row, "hit_rate") * 100, 1),
+                  Mebibytes(NumberOf(row, "bytes_useful")),
+                  Mebibytes(NumberOf(row, "bytes_late")),
+                  Mebibytes(NumberOf(row, "bytes_wasted")),
+                  Fixed(NumberOf(row, "stall_seconds"), 2),
+                  Fixed(NumberOf(row, "predictor_seconds"), 2),
+                  Fixed(NumberOf(row, "predictor_aside_seconds"), 2),
+                  Fixed(NumberOf(row, "compute_seconds"), 2),
+                  Fixed(NumberOf(row, "transfer_seconds"), 2),
+                  Fixed(NumberOf(row, "bound"), 2), hash.substr(0, 8)});
   }
   return table;
 }
@@ -53,6 +56,50 @@ Table LossyTable(const RowGroup& group) {
          Fixed(100 * NumberOf(row, "perplexity_change"), 2)});
   }
   return table;
+}
+
+// A line a row and lead at which anything was foretold.
+Table LeadTable(const std::vector<RowGroup>& groups) {
+  Table table({"<row", "<of", "lead", "threshold", "foretold", "trust", "fetched", "used",
+               "used %", "wasted MiB", "stall saved s"});
+  for (const RowGroup& group : groups) {
+    for (const Json& row : group.rows) {
+      if (TextOf(row, "predictor") == "oracle") continue;  // right at every lead
+      for (const Json& lead : EntriesWith(row.value("speculation", Json()), "lead")) {
+        const double used = NumberOf(lead, "used"),
+                     fetched = used + NumberOf(lead, "unused"),
+                     threshold = NumberOf(lead, "threshold");
+        const bool shut = std::isfinite(threshold) && !FlagOf(lead, "open");
+        table.AddRow(
+            {Labelled(row), group.name, ShortNumber(NumberOf(lead, "lead")),
+             shut ? "shut" : Fixed(threshold, 2), ShortNumber(NumberOf(lead, "judged")),
+             Fixed(NumberOf(lead, "trust"), 2), ShortNumber(fetched), ShortNumber(used),
+             Fixed(fetched > 0 ? 100 * used / fetched : NAN, 1),
+             Mebibytes(NumberOf(lead, "wasted_bytes")),
+             Fixed(NumberOf(lead, "saved_seconds"), 2)});
+      }
+    }
+  }
+  return table;
+}
+
+void AddLeads(const std::vector<RowGroup>& groups, HtmlReport* page) {
+  constexpr size_t kMostLines = 24;  // that are shown unfolded
+  const Table table = LeadTable(groups);
+  if (table.num_rows() == 0) return;
+  const char* const caption =
+      "What speculation was worth by lead (MoE layers between a prediction and its "
+      "visit), warm-up rounds included";
+  if (table.num_rows() > kMostLines) {
+    page->Details(caption, table);
+  } else {
+    page->AddTable(table, caption);
+  }
+  page->Paragraph(
+      "An expert is fetched where its predicted probability reaches the threshold, which "
+      "follows from what fetching at that lead saved and cost; trust is how many of the "
+      "foretold came, over the sum of their probabilities. Shut: nothing is fetched on "
+      "that lead's word until it gets right more often.");
 }
 
 bool SameOutput(const RowGroup& group) {
@@ -106,7 +153,10 @@ void AddRows(const RunFolder& f, HtmlReport* page) {
       page->AddTable(lossy,
                      group.name + ": what compressed experts change in the output");
   }
+  AddLeads(GroupsOf(f), page);
   page->Paragraph(
+      "Asking is what questions to the predictor took of the forward pass, aside what "
+      "answers took on a thread of their own. "
       "Tc is compute time, Tx transfer time when nothing is cached ahead; the bound "
       "(Tc+Tx)/max(Tc,Tx) is what perfect overlap could give over none.");
 }
@@ -118,8 +168,9 @@ void SummariseRows(const RunFolder& f,
     const Json* best = nullptr;
     for (const Json& row : group.rows) {
       const std::string predictor = TextOf(row, "predictor");
-      const bool counts =
-          !predictor.empty() && predictor != "none" && predictor != "oracle";
+      // What fetched nothing ahead, or was off, differs from on-demand LRU by chance.
+      const bool counts = !predictor.empty() && predictor != "none" &&
+                          predictor != "oracle" && NumberOf(row, "prefetch_recall") != 0;
       if (counts && !IsLossy(row) &&
           (best == nullptr || NumberOf(row, "speed_up") > NumberOf(*best, "speed_up"))) {
         best = &row;

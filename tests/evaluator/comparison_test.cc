@@ -142,6 +142,7 @@ TEST_F(ComparisonTest, RowsOfAutoSayWhatEachLeadIsWorth) {
   const ComparisonResult result = Compare({&predictor});
   const Json json = result.ToJson();
   bool any = false;
+  int fetched = 0;
   for (const Json& row : json["rows"]) {
     const bool speculates = row["policy"] == "auto";
     EXPECT_TRUE(speculates || !row.contains("speculation")) << row["policy"];
@@ -151,9 +152,15 @@ TEST_F(ComparisonTest, RowsOfAutoSayWhatEachLeadIsWorth) {
       EXPECT_GE(lead["lead"].get<int>(), 1);
       EXPECT_GT(lead["judged"].get<int>(), 0);
       EXPECT_EQ(lead["open"].get<bool>(), lead["threshold"].get<double>() <= 1);
+      const auto used = lead["used"].get<int>(), unused = lead["unused"].get<int>();
+      fetched += used + unused;
+      EXPECT_EQ(lead["saved_seconds"].get<double>() > 0, lead["saved"].get<double>() > 0);
+      EXPECT_LE(lead["saved"].get<double>(), used);
+      EXPECT_LE(lead["wasted_bytes"].get<int64_t>(), unused * 16384);  // an expert's
     }
   }
   EXPECT_TRUE(any);
+  EXPECT_GT(fetched, 0);
   EXPECT_EQ(result.ToCsv().find("speculation"), std::string::npos);
 }
 
@@ -319,6 +326,16 @@ TEST_F(ComparisonTest, CompressedCopiesMoveFewerBytes) {
   const int64_t blob = 2 * 32 * 64 * 4, copy = 2 * 32 * 64 + 4 * (32 + 64);
   ASSERT_GT(whole, 0);
   EXPECT_EQ(whole / blob * copy, compressed);
+  // So does Belady's policy; and what is on its way is in the budget.
+  for (const RowResult& row : result.rows) {
+    const bool lossy = row.copies != "lossless";
+    if (row.policy == "resident") continue;
+    EXPECT_EQ(row.bytes_belady % (lossy ? copy : blob), 0) << row.copies;
+    EXPECT_LE(row.bytes_belady, lossy ? compressed : whole);
+    EXPECT_LE(row.budget_bytes, options_.budget_bytes);
+    EXPECT_LE(row.held_bytes_peak, row.budget_bytes);
+    EXPECT_GE(row.held_bytes_peak, (lossy ? 4 * 8192u : 0u) + 16384u);
+  }
 }
 
 // A slower device's memory bounds every step from below, in all rows, and no bit changes.
@@ -392,6 +409,7 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "compute_seconds",
                                              "transfer_seconds",
                                              "predictor_seconds",
+                                             "predictor_aside_seconds",
                                              "predictor_share",
                                              "link_share",
                                              "compute_share",
@@ -445,6 +463,26 @@ TEST_F(ComparisonTest, TooSmallABudgetNamesTheLeastThatWorks) {
     EXPECT_NE(std::string(e.what()).find("--expert_budget=32768"), std::string::npos)
         << e.what();
   }
+}
+
+TEST_F(ComparisonTest, CopiesOnTheirWayNeedRoomAsWell) {
+  options_.budget_bytes = 2 * 16384;  // two slots, and no room for what fills them
+  copies_ = CopyKind::kInt8;
+  try {
+    Compare({});
+    FAIL();
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("--expert_budget=65536"), std::string::npos)
+        << e.what();
+  }
+}
+
+TEST(BudgetTest, SaysWhatItHolds) {
+  ExpertFileSpec spec;
+  spec.geometry = {1, 1, 4, 1, 32};
+  spec.d_ff = 64;
+  EXPECT_EQ(BudgetText(3, 8, spec), "this budget holds 3 of 8 experts, 48.00 KiB");
+  EXPECT_EQ(BudgetText(30, 8, spec), "this budget holds 8 of 8 experts, 128.00 KiB");
 }
 
 TEST(BudgetTest, ReadsSharesAndSizes) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "evaluator/kernel_sweep.h"
 #include "tests/evaluator/fake_device.h"
 
 namespace routecast {
@@ -25,6 +26,7 @@ TEST(DeviceSweepTest, TheLinkIsWhatTheDeviceDoes) {
   EXPECT_NEAR(profile.link_fixed_seconds, 5e-6, 0.5e-6);
   EXPECT_EQ(profile.name, "fake device");
   EXPECT_NEAR(profile.memory_bytes_per_second, 400e9, 20e9);
+  EXPECT_EQ(profile.memory_bytes, log->free_bytes) << "what bounds an emulated row";
   EXPECT_GE(profile.bytes_at_90_percent, 1u << 20);
   int pinned = 0, pageable = 0, beside = 0, both_ways = 0;
   for (const TransferPoint& p : profile.sweep) {
@@ -65,7 +67,15 @@ TEST(DeviceSweepTest, TheProfileKeepsItsPointsInJson) {
   EXPECT_TRUE(json["sweep"][1]["to_device"].get<bool>());
   const DeviceProfile read = DeviceProfile::FromJson(json, "test");
   EXPECT_DOUBLE_EQ(read.link_bytes_per_second, profile.link_bytes_per_second);
+  EXPECT_EQ(read.memory_bytes, profile.memory_bytes);
+  EXPECT_NE(ProfileTable(profile).find("16.00 GiB free"), std::string::npos);
   EXPECT_NE(ProfileTable(profile).find("pinned"), std::string::npos);
+}
+
+TEST(KernelSweepTest, ProductsTakeTheirTime) {
+  const double rate = MeasureProducts(at::kCPU, at::kFloat, 64, 0.01);
+  EXPECT_GT(rate, 1e6);
+  EXPECT_LT(rate, 1e14) << "no CPU does that: the time was not taken";
 }
 
 TEST(DeviceSweepTest, ACopyThatNeverCompletesIsNamed) {

@@ -6,12 +6,15 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
+#include <functional>
 #include <map>
 #include <set>
 
 #include "common/errors.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/predictor_set.h"
+#include "evaluator/recorded_run.h"
 #include "gtest/gtest.h"
 #include "storage/trace_reader.h"
 #include "tests/evaluator/synthetic_store.h"
@@ -273,6 +276,21 @@ TEST_F(EvaluationTest, OptionsThatDoNotFitTogetherAreUsage) {
   options.schedules = {"by_route"};  // routes are foretold from a store's counts
   EXPECT_THROW(ValidateEvaluation(options), UsageError);
   options = Options();
+  options.prompts = {"x"};  // a replay reads none
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options = Options();
+  options.compare = false;
+  options.baselines = "simple";
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options = Options();
+  options.report_with = {"elsewhere"};  // there is no --out
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options = Options();
+  options.model = folder_ / "model";
+  ValidateEvaluation(options);
+  options.phase = "both";  // generation always runs both
+  EXPECT_THROW(ValidateEvaluation(options), UsageError);
+  options = Options();
   options.budgets = {"25%", "a third"};
   EXPECT_THROW(ValidateEvaluation(options), UsageError);
   options.budgets = {"25%", "50%"};
@@ -393,6 +411,83 @@ TEST_F(EvaluationTest, AWarmStartThatCannotBeCountedIsUsage) {
       EXPECT_LE(std::count(words.begin(), words.end(), '\n'), 2) << words;
     }
   }
+}
+
+TEST_F(EvaluationTest, ATooSmallBudgetIsRefusedBeforeAnythingIsWritten) {
+  EvaluationOptions options = Options();
+  options.model = folder_ / "model";
+  options.cache = folder_ / "untouched";
+  options.budgets = {"50%", "1KiB"};
+  for (const bool dry : {true, false}) {
+    options.dry_run = dry;
+    EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
+    EXPECT_FALSE(fs::exists(options.cache));
+  }
+  options.budgets = {"50%"};
+  options.dry_run = true;
+  testing::internal::CaptureStdout();
+  Evaluate(options, Json::object());
+  const std::string plan = testing::internal::GetCapturedStdout();
+  const std::string all = std::to_string(SmallConfig().geometry().num_keys());
+  EXPECT_NE(plan.find("this budget holds "), plan.npos) << plan;
+  EXPECT_NE(plan.find(" of " + all + " experts"), plan.npos) << plan;
+}
+
+// run.json says how a run ended, and no results of an earlier run stand beside it.
+TEST_F(EvaluationTest, AFailedRunSaysHowItEnded) {
+  EvaluationOptions options = Options();
+  options.compare = false;
+  options.cache = folder_ / "damaged-cache";
+  options.out = folder_ / "failed";
+  Evaluate(options, Json::object());
+  ASSERT_TRUE(fs::exists(options.out / "results.json"));
+  for (const auto& entry : fs::directory_iterator(options.cache)) {
+    std::fstream file(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
+    for (int page = 1; page < 10; ++page) file.seekp(4096 * page + 100).put('\x5a');
+  }
+  try {
+    Evaluate(options, Json::object());
+    ADD_FAILURE() << "a damaged expert was taken";
+  } catch (const EnvironmentError& e) {
+    const std::string words = e.what();
+    EXPECT_LE(std::count(words.begin(), words.end(), '\n'), 2) << words;
+    EXPECT_NE(words.find("checksum differs"), words.npos) << words;
+    EXPECT_NE(words.find("remove the expert file"), words.npos) << words;
+  }
+  const Json run = ReadJsonFile(options.out / "run.json");
+  EXPECT_EQ(run["exit_status"], kExitEnvironment);
+  EXPECT_FALSE(run["end"].is_null());
+  for (const char* file : {"results.json", "rows.csv", "table.txt", "report.html"})
+    EXPECT_FALSE(fs::exists(options.out / file)) << file;
+}
+
+TEST(RecordedTest, EveryEndHasItsCode) {
+  const fs::path out =
+      fs::temp_directory_path() / ("recorded_test." + std::to_string(::getpid()));
+  const auto status = [&] { return ReadJsonFile(out / "run.json")["exit_status"]; };
+  const auto ends = [&](int code, const std::function<Json()>& work) {
+    WriteFileAtomic(out / "old.json", "{}");
+    const auto watched = [&]() -> Json {
+      EXPECT_TRUE(status().is_null()) << "it runs";
+      EXPECT_FALSE(fs::exists(out / "old.json"));
+      return work();
+    };
+    try {
+      Recorded(out, {"old.json"}, Json::object(), watched);
+    } catch (const std::exception&) {
+    }
+    EXPECT_EQ(status(), code);
+  };
+  fs::create_directories(out);
+  ends(kExitDone, [] { return Json{{"figure", 1}}; });
+  EXPECT_EQ(ReadJsonFile(out / "run.json")["results"]["figure"], 1);
+  ends(kExitStopped, []() -> Json { throw StoppedError("stopped"); });
+  ends(kExitUsage, []() -> Json { throw UsageError("usage"); });
+  ends(kExitBadData, []() -> Json { throw DataError("data"); });
+  ends(kExitEnvironment, []() -> Json { throw EnvironmentError("disk"); });
+  ends(kExitEnvironment, []() -> Json { throw std::bad_alloc(); });
+  ends(kExitDefect, []() -> Json { throw std::logic_error("defect"); });
+  fs::remove_all(out);
 }
 
 TEST_F(EvaluationTest, AnUnknownPredictorIsUsage) {

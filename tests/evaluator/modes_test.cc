@@ -175,6 +175,35 @@ TEST_F(ModesTest, SimulatedLruHitsAreThoseOfTheCache) {
   }
 }
 
+// What is least, beside the policies: its misses are those that every row is held
+// against.
+TEST_F(ModesTest, BeladyHasARowOnDemandInASimulation) {
+  PolicySimulationOptions options;
+  options.warmup_sequences = 0;
+  options.evictions = {"lru", "belady"};
+  const auto result =
+      SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
+  ASSERT_EQ(result.rows.size(), 2u + 1 + 1);  // on demand twice, markov, the oracle
+  EXPECT_EQ(result.rows[1].eviction, "belady");
+  const MoeGeometry g = reader_->config().geometry;
+  std::vector<SimulatedVisit> visits;
+  for (const SequenceInfo& info : reader_->sequences()) {
+    if (SplitOf(info.group_id) != SplitPart::kTest) continue;
+    AppendVisits(reader_->Read(info.sequence_id, WithHidden::kNo), g, 16, {}, nullptr,
+                 &visits);
+  }
+  std::vector<OracleForesight::Visit> plain;
+  double uses = 0;
+  for (const SimulatedVisit& v : visits) {
+    plain.push_back({v.layer, v.experts});
+    uses += static_cast<double>(v.experts.size());
+  }
+  const MissCount misses = CountMisses(g, result.slots, Eviction::kBelady, plain, 0);
+  EXPECT_NEAR(result.rows[1].hit_rate, 1 - static_cast<double>(misses.misses[1]) / uses,
+              1e-9);
+  EXPECT_GT(result.rows[1].hit_rate, result.rows[0].hit_rate);
+}
+
 TEST_F(ModesTest, ASimulationMayBeginWarmAndSaysWhatThatTakes) {
   PolicySimulationOptions options;
   options.warmup_sequences = 0;

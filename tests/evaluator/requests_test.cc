@@ -131,6 +131,22 @@ TEST_F(PromptSourcesTest, AFileGivesAPromptALine) {
   EXPECT_EQ(set.size(), 2u);
 }
 
+TEST_F(PromptSourcesTest, ALineThatIsTooLongIsNamed) {
+  const fs::path file = TestFolder("requests_test") / "long.txt";
+  std::string line;
+  for (int i = 0; i < 5000; ++i) line += "word ";
+  WriteFileAtomic(file, "one prompt\n\n" + line + "\n");
+  EXPECT_EQ(ReadPrompts(file.string(), ShippedTokenizer(), 1, true).size(), 1u)
+      << "what is not asked for is not read";
+  try {
+    ReadPrompts(file.string(), ShippedTokenizer(), 2, true);
+    FAIL() << "was taken";
+  } catch (const UsageError& e) {
+    EXPECT_THAT(e.what(), testing::HasSubstr("line 3"));
+    EXPECT_THAT(e.what(), testing::HasSubstr("at most 2047"));
+  }
+}
+
 TEST_F(PromptSourcesTest, WhatIsNotThereIsUsage) {
   EXPECT_THROW(ReadPrompts("/nowhere.txt", ShippedTokenizer(), 1, true), UsageError);
   EXPECT_THROW(ReadPrompts("wikitext:/nowhere", ShippedTokenizer(), 1, true), UsageError);

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <new>
+#include <stdexcept>
 
 #include "common/errors.h"
 #include "common/stop.h"
@@ -22,6 +23,16 @@ void Throw(const std::string& what) {
   if (what == "stopped") throw StoppedError(text);
   if (what == "defect") throw std::logic_error(text);
   if (what == "memory") throw std::bad_alloc();
+  if (what == "device-memory") {
+    throw std::runtime_error(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 1.00 GiB free.\n"
+        "frame #0: c10::cuda::malloc");
+  }
+  if (what == "library-memory") {
+    throw std::runtime_error(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+        "allocate memory: you tried to allocate 115201920008 bytes.\nframe #0: c10");
+  }
   if (what == "json") Json::parse("{}").at("absent");
   if (what == "missing") fs::copy_file("/nonexistent/file", "/nonexistent/copy");
   if (what == "check") CHECK_EQ(1, 2) << "a defect";

@@ -17,6 +17,14 @@ check data 3 "$(code_of data)"
 check foreign-json 3 "$(code_of json)"
 check environment 4 "$(code_of environment)"
 check memory 4 "$(code_of memory)"
+for memory in device-memory library-memory; do
+  check $memory 4 "$(code_of $memory)"
+  error=$("$probe" $memory 2>&1 >/dev/null)
+  check $memory-lines "main_probe: out of memory" "$(head -1 <<<"$error")"
+  check $memory-lines 3 "$(wc -l <<<"$error")"
+  case $error in *allocate*smaller*) ;; *) check $memory-says "how much, and what to do" "$error" ;; esac
+  case $error in *frame*) check $memory-says "no stack" "$error" ;; esac
+done
 check stopped 75 "$(code_of stopped)"
 check two-signals 75 "$(code_of signal)"
 check unknown-flag 2 "$(code_of --thread=2)"

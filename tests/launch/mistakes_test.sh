@@ -120,6 +120,12 @@ wrong 2 "--prompts|nowhere" evaluate --model="$model" --prompts=nowhere --cache=
 wrong 2 "--store" evaluate --model="$model" --mode=simulate --cache=cache
 wrong 2 "--mode" evaluate --model="$model" --mode=replya --cache=cache
 wrong 2 "nowhere" "${evaluate[@]}" --predictor=nowhere/run
+wrong 2 "--mode=simulate" "${evaluate[@]}" --question_us=7
+wrong 2 "--mode=quality" "${evaluate[@]}" --sequences=3
+wrong 2 "--batch is of --mode=generate" evaluate --mode=simulate --store=store --batch=4
+wrong 2 "--policy is of" evaluate --mode=quality --store=store --policy=top_k
+wrong 2 "--expert_budget" evaluate --mode=transfer --expert_budget=25% --cache=cache
+wrong 2 "--threads" "${evaluate[@]}" --threads=-3
 
 wrong 2 "--preset" pretrain --data=text:text.txt --out=made --preset=demmo
 wrong 2 "--steps" pretrain --data=text:text.txt --out=made --steps=-1

@@ -15,6 +15,11 @@ for program in collect train evaluate; do
 #!/usr/bin/env bash
 echo "$program \$*" >>"$folder/calls"
 if [ -e "$folder/stop-$program" ]; then exit "\$(cat "$folder/stop-$program")"; fi
+if [ -e "$folder/slow-$program" ]; then
+  trap 'echo it saves; sleep .3; echo saved; exit 75' TERM USR1
+  touch "$folder/started"
+  while :; do sleep .05; done
+fi
 for flag in "\$@"; do
   case \$flag in --out=*) mkdir -p "\${flag#--out=}"; echo "{}" >"\${flag#--out=}/results.json" ;; esac
 done
@@ -105,6 +110,24 @@ check "what is packed" "generate/results.json replay/results.json status/results
 calls >/dev/null
 "$evaluate" --bundle --store=s --rounds=2 --cache=c --out="$bundle" >/dev/null 2>&1
 check "nothing is done twice" "" "$(calls)"
+"$evaluate" --bundle --store=s --model=m --prompts=p --phase=both --out="$folder/parts" >/dev/null 2>&1
+cat >"$folder/expected" <<CALLS
+evaluate --compare --store=s --phase=both --out=$folder/parts/replay
+evaluate --compare --model=m --store=s --prompts=p --out=$folder/parts/generate
+CALLS
+grep -- --compare "$folder/calls" | diff "$folder/expected" - || fail "each part has its own flags"
+calls >/dev/null
+# A signal to all processes at once, as timeout and batch systems send it.
+touch "$folder/slow-evaluate"
+setsid "$evaluate" --bundle --store=s --out="$folder/slow" >"$folder/log" 2>&1 &
+group=$!
+for _ in $(seq 200); do [ -e "$folder/started" ] && break; sleep .05; done
+kill -TERM -- -$group
+wait $group
+check "a signal to the whole group" 75 $?
+grep -q '^saved$' "$folder/slow/log/status.log" || fail "the log ends before the step: $(cat "$folder/log")"
+rm "$folder/slow-evaluate"
+calls >/dev/null
 for flags in "--rounds=2" "--store=s --mode=status" "--store=s store"; do
   # shellcheck disable=SC2086
   "$evaluate" --bundle $flags --out="$folder/none" >/dev/null 2>"$folder/errors"

@@ -105,6 +105,16 @@ TEST(EvaluationReport, NamesRowsAndSpeedUpOfTheBestLearnedRowOnly) {
   EXPECT_FALSE(Has(page, "oracle over"));
 }
 
+// A row that prefetched nothing is on-demand LRU's twin: what it is ahead by is noise.
+TEST(EvaluationReport, ARowThatFetchedNothingAheadIsNotTheBest) {
+  RunFolder f = Evaluation();
+  f.results["rows"].push_back(Row("auto", "frequency", "lru", 190));
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "frequency over on-demand LRU"));
+  f.results["rows"].back()["prefetch_recall"] = 0.0;
+  f.results["rows"][2]["prefetch_recall"] = 0.4;
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "hidden over on-demand LRU"));
+}
+
 // A baseline that speaks of one layer only must not be compared by its own mean.
 TEST(EvaluationReport, ComparesWithTheBestBaselineOfEachLayer) {
   RunFolder f = Training("hidden", 0.9);  // lead 1: markov .2, token_table .4 everywhere
@@ -124,6 +134,30 @@ TEST(EvaluationReport, ShowsWhatRandomRoutingCosts) {
   EXPECT_TRUE(Has(page, "0.448"));
   f.pretrain = {{"test", "all"}};
   EXPECT_FALSE(Has(EvaluationReportHtml({f}), "random routing"));
+}
+
+Json Lead(int lead, double threshold, int used, int unused) {
+  return {{"lead", lead},     {"open", threshold <= 1},  {"threshold", threshold},
+          {"trust", 0.9},     {"judged", 321},           {"used", used},
+          {"unused", unused}, {"wasted_bytes", 3 << 20}, {"saved_seconds", 1.25}};
+}
+
+TEST(EvaluationReport, SaysWhatEachLeadWasWorth) {
+  RunFolder f = Evaluation();
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), "by lead"));
+  f.results["rows"][3]["speculation"] = {Lead(1, 0.25, 70, 1)};  // the oracle's
+  EXPECT_FALSE(Has(EvaluationReportHtml({f}), "by lead"));
+  f.results["rows"][2]["speculation"] = {Lead(1, 0.25, 30, 10), Lead(4, 1.5, 0, 0)};
+  const std::string page = EvaluationReportHtml({f});
+  EXPECT_TRUE(Has(page, "What speculation was worth by lead"));
+  for (const char* cell :
+       {">0.25<", ">321<", ">40<", ">75.0<", ">3.0<", ">1.25<", ">shut<"})
+    EXPECT_TRUE(Has(page, cell)) << cell;
+  EXPECT_FALSE(Has(page, ">1.50<")) << "a threshold above 1 is shut";
+  EXPECT_FALSE(Has(page, "<details><summary>What speculation")) << "two lines are shown";
+  for (int i = 0; i < 30; ++i)
+    f.results["rows"][2]["speculation"].push_back(Lead(1, 0.25, 1, 1));
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "<summary>What speculation was worth"));
 }
 
 TEST(EvaluationReport, SaysWhereOutputsDiffer) {
