@@ -36,7 +36,8 @@ DEFINE_int32(checkpoint_every, 0, "Steps between checkpoints; 0 = the preset's")
 DEFINE_int32(stop_after, 0,
              "Save, end with 75 after this step of the run; 0 = run to the end");
 DEFINE_string(resume, "auto",
-              "auto: go on with an unfinished run in --out; never: start anew");
+              "auto: go on with an unfinished run in --out; last_good: the same, without "
+              "checkpoints that are damaged; never: start anew");
 
 namespace routecast {
 namespace {
@@ -82,9 +83,9 @@ PretrainJob Validate() {
   }
   job.out = FLAGS_out;
   job.save_dtype = ParseDtype("--dtype", FLAGS_dtype);
-  job.resume = ParseChoice("--resume", FLAGS_resume, {"auto", "never"}) == 0
-                   ? Resume::kAuto
-                   : Resume::kNever;
+  constexpr Resume kResumes[] = {Resume::kAuto, Resume::kLastGood, Resume::kNever};
+  job.resume =
+      kResumes[ParseChoice("--resume", FLAGS_resume, {"auto", "last_good", "never"})];
   job.quiet = FLAGS_quiet;
   return job;
 }

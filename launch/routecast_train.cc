@@ -34,8 +34,9 @@ DEFINE_string(out, "", "Folder of the new speculation model");
 DEFINE_string(cache, "1GiB", "Memory for records on this host, shared by its ranks");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
 DEFINE_string(resume, "auto",
-              "auto: go on with an unfinished run in --out; never: start anew; or the "
-              "folder of an unfinished run");
+              "auto: go on with an unfinished run in --out; last_good: the same, without "
+              "checkpoints that are damaged; never: start anew; or the folder of an "
+              "unfinished run");
 DEFINE_int32(keep_checkpoints, 2,
              "Newest checkpoints that stay while it trains, 1 or more; the best "
              "parameters lie beside them");
@@ -283,7 +284,8 @@ void Run(int argc, char** argv) {
       return;
     }
     if (space) {
-      const Json search = Search({*space, job}, &dataset, routers, comm.get());
+      const Json search =
+          Search({*space, job, GivenOptions()}, &dataset, routers, comm.get());
       if (!record) return;
       record->Finish(kExitDone, {{"best", search["trials"][0]}});
       std::printf("%s%s\n", SearchText(search).c_str(), (job.out / "best.flags").c_str());

@@ -158,4 +158,19 @@ SpeculationOptions OptionsOfFlags() {
   return o;
 }
 
+std::map<std::string, std::string> GivenOptions() {
+  std::vector<gflags::CommandLineFlagInfo> all;
+  gflags::GetAllFlags(&all);
+  const auto here = gflags::GetCommandLineFlagInfoOrDie("kind").filename;
+  std::map<std::string, std::string> given;
+  for (const auto& flag : all) {
+    const bool ours = flag.filename == here || flag.name == "seed";
+    const bool said = flag.name == "kind" || flag.name == "steps";
+    if (ours && !said && flag.current_value != flag.default_value) {
+      given[flag.name] = flag.current_value;
+    }
+  }
+  return given;
+}
+
 }  // namespace routecast

@@ -32,21 +32,26 @@ std::vector<std::string> NamesOf(const LeaderboardJob& job, TraceDataset* datase
   return kinds;
 }
 
-Json ReadResults(const fs::path& folder, const Json& split) {
+Json ReadResults(const fs::path& folder, const TraceDataset& dataset) {
   if (!fs::exists(folder / "results.json")) {
     throw UsageError(ErrorText(folder.string() + " holds no finished run",
                                "results.json is not there",
                                "name a kind, or the --out of routecast-train"));
   }
   Json results = ReadJsonFile(folder / "results.json");
-  if (!results.contains("split") || results["split"] != split) {
-    throw UsageError(ErrorText(folder.string() + " was trained on another store",
-                               "its documents are split otherwise",
+  const auto refuse = [&](const char* why) {
+    throw UsageError(ErrorText(folder.string() + " was trained on another store", why,
                                "train it on this store, or leave it out"));
+  };
+  if (!results.contains("split") || results["split"] != dataset.SplitJson()) {
+    refuse("its documents are split otherwise");
   }
   if (!fs::exists(folder / "config.json")) return results;
   const Json config = ReadJsonFile(folder / "config.json");
   const Json extra = config.value("extra", Json::object());
+  if (extra.contains("traces") && extra["traces"] != dataset.fingerprint()) {
+    refuse("its documents are split alike, but its traces are others");
+  }
   for (const char* key : {"training_seconds", "time_limit"}) {
     if (extra.contains(key)) results[key] = extra[key];
   }
@@ -58,7 +63,7 @@ void TrainEntry(const LeaderboardJob& job, const LeaderboardEntry& entry,
                 Communicator* comm) {
   for (size_t i = 0; i < entry.folders.size(); ++i) {
     const SpeculationJob run = RunOf(job, entry, i);
-    if (!IsFinished(run)) TrainSpeculation(run, dataset, routers, comm);
+    if (!IsFinished(run, *dataset)) TrainSpeculation(run, dataset, routers, comm);
   }
 }
 
@@ -77,7 +82,7 @@ std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset*
     }
     if (!entry.trained) {
       entry.folders.push_back(name);
-      const Json results = ReadResults(name, dataset->SplitJson());
+      const Json results = ReadResults(name, *dataset);
       if (results.value("attention_inputs", false) && dataset->attention_heads() == 0) {
         throw UsageError(ErrorText(name + " reads attention summaries",
                                    "this store was recorded without them",
@@ -137,7 +142,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
     const LeaderboardEntry& entry = entries[i];
     std::vector<Json> results;
     for (const fs::path& f : entry.folders) {
-      results.push_back(ReadResults(f, split));
+      results.push_back(ReadResults(f, *dataset));
       AddAfterShift(job.run, f, routers, comm, &results.back());
     }
     const std::string name = entry.trained

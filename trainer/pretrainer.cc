@@ -25,10 +25,16 @@ constexpr uint64_t kJitterStream = 0x6a6974ULL;
 constexpr uint64_t kRowStream = 0x726f77ULL;
 constexpr double kBeta2 = 0.99;
 
-// The tokenizer of the run: trained once by rank 0 on the train part.
+fs::path StateFolder(const PretrainJob& job) { return job.out / "state"; }
+
+// The tokenizer of the run: trained by rank 0 on the train part, once. One that lies
+// there without a run to go on with may be of other text.
 Tokenizer MakeTokenizer(const PretrainJob& job, const Corpus& corpus,
                         Communicator* comm) {
-  if (comm->rank_info().is_root() && !fs::exists(job.out / "tokenizer_config.json")) {
+  const bool goes_on = job.resume != Resume::kNever && NewestStep(StateFolder(job)) &&
+                       fs::exists(job.out / "tokenizer_config.json");
+  comm->Barrier();  // every rank has looked
+  if (comm->rank_info().is_root() && !goes_on) {
     MakeFolder(job.out);
     std::vector<uint64_t> train;
     for (uint64_t i = 0; i < corpus.size(); ++i) {
@@ -80,6 +86,7 @@ class Pretrainer {
         options_(job.options),
         comm_(comm),
         rank_(comm->rank_info()),
+        corpus_(corpus.fingerprint()),
         tokenizer_(MakeTokenizer(job, corpus, comm)),
         config_(FinalConfig(options_, tokenizer_.vocab_size())),
         train_(corpus, tokenizer_, SplitPart::kTrain, options_.sequence_tokens,
@@ -139,17 +146,22 @@ class Pretrainer {
 
  private:
   void ResumeIfAsked() {
-    const fs::path folder = job_.out / "state";
-    if (job_.resume == Resume::kNever) {
-      if (rank_.is_root()) RemoveTrainStates(folder);
-      comm_->Barrier();
-      return;
-    }
+    const fs::path folder = StateFolder(job_);
+    if (rank_.is_root() && job_.resume == Resume::kNever) RemoveTrainStates(folder);
+    if (rank_.is_root() && job_.resume == Resume::kLastGood) RemoveDamagedStates(folder);
+    comm_->Barrier();
+    if (job_.resume == Resume::kNever) return;
     const auto state = FindTrainState(folder);
     if (!state) return;
-    CheckSameConfiguration(state->configuration, options_.ToJson(), job_.out);
+    CheckSameConfiguration(state->configuration, Configuration(), job_.out);
     LoadTrainState(folder, state->step, parameters_, &*optimizer_);
     step_ = state->step;
+  }
+
+  Json Configuration() const {
+    Json json = options_.ToJson();
+    json["corpus"] = corpus_;
+    return json;
   }
 
   // Agreed by all ranks in the step, so that they save and leave together.
@@ -233,7 +245,7 @@ class Pretrainer {
 
   void Save() {
     if (rank_.is_root()) {
-      SaveTrainState(job_.out / "state", {step_, options_.ToJson(), Json::object(), {}},
+      SaveTrainState(StateFolder(job_), {step_, Configuration(), Json::object(), {}},
                      parameters_, *optimizer_);
     }
     comm_->Barrier();
@@ -253,7 +265,7 @@ class Pretrainer {
       SaveCheckpoint(job_.out, config_, written, job_.save_dtype);
       Json json = {{"options", options_.ToJson()}, {"test", measures.ToJson()}};
       WriteFileAtomic(job_.out / "pretrain.json", json.dump(2) + "\n");
-      RemoveTrainStates(job_.out / "state");
+      RemoveTrainStates(StateFolder(job_));
     }
     comm_->Barrier();
     return measures;
@@ -263,6 +275,7 @@ class Pretrainer {
   PretrainOptions options_;
   Communicator* comm_;
   RankInfo rank_;
+  const std::string corpus_;  // what it is
   Tokenizer tokenizer_;
   SwitchConfig config_;
   TokenRows train_, validation_, test_;

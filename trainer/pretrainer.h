@@ -11,7 +11,7 @@
 
 namespace routecast {
 
-enum class Resume { kAuto, kNever };
+enum class Resume { kAuto, kLastGood, kNever };
 
 struct PretrainJob {
   PretrainOptions options;

@@ -17,9 +17,9 @@ struct Progress {
   int runs = 0, done = 0, begun = 0;
   int64_t steps_to_go = 0;
 
-  void Add(const SpeculationJob& run, int64_t steps) {
+  void Add(const SpeculationJob& run, const TraceDataset& dataset, int64_t steps) {
     ++runs;
-    if (IsFinished(run)) {
+    if (IsFinished(run, dataset)) {
       ++done;
       return;
     }
@@ -71,7 +71,7 @@ SpeculationOptions LargestOf(const SearchJob& job, TraceDataset* dataset) {
 
 }  // namespace
 
-bool IsFinished(const SpeculationJob& run) {
+bool IsFinished(const SpeculationJob& run, const TraceDataset& dataset) {
   if (!fs::exists(run.out / "results.json") || !fs::exists(run.out / "config.json")) {
     return false;
   }
@@ -81,6 +81,7 @@ bool IsFinished(const SpeculationJob& run) {
     return false;
   }
   const Json& extra = config["extra"];
+  if (extra.contains("traces") && extra["traces"] != dataset.fingerprint()) return false;
   return !extra.contains("time_limit") ||
          (run.time_limit > 0 && run.time_limit <= extra["time_limit"].get<double>());
 }
@@ -101,7 +102,7 @@ std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset
     const SpeculationSize size = SizeOf(RunOf(job, entry, 0).options, dataset);
     Progress progress;
     for (size_t i = 0; i < entry.folders.size(); ++i) {
-      progress.Add(RunOf(job, entry, i), size.steps);
+      progress.Add(RunOf(job, entry, i), *dataset, size.steps);
     }
     all.Add(progress);
     bytes += WeightBytes(size.parameters, progress.to_go());
@@ -134,7 +135,7 @@ std::string DescribeSearch(const SearchJob& job, TraceDataset* dataset, int worl
     Progress progress;
     for (int t = 0; t < job.space.trials(); ++t) {
       const SpeculationJob run = TrialRun(job, t, rung);
-      if (fs::exists(run.out)) progress.Add(run, steps);
+      if (fs::exists(run.out)) progress.Add(run, *dataset, steps);
     }
     progress.steps_to_go += std::max(0, alive - progress.runs) * steps;
     progress.runs = std::max(progress.runs, alive);

@@ -9,9 +9,10 @@
 
 namespace routecast {
 
-// True where run.out holds a finished run of these options: it is not trained again. One
-// that its time ended counts only where the limit has not grown.
-bool IsFinished(const SpeculationJob& run);
+// True where run.out holds a finished run of these options over these traces (of older
+// versions: which they were is not known): it is not trained again. One that its time
+// ended counts only where the limit has not grown.
+bool IsFinished(const SpeculationJob& run, const TraceDataset& dataset);
 
 // Runs, steps, memory and disk, a line an entry. Throws what the job itself would refuse
 // before its first step.

@@ -188,26 +188,34 @@ SpeculationJob JobOf(const SearchJob& job, const Trial& trial, int rung) {
 // Left by a trial whose loss or gradient was not finite, with the options it had.
 fs::path DivergedFile(const SpeculationJob& run) { return run.out / "diverged.json"; }
 
-bool HasDiverged(const SpeculationJob& run) {
-  return fs::exists(DivergedFile(run)) &&
-         ReadJsonFile(DivergedFile(run)).value("options", Json()) == run.options.ToJson();
+// What the file holds, but for why.
+Json TriedBy(const SpeculationJob& run, const TraceDataset& dataset) {
+  return {{"options", run.options.ToJson()}, {"traces", dataset.fingerprint()}};
+}
+
+bool HasDiverged(const SpeculationJob& run, const TraceDataset& dataset) {
+  if (!fs::exists(DivergedFile(run))) return false;
+  Json tried = ReadJsonFile(DivergedFile(run));
+  tried.erase("why");
+  return tried == TriedBy(run, dataset);
 }
 
 void TrainTrial(const SpeculationJob& run, TraceDataset* dataset,
                 const std::vector<RouterWeights>& routers, Communicator* comm) {
-  if (IsFinished(run) || HasDiverged(run)) return;
+  if (IsFinished(run, *dataset) || HasDiverged(run, *dataset)) return;
   try {
     TrainSpeculation(run, dataset, routers, comm);
   } catch (const DivergedError& e) {
     MakeFolder(run.out);
-    const Json json = {{"options", run.options.ToJson()}, {"why", e.what()}};
+    Json json = TriedBy(run, *dataset);
+    json["why"] = e.what();
     WriteFileAtomic(DivergedFile(run), json.dump(2) + "\n");
   }
 }
 
 // Of validation; infinite where the trial diverged.
-double LossOf(const SpeculationJob& run) {
-  if (HasDiverged(run)) return std::numeric_limits<double>::infinity();
+double LossOf(const SpeculationJob& run, const TraceDataset& dataset) {
+  if (HasDiverged(run, dataset)) return std::numeric_limits<double>::infinity();
   return ReadJsonFile(run.out / "results.json").at("validation").at("loss").get<double>();
 }
 
@@ -252,9 +260,12 @@ void WriteBest(const SearchJob& job, const Trial& best) {
   std::string flags = "# The best of " + std::to_string(job.space.trials()) +
                       " trials.\n--kind=" + job.run.options.kind +
                       "\n--steps=" + std::to_string(job.run.options.steps) + "\n";
+  for (const auto& [name, value] : job.given) {
+    if (!best.values.contains(name)) flags += "--" + name + "=" + value + "\n";
+  }
   char line[96];
   for (const auto& [name, value] : best.values) {
-    std::snprintf(line, sizeof line, "--%s=%.9g\n", name.c_str(), value);
+    std::snprintf(line, sizeof line, "--%s=%.17g\n", name.c_str(), value);
     flags += line;
   }
   WriteFileAtomic(job.run.out / "best.flags", flags);
@@ -279,7 +290,7 @@ Json Search(const SearchJob& job, TraceDataset* dataset,
                          "; start the same command again and it goes on");
     }
     for (Trial& trial : alive) {
-      trial.losses.push_back(LossOf(JobOf(job, trial, rung)));
+      trial.losses.push_back(LossOf(JobOf(job, trial, rung), *dataset));
     }
     std::stable_sort(alive.begin(), alive.end(), [](const Trial& a, const Trial& b) {
       return a.losses.back() < b.losses.back();

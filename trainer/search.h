@@ -47,6 +47,9 @@ struct SearchJob {
   SearchSpace space;
   SpeculationJob run;  // options that are not searched; `out` is the search's folder and
                        // options.steps, which is needed, the last rung's
+  // Flags of those options that are not the defaults, but for kind and steps: they belong
+  // into best.flags.
+  std::map<std::string, std::string> given{};
 };
 // UsageError where the last rung's steps are not said.
 void RequireSteps(const SearchJob& job);

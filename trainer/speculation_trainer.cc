@@ -182,14 +182,17 @@ class SpeculationTrainer {
     if (rank_.is_root()) {
       MakeFolder(job_.out);
       if (job_.resume == "never") RemoveTrainStates(StateFolder());
+      if (job_.resume == "last_good") RemoveDamagedStates(StateFolder());
     }
     comm_->Barrier();
     if (job_.resume == "never") return;
-    const fs::path from =
-        job_.resume == "auto" ? StateFolder() : fs::path(job_.resume) / "state";
+    // A run that began elsewhere and got further here goes on here.
+    const bool here = job_.resume == "auto" || job_.resume == "last_good" ||
+                      NewestStep(StateFolder()).has_value();
+    const fs::path from = here ? StateFolder() : fs::path(job_.resume) / "state";
     if (!LoadProgress(from, job_.out, Configuration(), TrainedTensors(),
                       &optimizer_->adamw(), &at_)) {
-      if (job_.resume == "auto") return;
+      if (here) return;
       throw UsageError(ErrorText(from.string() + " holds no unfinished run", "",
                                  "give the --out of a stopped run to --resume"));
     }

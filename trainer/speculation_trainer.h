@@ -35,7 +35,8 @@ struct SpeculationJob {
   fs::path out;
   at::Device device = at::Device("cpu");
   // auto: go on with an unfinished run of the same configuration in `out`, refuse
-  // another; never: start anew; else the folder of an unfinished run to go on from.
+  // another; last_good: the same, without checkpoints that are damaged; never: start
+  // anew; else the folder of an unfinished run that one in `out` begins from.
   std::string resume = "auto";
   int64_t bucket_bytes = 1 << 20;  // of gradients that are reduced together
   bool deterministic = true;       // refuse operations whose result may differ by run

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "common/errors.h"
+#include "common/random.h"
 #include "common/stop.h"
 
 namespace routecast {
@@ -225,6 +226,27 @@ std::vector<uint32_t> TraceDataset::Select(SplitPart part, Stack stack,
     chosen.push_back(i);
   }
   return chosen;
+}
+
+std::string TraceDataset::fingerprint() const {
+  uint64_t hash = 0;
+  if (reader_) {  // two models may have sequences of equal ids and lengths
+    const StoreConfig& c = reader_->config();
+    const Json what = {c.model_fingerprint, c.corpus_fingerprint,
+                       static_cast<int>(c.task), c.noise_density, c.seed};
+    hash = Hash64(what.dump());
+  } else {
+    for (const Kept& kept : kept_) {
+      for (const RoutingSpan* span : {&kept.trace->encoder, &kept.trace->decoder}) {
+        for (const uint16_t expert : span->expert_ids) hash = Mix(hash, expert);
+      }
+    }
+  }
+  for (const SequenceInfo& s : sequences_) {
+    hash = Mix(hash, s.sequence_id, s.group_id,
+               (uint64_t{s.encoder_tokens} << 32) | s.decoder_tokens, s.has_hidden);
+  }
+  return Hex64(hash);
 }
 
 Json TraceDataset::SplitJson() const {

@@ -68,6 +68,8 @@ class TraceDataset {
   // Sequences of a part that a (stack, source layer) can use: two tokens or more in that
   // stack, and router inputs where asked for. Ascending.
   std::vector<uint32_t> Select(SplitPart part, Stack stack, WithHidden with_hidden) const;
+  // Of the traced model, the task and the sequences: equal where a run may go on.
+  std::string fingerprint() const;
   // `split` of results.json: documents and sequences of each part.
   Json SplitJson() const;
 

@@ -65,16 +65,9 @@ void RemoveOrphans(const fs::path& folder) {
   for (const fs::path& path : orphans) RemoveAll(path);
 }
 
-[[noreturn]] void Damaged(const fs::path& checkpoint, const fs::path& file,
-                          const std::string& why) {
-  const size_t older = Checkpoints(checkpoint.parent_path()).size() - 1;
-  throw DataError(
-      ErrorText(file.string() + " is damaged: " + why,
-                "checkpoints before it: " + std::to_string(older),
-                (older > 0 ? "remove " + checkpoint.string() +
-                                 " to go on from the one before it, or start anew with "
-                           : std::string("start anew with ")) +
-                    "--resume=never"));
+int64_t StepOf(const fs::path& checkpoint) {
+  const std::string digits = checkpoint.filename().string().substr(sizeof kPrefix - 1);
+  return std::strtoll(digits.c_str(), nullptr, 10);
 }
 
 // Of everything but itself.
@@ -83,20 +76,61 @@ std::string ChecksumOf(Json state) {
   return Hex64(Hash64(state.dump()));
 }
 
-Json ReadState(const fs::path& checkpoint) {
+// What is wrong with a file that a checkpoint needs.
+struct Damage {
+  fs::path file;
+  std::string why;
+};
+
+std::optional<Damage> ReadState(const fs::path& checkpoint, Json* state) {
   const fs::path file = checkpoint / kStateFile;
-  if (!fs::exists(file)) Damaged(checkpoint, file, "it is not there");
-  Json json;
+  if (!fs::exists(file)) return Damage{file, "it is not there"};
   try {
-    json = ReadJsonFile(file);
+    *state = ReadJsonFile(file);
   } catch (const DataError&) {
-    Damaged(checkpoint, file, "it is not JSON");
+    return Damage{file, "it is not JSON"};
   }
-  if (!json.is_object() || !json.contains(kChecksum) ||
-      json[kChecksum] != ChecksumOf(json)) {
-    Damaged(checkpoint, file, "its checksum does not hold");
+  if (!state->is_object() || !state->contains(kChecksum) ||
+      (*state)[kChecksum] != ChecksumOf(*state)) {
+    return Damage{file, "its checksum does not hold"};
   }
-  return json;
+  return std::nullopt;
+}
+
+// The same of every file that the checkpoint needs.
+std::optional<Damage> ReadWhole(const fs::path& checkpoint, Json* state) {
+  if (const auto damage = ReadState(checkpoint, state)) return damage;
+  for (const auto& [name, checksum] : state->at("files").items()) {
+    const fs::path file = (checkpoint / name).lexically_normal();
+    if (!fs::exists(file)) return Damage{file, "it is not there"};
+    if (checksum != Hex64(HashFile(file))) {
+      return Damage{file, "its checksum does not hold"};
+    }
+  }
+  return std::nullopt;
+}
+
+// Of checkpoints, oldest first: how many of the newest ones are damaged.
+size_t NumDamaged(const std::vector<fs::path>& all) {
+  Json state;
+  size_t damaged = 0;
+  while (damaged < all.size() && ReadWhole(all[all.size() - 1 - damaged], &state)) {
+    ++damaged;
+  }
+  return damaged;
+}
+
+[[noreturn]] void Refuse(const std::vector<fs::path>& all, const Damage& damage) {
+  const size_t damaged = NumDamaged(all);
+  const bool none = damaged == all.size();
+  throw DataError(ErrorText(
+      damage.file.string() + " is damaged: " + damage.why,
+      none ? "checkpoints that are whole: none"
+           : "the last good checkpoint is that of step " +
+                 std::to_string(StepOf(all[all.size() - 1 - damaged])),
+      none ? std::string("start anew with --resume=never")
+           : "--resume=last_good removes what is damaged and goes on from there; "
+             "--resume=never starts anew"));
 }
 
 }  // namespace
@@ -132,12 +166,9 @@ void SaveTrainState(const fs::path& folder, const TrainState& state,
 void RemoveUnnamed(const fs::path& folder) {
   std::set<std::string> named;
   for (const fs::path& checkpoint : Checkpoints(folder)) {
-    try {
-      const Json state = ReadState(checkpoint);
-      for (const Json& name : state.at("beside")) named.insert(name);
-    } catch (const DataError&) {
-      return;
-    }
+    Json state;
+    if (ReadState(checkpoint, &state)) return;
+    for (const Json& name : state.at("beside")) named.insert(name);
   }
   std::vector<fs::path> unnamed;
   for (const auto& entry : fs::directory_iterator(folder)) {
@@ -152,15 +183,8 @@ void RemoveUnnamed(const fs::path& folder) {
 std::optional<TrainState> FindTrainState(const fs::path& folder) {
   const std::vector<fs::path> all = Checkpoints(folder);
   if (all.empty()) return std::nullopt;
-  const fs::path& newest = all.back();
-  const Json json = ReadState(newest);
-  for (const auto& [name, checksum] : json.at("files").items()) {
-    const fs::path file = (newest / name).lexically_normal();
-    if (!fs::exists(file)) Damaged(newest, file, "it is not there");
-    if (checksum != Hex64(HashFile(file))) {
-      Damaged(newest, file, "its checksum does not hold");
-    }
-  }
+  Json json;
+  if (const auto damage = ReadWhole(all.back(), &json)) Refuse(all, *damage);
   return TrainState{json.at("step"), json.at("configuration"), json.at("extra"),
                     json.at("beside")};
 }
@@ -168,11 +192,20 @@ std::optional<TrainState> FindTrainState(const fs::path& folder) {
 std::optional<int64_t> NewestStep(const fs::path& folder) {
   const std::vector<fs::path> all = Checkpoints(folder);
   if (all.empty()) return std::nullopt;
-  const std::string digits = all.back().filename().string().substr(sizeof kPrefix - 1);
-  return std::strtoll(digits.c_str(), nullptr, 10);
+  return StepOf(all.back());
 }
 
 void RemoveTrainStates(const fs::path& folder) { RemoveWhole(folder); }
+
+void RemoveDamagedStates(const fs::path& folder) {
+  const std::vector<fs::path> all = Checkpoints(folder);
+  const size_t damaged = NumDamaged(all);
+  if (damaged == all.size()) return;
+  for (size_t i = all.size(); i > all.size() - damaged; --i) {
+    RemoveWhole(all[i - 1]);
+    std::fprintf(stderr, "removed %s, which was damaged\n", all[i - 1].c_str());
+  }
+}
 
 void LoadTrainState(const fs::path& folder, int64_t step, const Parameters& parameters,
                     AdamW* optimizer) {
@@ -189,16 +222,22 @@ namespace {
 // `where` names the place of both in the whole configuration.
 void CheckSame(const Json& stored, const Json& current, const std::string& where,
                const fs::path& folder) {
-  for (const auto& [key, value] : current.items()) {
+  const auto text = [](const Json& json, const std::string& key) {
+    return json.contains(key) ? json[key].dump() : "absent";
+  };
+  Json all = current;
+  all.update(stored);  // what is not said any more is another configuration, too
+  for (const auto& [key, unused] : all.items()) {
     const std::string name = where + key;
-    const bool there = stored.contains(key);
-    if (there && stored[key] == value) continue;
-    if (there && stored[key].is_object() && value.is_object()) {
-      CheckSame(stored[key], value, name + ".", folder);  // a short line, not all of it
+    const bool both = stored.contains(key) && current.contains(key);
+    if (both && stored[key] == current[key]) continue;
+    if (both && stored[key].is_object() && current[key].is_object()) {
+      // A short line, not all of it.
+      CheckSame(stored[key], current[key], name + ".", folder);
     }
     throw UsageError(ErrorText(
         folder.string() + " holds an unfinished run of another configuration: " + name,
-        "there " + (there ? stored[key].dump() : "absent") + ", now " + value.dump(),
+        "there " + text(stored, key) + ", now " + text(current, key),
         "use the same flags, another --out, or --resume=never"));
   }
 }

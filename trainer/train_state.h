@@ -29,8 +29,9 @@ void SaveTrainState(const fs::path& folder, const TrainState& state,
 // Removes FOLDER/*.safetensors that no checkpoint there needs; none where one of them
 // does not say what it needs.
 void RemoveUnnamed(const fs::path& folder);
-// The newest whole checkpoint's state, or nothing where there is none. Throws DataError
-// naming the file where one that it needs is damaged: every byte is checked.
+// The newest checkpoint's state, or nothing where there is none. Throws DataError naming
+// the file where one that it needs is damaged (every byte is checked), and the newest
+// checkpoint that is whole.
 std::optional<TrainState> FindTrainState(const fs::path& folder);
 // Its step alone, unchecked: for a look at what is there.
 std::optional<int64_t> NewestStep(const fs::path& folder);
@@ -40,6 +41,9 @@ void LoadTrainState(const fs::path& folder, int64_t step, const Parameters& para
 // Removes a folder of checkpoints, if it is there; a kill on the way leaves no part of it
 // under its name.
 void RemoveTrainStates(const fs::path& folder);
+// Removes the damaged checkpoints that are newer than the newest whole one, and says so
+// on stderr; none where no checkpoint is whole.
+void RemoveDamagedStates(const fs::path& folder);
 // UsageError naming the first key that differs.
 void CheckSameConfiguration(const Json& stored, const Json& current,
                             const fs::path& folder);

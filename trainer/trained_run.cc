@@ -16,6 +16,7 @@ namespace {
 // however often a run was stopped.
 Json ExtraOf(const TrainedRun& run) {
   Json extra = {{"options", run.job->options.ToJson()},
+                {"traces", run.test.dataset->fingerprint()},
                 {"best_step", run.best_step},
                 {"training_seconds", run.seconds}};
   if (run.out_of_time) extra["time_limit"] = run.job->time_limit;

@@ -1,20 +1,22 @@
 #include "trainer/training_progress.h"
 
-#include "common/random.h"
+#include "common/errors.h"
 
 namespace routecast {
 namespace {
 
 constexpr char kSecondsFile[] = "seconds.json";
 
-// What the traces are.
-std::string FingerprintOf(const TraceDataset& dataset) {
-  uint64_t hash = 0;
-  for (const SequenceInfo& s : dataset.sequences()) {
-    hash = Mix(hash, s.sequence_id, s.group_id,
-               (uint64_t{s.encoder_tokens} << 32) | s.decoder_tokens, s.has_hidden);
+double ReadSeconds(const fs::path& file) {
+  if (!fs::exists(file)) return 0;
+  try {
+    const Json json = ReadJsonFile(file);
+    if (json.is_number()) return json;
+  } catch (const DataError&) {
   }
-  return Hex64(hash);
+  throw DataError(ErrorText(file.string() + " is damaged: it is no number",
+                            "it says how long the training took so far, nothing else",
+                            "remove it: the time then counts from here"));
 }
 
 }  // namespace
@@ -24,10 +26,10 @@ Json RunConfiguration(const SpeculationOptions& options,
                       const std::vector<TraceDataset*>& stores) {
   Json json = options.ToJson();
   json["model"] = configs[0].ToJson();
-  json["traces"] = FingerprintOf(*stores[0]);
+  json["traces"] = stores[0]->fingerprint();
   for (size_t i = 1; i < stores.size(); ++i) {
     json["also"].push_back(
-        {{"model", configs[i].ToJson()}, {"traces", FingerprintOf(*stores[i])}});
+        {{"model", configs[i].ToJson()}, {"traces", stores[i]->fingerprint()}});
   }
   return json;
 }
@@ -60,9 +62,7 @@ bool LoadProgress(const fs::path& folder, const fs::path& out, const Json& confi
   progress->step = state->step;
   progress->best.Load(folder, state->extra);
   progress->meter.Load(state->extra);
-  if (fs::exists(folder / kSecondsFile)) {
-    progress->seconds = ReadJsonFile(folder / kSecondsFile);
-  }
+  progress->seconds = ReadSeconds(folder / kSecondsFile);
   return true;
 }
 

@@ -177,13 +177,13 @@ TEST_F(KindSeconds, SeedsShareATimeAndMoreOfItTrainsAgain) {
               testing::HasSubstr("5 s of training each at most"));
   job_.kind_seconds = 1e-6;
   Make();
-  EXPECT_TRUE(IsFinished(Run(0)));
+  EXPECT_TRUE(IsFinished(Run(0), dataset));
   job_.kind_seconds = 1e-7;
-  EXPECT_TRUE(IsFinished(Run(0))) << "less time ends no later";
+  EXPECT_TRUE(IsFinished(Run(0), dataset)) << "less time ends no later";
   job_.kind_seconds = 2e-6;
-  EXPECT_FALSE(IsFinished(Run(0)));
+  EXPECT_FALSE(IsFinished(Run(0), dataset));
   job_.kind_seconds = 0;
-  EXPECT_FALSE(IsFinished(Run(0)));
+  EXPECT_FALSE(IsFinished(Run(0), dataset));
 }
 
 TEST_F(KindSeconds, TheTimeOfAStoppedRunCounts) {

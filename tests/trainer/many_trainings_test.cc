@@ -116,6 +116,75 @@ TEST_F(ManyTrainings, ASearchKeepsTheBetterTrialsAndGoesOn) {
   EXPECT_EQ(fs::last_write_time(kept), written);
 }
 
+// What stays as it is belongs to the best options, too.
+TEST_F(ManyTrainings, ASearchLeavesAllOptionsOfItsBestTrial) {
+  const SyntheticTraces traces = Traces(40);
+  SearchJob job;
+  job.space = SearchSpace::FromJson(
+      Json::parse(R"({"trials": 1, "rungs": 1, "space": {"learning_rate": [0.1]}})"),
+      "space");
+  job.run = Job("search", "simple");
+  job.run.options.steps = 2;
+  job.given = {{"width", "16"}, {"schedule", "constant"}, {"learning_rate", "7"}};
+  TraceDataset dataset(traces.traces, traces.geometry);
+  LocalCommunicator comm;
+  Search(job, &dataset, traces.routers, &comm);
+  EXPECT_EQ(ReadFile(job.run.out / "best.flags"),
+            "# The best of 1 trials.\n--kind=simple\n--steps=2\n--schedule=constant\n"
+            "--width=16\n--learning_rate=0.10000000000000001\n");
+}
+
+// The same documents, of equal lengths, routed by another model.
+TEST_F(ManyTrainings, WhatWasTrainedOnAnotherModelsTracesIsNotTaken) {
+  const SyntheticTraces traces = Traces(40);
+  SyntheticTraces others = traces;
+  for (RoutingTrace& trace : others.traces) {
+    for (RoutingSpan* span : {&trace.encoder, &trace.decoder}) {
+      for (uint16_t& expert : span->expert_ids)
+        expert = static_cast<uint16_t>(expert ^ 1);
+    }
+  }
+  LocalCommunicator comm;
+  TraceDataset here(traces.traces, traces.geometry),
+      there(others.traces, others.geometry);
+  SearchJob search;
+  search.space = SearchSpace::FromJson(
+      Json::parse(R"({"trials": 1, "rungs": 1, "space": {"learning_rate": [0.01]}})"),
+      "space");
+  search.run = Job("search", "interlayer");
+  search.run.options.steps = 2;
+  search.run.options.sizes = {16, 2, 32, 1, 0, -1};
+  const Json found = Search(search, &here, {}, &comm);
+  EXPECT_NE(Search(search, &there, {}, &comm), found);
+
+  LeaderboardJob board;
+  board.run = search.run;
+  board.run.out = folder_ / "board";
+  board.entries = {"interlayer"};
+  board.seeds = 1;
+  const auto row = [](const Json& made) {
+    for (const Json& r : made["rows"]) {
+      if (r["kind"] == "interlayer") return r["scores"];
+    }
+    return Json();
+  };
+  const Json made = row(MakeLeaderboard(board, &here, {}, &comm));
+  EXPECT_NE(row(MakeLeaderboard(board, &there, {}, &comm)), made);
+  board.entries = {(folder_ / "board/interlayer/seed-1").string()};  // of `there` by now
+  try {
+    MakeLeaderboard(board, &here, {}, &comm);
+    FAIL() << "nothing was refused";
+  } catch (const UsageError& e) {
+    EXPECT_THAT(e.what(), testing::HasSubstr("was trained on another store"));
+  }
+
+  SpeculationJob run = search.run;
+  run.out = folder_ / "run";
+  run.stop_after = 1;
+  EXPECT_THROW(TrainSpeculation(run, &here, {}, &comm), StoppedError);
+  EXPECT_THROW(TrainSpeculation(run, &there, {}, &comm), UsageError);
+}
+
 // A rate at which nothing is a number any more is a bad trial, not the end of the search.
 TEST_F(ManyTrainings, ASearchOutlivesATrialThatDiverges) {
   const SyntheticTraces traces = Traces(60);

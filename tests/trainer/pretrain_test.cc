@@ -41,15 +41,25 @@ class Pretraining : public testing::Test {
  protected:
   static void SetUpTestSuite() {
     folder_ = TestFolder("pretrain");
-    data_ = "--data=text:" + WriteSyntheticText(folder_).string() +
-            "#blocks --cache=" + (folder_ / "cache").string() +
-            " --global_batch=4 --micro_batch=1 --sequence_tokens=32 --log_every=1 ";
+    text_ = WriteSyntheticText(folder_);
+    data_ = Data(text_);
+  }
+  static std::string Data(const fs::path& text) {
+    return "--data=text:" + text.string() +
+           "#blocks --cache=" + (folder_ / "cache").string() +
+           " --global_batch=4 --micro_batch=1 --sequence_tokens=32 --log_every=1 ";
+  }
+  static std::string OtherData() {
+    const fs::path other = folder_ / "other.txt";
+    const std::string text = ReadFile(text_);
+    WriteFileAtomic(other, text.substr(0, text.size() * 2 / 3));
+    return Data(other);
   }
   static std::string Out(const std::string& name) { return (folder_ / name).string(); }
-  static fs::path folder_;
+  static fs::path folder_, text_;
   static std::string data_;
 };
-fs::path Pretraining::folder_;
+fs::path Pretraining::folder_, Pretraining::text_;
 std::string Pretraining::data_;
 
 TEST_F(Pretraining, TwoRanksEqualOne) {
@@ -110,6 +120,33 @@ TEST_F(Pretraining, AnotherConfigurationIsRefused) {
       RunPretrain("", data_ + "--steps=12 --stop_after=4 --checkpoint_every=4 " + out),
       75);
   EXPECT_EQ(RunPretrain("", data_ + "--steps=13 " + out + " 2>/dev/null"), 2);
+  const std::string same = "--steps=12 --checkpoint_every=4 " + out;
+  EXPECT_EQ(RunPretrain("", OtherData() + same + " 2>/dev/null"), 2);
+  EXPECT_EQ(RunPretrain("", data_ + same), 0);
+}
+
+// The tokenizer is that of the text, not one that lies there.
+TEST_F(Pretraining, StartedAnewOnOtherTextItHasThatTextsTokenizer) {
+  const std::string flags = "--steps=2 --quiet --threads=1 ";
+  ASSERT_EQ(RunPretrain("", OtherData() + flags + "--out=" + Out("other")), 0);
+  ASSERT_EQ(RunPretrain("", data_ + flags + "--out=" + Out("anew")), 0);
+  ASSERT_EQ(RunPretrain("", OtherData() + flags + "--out=" + Out("anew")), 0);
+  const auto pieces = [](const std::string& out) {
+    return ReadFile(fs::path(out) / "spiece.model");
+  };
+  EXPECT_TRUE(pieces(Out("anew")) == pieces(Out("other")));
+}
+
+TEST_F(Pretraining, FromTheLastGoodCheckpointToTheSameBits) {
+  const std::string flags = data_ + "--steps=12 --checkpoint_every=4 ";
+  ASSERT_EQ(RunPretrain("", flags + "--out=" + Out("good")), 0);
+  ASSERT_EQ(RunPretrain("", flags + "--stop_after=9 --out=" + Out("spoilt")), 75);
+  const fs::path newest = fs::path(Out("spoilt")) / "state/step-00000009";
+  std::ofstream(newest / "optimizer.safetensors", std::ios::binary) << "cut";
+  EXPECT_EQ(RunPretrain("", flags + "--out=" + Out("spoilt") + " 2>/dev/null"), 3);
+  ASSERT_EQ(RunPretrain("", flags + "--resume=last_good --out=" + Out("spoilt")), 0);
+  EXPECT_TRUE(ReadFile(fs::path(Out("good")) / "model.safetensors") ==
+              ReadFile(fs::path(Out("spoilt")) / "model.safetensors"));
 }
 
 TEST_F(Pretraining, LeavesARunRecordAndAWholeFolder) {

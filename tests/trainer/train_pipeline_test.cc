@@ -21,11 +21,13 @@ class TrainPipeline : public testing::Test {
         RunProgram({Bin("routecast-collect"), "--quiet", "--threads=1", "--device=cpu",
                     "--num_shards=2", "--max_length=48", "--max_sequences=400",
                     "--hidden_share=1", "--record=ids,probs,topk,hidden,attention",
-                    "--model=" + (folder_ / "model").string(),
-                    "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text",
+                    "--model=" + (folder_ / "model").string(), Data(),
                     "--cache=" + (folder_ / "cache").string(),
                     "--store=" + (folder_ / "store").string()}),
         0);
+  }
+  static std::string Data() {
+    return "--data=jsonl:" + (folder_ / "corpus.jsonl").string() + "#text";
   }
   static std::vector<std::string> Command(const std::string& out) {
     return UnderMpirun(
@@ -72,6 +74,30 @@ TEST_F(TrainPipeline, KilledItGoesOnToTheSameScores) {
             128 + SIGKILL);
   ASSERT_EQ(RunProgram(Command("killed")), 0);
   EXPECT_EQ(ReadJsonFile(folder_ / "killed" / "results.json"), Golden());
+}
+
+// Equal documents of equal lengths, routed by a model of equal shape: still another run.
+TEST_F(TrainPipeline, AStoreOfAnotherModelIsNotGoneOnWith) {
+  WriteCheckpoint(folder_ / "other-model", 2);
+  const auto collect = [](const std::string& model, const std::string& store) {
+    return RunProgram({Bin("routecast-collect"), "--quiet", "--threads=1", "--device=cpu",
+                       "--num_shards=2", "--max_length=48", "--max_sequences=60",
+                       "--model=" + (folder_ / model).string(), Data(),
+                       "--cache=" + (folder_ / "cache").string(),
+                       "--store=" + (folder_ / store).string()});
+  };
+  ASSERT_EQ(collect("model", "ids"), 0);
+  ASSERT_EQ(collect("other-model", "other-ids"), 0);
+  const auto train = [](const std::string& store, const std::string& stop) {
+    return RunProgram({Bin("routecast-train"), "--quiet", "--threads=1", "--device=cpu",
+                       "--kind=interlayer", "--width=16", "--layers=1", "--steps=4",
+                       "--validation_sequences=4", "--test_sequences=4", stop,
+                       "--store=" + (folder_ / store).string(),
+                       "--out=" + (folder_ / "two-models").string()});
+  };
+  ASSERT_EQ(train("ids", "--stop_after=2"), kExitStopped);
+  EXPECT_EQ(train("other-ids", "--stop_after=3"), 2);
+  EXPECT_EQ(train("ids", "--stop_after=0"), 0);
 }
 
 // A rank that is stopped, not dead: the others' deadline ends the job, its number is

@@ -205,9 +205,51 @@ TEST_F(TrainStateFaults, ADamagedCheckpointIsRefusedByName) {
     std::ofstream(file, std::ios::binary) << whole;
   }
   EXPECT_EQ(Newest(), kSaves);
-  // As the error says: without that folder it goes on from the one before.
+  // Without that folder it goes on from the one before.
   fs::remove_all(state() / newest);
   EXPECT_EQ(Newest(), kSaves - 1);
+}
+
+// The error names the newest checkpoint of which every file is whole, and RemoveDamaged
+// leaves that one as the newest.
+TEST_F(TrainStateFaults, TheLastGoodCheckpointIsNamedAndGoneBackTo) {
+  const auto spoil = [&](const fs::path& file) {
+    std::ofstream(state() / file, std::ios::binary) << "cut";
+  };
+  const auto error = [&] {
+    try {
+      FindTrainState(state());
+    } catch (const DataError& e) {
+      return std::string(e.what());
+    }
+    return std::string("none");
+  };
+  const std::string newest = "step-0000000" + std::to_string(kSaves);
+  const std::string before = "step-0000000" + std::to_string(kSaves - 1);
+  const fs::path best = "best-" + std::to_string(kSaves) + ".safetensors";
+  for (const fs::path& file : {newest / fs::path("optimizer.safetensors"),
+                               newest / fs::path("state.json"), best}) {
+    Empty();
+    Job(1);
+    EXPECT_EQ(error(), "none");
+    RemoveDamagedStates(state());
+    EXPECT_EQ(Newest(), kSaves) << "what is whole stays";
+    spoil(file);
+    EXPECT_NE(error().find("that of step " + std::to_string(kSaves - 1)),
+              std::string::npos)
+        << error();
+    EXPECT_NE(error().find("--resume=last_good"), std::string::npos) << error();
+    const std::string text = error();
+    EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 2) << text;
+    RemoveDamagedStates(state());
+    EXPECT_EQ(Newest(), kSaves - 1) << file;
+  }
+  // Where the one before is damaged as well there is nothing to go back to.
+  spoil(before / fs::path("parameters.safetensors"));
+  EXPECT_EQ(error().find("last_good"), std::string::npos) << error();
+  EXPECT_NE(error().find("--resume=never"), std::string::npos) << error();
+  RemoveDamagedStates(state());
+  EXPECT_NE(error(), "none") << "nothing goes where nothing is whole";
 }
 
 class TrainingFaults : public TrainStateFaults {
@@ -313,6 +355,72 @@ TEST_F(TrainingFaults, WithoutADamagedCheckpointItGoesOnFromTheOneBefore) {
       fs::copy(older, state(), fs::copy_options::recursive);
       fs::remove_all(older);
     }
+  }
+}
+
+TEST_F(TrainingFaults, FromTheLastGoodCheckpointToTheSameBits) {
+  Empty();
+  const std::string undisturbed = Train();
+  for (const char* file : {"step-00000007/optimizer.safetensors", "seconds.json"}) {
+    Empty();
+    job_.stop_after = 7;
+    EXPECT_THROW(Train(), StoppedError);
+    job_.stop_after = 0;
+    std::ofstream(state() / file, std::ios::binary) << "cut";
+    EXPECT_THROW(Train(), DataError) << file;
+    job_.resume = "last_good";
+    if (std::string(file) == "seconds.json") {
+      EXPECT_THROW(Train(), DataError) << "it belongs to no checkpoint";
+      fs::remove(state() / file);  // as the error says
+    }
+    EXPECT_EQ(Train(), undisturbed) << file;
+    job_.resume = "auto";
+  }
+}
+
+// A run that begins from another's checkpoint is its own from then on: asked again it
+// goes on where it came to, and what OUT holds of another run is not mixed with it.
+TEST_F(TrainingFaults, ARunFromAnothersCheckpointGoesOnFromItsOwn) {
+  Empty();
+  const std::string undisturbed = Train();
+  const fs::path out = job_.out;
+  job_.stop_after = 3;
+  job_.out = folder_.path() / "first";
+  EXPECT_THROW(Train(), StoppedError);
+  job_.resume = job_.out.string();
+  job_.out = out;
+  Empty();
+  job_.stop_after = 5;
+  EXPECT_THROW(Train(), StoppedError);
+  EXPECT_EQ(NewestStep(state()), 5);
+  job_.stop_after = 4;  // reached only by one that begins at the other's again
+  EXPECT_EQ(Train(), undisturbed);
+
+  Empty();
+  job_.resume = "auto";
+  job_.options.seed = 9;
+  job_.stop_after = 8;
+  EXPECT_THROW(Train(), StoppedError);
+  job_.resume = (folder_.path() / "first").string();
+  job_.options.seed = 1;
+  job_.stop_after = 0;
+  EXPECT_THROW(Train(), UsageError) << "OUT holds an unfinished run of another seed";
+}
+
+// What is not said any more is another configuration as well.
+TEST_F(TrainingFaults, AnOptionThatIsLeftOutIsRefused) {
+  Empty();
+  job_.options.augment.mask = 0.2;
+  job_.options.augment.mask_mode = "block";
+  job_.stop_after = 4;
+  EXPECT_THROW(Train(), StoppedError);
+  job_.options.augment.mask_mode = "tokens";
+  try {
+    Train();
+    FAIL() << "it went on";
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("augment.mask_mode"), std::string::npos)
+        << e.what();
   }
 }
 
