@@ -79,3 +79,15 @@ build_jobs() {
   [ "$jobs" -le "$cores" ] || jobs=$cores
   echo "$jobs"
 }
+
+# Ends the script with what the tests of $build say.
+run_tests() {  # run_tests [CTEST ARGUMENTS]
+  # Before CTest, so that a crash of CTest itself cannot leave an older result to be read.
+  rm -f "$build/tests.xml"
+  ctest --test-dir "$build" --parallel "$(cores)" --output-on-failure \
+    --output-junit "$build/tests.xml" --test-output-size-passed 1000000 \
+    --test-output-size-failed 1000000 "$@" || true
+  ctest --test-dir "$build" --show-only=json-v1 "$@" >"$build/tests.json"
+  exec "$(python_for_wheels)" "$root/tests/support/summarise.py" "$build/tests.xml" \
+    "$build/tests.json"
+}
