@@ -1,5 +1,9 @@
 #include "storage/byte_codec.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -137,22 +141,115 @@ size_t UnpackGroups(const uint8_t* from, size_t size, size_t count, uint16_t* to
   return i;
 }
 
+#if defined(__x86_64__)
+bool HasWideVectors() {
+  static const bool has = __builtin_cpu_supports("avx2");
+  return has;
+}
+
+// 16 values at a time, kBits <= 8: each half of a vector takes the kBits bytes of eight,
+// each of its lanes the two bytes that a value lies in, which a product shifts to the
+// top.
+template <int kBits>
+[[gnu::target("avx2")]] size_t UnpackGroupsWide(const uint8_t* from, size_t size,
+                                                size_t count, uint16_t* to) {
+  alignas(16) char bytes[16];
+  alignas(16) uint16_t shifts[8];
+  for (int k = 0; k < 8; ++k) {
+    const int first = k * kBits / 8;
+    bytes[2 * k] = static_cast<char>(first);
+    bytes[2 * k + 1] = static_cast<char>(first + 1);
+    shifts[k] = static_cast<uint16_t>(1u << (16 - kBits - k * kBits % 8));
+  }
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<__m128i*>(bytes)));
+  const __m256i shift =
+      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<__m128i*>(shifts)));
+  size_t i = 0;
+  for (size_t at = 0; i + 16 <= count && at + kBits + 16 <= size;
+       at += 2 * kBits, i += 16) {
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
+    const __m128i second =
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at + kBits));
+    const __m256i packed =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+    const __m256i top = _mm256_mullo_epi16(_mm256_shuffle_epi8(packed, order), shift);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_srli_epi16(top, 16 - kBits));
+  }
+  return i;
+}
+
+// 32 flags at a time: each byte looks at its own bit of one of four.
+[[gnu::target("avx2")]] size_t UnpackFlagsWide(const char* from, size_t count,
+                                               uint8_t* to) {
+  const __m256i order =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i own = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  size_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    int32_t bits;
+    std::memcpy(&bits, from + i / 8, sizeof bits);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), order);
+    const __m256i is = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own), own);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_and_si256(is, _mm256_set1_epi8(1)));
+  }
+  return i;
+}
+#endif
+
+// float of bf16 bits whose bytes lie apart.
+[[gnu::always_inline]] inline void JoinBytes(const uint8_t* high, const uint8_t* low,
+                                             size_t count, uint32_t* to) {
+  for (size_t i = 0; i < count; ++i) {
+    to[i] =
+        (static_cast<uint32_t>(high[i]) << 24) | (static_cast<uint32_t>(low[i]) << 16);
+  }
+}
+
+#if defined(__x86_64__)
+[[gnu::target("avx2")]] void JoinBytesWide(const uint8_t* high, const uint8_t* low,
+                                           size_t count, uint32_t* to) {
+  JoinBytes(high, low, count, to);
+}
+#endif
+
 using Unpack = size_t (*)(const uint8_t*, size_t, size_t, uint16_t*);
 template <size_t... kIndex>
 constexpr std::array<Unpack, sizeof...(kIndex)> UnpackTable(
     std::index_sequence<kIndex...>) {
   return {&UnpackGroups<static_cast<int>(kIndex) + 1>...};
 }
+#if defined(__x86_64__)
+template <size_t... kIndex>
+constexpr std::array<Unpack, sizeof...(kIndex)> WideTable(
+    std::index_sequence<kIndex...>) {
+  return {&UnpackGroupsWide<static_cast<int>(kIndex) + 1>...};
+}
+#endif
+
+// How many values were unpacked, a multiple of eight.
+size_t UnpackMost(const uint8_t* from, size_t size, int bits, size_t count,
+                  uint16_t* to) {
+  static constexpr auto kUnpack = UnpackTable(std::make_index_sequence<16>());
+  const auto index = static_cast<size_t>(bits - 1);
+  size_t done = 0;
+#if defined(__x86_64__)
+  static constexpr auto kWide = WideTable(std::make_index_sequence<8>());
+  if (bits <= 8 && HasWideVectors()) done = kWide[index](from, size, count, to);
+#endif
+  const size_t bytes = done / 8 * static_cast<size_t>(bits);
+  return done + kUnpack[index](from + bytes, size - bytes, count - done, to + done);
+}
 
 }  // namespace
 
 void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values) {
-  static constexpr auto kUnpack = UnpackTable(std::make_index_sequence<16>());
   const auto* from = reinterpret_cast<const uint8_t*>(bytes.data());
   uint16_t* to = values->data();
   const uint32_t mask = (1u << bits) - 1;
-  size_t i =
-      kUnpack[static_cast<size_t>(bits - 1)](from, bytes.size(), values->size(), to);
+  size_t i = UnpackMost(from, bytes.size(), bits, values->size(), to);
   for (; i < values->size(); ++i) {
     const size_t at = i * static_cast<size_t>(bits);
     uint32_t word = 0;
@@ -163,7 +260,11 @@ void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values)
 
 void UnpackFlags(std::string_view bytes, std::vector<uint8_t>* flags) {
   constexpr uint64_t kEach = 0x0101010101010101, kOwnBit = 0x8040201008040201;
-  for (size_t i = 0; i < flags->size(); i += 8) {
+  size_t i = 0;
+#if defined(__x86_64__)
+  if (HasWideVectors()) i = UnpackFlagsWide(bytes.data(), flags->size(), flags->data());
+#endif
+  for (; i < flags->size(); i += 8) {
     const uint64_t bits = static_cast<uint8_t>(bytes[i / 8]) * kEach & kOwnBit;
     const uint64_t eight = (bits + 0x7f * kEach) >> 7 & kEach;  // 1 where a bit is
     std::memcpy(flags->data() + i, &eight, std::min<size_t>(8, flags->size() - i));
@@ -175,10 +276,10 @@ void UnpackBf16Planes(std::string_view bytes, std::vector<float>* values) {
   const auto* high = reinterpret_cast<const uint8_t*>(bytes.data());
   const uint8_t* low = high + n;
   auto* to = reinterpret_cast<uint32_t*>(values->data());
-  for (size_t i = 0; i < n; ++i) {
-    to[i] =
-        (static_cast<uint32_t>(high[i]) << 24) | (static_cast<uint32_t>(low[i]) << 16);
-  }
+#if defined(__x86_64__)
+  if (HasWideVectors()) return JoinBytesWide(high, low, n, to);
+#endif
+  JoinBytes(high, low, n, to);
 }
 
 }  // namespace routecast

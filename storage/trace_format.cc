@@ -64,7 +64,6 @@ void WriteTokens(const RoutingSpan& span, bool wide, ByteWriter* out) {
 }
 
 void ReadTokens(ByteReader* in, bool wide, RoutingSpan* span) {
-  span->token_ids.resize(span->num_tokens);
   if (wide) {
     std::memcpy(span->token_ids.data(), in->Raw(uint64_t{4} * span->num_tokens).data(),
                 size_t{4} * span->num_tokens);
@@ -145,21 +144,18 @@ void ReadFloats(ByteReader* in, uint64_t count, std::vector<float>* values) {
 
 void ReadDropped(ByteReader* in, uint64_t count, bool any,
                  std::vector<uint8_t>* dropped) {
-  dropped->assign(count, 0);
-  if (any) UnpackFlags(in->Raw(PackedBytes(count, 1)), dropped);
+  dropped->resize(count);
+  if (any) {
+    UnpackFlags(in->Raw(PackedBytes(count, 1)), dropped);
+  } else {
+    std::fill(dropped->begin(), dropped->end(), uint8_t{0});
+  }
 }
 
-// As a new one, but for the memory that its planes hold.
-void Empty(RoutingSpan* span) {
-  span->num_tokens = span->num_layers = span->top_k = 0;
+// What a record of routing never has. Its own planes are resized, or emptied, where they
+// are decoded: to empty them first would fill them with zeros again.
+void DropOthers(RoutingSpan* span) {
   span->hidden_width = span->attention_heads = 0;
-  span->token_ids.clear();
-  span->expert_ids.clear();
-  span->gate_probs.clear();
-  span->dropped.clear();
-  span->margins.clear();
-  span->topk_ids.clear();
-  span->topk_probs.clear();
   span->hidden.clear();
   span->output.clear();
   span->attention_entropy.clear();
@@ -258,7 +254,7 @@ SpanHeader DecodeSpan(std::string_view key, std::string_view value,
                              kCodedTopkVersion),
                 where);
   RoutingSpan& span = *out;
-  Empty(out);
+  DropOthers(out);
   SpanHeader header;
   const uint8_t flags = in.U8();
   const uint8_t task = in.U8();
@@ -297,6 +293,7 @@ SpanHeader DecodeSpan(std::string_view key, std::string_view value,
   }
   const Stack s = StackOf(key);
   if (is_coded) RequireModelFits(in, s, *model, header.num_experts, span);
+  span.token_ids.resize(flags & kNoTokens ? 0 : static_cast<size_t>(span.num_tokens));
   if (!(flags & kNoTokens)) ReadTokens(&in, flags & kWideTokens, &span);
   if (coded_ids) {
     in.Varint("coded ids", ids);
@@ -304,9 +301,9 @@ SpanHeader DecodeSpan(std::string_view key, std::string_view value,
   } else {
     ReadIds(&in, n, experts, &span.expert_ids);
   }
-  if (flags & kProbs) ReadFloats(&in, n, &span.gate_probs);
-  if (flags & kDroppedRecorded) ReadDropped(&in, n, flags & kDroppedBits, &span.dropped);
-  if (flags & kMargins) ReadFloats(&in, n, &span.margins);
+  ReadFloats(&in, flags & kProbs ? n : 0, &span.gate_probs);
+  ReadDropped(&in, flags & kDroppedRecorded ? n : 0, flags & kDroppedBits, &span.dropped);
+  ReadFloats(&in, flags & kMargins ? n : 0, &span.margins);
   if (coded_topk) {
     in.Varint("coded top-k ids", topk);
     if (k == 0 || model->topk() == nullptr ||
@@ -316,7 +313,7 @@ SpanHeader DecodeSpan(std::string_view key, std::string_view value,
   } else {
     ReadIds(&in, k, experts, &span.topk_ids);
   }
-  if (!(flags & kTopkIdsOnly)) ReadFloats(&in, k, &span.topk_probs);
+  ReadFloats(&in, flags & kTopkIdsOnly ? 0 : k, &span.topk_probs);
   return header;
 }
 

@@ -58,7 +58,7 @@ TEST(TraceFormat, UnpackingAgreesWithSingleBits) {
 }
 
 TEST(TraceFormat, FlagsAreBitsOfOne) {
-  for (size_t n = 0; n < 40; ++n) {
+  for (size_t n = 0; n < 100; ++n) {
     std::vector<uint8_t> flags(n), back(n);
     for (size_t i = 0; i < n; ++i) flags[i] = Mix(n, i) % 3 == 0;
     std::string bytes, packed;
