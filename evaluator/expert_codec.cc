@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -71,18 +72,34 @@ void DecodeSparse(const std::byte* mask_from, const std::byte* kept_from, uint64
   }
 }
 
-void Store(const float* row, uint64_t count, ExpertDtype dtype, std::byte* to) {
+}  // namespace
+
+void LoadWeights(const std::byte* from, uint64_t count, ExpertDtype dtype, float* to) {
   if (dtype == ExpertDtype::kFloat32) {
-    std::memcpy(to, row, count * sizeof(float));
+    std::memcpy(to, from, count * sizeof(float));
     return;
   }
   for (uint64_t i = 0; i < count; ++i) {
-    const uint16_t bits = FloatToBf16(row[i]);
-    std::memcpy(to + 2 * i, &bits, sizeof bits);
+    uint16_t bits;
+    std::memcpy(&bits, from + 2 * i, sizeof bits);
+    to[i] = dtype == ExpertDtype::kBfloat16
+                ? Bf16ToFloat(bits)
+                : static_cast<float>(std::bit_cast<_Float16>(bits));
   }
 }
 
-}  // namespace
+void StoreWeights(const float* from, uint64_t count, ExpertDtype dtype, std::byte* to) {
+  if (dtype == ExpertDtype::kFloat32) {
+    std::memcpy(to, from, count * sizeof(float));
+    return;
+  }
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint16_t bits = dtype == ExpertDtype::kBfloat16
+                              ? FloatToBf16(from[i])
+                              : std::bit_cast<uint16_t>(static_cast<_Float16>(from[i]));
+    std::memcpy(to + 2 * i, &bits, sizeof bits);
+  }
+}
 
 CopyKind ParseCopies(const std::string& name) {
   return static_cast<CopyKind>(
@@ -160,7 +177,7 @@ void DecodeMatrix(CopyKind kind, const std::byte* coded, uint64_t rows, uint64_t
         to[i + 1] = scale * static_cast<float>((pair >> 4) - kInt4Zero);
       }
     }
-    Store(row.data(), columns, dtype, weights + r * columns * DtypeBytes(dtype));
+    StoreWeights(row.data(), columns, dtype, weights + r * columns * DtypeBytes(dtype));
   }
 }
 

@@ -17,7 +17,8 @@ namespace routecast {
 
 enum class CopyKind : uint32_t { kLossless = 0, kInt8 = 1, kInt4 = 2, kSparse = 3 };
 constexpr auto kLastCopyKind = static_cast<uint32_t>(CopyKind::kSparse);
-enum class ExpertDtype : uint32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum class ExpertDtype : uint32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+constexpr auto kLastExpertDtype = static_cast<uint32_t>(ExpertDtype::kFloat16);
 
 // lossless, int8, int4, sparse; UsageError naming the nearest.
 CopyKind ParseCopies(const std::string& name);
@@ -27,6 +28,9 @@ constexpr uint64_t kInt4Group = 128, kSparseGroup = 32, kSparseKept = 16;
 inline uint64_t DtypeBytes(ExpertDtype dtype) {
   return dtype == ExpertDtype::kFloat32 ? 4 : 2;
 }
+// `count` values of a type, to float and back; to 16 bits they round to nearest even.
+void LoadWeights(const std::byte* from, uint64_t count, ExpertDtype dtype, float* to);
+void StoreWeights(const float* from, uint64_t count, ExpertDtype dtype, std::byte* to);
 // Groups of a row that share a scale, or a mask.
 inline uint64_t CodeGroups(CopyKind kind, uint64_t columns) {
   if (kind == CopyKind::kInt8) return 1;
@@ -46,7 +50,7 @@ inline uint64_t CodedBytes(CopyKind kind, uint64_t rows, uint64_t columns) {
 // not finite.
 void EncodeMatrix(CopyKind kind, std::span<const float> weights, uint64_t rows,
                   std::span<std::byte> coded);
-// Back, into `weights` [rows * columns * DtypeBytes]; bf16 rounds to nearest even.
+// Back, into `weights` [rows * columns * DtypeBytes].
 void DecodeMatrix(CopyKind kind, const std::byte* coded, uint64_t rows, uint64_t columns,
                   ExpertDtype dtype, std::byte* weights);
 

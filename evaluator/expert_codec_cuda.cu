@@ -1,4 +1,5 @@
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include "common/errors.h"
@@ -11,6 +12,7 @@ constexpr int kThreads = 256;
 
 __device__ void Put(float* to, float value) { *to = value; }
 __device__ void Put(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+__device__ void Put(__half* to, float value) { *to = __float2half_rn(value); }
 
 // A thread a weight.
 template <typename T>
@@ -77,8 +79,10 @@ void DecodeMatrixOnDevice(CopyKind kind, const std::byte* coded, uint64_t rows,
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == ExpertDtype::kFloat32) {
     Launch(kind, coded, rows, columns, reinterpret_cast<float*>(weights), on);
-  } else {
+  } else if (dtype == ExpertDtype::kBfloat16) {
     Launch(kind, coded, rows, columns, reinterpret_cast<__nv_bfloat16*>(weights), on);
+  } else {
+    Launch(kind, coded, rows, columns, reinterpret_cast<__half*>(weights), on);
   }
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return;

@@ -13,15 +13,7 @@ namespace {
 
 std::vector<float> ToFloats(const std::byte* bytes, uint64_t count, ExpertDtype dtype) {
   std::vector<float> values(count);
-  if (dtype == ExpertDtype::kFloat32) {
-    std::memcpy(values.data(), bytes, count * sizeof(float));
-    return values;
-  }
-  for (uint64_t i = 0; i < count; ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, bytes + 2 * i, sizeof bits);
-    values[i] = Bf16ToFloat(bits);
-  }
+  LoadWeights(bytes, count, dtype, values.data());
   return values;
 }
 

@@ -39,11 +39,9 @@ ExpertFileSpec SpecOfCheckpoint(const SwitchConfig& config, at::ScalarType dtype
   spec.geometry = config.geometry();
   spec.geometry.experts_per_token = 1;
   spec.d_ff = config.d_ff;
-  if (dtype != at::kFloat && dtype != at::kBFloat16) {
-    throw UsageError(
-        ErrorText("experts on disk are fp32 or bf16", "", "use --dtype=fp32"));
-  }
-  spec.dtype = dtype == at::kFloat ? ExpertDtype::kFloat32 : ExpertDtype::kBfloat16;
+  spec.dtype = dtype == at::kFloat      ? ExpertDtype::kFloat32
+               : dtype == at::kBFloat16 ? ExpertDtype::kBfloat16
+                                        : ExpertDtype::kFloat16;
   return spec;
 }
 
@@ -55,9 +53,10 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
   ExpertFileSpec spec = SpecOfCheckpoint(config, dtype);
   spec.content_id = Hash64(fingerprint);
   MakeFolder(cache_folder);
+  constexpr const char* kTypes[] = {"-fp32", "-bf16", "-fp16"};
   const fs::path path =
       cache_folder / ("checkpoint-" + Hex64(spec.content_id) +
-                      (dtype == at::kFloat ? "-fp32" : "-bf16") + ".experts");
+                      kTypes[static_cast<uint32_t>(spec.dtype)] + ".experts");
   const int count = spec.geometry.num_keys();
   if (auto file = OpenIfGood(path, spec, count)) return file;
   ExpertFileWriter writer(path, spec);

@@ -17,7 +17,7 @@ fs::path ExpertCacheFolder(const std::string& flag);
 // What the experts of a checkpoint are on disk in `dtype`, without its content's id.
 // UsageError: experts that cannot be moved one by one, or a type that they have not.
 ExpertFileSpec SpecOfCheckpoint(const SwitchConfig& config, at::ScalarType dtype);
-// The experts of a checkpoint folder, in `dtype` (fp32 or bf16). `fingerprint` as
+// The experts of a checkpoint folder, in `dtype` (fp32, bf16 or fp16). `fingerprint` as
 // LoadCheckpoint gives it.
 std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_folder,
                                                       const fs::path& checkpoint,

@@ -114,7 +114,8 @@ TEST_F(DeviceCopyGpuTest, DecodingGivesTheBitsOfTheCpu) {
   for (uint64_t i = 0; i < kRows * kColumns; ++i)
     weights.push_back(static_cast<float>(ToNormal(Mix(3, i))));
   for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse}) {
-    for (const ExpertDtype dtype : {ExpertDtype::kFloat32, ExpertDtype::kBfloat16}) {
+    for (const ExpertDtype dtype :
+         {ExpertDtype::kFloat32, ExpertDtype::kBfloat16, ExpertDtype::kFloat16}) {
       std::vector<std::byte> coded(CodedBytes(kind, kRows, kColumns));
       EncodeMatrix(kind, weights, kRows, coded);
       std::vector<std::byte> expected(weights.size() * DtypeBytes(dtype));

@@ -116,6 +116,28 @@ TEST(ExpertCodecTest, CopiesTakeAQuarterAndAnEighth) {
               0.281, 0.001);
 }
 
+// 16 bits of every exponent, subnormal and negative ones among them.
+TEST(ExpertCodecTest, EveryFp16ComesBack) {
+  std::vector<uint16_t> bits, back;
+  for (uint32_t b = 0; b < 0x10000; ++b) {
+    if ((b & 0x7C00) != 0x7C00) bits.push_back(static_cast<uint16_t>(b));  // finite
+  }
+  back.resize(bits.size());
+  std::vector<float> values(bits.size());
+  LoadWeights(reinterpret_cast<const std::byte*>(bits.data()), bits.size(),
+              ExpertDtype::kFloat16, values.data());
+  EXPECT_EQ(values[0x3C00], 1.F);
+  EXPECT_EQ(values[1], 0x1p-24F);
+  StoreWeights(values.data(), values.size(), ExpertDtype::kFloat16,
+               reinterpret_cast<std::byte*>(back.data()));
+  EXPECT_EQ(back, bits);
+  const float between[] = {1 + 0x1p-11F, 1 + 3 * 0x1p-11F};  // ties go to the even one
+  StoreWeights(between, 2, ExpertDtype::kFloat16,
+               reinterpret_cast<std::byte*>(back.data()));
+  EXPECT_EQ(back[0], 0x3C00);
+  EXPECT_EQ(back[1], 0x3C02);
+}
+
 TEST(ExpertCodecTest, Bf16IsTheRoundedWeight) {
   const auto weights = Weights(256, 1);
   std::vector<std::byte> coded(CodedBytes(CopyKind::kInt8, 2, 128));
