@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <fstream>
+#include <regex>
 #include <thread>
 
 #include "common/errors.h"
@@ -28,6 +29,25 @@ TEST_F(CollectTest, ItsRecordNamesRanksAndHosts) {
   const Json record = ReadJsonFile(folder_ / "hosts" / "run.json");
   EXPECT_EQ(record["ranks"], 3);
   EXPECT_EQ(record["hosts"], Json::array({record["host"]}));
+}
+
+TEST_F(CollectTest, HeartbeatsSayTheRateAndWhatEachRankHasDone) {
+  const fs::path said = folder_ / "heartbeats.said";
+  ASSERT_EQ(Wait(Start(Command(2, "heartbeats", {"--quiet=false"}), said)), 0);
+  const std::string text = ReadFile(said);
+  const std::regex line(
+      "collect: ([0-9]+)/([0-9]+) chunks, .*[0-9]+ sequences, [0-9]+ tokens/s, "
+      "chunks a rank ([0-9]+) ([0-9]+)");
+  std::smatch last;
+  for (std::sregex_iterator it(text.begin(), text.end(), line), end; it != end; ++it) {
+    last = *it;
+  }
+  ASSERT_FALSE(last.empty()) << text;
+  EXPECT_EQ(last[1], last[2]);
+  EXPECT_EQ(std::stoi(last[3]) + std::stoi(last[4]), std::stoi(last[2]));
+  const Json record = ReadJsonFile(folder_ / "heartbeats" / "run.json");
+  EXPECT_EQ(record["results"]["chunks_of_rank"],
+            Json::array({std::stoi(last[3]), std::stoi(last[4])}));
 }
 
 // Each expert lives on one rank of a group; groups work side by side. An expert runs the
