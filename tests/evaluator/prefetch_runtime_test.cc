@@ -31,7 +31,7 @@ namespace {
 // Says whatever `mode` wants, at every layer and lead.
 class StrangePredictor : public ExpertPredictor {
  public:
-  enum Mode { kRandom, kMalicious, kNan, kSlow, kThrowing };
+  enum Mode { kRandom, kMalicious, kNan, kSlow, kThrowing, kMisshapen };
   explicit StrangePredictor(Mode mode) : mode_(mode) {}
   std::string name() const override { return "strange"; }
   bool needs_hidden() const override { return mode_ == kRandom; }
@@ -57,6 +57,13 @@ class StrangePredictor : public ExpertPredictor {
     if (mode_ == kSlow) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
       p.fill_(0.5);
+    }
+    if (mode_ == kMisshapen) {
+      const int64_t e = window.num_experts;
+      const std::vector<std::vector<int64_t>> sizes = {
+          {b, t, e + 90}, {b, t, e - 1}, {b + 1, t, e}, {b, t + 2, e}, {b, t}};
+      const auto which = static_cast<size_t>(calls) % (sizes.size() + 1);
+      return which == sizes.size() ? at::Tensor() : at::ones(sizes[which]);
     }
     return p;
   }
@@ -139,7 +146,13 @@ class PrefetchRuntimeTest : public testing::TestWithParam<StepMemory> {
       runtime->Suspend();
       EXPECT_GT(predictor.calls, 0);
       const bool throws = mode == StrangePredictor::kThrowing;
-      EXPECT_EQ(runtime->failed_questions() > 0, throws);
+      const bool misshapen = mode == StrangePredictor::kMisshapen;
+      EXPECT_EQ(runtime->failed_questions() > 0, throws || misshapen);
+      if (misshapen) {  // nobody acts on any of it
+        for (const Stack stack : {Stack::kEncoder, Stack::kDecoder})
+          EXPECT_EQ(runtime->stats(stack).speculations, 0);
+        continue;
+      }
       EXPECT_EQ(runtime->question_error(), throws ? "no idea" : "");
     }
   }
@@ -223,6 +236,10 @@ TEST_P(PrefetchRuntimeTest, APredictorThatThrowsChangesNothing) {
   ChangesNothing(StrangePredictor::kThrowing, "top_k", 3);
 }
 
+TEST_P(PrefetchRuntimeTest, AnswersOfAnotherShapeChangeNothing) {
+  ChangesNothing(StrangePredictor::kMisshapen, "top_k", 3);
+}
+
 // Budgets, tiers, evictions, policies, predictors, batches, lengths and room that keys
 // and values take, as they come.
 TEST_P(PrefetchRuntimeTest, RandomSettingsGiveTheResidentBits) {
@@ -264,7 +281,7 @@ TEST_P(PrefetchRuntimeTest, RandomSettingsGiveTheResidentBits) {
         return std::min(slots - 2, static_cast<uint64_t>(pass.first_position % 4)) * slot;
       };
     }
-    StrangePredictor predictor(static_cast<StrangePredictor::Mode>(pick(5)));
+    StrangePredictor predictor(static_cast<StrangePredictor::Mode>(pick(6)));
     PrefetchRuntime runtime(file_->spec(), opened.engine.get(),
                             std::make_unique<PredictorForesight>(
                                 &predictor, checkpoint_.config.geometry(), 3),
