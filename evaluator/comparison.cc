@@ -99,7 +99,7 @@ void Comparison::Record() {
   size_t steps[2] = {0, 0};
   uint64_t reference_room = kReferenceBytes;
   for (int segment = 0; segment < rounds; ++segment) {
-    if (StopRequested()) throw StoppedError("stopped while recording");
+    ThrowIfStopped("while recording");
     OutputHash ignored;
     runtime.ResetStats();
     if (options_.copies) {
@@ -260,7 +260,7 @@ void Comparison::MakeRows() {
 }
 
 void Comparison::RunRow(Row* row, int round, bool measured) {
-  if (StopRequested()) throw StoppedError("stopped between two rows");
+  ThrowIfStopped("between two rows");
   const int segment = SegmentOf(round);
   if (!row->is_resident) {
     // Bringing the row's experts back is not part of the measurement.

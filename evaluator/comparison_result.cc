@@ -70,6 +70,7 @@ Json ComparisonResult::ToJson() const {
     entry["spread"] = row.spread;
     entry["speed_up"] = row.speed_up;
     entry["speed_up_spread"] = row.speed_up_spread;
+    entry["effect_size"] = row.effect_size;
     entry["compute_ms_spread"] = row.compute_ms_spread;
     entry["stall_ms_spread"] = row.stall_ms_spread;
     entry["p50_ms"] = row.p50_ms;
@@ -206,7 +207,9 @@ std::string ComparisonTable(const ComparisonResult& result) {
     text += line;
   }
   text += "speed: median over rounds of the rate over on-demand LRU's; bytes in MiB\n";
-  text += "link: " + result.link + ", peak " +
+  const bool several = result.num_groups > 1;  // each has its own: results.json, notes
+  text += (several ? "link of the fastest comparison: " : "link: ") + result.link +
+          ", peak " +
           FormatBytes(static_cast<uint64_t>(result.link_peak_bytes_per_second)) + "/s" +
           (result.emulated ? " (emulated)" : "") +
           (result.synthetic_weights ? "; synthetic weights" : "") + "\n";

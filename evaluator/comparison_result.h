@@ -62,6 +62,7 @@ struct RowResult {
   // By lead, where thresholds adapt and anything was foretold.
   std::vector<LeadResult> speculation;
   bool switched_off = false;  // the row's speculation did not help and is off
+  double effect_size = 0;     // (mean - 1) / deviation of those ratios; 0 where unknown
   // Over rounds: those ratios, and a token's share of computing and of waiting.
   FiveNumbers speed_up_spread{}, compute_ms_spread{}, stall_ms_spread{};
   // Of what was prefetched: used, and used and there in time; of what was needed:

@@ -31,6 +31,16 @@ double Share(int64_t part, int64_t of) {
   return of > 0 ? static_cast<double>(part) / static_cast<double>(of) : 0;
 }
 
+// Of ratios to 1: how many of their deviations they lie off it.
+double EffectSize(const std::vector<double>& ratios) {
+  const auto count = static_cast<double>(ratios.size());
+  if (count < 2) return 0;
+  const double mean = Sum(ratios) / count;
+  double square = 0;
+  for (double ratio : ratios) square += (ratio - mean) * (ratio - mean);
+  return square > 0 ? (mean - 1) / std::sqrt(square / (count - 1)) : 0;
+}
+
 // "3, 4"
 std::string ShutLeads(const RowResult& row) {
   std::string leads;
@@ -217,6 +227,7 @@ ComparisonResult Comparison::Result() {
       }
       summary.speed_up = Quantile(ratios, 0.5);
       summary.speed_up_spread = Spread(ratios);
+      summary.effect_size = EffectSize(ratios);
       result.lossless = result.lossless && (summary.lossless || row->is_lossy);
       result.rows.push_back(std::move(summary));
     }

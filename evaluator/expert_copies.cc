@@ -44,7 +44,7 @@ void WriteCopy(const ExpertFile& file, const ExpertFileSpec& spec, const fs::pat
   for (int i = 0; i < spec.geometry.num_keys(); ++i) {
     const ExpertKey key = ExpertKey::FromIndex(i, spec.geometry);
     if (!file.Contains(key)) continue;
-    if (StopRequested()) throw StoppedError("stopped while compressing experts");
+    ThrowIfStopped("while compressing experts");
     const std::vector<std::byte> blob = ReadBlob(file, &in, key);
     const auto weights = ToFloats(blob.data(), 2 * half, spec.dtype);
     EncodeMatrix(spec.copies, std::span(weights).first(half), f, wi);

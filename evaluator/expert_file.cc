@@ -251,7 +251,7 @@ void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,
   uint64_t done = 0;
   for (int layer : layers) {
     for (int expert = 0; expert < spec.geometry.num_experts; ++expert) {
-      if (StopRequested()) throw StoppedError("stopped while writing synthetic experts");
+      ThrowIfStopped("while writing synthetic experts");
       const uint64_t stream = Mix(spec.content_id, static_cast<uint64_t>(layer),
                                   static_cast<uint64_t>(expert));
       const auto fill = [&](uint64_t from, int fan_in) {

@@ -63,7 +63,7 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
   const CheckpointReader reader(checkpoint);
   Progress progress("experts to disk", "experts", static_cast<uint64_t>(count), quiet);
   for (int i = 0; i < count; ++i) {
-    if (StopRequested()) throw StoppedError("stopped while writing experts");
+    ThrowIfStopped("while writing experts");
     const ExpertKey key = ExpertKey::FromIndex(i, spec.geometry);
     const ExpertWeights weights = reader.ReadExpert(key, dtype);
     writer.Append(key, Bytes(weights.wi_FD.contiguous()),

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace routecast {
@@ -217,6 +219,26 @@ at::Tensor PredictorForesight::Context(bool newest_known) const {
   return context;
 }
 
+namespace {
+
+// What a predictor says goes to arrays of the model's sizes: an answer of others is an
+// error of the predictor's, which costs its question.
+void RequireShape(const at::Tensor& probs_BTE, const RoutingWindow& window) {
+  const int64_t batch = window.token_ids_BT.size(0), tokens = window.token_ids_BT.size(1);
+  const bool fits = probs_BTE.defined() && probs_BTE.dim() == 3 &&
+                    probs_BTE.size(0) == batch && probs_BTE.size(1) <= tokens &&
+                    probs_BTE.size(2) == window.num_experts;
+  if (fits) return;
+  std::string sizes;
+  for (int64_t i = 0; probs_BTE.defined() && i < probs_BTE.dim(); ++i)
+    sizes += (i == 0 ? "" : ", ") + std::to_string(probs_BTE.size(i));
+  throw std::runtime_error("an answer of shape [" + sizes + "], not [" +
+                           std::to_string(batch) + ", up to " + std::to_string(tokens) +
+                           ", " + std::to_string(window.num_experts) + "]");
+}
+
+}  // namespace
+
 std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   RoutingWindow window;
   window.stack = window_.stack;
@@ -248,10 +270,12 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   if (leads < 1) return {};
   const auto answers = decoder ? predictor_->PredictLast(window, leads)
                                : predictor_->PredictLeads(window, leads);
-  for (int lead = 1; lead <= leads; ++lead) {
+  const int said = std::min(leads, static_cast<int>(answers.size()));
+  for (int lead = 1; lead <= said; ++lead) {
     const int target = source_layer + lead;
     const std::optional<at::Tensor>& probs = answers[static_cast<size_t>(lead - 1)];
     if (!probs) continue;
+    RequireShape(*probs, window);
     forecasts.push_back({geometry_.GlobalLayer(window_.stack, target % window.num_layers),
                          lead, NeededByAny(*probs, window_.valid_BT)});
   }

@@ -22,8 +22,9 @@ namespace {
 struct Place {
   LeadAccumulator scores;
   Correlation confidence;
+  EqualMassCalibration calibration;
   RouterAgreement agreement;
-  double variation = 0;
+  double variation = 0, confidence_variation = 0;
   int64_t neighbours = 0;
 };
 
@@ -64,7 +65,9 @@ void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
   for (int64_t t = 0; t < tokens; ++t) {
     const auto label = labels[t].item<int64_t>();
     if (label < 0) continue;
-    place.confidence.Add(largest[t].item<double>(), guess[t].item<int64_t>() == label);
+    const bool right = guess[t].item<int64_t>() == label;
+    place.confidence.Add(largest[t].item<double>(), right);
+    place.calibration.Add(largest[t].item<double>(), right);
     if (RouterDistribution(span, target, static_cast<int>(first + t + ahead), &router)) {
       place.agreement.Add(rows.const_data_ptr<float>() + t * g.num_experts, router,
                           span.top_k);
@@ -74,6 +77,7 @@ void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
     const auto change =
         probs_TE.narrow(0, 1, tokens - 1) - probs_TE.narrow(0, 0, tokens - 1);
     place.variation += change.abs().sum().item<double>() / 2;
+    place.confidence_variation += largest.diff().abs().sum().item<double>();
     place.neighbours += tokens - 1;
   }
 }
@@ -187,9 +191,10 @@ PredictorQuality Summary(const std::string& name, const Asked& asked, uint64_t s
     scores.scores = place.scores.Scores(seed);
     scores.confidence_correlation = place.confidence.Value();
     scores.agreement = place.agreement;
-    scores.variation = place.neighbours > 0
-                           ? place.variation / static_cast<double>(place.neighbours)
-                           : 0;
+    const auto neighbours = static_cast<double>(std::max<int64_t>(1, place.neighbours));
+    scores.variation = place.variation / neighbours;
+    scores.confidence_variation = place.confidence_variation / neighbours;
+    scores.ece_equal_mass = place.calibration.Value();
     quality.places.push_back(scores);
   }
   quality.p50_us = Quantile(asked.microseconds, 0.5);
@@ -212,6 +217,8 @@ Json PredictorQuality::ToJson() const {
                                           ? Json(place.confidence_correlation)
                                           : Json();
     entry["variation"] = place.variation;
+    entry["confidence_variation"] = place.confidence_variation;
+    entry["ece_equal_mass"] = place.ece_equal_mass;
     const RouterAgreement& agreement = place.agreement;
     if (agreement.rows() > 0) {
       entry["kl"] = agreement.kl();

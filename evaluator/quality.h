@@ -27,6 +27,8 @@ struct QualityOptions {
 struct QualityScores {
   LeadScores scores;
   double confidence_correlation = 0;  // of the largest p with being right; NaN: constant
+  double ece_equal_mass = 0;          // 15 bins of as many answers each
+  double confidence_variation = 0;    // mean change between neighbouring tokens
   double variation = 0;       // mean total variation between neighbouring tokens' answers
   RouterAgreement agreement;  // where the store has the routers' own top-k
 };

@@ -300,7 +300,7 @@ void ReplayWorkload::Steps(const std::vector<const RoutingSpan*>& spans,
     times->tokens[1] += ids.size(0);
     hash->Add(logits);
     hash->Add(chosen);
-    if (StopRequested()) throw StoppedError("stopped while replaying");
+    ThrowIfStopped("while replaying");
   }
 }
 

@@ -117,7 +117,7 @@ SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source,
     times.step_seconds[1].push_back(clock.Now() - watch.begin());
     hash->Add(logits_BV);
     hash->Add(ids_B);
-    if (StopRequested()) throw StoppedError("stopped while generating");
+    ThrowIfStopped("while generating");
     return true;
   };
   const auto index = static_cast<size_t>(segment);

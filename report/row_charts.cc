@@ -204,6 +204,7 @@ std::vector<std::string> BatchCharts(const RunFolder& folder) {
   static constexpr Picture kPictures[] = {
       {"Speed by batch", "tokens/s", "tokens_per_second", 1},
       {"Rate over on-demand LRU by batch", "ratio", "speed_up", 1},
+      {"Effect size by batch", "(ratio - 1) / deviation", "effect_size", 1},
       {"Hits by batch", "%", "hit_rate", 100},
       {"Step by batch", "ms, median", "p50_ms", 1},
       {"Tail of a step by batch", "ms, p99", "p99_ms", 1},

@@ -25,8 +25,9 @@ std::vector<std::string> SpeedCharts(const RowGroup& group);
 // Where a token's time goes, how both parts spread, the tail of its steps, what became of
 // prefetches, what asking costs, and the ratio to on-demand LRU against that cost.
 std::vector<std::string> DetailCharts(const RowGroup& group);
-// Tokens a second, its ratio to on-demand LRU, hit rate, a step's median and tail, and
-// the memory of experts against batch sizes, of a folder with several.
+// Tokens a second, its ratio to on-demand LRU and what of it is effect, hit rate, a
+// step's median and tail, and the memory of experts against batch sizes, of a folder with
+// several.
 std::vector<std::string> BatchCharts(const RunFolder& folder);
 // Tokens a second, with the best of all rows by memory, and hit rate against the expert
 // memory, of runs with several budgets.

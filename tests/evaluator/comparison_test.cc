@@ -96,6 +96,10 @@ TEST_F(ComparisonTest, RowsSayWhatBecameOfPrefetchesAndHowRoundsSpread) {
          {row.speed_up_spread, row.compute_ms_spread, row.stall_ms_spread}) {
       EXPECT_TRUE(std::is_sorted(spread.begin(), spread.end())) << row.policy;
     }
+    const bool baseline = row.policy == "on_demand" && row.eviction == "lru";
+    EXPECT_EQ(row.effect_size == 0, baseline) << row.policy;  // over itself: none
+    if (row.speed_up_spread[0] > 1) EXPECT_GT(row.effect_size, 0) << row.policy;
+    if (row.speed_up_spread[4] < 1) EXPECT_LT(row.effect_size, 0) << row.policy;
     EXPECT_GT(row.compute_ms_spread[0], 0) << row.policy;
     EXPECT_EQ(row.stall_ms_spread[4] > 0, row.stall_seconds > 0) << row.policy;
   }
@@ -391,6 +395,7 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "spread",
                                              "speed_up",
                                              "speed_up_spread",
+                                             "effect_size",
                                              "compute_ms_spread",
                                              "stall_ms_spread",
                                              "p50_ms",

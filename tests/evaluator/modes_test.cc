@@ -74,6 +74,9 @@ TEST_F(ModesTest, QualityIsWhatThePredictorSays) {
         }
       }
       EXPECT_EQ(s.samples, count);
+      EXPECT_GE(place.ece_equal_mass, 0);
+      EXPECT_LE(place.ece_equal_mass, 1);
+      EXPECT_LE(place.confidence_variation, place.variation + 1e-9);
       EXPECT_NEAR(s.top[0], right / count, 1e-9)
           << all[p].predictor << StackName(s.phase) << s.layer << s.lead;
       ++places;
@@ -85,6 +88,7 @@ TEST_F(ModesTest, QualityIsWhatThePredictorSays) {
   // The same answer for every token: nothing moves, nothing correlates.
   for (const QualityScores& place : all[1].places) {
     EXPECT_NEAR(place.variation, 0, 1e-6);
+    EXPECT_NEAR(place.confidence_variation, 0, 1e-6);
     EXPECT_TRUE(std::isnan(place.confidence_correlation));
   }
   EXPECT_THAT(QualityTable(all), HasSubstr("markov"));

@@ -16,11 +16,13 @@
 #include "common/random.h"
 #include "evaluator/disk_transfer_engine.h"
 #include "evaluator/expert_store.h"
+#include "evaluator/expert_tiers.h"
 #include "evaluator/output_hash.h"
 #include "evaluator/paced_compute.h"
 #include "evaluator/workload.h"
 #include "gtest/gtest.h"
 #include "models/generation.h"
+#include "tests/evaluator/fake_device.h"
 #include "tests/models/switch_test_support.h"
 
 namespace routecast {
@@ -29,7 +31,7 @@ namespace {
 // Says whatever `mode` wants, at every layer and lead.
 class StrangePredictor : public ExpertPredictor {
  public:
-  enum Mode { kRandom, kMalicious, kNan, kSlow, kThrowing };
+  enum Mode { kRandom, kMalicious, kNan, kSlow, kThrowing, kMisshapen };
   explicit StrangePredictor(Mode mode) : mode_(mode) {}
   std::string name() const override { return "strange"; }
   bool needs_hidden() const override { return mode_ == kRandom; }
@@ -55,6 +57,13 @@ class StrangePredictor : public ExpertPredictor {
     if (mode_ == kSlow) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
       p.fill_(0.5);
+    }
+    if (mode_ == kMisshapen) {
+      const int64_t e = window.num_experts;
+      const std::vector<std::vector<int64_t>> sizes = {
+          {b, t, e + 90}, {b, t, e - 1}, {b + 1, t, e}, {b, t + 2, e}, {b, t}};
+      const auto which = static_cast<size_t>(calls) % (sizes.size() + 1);
+      return which == sizes.size() ? at::Tensor() : at::ones(sizes[which]);
     }
     return p;
   }
@@ -137,7 +146,13 @@ class PrefetchRuntimeTest : public testing::TestWithParam<StepMemory> {
       runtime->Suspend();
       EXPECT_GT(predictor.calls, 0);
       const bool throws = mode == StrangePredictor::kThrowing;
-      EXPECT_EQ(runtime->failed_questions() > 0, throws);
+      const bool misshapen = mode == StrangePredictor::kMisshapen;
+      EXPECT_EQ(runtime->failed_questions() > 0, throws || misshapen);
+      if (misshapen) {  // nobody acts on any of it
+        for (const Stack stack : {Stack::kEncoder, Stack::kDecoder})
+          EXPECT_EQ(runtime->stats(stack).speculations, 0);
+        continue;
+      }
       EXPECT_EQ(runtime->question_error(), throws ? "no idea" : "");
     }
   }
@@ -219,6 +234,69 @@ TEST_P(PrefetchRuntimeTest, ASlowPredictorChangesNothing) {
 }
 TEST_P(PrefetchRuntimeTest, APredictorThatThrowsChangesNothing) {
   ChangesNothing(StrangePredictor::kThrowing, "top_k", 3);
+}
+
+TEST_P(PrefetchRuntimeTest, AnswersOfAnotherShapeChangeNothing) {
+  ChangesNothing(StrangePredictor::kMisshapen, "top_k", 3);
+}
+
+// Budgets, tiers, evictions, policies, predictors, batches, lengths and room that keys
+// and values take, as they come.
+TEST_P(PrefetchRuntimeTest, RandomSettingsGiveTheResidentBits) {
+  const uint64_t slot = file_->spec().stride_bytes();
+  const auto count = static_cast<uint64_t>(file_->count());
+  const std::string policies[] = {"on_demand",   "multi_look", "top_k",
+                                  "intelligent", "confident",  "auto"};
+  for (uint64_t draw = 0; draw < 60; ++draw) {
+    uint64_t asked = 0;
+    const auto pick = [&](uint64_t choices) {
+      return ToRange(Mix(draw, ++asked, 7), choices);
+    };
+    at::manual_seed(draw);
+    const auto batch = static_cast<int64_t>(1 + pick(5)),
+               length = static_cast<int64_t>(1 + pick(12));
+    ids_ = at::randint(2, 96, {batch, length}, at::kLong);
+    valid_ = at::ones({batch, length}, at::kBool);
+    valid_[0].slice(0, 1 + static_cast<int64_t>(pick(static_cast<uint64_t>(length)))) =
+        false;
+    const uint64_t slots = 2 + pick(count - 1);
+    ExpertTierOptions tiers;
+    tiers.direct = pick(2) != 0;
+    const std::string chains[] = {
+        "", "gpu,disk", "gpu,host:" + std::to_string((2 + pick(count)) * slot) + ",disk",
+        "managed,disk"};
+    const std::string chain = chains[pick(4)];
+    tiers.chain = ParseTiers(chain);
+    const auto log = std::make_shared<FakeDeviceLog>();
+    tiers.open_device = [log] { return std::make_unique<FakeDevice>(log, 1e9); };
+    const ExpertTiers opened = OpenTiers(file_, static_cast<int>(slots), tiers);
+    RuntimeOptions options;
+    options.num_slots = static_cast<int>(slots);
+    options.eviction = static_cast<Eviction>(pick(6));  // all but Belady's
+    options.planner.policy = ParsePolicy(policies[pick(6)]);
+    options.ask_aside = pick(2) != 0;
+    if (pick(3) == 0) {
+      options.memory_bytes = slots * slot;
+      options.key_value_bytes = [=](const PassInfo& pass) {
+        return std::min(slots - 2, static_cast<uint64_t>(pass.first_position % 4)) * slot;
+      };
+    }
+    StrangePredictor predictor(static_cast<StrangePredictor::Mode>(pick(6)));
+    PrefetchRuntime runtime(file_->spec(), opened.engine.get(),
+                            std::make_unique<PredictorForesight>(
+                                &predictor, checkpoint_.config.geometry(), 3),
+                            options);
+    const std::string resident = Resident();
+    for (int pass = 0; pass < 2; ++pass) {
+      EXPECT_EQ(Decode(&runtime, &runtime), resident)
+          << "draw " << draw << ": " << slots << " slots, " << chain << ", "
+          << options.planner.policy.name << ", " << EvictionName(options.eviction);
+      runtime.Suspend();
+      runtime.Resume();
+    }
+    EXPECT_LE(runtime.held_peak_slots(), static_cast<int>(slots));
+    EXPECT_LE(runtime.memory_peak_bytes(), slots * slot);
+  }
 }
 
 // Says at a pass' end what the next token's first layer needs, and nothing else.

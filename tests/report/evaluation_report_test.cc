@@ -198,11 +198,12 @@ TEST(EvaluationReport, SeveralBatchSizesAreDrawnAgainstEachOther) {
   EXPECT_TRUE(Has(page, "Rate over on-demand LRU by batch, decode"));
   EXPECT_FALSE(Has(page, "Tail of a step by batch")) << "no row says it";
   for (Json& row : f.results["rows"]) {
-    for (const char* key : {"p50_ms", "p99_ms", "held_bytes_peak"}) row[key] = 1 << 20;
+    for (const char* key : {"p50_ms", "p99_ms", "held_bytes_peak", "effect_size"})
+      row[key] = 1 << 20;
   }
   page = EvaluationReportHtml({f});
-  for (const char* title :
-       {"Step by batch", "Tail of a step by batch", "Memory by batch"})
+  for (const char* title : {"Step by batch", "Tail of a step by batch", "Memory by batch",
+                            "Effect size by batch"})
     EXPECT_TRUE(Has(page, std::string(title) + ", decode")) << title;
 }
 
