@@ -71,6 +71,11 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
     refuse("it reads attention summaries of " + std::to_string(config.attention_heads) +
            " heads, this run of " + std::to_string(heads));
   }
+  if (config.positions != options.position_inputs) {
+    refuse(std::string("it was trained with") + (config.positions ? "" : "out") +
+           " --position_inputs");
+  }
+  config.beams = options.beams;  // no weight depends on them
   if (config.backup_experts != options.backup_experts) {
     refuse("it has " + std::to_string(config.backup_experts) +
            " backup experts, --backup_experts says " +
@@ -124,6 +129,8 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
   config.backup_experts = options.backup_experts;
   if (options.attention_inputs) config.attention_heads = dataset->attention_heads();
+  config.positions = options.position_inputs;
+  config.beams = options.beams;
   if (options.kind == "ensemble") {
     config.combine = options.combine;
     const auto members = ParseMembers(options.members, options.training);

@@ -71,6 +71,8 @@ struct SpeculationOptions {
   double diversity_weight = 0;    // DiversityLoss: the published gating loss
   double contrastive_weight = 0;  // of InfoNCE between leads and expert embeddings
   bool attention_inputs = false;  // `hidden` reads attention summaries, too
+  int beams = 1;                  // of `autoregressive`, 1 = greedy
+  bool position_inputs = false;   // `hidden` sees a token's place in its sequence
   int backup_experts = 0;         // heads for the router's second, third .. choice
   double backup_weight = 0.3;     // of the mean of their cross-entropies
   AugmentOptions augment;
