@@ -16,6 +16,7 @@
 #include "models/device_choice.h"
 #include "models/joint_model.h"
 #include "models/speculation_onnx.h"
+#include "trainer/agreed_stop.h"
 #include "trainer/autocast.h"
 #include "trainer/batch_loader.h"
 #include "trainer/determinism.h"
@@ -96,6 +97,7 @@ class SpeculationTrainer {
   }
 
   SpeculationResult Run() {
+    ThrowIfAnyStopped(comm_, "before the first step of this start");
     const StaleControl control = Control();
     Resume();
     for (TraceDataset* store : stores_) store->KeepAll(SplitPart::kTrain, hidden_);
