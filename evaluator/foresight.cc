@@ -142,6 +142,7 @@ void PredictorForesight::StartPass(const PassInfo& pass) {
   if (!goes_on) hidden_BTD_.assign(static_cast<size_t>(layers), at::Tensor());
   window_.stack = pass.stack;
   window_.pass_tokens = static_cast<int>(tokens);
+  window_.first_token = pass.first_position - keep;
   if (pass.stack == Stack::kEncoder) source_BSD_ = at::Tensor();
   if (pass.stack == Stack::kDecoder && pass.source_BSD.defined()) {
     source_BSD_ = pass.source_BSD;
@@ -245,6 +246,7 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   window.source_layer = source_layer;
   window.num_layers = geometry_.layers(window_.stack);
   window.num_experts = geometry_.num_experts;
+  window.first_token = window_.first_token;
   window.token_ids_BT = window_.tokens_BT;
   window.valid_BT = window_.valid_BT;
   window.experts_BTL = window_.experts_BTL;

@@ -55,7 +55,8 @@ class PredictorForesight : public Foresight {
   // Plain rows on the CPU.
   struct Window {
     Stack stack = Stack::kEncoder;
-    int pass_tokens = 0;  // of the pass under way: the newest columns
+    int pass_tokens = 0;      // of the pass under way: the newest columns
+    int64_t first_token = 0;  // place of the first column
     at::Tensor tokens_BT, valid_BT, experts_BTL;
   };
   void StartPass(const PassInfo& pass);

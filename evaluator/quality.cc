@@ -90,6 +90,7 @@ RoutingWindow UpTo(const RoutingWindow& all, int64_t newest, int64_t history) {
        {&w.token_ids_BT, &w.valid_BT, &w.experts_BTL, &w.hidden_BTD, &w.context_BTD}) {
     if (x->defined()) *x = x->narrow(1, first, kept).contiguous();
   }
+  w.first_token = first;
   return w;
 }
 

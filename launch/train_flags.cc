@@ -43,6 +43,7 @@ DEFINE_string(schedule, "cosine",
 DEFINE_int32(warmup_steps, 100, "Linear warm-up, at most a tenth of the run");
 DEFINE_double(last_rate, 0.02, "Share of the peak rate where a schedule ends");
 DEFINE_int64(restart_steps, 0, "First wave of --schedule=restarts; 0 = a fifth");
+DEFINE_int32(restart_epochs, 0, "The same in epochs, instead of --restart_steps");
 DEFINE_double(restart_growth, 2, "Each wave is so many times as long as the last");
 DEFINE_double(plateau_factor, 0.5, "What --schedule=plateau multiplies the rate by");
 DEFINE_int32(plateau_patience, 2, "After so many validations without a better one");
@@ -68,6 +69,10 @@ DEFINE_bool(
     attention_inputs, false,
     "`hidden` reads attention summaries, too (--record=ids,hidden,attention); the "
     "model is offline only");
+DEFINE_int32(beams, 1,
+             "Of --kind=autoregressive: joint continuations that an answer follows "
+             "(published: 4); 1 = the likeliest alone");
+DEFINE_bool(position_inputs, false, "`hidden` sees a token's place in its sequence");
 DEFINE_int32(backup_experts, 0,
              "Heads for the router's second, third .. choice (published: 3); needs "
              "--record=topk, kinds interlayer and moe");
@@ -123,9 +128,9 @@ SpeculationOptions OptionsOfFlags() {
   o.combine = FLAGS_combine;
   o.training = {FLAGS_learning_rate, FLAGS_weight_decay, FLAGS_clip_norm,
                 FLAGS_label_smoothing};
-  o.schedule = {FLAGS_schedule,        FLAGS_warmup_steps,   FLAGS_last_rate,
-                FLAGS_restart_steps,   FLAGS_restart_growth, FLAGS_plateau_factor,
-                FLAGS_plateau_patience};
+  o.schedule = {FLAGS_schedule,         FLAGS_warmup_steps,   FLAGS_last_rate,
+                FLAGS_restart_steps,    FLAGS_restart_growth, FLAGS_plateau_factor,
+                FLAGS_plateau_patience, FLAGS_restart_epochs};
   o.beta1 = FLAGS_beta1;
   o.beta2 = FLAGS_beta2;
   o.ema = FLAGS_ema;
@@ -141,6 +146,8 @@ SpeculationOptions OptionsOfFlags() {
   o.diversity_weight = FLAGS_diversity_weight;
   o.attention_inputs = FLAGS_attention_inputs;
   o.encoder_attention = FLAGS_encoder_attention;
+  o.beams = FLAGS_beams;
+  o.position_inputs = FLAGS_position_inputs;
   o.backup_experts = FLAGS_backup_experts;
   o.backup_weight = FLAGS_backup_weight;
   o.augment = {FLAGS_augment_layers,   FLAGS_augment_parts,    FLAGS_augment_permutation,

@@ -1,8 +1,10 @@
 // Leads one after another: a decoder over the leads of a token attends to the encoded
 // context of expert ids (that of `interlayer`), and each lead is told the expert of the
-// lead before: in training the true one, else its own likeliest (greedy). Tokens do not
-// see each other here, so decoders stay causal. Published as a plan, defined by us.
-// M members, B sequences, T tokens, R rows a token, H leads, E experts, D width.
+// lead before: in training the true one, else its own likeliest (greedy), or each of the
+// K likeliest joint continuations so far, whose answers are mixed by their probabilities.
+// Tokens do not see each other here, so decoders stay causal. Published as a plan,
+// defined by us. M members, B sequences, T tokens, R rows a token, H leads, E experts, D
+// width.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -78,6 +80,8 @@ class AutoregressiveModel final : public TrunkModel {
   at::Tensor Logits(const at::Tensor& h_NHD, const RoutingWindow& window) const;
   at::Tensor Greedy(const Context& context, const RoutingWindow& window, int64_t leads,
                     KeyedDropout* dropout) const;
+  at::Tensor Beams(const Context& context, const RoutingWindow& window, int64_t leads,
+                   KeyedDropout* dropout) const;
 
   ParameterMaker make_;
   ExpertEmbedding embed_;
@@ -136,6 +140,37 @@ at::Tensor AutoregressiveModel::Greedy(const Context& context,
   }
 }
 
+// [B,T,leads,E]: log-probabilities of each lead, mixed over the continuations that are
+// followed. With as many as there are it is the marginal of the joint probability.
+at::Tensor AutoregressiveModel::Beams(const Context& context, const RoutingWindow& window,
+                                      int64_t leads, KeyedDropout* dropout) const {
+  const int64_t E = config_.geometry.num_experts, N = context.newest_N1.size(0);
+  const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
+  at::Tensor prior_NHE = at::zeros({B, T, leads, E}, context.rows_NRD.options());
+  if (prior_) prior_NHE = prior_->AddTo(prior_NHE, window);
+  prior_NHE = prior_NHE.view({N, leads, E});
+  at::Tensor before_NKH = context.newest_N1.unsqueeze(1);
+  at::Tensor joint_NK = at::zeros({N, 1}, prior_NHE.options());
+  std::vector<at::Tensor> by_lead;
+  for (int64_t h = 0; h < leads; ++h) {
+    const int64_t K = before_NKH.size(1);
+    const Context each{context.rows_NRD.repeat_interleave(K, 0),
+                       context.mask.repeat_interleave(K, 0), context.newest_N1};
+    const auto y = Decode(each, before_NKH.reshape({N * K, h + 1}), window, dropout);
+    const auto logits = head_(y.select(1, h)).view({N, K, E}) + prior_NHE.narrow(1, h, 1);
+    const auto logs_NKE = at::log_softmax(logits, 2);
+    const auto share_NK1 = at::log_softmax(joint_NK, 1).unsqueeze(2);
+    by_lead.push_back(at::logsumexp(share_NK1 + logs_NKE, 1));
+    const auto all = (joint_NK.unsqueeze(2) + logs_NKE).flatten(1);
+    const auto [score, place] = all.topk(std::min<int64_t>(config_.beams, K * E), 1);
+    const auto from = at::floor_divide(place, E).unsqueeze(2).expand({-1, -1, h + 1});
+    joint_NK = score;
+    before_NKH =
+        at::cat({before_NKH.gather(1, from), place.remainder(E).unsqueeze(2)}, 2);
+  }
+  return at::stack(by_lead, 1).view({B, T, leads, E});
+}
+
 SpeculationOutput AutoregressiveModel::Compute(const RoutingWindow& window,
                                                KeyedDropout* dropout) {
   const int64_t H = NumLeads(window.stack, window.source_layer);
@@ -153,7 +188,8 @@ SpeculationOutput AutoregressiveModel::Compute(const RoutingWindow& window,
     out.features_BTHD = h.view({B, T, H, config_.width});
     out.expert_keys_ED = embed_.Keys();
   } else {
-    out.logits_BTHE = Greedy(context, window, H, dropout);
+    out.logits_BTHE = config_.beams > 1 ? Beams(context, window, H, dropout)
+                                        : Greedy(context, window, H, dropout);
   }
   out.confidence_BTH = LargestProbability(out.logits_BTHE);
   if (dropout->active() && window.training.hidden_ids_BTL.defined()) {

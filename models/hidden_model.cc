@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "models/baseline_predictors.h"
@@ -45,6 +46,9 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker* make)
     neighbours.push_back(make->Xavier("neighbours.weight",
                                       {2 * int64_t{c.neighbours}, c.width, kTokenWidth}));
   }
+  if (c.positions) {
+    position.emplace_back(make, "position.embedding", kPositions, c.width, 0.02);
+  }
   if (c.next_token) next.emplace_back(make, c.width, kTokenWidth, c.vocab_size);
   for (int i = 0; i < c.layers; ++i) {
     blocks.emplace_back(make, "block." + std::to_string(i), c.width, c.ff);
@@ -63,6 +67,13 @@ at::Tensor TokenMixer::operator()(const at::Tensor& x_BTD,
   const auto mask = near + absent.view({M, B / M, 1, 1, T});
   const auto y = norm(x_BTD.reshape({B * T, -1})).view(x_BTD.sizes());
   return attention(y, y, mask.view({B, A, T, T}));
+}
+
+int64_t HiddenNet::PositionRow(int64_t place) {
+  constexpr int64_t kExact = 16;
+  if (place < kExact) return place;
+  const double doublings = std::log2(static_cast<double>(place) / kExact);
+  return std::min<int64_t>(kPositions - 1, kExact + static_cast<int64_t>(4 * doublings));
 }
 
 // Sum over layers of the embeddings of (layer, expert); first_layer is the table's layer
@@ -109,6 +120,14 @@ at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
     const at::Tensor& weight = net_.neighbours[0];
     x = x + Product(net_.token(Shifted(window.token_ids_BT, OffsetOf(i))),
                     weight.select(weight.dim() - 3, i));
+  }
+  if (!net_.position.empty()) {
+    const int64_t B = x.size(0), T = x.size(1);
+    at::Tensor rows = at::empty({T}, at::kLong);
+    for (int64_t t = 0; t < T; ++t) {
+      rows.data_ptr<int64_t>()[t] = HiddenNet::PositionRow(window.first_token + t);
+    }
+    x = x + net_.position[0](rows.to(x.device()).unsqueeze(0).expand({B, T}));
   }
   if (!net_.state.empty()) {
     x = window.hidden_BTD.defined() ? x + StateOf(window)(window.hidden_BTD)

@@ -104,8 +104,11 @@ struct NextToken {
 
 struct HiddenNet {
   static constexpr int kTokenWidth = 64;
-  static constexpr int kGuesses = 16;  // likeliest next tokens whose counts are mixed
+  static constexpr int kGuesses = 16;    // likeliest next tokens whose counts are mixed
+  static constexpr int kPositions = 32;  // rows for places in a sequence
   HiddenNet(const SpeculationConfig& c, ParameterMaker* make);
+  // A row a place up to 16, then four a doubling; the last one is shared from 215 on.
+  static int64_t PositionRow(int64_t place);
   // Source layers of both stacks; nothing lies ahead of the encoder's last one.
   static int NumStates(const MoeGeometry& g) {
     return std::max(0, g.encoder_layers - 1) + g.decoder_layers;
@@ -124,6 +127,7 @@ struct HiddenNet {
   // [2 n,width,kTokenWidth]: of the tokens n..1 to the left, then 1..n to the right,
   // which the decoder does not see. None where neighbours are not a feature.
   std::vector<at::Tensor> neighbours;
+  std::vector<EmbeddingLayer> position;  // one or none
   EmbeddingLayer source;         // layers + 2 rows: each stack's sources from -1 on
   EmbeddingLayer own, previous;  // layers * E + 1 rows; the last one is "unknown"
   EmbeddingLayer lead;           // a row a lead

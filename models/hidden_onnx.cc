@@ -52,8 +52,22 @@ Value StateFeatures(OnnxLayers* o, Value x) {
   return o->decoder() ? o->Add(x, input("context_BTD", "context")) : x;
 }
 
+// A row a token's place, [T,D]; places from 255 on are alike.
+Value PositionFeatures(OnnxLayers* o) {
+  constexpr int64_t kPlaces = 256;
+  at::Tensor rows = at::empty({kPlaces}, at::kLong);
+  for (int64_t t = 0; t < kPlaces; ++t) {
+    rows.data_ptr<int64_t>()[t] = HiddenNet::PositionRow(t);
+  }
+  const Value tokens = o->Length(o->Window("token_ids_BT"), 1);
+  const Value places = o->Op("Range", {o->graph().Int(0), tokens, o->graph().Int(1)});
+  return o->Rows(o->Weight("position.embedding").index_select(0, rows),
+                 o->Op("Min", {places, o->graph().Int(kPlaces - 1)}));
+}
+
 Value Features(OnnxLayers* o) {
   Value x = StateFeatures(o, TokenFeatures(o));
+  if (o->Has("position.embedding")) x = o->Add(x, PositionFeatures(o));
   if (o->source_layer() >= 0) {
     const int64_t known = o->source_layer() + 1;
     const Value own = o->Slice(o->Window("experts_BTL"), 2, 0, known);

@@ -225,6 +225,9 @@ std::vector<float> HiddenModel::FewFeatures(const RoutingWindow& window,
     float* row = x.data() + r * size_t(D);
     AddValues(Data(net_.source.weight) + source_row * D, D, row);
     AddExperts(window, rows[r], row);
+    if (net_.position.empty()) continue;
+    const int64_t place = window.first_token + rows[r] % window.token_ids_BT.size(1);
+    AddValues(Data(net_.position[0].weight) + HiddenNet::PositionRow(place) * D, D, row);
   }
   return x;
 }

@@ -35,6 +35,7 @@ struct RoutingWindow {
   int source_layer = -1;
   int num_layers = 0;       // L
   int num_experts = 0;      // E; id E means "unknown" or padding
+  int64_t first_token = 0;  // place in its sequence of each row's first token
   at::Tensor token_ids_BT;  // int64, padding 0
   at::Tensor valid_BT;      // bool, true = real token
   // int64. Encoder: columns <= source_layer known for all tokens, others E. Decoder,

@@ -35,6 +35,7 @@ std::string SizeProblem(const SpeculationConfig& c) {
                           {"context", c.context, 1, 1024},
                           {"neighbours", c.neighbours, 0, 64},
                           {"attention_heads", c.attention_heads, 0, 4096},
+                          {"beams", c.beams, 1, c.kind == "autoregressive" ? 64 : 1},
                           {"backup_experts", c.backup_experts, 0,
                            std::min(15, std::max(0, g.num_experts - 1))}};
   for (const Bound& b : bounds) {
@@ -110,6 +111,9 @@ std::string ProblemOf(const SpeculationConfig& c) {
     return "backup_experts=" + std::to_string(c.backup_experts) + ", expected 0 of " +
            c.kind;
   }
+  if (c.positions && c.kind != "hidden") {
+    return "positions=true, expected false of " + c.kind;
+  }
   if (c.attention_heads > 0 && (!kind.attention || c.hidden_width == 0)) {
     return "attention_heads=" + std::to_string(c.attention_heads) + ", expected 0 of " +
            c.kind + (kind.attention ? " without router inputs" : "");
@@ -147,6 +151,8 @@ Json SpeculationConfig::ToJson() const {
             {"priors", priors},
             {"next_token", next_token},
             {"dropout", dropout}};
+  if (positions) json["positions"] = true;
+  if (beams > 1) json["beams"] = beams;
   if (backup_experts > 0) json["backup_experts"] = backup_experts;
   if (attention_heads > 0) json["attention_heads"] = attention_heads;
   if (encoder_attention) json["encoder_attention"] = true;
@@ -207,6 +213,8 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.priors = in.Flag("priors");
   c.next_token = in.Flag("next_token");
   c.dropout = in.Number("dropout");
+  if (json.contains("beams")) c.beams = in.Int("beams");
+  if (json.contains("positions")) c.positions = in.Flag("positions");
   if (json.contains("backup_experts")) c.backup_experts = in.Int("backup_experts");
   if (json.contains("attention_heads")) c.attention_heads = in.Int("attention_heads");
   if (json.contains("encoder_attention")) {

@@ -20,11 +20,13 @@ struct SpeculationConfig {
   int neighbours = 0;       // tokens on each side (decoder: left) whose ids `hidden` sees
   bool priors = false;      // starts from the counts of the train part
   bool next_token = false;  // `hidden` guesses the decoder's next token; needs priors
+  bool positions = false;   // `hidden` sees a token's place in its sequence
   // Heads of the traced model's attention whose summaries are a feature of `hidden`, at
   // the source layer (a decoder has as many again over the encoder); 0 = no feature.
   int attention_heads = 0;
   // `hidden`: tokens of the encoder attend to each other, as those of the model will.
   bool encoder_attention = false;
+  int beams = 1;  // of `autoregressive`: joint continuations that it follows, 1 = greedy
   int backup_experts = 0;  // heads for the router's second, third .. choice; 0 = none
   double dropout = 0;      // training only
 

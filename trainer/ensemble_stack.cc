@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "models/ensemble_model.h"
+#include "trainer/agreed_stop.h"
 
 namespace routecast {
 namespace {
@@ -110,8 +111,10 @@ bool Pass(SpeculationModel* ensemble, const EvaluationData& data, Communicator* 
   const RankInfo rank = comm->rank_info();
   for (size_t i = static_cast<size_t>(rank.rank); i < data.batches.size();
        i += static_cast<size_t>(rank.world)) {
+    if (StopRequested()) break;
     AddSums(ensemble, data.batches[i], data, *places, &sums);
   }
+  ThrowIfAnyStopped(comm, "before its members were weighed");
   std::vector<double> all;
   for (const auto& [place, sum] : sums) {
     const double* value = sum.const_data_ptr<double>();

@@ -9,6 +9,7 @@
 #include "common/random.h"
 #include "models/routing_window.h"
 #include "models/speculation_config.h"
+#include "trainer/agreed_stop.h"
 
 namespace routecast {
 namespace {
@@ -168,6 +169,7 @@ std::vector<KnnEstimate> EstimateByNeighbours(TraceDataset* dataset, uint64_t se
     const int last = g.layers(stack) - (stack == Stack::kEncoder ? 1 : 0);
     for (int source = 0; source < last; ++source) {
       if (place++ % rank.world != rank.rank) continue;
+      if (StopRequested()) return estimates;
       const Samples train =
           Gather(dataset, SplitPart::kTrain, stack, source, most_neighbours, seed);
       const Samples test =
@@ -204,6 +206,7 @@ std::vector<Json> NeighboursJson(TraceDataset* dataset, uint64_t seed,
   for (const KnnEstimate& e : EstimateByNeighbours(dataset, seed, comm->rank_info())) {
     mine.push_back(e.ToJson());
   }
+  ThrowIfAnyStopped(comm, "before it was scored");
   std::vector<Json> all;
   for (const std::string& part : comm->AllGather(mine.dump())) {
     for (const Json& e : Json::parse(part)) all.push_back(e);

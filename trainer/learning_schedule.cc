@@ -26,13 +26,21 @@ double OneCycle(double done) {
 }  // namespace
 
 Json LearningSchedule::ToJson() const {
-  return {{"name", name},
-          {"warmup_steps", warmup_steps},
-          {"last_share", last_share},
-          {"restart_steps", restart_steps},
-          {"restart_growth", restart_growth},
-          {"plateau_factor", plateau_factor},
-          {"plateau_patience", plateau_patience}};
+  Json json{{"name", name},
+            {"warmup_steps", warmup_steps},
+            {"last_share", last_share},
+            {"restart_steps", restart_steps},
+            {"restart_growth", restart_growth},
+            {"plateau_factor", plateau_factor},
+            {"plateau_patience", plateau_patience}};
+  if (restart_epochs > 0) json["restart_epochs"] = restart_epochs;
+  return json;
+}
+
+LearningSchedule LearningSchedule::InEpochsOf(int64_t steps_per_epoch) const {
+  LearningSchedule schedule = *this;
+  if (restart_epochs > 0) schedule.restart_steps = restart_epochs * steps_per_epoch;
+  return schedule;
 }
 
 void LearningSchedule::Validate() const {
@@ -49,6 +57,8 @@ void LearningSchedule::Validate() const {
   require(last_share >= 0 && last_share <= 1, "--last_rate", last_share, "0 to 1");
   require(restart_steps >= 0, "--restart_steps", static_cast<double>(restart_steps),
           "0 or more");
+  require(restart_epochs >= 0 && (restart_epochs == 0 || restart_steps == 0),
+          "--restart_epochs", restart_epochs, "0 or more, without --restart_steps");
   require(restart_growth >= 1 && restart_growth <= 10, "--restart_growth", restart_growth,
           "1 to 10");
   require(plateau_factor > 0 && plateau_factor < 1, "--plateau_factor", plateau_factor,

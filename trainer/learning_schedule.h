@@ -22,9 +22,12 @@ struct LearningSchedule {
   double restart_growth = 2;
   double plateau_factor = 0.5;
   int plateau_patience = 2;
+  int restart_epochs = 0;  // > 0: restart_steps as epochs (InEpochsOf)
 
   Json ToJson() const;
   void Validate() const;  // UsageError naming the flag
+  // With restart_steps from restart_epochs, where those are said.
+  LearningSchedule InEpochsOf(int64_t steps_per_epoch) const;
   // Share of the peak at `step` (from 0) of `steps`; `lowered`: times a plateau was hit.
   double Share(int64_t step, int64_t steps, int lowered) const;
 };

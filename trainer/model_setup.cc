@@ -74,6 +74,11 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   if (options.encoder_attention && !config.encoder_attention) {
     refuse("it has no attention in the encoder, --encoder_attention asks for it");
   }
+  if (config.positions != options.position_inputs) {
+    refuse(std::string("it was trained with") + (config.positions ? "" : "out") +
+           " --position_inputs");
+  }
+  config.beams = options.beams;  // no weight depends on them
   if (config.backup_experts != options.backup_experts) {
     refuse("it has " + std::to_string(config.backup_experts) +
            " backup experts, --backup_experts says " +
@@ -128,6 +133,8 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
   config.backup_experts = options.backup_experts;
   config.encoder_attention = options.encoder_attention;
   if (options.attention_inputs) config.attention_heads = dataset->attention_heads();
+  config.positions = options.position_inputs;
+  config.beams = options.beams;
   if (options.kind == "ensemble") {
     config.combine = options.combine;
     const auto members = ParseMembers(options.members, options.training);

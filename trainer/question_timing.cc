@@ -69,6 +69,7 @@ class AskedModel {
                             &window.attention_entropy_BTA, &window.attended_ids_BTAK}) {
         if (x->defined()) *x = x->narrow(1, tokens - kept, kept).contiguous();
       }
+      window.first_token = tokens - kept;
       windows_.push_back(window);
       flops_ += static_cast<double>(
                     MatrixFlops([&] { model_->Forward(window, /*dropout_key=*/0); })) /

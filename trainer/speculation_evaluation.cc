@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/errors.h"
+#include "trainer/agreed_stop.h"
 #include "trainer/divergence.h"
 #include "trainer/speculation_loss.h"
 
@@ -151,6 +152,7 @@ Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
   for (size_t i = 0; i < keys.size(); ++i) place[keys[i]] = i;
   std::vector<double> loss(keys.size() * kGridPoints, 0.0);
   for (const MicroBatch* micro : Mine(data, comm)) {
+    if (StopRequested()) break;
     const SpeculationBatch batch =
         MakeSpeculationBatch(*micro, data.dataset, data.hidden);
     const SpeculationOutput out = model->Forward(WindowTo(batch.window, data.device), 0);
@@ -167,6 +169,7 @@ Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
       }
     }
   }
+  ThrowIfAnyStopped(comm, "before it was calibrated");
   comm->AllReduceSum(loss);
   Calibration calibration;
   for (size_t i = 0; i < keys.size(); ++i) {
@@ -195,8 +198,10 @@ std::shared_ptr<const BaselineTables> FitBaselines(TraceDataset* dataset,
   for (uint32_t i = static_cast<uint32_t>(rank.rank); i < dataset->sequences().size();
        i += static_cast<uint32_t>(rank.world)) {
     if (dataset->part(i) != SplitPart::kTrain) continue;
+    if (StopRequested()) break;
     tables->Fit(*dataset->Read({&i, 1}, WithHidden::kNo)[0]);
   }
+  ThrowIfAnyStopped(comm, "before the first step of this start");
   if (rank.world > 1) {
     tables->Save(part(rank.rank));
     comm->Barrier();
@@ -218,6 +223,7 @@ StaleControl CheckStaleGate(const std::vector<RouterWeights>& routers,
   double sums[3] = {0, 0, 0};  // tokens, wrong, ties
   for (const MicroBatch* micro : Mine(data, comm)) {
     if (micro->source_layer < 0) continue;
+    if (StopRequested()) break;
     const RoutingWindow w =
         MakeSpeculationBatch(*micro, data.dataset, WithHidden::kYes).window;
     if (!w.hidden_BTD.defined()) continue;
@@ -244,6 +250,7 @@ StaleControl CheckStaleGate(const std::vector<RouterWeights>& routers,
     sums[1] += differs.logical_and(gap.le(reach).logical_not()).sum().item<double>();
     sums[2] += differs.logical_and(gap.le(reach)).sum().item<double>();
   }
+  ThrowIfAnyStopped(comm, "before the first step of this start");
   comm->AllReduceSum(sums);
   const StaleControl control{static_cast<int64_t>(sums[0]), static_cast<int64_t>(sums[1]),
                              static_cast<int64_t>(sums[2])};
@@ -332,6 +339,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   const WithHidden hidden =
       routers.empty() ? data.hidden : std::max(data.hidden, WithHidden::kYes);
   for (const MicroBatch* micro : Mine(data, comm)) {
+    if (StopRequested()) break;
     const SpeculationBatch batch = MakeSpeculationBatch(*micro, data.dataset, hidden);
     RoutingWindow seen = batch.window;
     // Another store may have ids that the model has no row for: they read as padding
@@ -365,6 +373,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
       }
     }
   }
+  ThrowIfAnyStopped(comm, "before it was scored");
   TestScores scores;
   scores.model = Gather(model_sums, seed, comm);
   scores.uncalibrated = Gather(raw_sums, seed, comm);

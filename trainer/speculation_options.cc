@@ -168,43 +168,47 @@ Json MemberOptions::ToJson() const {
 }
 
 Json SpeculationOptions::ToJson() const {
-  return {{"kind", kind},
-          {"sizes", sizes.ToJson()},
-          {"members", members},
-          {"combine", combine},
-          {"epochs", epochs},
-          {"steps", steps},
-          {"global_batch", global_batch},
-          {"micro_batch", micro_batch},
-          {"dtype", dtype},
-          {"training", training.ToJson()},
-          {"schedule", schedule.ToJson()},
-          {"betas", {beta1, beta2}},
-          {"ema", ema},
-          {"confidence_weight", confidence_weight},
-          {"next_token_weight", next_token_weight},
-          {"set_weight", set_weight},
-          {"start_from", start_from},
-          {"transfer", transfer},
-          {"freeze", freeze.ToJson()},
-          {"distill_weight", distill_weight},
-          {"distill_temperature", distill_temperature},
-          {"contrastive_weight", contrastive_weight},
-          {"consistency_weight", consistency_weight},
-          {"diversity_weight", diversity_weight},
-          {"attention_inputs", attention_inputs},
-          {"encoder_attention", encoder_attention},
-          {"backup_experts", backup_experts},
-          {"backup_weight", backup_weight},
-          {"augment", augment.ToJson()},
-          {"curriculum_epochs", curriculum_epochs},
-          {"monitor", monitor},
-          {"patience", patience},
-          {"validate_every", validate_every},
-          {"log_every", log_every},
-          {"validation_sequences", validation_sequences},
-          {"test_sequences", test_sequences},
-          {"seed", seed}};
+  Json json{{"kind", kind},
+            {"sizes", sizes.ToJson()},
+            {"members", members},
+            {"combine", combine},
+            {"epochs", epochs},
+            {"steps", steps},
+            {"global_batch", global_batch},
+            {"micro_batch", micro_batch},
+            {"dtype", dtype},
+            {"training", training.ToJson()},
+            {"schedule", schedule.ToJson()},
+            {"betas", {beta1, beta2}},
+            {"ema", ema},
+            {"confidence_weight", confidence_weight},
+            {"next_token_weight", next_token_weight},
+            {"set_weight", set_weight},
+            {"start_from", start_from},
+            {"transfer", transfer},
+            {"freeze", freeze.ToJson()},
+            {"distill_weight", distill_weight},
+            {"distill_temperature", distill_temperature},
+            {"contrastive_weight", contrastive_weight},
+            {"consistency_weight", consistency_weight},
+            {"diversity_weight", diversity_weight},
+            {"attention_inputs", attention_inputs},
+            {"backup_experts", backup_experts},
+            {"backup_weight", backup_weight},
+            {"augment", augment.ToJson()},
+            {"curriculum_epochs", curriculum_epochs},
+            {"monitor", monitor},
+            {"patience", patience},
+            {"validate_every", validate_every},
+            {"log_every", log_every},
+            {"validation_sequences", validation_sequences},
+            {"test_sequences", test_sequences},
+            {"seed", seed}};
+  // Runs of versions that had none are the same as before.
+  if (position_inputs) json["position_inputs"] = true;
+  if (beams != 1) json["beams"] = beams;
+  if (encoder_attention) json["encoder_attention"] = true;
+  return json;
 }
 
 void SpeculationOptions::Validate() const {
@@ -271,6 +275,16 @@ void SpeculationOptions::Validate() const {
   RequireNotNegative("--consistency_weight", consistency_weight);
   RequireNotNegative("--diversity_weight", diversity_weight);
   RequireNotNegative("--backup_experts", backup_experts);
+  Require(beams >= 1 && beams <= 64, "--beams", beams, "1 to 64");
+  if (beams > 1 && kind != "autoregressive") {
+    throw UsageError(ErrorText("--beams are of --kind=autoregressive",
+                               "--kind=" + kind + " answers all leads at once",
+                               "leave one of the two out"));
+  }
+  if (position_inputs && kind != "hidden") {
+    throw UsageError(ErrorText("--position_inputs needs a kind that reads them",
+                               "--kind=" + kind + " does not", "use --kind=hidden"));
+  }
   RequireNotNegative("--backup_weight", backup_weight);
   const bool top_k = distill_weight > 0 || backup_experts > 0;
   if (augment.mixup > 0 && top_k) {

@@ -70,8 +70,10 @@ struct SpeculationOptions {
   double consistency_weight = 0;   // of ConsistencyLoss and
   double diversity_weight = 0;     // DiversityLoss: the published gating loss
   double contrastive_weight = 0;   // of InfoNCE between leads and expert embeddings
-  bool encoder_attention = false;  // `hidden`: the encoder's tokens see each other
   bool attention_inputs = false;   // `hidden` reads attention summaries, too
+  bool encoder_attention = false;  // `hidden`: the encoder's tokens see each other
+  int beams = 1;                   // of `autoregressive`, 1 = greedy
+  bool position_inputs = false;    // `hidden` sees a token's place in its sequence
   int backup_experts = 0;          // heads for the router's second, third .. choice
   double backup_weight = 0.3;      // of the mean of their cross-entropies
   AugmentOptions augment;

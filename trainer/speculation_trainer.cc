@@ -16,6 +16,7 @@
 #include "models/device_choice.h"
 #include "models/joint_model.h"
 #include "models/speculation_onnx.h"
+#include "trainer/agreed_stop.h"
 #include "trainer/autocast.h"
 #include "trainer/batch_loader.h"
 #include "trainer/determinism.h"
@@ -75,6 +76,7 @@ class SpeculationTrainer {
     }
     const int64_t per_epoch = windows_.steps_per_epoch();
     steps_ = options_.steps > 0 ? options_.steps : options_.epochs * per_epoch;
+    schedule_ = options_.schedule.InEpochsOf(per_epoch);
     validate_every_ =
         options_.validate_every > 0
             ? options_.validate_every
@@ -95,6 +97,7 @@ class SpeculationTrainer {
   }
 
   SpeculationResult Run() {
+    ThrowIfAnyStopped(comm_, "before the first step of this start");
     const StaleControl control = Control();
     Resume();
     for (TraceDataset* store : stores_) store->KeepAll(SplitPart::kTrain, hidden_);
@@ -187,8 +190,9 @@ class SpeculationTrainer {
     comm_->Barrier();
     if (job_.resume == "never") return;
     // A run that began elsewhere and got further here goes on here.
-    const bool here = job_.resume == "auto" || job_.resume == "last_good" ||
-                      NewestStep(StateFolder()).has_value();
+    const bool own = job_.resume == "auto" || job_.resume == "last_good";
+    const bool here =
+        own || (fs::exists(job_.resume) && NewestStep(StateFolder()).has_value());
     const fs::path from = here ? StateFolder() : fs::path(job_.resume) / "state";
     if (!LoadProgress(from, job_.out, Configuration(), TrainedTensors(),
                       &optimizer_->adamw(), &at_)) {
@@ -231,7 +235,7 @@ class SpeculationTrainer {
     comm_->AllReduceSum(sums);
     const double labels = std::max(1.0, sums[1]);
     reducer_->Scale(1 / labels);
-    const double share = options_.schedule.Share(at_.step, steps_, at_.best.plateaus());
+    const double share = schedule_.Share(at_.step, steps_, at_.best.plateaus());
     optimizer_->Step(share, static_cast<int64_t>(windows_.EpochOf(at_.step)));
     losses_.push_back(sums[0] / labels);
     at_.meter.Add({losses_.back(), sums[2], step.seconds(), waited});
@@ -375,7 +379,8 @@ class SpeculationTrainer {
   std::optional<MemberOptimizer> optimizer_;
   LossWeights weights_;
   std::vector<double> smoothing_;  // of each member's labels
-  TrainingLog log_;                // rank 0's writes
+  LearningSchedule schedule_;
+  TrainingLog log_;  // rank 0's writes
   int64_t steps_ = 0, validate_every_ = 1;
 
   TrainingProgress at_;

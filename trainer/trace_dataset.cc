@@ -126,6 +126,7 @@ int64_t TraceDataset::vocab_size() {
       }
     }
     batch.clear();
+    if (StopRequested()) break;  // whoever asks stops before it matters
   }
   vocab_size_ = size;
   return size;

@@ -41,6 +41,10 @@ def heads_for(width, wanted):
     return next(h for h in range(wanted, 0, -1) if width % h == 0)
 
 
+def position_row(place):
+    return place if place < 16 else min(31, 16 + int(4 * math.log2(place / 16)))
+
+
 class SpeculationTwin:
     def __init__(self, folder):
         folder = pathlib.Path(folder)
@@ -212,6 +216,8 @@ class SpeculationTwin:
         for i in range(n if self.decoder else 2 * n):
             offset = i - n if i < n else i - n + 1
             x = x + F.linear(table[shifted(ids, offset, 0)], w["neighbours.weight"][i])
+        if "position.embedding" in w:
+            x = x + w["position.embedding"][[position_row(t) for t in range(ids.shape[1])]]
 
         def state(tensor, name):
             return self.linear(self.norm(tensor, name + ".norm"), name + ".linear")

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "common/errors.h"
 #include "models/baseline_predictors.h"
 #include "models/small_math.h"
 #include "models/speculation_model.h"
@@ -62,6 +63,44 @@ TEST(NarrowMatrixTest, ARowOfZerosStaysZero) {
   float y = 0;
   DenseRows(x.data(), 1, narrow, 0, &bias, 1, &y);
   EXPECT_EQ(y, 2.f);
+}
+
+// Where a window was cut, the newest token keeps its place; each place up to 16 has a
+// row.
+TEST(HiddenModelTest, ATokensPlaceIsThatInItsSequence) {
+  const c10::NoGradGuard no_grad;
+  const MoeGeometry g = SmallGeometry();
+  const auto model = MakeSpeculationModel(SmallSpeculation("hidden"), 3);
+  SpeculationConfig without = SmallSpeculation("hidden");
+  without.positions = false;
+  const auto blind = MakeSpeculationModel(without, 3);
+  EXPECT_EQ(model->parameters().num_elements() - blind->parameters().num_elements(),
+            32 * 16);
+  const auto whole = WindowOf(RandomTrace(g, 4, 20, 5), Stack::kDecoder, 1, 5);
+  const auto expected = model->Forward(whole, 0).logits_BTHE.narrow(1, 19, 1);
+  RoutingWindow cut = whole;
+  for (at::Tensor* x : {&cut.token_ids_BT, &cut.valid_BT, &cut.experts_BTL,
+                        &cut.hidden_BTD, &cut.context_BTD}) {
+    *x = x->narrow(1, 16, 4).contiguous();
+  }
+  cut.first_token = 16;
+  EXPECT_TRUE(at::allclose(model->ForwardLast(cut).logits_BTHE, expected, 1e-4, 1e-5));
+  cut.first_token = 0;
+  EXPECT_FALSE(at::allclose(model->ForwardLast(cut).logits_BTHE, expected, 1e-4, 1e-5));
+  EXPECT_TRUE(at::allclose(blind->ForwardLast(cut).logits_BTHE,
+                           blind->Forward(whole, 0).logits_BTHE.narrow(1, 19, 1), 1e-4,
+                           1e-5));
+}
+
+TEST(HiddenModelTest, PlacesOfAConfigurationAreReadWhereTheyAreSaid) {
+  SpeculationConfig c = SmallSpeculation("hidden");
+  EXPECT_EQ(SpeculationConfig::FromJson(c.ToJson(), "x"), c);
+  c.positions = false;
+  EXPECT_FALSE(c.ToJson().contains("positions"));  // as files before them
+  EXPECT_EQ(SpeculationConfig::FromJson(c.ToJson(), "x"), c);
+  c.kind = "interlayer";
+  c.positions = true;
+  EXPECT_THROW(SpeculationConfig::FromJson(c.ToJson(), "x"), DataError);
 }
 
 // A model whose weights are all zero says what the counts say.

@@ -277,6 +277,44 @@ TEST(AutoregressiveTest, ALeadFollowsTheLeadsBeforeIt) {
   EXPECT_FALSE(at::allclose(before.select(2, 2), after.select(2, 2)));
 }
 
+// With a beam for every beginning of the leads, each lead's answer is its marginal of the
+// joint probability, here summed over all of them.
+TEST(AutoregressiveTest, BeamsMixTheJointProbability) {
+  const c10::NoGradGuard no_grad;
+  SpeculationConfig config = SmallSpeculation("autoregressive");
+  config.dropout = 0;
+  config.beams = 25;
+  const auto model = MakeSpeculationModel(config, 7);
+  RoutingWindow window = SomeWindow(Stack::kEncoder, 0);  // three leads, five experts
+  const auto mixed = at::softmax(model->Forward(window, 0).logits_BTHE, -1);
+  at::Tensor second, third;
+  for (int64_t a = 0; a < 5; ++a) {
+    for (int64_t b = 0; b < 5; ++b) {
+      window.training.teacher_BTH =
+          at::tensor({a, b, int64_t{0}}).expand({2, 6, 3}).contiguous();
+      const auto p = at::softmax(model->Forward(window, 5).logits_BTHE, -1);
+      const auto of_a = p.select(2, 0).select(2, a).unsqueeze(2);
+      const auto of_b = of_a * p.select(2, 1).select(2, b).unsqueeze(2);
+      if (b == 0)
+        second =
+            (a == 0 ? at::zeros_like(p.select(2, 1)) : second) + of_a * p.select(2, 1);
+      third =
+          (a + b == 0 ? at::zeros_like(p.select(2, 2)) : third) + of_b * p.select(2, 2);
+    }
+  }
+  EXPECT_TRUE(at::allclose(mixed.select(2, 1), second, 1e-4, 1e-5));
+  EXPECT_TRUE(at::allclose(mixed.select(2, 2), third, 1e-4, 1e-5));
+  config.beams = 2;  // equal weights: less of the third lead's mass is seen
+  const auto fewer = MakeSpeculationModel(config, 7);
+  window.training = {};
+  const auto two = at::softmax(fewer->Forward(window, 0).logits_BTHE, -1);
+  EXPECT_TRUE(at::allclose(two.select(2, 0), mixed.select(2, 0), 1e-4, 1e-5));
+  EXPECT_FALSE(at::allclose(two.select(2, 2), mixed.select(2, 2), 1e-4, 1e-5));
+  EXPECT_EQ(SpeculationConfig::FromJson(config.ToJson(), "x"), config);
+  config.kind = "interlayer";
+  EXPECT_THROW(SpeculationConfig::FromJson(config.ToJson(), "x"), DataError);
+}
+
 // Mixing and noise are training's alone, and members mix among themselves.
 TEST(ExpertEmbeddingTest, AShareOfOneIsTheSequenceItself) {
   SpeculationConfig config = SmallSpeculation("interlayer");

@@ -23,7 +23,7 @@ SpeculationConfig ConfigNamed(const std::string& name) {
   if (c.kind == "hidden") c.vocab_size = 40;  // more than it guesses at
   if (plain) {
     c.hidden_width = 0;
-    c.priors = c.next_token = false;
+    c.priors = c.next_token = c.positions = false;
   }
   return c;
 }
@@ -70,7 +70,7 @@ void WriteCase(const fs::path& file, const RoutingWindow& window,
 void WriteCases(const fs::path& folder, SpeculationModel* model) {
   const c10::NoGradGuard no_grad;
   const std::vector<std::pair<int, int>> batches[] = {
-      {{1, 1}}, {{6, 5}, {4, 3}}, {{3, 2}, {9, 8}, {1, 1}}};
+      {{1, 1}}, {{6, 5}, {4, 3}}, {{3, 2}, {9, 8}, {1, 1}}, {{40, 300}}};
   MakeFolder(folder);
   int number = 100;
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {

@@ -73,6 +73,7 @@ inline SpeculationConfig SmallSpeculation(const std::string& name) {
     config->dropout = 0.1;
   };
   shrink(&c);
+  c.positions = c.kind == "hidden";
   for (SpeculationConfig& member : c.members) shrink(&member);
   if (!c.members.empty()) c.members[1] = c.members[0];  // the third has another depth
   return c;

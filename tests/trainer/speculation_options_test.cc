@@ -42,6 +42,11 @@ TEST(LearningScheduleTest, RestartsGrow) {
   EXPECT_DOUBLE_EQ(s.Share(110, 1000, 0), 1);  // second wave, of 200
   EXPECT_NEAR(s.Share(210, 1000, 0), 0.5, 1e-9);
   EXPECT_DOUBLE_EQ(s.Share(310, 1000, 0), 1);  // third, of 400
+  LearningSchedule epochs = Schedule("restarts");
+  epochs.last_share = 0;
+  epochs.restart_epochs = 4;
+  EXPECT_DOUBLE_EQ(epochs.InEpochsOf(25).Share(210, 1000, 0), s.Share(210, 1000, 0));
+  EXPECT_NE(epochs.InEpochsOf(50).Share(210, 1000, 0), s.Share(210, 1000, 0));
 }
 
 TEST(LearningScheduleTest, PlateausLowerAndOneCycleRises) {

@@ -94,6 +94,11 @@ TEST_F(TrainingRefusals, AnOptionOutOfRangeIsSaidInThreeLines) {
       {"--distill_weight", [](auto* o) { o->distill_weight = 2; }},
       {"--augment_mask", [](auto* o) { o->augment.mask = 1; }},
       {"--augment_mask_mode", [](auto* o) { o->augment.mask_mode = "layer"; }},
+      {"--beams", [](auto* o) { o->kind = "interlayer", o->beams = 4; }},
+      {"--position_inputs",
+       [](auto* o) { o->kind = "interlayer", o->position_inputs = true; }},
+      {"--restart_epochs",
+       [](auto* o) { o->schedule.restart_epochs = o->schedule.restart_steps = 2; }},
       {"--restart_growth", [](auto* o) { o->schedule.restart_growth = .5; }},
       {"--plateau_factor", [](auto* o) { o->schedule.plateau_factor = 1; }}};
   for (const auto& [flag, spoil] : wrong) {
@@ -109,6 +114,39 @@ TEST_F(TrainingRefusals, AnOptionOutOfRangeIsSaidInThreeLines) {
       EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 2) << text;
     }
   }
+}
+
+// A place in the sequence is an input only where it is asked for, and then of the run.
+TEST_F(TrainingRefusals, PositionsAreAnInputOfTheirOwn) {
+  const SyntheticTraces traces = Traces();
+  SpeculationJob job = Job("plain");
+  job.options.kind = "hidden";
+  const SpeculationResult plain = Train(job, traces);
+  SpeculationJob placed = job;
+  placed.out = folder_.path() / "placed";
+  placed.options.position_inputs = true;
+  const SpeculationResult other = Train(placed, traces);
+  EXPECT_EQ(other.results["parameters"].get<int64_t>() -
+                plain.results["parameters"].get<int64_t>(),
+            32 * 16);
+  EXPECT_NE(other.losses, plain.losses);
+  placed.options.sizes = {};
+  placed.options.start_from = job.out.string();
+  placed.out = folder_.path() / "from";
+  EXPECT_THAT(Refusal(placed, traces), testing::HasSubstr("without --position_inputs"));
+}
+
+// The restarts of a run are those of its epochs.
+TEST_F(TrainingRefusals, RestartsInEpochsAreTakenInSteps) {
+  const SyntheticTraces traces = Traces();
+  SpeculationJob job = Job("epochs");
+  job.options.steps = 40;
+  job.options.schedule.name = "restarts";
+  job.options.schedule.restart_epochs = 1;
+  const auto losses = Train(job, traces).losses;
+  job.out = folder_.path() / "fifth";
+  job.options.schedule.restart_epochs = 0;
+  EXPECT_NE(Train(job, traces).losses, losses);
 }
 
 // --members are the ensemble's row alone; the others are what they are without.
