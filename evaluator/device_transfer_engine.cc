@@ -237,8 +237,10 @@ bool DeviceTransferEngine::FinishCopies() {
     copies_.erase(copies_.begin());
     changed = true;
   }
+  // One that is there and waits for its pace is as late as it should be.
   if (!copies_.empty() &&
-      device_->Now() - copies_.front().started > options_.deadline_seconds) {
+      device_->Now() - copies_.front().started > options_.deadline_seconds &&
+      !device_->IsOver(copies_.front().ticket)) {
     throw EnvironmentError(
         ErrorText("a copy to the device does not complete",
                   FormatBytes(copies_.front().bytes) + " under way for more than " +

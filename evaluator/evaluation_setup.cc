@@ -10,6 +10,7 @@
 #include "evaluator/expert_budget.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/predictor_set.h"
+#include "evaluator/recorded_visits.h"
 #include "evaluator/replay.h"
 #include "models/device_choice.h"
 
@@ -131,6 +132,7 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
 
 void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
   setup->geometry = setup->reader->config().geometry;
+  RequireOneExpertAToken(setup->geometry, "a replay");
   setup->warm_start =
       WarmStartOf(options.warm_start, setup->reader.get(), setup->geometry);
   LoadPredictors(options, StoredRouters(*setup->reader), setup);

@@ -55,8 +55,15 @@ class Playground {
         ids_(SequencesOf(reader, options, hidden)),
         hidden_(hidden) {
     const int layers = g_.decoder_layers + (options.encoder ? g_.encoder_layers : 0);
-    slots_ =
-        std::max(2, static_cast<int>(options.budget_share * layers * g_.num_experts));
+    const int experts = layers * g_.num_experts;
+    slots_ = static_cast<int>(options.budget_share * experts);
+    if (slots_ < 2) {
+      throw UsageError(ErrorText(
+          "--expert_budget is smaller than one step needs",
+          Percent(options.budget_share) + " of " + std::to_string(experts) +
+              " experts; two are needed: one runs, one arrives",
+          "use --expert_budget=" + std::to_string(200 / experts + 1) + "% or more"));
+    }
     planner_.expert_bytes = static_cast<uint64_t>(2 * kBytesAWeight * options.d_model *
                                                   static_cast<double>(options.d_ff));
     planner_.engine_can_cancel = true;
@@ -174,6 +181,7 @@ PolicySimulationResult SimulatePolicies(
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
     const DeviceProfile& profile, const PolicySimulationOptions& options) {
   const c10::NoGradGuard no_grad;
+  RequireOneExpertAToken(reader.config().geometry, "--mode=simulate");
   const bool hidden = std::any_of(predictors.begin(), predictors.end(),
                                   [](const auto& p) { return p->needs_hidden(); });
   const Playground ground(reader, profile, options, hidden);

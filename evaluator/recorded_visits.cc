@@ -4,9 +4,18 @@
 
 #include <algorithm>
 
+#include "common/errors.h"
 #include "models/routing_window.h"
 
 namespace routecast {
+
+void RequireOneExpertAToken(const MoeGeometry& geometry, const std::string& what) {
+  if (geometry.experts_per_token == 1) return;
+  throw UsageError(
+      ErrorText(what + " plays models of one expert a token",
+                "the store's takes " + std::to_string(geometry.experts_per_token),
+                "routecast-trace stats and routecast-train take such stores"));
+}
 
 void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
                   const StepCosts& costs, Foresight* foresight,

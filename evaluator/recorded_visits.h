@@ -10,6 +10,10 @@
 
 namespace routecast {
 
+// UsageError where tokens of `geometry` take several experts: what is played here moves
+// one a token, and would be of another model. `what`: who plays it.
+void RequireOneExpertAToken(const MoeGeometry& geometry, const std::string& what);
+
 // Seconds of the model's own work in a decoder's step of one sequence.
 struct StepCosts {
   double between_layers = 0;  // from one MoE layer's experts to the next one's choice

@@ -482,21 +482,5 @@ TEST_F(ComparisonTest, CopiesOnTheirWayNeedRoomAsWell) {
   }
 }
 
-TEST(BudgetTest, SaysWhatItHolds) {
-  ExpertFileSpec spec;
-  spec.geometry = {1, 1, 4, 1, 32};
-  spec.d_ff = 64;
-  EXPECT_EQ(BudgetText(3, 8, spec), "this budget holds 3 of 8 experts, 48.00 KiB");
-  EXPECT_EQ(BudgetText(30, 8, spec), "this budget holds 8 of 8 experts, 128.00 KiB");
-}
-
-TEST(BudgetTest, ReadsSharesAndSizes) {
-  EXPECT_EQ(ParseBudget("25%", 1000), 250u);
-  EXPECT_EQ(ParseBudget("2KiB", 1000), 2048u);
-  EXPECT_THROW(ParseBudget("0%", 1000), UsageError);
-  EXPECT_THROW(ParseBudget("101%", 1000), UsageError);
-  EXPECT_THROW(ParseBudget("many", 1000), UsageError);
-}
-
 }  // namespace
 }  // namespace routecast

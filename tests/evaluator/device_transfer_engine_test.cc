@@ -35,8 +35,10 @@ class DeviceEngineTest : public testing::Test {
     fs::remove_all(folder_);
   }
 
-  void Open(int host_slots, int device_slots, bool managed = false) {
+  void Open(int host_slots, int device_slots, bool managed = false,
+            double deadline_seconds = 30) {
     DeviceEngineOptions options;
+    options.deadline_seconds = deadline_seconds;
     options.chunk_bytes = kChunk;
     options.managed = managed;
     auto device = std::make_unique<FakeDevice>(log_, 1e9);
@@ -224,6 +226,16 @@ TEST_F(DeviceEngineTest, APacedLinkTakesItsTime) {
   Wait(200);
   EXPECT_LT(clock_->Now() - before, 1.02 * kSeconds);
   EXPECT_EQ(engine_->disk_bytes(), kExperts * file_->spec().blob_bytes());
+}
+
+// What waits for its pace is on the device already.
+TEST_F(DeviceEngineTest, APaceSlowerThanTheDeadlineIsNoHangingDevice) {
+  Open(kExperts, kExperts, /*managed=*/false, /*deadline_seconds=*/0.01);
+  Start(0, 0, 0, true);
+  EXPECT_EQ(Wait(0), TransferOutcome::kArrived);
+  engine_->SetPace(static_cast<double>(kChunk) / 0.03);
+  Start(1, 0, 0, true);
+  EXPECT_EQ(Wait(1), TransferOutcome::kArrived) << engine_->last_error();
 }
 
 TEST_F(DeviceEngineTest, AnExpertThatCouldNotBeReadIsTriedAgain) {

@@ -7,14 +7,12 @@
 
 #include <algorithm>
 #include <fstream>
-#include <functional>
 #include <map>
 #include <set>
 
 #include "common/errors.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/predictor_set.h"
-#include "evaluator/recorded_run.h"
 #include "gtest/gtest.h"
 #include "storage/trace_reader.h"
 #include "tests/evaluator/synthetic_store.h"
@@ -459,35 +457,6 @@ TEST_F(EvaluationTest, AFailedRunSaysHowItEnded) {
   EXPECT_FALSE(run["end"].is_null());
   for (const char* file : {"results.json", "rows.csv", "table.txt", "report.html"})
     EXPECT_FALSE(fs::exists(options.out / file)) << file;
-}
-
-TEST(RecordedTest, EveryEndHasItsCode) {
-  const fs::path out =
-      fs::temp_directory_path() / ("recorded_test." + std::to_string(::getpid()));
-  const auto status = [&] { return ReadJsonFile(out / "run.json")["exit_status"]; };
-  const auto ends = [&](int code, const std::function<Json()>& work) {
-    WriteFileAtomic(out / "old.json", "{}");
-    const auto watched = [&]() -> Json {
-      EXPECT_TRUE(status().is_null()) << "it runs";
-      EXPECT_FALSE(fs::exists(out / "old.json"));
-      return work();
-    };
-    try {
-      Recorded(out, {"old.json"}, Json::object(), watched);
-    } catch (const std::exception&) {
-    }
-    EXPECT_EQ(status(), code);
-  };
-  fs::create_directories(out);
-  ends(kExitDone, [] { return Json{{"figure", 1}}; });
-  EXPECT_EQ(ReadJsonFile(out / "run.json")["results"]["figure"], 1);
-  ends(kExitStopped, []() -> Json { throw StoppedError("stopped"); });
-  ends(kExitUsage, []() -> Json { throw UsageError("usage"); });
-  ends(kExitBadData, []() -> Json { throw DataError("data"); });
-  ends(kExitEnvironment, []() -> Json { throw EnvironmentError("disk"); });
-  ends(kExitEnvironment, []() -> Json { throw std::bad_alloc(); });
-  ends(kExitDefect, []() -> Json { throw std::logic_error("defect"); });
-  fs::remove_all(out);
 }
 
 TEST_F(EvaluationTest, AnUnknownPredictorIsUsage) {

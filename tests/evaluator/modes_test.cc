@@ -179,6 +179,37 @@ TEST_F(ModesTest, SimulatedLruHitsAreThoseOfTheCache) {
   }
 }
 
+TEST_F(ModesTest, ASimulatedBudgetOfOneExpertIsRefused) {
+  PolicySimulationOptions options;
+  options.budget_share = 0.001;
+  try {
+    SimulatePolicies(*reader_, {}, SomeProfile(2e9), options);
+    FAIL() << "was raised to two";
+  } catch (const UsageError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("smaller than one step needs"));
+    const MoeGeometry g = reader_->config().geometry;
+    const int least = 200 / (g.decoder_layers * g.num_experts) + 1;
+    EXPECT_THAT(e.what(), HasSubstr("=" + std::to_string(least) + "%"));
+    options.budget_share = least / 100.;
+    EXPECT_GE(SimulatePolicies(*reader_, {}, SomeProfile(2e9), options).slots, 2);
+  }
+}
+
+// Its bytes and hits would be those of a model that takes the first choice alone.
+TEST_F(ModesTest, AModelOfSeveralExpertsATokenIsNotSimulated) {
+  StoreConfig config = reader_->config();
+  config.geometry.experts_per_token = 2;
+  TraceStore::CreateOrOpen(folder_ / "several", config);
+  const TraceReader several(folder_ / "several");
+  try {
+    SimulatePolicies(several, {}, SomeProfile(2e9), {});
+    FAIL() << "was simulated";
+  } catch (const UsageError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("one expert a token"));
+    EXPECT_THAT(e.what(), HasSubstr("takes 2"));
+  }
+}
+
 // What is least, beside the policies: its misses are those that every row is held
 // against.
 TEST_F(ModesTest, BeladyHasARowOnDemandInASimulation) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "evaluator/expert_budget.h"
 
 namespace routecast {
 namespace {
@@ -79,6 +80,22 @@ TEST(TierSpecTest, TheTiersSizeIsTheBudget) {
   EXPECT_EQ(TierBudget(ParseTiers("host,disk"), 7, true), 7u);
   EXPECT_EQ(TierBudget(ParseTiers("gpu:1GiB,host,disk"), 7, false), kGiB);
   EXPECT_THROW(TierBudget(chain, kGiB, true), UsageError);
+}
+
+TEST(BudgetTest, SaysWhatItHolds) {
+  ExpertFileSpec spec;
+  spec.geometry = {1, 1, 4, 1, 32};
+  spec.d_ff = 64;
+  EXPECT_EQ(BudgetText(3, 8, spec), "this budget holds 3 of 8 experts, 48.00 KiB");
+  EXPECT_EQ(BudgetText(30, 8, spec), "this budget holds 8 of 8 experts, 128.00 KiB");
+}
+
+TEST(BudgetTest, ReadsSharesAndSizes) {
+  EXPECT_EQ(ParseBudget("25%", 1000), 250u);
+  EXPECT_EQ(ParseBudget("2KiB", 1000), 2048u);
+  EXPECT_THROW(ParseBudget("0%", 1000), UsageError);
+  EXPECT_THROW(ParseBudget("101%", 1000), UsageError);
+  EXPECT_THROW(ParseBudget("many", 1000), UsageError);
 }
 
 }  // namespace
