@@ -142,16 +142,17 @@ void GradientReducer::Finalize(double scale) {
   }
 }
 
-double GradientReducer::GradientNorm() const {
-  double sum = 0;
-  for (const Bucket& b : buckets_) {
-    const double norm = b.flat.norm().item<double>();
-    sum += norm * norm;
-  }
-  return std::sqrt(sum);
+at::Tensor GradientReducer::GradientNorm() const {
+  std::vector<at::Tensor> norms;
+  for (const Bucket& b : buckets_) norms.push_back(b.flat.norm());
+  return at::stack(norms).to(at::kDouble).norm();
 }
 
 void GradientReducer::Scale(double factor) {
+  for (Bucket& b : buckets_) b.flat.mul_(factor);
+}
+
+void GradientReducer::Scale(const at::Tensor& factor) {
   for (Bucket& b : buckets_) b.flat.mul_(factor);
 }
 

@@ -33,9 +33,10 @@ class GradientReducer {
   // Sends what has not left (parameters without a gradient count as zero), waits for all,
   // and multiplies by `scale`. Afterwards every rank holds the same bits.
   void Finalize(double scale);
-  // L2 norm of all gradients.
-  double GradientNorm() const;
+  // L2 norm of all gradients, a float64 scalar on their device: the host does not wait.
+  at::Tensor GradientNorm() const;
   void Scale(double factor);
+  void Scale(const at::Tensor& factor);  // a scalar on their device
 
  private:
   struct Bucket {

@@ -126,6 +126,8 @@ class Pretrainer {
       const double loss = Step();
       const bool validate =
           step_ % options_.validate_every == 0 || step_ == options_.steps;
+      const bool save = step_ % options_.checkpoint_every == 0;
+      if (save || validate || MustStop()) RequireFinite();
       if (step_ % options_.log_every == 0 || validate) {
         LogLine(loss, progress.Rate(uint64_t(step_)), validate,
                 metrics ? &*metrics : nullptr);
@@ -133,7 +135,7 @@ class Pretrainer {
       char note[48];
       std::snprintf(note, sizeof note, "loss %.3f", loss);
       progress.Update(uint64_t(step_), note);
-      if (step_ % options_.checkpoint_every == 0) Save();
+      if (save) Save();
       if (step_ < options_.steps && MustStop()) {
         Save();
         throw StoppedError("stopped at step " + std::to_string(step_) +
@@ -174,24 +176,20 @@ class Pretrainer {
     double sums[3] = {0, 0, 0};  // loss, micro-batches, whether to stop
     std::vector<int> mine;
     for (int m = rank_.rank; m < micro; m += rank_.world) mine.push_back(m);
+    std::vector<at::Tensor> losses;  // on the device
     reducer_->BeginStep();
     for (size_t i = 0; i < mine.size(); ++i) {
       if (i + 1 == mine.size()) reducer_->LastBackward();
-      sums[0] += MicroBatch(mine[i]);
-      sums[1] += 1;
+      losses.push_back(MicroBatch(mine[i]));
     }
     reducer_->Finalize(1.0 / micro);
-    const double norm = reducer_->GradientNorm();
-    if (!std::isfinite(norm)) {
-      throw UsageError(ErrorText(
-          "the gradient is not finite at step " + std::to_string(step_),
-          "the loss was " + std::to_string(sums[0] / std::max(1.0, sums[1])) + " there",
-          "start anew (--resume=never) with a lower --learning_rate; the last checkpoint "
-          "is whole"));
-    }
-    if (norm > options_.clip_norm) reducer_->Scale(options_.clip_norm / norm);
-    optimizer_->Step(LearningRate(options_, step_));
-    grad_norm_ = norm;
+    sums[0] = Read(losses);
+    sums[1] = static_cast<double>(losses.size());
+    norm_ = reducer_->GradientNorm();
+    broken_ = norm_.isfinite().logical_not().to(at::kFloat);
+    reducer_->Scale(
+        at::where(norm_ > options_.clip_norm, options_.clip_norm / norm_, 1.0));
+    optimizer_->Step({LearningRate(options_, step_)}, broken_);
     ++step_;
     sums[2] = StopRequested() ? 1 : 0;
     comm_->AllReduceSum(sums);
@@ -199,7 +197,31 @@ class Pretrainer {
     return sums[0] / sums[1];
   }
 
-  double MicroBatch(int number) {
+  // Their sum. The one time in a step that the host waits for the device: whether the
+  // step before met a gradient that is no number comes along.
+  double Read(std::vector<at::Tensor> losses) const {
+    const size_t count = losses.size();
+    if (broken_.defined()) losses.push_back(broken_);
+    if (losses.empty()) return 0;
+    const at::Tensor values = at::stack(losses).cpu();
+    const float* value = values.const_data_ptr<float>();
+    if (broken_.defined() && value[count] != 0) RequireFinite();
+    double sum = 0;
+    for (size_t i = 0; i < count; ++i) sum += value[i];
+    return sum;
+  }
+
+  // Of the step before: it was not taken where its gradient was no number.
+  void RequireFinite() const {
+    if (!broken_.defined() || broken_.item<float>() == 0) return;
+    throw UsageError(ErrorText(
+        "the gradient is not finite at step " + std::to_string(step_ - 1),
+        "its norm was " + std::to_string(norm_.item<double>()) + "; it was not taken",
+        "start anew (--resume=never) with a lower --learning_rate; the last checkpoint "
+        "is whole"));
+  }
+
+  at::Tensor MicroBatch(int number) {
     const uint64_t per_step = uint64_t(options_.global_batch);
     std::vector<uint64_t> rows, samples;
     for (int i = 0; i < options_.micro_batch; ++i) {
@@ -222,7 +244,7 @@ class Pretrainer {
     at::Tensor total = loss.span + config_.router_aux_loss_coef * BalanceLoss(routing);
     if (loss.masked.defined()) total = total + options_.mask_weight * loss.masked;
     total.backward();
-    return total.item<double>();
+    return total.detach();
   }
 
   void LogLine(double loss, double steps_per_second, bool validate, JsonLines* metrics) {
@@ -231,7 +253,7 @@ class Pretrainer {
                  {"samples", step_ * options_.global_batch},
                  {"train_loss", loss},
                  {"learning_rate", LearningRate(options_, step_ - 1)},
-                 {"grad_norm", grad_norm_},
+                 {"grad_norm", norm_.item<double>()},
                  {"samples_per_second", steps_per_second * options_.global_batch}};
     if (validate && rank_.is_root()) {
       const RoutingMeasures m =
@@ -285,7 +307,7 @@ class Pretrainer {
   std::optional<AdamW> optimizer_;
   std::optional<GradientReducer> reducer_;
   int64_t step_ = 0;
-  double grad_norm_ = 0;
+  at::Tensor norm_, broken_;  // of the last step's gradient, on the device
   bool stop_ = false;
 };
 

@@ -223,7 +223,9 @@ namespace {
 void CheckSame(const Json& stored, const Json& current, const std::string& where,
                const fs::path& folder) {
   const auto text = [](const Json& json, const std::string& key) {
-    return json.contains(key) ? json[key].dump() : "absent";
+    constexpr size_t kMost = 80;
+    const std::string all = json.contains(key) ? json[key].dump() : "absent";
+    return all.size() <= kMost ? all : all.substr(0, kMost) + " ..";
   };
   Json all = current;
   all.update(stored);  // what is not said any more is another configuration, too

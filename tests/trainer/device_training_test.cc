@@ -116,7 +116,7 @@ Step PretrainStep(const SwitchConfig& config, at::Device device) {
     total.backward();
     reducer.Finalize(1);
     step->loss = total.item<double>();
-    return reducer.GradientNorm();
+    return reducer.GradientNorm().item<double>();
   };
   Step step, after;
   step.norm = run(&step);

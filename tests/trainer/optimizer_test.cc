@@ -90,7 +90,10 @@ TEST(GradientReducer, AccumulatesMicroBatchesLikePlainAutograd) {
   double sum = 0;
   for (const auto& [name, t] : plain.items())
     sum += t.grad().pow(2).sum().item<double>() / 4;
-  EXPECT_NEAR(reducer.GradientNorm(), std::sqrt(sum), 1e-4 * std::sqrt(sum));
+  const double norm = std::sqrt(sum);
+  EXPECT_NEAR(reducer.GradientNorm().item<double>(), norm, 1e-4 * norm);
+  reducer.Scale(at::scalar_tensor(0.5, at::kDouble));
+  EXPECT_NEAR(reducer.GradientNorm().item<double>(), norm / 2, 1e-4 * norm);
 }
 
 TEST(GradientReducer, AParameterWithoutGradientCountsAsZero) {
@@ -192,6 +195,18 @@ TEST(TrainState, OnlyWhatDiffersOfALongConfigurationIsPrinted) {
   current = stored;
   current["model"].erase("width");
   EXPECT_THROW(CheckSameConfiguration(stored, current, "out"), UsageError);
+  current = stored;
+  current["also"] = std::vector<int>(500, 7);
+  for (const bool left_out : {false, true}) {  // what is only there, or only now
+    try {
+      CheckSameConfiguration(left_out ? current : stored, left_out ? stored : current,
+                             "out");
+      FAIL();
+    } catch (const UsageError& e) {
+      EXPECT_NE(std::string(e.what()).find("configuration: also"), std::string::npos);
+      EXPECT_LT(std::string(e.what()).size(), 300u) << e.what();
+    }
+  }
 }
 
 }  // namespace

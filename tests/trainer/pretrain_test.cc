@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cmath>
 #include <fstream>
 #include <thread>
 
@@ -14,6 +15,7 @@
 #include "models/checkpoint.h"
 #include "tests/support/reference.h"
 #include "tests/support/synthetic_text.h"
+#include "trainer/train_state.h"
 
 namespace routecast {
 namespace {
@@ -112,6 +114,26 @@ TEST_F(Pretraining, AStopIsHeardInTheStepItComesIn) {
   ASSERT_TRUE(WIFEXITED(status));
   EXPECT_EQ(WEXITSTATUS(status), 75);
   EXPECT_LE(steps(), before + 3);
+}
+
+// A weight that is no number: the step that meets it is not taken, and nothing is saved.
+TEST_F(Pretraining, AGradientThatIsNoNumberEndsItAndIsNotTaken) {
+  const std::string flags = data_ + "--steps=12 --checkpoint_every=1 ";
+  const std::string out = Out("diverged"), error = out + ".err";
+  ASSERT_EQ(RunPretrain("", flags + "--stop_after=4 --out=" + out), 75);
+  const fs::path state = fs::path(out) / "state";
+  const TrainState found = FindTrainState(state).value();
+  const Parameters parameters = ReadParameters(
+      state / "step-00000004/parameters.safetensors", at::ScalarType::Undefined);
+  AdamW optimizer(parameters, {});
+  LoadTrainState(state, found.step, parameters, &optimizer);
+  at::Tensor(parameters.items().front().second).fill_(std::nan(""));
+  SaveTrainState(state, found, parameters, optimizer);
+  EXPECT_EQ(RunPretrain("", flags + "--out=" + out + " 2> " + error), 2);
+  EXPECT_NE(ReadFile(error).find("the gradient is not finite at step 4"),
+            std::string::npos)
+      << ReadFile(error);
+  EXPECT_EQ(NewestStep(state), 4);
 }
 
 TEST_F(Pretraining, AnotherConfigurationIsRefused) {
