@@ -185,5 +185,10 @@ int Main() {
 int main(int argc, char** argv) {
   gflags::SetUsageMessage("simulates prefetching over recorded routing");
   gflags::ParseCommandLineFlags(&argc, &argv, true);
-  return routecast::Main();
+  try {
+    return routecast::Main();
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "planner_bench: %s\n", e.what());
+    return 1;
+  }
 }
