@@ -47,6 +47,10 @@ TEST(SwitchConfig, RefusesWhatItCannotRun) {
                                               {"d_ff", nullptr},
                                               // The buckets have no order then.
                                               {"relative_attention_max_distance", 16},
+                                              {"layer_norm_epsilon", -1},
+                                              {"layer_norm_epsilon", 1e308},
+                                              {"layer_norm_epsilon", nullptr},
+                                              {"router_z_loss_coef", "x"},
                                               {"num_sparse_encoder_layers", 9}};
   for (const auto& [key, value] : bad) {
     try {
