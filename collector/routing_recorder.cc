@@ -7,6 +7,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "common/errors.h"
 #include "common/wide_loops.h"
 
 namespace routecast {
@@ -120,6 +121,16 @@ void AppendSummary(const float* weights, int64_t num_keys, std::vector<float>* e
   keys->insert(keys->end(), positions, positions + kStrongestKeys);
 }
 
+// The reference's argmax takes such a token for one that chose expert 0.
+[[noreturn]] void RefuseRouting(Stack stack, size_t layer) {
+  throw DataError(ErrorText(
+      std::string("MoE layer ") + std::to_string(layer) + " of the " + StackName(stack) +
+          " cannot choose an expert",
+      "a token's router probabilities are no numbers: the model's arithmetic overflows, "
+      "or its weights are damaged",
+      "fetch the weights again, or use --dtype=fp32"));
+}
+
 }  // namespace
 
 RoutingRecorder::RoutingRecorder(const MoeGeometry& geometry,
@@ -163,11 +174,13 @@ void RoutingRecorder::OnRouting(const LayerRouting& routing) {
   const auto layer = static_cast<size_t>(geometry_.LayerInStack(routing.layer));
   auto& rows = rows_[static_cast<size_t>(stack)];
   const TopLogits top = TopOf(routing.logits_BTE.to(at::kFloat), options_.top_k);
+  // What is added is 0, or no number where the gate is none: one plane tells of both.
+  const at::Tensor margins = top.margins + routing.gate_probs_BT.to(at::kFloat) * 0;
   std::vector<at::Tensor> planes = {routing.expert_ids_BT.to(at::kLong),
-                                    routing.dropped_BT.to(at::kBool), top.margins};
+                                    routing.dropped_BT.to(at::kBool), margins};
   if (options_.probs) planes.push_back(routing.gate_probs_BT.to(at::kFloat));
   if (options_.top_k > 0) planes.insert(planes.end(), {top.ids, top.probs});
-  ring_.Add(std::move(planes), [this, &rows, layer, valid = valid_BT_](
+  ring_.Add(std::move(planes), [this, &rows, stack, layer, valid = valid_BT_](
                                    const std::vector<at::Tensor>& on_host) {
     const int64_t num_tokens = valid.size(1), k = options_.top_k;
     for (size_t b = 0; b < rows.size(); ++b) {
@@ -179,8 +192,13 @@ void RoutingRecorder::OnRouting(const LayerRouting& routing) {
                  &record.ids);
       AppendReal(real, num_tokens, 1, plane++->const_data_ptr<bool>() + begin,
                  &record.dropped);
+      const auto before = static_cast<int64_t>(record.margins.size());
       AppendReal(real, num_tokens, 1, plane++->const_data_ptr<float>() + begin,
                  &record.margins);
+      if (std::any_of(record.margins.begin() + before, record.margins.end(),
+                      [](float margin) { return std::isnan(margin); })) {
+        RefuseRouting(stack, layer);
+      }
       if (options_.probs) {
         AppendReal(real, num_tokens, 1, plane++->const_data_ptr<float>() + begin,
                    &record.probs);

@@ -21,13 +21,36 @@ bool IsRouter(const std::string& name) {
   return name.find(".mlp.router.") != std::string::npos;
 }
 
+// The reference decodes with the ids of generation_config.json where it says others.
+// Returns whether it does; then they stand in `config`.
+bool TakeGenerationIds(const fs::path& file, const Json& known, Json* config) {
+  if (!fs::exists(file)) return false;
+  const Json generation = ReadJsonFile(file);
+  if (!generation.is_object()) {
+    throw DataError(ErrorText(file.string() + " is not a JSON object", "",
+                              "fetch it again, or remove it"));
+  }
+  bool other = false;
+  for (const char* key : {"pad_token_id", "eos_token_id", "decoder_start_token_id"}) {
+    const Json id = generation.value(key, Json());
+    if (id.is_null() || id == known.at(key)) continue;
+    (*config)[key] = id;
+    other = true;
+  }
+  return other;
+}
+
 }  // namespace
 
 CheckpointReader::CheckpointReader(const fs::path& folder)
     : folder_(folder), files_(folder) {
   const fs::path config = folder / "config.json";
+  const fs::path generation = folder / "generation_config.json";
   config_json_ = ReadJsonFile(config);
   config_ = SwitchConfig::FromJson(config_json_, config.string());
+  if (TakeGenerationIds(generation, config_.ToJson(), &config_json_)) {
+    config_ = SwitchConfig::FromJson(config_json_, generation.string());
+  }
   for (const WeightEntry& entry : files_.tensors()) entries_[entry.name] = &entry;
   ResolveEmbeddings();
   Check();

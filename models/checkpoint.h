@@ -33,6 +33,7 @@ class CheckpointReader {
   // not fit config.json: the first tensor named, with both shapes and its file).
   explicit CheckpointReader(const fs::path& folder);
 
+  // config.json, with generation_config.json's special ids where it has others.
   const SwitchConfig& config() const { return config_; }
   // Reads every byte of the weights through a small buffer.
   std::string Fingerprint() const;

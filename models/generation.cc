@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -68,6 +69,19 @@ at::Tensor ForCallback(const at::Tensor& logits, const GenerationOptions& option
   return options.logits_on_step ? logits.to(at::kCPU) : at::Tensor();
 }
 
+// The most probable token of each row, int64 [R] on the CPU.
+at::Tensor BestIds(const at::Tensor& logits_RV, const at::Tensor& live_R1, int step) {
+  const at::Tensor ids = logits_RV.argmax(-1, /*keepdim=*/true);  // a NaN's, where one is
+  const at::Tensor best = logits_RV.gather(1, ids).to(at::kCPU);
+  for (int64_t r = 0; r < best.size(0); ++r) {
+    if (std::isnan(best.const_data_ptr<float>()[r]) &&
+        live_R1.const_data_ptr<bool>()[r]) {
+      RefuseLogits(r, step);
+    }
+  }
+  return ids.squeeze(1).to(at::kCPU);
+}
+
 std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
                                                   const SwitchConfig& config,
                                                   const GenerationOptions& options) {
@@ -85,7 +99,7 @@ std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
     at::Tensor next = options.sampling.enabled()
                           ? SampleIds(WarpLogits(allowed.to(at::kCPU), options.sampling),
                                       options.sampling, step)
-                          : allowed.argmax(-1).to(at::kCPU);
+                          : BestIds(allowed, live, step);
     next = at::where(live.squeeze(1), next, at::full_like(next, config.pad_token_id));
     for (int64_t b = 0; b < batch; ++b) {
       if (!live[b][0].item<bool>()) continue;
@@ -142,6 +156,12 @@ std::vector<GeneratedSequence> SearchBeams(Decoder* decoder, const SwitchConfig&
     }
     const auto values = static_cast<size_t>(beams * log_probs.size(1));
     bool all_done = true;
+    for (int64_t r = 0; r < rows; ++r) {  // one that is no number makes all of them so
+      if (std::isnan(log_probs.const_data_ptr<float>()[r * log_probs.size(1)]) &&
+          live[r][0].item<bool>()) {
+        RefuseLogits(r / beams, step);
+      }
+    }
     for (size_t b = 0; b < searches.size(); ++b) {
       searches[b].Step({log_probs.data_ptr<float>() + b * values, values});
       all_done = all_done && searches[b].done();

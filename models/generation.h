@@ -46,7 +46,8 @@ struct GenerationOptions {
 
 // num_return_sequences a row, row by row. Rows that ended go on as padding, marked
 // invalid to observers, until all have ended. A row's result is that of the row alone,
-// but for ties nearer than the rounding of matrix products of other shapes.
+// but for ties nearer than the rounding of matrix products of other shapes. Throws
+// DataError where the logits of a row that has not ended are no numbers.
 std::vector<GeneratedSequence> Generate(SwitchModel* model, const at::Tensor& ids_BS,
                                         const at::Tensor& valid_BS,
                                         const GenerationOptions& options);

@@ -52,6 +52,14 @@ at::Tensor WarpLogits(const at::Tensor& logits_BV, const SamplingOptions& option
   return warped;
 }
 
+void RefuseLogits(int64_t row, int step) {
+  throw DataError(ErrorText("no token can be chosen",
+                            "the logits of row " + std::to_string(row) + ", step " +
+                                std::to_string(step) + " are not finite",
+                            "are the weights damaged? else use a wider --dtype, or a "
+                            "higher temperature"));
+}
+
 at::Tensor SampleIds(const at::Tensor& warped_BV, const SamplingOptions& options,
                      int step) {
   const int64_t rows = warped_BV.size(0), vocabulary = warped_BV.size(1);
@@ -62,12 +70,7 @@ at::Tensor SampleIds(const at::Tensor& warped_BV, const SamplingOptions& options
     const auto row = static_cast<size_t>(b);
     const uint64_t key = options.row_keys.empty() ? row : options.row_keys.at(row);
     const double total = sum[b][vocabulary - 1];
-    if (!std::isfinite(total)) {
-      throw DataError(ErrorText("no token can be drawn",
-                                "the logits of row " + std::to_string(b) + ", step " +
-                                    std::to_string(step) + " are not finite",
-                                "use a wider --dtype, or a higher temperature"));
-    }
+    if (!std::isfinite(total)) RefuseLogits(b, step);
     const double drawn =
         ToUnit(Mix(options.seed, kSamplingKey, key, static_cast<uint64_t>(step))) * total;
     // drawn < total, so the search ends before the end; a token of probability 0 adds

@@ -27,6 +27,10 @@ struct SamplingOptions {
 // enabled().
 at::Tensor WarpLogits(const at::Tensor& logits_BV, const SamplingOptions& options);
 
+// Throws DataError: what overflows or is damaged ends as logits that are no numbers, and
+// whichever id came of them would be one that the model never chose.
+[[noreturn]] void RefuseLogits(int64_t row, int step);
+
 // int64 [B]: for each row the first token at which the running sum of its probabilities,
 // in the order of ids, passes a uniform number made of (seed, row key, step) alone.
 at::Tensor SampleIds(const at::Tensor& warped_BV, const SamplingOptions& options,

@@ -1,5 +1,6 @@
 #include "models/switch_config.h"
 
+#include <cmath>
 #include <iterator>
 
 #include "common/errors.h"
@@ -14,7 +15,7 @@ class Reader {
   Reader(const Json& json, std::string what) : json_(json), what_(std::move(what)) {}
 
   void Int(const char* key, int* value, int low, int high = kMaxSize) const {
-    if (!json_.contains(key) || json_[key].is_null()) {
+    if (!json_.contains(key)) {
       Check(key, *value, low, high);
       return;
     }
@@ -23,10 +24,19 @@ class Reader {
     Check(key, number, low, high);
     *value = static_cast<int>(number);
   }
-  void Number(const char* key, double* value) const {
+  // The same where null says what no key says.
+  void NullableInt(const char* key, int* value, int low, int high = kMaxSize) const {
+    if (json_.contains(key) && json_[key].is_null()) return Check(key, *value, low, high);
+    Int(key, value, low, high);
+  }
+  void Number(const char* key, double* value, double high) const {
     if (!json_.contains(key)) return;
-    if (!json_[key].is_number()) Bad(key, json_[key].dump(), "a number");
-    *value = json_[key].get<double>();
+    const double number =
+        json_[key].is_number() ? json_[key].get<double>() : std::nan("");
+    if (!(number >= 0 && number <= high)) {
+      Bad(key, json_[key].dump(), "a number from 0 to " + std::to_string(high));
+    }
+    *value = number;
   }
   void Bool(const char* key, bool* value) const {
     if (!json_.contains(key)) return;
@@ -133,8 +143,9 @@ SwitchConfig SwitchConfig::FromJson(const Json& json, const std::string& what) {
   read.Int("d_ff", &c.d_ff, 1);
   read.Int("num_heads", &c.num_heads, 1, 4096);
   read.Int("num_layers", &c.num_layers, 1, 4096);
-  c.num_decoder_layers = c.num_layers;
-  read.Int("num_decoder_layers", &c.num_decoder_layers, 1, 4096);
+  // null, not absence, asks for as many as the encoder has.
+  if (json.contains("num_decoder_layers")) c.num_decoder_layers = c.num_layers;
+  read.NullableInt("num_decoder_layers", &c.num_decoder_layers, 1, 4096);
   read.Int("num_sparse_encoder_layers", &c.num_sparse_encoder_layers, 0, c.num_layers);
   read.Int("num_sparse_decoder_layers", &c.num_sparse_decoder_layers, 0,
            c.num_decoder_layers);
@@ -146,16 +157,19 @@ SwitchConfig SwitchConfig::FromJson(const Json& json, const std::string& what) {
   ReadRouterDtype(json, read, &c.router_dtype);
   read.Bool("router_ignore_padding_tokens", &c.router_ignore_padding_tokens);
   ReadActivation(json, read, &c);
-  read.Number("router_jitter_noise", &c.router_jitter_noise);
-  read.Number("router_z_loss_coef", &c.router_z_loss_coef);
-  read.Number("router_aux_loss_coef", &c.router_aux_loss_coef);
+  read.Number("router_jitter_noise", &c.router_jitter_noise, 1);
+  read.Number("router_z_loss_coef", &c.router_z_loss_coef, kMaxSize);
+  read.Number("router_aux_loss_coef", &c.router_aux_loss_coef, kMaxSize);
   read.Int("relative_attention_num_buckets", &c.relative_attention_num_buckets, 4, 4096);
-  read.Int("relative_attention_max_distance", &c.relative_attention_max_distance, 2);
-  read.Number("layer_norm_epsilon", &c.layer_norm_epsilon);
+  // Half the decoder's buckets are of one distance each; the others lie beyond those.
+  read.Int("relative_attention_max_distance", &c.relative_attention_max_distance,
+           c.relative_attention_num_buckets / 2 + 1);
+  read.Number("layer_norm_epsilon", &c.layer_norm_epsilon, 1);
   read.Bool("tie_word_embeddings", &c.tie_word_embeddings);
-  read.Int("pad_token_id", &c.pad_token_id, 0, c.vocab_size - 1);
+  read.NullableInt("pad_token_id", &c.pad_token_id, 0, c.vocab_size - 1);
   read.Int("eos_token_id", &c.eos_token_id, 0, c.vocab_size - 1);
-  read.Int("decoder_start_token_id", &c.decoder_start_token_id, 0, c.vocab_size - 1);
+  read.NullableInt("decoder_start_token_id", &c.decoder_start_token_id, 0,
+                   c.vocab_size - 1);
   return c;
 }
 

@@ -5,6 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
+
+#include "common/errors.h"
 
 namespace routecast {
 namespace {
@@ -92,6 +95,34 @@ TEST(Recorder, WithoutProbabilitiesAndTopKThereAreNone) {
   const RoutingSpan span = recorder.Take(Stack::kEncoder, 0);
   EXPECT_EQ(span.margins.size(), static_cast<size_t>(kTokens));
   EXPECT_TRUE(span.gate_probs.empty() && span.topk_ids.empty() && span.hidden.empty());
+}
+
+// Such a token would be recorded as one that chose expert 0.
+TEST_P(RecorderTest, AChoiceFromNoNumbersIsRefusedWithItsLayer) {
+  const int experts = GetParam();
+  for (const bool real : {true, false}) {
+    Pass pass(experts, false);
+    pass.logits[2][real ? 1 : 0][experts - 1] = std::nan("");  // [2][0] is padding
+    pass.routing.gate_probs_BT = pass.logits.softmax(-1).amax(-1);
+    RoutingRecorder recorder({1, 0, experts, 1, 4}, {false, 0}, {false, false, false});
+    const auto record = [&] {
+      recorder.OnPassBegin(pass.info);
+      recorder.OnRouting(pass.routing);
+      recorder.OnPassEnd(pass.info);
+      recorder.Take(Stack::kEncoder, 2);
+    };
+    if (!real) {
+      EXPECT_NO_THROW(record());
+      continue;
+    }
+    try {
+      record();
+      ADD_FAILURE() << "recorded";
+    } catch (const DataError& e) {
+      EXPECT_NE(std::string(e.what()).find("layer 0 of the encoder"), std::string::npos)
+          << e.what();
+    }
+  }
 }
 
 }  // namespace

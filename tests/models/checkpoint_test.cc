@@ -91,6 +91,35 @@ TEST_F(CheckpointTest, FingerprintChangesWithAnyShardAndWithTheConfig) {
   EXPECT_NE(Load().fingerprint, after);
 }
 
+// What the reference's generate() takes them from; the fingerprint follows.
+TEST_F(CheckpointTest, SpecialIdsOfTheGenerationConfigWin) {
+  Save(false);
+  const fs::path file = folder_ / "generation_config.json";
+  const std::string before = Load().fingerprint;
+  WriteFileAtomic(file, R"({"eos_token_id": null, "max_length": 20})");
+  EXPECT_EQ(Load().config.eos_token_id, made_.config.eos_token_id);
+  EXPECT_EQ(Load().fingerprint, before);
+  WriteFileAtomic(file, R"({"eos_token_id": 7, "decoder_start_token_id": 5})");
+  EXPECT_EQ(Load().config.eos_token_id, 7);
+  EXPECT_EQ(Load().config.decoder_start_token_id, 5);
+  EXPECT_EQ(Load().config.pad_token_id, made_.config.pad_token_id);
+  EXPECT_NE(Load().fingerprint, before);
+  fs::remove(file);
+  EXPECT_EQ(Load().fingerprint, before);
+}
+
+TEST_F(CheckpointTest, SpecialIdsThatCannotBeAreRefusedByFileAndKey) {
+  Save(false);
+  for (const char* ids : {"[1, 2]", "-1", "1000000", "\"1\""}) {
+    WriteFileAtomic(folder_ / "generation_config.json",
+                    std::string(R"({"eos_token_id": )") + ids + "}");
+    EXPECT_THAT(Refusal(), testing::AllOf(HasSubstr("generation_config.json"),
+                                          HasSubstr("eos_token_id")));
+  }
+  WriteFileAtomic(folder_ / "generation_config.json", "[]");
+  EXPECT_THAT(Refusal(), HasSubstr("generation_config.json"));
+}
+
 TEST_F(CheckpointTest, ShardsHoldTheSameAndStayBelowTheirSize) {
   Save(false, 40'000);
   const WeightFiles files(folder_);

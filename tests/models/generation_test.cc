@@ -207,6 +207,27 @@ TEST(Generate, BeamsNeedAVocabularyTwiceAsLarge) {
   EXPECT_THROW(Generate(&model.model(), in.ids, in.valid, options), UsageError);
 }
 
+// A damaged weight, or an overflow: the first id is no answer, nor is any order of beams.
+TEST(Generate, LogitsThatAreNoNumbersEndGreedyAndBeamsByRowAndStep) {
+  Checkpoint checkpoint = RandomCheckpoint(SmallConfig(), 19);
+  checkpoint.parameters.Get("shared.weight")[50].fill_(std::nan(""));
+  ResidentModel model(std::move(checkpoint));
+  Prompts in;
+  in.ids.masked_fill_(in.ids == 50, 51);
+  in.ids[1][0] = 50;
+  for (const int num_beams : {1, 3}) {
+    GenerationOptions options;
+    options.beams.num_beams = num_beams;
+    try {
+      Generate(&model.model(), in.ids, in.valid, options);
+      ADD_FAILURE() << "tokens were chosen with " << num_beams << " beams";
+    } catch (const DataError& e) {
+      EXPECT_NE(std::string(e.what()).find("row 1, step 0"), std::string::npos)
+          << e.what();
+    }
+  }
+}
+
 TEST(SampleIds, FrequenciesAreTheProbabilities) {
   const at::Tensor probs = at::tensor({0.5, 0.0, 0.3, 0.2}, at::kDouble);
   const int64_t rows = 20000;

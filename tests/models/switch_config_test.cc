@@ -41,6 +41,16 @@ TEST(SwitchConfig, RefusesWhatItCannotRun) {
                                               {"num_heads", 0},
                                               {"vocab_size", 1},
                                               {"expert_capacity", -1},
+                                              // Each would be taken for its default else.
+                                              {"eos_token_id", nullptr},
+                                              {"eos_token_id", {1, 2}},
+                                              {"d_ff", nullptr},
+                                              // The buckets have no order then.
+                                              {"relative_attention_max_distance", 16},
+                                              {"layer_norm_epsilon", -1},
+                                              {"layer_norm_epsilon", 1e308},
+                                              {"layer_norm_epsilon", nullptr},
+                                              {"router_z_loss_coef", "x"},
                                               {"num_sparse_encoder_layers", 9}};
   for (const auto& [key, value] : bad) {
     try {
@@ -50,6 +60,15 @@ TEST(SwitchConfig, RefusesWhatItCannotRun) {
       EXPECT_NE(std::string(e.what()).find(key), std::string::npos) << e.what();
     }
   }
+}
+
+// The reference's defaults: a key that is absent is not a key that is null.
+TEST(SwitchConfig, AbsentDecoderLayersAreTwelveAndNullOnesTheEncoders) {
+  Json json = SmallConfig().ToJson();
+  json["num_decoder_layers"] = nullptr;
+  EXPECT_EQ(SwitchConfig::FromJson(json, "config.json").num_decoder_layers, 4);
+  json.erase("num_decoder_layers");
+  EXPECT_EQ(SwitchConfig::FromJson(json, "config.json").num_decoder_layers, 12);
 }
 
 TEST(SwitchConfig, TheSparseStepWinsOverTheCountOfSparseLayers) {
