@@ -154,7 +154,6 @@ LeadScores LeadAccumulator::Scores(uint64_t seed, int resamples) const {
   if (scores.samples == 0) return scores;
   const double n = static_cast<double>(scores.samples);
   std::array<double, 10> hits{}, confidence{};
-  std::vector<std::pair<int64_t, int64_t>> top1;  // of documents: hits, of how many
   const int64_t K = documents_.begin()->second.choices;
   if (K > 1) scores.by_choice.assign(static_cast<size_t>(K), 0.0);
   for (const auto& [document, sums] : documents_) {
@@ -172,7 +171,7 @@ LeadScores LeadAccumulator::Scores(uint64_t seed, int resamples) const {
     scores.recall += static_cast<double>(found) / (n * static_cast<double>(K));
     scores.recall_twice +=
         static_cast<double>(sums.twice_hits) / (n * static_cast<double>(K));
-    top1.emplace_back(found, sums.samples * K);
+    scores.by_document.push_back({document, found, sums.samples * K});
   }
   for (size_t i = 0; i < hits.size(); ++i) {
     scores.ece += std::abs(hits[i] - confidence[i]) / n;
@@ -180,10 +179,11 @@ LeadScores LeadAccumulator::Scores(uint64_t seed, int resamples) const {
   std::vector<double> means;
   for (int r = 0; r < resamples; ++r) {
     double drawn_hits = 0, drawn = 0;
-    for (size_t i = 0; i < top1.size(); ++i) {
-      const auto& [h, s] = top1[ToRange(Mix(seed, r, i), top1.size())];
-      drawn_hits += static_cast<double>(h);
-      drawn += static_cast<double>(s);
+    const auto& all = scores.by_document;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const DocumentScore& d = all[ToRange(Mix(seed, r, i), all.size())];
+      drawn_hits += static_cast<double>(d.right);
+      drawn += static_cast<double>(d.of);
     }
     means.push_back(drawn_hits / drawn);
   }

@@ -17,6 +17,12 @@ namespace routecast {
 
 inline constexpr std::array<int, 6> kScoredTopK = {1, 2, 3, 4, 5, 10};
 
+// Of one document: right answers of how many (K > 1: experts found of K a token).
+struct DocumentScore {
+  uint64_t document = 0;
+  int64_t right = 0, of = 0;
+};
+
 struct LeadScores {
   Stack phase = Stack::kEncoder;
   int layer = 0;  // source layer in its stack, -1 = before the first MoE layer
@@ -28,6 +34,7 @@ struct LeadScores {
   double ece = 0;               // 10 equal bins of the top-1 probability, the last closed
   double ci95_low = 0, ci95_high = 0;  // of top-1: bootstrap over documents
   int64_t samples = 0, documents = 0;
+  std::vector<DocumentScore> by_document;  // ascending; what ci95 is of
   // Models of K > 1 experts a token; `top` is of the first choice then, cross_entropy the
   // mean over the K, ece of "the likeliest is one of the K" at K times its probability,
   // ci95 of recall.
