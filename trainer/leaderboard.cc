@@ -106,6 +106,7 @@ SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
       run.options.members.clear();
       run.options.combine = SpeculationOptions().combine;
     }
+    DropUnused(&run.options);
   }
   run.options.seed = job.run.options.seed + number;
   run.time_limit = job.kind_seconds / job.seeds;
