@@ -49,22 +49,6 @@ double Correlation::Value() const {
   return (n_ * xy_ - x_ * y_) / std::sqrt(spread_x * spread_y);
 }
 
-double EqualMassCalibration::Value() const {
-  auto answers = answers_;
-  std::stable_sort(answers.begin(), answers.end(),
-                   [](const auto& a, const auto& b) { return a.first < b.first; });
-  const size_t count = answers.size();
-  double sum = 0;
-  for (size_t b = 0, from = 0; b < kBins; ++b) {
-    const size_t to = from + count / kBins + (b < count % kBins ? 1 : 0);
-    double gap = 0;
-    for (size_t i = from; i < to; ++i) gap += answers[i].second - answers[i].first;
-    sum += std::abs(gap);
-    from = to;
-  }
-  return sum / static_cast<double>(count);
-}
-
 bool RouterDistribution(const RoutingSpan& span, int layer, int token,
                         std::vector<float>* probs) {
   const auto k = static_cast<size_t>(span.top_k);

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "common/routing.h"
@@ -19,19 +18,6 @@ class Correlation {
 
  private:
   double n_ = 0, x_ = 0, y_ = 0, xx_ = 0, yy_ = 0, xy_ = 0;
-};
-
-// Confidence against being right in bins that hold as many answers each.
-class EqualMassCalibration {
- public:
-  static constexpr size_t kBins = 15;
-  void Add(double confidence, bool right) { answers_.emplace_back(confidence, right); }
-  // Sum over bins of n_b / n * abs(accuracy_b - confidence_b); NaN where nothing was
-  // added.
-  double Value() const;
-
- private:
-  std::vector<std::pair<double, bool>> answers_;
 };
 
 // The router's probabilities [E] of one token: those of its K recorded choices, what is

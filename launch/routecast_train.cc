@@ -143,6 +143,7 @@ void AddSettings(const fs::path& file, LeaderboardJob* job) {
                                file.string(), "a row has its file's name: rename one"));
   }
   WithFlagFile(file, [&] { job->settings[name] = OptionsOfFlags(); });
+  RequireUse(job->settings[name]);
   job->entries.push_back(name);
 }
 
@@ -212,6 +213,7 @@ void Run(int argc, char** argv) {
                                "give both, or neither"));
   }
   if (!FLAGS_leaderboard.empty()) board = Leaderboard(job);
+  if (!board) RequireUse(job.options);
   if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);

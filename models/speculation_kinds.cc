@@ -93,27 +93,41 @@ void EnsembleSizes(SpeculationConfig* c) {
   c->layers = c->members[0].layers;
 }
 
+constexpr unsigned kUsesEverything = 255;
+constexpr unsigned kGating =
+    kUsesHeads | kUsesContext | kUsesDropout | kLearnsConfidence | kUsesOlderLayers;
+constexpr unsigned kLegacy = kUsesWidth | kUsesDropout;
+
 constexpr SpeculationKind kKinds[] = {
-    {"hidden", RouterInputs::kOptional, true, 6e-3, HiddenSizes, MakeHidden, false, false,
-     false, true},
+    {"hidden", RouterInputs::kOptional, true, 6e-3, HiddenSizes, MakeHidden,
+     kUsesEverything & ~kUsesContext, false, false, false, true},
     {"stale_correction", RouterInputs::kRequired, false, 3e-3, StaleCorrectionSizes,
-     MakeStaleCorrection, false, true},
+     MakeStaleCorrection, kLegacy, false, true},
     {"interlayer", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer,
-     true, false, true},
+     kUsesEverything, true, false, true},
     {"autoregressive", RouterInputs::kNever, false, 1e-3, InterlayerSizes,
-     MakeAutoregressive, true},
-    {"multiscale", RouterInputs::kNever, false, 1e-3, MultiscaleSizes, MakeMultiscale},
-    {"moe", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer, true,
-     false, true},
-    {"ensemble", RouterInputs::kNever, false, 1e-3, EnsembleSizes, MakeEnsemble},
-    {"contextual", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating},
-    {"transformer", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating},
-    {"hierarchical", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating},
-    {"simple", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy},
-    {"lstm", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy},
-    {"attention", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy},
-    {"conv1d", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy},
-    {"legacy_multiscale", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy},
+     MakeAutoregressive, kUsesEverything & ~kLearnsConfidence, true},
+    {"multiscale", RouterInputs::kNever, false, 1e-3, MultiscaleSizes, MakeMultiscale,
+     kUsesWidth | kUsesFf | kUsesDropout | kLearnsConfidence | kUsesOlderLayers},
+    {"moe", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer,
+     kUsesEverything, true, false, true},
+    {"ensemble", RouterInputs::kNever, false, 1e-3, EnsembleSizes, MakeEnsemble,
+     kLearnsConfidence | kUsesOlderLayers},
+    {"contextual", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating,
+     kGating},
+    {"transformer", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating,
+     kGating | kUsesLayers},
+    {"hierarchical", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating,
+     kGating},
+    {"simple", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy, kLegacy},
+    {"lstm", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy,
+     kLegacy | kUsesLayers},
+    {"attention", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy,
+     kLegacy | kUsesHeads},
+    {"conv1d", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy,
+     kLegacy | kUsesFf},
+    {"legacy_multiscale", RouterInputs::kRequired, false, 3e-3, LegacySizes, MakeLegacy,
+     kLegacy},
 };
 
 }  // namespace

@@ -16,6 +16,18 @@ namespace routecast {
 class Parameters;
 class SpeculationModel;
 
+// What not every kind has a use for; its row names those it has.
+enum KindUse : unsigned {
+  kUsesWidth = 1,
+  kUsesHeads = 2,
+  kUsesFf = 4,
+  kUsesLayers = 8,
+  kUsesContext = 16,
+  kUsesDropout = 32,
+  kLearnsConfidence = 64,  // one of its own; others answer with their largest probability
+  kUsesOlderLayers = 128,  // sees more of a token than the newest layer's experts
+};
+
 enum class RouterInputs { kNever, kOptional, kRequired };
 
 // What a new model's parameters are. One seed a member: several make several models of
@@ -39,6 +51,7 @@ struct SpeculationKind {
   double learning_rate;               // peak, unless told otherwise
   void (*sizes)(SpeculationConfig*);  // fills in what suits the geometry
   MakeKind make;                      // null: see ensemble_model.h
+  unsigned uses;                      // of KindUse; an ensemble has its members' sizes
   // Embeds expert ids: what mixup, noise and the contrastive term work on.
   bool embeds_experts = false;
   bool routers = false;    // needs the traced model's routers

@@ -48,6 +48,7 @@ Json LeadScores::ToJson() const {
   }
   json["cross_entropy"] = cross_entropy;
   json["ece"] = ece;
+  if (ece_equal_mass) json["ece_equal_mass"] = *ece_equal_mass;
   json["ci95"] = {ci95_low, ci95_high};
   json["samples"] = samples;
   json["documents"] = documents;
@@ -97,11 +98,16 @@ void LeadAccumulator::Add(const at::Tensor& probs_NE, const at::Tensor& labels,
     sums.bin_hits[bin] += right;
     sums.bin_confidence[bin] += confidence;
     ++sums.samples;
+    if (answers_) answers_->Add(confidence, right);
   }
 }
 
 std::string LeadAccumulator::Bytes() const {
   std::string bytes;
+  Append(&bytes, static_cast<uint64_t>(answers_ ? answers_->answers().size() : 0));
+  for (size_t i = 0; answers_ && i < answers_->answers().size(); ++i) {
+    Append(&bytes, answers_->answers()[i]);
+  }
   for (const auto& [document, sums] : documents_) {
     Append(&bytes, document);
     Append(&bytes, sums);
@@ -112,13 +118,20 @@ std::string LeadAccumulator::Bytes() const {
 void LeadAccumulator::Merge(const std::string& bytes) {
   constexpr size_t kEntry = sizeof(uint64_t) + sizeof(Sums);
   static_assert(std::is_trivially_copyable_v<Sums>);
-  if (bytes.size() % kEntry != 0) {
+  size_t at = 0;
+  const size_t fits = bytes.size() / sizeof(uint64_t);
+  const size_t answers = fits > 0 ? Take<uint64_t>(bytes, &at) : 0;
+  if (answers >= fits || (bytes.size() - at - answers * sizeof(double)) % kEntry != 0) {
     throw DataError(ErrorText(
         "the scores of another rank are damaged",
         std::to_string(bytes.size()) + " bytes, entries of " + std::to_string(kEntry),
         "run the same build on all ranks"));
   }
-  for (size_t at = 0; at < bytes.size();) {
+  if (answers > 0 && !answers_) answers_.emplace();
+  std::vector<double> others(answers);
+  for (double& answer : others) answer = Take<double>(bytes, &at);
+  if (answers_) answers_->Merge(others);
+  while (at < bytes.size()) {
     Sums& sums = documents_[Take<uint64_t>(bytes, &at)];
     const Sums other = Take<Sums>(bytes, &at);
     sums.samples += other.samples;
@@ -154,7 +167,6 @@ LeadScores LeadAccumulator::Scores(uint64_t seed, int resamples) const {
   if (scores.samples == 0) return scores;
   const double n = static_cast<double>(scores.samples);
   std::array<double, 10> hits{}, confidence{};
-  std::vector<std::pair<int64_t, int64_t>> top1;  // of documents: hits, of how many
   const int64_t K = documents_.begin()->second.choices;
   if (K > 1) scores.by_choice.assign(static_cast<size_t>(K), 0.0);
   for (const auto& [document, sums] : documents_) {
@@ -172,18 +184,20 @@ LeadScores LeadAccumulator::Scores(uint64_t seed, int resamples) const {
     scores.recall += static_cast<double>(found) / (n * static_cast<double>(K));
     scores.recall_twice +=
         static_cast<double>(sums.twice_hits) / (n * static_cast<double>(K));
-    top1.emplace_back(found, sums.samples * K);
+    scores.by_document.push_back({document, found, sums.samples * K});
   }
   for (size_t i = 0; i < hits.size(); ++i) {
     scores.ece += std::abs(hits[i] - confidence[i]) / n;
   }
+  if (answers_) scores.ece_equal_mass = answers_->Value();
   std::vector<double> means;
   for (int r = 0; r < resamples; ++r) {
     double drawn_hits = 0, drawn = 0;
-    for (size_t i = 0; i < top1.size(); ++i) {
-      const auto& [h, s] = top1[ToRange(Mix(seed, r, i), top1.size())];
-      drawn_hits += static_cast<double>(h);
-      drawn += static_cast<double>(s);
+    const auto& all = scores.by_document;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const DocumentScore& d = all[ToRange(Mix(seed, r, i), all.size())];
+      drawn_hits += static_cast<double>(d.right);
+      drawn += static_cast<double>(d.of);
     }
     means.push_back(drawn_hits / drawn);
   }

@@ -7,15 +7,23 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "common/routing.h"
 #include "common/run_record.h"
+#include "models/equal_mass_calibration.h"
 
 namespace routecast {
 
 inline constexpr std::array<int, 6> kScoredTopK = {1, 2, 3, 4, 5, 10};
+
+// Of one document: right answers of how many (K > 1: experts found of K a token).
+struct DocumentScore {
+  uint64_t document = 0;
+  int64_t right = 0, of = 0;
+};
 
 struct LeadScores {
   Stack phase = Stack::kEncoder;
@@ -26,8 +34,10 @@ struct LeadScores {
   std::array<double, 6> top{};  // by kScoredTopK; ties go to the lower id
   double cross_entropy = 0;     // nats; probabilities below 1e-12 count as 1e-12
   double ece = 0;               // 10 equal bins of the top-1 probability, the last closed
-  double ci95_low = 0, ci95_high = 0;  // of top-1: bootstrap over documents
+  std::optional<double> ece_equal_mass;  // the same over bins of equal mass, if asked for
+  double ci95_low = 0, ci95_high = 0;    // of top-1: bootstrap over documents
   int64_t samples = 0, documents = 0;
+  std::vector<DocumentScore> by_document;  // ascending; what ci95 is of
   // Models of K > 1 experts a token; `top` is of the first choice then, cross_entropy the
   // mean over the K, ece of "the likeliest is one of the K" at K times its probability,
   // ci95 of recall.
@@ -37,8 +47,8 @@ struct LeadScores {
 
   double top1() const { return top[0]; }
   double top4() const { return top[3]; }
-  // phase layer lead target top1 .. top10 cross_entropy ece ci95 [low, high] samples; K >
-  // 1: recall recall_at_2k recall_by_choice [K]
+  // phase layer lead target top1 .. top10 cross_entropy ece (ece_equal_mass) ci95 [low,
+  // high] samples; K > 1: recall recall_at_2k recall_by_choice [K]
   Json ToJson() const;
 };
 
@@ -47,8 +57,11 @@ struct LeadScores {
 class LeadAccumulator {
  public:
   LeadAccumulator() = default;
-  LeadAccumulator(Stack phase, int layer, int lead, int target)
-      : phase_(phase), layer_(layer), lead_(lead), target_(target) {}
+  // `equal_mass`: for that error every answer is kept.
+  LeadAccumulator(Stack phase, int layer, int lead, int target, bool equal_mass = false)
+      : phase_(phase), layer_(layer), lead_(lead), target_(target) {
+    if (equal_mass) answers_.emplace();
+  }
 
   // probs float32 [N,E]; labels int64 [N], -100 = does not count, or all experts of a
   // token [N,K], the first choice first; documents int64 [N] (the bits of the unsigned
@@ -78,6 +91,7 @@ class LeadAccumulator {
   Stack phase_ = Stack::kEncoder;
   int layer_ = 0, lead_ = 0, target_ = 0;
   std::map<uint64_t, Sums> documents_;
+  std::optional<EqualMassCalibration> answers_;
 };
 
 }  // namespace routecast

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/errors.h"
+#include "trainer/document_scores.h"
 #include "trainer/domain_shift.h"
 #include "trainer/leaderboard_rows.h"
 #include "trainer/question_timing.h"
@@ -105,6 +106,7 @@ SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
       run.options.members.clear();
       run.options.combine = SpeculationOptions().combine;
     }
+    DropUnused(&run.options);
   }
   run.options.seed = job.run.options.seed + number;
   run.time_limit = job.kind_seconds / job.seeds;
@@ -138,6 +140,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
   const MoeGeometry& g = dataset->geometry();
   const int questions = g.decoder_layers > 0 ? g.decoder_layers + 1 : g.encoder_layers;
   std::vector<Json> last;
+  std::vector<ScoresBySeed> by_seed;  // of each row
   for (size_t i = 0; i < entries.size(); ++i) {
     const LeaderboardEntry& entry = entries[i];
     std::vector<Json> results;
@@ -145,6 +148,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
       results.push_back(ReadResults(f, *dataset));
       AddAfterShift(job.run, f, routers, comm, &results.back());
     }
+    by_seed.push_back(ReadDocumentScores(entry.folders, results, kModelScores));
     const std::string name = entry.trained
                                  ? entry.name
                                  : results[0].at("kind").get<std::string>() + " (" +
@@ -160,6 +164,15 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
   if (!last.empty()) AddEstimates(last, g.experts_per_token > 1, &board["rows"]);
   board["experts_per_token"] = g.experts_per_token;
   const std::string key = RankingKey(g);
+  // Baselines; estimates have no scores by document.
+  for (size_t i = by_seed.size(); i < board["rows"].size() && !last.empty(); ++i) {
+    const Json& row = board["rows"][i];
+    by_seed.push_back(row.contains("estimate")
+                          ? ScoresBySeed()
+                          : ReadDocumentScores(entries.back().folders, last,
+                                               row.at("kind").get<std::string>()));
+  }
+  AddDifferences(by_seed, key, job.run.options.seed, &board);
   std::vector<Json> rows = board["rows"];
   for (Json& row : rows) AddRates(g, &row);
   std::stable_sort(rows.begin(), rows.end(), [&](const Json& a, const Json& b) {

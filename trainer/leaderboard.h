@@ -15,7 +15,8 @@ struct LeaderboardJob {
   // Kinds, which are trained into OUT/KIND/seed-N, or names of `settings`, the same, or
   // folders of finished runs; "all" = every kind that the store can serve.
   std::vector<std::string> entries;
-  // Options of their own instead of run's (but seed); no kind's name.
+  // Options of their own instead of run's (but seed); no kind's name. Of run's, a kind's
+  // entry has those that it has a use for.
   std::map<std::string, SpeculationOptions> settings;
   int seeds = 3;
   double pass_us = 0;  // one token through the decoder; 0 = not known

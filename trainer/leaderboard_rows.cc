@@ -140,9 +140,13 @@ void AddTimes(const std::vector<Json>& results, Json* row) {
 
 }  // namespace
 
+Stack RankingStack(const MoeGeometry& g) {
+  return g.decoder_layers > 0 ? Stack::kDecoder : Stack::kEncoder;
+}
+
 // What rows are ranked by: the mean over all places of the decoder, where there is one.
 std::string RankingKey(const MoeGeometry& g) {
-  return std::string(g.decoder_layers > 0 ? "decoder" : "encoder") +
+  return std::string(StackName(RankingStack(g))) +
          (g.experts_per_token > 1 ? "_recall" : "_top1");
 }
 

@@ -19,6 +19,7 @@ void AddRates(const MoeGeometry& geometry, Json* row);
 
 // What rows are ranked by: the mean over all places of the decoder, where there is one.
 std::string RankingKey(const MoeGeometry& geometry);
+Stack RankingStack(const MoeGeometry& geometry);
 // A row a baseline of the results.
 void AddBaselines(const std::vector<Json>& results, Json* rows);
 // What router inputs, or `sets` of experts, could tell by their nearest neighbours

@@ -37,6 +37,21 @@ std::vector<std::string> RatesOf(const Json& row) {
           Number(row.value("points_per_million_parameters", Json()), 1)};
 }
 
+bool Compared(const Json& board) {
+  const Json& all = board.at("rows");
+  return std::any_of(all.begin(), all.end(), [](const Json& r) {
+    return r.value("to_best", Json()).is_object();
+  });
+}
+// The difference to the best row in points, and its interval's ends.
+const char* const kToBest[] = {"to best", "2.5 %", "97.5 %"};
+std::vector<std::string> ToBestOf(const Json& row) {
+  const Json to_best = row.value("to_best", Json());
+  if (!to_best.is_object()) return {"-", "-", "-"};
+  return {Share(to_best.at("mean")), Share(to_best.at("ci95").at(0)),
+          Share(to_best.at("ci95").at(1))};
+}
+
 // Whose scores of another domain are shown: the decoder's, where there is one.
 std::string ShiftStack(const Json& rows) {
   for (const Json& r : rows) {
@@ -79,6 +94,8 @@ Table TableOf(const Json& board, bool rates) {
                                    std::string("shifted: ") + (sets ? "at 2K" : "top-4"),
                                    "points lost"});
   }
+  const bool compared = rates && Compared(board);
+  if (compared) columns.insert(columns.end(), std::begin(kToBest), std::end(kToBest));
   if (rates) columns.insert(columns.end(), std::begin(kRates), std::end(kRates));
   Table table(columns);
   for (const Json& r : board.at("rows")) {
@@ -111,6 +128,10 @@ Table TableOf(const Json& board, bool rates) {
         row.push_back(Share(r.value(key, Json())));
       }
     }
+    if (compared) {
+      const auto values = ToBestOf(r);
+      row.insert(row.end(), values.begin(), values.end());
+    }
     if (rates) {
       const auto values = RatesOf(r);
       row.insert(row.end(), values.begin(), values.end());
@@ -118,6 +139,35 @@ Table TableOf(const Json& board, bool rates) {
     table.AddRow(row);
   }
   return table;
+}
+
+// Each row against the best one, on what both were asked.
+Table DifferenceTable(const Json& board) {
+  std::vector<std::string> columns = {"<kind"};
+  columns.insert(columns.end(), std::begin(kToBest), std::end(kToBest));
+  columns.insert(columns.end(), {"seeds", "documents"});
+  Table table(columns);
+  for (const Json& r : board.at("rows")) {
+    const Json to_best = r.value("to_best", Json());
+    if (!to_best.is_object()) continue;
+    std::vector<std::string> row = {NameOf(r)};
+    const auto values = ToBestOf(r);
+    row.insert(row.end(), values.begin(), values.end());
+    row.push_back(std::to_string(to_best.at("seeds").size()));
+    row.push_back(std::to_string(to_best.at("documents").get<int64_t>()));
+    table.AddRow(row);
+  }
+  return table;
+}
+
+// Whose rows could not be compared; empty = none.
+std::string NotCompared(const Json& board) {
+  std::string names;
+  for (const Json& name : board.value("without_document_scores", Json::array())) {
+    names += (names.empty() ? "" : ", ") + name.get<std::string>();
+  }
+  if (names.empty()) return "";
+  return "no scores by document (runs of an older version): " + names;
 }
 
 // Of what was trained: what the score costs.
@@ -139,7 +189,10 @@ Table RateTable(const Json& board) {
 }  // namespace
 
 std::string LeaderboardText(const Json& board) {
-  return TableOf(board, false).ToText() + "\n" + RateTable(board).ToText();
+  std::string text = TableOf(board, false).ToText() + "\n" + RateTable(board).ToText();
+  if (Compared(board)) text += "\n" + DifferenceTable(board).ToText();
+  const std::string note = NotCompared(board);
+  return note.empty() ? text : text + note + "\n";
 }
 std::string LeaderboardCsv(const Json& board) { return TableOf(board, true).ToCsv(); }
 
@@ -169,6 +222,18 @@ std::string LeaderboardHtml(const Json& board) {
       "over seeds) and a million parameters; stopped by time: the best of a training "
       "that --kind_seconds ended.");
   page.AddTable(RateTable(board), "best first");
+  const std::string note = NotCompared(board);
+  if (Compared(board) || !note.empty()) page.Section("Differences");
+  if (Compared(board)) {
+    page.Paragraph(
+        "to best: points of the ranking score between a row and " +
+        board.at("best").get<std::string>() +
+        ", on the same test documents, places and seeds; 2.5 and 97.5 % of 1,000 "
+        "bootstrap resamples of documents, drawn for both alike. An interval that "
+        "holds 0 does not tell the two apart.");
+    page.AddTable(DifferenceTable(board), "best first");
+  }
+  if (!note.empty()) page.Paragraph(note + ".");
   page.Section("Single places");
   page.Paragraph(
       "95 %: from the lowest to the highest end of the seeds' intervals over documents.");

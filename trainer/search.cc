@@ -159,6 +159,7 @@ void RequireSteps(const SearchJob& job) {
 
 SpeculationJob TrialRun(const SearchJob& job, int trial, int rung) {
   SpeculationJob run = job.run;
+  DropUnused(&run.options);  // what is drawn has to be of use
   for (const auto& [name, value] : job.space.Draw(job.run.options.seed, trial)) {
     SetOption(name, value, &run.options);
   }
@@ -166,6 +167,7 @@ SpeculationJob TrialRun(const SearchJob& job, int trial, int rung) {
       RungSteps(job.run.options.steps, rung, job.space.rungs(), job.space.factor());
   run.options.test_sequences = kFewTestSequences;
   run.options.Validate();
+  RequireUse(run.options);
   char folder[48];
   std::snprintf(folder, sizeof folder, "rung-%d/trial-%04d", rung, trial);
   run.out = job.run.out / folder;

@@ -269,12 +269,12 @@ namespace {
 
 using Accumulators = std::map<LeadKey, LeadAccumulator>;
 
-Accumulators MakeAccumulators(const EvaluationData& data) {
+Accumulators MakeAccumulators(const EvaluationData& data, bool equal_mass) {
   Accumulators all;
   for (const LeadKey& key : KeysOf(data)) {
     const auto [stack, source, lead] = key;
     const int target = (source + lead) % data.dataset->geometry().layers(stack);
-    all.emplace(key, LeadAccumulator(stack, source, lead, target));
+    all.emplace(key, LeadAccumulator(stack, source, lead, target, equal_mass));
   }
   return all;
 }
@@ -331,10 +331,11 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
     if (name == "token_table" && tables->vocab_size() == 0) continue;
     baselines.push_back(MakeBaseline(name, tables, data.dataset->geometry(), routers));
   }
-  Accumulators model_sums = MakeAccumulators(data), raw_sums = model_sums;
+  Accumulators model_sums = MakeAccumulators(data, /*equal_mass=*/true),
+               raw_sums = MakeAccumulators(data, /*equal_mass=*/false);
   SetAccumulator sets;
   BackupAccumulator backups(data.dataset->geometry(), model->config().backup_experts);
-  std::vector<Accumulators> baseline_sums(baselines.size(), model_sums);
+  std::vector<Accumulators> baseline_sums(baselines.size(), raw_sums);
   // The stale gate needs router inputs even where the model does not.
   const WithHidden hidden =
       routers.empty() ? data.hidden : std::max(data.hidden, WithHidden::kYes);

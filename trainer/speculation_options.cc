@@ -299,4 +299,70 @@ void SpeculationOptions::Validate() const {
   RequirePositive("--log_every", log_every);
 }
 
+namespace {
+
+using O = SpeculationOptions;
+struct Use {
+  unsigned use;  // of KindUse
+  const char* flag;
+  void (*take_back)(O*);
+};
+constexpr Use kUses[] = {
+    {kUsesWidth, "--width", [](O* o) { o->sizes.width = 0; }},
+    {kUsesHeads, "--heads", [](O* o) { o->sizes.heads = 0; }},
+    {kUsesFf, "--ff", [](O* o) { o->sizes.ff = 0; }},
+    {kUsesLayers, "--layers", [](O* o) { o->sizes.layers = 0; }},
+    {kUsesContext, "--context", [](O* o) { o->sizes.context = 0; }},
+    {kUsesDropout, "--dropout", [](O* o) { o->sizes.dropout = ModelSizes().dropout; }},
+    {kLearnsConfidence, "--confidence_weight",
+     [](O* o) { o->confidence_weight = O().confidence_weight; }},
+    {kUsesOlderLayers, "--augment_layers", [](O* o) { o->augment.layer_dropout = 0; }}};
+
+// Sizes are a kind's own; the rest is of use where one member has a use for it.
+unsigned UsesOf(const O& options) {
+  const unsigned own = KindOf(options.kind).uses;
+  const auto members = ParseMembers(options.members, options.training);
+  if (options.kind != "ensemble" || members.empty()) return own;
+  unsigned any = 0;
+  for (const MemberSpec& member : members) any |= KindOf(member.kind).uses;
+  return own & any;
+}
+
+void RequireUse(const O& o, unsigned uses, const std::string& who) {
+  for (const Use& use : kUses) {
+    if (uses & use.use) continue;
+    O without = o;
+    use.take_back(&without);
+    if (without.ToJson() == o.ToJson()) continue;
+    std::string kinds;
+    for (const std::string& kind : SpeculationKinds()) {
+      if (KindOf(kind).uses & use.use) kinds += (kinds.empty() ? "" : ", ") + kind;
+    }
+    const bool members = o.kind == "ensemble" && use.use < kLearnsConfidence;
+    throw UsageError(
+        ErrorText(std::string(use.flag) + " does nothing for " + who, "it is of " + kinds,
+                  members ? "say it in --members, e.g. interlayer:width=512,heads=16"
+                          : "leave it out, or use one of them"));
+  }
+}
+
+}  // namespace
+
+void RequireUse(const SpeculationOptions& options) {
+  RequireUse(options, UsesOf(options), "--kind=" + options.kind);
+  for (const MemberSpec& member : ParseMembers(options.members, options.training)) {
+    O own;
+    own.kind = member.kind;
+    own.sizes = member.sizes;
+    RequireUse(own, KindOf(member.kind).uses, "the member " + member.kind);
+  }
+}
+
+void DropUnused(SpeculationOptions* options) {
+  const unsigned uses = UsesOf(*options);
+  for (const Use& use : kUses) {
+    if (!(uses & use.use)) use.take_back(options);
+  }
+}
+
 }  // namespace routecast

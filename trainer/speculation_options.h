@@ -93,4 +93,10 @@ struct SpeculationOptions {
   void Validate() const;
 };
 
+// Throws UsageError naming an option that is given and that the kind, or none of an
+// ensemble's members, has a use for.
+void RequireUse(const SpeculationOptions& options);
+// Takes them back, where options are those of many kinds.
+void DropUnused(SpeculationOptions* options);
+
 }  // namespace routecast

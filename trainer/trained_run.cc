@@ -4,6 +4,7 @@
 
 #include "models/ensemble_model.h"
 #include "models/speculation_onnx.h"
+#include "trainer/document_scores.h"
 #include "trainer/domain_shift.h"
 #include "trainer/ensemble_stack.h"
 #include "trainer/knn_estimate.h"
@@ -86,6 +87,7 @@ SpeculationResult ScoreAndWrite(const TrainedRun& run, Communicator* comm) {
   if (comm->rank_info().is_root()) {
     SaveSpeculationModel(job.out, model, calibration, ExtraOf(run));
     if (job.onnx) WriteSpeculationOnnx(job.out / "onnx", model);
+    WriteDocumentScores(job.out, dataset->geometry(), report.test);
     WriteFileAtomic(job.out / "results.json", result.results.dump(2) + "\n");
   }
   return result;

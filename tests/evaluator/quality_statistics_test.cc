@@ -23,19 +23,6 @@ TEST(RouterDistributionTest, WhatTheRecordedChoicesLeaveIsSpreadEvenly) {
   EXPECT_FLOAT_EQ(probs[3], .5f);
 }
 
-TEST(EqualMassCalibrationTest, BinsHoldAsManyAnswersEach) {
-  EXPECT_TRUE(std::isnan(EqualMassCalibration().Value()));
-  EqualMassCalibration one;
-  one.Add(0.75, true);
-  EXPECT_DOUBLE_EQ(one.Value(), 0.25);
-  // 30 answers, two a bin, of neighbouring confidence: one right, one wrong in each.
-  EqualMassCalibration calibration;
-  double expected = 0;
-  for (int i = 29; i >= 0; --i) calibration.Add(i / 30., i % 2 == 0);
-  for (int b = 0; b < 15; ++b) expected += std::abs(0.5 - (4 * b + 1) / 60.) * 2 / 30;
-  EXPECT_NEAR(calibration.Value(), expected, 1e-12);
-}
-
 TEST(RouterAgreementTest, EqualDistributionsAgreeWholly) {
   RouterAgreement agreement;
   const std::vector<float> probs = {.5f, .3f, .1f, .1f};

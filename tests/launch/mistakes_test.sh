@@ -103,6 +103,8 @@ wrong 2 "--out" train --store=store
 wrong 2 "--epochs" "${train[@]}" --kind=interlayer --epochs=0
 wrong 2 "--learning_rate" "${train[@]}" --kind=interlayer --learning_rate=-1
 wrong 2 "--heads|width" "${train[@]}" --kind=interlayer --heads=5
+wrong 2 "--context|interlayer" "${train[@]}" --kind=hidden --context=4
+wrong 2 "--layers|--members" "${train[@]}" --kind=ensemble --layers=3
 wrong 2 "--micro_batch|--global_batch" "${train[@]}" --kind=interlayer --global_batch=20
 wrong 2 "cosine" "${train[@]}" --kind=interlayer --schedule=cosin
 wrong 2 "nowhere" train --store=nowhere --out=run

@@ -152,6 +152,65 @@ TEST_P(StackedKindTest, MembersEqualModelsOfTheirOwn) {
   }
 }
 
+// A row's `uses` are what its model does: a size that it has a use for changes the
+// parameters or the answer, any other changes neither.
+TEST(SpeculationKindsTest, AKindUsesTheSizesThatItsRowSays) {
+  const c10::NoGradGuard no_grad;
+  const std::pair<unsigned, void (*)(SpeculationConfig*)> changes[] = {
+      {kUsesWidth, [](SpeculationConfig* c) { c->width *= 2; }},
+      {kUsesHeads, [](SpeculationConfig* c) { c->heads /= 2; }},
+      {kUsesFf, [](SpeculationConfig* c) { c->ff *= 2; }},
+      {kUsesLayers, [](SpeculationConfig* c) { ++c->layers; }},
+      {kUsesContext, [](SpeculationConfig* c) { ++c->context; }},
+      {kUsesDropout, [](SpeculationConfig* c) { c->dropout = 0.5; }}};
+  const std::vector<RoutingTrace> traces = {RandomTrace(SmallGeometry(), 6, 5, 2)};
+  const auto window = BatchOf(traces, Stack::kDecoder, 1, 5);
+  at::manual_seed(3);
+  std::vector<RouterWeights> routers;
+  for (int l = 0; l < SmallGeometry().num_layers(); ++l) {
+    routers.push_back({at::randn({5, 6}), at::randn({5}), at::rand({6}) + 0.5});
+  }
+  // Some of what a new model has is zero, and hides what it is multiplied by.
+  const auto make = [&](const SpeculationConfig& c) {
+    auto model = MakeSpeculationModel(c, 1);
+    for (const auto& [name, tensor] : model->parameters().items()) {
+      tensor.add_(0.02 * at::arange(tensor.numel()).remainder(7).view(tensor.sizes()));
+    }
+    if (KindOf(c.kind).routers) model->FitRouters(routers);
+    return model;
+  };
+  const auto answer = [&](SpeculationModel* model) {
+    return model->Forward(window, /*dropout_key=*/7).logits_BTHE;
+  };
+  for (const std::string& kind : SpeculationKinds()) {
+    const SpeculationConfig config = SmallSpeculation(kind);
+    const auto usual = make(config);
+    EXPECT_EQ((KindOf(kind).uses & kLearnsConfidence) != 0, [&] {
+      const c10::AutoGradMode grad(true);
+      for (const auto& [name, tensor] : usual->parameters().items()) {
+        tensor.requires_grad_(true);
+      }
+      return usual->Forward(window, 7).confidence_BTH.requires_grad();
+    }()) << kind;
+    for (const auto& [use, change] : changes) {
+      SpeculationConfig other = config;
+      change(&other);
+      const auto changed = make(other);
+      const bool differs =
+          changed->parameters().num_elements() != usual->parameters().num_elements() ||
+          !at::equal(answer(changed.get()), answer(usual.get()));
+      EXPECT_EQ(differs, (KindOf(kind).uses & use) != 0) << kind << ", use " << use;
+    }
+    // Layers before the newest one.
+    auto hidden = window;
+    hidden.experts_BTL = window.experts_BTL.clone();
+    hidden.experts_BTL.select(2, 0).fill_(5);
+    const bool reads = !at::equal(usual->Forward(hidden, 0).logits_BTHE,
+                                  usual->Forward(window, 0).logits_BTHE);
+    EXPECT_EQ(reads, (KindOf(kind).uses & kUsesOlderLayers) != 0) << kind;
+  }
+}
+
 // Every row of attention has a key: full, padded and single-token batches are finite.
 TEST(DropoutMaskTest, IsAFunctionOfItsKeyAndKeepsTheMean) {
   std::vector<float> mask(100003), again(77);

@@ -88,6 +88,57 @@ TEST(LeadScoresTest, RanksMergeToOne) {
   EXPECT_THROW(a.Merge("damaged"), DataError);
 }
 
+TEST(EqualMassCalibrationTest, BinsHoldAsManyAnswersEach) {
+  EXPECT_TRUE(std::isnan(EqualMassCalibration().Value()));
+  EqualMassCalibration one;
+  one.Add(0.75, true);
+  EXPECT_DOUBLE_EQ(one.Value(), 0.25);
+  // 30 answers, two a bin, of neighbouring confidence: one right, one wrong in each.
+  EqualMassCalibration calibration;
+  double expected = 0;
+  for (int i = 29; i >= 0; --i) calibration.Add(i / 30., i % 2 == 0);
+  for (int b = 0; b < 15; ++b) expected += std::abs(0.5 - (4 * b + 1) / 60.) * 2 / 30;
+  EXPECT_NEAR(calibration.Value(), expected, 1e-12);
+}
+
+TEST(EqualMassCalibrationTest, AnswersOfOneConfidenceHaveNoOrder) {
+  EqualMassCalibration calibration, other;
+  for (int i = 0; i < 60; ++i) calibration.Add(0.5, i < 30);
+  EXPECT_NEAR(calibration.Value(), 0, 1e-12);
+  for (int i = 0; i < 60; ++i) other.Add(0.5, i % 2 == 0);
+  EXPECT_EQ(other.Value(), calibration.Value());
+  calibration.Add(0, false);  // a wrong answer without any confidence is right about it
+  EXPECT_NEAR(calibration.Value(), 0, 1e-12);
+}
+
+TEST(LeadScoresTest, EqualMassErrorIsOfAllRanksAnswers) {
+  const Sample s = RandomSample(300, 7, 6);
+  LeadAccumulator a(Stack::kEncoder, 0, 1, 1, /*equal_mass=*/true), b = a, sum;
+  a.Add(s.probs.narrow(0, 0, 120), s.labels.narrow(0, 0, 120),
+        s.documents.narrow(0, 0, 120));
+  b.Add(s.probs.narrow(0, 120, 180), s.labels.narrow(0, 120, 180),
+        s.documents.narrow(0, 120, 180));
+  EqualMassCalibration all;
+  for (int n = 0; n < 300; ++n) {
+    const int64_t label = s.labels[n].item<int64_t>();
+    const auto [confidence, first] = s.probs[n].max(0);
+    if (label >= 0) all.Add(confidence.item<float>(), first.item<int64_t>() == label);
+  }
+  sum.Merge(b.Bytes());
+  sum.Merge(a.Bytes());
+  ASSERT_TRUE(sum.Scores().ece_equal_mass);
+  EXPECT_NEAR(*sum.Scores().ece_equal_mass, all.Value(), 1e-12);
+  EXPECT_GT(all.Value(), 0.01);
+  EXPECT_EQ(sum.Scores().ToJson()["ece_equal_mass"], *sum.Scores().ece_equal_mass);
+  EXPECT_EQ(sum.Scores().samples, a.samples() + b.samples());
+  LeadAccumulator without(Stack::kEncoder, 0, 1, 1);
+  without.Add(s.probs, s.labels, s.documents);
+  EXPECT_FALSE(without.Scores().ToJson().contains("ece_equal_mass"));
+  std::string cut = a.Bytes();
+  cut.resize(40);
+  EXPECT_THROW(sum.Merge(cut), DataError);
+}
+
 TEST(LeadScoresTest, CertainPredictionsFallIntoTheLastBin) {
   LeadAccumulator accumulator(Stack::kEncoder, 0, 1, 1);
   accumulator.Add(at::eye(3), at::arange(3), at::zeros({3}, at::kLong));

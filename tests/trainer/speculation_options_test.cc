@@ -61,6 +61,62 @@ TEST(LearningScheduleTest, PlateausLowerAndOneCycleRises) {
   EXPECT_DOUBLE_EQ(Schedule("constant").Share(999, 1000, 0), 1);
 }
 
+std::string UseRefused(const SpeculationOptions& options) {
+  try {
+    RequireUse(options);
+  } catch (const UsageError& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST(UnusedOptions, AreRefusedByNameWithTheKindsThatTakeThem) {
+  SpeculationOptions o;  // hidden
+  o.sizes.context = 4;
+  EXPECT_THAT(UseRefused(o), testing::AllOf(testing::HasSubstr("--context does nothing"),
+                                            testing::HasSubstr("--kind=hidden"),
+                                            testing::HasSubstr("interlayer, auto")));
+  o.kind = "interlayer";
+  EXPECT_EQ(UseRefused(o), "");
+  o = {};
+  o.kind = "simple";
+  o.augment.layer_dropout = .1;
+  EXPECT_THAT(UseRefused(o), testing::HasSubstr("--augment_layers"));
+  o = {};
+  o.kind = "simple";
+  o.confidence_weight = .5;
+  EXPECT_THAT(UseRefused(o), testing::HasSubstr("--confidence_weight"));
+  o.kind = "hidden";
+  EXPECT_EQ(UseRefused(o), "");
+}
+
+TEST(UnusedOptions, OfAnEnsembleAreItsMembers) {
+  SpeculationOptions o;
+  o.kind = "ensemble";
+  o.sizes.layers = 3;
+  EXPECT_THAT(UseRefused(o), testing::HasSubstr("say it in --members"));
+  o.sizes = {};
+  o.augment.layer_dropout = .1;
+  EXPECT_EQ(UseRefused(o), "") << "its own three embed experts";
+  o.members = "simple;lstm:layers=3";
+  EXPECT_THAT(UseRefused(o), testing::HasSubstr("--augment_layers"));
+  o.members = "simple;interlayer";
+  EXPECT_EQ(UseRefused(o), "");
+  o.members = "interlayer;simple:layers=3";
+  EXPECT_THAT(UseRefused(o), testing::HasSubstr("the member simple"));
+}
+
+TEST(UnusedOptions, AreDroppedWhereManyKindsShareThem) {
+  SpeculationOptions o;
+  o.kind = "lstm";
+  o.sizes = {16, 2, 32, 1, 4, .3};
+  o.confidence_weight = .5;
+  DropUnused(&o);
+  EXPECT_EQ(o.sizes.ToJson(), (ModelSizes{16, 0, 0, 1, 0, .3}.ToJson()));
+  EXPECT_EQ(o.confidence_weight, SpeculationOptions().confidence_weight);
+  EXPECT_EQ(UseRefused(o), "");
+}
+
 TEST(MembersTest, AreParsed) {
   MemberOptions defaults;
   defaults.clip_norm = 0.7;
