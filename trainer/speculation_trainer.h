@@ -31,7 +31,8 @@ struct SpeculationJob {
   // change of domain. No dataset = none.
   FurtherStore shift;
   // Becomes a speculation model's folder (config.json, model.safetensors) with
-  // baselines.safetensors, results.json and metrics.jsonl; holds state/ while training.
+  // baselines.safetensors, documents.safetensors, results.json and metrics.jsonl; holds
+  // state/ while training.
   fs::path out;
   at::Device device = at::Device("cpu");
   // auto: go on with an unfinished run of the same configuration in `out`, refuse
