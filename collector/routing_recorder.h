@@ -20,8 +20,8 @@ struct RecordOptions {
 };
 
 // Thread rule: the forward thread. One batch at a time; several passes of a stack
-// (incremental decoding) are joined along tokens. Padding is never recorded. DataError (in
-// a pass or in Take) where a real token's router probabilities are no numbers.
+// (incremental decoding) are joined along tokens. Padding is never recorded. DataError
+// (in a pass or in Take) where a real token's router probabilities are no numbers.
 class RoutingRecorder final : public RoutingObserver {
  public:
   // hidden_rows[b]: record the router inputs of row b. `ring_bytes`, `copier`: of the

@@ -51,7 +51,8 @@ void CheckHeader(const Header& h, const fs::path& path) {
       h.count > layers * h.num_experts || h.d_model > kMostWidth || h.d_ff > kMostWidth) {
     Bad(path, "sizes are out of range");
   }
-  if (dtype > kLastExpertDtype || copies > kLastCopyKind || (h.version == kVersion) != (copies == 0)) {
+  if (dtype > kLastExpertDtype || copies > kLastCopyKind ||
+      (h.version == kVersion) != (copies == 0)) {
     Bad(path, "stored as " + std::to_string(h.dtype) + " in version " +
                   std::to_string(h.version) + ", which is no type");
   }
