@@ -16,10 +16,11 @@ constexpr double kScoreError = 1e-6;  // ExpertCache::ScoreOfRate
 }  // namespace
 
 ExpertWorth::ExpertWorth(const ExpertCache* cache, const LayerTimeline* timeline,
-                         const VisitForecasts* forecasts)
+                         const VisitForecasts* forecasts, const LaterShares* later)
     : cache_(cache),
       timeline_(timeline),
       forecasts_(forecasts),
+      later_(later),
       least_rate_(kRateFloor / cache->geometry().num_experts),
       log_least_rate_(std::log(least_rate_)),
       outlooks_(static_cast<size_t>(cache->geometry().num_layers())) {
@@ -65,8 +66,10 @@ void ExpertWorth::Look() {
     outlook.foreseen.emplace_back(forecast->probabilities.data(), Power(distance));
     outlook.after = Power(distance + cycle_of(forecast->layer));
   }
-  for (Outlook& outlook : outlooks_) {
+  for (int l = 0; l < g.num_layers(); ++l) {
+    Outlook& outlook = outlooks_[static_cast<size_t>(l)];
     if (outlook.returns) outlook.floor = Tail(outlook, least_rate_);
+    outlook.later = later_->Find(l, timeline_->visit());
   }
 }
 
@@ -77,7 +80,8 @@ double ExpertWorth::Tail(const Outlook& outlook, double rate) const {
 
 double ExpertWorth::Beyond(const Outlook& outlook, ExpertKey key) const {
   if (!outlook.returns) return 0;
-  const double rate = cache_->UseRate(key);
+  const double rate = outlook.later ? outlook.later->rate[static_cast<size_t>(key.expert)]
+                                    : cache_->UseRate(key);
   return rate > least_rate_ ? Tail(outlook, rate) : outlook.floor;
 }
 
@@ -103,48 +107,82 @@ double ExpertWorth::Beyond(const Outlook& outlook, int layer,
   return hardly_used ? outlook.floor : Beyond(outlook, ExpertKey{layer, rank.expert});
 }
 
-std::optional<ExpertKey> ExpertWorth::Least(std::span<const ExpertKey> kept) {
-  if (stale_) Look();
-  std::optional<ExpertKey> least;
+struct ExpertWorth::Search {
+  const ExpertWorth& of;
+  std::span<const ExpertKey> kept;
+  bool any_pinned;
+  std::optional<ExpertKey> least{};
   double least_worth = 0;
-  const bool any_pinned = cache_->num_pinned() > 0;
-  const auto pinned = [&](ExpertKey key) { return any_pinned && cache_->pins(key) > 0; };
-  const auto consider = [&](const Outlook& outlook, ExpertKey key, double beyond) {
+
+  bool Pinned(ExpertKey key) const { return any_pinned && of.cache_->pins(key) > 0; }
+  bool Settled(double beyond) const { return least && beyond > least_worth; }
+  void Consider(const Outlook& outlook, ExpertKey key, double beyond) {
     if (std::find(kept.begin(), kept.end(), key) != kept.end()) return;
-    const double worth = Of(outlook, key, beyond);
+    const double worth = of.Of(outlook, key, beyond);
     if (!least || worth < least_worth ||
-        (worth == least_worth && cache_->LeavesBefore(key, *least))) {
+        (worth == least_worth && of.cache_->LeavesBefore(key, *least))) {
       least = key;
       least_worth = worth;
     }
-  };
+  }
+};
+
+void ExpertWorth::LookAtFirst(int layer, Search* search) {
+  Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+  outlook.rest = {};
+  outlook.later_rest = {};
+  if (outlook.later) {
+    const std::span<const int> rising = outlook.later->rising;
+    size_t i = 0;
+    while (i < rising.size() && !cache_->Evictable({layer, rising[i]})) ++i;
+    if (i == rising.size()) return;
+    outlook.later_rest = rising.subspan(i + 1);
+    outlook.first = Beyond(outlook, ExpertKey{layer, rising[i]});
+    search->Consider(outlook, {layer, rising[i]}, outlook.first);
+    return;
+  }
+  const auto ranks = cache_->HeldByRate(layer);
+  size_t i = 0;
+  while (i < ranks.size() && search->Pinned({layer, ranks[i].expert})) ++i;
+  if (i == ranks.size()) return;
+  outlook.rest = ranks.subspan(i + 1);
+  outlook.floor_score = cache_->ScoreOfRate(layer, log_least_rate_) - kScoreError;
+  outlook.first = Beyond(outlook, layer, ranks[i]);
+  search->Consider(outlook, {layer, ranks[i].expert}, outlook.first);
+}
+
+void ExpertWorth::LookAtRest(int layer, Search* search) const {
+  const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+  for (const ExpertCache::Rank& rank : outlook.rest) {
+    const ExpertKey key{layer, rank.expert};
+    if (search->Pinned(key)) continue;
+    const double beyond = Beyond(outlook, layer, rank);
+    if (search->Settled(beyond)) return;
+    search->Consider(outlook, key, beyond);
+  }
+  for (const int expert : outlook.later_rest) {
+    const ExpertKey key{layer, expert};
+    if (!cache_->Evictable(key)) continue;
+    const double beyond = Beyond(outlook, key);
+    if (search->Settled(beyond)) return;
+    search->Consider(outlook, key, beyond);
+  }
+}
+
+std::optional<ExpertKey> ExpertWorth::Least(std::span<const ExpertKey> kept) {
+  if (stale_) Look();
+  Search search{*this, kept, cache_->num_pinned() > 0};
   // The first of every layer, then the others of the layers that may have a lesser one. A
   // use that is foreseen is worth more than one that comes later by habit: the habit
   // alone is the least that an expert can be worth.
   const int layers = cache_->geometry().num_layers();
-  for (int layer = 0; layer < layers; ++layer) {
-    const auto ranks = cache_->HeldByRate(layer);
-    Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
-    size_t i = 0;
-    while (i < ranks.size() && pinned({layer, ranks[i].expert})) ++i;
-    outlook.rest = ranks.subspan(std::min(i + 1, ranks.size()));
-    if (i == ranks.size()) continue;
-    outlook.floor_score = cache_->ScoreOfRate(layer, log_least_rate_) - kScoreError;
-    outlook.first = Beyond(outlook, layer, ranks[i]);
-    consider(outlook, {layer, ranks[i].expert}, outlook.first);
-  }
+  for (int layer = 0; layer < layers; ++layer) LookAtFirst(layer, &search);
   for (int layer = 0; layer < layers; ++layer) {
     const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
-    if (outlook.rest.empty() || (least && outlook.first > least_worth)) continue;
-    for (const ExpertCache::Rank& rank : outlook.rest) {
-      const ExpertKey key{layer, rank.expert};
-      if (pinned(key)) continue;
-      const double beyond = Beyond(outlook, layer, rank);
-      if (least && beyond > least_worth) break;
-      consider(outlook, key, beyond);
-    }
+    const bool none = outlook.rest.empty() && outlook.later_rest.empty();
+    if (!none && !search.Settled(outlook.first)) LookAtRest(layer, &search);
   }
-  return least;
+  return search.least;
 }
 
 }  // namespace routecast

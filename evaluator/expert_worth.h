@@ -1,8 +1,8 @@
 // What a slot is worth that holds an expert: the expectation of g^(visits until its next
 // use), with g = slots / (4 + slots): a quarter of the time that an expert stays, as what
 // is foretold soon is worth more than a habit. Predictions as far as they reach, beyond
-// them the layer's turn and the expert's use rate. In [0, 1]. Thread rule: one thread at
-// a time.
+// them the layer's turn and what was said of its later visits, or else the expert's use
+// rate. In [0, 1]. Thread rule: one thread at a time.
 #pragma once
 
 #include <optional>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "evaluator/expert_cache.h"
+#include "evaluator/later_shares.h"
 #include "evaluator/layer_timeline.h"
 #include "evaluator/visit_forecasts.h"
 
@@ -19,7 +20,7 @@ class ExpertWorth {
  public:
   // All outlive this.
   ExpertWorth(const ExpertCache* cache, const LayerTimeline* timeline,
-              const VisitForecasts* forecasts);
+              const VisitForecasts* forecasts, const LaterShares* later);
   void SetSlots(int slots);
   // What was said or the visit has changed since the last question.
   void Renew() { stale_ = true; }
@@ -36,7 +37,9 @@ class ExpertWorth {
     double floor = 0;             // Beyond of an expert that is hardly ever used,
     double floor_score = 0;       // which its score in the cache's order is below
     double first = 0;             // Beyond of the first evictable one in that order
-    std::span<const ExpertCache::Rank> rest;                // after it
+    std::span<const ExpertCache::Rank> rest;    // after it
+    const LaterShares::Layer* later = nullptr;  // in place of use rates, and their order
+    std::span<const int> later_rest;            // after the first evictable one
     std::vector<std::pair<const float*, double>> foreseen;  // probabilities, g^distance
   };
   void Look();
@@ -46,10 +49,14 @@ class ExpertWorth {
   double Beyond(const Outlook& outlook, ExpertKey key) const;
   double Beyond(const Outlook& outlook, int layer, const ExpertCache::Rank& rank) const;
   double Of(const Outlook& outlook, ExpertKey key, double beyond) const;
+  struct Search;  // for the least
+  void LookAtFirst(int layer, Search* search);
+  void LookAtRest(int layer, Search* search) const;
 
   const ExpertCache* cache_;
   const LayerTimeline* timeline_;
   const VisitForecasts* forecasts_;
+  const LaterShares* later_;
   double least_rate_, log_least_rate_;  // that counts
   std::vector<double> powers_;          // of g
   std::vector<Outlook> outlooks_;

@@ -281,7 +281,23 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
     forecasts.push_back({geometry_.GlobalLayer(window_.stack, target % window.num_layers),
                          lead, NeededByAny(*probs, window_.valid_BT)});
   }
+  if (decoder && source_layer == -1) AddLaterUse(window, &forecasts);
   return forecasts;
+}
+
+void PredictorForesight::AddLaterUse(const RoutingWindow& window,
+                                     std::vector<LayerForecast>* forecasts) const {
+  const std::optional<at::Tensor> said = predictor_->LaterUse();
+  if (!said) return;
+  if (!said->defined() || said->dim() != 3 || said->size(1) != window.num_layers) {
+    throw std::runtime_error("what is said of later use is not [batch, layers, experts]");
+  }
+  for (int l = 0; l < window.num_layers; ++l) {
+    const at::Tensor probs_B1E = said->narrow(1, l, 1);
+    RequireShape(probs_B1E, window);
+    forecasts->push_back({geometry_.GlobalLayer(window_.stack, l), LayerForecast::kLater,
+                          NeededByAny(probs_B1E, window_.valid_BT)});
+  }
 }
 
 OracleForesight::OracleForesight(MoeGeometry geometry, int horizon)

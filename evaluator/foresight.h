@@ -62,6 +62,8 @@ class PredictorForesight : public Foresight {
   void StartPass(const PassInfo& pass);
   void Remember(const LayerRouting& routing);
   std::vector<LayerForecast> Ask(int source_layer);
+  void AddLaterUse(const RoutingWindow& window,
+                   std::vector<LayerForecast>* forecasts) const;
   at::Tensor Context(bool newest_known) const;  // RoutingWindow::context_BTD
 
   ExpertPredictor* predictor_;

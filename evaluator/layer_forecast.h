@@ -8,8 +8,11 @@
 namespace routecast {
 
 struct LayerForecast {
+  // In place of a distance: of every visit of the layer that nothing else is said of,
+  // until the sequence ends or more is said.
+  static constexpr int kLater = 0;
   int layer = 0;                     // global MoE layer
-  int distance = 0;                  // layer visits ahead, >= 1
+  int distance = 0;                  // layer visits ahead, >= 1, or kLater
   std::vector<float> probabilities;  // [experts]: that any live token needs it
 };
 

@@ -40,7 +40,8 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
       clock_(clock),
       timeline_(cache->geometry().num_layers()),
       forecasts_(options_.policy.max_lead),
-      worth_(cache, &timeline_, &forecasts_),
+      later_(cache),
+      worth_(cache, &timeline_, &forecasts_, &later_),
       accounts_(options_.policy.max_lead, options_.policy.min_probability),
       unused_(cache->geometry().num_keys(), 0),
       displaced_(cache->geometry().num_keys()),
@@ -61,6 +62,7 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
   timeline_.Begin(layer, clock_->Now(), stall_);
   stall_ = 0;
   cache_->BeginLayer(layer);
+  later_.Begin(layer);
   worth_.Renew();
   JudgeForecast(layer, experts);
   for (int expert : experts) {
@@ -151,7 +153,17 @@ void PrefetchPlanner::Predict(int layer, int distance,
   ApplyThreshold(forecast);
 }
 
+void PrefetchPlanner::PredictLater(int layer, std::span<const float> shares) {
+  if (!options_.policy.speculate) return;
+  later_.Say(layer, timeline_.visit(), shares);
+  worth_.Renew();
+}
+
 void PrefetchPlanner::Predict(const LayerForecast& told) {
+  if (told.distance == LayerForecast::kLater) {
+    PredictLater(told.layer, told.probabilities);
+    return;
+  }
   VisitForecast* forecast = Entry(told.layer, told.distance);
   if (!forecast) return;
   if (Foresee(forecast, told.probabilities)) {
@@ -173,6 +185,7 @@ std::optional<ExpertKey> PrefetchPlanner::PickVictim() {
 
 void PrefetchPlanner::ForgetPredictions() {
   forecasts_.Forget();
+  later_.Forget();
   worth_.Renew();
 }
 

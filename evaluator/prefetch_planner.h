@@ -33,6 +33,7 @@
 #include "evaluator/clock.h"
 #include "evaluator/expert_cache.h"
 #include "evaluator/expert_worth.h"
+#include "evaluator/later_shares.h"
 #include "evaluator/layer_forecast.h"
 #include "evaluator/layer_timeline.h"
 #include "evaluator/speculation_ledger.h"
@@ -122,6 +123,10 @@ class PrefetchPlanner {
   // The same without a copy: the caller keeps the forecast until that visit is over or
   // the predictions are forgotten.
   void Predict(const LayerForecast& forecast);
+  // Share of the later visits of `layer` that use each expert [E]: of those that no
+  // forecast reaches. Copied; it stands until more is said, the other stack runs, or two
+  // turns have passed.
+  void PredictLater(int layer, std::span<const float> shares);
   void ForgetPredictions();
   // Whether a phase-aware cache is warmed for the decoder. It is where the policy
   // speculates at all, unless this says otherwise.
@@ -224,6 +229,7 @@ class PrefetchPlanner {
   const Clock* clock_;
   LayerTimeline timeline_;
   VisitForecasts forecasts_;
+  LaterShares later_;
   ExpertWorth worth_;
   std::vector<ExpertKey> unserved_;  // needed by this layer, not yet handed out
   std::vector<ExpertKey> demands_;   // of those: absent, transfer not yet started

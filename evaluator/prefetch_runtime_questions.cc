@@ -104,6 +104,10 @@ void PrefetchRuntime::Foresee(const std::vector<LayerForecast>& forecasts, long 
   if (forecasts.empty() || epoch != epoch_ || !active_) return;
   const long passed = planner_.timeline().visit() - visit;
   for (const LayerForecast& forecast : forecasts) {
+    if (forecast.distance == LayerForecast::kLater) {
+      planner_.Predict(forecast);
+      continue;
+    }
     const auto distance = static_cast<int>(forecast.distance - passed);
     if (distance >= 1)  // else it has begun meanwhile
       planner_.Predict(forecast.layer, distance, forecast.probabilities);

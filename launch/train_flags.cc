@@ -65,6 +65,9 @@ DEFINE_double(contrastive_weight, 0,
               "Of InfoNCE between a lead and the experts' embeddings in the loss");
 DEFINE_bool(encoder_attention, false,
             "The encoder's tokens see each other in `hidden`: more right, and slower");
+DEFINE_bool(later_use, false,
+            "`hidden` also says how much each expert of the decoder will be used later: "
+            "who is to stay in a cache");
 DEFINE_bool(
     attention_inputs, false,
     "`hidden` reads attention summaries, too (--record=ids,hidden,attention); the "
@@ -146,6 +149,7 @@ SpeculationOptions OptionsOfFlags() {
   o.diversity_weight = FLAGS_diversity_weight;
   o.attention_inputs = FLAGS_attention_inputs;
   o.encoder_attention = FLAGS_encoder_attention;
+  o.later_use = FLAGS_later_use;
   o.beams = FLAGS_beams;
   o.position_inputs = FLAGS_position_inputs;
   o.backup_experts = FLAGS_backup_experts;

@@ -17,7 +17,8 @@ class ExpertPredictor {
   virtual std::string name() const = 0;
   // True where Predict needs window.hidden_BTD for source_layer >= 0.
   virtual bool needs_hidden() const = 0;
-  // From here on speed matters more than the last bits (SpeculationModel::PrepareServing).
+  // From here on speed matters more than the last bits
+  // (SpeculationModel::PrepareServing).
   virtual void PrepareServing() {}
   // How many of the newest tokens of a decoder window matter (1 = the last token only);
   // the runtime keeps that much history.
@@ -43,6 +44,10 @@ class ExpertPredictor {
     }
     return all;
   }
+  // What the newest PredictLast also said: of each decoder layer, the share of the visits
+  // after the foretold ones that will use each expert, [B,L,E] float32 in [0, 1];
+  // nullopt = nothing.
+  virtual std::optional<at::Tensor> LaterUse() const { return std::nullopt; }
 };
 
 }  // namespace routecast

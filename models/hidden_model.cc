@@ -50,6 +50,10 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker* make)
     position.emplace_back(make, "position.embedding", kPositions, c.width, 0.02);
   }
   if (c.next_token) next.emplace_back(make, c.width, kTokenWidth, c.vocab_size);
+  if (c.later_use) {
+    later.emplace_back(make, c.width,
+                       int64_t{c.geometry.decoder_layers} * c.geometry.num_experts);
+  }
   for (int i = 0; i < c.layers; ++i) {
     blocks.emplace_back(make, "block." + std::to_string(i), c.width, c.ff);
   }
@@ -279,6 +283,27 @@ at::Tensor HiddenModel::NextTokenCounts(const at::Tensor& next_BTV,
       {next_BTV.size(0), next_BTV.size(1), layers, g.num_experts});
 }
 
+// [members], summed over tokens: what came after each, against what was said. Experts
+// that the window hides count as none.
+at::Tensor HiddenModel::LaterUseLoss(const at::Tensor& later_BTLE,
+                                     const RoutingWindow& window) const {
+  const at::Tensor& ids = window.experts_BTL;
+  const int64_t B = ids.size(0), T = ids.size(1), L = ids.size(2);
+  const int64_t E = config_.geometry.num_experts;
+  const auto chosen = at::zeros({B, T, L, E + 1}, later_BTLE.options().dtype(at::kFloat))
+                          .scatter_(3, ids.unsqueeze(3), 1.0)
+                          .narrow(3, 0, E)
+                          .reshape({B, T, L * E});
+  const auto at = at::arange(T, chosen.options());
+  const auto ahead = at.unsqueeze(0) - at.unsqueeze(1) - 1;  // [token,later token]
+  const auto weight = at::pow(LaterUse::kDiscount, ahead.clamp_min(0))
+                          .mul(1 - LaterUse::kDiscount)
+                          .masked_fill(ahead.lt(0), 0);
+  const auto came = at::matmul(weight, chosen).view({B, T, L, E});
+  const auto said = at::log_softmax(later_BTLE.to(at::kFloat), 3);
+  return (came * said).reshape({members(), -1}).sum(1) * -LaterUse::kWeight;
+}
+
 SpeculationOutput HiddenModel::Compute(const RoutingWindow& window,
                                        KeyedDropout* dropout) {
   const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
@@ -314,7 +339,13 @@ SpeculationOutput HiddenModel::Compute(const RoutingWindow& window,
   }
   if (!net_.priors.empty()) logits = logits + PriorLogits(window, H, next);
   const auto confidence = net_.confidence(z.transpose(0, 1)).squeeze(2);
-  return {logits, at::sigmoid(confidence.to(at::kFloat)).reshape({B, T, H}), next};
+  SpeculationOutput out{logits, at::sigmoid(confidence.to(at::kFloat)).reshape({B, T, H}),
+                        next};
+  if (!SaysLaterUse(window)) return out;
+  out.later_BTLE =
+      net_.later[0].linear(y).view({B, T, config_.geometry.decoder_layers, E});
+  if (dropout->active()) out.own_loss = LaterUseLoss(out.later_BTLE, window);
+  return out;
 }
 
 std::unique_ptr<SpeculationModel> MakeHidden(const SpeculationConfig& config,

@@ -102,6 +102,17 @@ struct NextToken {
   at::Tensor bias;  // [V]
 };
 
+// How much each expert of the decoder will be used by the tokens after this one, of
+// which each counts kDiscount times what the one before it does: who is to stay in a
+// cache, beyond the reach of the leads.
+struct LaterUse {
+  static constexpr double kDiscount = 0.85;
+  static constexpr double kWeight = 0.1;  // of its cross-entropy in the loss
+  LaterUse(ParameterMaker* make, int64_t width, int64_t keys)
+      : linear(make, "later_use", width, keys) {}
+  LinearLayer linear;  // to [decoder layers * E]
+};
+
 struct HiddenNet {
   static constexpr int kTokenWidth = 64;
   static constexpr int kGuesses = 16;    // likeliest next tokens whose counts are mixed
@@ -135,6 +146,7 @@ struct HiddenNet {
   NormLayer norm;
   at::Tensor output, output_bias;  // [layers,E,width], [layers,E]: by target layer
   LinearLayer confidence;
+  std::vector<LaterUse> later;  // one or none
 };
 
 class HiddenModel final : public TrunkModel {
@@ -196,6 +208,13 @@ class HiddenModel final : public TrunkModel {
   at::Tensor Experts(const EmbeddingLayer& table, const at::Tensor& ids_BTL,
                      int first_layer) const;
   at::Tensor Logits(const at::Tensor& z_HND, const RoutingWindow& window) const;
+  // Before a decoder's first layer, where it is asked.
+  bool SaysLaterUse(const RoutingWindow& window) const {
+    return !net_.later.empty() && window.stack == Stack::kDecoder &&
+           window.source_layer == -1;
+  }
+  at::Tensor LaterUseLoss(const at::Tensor& later_BTLE,
+                          const RoutingWindow& window) const;
   bool Few(const RoutingWindow& window) const;
   // Of the window's tokens from `first` on, sequence by sequence: b * T + t.
   static std::vector<int64_t> RowsFrom(const RoutingWindow& window, int64_t first);

@@ -31,6 +31,7 @@ void HiddenModel::PrepareServing() {
   keep(net_.output);
   for (const at::Tensor& weight : net_.neighbours) keep(weight);
   for (const NextToken& next : net_.next) keep(next.query.weight);
+  for (const LaterUse& later : net_.later) keep(later.linear.weight);
   for (const std::vector<StateInput>* states : {&net_.state, &net_.context}) {
     for (const StateInput& state : *states) keep(state.linear.weight);
   }
@@ -307,7 +308,13 @@ SpeculationOutput HiddenModel::FewForward(const RoutingWindow& window, int64_t f
     }
   }
   for (int i = 0; i < count * H; ++i) guess[i] = 1 / (1 + std::exp(-guess[i]));
-  return {logits, confidence, {}};
+  SpeculationOutput out{logits, confidence, {}};
+  if (!SaysLaterUse(window)) return out;
+  const LinearLayer& later = net_.later[0].linear;
+  out.later_BTLE = at::empty({B, T, L, E});
+  Dense(x.data(), count, later.weight, 0, Data(later.bias), L * E,
+        out.later_BTLE.data_ptr<float>());
+  return out;
 }
 
 }  // namespace routecast

@@ -18,6 +18,7 @@ class OnlinePredictor final : public ExpertPredictor {
   bool needs_hidden() const override { return inner_->needs_hidden(); }
   int history_tokens() const override { return inner_->history_tokens(); }
   void PrepareServing() override { inner_->PrepareServing(); }
+  std::optional<at::Tensor> LaterUse() const override { return inner_->LaterUse(); }
   // What the biases are by now; nothing is learnt from whole windows.
   std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) override;
   // Serving: REQUIRES calls in the order of the pass, the same sequences in the same rows

@@ -64,7 +64,12 @@ std::vector<std::optional<at::Tensor>> LearnedPredictor::PredictLast(
     const RoutingWindow& window, int num_leads) {
   RequireOwn(window);
   const c10::NoGradGuard no_grad;
-  return Calibrated(window, saved_.model->ForwardLast(window).logits_BTHE, num_leads);
+  const SpeculationOutput said = saved_.model->ForwardLast(window);
+  later_BLE_.reset();
+  if (said.later_BTLE.defined()) {
+    later_BLE_ = at::softmax(said.later_BTLE.squeeze(1), 2);
+  }
+  return Calibrated(window, said.logits_BTHE, num_leads);
 }
 
 void LearnedPredictor::RequireOwn(const RoutingWindow& window) const {

@@ -24,6 +24,7 @@ class LearnedPredictor final : public ExpertPredictor {
                                                       int num_leads) override;
   std::vector<std::optional<at::Tensor>> PredictLast(const RoutingWindow& window,
                                                      int num_leads) override;
+  std::optional<at::Tensor> LaterUse() const override { return later_BLE_; }
   const SpeculationConfig& config() const { return saved_.model->config(); }
 
  private:
@@ -33,6 +34,7 @@ class LearnedPredictor final : public ExpertPredictor {
                                                     int num_leads) const;
   std::string name_;
   SavedSpeculationModel saved_;
+  std::optional<at::Tensor> later_BLE_;
 };
 
 // `name_or_folder`: one of BaselineNames() or ServingStrategyNames(), or a folder that

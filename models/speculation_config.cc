@@ -122,6 +122,10 @@ std::string ProblemOf(const SpeculationConfig& c) {
     return "encoder_attention=true, expected false of " + c.kind +
            (c.layers == 0 ? " without blocks" : "");
   }
+  if (c.later_use && (c.kind != "hidden" || c.geometry.decoder_layers == 0)) {
+    return "later_use=true, expected false of " + c.kind +
+           (c.kind == "hidden" ? " without a decoder" : "");
+  }
   if (c.next_token && (!c.priors || c.geometry.decoder_layers == 0)) {
     return "next_token=true, expected false without priors and a decoder";
   }
@@ -156,6 +160,7 @@ Json SpeculationConfig::ToJson() const {
   if (backup_experts > 0) json["backup_experts"] = backup_experts;
   if (attention_heads > 0) json["attention_heads"] = attention_heads;
   if (encoder_attention) json["encoder_attention"] = true;
+  if (later_use) json["later_use"] = true;
   if (members.empty()) return json;
   json["weights"] = weights;
   json["combine"] = combine;
@@ -220,6 +225,7 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   if (json.contains("encoder_attention")) {
     c.encoder_attention = in.Flag("encoder_attention");
   }
+  if (json.contains("later_use")) c.later_use = in.Flag("later_use");
   if (c.kind == "ensemble") ReadMembers(in, what, &c);
   if (const std::string problem = ProblemOf(c); !problem.empty()) in.Bad(problem);
   return c;

@@ -26,6 +26,8 @@ struct SpeculationConfig {
   int attention_heads = 0;
   // `hidden`: tokens of the encoder attend to each other, as those of the model will.
   bool encoder_attention = false;
+  // `hidden`: also says how much each expert of the decoder will be used later.
+  bool later_use = false;
   int beams = 1;  // of `autoregressive`: joint continuations that it follows, 1 = greedy
   int backup_experts = 0;  // heads for the router's second, third .. choice; 0 = none
   double dropout = 0;      // training only

@@ -23,7 +23,10 @@ SpeculationModel::~SpeculationModel() = default;
 SpeculationOutput SpeculationModel::ForwardLast(const RoutingWindow& window) {
   const SpeculationOutput all = Forward(window, 0);
   const int64_t last = all.logits_BTHE.size(1) - 1;
-  return {all.logits_BTHE.narrow(1, last, 1), all.confidence_BTH.narrow(1, last, 1), {}};
+  SpeculationOutput newest{
+      all.logits_BTHE.narrow(1, last, 1), all.confidence_BTH.narrow(1, last, 1), {}};
+  if (all.later_BTLE.defined()) newest.later_BTLE = all.later_BTLE.narrow(1, last, 1);
+  return newest;
 }
 
 std::vector<SpeculationOutput> SpeculationModel::ForwardMembers(

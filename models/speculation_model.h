@@ -35,6 +35,9 @@ struct SpeculationOutput {
   // What the contrastive term compares: a vector a lead, and one an expert ([E,D]).
   // Undefined where a kind has none, or is not trained.
   at::Tensor features_BTHD{}, expert_keys_ED{};
+  // Decoder, source layer -1: logits of how much each expert of each decoder layer (L)
+  // will be used by the tokens after this one, where a model says so; else undefined.
+  at::Tensor later_BTLE{};
   // Logits of the router's second, third .. choice [B,T,H,K,E], where a model has
   // heads for them; else undefined.
   at::Tensor backups_BTHKE{};

@@ -35,7 +35,7 @@ std::vector<SpeculationOutput> ForwardMembersAs(at::ScalarType dtype,
   for (SpeculationOutput& o : outputs) {
     for (at::Tensor* x :
          {&o.logits_BTHE, &o.confidence_BTH, &o.next_token_BTV, &o.own_loss,
-          &o.features_BTHD, &o.expert_keys_ED, &o.backups_BTHKE}) {
+          &o.features_BTHD, &o.expert_keys_ED, &o.later_BTLE, &o.backups_BTHKE}) {
       if (x->defined()) *x = x->to(at::kFloat);
     }
   }

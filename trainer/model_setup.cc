@@ -74,6 +74,8 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   if (options.encoder_attention && !config.encoder_attention) {
     refuse("it has no attention in the encoder, --encoder_attention asks for it");
   }
+  // A head of its own, which may come later than the rest.
+  config.later_use |= options.later_use;
   if (config.positions != options.position_inputs) {
     refuse(std::string("it was trained with") + (config.positions ? "" : "out") +
            " --position_inputs");
@@ -121,6 +123,7 @@ void StartFromRun(const SpeculationOptions& options, SpeculationModel* model) {
   const SavedSpeculationModel saved = LoadSpeculationModel(options.start_from);
   for (const auto& [name, tensor] : model->parameters().items()) {
     if (options.transfer && OfTracedModel(name)) continue;
+    if (!saved.model->parameters().Has(name)) continue;  // what this run adds
     tensor.copy_(saved.model->parameters().Get(name));
   }
 }
@@ -132,6 +135,7 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
   SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
   config.backup_experts = options.backup_experts;
   config.encoder_attention = options.encoder_attention;
+  config.later_use = options.later_use;
   if (options.attention_inputs) config.attention_heads = dataset->attention_heads();
   config.positions = options.position_inputs;
   config.beams = options.beams;

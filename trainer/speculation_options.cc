@@ -208,6 +208,7 @@ Json SpeculationOptions::ToJson() const {
   if (position_inputs) json["position_inputs"] = true;
   if (beams != 1) json["beams"] = beams;
   if (encoder_attention) json["encoder_attention"] = true;
+  if (later_use) json["later_use"] = true;
   return json;
 }
 
@@ -245,6 +246,10 @@ void SpeculationOptions::Validate() const {
   if (encoder_attention && kind != "hidden") {
     throw UsageError(ErrorText("--encoder_attention is of --kind=hidden",
                                "--kind=" + kind, "leave one of the two out"));
+  }
+  if (later_use && kind != "hidden") {
+    throw UsageError(ErrorText("--later_use is of --kind=hidden", "--kind=" + kind,
+                               "leave one of the two out"));
   }
   const ModelSizes& s = sizes;
   const bool sized = s.width > 0 || s.heads > 0 || s.ff > 0 || s.layers > 0 ||

@@ -71,6 +71,7 @@ struct SpeculationOptions {
   double diversity_weight = 0;     // DiversityLoss: the published gating loss
   double contrastive_weight = 0;   // of InfoNCE between leads and expert embeddings
   bool attention_inputs = false;   // `hidden` reads attention summaries, too
+  bool later_use = false;          // `hidden`: how much each expert will be used later
   bool encoder_attention = false;  // `hidden`: the encoder's tokens see each other
   int beams = 1;                   // of `autoregressive`, 1 = greedy
   bool position_inputs = false;    // `hidden` sees a token's place in its sequence

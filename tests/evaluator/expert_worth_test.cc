@@ -18,7 +18,8 @@ class Life {
   Life(Eviction eviction, int slots, uint64_t seed)
       : cache(kGeometry, slots, eviction),
         timeline(kGeometry.num_layers()),
-        worth(&cache, &timeline, &forecasts),
+        later(&cache),
+        worth(&cache, &timeline, &forecasts, &later),
         seed_(seed) {
     if (eviction != Eviction::kBelady) return;
     // The uses to come, drawn as Step will draw them.
@@ -64,6 +65,13 @@ class Life {
     } else if (cache.state(other) == ExpertCache::State::kReady && Pinned() < 3) {
       cache.Pin(other);
     }
+    later.Begin(layer);
+    if (Draw(step, 13, 4) == 0) {  // of this layer's stack, for two turns
+      std::vector<float> shares;
+      for (uint64_t e = 0; e < 12; ++e)
+        shares.push_back(static_cast<float>(ToUnit(Mix(seed_, step, 400 + e))) / 4);
+      later.Say(layer, timeline.visit(), shares);
+    }
     worth.Renew();
   }
   std::vector<ExpertKey> Keys() const {
@@ -83,7 +91,7 @@ class Life {
     return victim;
   }
   // The definition, with a power for every visit.
-  double SlowWorth(ExpertKey key) const {
+  double SlowWorth(ExpertKey key) {
     const double g = 1 - 4.0 / (4 + cache.num_slots());
     double missed = 1, sum = 0, last = 0;
     bool foreseen = false;
@@ -99,7 +107,11 @@ class Life {
     const auto distance = timeline.DistanceTo(key.layer);
     if (!distance) return sum;
     const double cycle = kGeometry.layers(kGeometry.StackOf(key.layer));
-    const double rate = std::max(cache.UseRate(key), 0.125 / kGeometry.num_experts);
+    const LaterShares::Layer* told = later.Find(key.layer, timeline.visit());
+    num_told += told != nullptr;
+    const double used =
+        told ? told->rate[static_cast<size_t>(key.expert)] : cache.UseRate(key);
+    const double rate = std::max(used, 0.125 / kGeometry.num_experts);
     const double tail = rate / (1 - (1 - rate) * std::pow(g, cycle));
     return sum + missed * tail * std::pow(g, foreseen ? last + cycle : *distance);
   }
@@ -107,7 +119,9 @@ class Life {
   ExpertCache cache;
   LayerTimeline timeline;
   VisitForecasts forecasts{4};
+  LaterShares later;
   ExpertWorth worth;
+  int num_told = 0;  // of SlowWorth's keys, those of whose layer something was said
 
  private:
   uint64_t Draw(uint64_t step, uint64_t what, uint64_t range) const {
@@ -151,6 +165,7 @@ TEST(ExpertWorthTest, ValuesAreThoseOfTheDefinition) {
     for (ExpertKey key : life.Keys())
       ASSERT_NEAR(life.worth.Of(key), life.SlowWorth(key), 1e-12) << step;
   }
+  EXPECT_GT(life.num_told, 1000);
 }
 
 TEST(ExpertWorthTest, TheLeastIsThatOfALookAtEverySlot) {

@@ -190,5 +190,27 @@ TEST_F(ForesightTest, WithoutAGuessNothingIsAskedAtTheEnd) {
   EXPECT_TRUE(foresight.AtPassEnd(pass).empty());
 }
 
+TEST_F(ForesightTest, LaterUseIsToldWithThePassThatItIsSaidAt) {
+  SpeculationConfig config = SmallSpeculation("hidden");
+  config.later_use = true;
+  LearnedPredictor predictor("hidden", {MakeSpeculationModel(config, 3), Calibration{}});
+  PredictorForesight foresight(&predictor, g_, 2);
+  const auto forecasts = foresight.AtPassBegin(Pass(Stack::kDecoder, 0, 1));
+  std::vector<int> layers;
+  for (const LayerForecast& forecast : forecasts) {
+    if (forecast.distance != LayerForecast::kLater) continue;
+    layers.push_back(forecast.layer);
+    double sum = 0;
+    for (const float share : forecast.probabilities) sum += share;
+    EXPECT_NEAR(sum, 1, 1e-5);
+  }
+  ASSERT_EQ(static_cast<int>(layers.size()), g_.decoder_layers);
+  EXPECT_EQ(layers.front(), g_.GlobalLayer(Stack::kDecoder, 0));
+  for (const LayerForecast& forecast :
+       foresight.AtLayer(RoutingOf(Stack::kDecoder, 0, 0, 1))) {
+    EXPECT_NE(forecast.distance, LayerForecast::kLater);
+  }
+}
+
 }  // namespace
 }  // namespace routecast

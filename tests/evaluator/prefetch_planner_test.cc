@@ -144,6 +144,30 @@ TEST(PrefetchPlannerTest, SpeculationTakesTheSlotOfWhatIsNeededLater) {
   EXPECT_EQ(rig.cache.state({0, 0}), ExpertCache::State::kReady);
 }
 
+// Experts 0, 1 and 2 of layer 0 are used in turn, 0 last; layer 1's first is foretold, so
+// that predictions say who leaves for it.
+std::optional<ExpertKey> WhoLeaves(std::vector<float> later_shares) {
+  Rig rig(4);
+  for (int expert : {2, 1, 0}) {
+    rig.Layer(0, {expert}, 5);
+    rig.Layer(1, {3}, 5);
+  }
+  rig.planner.BeginLayer(0, {{0}});
+  rig.Drive();
+  rig.planner.Release(*rig.planner.TakeReady());
+  if (!later_shares.empty()) rig.planner.PredictLater(0, later_shares);
+  rig.planner.Predict(1, 1, std::vector<float>{1, 0, 0, 0});
+  const PlannerActions& actions = rig.planner.Poll();
+  if (actions.evicted.size() != 1) return std::nullopt;
+  return actions.evicted[0];
+}
+
+TEST(PrefetchPlannerTest, WhatIsSaidOfLaterUseSaysWhoLeaves) {
+  const ExpertKey by_use = {0, 2}, said = {0, 1};
+  EXPECT_EQ(WhoLeaves({}), by_use) << "the use rate's least, used first";
+  EXPECT_EQ(WhoLeaves({.4f, .01f, .6f, 0}), said);
+}
+
 TEST(PrefetchPlannerTest, OnDemandPolicyIgnoresPredictions) {
   Rig rig(4, ParsePolicy("on_demand"));
   Teach(&rig);

@@ -194,6 +194,26 @@ TEST_F(SpeculationTraining, StartsFromTheWeightsOfAnotherRun) {
   EXPECT_TRUE(Weights(parts) == Weights(more));
 }
 
+TEST_F(SpeculationTraining, ARunThatIsGoneOnWithMaySayLaterUseToo) {
+  const SyntheticTraces traces = Traces(40);
+  const SpeculationJob first = Job("first");
+  Train(first, traces);
+  SpeculationJob more = Job("more");
+  more.options.steps = 1;
+  more.options.start_from = first.out;
+  more.options.later_use = true;
+  Train(more, traces);
+  EXPECT_TRUE(LoadSpeculationModel(more.out).model->config().later_use);
+  SpeculationJob on = Job("on");  // keeps what it has
+  on.options.steps = 1;
+  on.options.start_from = more.out;
+  Train(on, traces);
+  EXPECT_TRUE(LoadSpeculationModel(on.out).model->config().later_use);
+  SpeculationJob other = Job("other", "interlayer");
+  other.options.later_use = true;
+  EXPECT_THROW(other.options.Validate(), UsageError);
+}
+
 TEST_F(SpeculationTraining, RefusesToStartFromWhatDoesNotFit) {
   const SyntheticTraces traces = Traces(40);
   const SpeculationJob first = Job("first");
