@@ -77,6 +77,15 @@ class EnsembleModel final : public SpeculationModel {
     return most;
   }
 
+  bool keeps_tokens() const override {
+    return std::any_of(groups_.begin(), groups_.end(), [](const MemberGroup& group) {
+      return group.model->keeps_tokens();
+    });
+  }
+  void PrepareServing() override {
+    for (MemberGroup& group : groups_) group.model->PrepareServing();
+  }
+
   std::vector<SpeculationOutput> ForwardMembers(const RoutingWindow& window,
                                                 uint64_t dropout_key) override {
     std::vector<SpeculationOutput> outputs(config_.members.size());

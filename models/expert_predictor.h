@@ -2,6 +2,7 @@
 // one door, for the trainer's tables and the runtime alike.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -17,11 +18,15 @@ class ExpertPredictor {
   virtual std::string name() const = 0;
   // True where Predict needs window.hidden_BTD for source_layer >= 0.
   virtual bool needs_hidden() const = 0;
-  // From here on speed matters more than the last bits (SpeculationModel::PrepareServing).
+  // From here on speed matters more than the last bits
+  // (SpeculationModel::PrepareServing).
   virtual void PrepareServing() {}
   // How many of the newest tokens of a decoder window matter (1 = the last token only);
   // the runtime keeps that much history.
   virtual int history_tokens() const = 0;
+  // True where an answer costs less while the window begins with the same token as the
+  // one before: then it may hold up to twice as many (KeptTokens).
+  virtual bool keeps_tokens() const { return false; }
   // probs [B,T,E] float32 for the target at `lead` (routing_window.h), or nullopt where
   // this predictor has nothing to say for that (stack, source, lead). Rows of padding are
   // arbitrary.
@@ -44,5 +49,13 @@ class ExpertPredictor {
     return all;
   }
 };
+
+// How many of the `held` tokens of a decoder's window stay when `fresh` ones come.
+inline int64_t KeptTokens(const ExpertPredictor& predictor, int64_t held, int64_t fresh) {
+  const int64_t history = std::max(1, predictor.history_tokens());
+  const int64_t most = predictor.keeps_tokens() ? 2 * history : history;
+  if (held + fresh <= most) return held;
+  return std::clamp<int64_t>(history - fresh, 0, held);
+}
 
 }  // namespace routecast

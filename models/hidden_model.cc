@@ -279,8 +279,8 @@ at::Tensor HiddenModel::NextTokenCounts(const at::Tensor& next_BTV,
       {next_BTV.size(0), next_BTV.size(1), layers, g.num_experts});
 }
 
-SpeculationOutput HiddenModel::Compute(const RoutingWindow& window,
-                                       KeyedDropout* dropout) {
+SpeculationOutput HiddenModel::Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                                       TokenMemory*) {
   const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
   const int64_t H = NumLeads(window.stack, window.source_layer);
   const int64_t E = config_.geometry.num_experts;

@@ -85,7 +85,8 @@ class InterlayerModel final : public TrunkModel {
   }
 
  protected:
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override;
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory* past) override;
 
  private:
   at::Tensor Pool(const at::Tensor& x_BND, const ExpertSlots& slots) const;
@@ -111,20 +112,20 @@ at::Tensor InterlayerModel::Pool(const at::Tensor& x_BND,
 }
 
 SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
-                                           KeyedDropout* dropout) {
+                                           KeyedDropout* dropout, TokenMemory* past) {
   const int64_t H = NumLeads(window.stack, window.source_layer);
   const ExpertSlots slots = SlotsOf(window, ContextOf(window, config_.context));
-  const auto mask = SlotMask(slots, window.stack);
-  auto x = net_.embed(slots, window, dropout);
+  const auto mask = SlotMask(slots, window.stack, past);
+  auto x = net_.embed(slots, window, dropout, KnownTokens(past));
   at::Tensor balance;
   for (int i = 0; i < config_.layers; ++i) {
     if (net_.mixtures.empty() || i % 2 == 0) {
-      x = net_.layers[static_cast<size_t>(net_.mixtures.empty() ? i : i / 2)](x, mask,
-                                                                              dropout);
+      const size_t at = static_cast<size_t>(net_.mixtures.empty() ? i : i / 2);
+      x = net_.layers[at](x, mask, dropout, past);
       continue;
     }
     const MixtureLayer& layer = net_.mixtures[static_cast<size_t>(i / 2)];
-    const auto y = layer.attention(x, mask, dropout);
+    const auto y = layer.attention(x, mask, dropout, past);
     const auto mixed = layer.experts(y, slots.valid_BTR.flatten(1, 2), dropout);
     x = layer.out_norm(y + (*dropout)(mixed.rows));
     balance = balance.defined() ? balance + mixed.balance : mixed.balance;
