@@ -124,6 +124,7 @@ class SpeculationTrainer {
                       job_.quiet || !rank_.is_root());
     progress.Update(static_cast<uint64_t>(at_.step));
     clock_ = Stopwatch();
+    if (at_.validation_due) ValidateAndSave();
     BatchLoader loader(
         at_.step, steps_, [this](int64_t step) { return windows_.Of(step); },
         [this](const MicroBatch& micro) { return windows_.Read(micro); });
@@ -323,7 +324,16 @@ class SpeculationTrainer {
   // ones where averages are.
   void ValidateAndSave() {
     optimizer_->SwapAverages();
-    const ValidationScores scores = ValidateAll(&joint_, validation_, comm_);
+    ValidationScores scores;
+    try {
+      scores = ValidateAll(&joint_, validation_, comm_);
+    } catch (const StoppedError&) {
+      optimizer_->SwapAverages();
+      at_.validation_due = true;
+      Save();
+      throw;
+    }
+    at_.validation_due = false;
     log_.Write(Place(), scores);
     const double score = options_.monitor == "top1" ? -scores.recall : scores.loss;
     at_.best.Offer(score, at_.step, joint_.parameters(),
