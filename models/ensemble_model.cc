@@ -153,6 +153,7 @@ class EnsembleModel final : public SpeculationModel {
       out.own_loss = PartOf(all.own_loss, parts, p);
       out.features_BTHD = PartOf(all.features_BTHD, parts, p);
       out.expert_keys_ED = PartOf(all.expert_keys_ED, parts, p);
+      out.pattern_entropy_BT = PartOf(all.pattern_entropy_BT, parts, p);
     }
   }
 

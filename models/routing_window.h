@@ -28,6 +28,7 @@ struct TrainingHints {
   // int64: where the window hides a known expert, the true one, else -100; models that
   // embed experts predict it. Undefined = none.
   at::Tensor hidden_ids_BTL;
+  bool pattern_entropy = false;  // is part of the loss (SpeculationOutput)
 };
 
 struct RoutingWindow {

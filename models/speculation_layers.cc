@@ -138,6 +138,14 @@ at::Tensor AdditiveMask(const at::Tensor& may_attend) {
       .masked_fill(may_attend.logical_not(), kMasked);
 }
 
+namespace {
+
+at::Tensor ByHead(const at::Tensor& x, int64_t heads) {
+  return x.view({x.size(0), x.size(1), heads, x.size(2) / heads}).transpose(1, 2);
+}
+
+}  // namespace
+
 AttentionLayer::AttentionLayer(ParameterMaker* make, const std::string& name,
                                int64_t width, int heads, double gain)
     : heads(heads),
@@ -147,14 +155,21 @@ AttentionLayer::AttentionLayer(ParameterMaker* make, const std::string& name,
       out(make, name + ".out", width, width, gain) {}
 
 at::Tensor AttentionLayer::operator()(const at::Tensor& query, const at::Tensor& memory,
-                                      const at::Tensor& mask) const {
-  const auto split = [&](const at::Tensor& x) {
-    return x.view({x.size(0), x.size(1), heads, x.size(2) / heads}).transpose(1, 2);
-  };
+                                      const at::Tensor& mask, TokenMemory* past) const {
+  const auto keys = WithKnown(ByHead(k(memory), heads), 2, past);
+  const auto values = WithKnown(ByHead(v(memory), heads), 2, past);
   const auto mixed = at::scaled_dot_product_attention(
-      split(q(query)), split(k(memory)), split(v(memory)),
+      ByHead(q(query), heads), keys, values,
       mask.defined() ? std::optional<at::Tensor>(mask) : std::nullopt);
   return out(mixed.transpose(1, 2).reshape(query.sizes()));
+}
+
+at::Tensor AttentionLayer::Weights(const at::Tensor& query,
+                                   const at::Tensor& memory) const {
+  const auto asked = ByHead(q(query), heads), keys = ByHead(k(memory), heads);
+  const auto scores = at::matmul(asked, keys.transpose(2, 3)) /
+                      std::sqrt(static_cast<double>(asked.size(3)));
+  return at::softmax(scores, -1, at::kFloat).mean(1);
 }
 
 template <typename Fill>

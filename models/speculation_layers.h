@@ -89,7 +89,9 @@ struct AttentionLayer {
   // query [B,Q,D], memory [B,K,D] (keys and values), mask undefined = none. With `past`
   // its keys and values precede those of `memory`.
   at::Tensor operator()(const at::Tensor& query, const at::Tensor& memory,
-                        const at::Tensor& mask) const;
+                        const at::Tensor& mask, TokenMemory* past = nullptr) const;
+  // How a query without a mask weighs the memory, the mean over heads [B,Q,K]; float32.
+  at::Tensor Weights(const at::Tensor& query, const at::Tensor& memory) const;
   int heads;
   LinearLayer q, k, v, out;
 };

@@ -38,6 +38,9 @@ struct SpeculationOutput {
   // Logits of the router's second, third .. choice [B,T,H,K,E], where a model has
   // heads for them; else undefined.
   at::Tensor backups_BTHKE{};
+  // Entropy in nats of a token's attention over the pattern memory, mean over heads;
+  // where a kind has one and training asks for it (TrainingHints), else undefined.
+  at::Tensor pattern_entropy_BT{};
 };
 
 // Both stacks in one model. Thread rule: one thread at a time. Rows of padding are
