@@ -99,7 +99,6 @@ PredictorForesight::PredictorForesight(ExpertPredictor* predictor,
     : predictor_(predictor),
       geometry_(geometry),
       max_lead_(max_lead),
-      history_(std::max(1, predictor->history_tokens())),
       next_token_(std::move(next_token)) {}
 
 std::string PredictorForesight::name() const { return predictor_->name(); }
@@ -131,9 +130,8 @@ void PredictorForesight::StartPass(const PassInfo& pass) {
                        window_.tokens_BT.size(0) == batch;
   at::Tensor unknown = at::empty({batch, tokens, layers}, at::kLong);
   std::fill_n(unknown.data_ptr<int64_t>(), unknown.numel(), geometry_.num_experts);
-  // A decoder window keeps the newest tokens that the predictor looks at.
   const int64_t keep =
-      goes_on ? std::min<int64_t>(window_.tokens_BT.size(1), history_ - tokens) : 0;
+      goes_on ? KeptTokens(*predictor_, window_.tokens_BT.size(1), tokens) : 0;
   window_.tokens_BT =
       Extended(window_.tokens_BT, keep, PlainRows(pass.token_ids_BT, at::kLong));
   window_.valid_BT =

@@ -68,7 +68,7 @@ class PredictorForesight : public Foresight {
 
   ExpertPredictor* predictor_;
   MoeGeometry geometry_;
-  int max_lead_, history_;
+  int max_lead_;
   std::shared_ptr<const NextTokenGuess> next_token_;
   at::Tensor guessed_B1_;  // what the next pass was asked about under; undefined: nothing
   Window window_;

@@ -82,10 +82,10 @@ void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
   }
 }
 
-// The newest `history` tokens up to token `newest`, as the runtime's window holds them.
-RoutingWindow UpTo(const RoutingWindow& all, int64_t newest, int64_t history) {
+// `kept` tokens up to token `newest`.
+RoutingWindow UpTo(const RoutingWindow& all, int64_t newest, int64_t kept) {
   RoutingWindow w = all;
-  const int64_t kept = std::min(history, newest + 1), first = newest + 1 - kept;
+  const int64_t first = newest + 1 - kept;
   for (at::Tensor* x :
        {&w.token_ids_BT, &w.valid_BT, &w.experts_BTL, &w.hidden_BTD, &w.context_BTD}) {
     if (x->defined()) *x = x->narrow(1, first, kept).contiguous();
@@ -149,11 +149,12 @@ class Interview {
            std::vector<std::vector<at::Tensor>>(static_cast<size_t>(leads))});
     }
     // In the order of the pass: some predictors learn from what came.
+    int64_t held = 0;  // by the window, as by the runtime's
     for (int64_t t = 0; t < tokens; ++t) {
+      held = KeptTokens(*predictor, held, 1) + 1;
       int right = 0, counted = 0;
       for (Source& source : sources) {
-        const RoutingWindow window =
-            UpTo(source.all, t, std::max(1, predictor->history_tokens()));
+        const RoutingWindow window = UpTo(source.all, t, held);
         const auto answers =
             Timed(asked, [&] { return predictor->PredictLast(window, leads); });
         for (size_t lead = 0; lead < answers.size(); ++lead) {

@@ -50,10 +50,22 @@ DEFINE_int32(plateau_patience, 2, "After so many validations without a better on
 DEFINE_double(weight_decay, 0.01, "Of matrices, decoupled");
 DEFINE_double(clip_norm, 1, "Largest norm of a member's gradient");
 DEFINE_double(beta1, 0.9, "Decay of AdamW's first moment");
+DEFINE_bool(cycle_beta1, false,
+            "With --schedule=one_cycle, instead of --beta1: from .95 to .85 while the rate "
+            "rises, and back, as it is published");
 DEFINE_double(beta2, 0.99, "Decay of AdamW's second moment");
 DEFINE_double(label_smoothing, 0, "Share of a label that all experts get");
 DEFINE_double(ema, 0, "Decay of averaged parameters, which are then kept; 0 = none");
+DEFINE_string(loss, "cross_entropy",
+              "Of the routing: cross_entropy, or focal, .25 (1 - p)^2 times that (published "
+              "with the baseline)");
 DEFINE_double(confidence_weight, 0.1, "Of the loss of 'my top-1 is right'");
+DEFINE_string(confidence_loss, "cross_entropy",
+              "What a confidence c costs: cross_entropy or squared, against 'my top-1 is "
+              "right'; or half, (c - .5)^2, as it is published with two models");
+DEFINE_double(pattern_entropy, 0,
+              "What the entropy of the pattern memory's weights takes off the loss "
+              "(published: .01); interlayer and moe");
 DEFINE_double(set_weight, 0, "Of the encoder's set prediction in the loss");
 DEFINE_double(distill_weight, 0,
               "Share of the loss towards the routers' own top-k (--record=topk)");
@@ -133,11 +145,14 @@ SpeculationOptions OptionsOfFlags() {
                 FLAGS_label_smoothing};
   o.schedule = {FLAGS_schedule,         FLAGS_warmup_steps,   FLAGS_last_rate,
                 FLAGS_restart_steps,    FLAGS_restart_growth, FLAGS_plateau_factor,
-                FLAGS_plateau_patience, FLAGS_restart_epochs};
+                FLAGS_plateau_patience, FLAGS_restart_epochs, FLAGS_cycle_beta1};
   o.beta1 = FLAGS_beta1;
   o.beta2 = FLAGS_beta2;
   o.ema = FLAGS_ema;
+  o.loss = FLAGS_loss;
   o.confidence_weight = FLAGS_confidence_weight;
+  o.confidence_loss = FLAGS_confidence_loss;
+  o.pattern_entropy = FLAGS_pattern_entropy;
   o.set_weight = FLAGS_set_weight;
   o.start_from = FLAGS_start_from;
   o.transfer = FLAGS_transfer;

@@ -20,6 +20,7 @@ class AdaptiveContextPredictor final : public ExpertPredictor {
   std::string name() const override { return inner_->name() + " adaptive"; }
   bool needs_hidden() const override { return inner_->needs_hidden(); }
   int history_tokens() const override { return inner_->history_tokens(); }
+  bool keeps_tokens() const override { return inner_->keeps_tokens(); }
   void PrepareServing() override { inner_->PrepareServing(); }
   // Each token by its own confidence: the others of its batch do not matter to it.
   std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) override;

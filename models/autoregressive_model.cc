@@ -66,14 +66,16 @@ class AutoregressiveModel final : public TrunkModel {
   }
 
  protected:
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override;
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory* past) override;
 
  private:
   struct Context {
     at::Tensor rows_NRD, mask;  // N = B * T tokens
     at::Tensor newest_N1;       // the newest known expert of each, E = none
   };
-  Context Encode(const RoutingWindow& window, KeyedDropout* dropout) const;
+  Context Encode(const RoutingWindow& window, KeyedDropout* dropout,
+                 TokenMemory* past) const;
   // before_NH: the expert of the lead before each. [N,H,D]
   at::Tensor Decode(const Context& context, const at::Tensor& before_NH,
                     const RoutingWindow& window, KeyedDropout* dropout) const;
@@ -93,11 +95,12 @@ class AutoregressiveModel final : public TrunkModel {
 };
 
 AutoregressiveModel::Context AutoregressiveModel::Encode(const RoutingWindow& window,
-                                                         KeyedDropout* dropout) const {
+                                                         KeyedDropout* dropout,
+                                                         TokenMemory* past) const {
   const ExpertSlots slots = SlotsOf(window, ContextOf(window, config_.context));
-  const auto mask = SlotMask(slots, window.stack);
-  auto x = embed_(slots, window, dropout);
-  for (const EncoderLayer& layer : encoder_) x = layer(x, mask, dropout);
+  const auto mask = SlotMask(slots, window.stack, past);
+  auto x = embed_(slots, window, dropout, KnownTokens(past));
+  for (const EncoderLayer& layer : encoder_) x = layer(x, mask, dropout, past);
   const int64_t N = slots.ids_BTR.size(0) * slots.ids_BTR.size(1);
   const int64_t R = slots.ids_BTR.size(2);
   return {x.view({N, R, config_.width}), AdditiveMask(slots.valid_BTR.view({N, 1, 1, R})),
@@ -172,10 +175,10 @@ at::Tensor AutoregressiveModel::Beams(const Context& context, const RoutingWindo
 }
 
 SpeculationOutput AutoregressiveModel::Compute(const RoutingWindow& window,
-                                               KeyedDropout* dropout) {
+                                               KeyedDropout* dropout, TokenMemory* past) {
   const int64_t H = NumLeads(window.stack, window.source_layer);
   const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
-  const Context context = Encode(window, dropout);
+  const Context context = Encode(window, dropout, past);
   SpeculationOutput out;
   const at::Tensor& truth = window.training.teacher_BTH;
   if (truth.defined() && dropout->active()) {

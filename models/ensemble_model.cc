@@ -77,6 +77,15 @@ class EnsembleModel final : public SpeculationModel {
     return most;
   }
 
+  bool keeps_tokens() const override {
+    return std::any_of(groups_.begin(), groups_.end(), [](const MemberGroup& group) {
+      return group.model->keeps_tokens();
+    });
+  }
+  void PrepareServing() override {
+    for (MemberGroup& group : groups_) group.model->PrepareServing();
+  }
+
   std::vector<SpeculationOutput> ForwardMembers(const RoutingWindow& window,
                                                 uint64_t dropout_key) override {
     std::vector<SpeculationOutput> outputs(config_.members.size());
@@ -144,6 +153,7 @@ class EnsembleModel final : public SpeculationModel {
       out.own_loss = PartOf(all.own_loss, parts, p);
       out.features_BTHD = PartOf(all.features_BTHD, parts, p);
       out.expert_keys_ED = PartOf(all.expert_keys_ED, parts, p);
+      out.pattern_entropy_BT = PartOf(all.pattern_entropy_BT, parts, p);
     }
   }
 

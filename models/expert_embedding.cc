@@ -34,8 +34,8 @@ ExpertEmbedding::ExpertEmbedding(ParameterMaker* make, const SpeculationConfig& 
 }
 
 at::Tensor ExpertEmbedding::operator()(const ExpertSlots& slots,
-                                       const RoutingWindow& window,
-                                       KeyedDropout* dropout) const {
+                                       const RoutingWindow& window, KeyedDropout* dropout,
+                                       int64_t first_token) const {
   const int64_t B = slots.ids_BTR.size(0), T = slots.ids_BTR.size(1);
   const int64_t R = slots.ids_BTR.size(2), W = context;
   const bool before = window.stack == Stack::kDecoder;  // the token before has rows, too
@@ -53,9 +53,11 @@ at::Tensor ExpertEmbedding::operator()(const ExpertSlots& slots,
   x = Mixed(x, window.training);
   if (window.training.noise > 0) x = dropout->AddNoise(x, window.training.noise);
   const int64_t parts = before ? 2 : 1;
-  const auto places = Sinusoid(T * parts * W, width, x.options().requires_grad(false))
-                          .view({T * parts, W, width})
-                          .narrow(1, first, seen);
+  const auto places =
+      Sinusoid((first_token + T) * parts * W, width, x.options().requires_grad(false))
+          .slice(0, first_token * parts * W)
+          .view({T * parts, W, width})
+          .narrow(1, first, seen);
   return x + places.reshape({T * R, width});
 }
 

@@ -15,8 +15,9 @@ struct ExpertEmbedding {
   ExpertEmbedding(ParameterMaker* make, const SpeculationConfig& config);
   // [M * B,T * R,D]. Models of several experts a token see all of them. Where the slots
   // hold fewer layers than the context, rows are those that the whole would have.
+  // `first_token`: tokens of the sequence before the window's, whose places are taken.
   at::Tensor operator()(const ExpertSlots& slots, const RoutingWindow& window,
-                        KeyedDropout* dropout) const;
+                        KeyedDropout* dropout, int64_t first_token = 0) const;
   // What naming the hidden experts (TrainingHints) costs, by what became of their rows:
   // [M], summed over them. x_BND as operator() gives it, N = T * R.
   at::Tensor HiddenIdLoss(const at::Tensor& x_BND, const RoutingWindow& window) const;

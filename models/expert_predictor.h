@@ -2,6 +2,7 @@
 // one door, for the trainer's tables and the runtime alike.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,6 +24,9 @@ class ExpertPredictor {
   // How many of the newest tokens of a decoder window matter (1 = the last token only);
   // the runtime keeps that much history.
   virtual int history_tokens() const = 0;
+  // True where an answer costs less while the window begins with the same token as the
+  // one before: then it may hold up to twice as many (KeptTokens).
+  virtual bool keeps_tokens() const { return false; }
   // probs [B,T,E] float32 for the target at `lead` (routing_window.h), or nullopt where
   // this predictor has nothing to say for that (stack, source, lead). Rows of padding are
   // arbitrary.
@@ -49,5 +53,13 @@ class ExpertPredictor {
   // nullopt = nothing.
   virtual std::optional<at::Tensor> LaterUse() const { return std::nullopt; }
 };
+
+// How many of the `held` tokens of a decoder's window stay when `fresh` ones come.
+inline int64_t KeptTokens(const ExpertPredictor& predictor, int64_t held, int64_t fresh) {
+  const int64_t history = std::max(1, predictor.history_tokens());
+  const int64_t most = predictor.keeps_tokens() ? 2 * history : history;
+  if (held + fresh <= most) return held;
+  return std::clamp<int64_t>(history - fresh, 0, held);
+}
 
 }  // namespace routecast

@@ -16,6 +16,14 @@ at::Tensor LastLayers(const at::Tensor& ids_BTL, int64_t known, int64_t context,
   return at::cat({padding, ids_BTL.narrow(2, 0, known)}, 2).narrow(2, known, context);
 }
 
+// Row t holds what ids_BTL has of token t - 1.
+at::Tensor OfTokenBefore(const at::Tensor& ids_BTL, const at::Tensor& before_BL,
+                         int64_t unknown) {
+  const auto first = before_BL.defined() ? before_BL.unsqueeze(1)
+                                         : at::full_like(ids_BTL.narrow(1, 0, 1), unknown);
+  return at::cat({first, ids_BTL.narrow(1, 0, ids_BTL.size(1) - 1)}, 1);
+}
+
 at::Tensor Repeat(const at::Tensor& x, int64_t members) {
   if (!x.defined()) return x;
   std::vector<int64_t> times(static_cast<size_t>(x.dim()), 1);
@@ -23,30 +31,45 @@ at::Tensor Repeat(const at::Tensor& x, int64_t members) {
   return x.repeat(times);
 }
 
+// Additive mask [B,1,1 or T*R,T*R] of T tokens of R rows; `past` as in SlotMask.
+at::Tensor RowMask(const at::Tensor& valid_BTR, Stack stack, TokenMemory* past) {
+  const int64_t R = valid_BTR.size(2);
+  const auto valid = WithKnown(valid_BTR.flatten(1, 2), 1, past);
+  auto may = valid.view({valid.size(0), 1, 1, valid.size(1)});
+  if (stack == Stack::kDecoder) {
+    const auto token =
+        at::arange(valid.size(1), valid.options().dtype(at::kLong)).floor_divide(R);
+    const auto asking = token.slice(0, KnownTokens(past) * R);
+    may = may.logical_and(token.unsqueeze(0).le(asking.unsqueeze(1)));
+  }
+  return AdditiveMask(may);
+}
+
 }  // namespace
 
 at::Tensor SlotRows(const at::Tensor& ids_BTL, const RoutingWindow& window, int context,
-                    int64_t padding) {
+                    int64_t padding, const at::Tensor& before_BL) {
   const auto own = LastLayers(ids_BTL, window.source_layer + 1, context, padding);
   if (window.stack == Stack::kEncoder) return own;
-  const auto all = LastLayers(ids_BTL, ids_BTL.size(2), context, padding);
-  const auto before = at::cat(
-      {at::full_like(all.narrow(1, 0, 1), padding), all.narrow(1, 0, all.size(1) - 1)},
-      1);
-  return at::cat({before, own}, 2);
+  const auto before = OfTokenBefore(ids_BTL, before_BL, padding);
+  return at::cat({LastLayers(before, before.size(2), context, padding), own}, 2);
 }
 
 ExpertSlots SlotsOf(const RoutingWindow& window, int context) {
   ExpertSlots slots;
-  slots.ids_BTR = SlotRows(window.experts_BTL, window, context, window.num_experts);
+  slots.ids_BTR = SlotRows(window.experts_BTL, window, context, window.num_experts,
+                           window.before_BL);
   auto valid = slots.ids_BTR.ne(window.num_experts);
   // The newest slot always counts: before the first layer its padding id says just that.
   valid.select(2, valid.size(2) - 1).fill_(true);
   slots.valid_BTR = valid.logical_and(window.valid_BT.unsqueeze(2));
   if (window.others_BTLK.defined()) {
     std::vector<at::Tensor> others;
-    for (const at::Tensor& choice : window.others_BTLK.unbind(3)) {
-      others.push_back(SlotRows(choice, window, context, window.num_experts));
+    const at::Tensor& before = window.before_others_BLK;
+    for (int64_t k = 0; k < window.others_BTLK.size(3); ++k) {
+      others.push_back(SlotRows(window.others_BTLK.select(3, k), window, context,
+                                window.num_experts,
+                                before.defined() ? before.select(2, k) : at::Tensor()));
     }
     slots.others_BTRK = at::stack(others, 3);
   }
@@ -59,32 +82,17 @@ at::Tensor NewestExperts(const RoutingWindow& window, int count) {
     return LastLayers(window.experts_BTL, known, count, unknown);
   }
   const at::Tensor& all = window.experts_BTL;
-  const auto before = at::cat(
-      {at::full_like(all.narrow(1, 0, 1), unknown), all.narrow(1, 0, all.size(1) - 1)},
-      1);
+  const auto before = OfTokenBefore(all, window.before_BL, unknown);
   return LastLayers(at::cat({before, all.narrow(2, 0, known)}, 2), all.size(2) + known,
                     count, unknown);
 }
 
-at::Tensor SlotMask(const ExpertSlots& slots, Stack stack) {
-  const int64_t B = slots.ids_BTR.size(0), T = slots.ids_BTR.size(1);
-  const int64_t R = slots.ids_BTR.size(2);
-  auto may = slots.valid_BTR.view({B, 1, 1, T * R});
-  if (stack == Stack::kDecoder) {
-    const auto token = at::arange(T * R, slots.ids_BTR.options()).floor_divide(R);
-    may = may.logical_and(token.unsqueeze(0).le(token.unsqueeze(1)));
-  }
-  return AdditiveMask(may);
+at::Tensor SlotMask(const ExpertSlots& slots, Stack stack, TokenMemory* past) {
+  return RowMask(slots.valid_BTR, stack, past);
 }
 
-at::Tensor TokenMask(const RoutingWindow& window) {
-  const int64_t B = window.valid_BT.size(0), T = window.valid_BT.size(1);
-  auto may = window.valid_BT.view({B, 1, 1, T});
-  if (window.stack == Stack::kDecoder) {
-    const auto token = at::arange(T, window.token_ids_BT.options());
-    may = may.logical_and(token.unsqueeze(0).le(token.unsqueeze(1)));
-  }
-  return AdditiveMask(may);
+at::Tensor TokenMask(const RoutingWindow& window, TokenMemory* past) {
+  return RowMask(window.valid_BT.unsqueeze(2), window.stack, past);
 }
 
 at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options) {
@@ -94,12 +102,15 @@ at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& option
   return at::stack({angle.sin(), angle.cos()}, 2).view({rows, -1}).narrow(1, 0, width);
 }
 
-at::Tensor SequenceMean(const at::Tensor& x_BTD, const RoutingWindow& window) {
-  const auto weight = window.valid_BT.unsqueeze(2).to(x_BTD.scalar_type());
+at::Tensor SequenceMean(const at::Tensor& x_BTD, const RoutingWindow& window,
+                        TokenMemory* past) {
+  auto weight = window.valid_BT.unsqueeze(2).to(x_BTD.scalar_type());
   if (window.stack == Stack::kEncoder) {
     return (x_BTD * weight).sum(1, true) / weight.sum(1, true).clamp_min(1);
   }
-  return (x_BTD * weight).cumsum(1) / weight.cumsum(1).clamp_min(1);
+  const auto rows = WithKnown(x_BTD * weight, 1, past);
+  weight = WithKnown(weight, 1, past);
+  return (rows.cumsum(1) / weight.cumsum(1).clamp_min(1)).slice(1, KnownTokens(past));
 }
 
 at::Tensor OneHotExperts(const at::Tensor& ids, int64_t num_experts) {
@@ -119,7 +130,8 @@ RoutingWindow ForMembers(const RoutingWindow& window, int64_t members) {
   RoutingWindow all = window;
   for (at::Tensor* x :
        {&all.token_ids_BT, &all.valid_BT, &all.experts_BTL, &all.others_BTLK,
-        &all.hidden_BTD, &all.context_BTD, &all.source_BSD, &all.source_valid_BS,
+        &all.before_BL, &all.before_others_BLK, &all.hidden_BTD, &all.context_BTD,
+        &all.source_BSD, &all.source_valid_BS,
         &all.attention_entropy_BTA, &all.attended_ids_BTAK, &all.training.teacher_BTH,
         &all.training.share_B, &all.training.hidden_ids_BTL}) {
     *x = Repeat(*x, members);

@@ -6,6 +6,7 @@
 
 #include "models/routing_window.h"
 #include "models/speculation_layers.h"
+#include "models/token_memory.h"
 
 namespace routecast {
 
@@ -22,8 +23,9 @@ struct ExpertSlots {
 };
 ExpertSlots SlotsOf(const RoutingWindow& window, int context);
 // The rows of SlotsOf filled from any ids [B,T,L], `padding` where there is no layer.
+// `before_BL`: those of the token before the first; undefined = there is none.
 at::Tensor SlotRows(const at::Tensor& ids_BTL, const RoutingWindow& window, int context,
-                    int64_t padding);
+                    int64_t padding, const at::Tensor& before_BL = {});
 // The layers that a model of `context` looks at in this window.
 inline int ContextOf(const RoutingWindow& window, int context) {
   return window.context_layers > 0 ? std::min(context, window.context_layers) : context;
@@ -34,17 +36,19 @@ inline int ContextOf(const RoutingWindow& window, int context) {
 at::Tensor NewestExperts(const RoutingWindow& window, int count);
 
 // Additive mask [B,1,1 or T*R,T*R] over all rows of all tokens, token-major: real rows,
-// and in the decoder none of a later token.
-at::Tensor SlotMask(const ExpertSlots& slots, Stack stack);
+// and in the decoder none of a later token. With `past` its known tokens' rows precede
+// the others in the last dimension.
+at::Tensor SlotMask(const ExpertSlots& slots, Stack stack, TokenMemory* past = nullptr);
 // Additive mask [B,1,1 or T,T] over tokens, with the same rules.
-at::Tensor TokenMask(const RoutingWindow& window);
+at::Tensor TokenMask(const RoutingWindow& window, TokenMemory* past = nullptr);
 
 // Fixed sinusoid of rows 0..rows-1: sin at even columns, cos at odd ones, base 10000.
 at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options);
 
 // What is known of the tokens around: encoder, the mean over real tokens [B,1,D];
 // decoder, the mean over the tokens up to each [B,T,D].
-at::Tensor SequenceMean(const at::Tensor& x_BTD, const RoutingWindow& window);
+at::Tensor SequenceMean(const at::Tensor& x_BTD, const RoutingWindow& window,
+                        TokenMemory* past = nullptr);
 
 // 1 at the expert's place, zeros where it is unknown. [.., E] float32.
 at::Tensor OneHotExperts(const at::Tensor& ids, int64_t num_experts);

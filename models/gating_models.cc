@@ -71,18 +71,11 @@ class ContextualModel : public GatingModel {
 
  protected:
   // [B,T,S]
-  at::Tensor Trunk(const RoutingWindow& window, KeyedDropout* dropout) const {
+  at::Tensor Trunk(const RoutingWindow& window, KeyedDropout* dropout,
+                   TokenMemory* past) const {
     const auto state = features().Add(in_(features().State(window)), window);
-    const int64_t T = state.size(1);
-    auto rows = position_.Rows(0, std::min(T, kPositions));
-    if (T > kPositions) {
-      const auto last = position_.Rows(kPositions - 1, 1);
-      auto sizes = last.sizes().vec();
-      sizes[sizes.size() - 2] = T - kPositions;
-      rows = at::cat({rows, last.expand(sizes)}, rows.dim() - 2);
-    }
-    const auto x = AddRows(state, rows);
-    const auto seen = (*dropout)(attention_(x, x, TokenMask(window)));
+    const auto x = AddRows(state, Positions(KnownTokens(past), state.size(1)));
+    const auto seen = (*dropout)(attention_(x, x, TokenMask(window, past), past));
     const auto gates = Gates(window);
     std::vector<at::Tensor> parts{seen};
     for (size_t i = 0; i < gates_.size(); ++i) {
@@ -90,8 +83,9 @@ class ContextualModel : public GatingModel {
     }
     return gate_norm_(state + (*dropout)(mix_(at::cat(parts, 2))));
   }
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override {
-    const auto h = ByLead(Trunk(window, dropout), window);
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory* past) override {
+    const auto h = ByLead(Trunk(window, dropout, past), window);
     SpeculationOutput out;
     out.logits_BTHE = head_(h);
     out.confidence_BTH = at::sigmoid(confidence_(h).to(at::kFloat)).squeeze(3);
@@ -99,6 +93,17 @@ class ContextualModel : public GatingModel {
   }
 
  private:
+  // Of the places from `first` on, for AddRows.
+  at::Tensor Positions(int64_t first, int64_t count) const {
+    const int64_t own = std::clamp(kPositions - first, int64_t{0}, count);
+    auto rows = position_.Rows(std::min(first, kPositions - 1), own);
+    if (own == count) return rows;
+    const auto last = position_.Rows(kPositions - 1, 1);
+    auto sizes = last.sizes().vec();
+    sizes[sizes.size() - 2] = count - own;
+    return at::cat({rows, last.expand(sizes)}, rows.dim() - 2);
+  }
+
   LinearLayer in_;
   EmbeddingLayer position_;
   AttentionLayer attention_;
@@ -120,10 +125,11 @@ class HierarchicalModel final : public ContextualModel {
   }
 
  protected:
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override {
-    SpeculationOutput out = ContextualModel::Compute(window, dropout);
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory* past) override {
+    SpeculationOutput out = ContextualModel::Compute(window, dropout, past);
     const auto state = features().State(window);
-    const auto mean = SequenceMean(state, window).expand(state.sizes());
+    const auto mean = SequenceMean(state, window, past).expand(state.sizes());
     const auto second = sequence_(ByLead(mean, window));
     const auto share = at::softmax(share_, -1).view({members(), 1, 2});
     const auto by_member = [&](const at::Tensor& x, int64_t which) {
@@ -157,12 +163,13 @@ class TransformerModel final : public GatingModel {
   }
 
  protected:
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override {
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory* past) override {
     const auto gates = Gates(window).flatten(2, 3);
     auto x = features().Add(in_(features().State(window)), window) +
-             memory_out_(memory_[1]((*dropout)(memory_[0](gates))));
-    const auto mask = TokenMask(window);
-    for (const EncoderLayer& layer : layers_) x = layer(x, mask, dropout);
+             memory_out_(memory_[1]((*dropout)(memory_[0](gates, past)), past));
+    const auto mask = TokenMask(window, past);
+    for (const EncoderLayer& layer : layers_) x = layer(x, mask, dropout, past);
     SpeculationOutput out;
     out.logits_BTHE = head_(x, window);
     out.confidence_BTH =

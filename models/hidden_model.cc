@@ -304,8 +304,8 @@ at::Tensor HiddenModel::LaterUseLoss(const at::Tensor& later_BTLE,
   return (came * said).reshape({members(), -1}).sum(1) * -LaterUse::kWeight;
 }
 
-SpeculationOutput HiddenModel::Compute(const RoutingWindow& window,
-                                       KeyedDropout* dropout) {
+SpeculationOutput HiddenModel::Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                                       TokenMemory*) {
   const int64_t B = window.token_ids_BT.size(0), T = window.token_ids_BT.size(1);
   const int64_t H = NumLeads(window.stack, window.source_layer);
   const int64_t E = config_.geometry.num_experts;

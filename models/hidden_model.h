@@ -159,11 +159,13 @@ class HiddenModel final : public TrunkModel {
   }
   void FitPriors(const BaselineTables& tables) override;
   int history_tokens() const override { return 1 + std::max(1, config_.neighbours); }
+  bool keeps_tokens() const override { return false; }  // few are seen, and all at once
   SpeculationOutput ForwardLast(const RoutingWindow& window) override;
   void PrepareServing() override;
 
  protected:
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override;
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory*) override;
 
  private:
   void AddPriors();

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kPatterns = 64;
 constexpr double kBalanceWeight = 0.01;
+constexpr double kLeastWeight = 1e-12;  // of a pattern: keeps the logarithm finite
 
 // An encoder layer whose feed-forward part is a mixture of experts.
 struct MixtureLayer {
@@ -85,19 +86,22 @@ class InterlayerModel final : public TrunkModel {
   }
 
  protected:
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override;
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory* past) override;
 
  private:
-  at::Tensor Pool(const at::Tensor& x_BND, const ExpertSlots& slots) const;
+  at::Tensor Pool(const at::Tensor& x_BND, const ExpertSlots& slots,
+                  at::Tensor* pattern_entropy_BT) const;
 
   ParameterMaker make_;
   InterlayerNet net_;
   std::optional<MarkovPrior> prior_;  // ours
 };
 
-// One vector a token: attention over its own rows, then over the pattern memory.
-at::Tensor InterlayerModel::Pool(const at::Tensor& x_BND,
-                                 const ExpertSlots& slots) const {
+// One vector a token: attention over its own rows, then over the pattern memory, whose
+// weights' entropy goes to `pattern_entropy_BT` where it is not null.
+at::Tensor InterlayerModel::Pool(const at::Tensor& x_BND, const ExpertSlots& slots,
+                                 at::Tensor* pattern_entropy_BT) const {
   const int64_t B = slots.ids_BTR.size(0), T = slots.ids_BTR.size(1);
   const int64_t R = slots.ids_BTR.size(2), D = config_.width, M = members();
   const auto rows = x_BND.view({B * T, R, D});
@@ -106,30 +110,39 @@ at::Tensor InterlayerModel::Pool(const at::Tensor& x_BND,
       (rows * weight).sum(1, true) / weight.sum(1, true).clamp_min(1);  // [B*T,1,D]
   const auto mask = AdditiveMask(slots.valid_BTR.view({B * T, 1, 1, R}));
   const auto c = net_.context(query, rows, mask).view({M, B / M * T, D});
-  const auto m = net_.pattern(c, net_.memory.view({M, kPatterns, D}), {});
+  const auto patterns = net_.memory.view({M, kPatterns, D});
+  const auto m = net_.pattern(c, patterns, {});
+  if (pattern_entropy_BT != nullptr) {
+    const auto weights = net_.pattern.Weights(c, patterns);
+    *pattern_entropy_BT =
+        -(weights * weights.clamp_min(kLeastWeight).log()).sum(-1).view({B, T});
+  }
   return net_.norm(c + m).view({B, T, D});
 }
 
 SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
-                                           KeyedDropout* dropout) {
+                                           KeyedDropout* dropout, TokenMemory* past) {
   const int64_t H = NumLeads(window.stack, window.source_layer);
   const ExpertSlots slots = SlotsOf(window, ContextOf(window, config_.context));
-  const auto mask = SlotMask(slots, window.stack);
-  auto x = net_.embed(slots, window, dropout);
+  const auto mask = SlotMask(slots, window.stack, past);
+  auto x = net_.embed(slots, window, dropout, KnownTokens(past));
   at::Tensor balance;
   for (int i = 0; i < config_.layers; ++i) {
     if (net_.mixtures.empty() || i % 2 == 0) {
-      x = net_.layers[static_cast<size_t>(net_.mixtures.empty() ? i : i / 2)](x, mask,
-                                                                              dropout);
+      const size_t at = static_cast<size_t>(net_.mixtures.empty() ? i : i / 2);
+      x = net_.layers[at](x, mask, dropout, past);
       continue;
     }
     const MixtureLayer& layer = net_.mixtures[static_cast<size_t>(i / 2)];
-    const auto y = layer.attention(x, mask, dropout);
+    const auto y = layer.attention(x, mask, dropout, past);
     const auto mixed = layer.experts(y, slots.valid_BTR.flatten(1, 2), dropout);
     x = layer.out_norm(y + (*dropout)(mixed.rows));
     balance = balance.defined() ? balance + mixed.balance : mixed.balance;
   }
-  const auto token = (*dropout)(Pool(x, slots)).unsqueeze(2);  // [B,T,1,D]
+  SpeculationOutput out;
+  const bool entropy = dropout->active() && window.training.pattern_entropy;
+  const auto pooled = Pool(x, slots, entropy ? &out.pattern_entropy_BT : nullptr);
+  const auto token = (*dropout)(pooled).unsqueeze(2);  // [B,T,1,D]
   const auto lead = net_.lead.Rows(0, H);
   // A linear map of token + lead, the token's part once for all leads.
   const auto of_both = [&](const LinearLayer& map) {
@@ -139,7 +152,6 @@ SpeculationOutput InterlayerModel::Compute(const RoutingWindow& window,
   const auto inner = (*dropout)(of_both(net_.head_in));
   const auto hidden = (*dropout)(at::gelu(net_.head_mid(inner)));
   const auto confidence = net_.confidence_out(of_both(net_.confidence_in));
-  SpeculationOutput out;
   out.logits_BTHE = net_.head_out(hidden);
   if (prior_) out.logits_BTHE = prior_->AddTo(out.logits_BTHE, window);
   if (!net_.backups.empty()) {

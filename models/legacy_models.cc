@@ -23,15 +23,17 @@ class LegacyModel : public TrunkModel {
     head_.emplace_back(&make_, "head", config_.geometry, width);
   }
   virtual at::Tensor Trunk(const at::Tensor& state, const at::Tensor& gates,
-                           const RoutingWindow& window, KeyedDropout* dropout) = 0;
+                           const RoutingWindow& window, KeyedDropout* dropout,
+                           TokenMemory* past) = 0;
   // What the trunk's input gets of the source layer and the token.
   at::Tensor AddSource(const at::Tensor& x, const RoutingWindow& window) const {
     return features_[0].Add(x, window);
   }
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override {
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory* past) override {
     const auto gates =
         OneHotExperts(NewestExperts(window, 1).squeeze(2), config_.geometry.num_experts);
-    const auto h = Trunk(features_[0].State(window), gates, window, dropout);
+    const auto h = Trunk(features_[0].State(window), gates, window, dropout, past);
     SpeculationOutput out;
     out.logits_BTHE = head_[0](h, window);
     out.confidence_BTH = LargestProbability(out.logits_BTHE);
@@ -56,7 +58,8 @@ class SimpleModel final : public LegacyModel {
 
  protected:
   at::Tensor Trunk(const at::Tensor& state, const at::Tensor& gates,
-                   const RoutingWindow& window, KeyedDropout* dropout) override {
+                   const RoutingWindow& window, KeyedDropout* dropout,
+                   TokenMemory*) override {
     const auto x = AddSource(in_(at::cat({state, gates}, 2)), window);
     return (*dropout)(at::relu(x));
   }
@@ -86,9 +89,10 @@ class AttentionModel final : public LegacyModel {
 
  protected:
   at::Tensor Trunk(const at::Tensor& state, const at::Tensor& gates,
-                   const RoutingWindow& window, KeyedDropout* dropout) override {
+                   const RoutingWindow& window, KeyedDropout* dropout,
+                   TokenMemory* past) override {
     const auto x = AddSource(in_(state, gates), window);
-    return x + (*dropout)(attention_(x, x, TokenMask(window)));
+    return x + (*dropout)(attention_(x, x, TokenMask(window, past), past));
   }
 
  private:
@@ -108,9 +112,10 @@ class LstmModel final : public LegacyModel {
 
  protected:
   at::Tensor Trunk(const at::Tensor& state, const at::Tensor& gates,
-                   const RoutingWindow& window, KeyedDropout* dropout) override {
+                   const RoutingWindow& window, KeyedDropout* dropout,
+                   TokenMemory* past) override {
     auto x = AddSource(in_(state, gates), window);
-    for (const LstmLayer& layer : layers_) x = (*dropout)(layer(x));
+    for (const LstmLayer& layer : layers_) x = (*dropout)(layer(x, past));
     return x;
   }
 
@@ -125,14 +130,16 @@ struct TokenConvolution {
   TokenConvolution(ParameterMaker* make, const std::string& name, int64_t in, int64_t out,
                    int taps)
       : linear(make, name, in * taps, out), taps(taps) {}
-  at::Tensor operator()(const at::Tensor& x_BTI, const RoutingWindow& window) const {
-    const auto x = x_BTI * window.valid_BT.unsqueeze(2).to(x_BTI.scalar_type());
-    const int64_t T = x.size(1);
+  at::Tensor operator()(const at::Tensor& x_BTI, const RoutingWindow& window,
+                        TokenMemory* past) const {
+    const auto own = x_BTI * window.valid_BT.unsqueeze(2).to(x_BTI.scalar_type());
+    const auto x = WithKnown(own, 1, past);
+    const int64_t T = own.size(1), known = KnownTokens(past);
     const int64_t left = window.stack == Stack::kEncoder ? taps / 2 : taps - 1;
     const auto padded =
         at::constant_pad_nd(x, {0, 0, left, taps - 1 - left}, 0);  // of dimension 1
     std::vector<at::Tensor> shifted;
-    for (int i = 0; i < taps; ++i) shifted.push_back(padded.narrow(1, i, T));
+    for (int i = 0; i < taps; ++i) shifted.push_back(padded.narrow(1, known + i, T));
     return linear(at::cat(shifted, 2));
   }
   LinearLayer linear;
@@ -153,11 +160,12 @@ class Conv1dModel final : public LegacyModel {
 
  protected:
   at::Tensor Trunk(const at::Tensor& state, const at::Tensor& gates,
-                   const RoutingWindow& window, KeyedDropout* dropout) override {
+                   const RoutingWindow& window, KeyedDropout* dropout,
+                   TokenMemory* past) override {
     const auto x = at::relu(AddSource(in_(at::cat({state, gates}, 2)), window));
     std::vector<at::Tensor> views;
     for (const TokenConvolution& convolution : convolutions_) {
-      views.push_back(at::relu(convolution(x, window)));
+      views.push_back(at::relu(convolution(x, window, past)));
     }
     return at::relu(mix_[0]((*dropout)(at::cat(views, 2))));
   }
@@ -169,16 +177,20 @@ class Conv1dModel final : public LegacyModel {
 };
 
 // The mean over the tokens around (encoder) or up to each (decoder), of at most `span`.
-at::Tensor NearMean(const at::Tensor& x_BTI, const RoutingWindow& window, int span) {
+at::Tensor NearMean(const at::Tensor& x_BTI, const RoutingWindow& window, int span,
+                    TokenMemory* past) {
   const auto weight = window.valid_BT.unsqueeze(2).to(x_BTI.scalar_type());
   const int64_t left = window.stack == Stack::kEncoder ? span / 2 : span - 1;
   const auto sum = [&](const at::Tensor& x) {
-    const auto total = at::constant_pad_nd(x, {0, 0, left, span - 1 - left}, 0);
+    const auto total = at::constant_pad_nd(WithKnown(x, 1, past),
+                                           {0, 0, left, span - 1 - left}, 0)
+                           .slice(1, KnownTokens(past));
     at::Tensor all = total.narrow(1, 0, x.size(1));
     for (int i = 1; i < span; ++i) all = all + total.narrow(1, i, x.size(1));
     return all;
   };
-  return sum(x_BTI * weight) / sum(weight).clamp_min(1);
+  const auto values = sum(x_BTI * weight);  // before the weights': see TokenMemory
+  return values / sum(weight).clamp_min(1);
 }
 
 class LegacyMultiscaleModel final : public LegacyModel {
@@ -194,12 +206,13 @@ class LegacyMultiscaleModel final : public LegacyModel {
 
  protected:
   at::Tensor Trunk(const at::Tensor& state, const at::Tensor& gates,
-                   const RoutingWindow& window, KeyedDropout* dropout) override {
+                   const RoutingWindow& window, KeyedDropout* dropout,
+                   TokenMemory* past) override {
     const auto x = at::cat({state, gates}, 2);
-    const auto all = SequenceMean(x, window).expand(x.sizes());
+    const auto all = SequenceMean(x, window, past).expand(x.sizes());
     const auto views =
         at::cat({at::relu(AddSource(token_(x), window)),
-                 at::relu(near_(NearMean(x, window, 5))), at::relu(all_(all))},
+                 at::relu(near_(NearMean(x, window, 5, past))), at::relu(all_(all))},
                 2);
     return at::relu(mix_((*dropout)(views)));
   }

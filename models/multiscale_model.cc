@@ -68,7 +68,8 @@ class MultiscaleModel final : public TrunkModel {
   }
 
  protected:
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override;
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory* past) override;
 
  private:
   // Expert ids are all that it sees.
@@ -78,7 +79,7 @@ class MultiscaleModel final : public TrunkModel {
   }
   at::Tensor Experts(const at::Tensor& ids) const;
   at::Tensor View(const Branch& branch, const RoutingWindow& window,
-                  KeyedDropout* dropout) const;
+                  KeyedDropout* dropout, TokenMemory* past) const;
 
   ParameterMaker make_;
   EmbeddingLayer expert_, unknown_;
@@ -102,7 +103,7 @@ at::Tensor MultiscaleModel::Experts(const at::Tensor& ids) const {
 
 // [B,T,D] of one branch.
 at::Tensor MultiscaleModel::View(const Branch& branch, const RoutingWindow& window,
-                                 KeyedDropout* dropout) const {
+                                 KeyedDropout* dropout, TokenMemory* past) const {
   const ExpertSlots slots = SlotsOf(window, branch.context);
   const int64_t B = slots.ids_BTR.size(0), T = slots.ids_BTR.size(1);
   const int64_t R = slots.ids_BTR.size(2), D = config_.width;
@@ -110,22 +111,24 @@ at::Tensor MultiscaleModel::View(const Branch& branch, const RoutingWindow& wind
   auto slot = branch.slot;
   if (R > branch.context) slot = at::cat({branch.before, slot}, slot.dim() - 2);
   auto x = AddRows(embedded, slot).view({B, T * R, D});
-  x = x + Sinusoid(T * R, D, x.options().requires_grad(false));
-  const auto mask = SlotMask(slots, window.stack);
-  for (const EncoderLayer& layer : branch.layers) x = layer(x, mask, dropout);
+  const int64_t first = KnownTokens(past) * R;
+  x = x + Sinusoid(first + T * R, D, x.options().requires_grad(false)).slice(0, first);
+  const auto mask = SlotMask(slots, window.stack, past);
+  for (const EncoderLayer& layer : branch.layers) x = layer(x, mask, dropout, past);
   const auto query = features_.Add(embedded.select(2, R - 1), window);
   // A token's rows end at R * (t + 1): the mask of its newest row is the query's.
   const auto read_mask =
-      mask.size(2) == 1 ? mask : mask.view({B, 1, T, R, T * R}).select(3, R - 1);
-  return branch.norm(query + (*dropout)(branch.read(query, x, read_mask)));
+      mask.size(2) == 1 ? mask : mask.view({B, 1, T, R, first + T * R}).select(3, R - 1);
+  return branch.norm(query + (*dropout)(branch.read(query, x, read_mask, past)));
 }
 
 SpeculationOutput MultiscaleModel::Compute(const RoutingWindow& window,
-                                           KeyedDropout* dropout) {
+                                           KeyedDropout* dropout, TokenMemory* past) {
   const int64_t H = NumLeads(window.stack, window.source_layer);
   std::vector<at::Tensor> views;
   for (size_t i = 0; i < kBranches; ++i) {
-    const auto inner = at::gelu(adapters_[i].in(View(branches_[i], window, dropout)));
+    const auto view = View(branches_[i], window, dropout, past);
+    const auto inner = at::gelu(adapters_[i].in(view));
     views.push_back(adapters_[i].out((*dropout)(inner)));
   }
   const auto a = at::stack(views, 2);  // [B,T,3,D]

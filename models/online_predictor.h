@@ -17,6 +17,7 @@ class OnlinePredictor final : public ExpertPredictor {
   std::string name() const override { return inner_->name() + " online"; }
   bool needs_hidden() const override { return inner_->needs_hidden(); }
   int history_tokens() const override { return inner_->history_tokens(); }
+  bool keeps_tokens() const override { return inner_->keeps_tokens(); }
   void PrepareServing() override { inner_->PrepareServing(); }
   std::optional<at::Tensor> LaterUse() const override { return inner_->LaterUse(); }
   // What the biases are by now; nothing is learnt from whole windows.

@@ -18,6 +18,7 @@ class LearnedPredictor final : public ExpertPredictor {
   std::string name() const override { return name_; }
   bool needs_hidden() const override;
   int history_tokens() const override;
+  bool keeps_tokens() const override { return saved_.model->keeps_tokens(); }
   void PrepareServing() override { saved_.model->PrepareServing(); }
   std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) override;
   std::vector<std::optional<at::Tensor>> PredictLeads(const RoutingWindow& window,

@@ -321,6 +321,24 @@ RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
   return WindowsOf({&trace}, stack, source_layer, num_experts, experts_per_token);
 }
 
+RoutingWindow WithoutTokens(const RoutingWindow& window, int64_t count) {
+  if (count == 0) return window;
+  RoutingWindow rest = window;
+  const int64_t left = window.token_ids_BT.size(1) - count;
+  for (at::Tensor* rows :
+       {&rest.token_ids_BT, &rest.valid_BT, &rest.experts_BTL, &rest.others_BTLK,
+        &rest.hidden_BTD, &rest.context_BTD, &rest.attention_entropy_BTA,
+        &rest.attended_ids_BTAK}) {
+    if (rows->defined()) *rows = rows->narrow(1, count, left);
+  }
+  rest.first_token += count;
+  rest.before_BL = window.experts_BTL.select(1, count - 1);
+  if (window.others_BTLK.defined()) {
+    rest.before_others_BLK = window.others_BTLK.select(1, count - 1);
+  }
+  return rest;
+}
+
 at::Tensor OutputOf(const RoutingTrace& trace) {
   const RoutingSpan& span = trace.decoder;
   if (span.output.empty()) return {};

@@ -28,6 +28,7 @@ struct TrainingHints {
   // int64: where the window hides a known expert, the true one, else -100; models that
   // embed experts predict it. Undefined = none.
   at::Tensor hidden_ids_BTL;
+  bool pattern_entropy = false;  // is part of the loss (SpeculationOutput)
 };
 
 struct RoutingWindow {
@@ -47,6 +48,9 @@ struct RoutingWindow {
   // [B,T,L,K-1], known and unknown where experts_BTL is; undefined = one expert a token,
   // or not recorded.
   at::Tensor others_BTLK;
+  // Decoder: these two of the token before the window's first, where its tokens are the
+  // later ones of a sequence (TokensFrom); undefined = there is none, or not known.
+  at::Tensor before_BL, before_others_BLK;
   // float32 router input at source_layer; undefined = not available
   at::Tensor hidden_BTD;
   // Decoder: float32 router input of the token before at the last MoE layer, zeros where
@@ -103,6 +107,10 @@ RoutingWindow WindowsOf(const std::vector<const RoutingTrace*>& traces, Stack st
 // Of one sequence (B = 1).
 RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
                        int num_experts, int experts_per_token = 1);
+
+// A decoder's window without its first `count` tokens, whose newest one it still knows as
+// the token before. Views.
+RoutingWindow WithoutTokens(const RoutingWindow& window, int64_t count);
 
 // The decoder's output states of a recorded sequence, [1,T,D] float32; undefined where
 // none were recorded.

@@ -26,6 +26,7 @@ enum KindUse : unsigned {
   kUsesDropout = 32,
   kLearnsConfidence = 64,  // one of its own; others answer with their largest probability
   kUsesOlderLayers = 128,  // sees more of a token than the newest layer's experts
+  kHasPatterns = 256,      // attends to a pattern memory
 };
 
 enum class RouterInputs { kNever, kOptional, kRequired };

@@ -10,6 +10,7 @@
 #include "common/random.h"
 #include "models/dropout_mask.h"
 #include "models/onednn_linear.h"
+#include "models/token_memory.h"
 
 namespace routecast {
 
@@ -137,6 +138,14 @@ at::Tensor AdditiveMask(const at::Tensor& may_attend) {
       .masked_fill(may_attend.logical_not(), kMasked);
 }
 
+namespace {
+
+at::Tensor ByHead(const at::Tensor& x, int64_t heads) {
+  return x.view({x.size(0), x.size(1), heads, x.size(2) / heads}).transpose(1, 2);
+}
+
+}  // namespace
+
 AttentionLayer::AttentionLayer(ParameterMaker* make, const std::string& name,
                                int64_t width, int heads, double gain)
     : heads(heads),
@@ -146,14 +155,21 @@ AttentionLayer::AttentionLayer(ParameterMaker* make, const std::string& name,
       out(make, name + ".out", width, width, gain) {}
 
 at::Tensor AttentionLayer::operator()(const at::Tensor& query, const at::Tensor& memory,
-                                      const at::Tensor& mask) const {
-  const auto split = [&](const at::Tensor& x) {
-    return x.view({x.size(0), x.size(1), heads, x.size(2) / heads}).transpose(1, 2);
-  };
+                                      const at::Tensor& mask, TokenMemory* past) const {
+  const auto keys = WithKnown(ByHead(k(memory), heads), 2, past);
+  const auto values = WithKnown(ByHead(v(memory), heads), 2, past);
   const auto mixed = at::scaled_dot_product_attention(
-      split(q(query)), split(k(memory)), split(v(memory)),
+      ByHead(q(query), heads), keys, values,
       mask.defined() ? std::optional<at::Tensor>(mask) : std::nullopt);
   return out(mixed.transpose(1, 2).reshape(query.sizes()));
+}
+
+at::Tensor AttentionLayer::Weights(const at::Tensor& query,
+                                   const at::Tensor& memory) const {
+  const auto asked = ByHead(q(query), heads), keys = ByHead(k(memory), heads);
+  const auto scores = at::matmul(asked, keys.transpose(2, 3)) /
+                      std::sqrt(static_cast<double>(asked.size(3)));
+  return at::softmax(scores, -1, at::kFloat).mean(1);
 }
 
 template <typename Fill>
@@ -207,29 +223,37 @@ at::Tensor KeyedDropout::AddNoise(const at::Tensor& x, double deviation) {
 }
 
 at::Tensor AttentionBlock::operator()(const at::Tensor& x, const at::Tensor& mask,
-                                      KeyedDropout* dropout) const {
-  return norm(x + (*dropout)(attention(x, x, mask)));
+                                      KeyedDropout* dropout, TokenMemory* past) const {
+  return norm(x + (*dropout)(attention(x, x, mask, past)));
 }
 
 at::Tensor EncoderLayer::operator()(const at::Tensor& x, const at::Tensor& mask,
-                                    KeyedDropout* dropout) const {
-  const auto y = attention(x, mask, dropout);
+                                    KeyedDropout* dropout, TokenMemory* past) const {
+  const auto y = attention(x, mask, dropout, past);
   const auto inner = relu ? at::relu(in(y)) : at::gelu(in(y));
   return out_norm(y + (*dropout)(out((*dropout)(inner))));
 }
 
-at::Tensor LstmLayer::operator()(const at::Tensor& x_BTI) const {
+at::Tensor LstmLayer::operator()(const at::Tensor& x_BTI, TokenMemory* past) const {
   const int64_t B = x_BTI.size(0), T = x_BTI.size(1), width = state.weight.size(-1);
   const auto inputs = input(x_BTI);
   auto h = at::zeros({B, 1, width}, x_BTI.options().dtype(at::kFloat)), c = h;
-  std::vector<at::Tensor> outputs;
+  if (KnownTokens(past) > 0) {
+    const auto newest = past->Newest().chunk(2, 2);
+    h = newest[0];
+    c = newest[1];
+  }
+  std::vector<at::Tensor> outputs, cells;
   for (int64_t t = 0; t < T; ++t) {
     const auto gates = (inputs.narrow(1, t, 1) + state(h)).chunk(4, 2);
     c = at::sigmoid(gates[1]) * c + at::sigmoid(gates[0]) * at::tanh(gates[2]);
     h = at::sigmoid(gates[3]) * at::tanh(c);
     outputs.push_back(h);
+    if (past) cells.push_back(c);
   }
-  return at::cat(outputs, 1);
+  const auto all = at::cat(outputs, 1);
+  if (past) past->Append(at::cat({all, at::cat(cells, 1)}, 2), 1);
+  return all;
 }
 
 }  // namespace routecast

@@ -18,6 +18,8 @@
 
 namespace routecast {
 
+class TokenMemory;
+
 // Adds seeded leaf parameters to a model, each from its own stream. A member's values are
 // those that a model of its own with the member's seed would have. Shared ones are the
 // other model's own tensors: what is learnt in one is learnt in both.
@@ -84,9 +86,12 @@ at::Tensor AdditiveMask(const at::Tensor& may_attend);
 struct AttentionLayer {
   AttentionLayer(ParameterMaker* make, const std::string& name, int64_t width, int heads,
                  double gain = 1);
-  // query [B,Q,D], memory [B,K,D] (keys and values), mask undefined = none.
+  // query [B,Q,D], memory [B,K,D] (keys and values), mask undefined = none. With `past`
+  // its keys and values precede those of `memory`.
   at::Tensor operator()(const at::Tensor& query, const at::Tensor& memory,
-                        const at::Tensor& mask) const;
+                        const at::Tensor& mask, TokenMemory* past = nullptr) const;
+  // How a query without a mask weighs the memory, the mean over heads [B,Q,K]; float32.
+  at::Tensor Weights(const at::Tensor& query, const at::Tensor& memory) const;
   int heads;
   LinearLayer q, k, v, out;
 };
@@ -114,14 +119,14 @@ class KeyedDropout {
   uint64_t uses_ = 0;
 };
 
-// x + attention over itself, normed.
+// x + attention over itself (and what `past` holds), normed.
 struct AttentionBlock {
   AttentionBlock(ParameterMaker* make, const std::string& name, int64_t width, int heads,
                  double gain = 1)
       : attention(make, name + ".attention", width, heads, gain),
         norm(make, name + ".attention_norm", width) {}
   at::Tensor operator()(const at::Tensor& x, const at::Tensor& mask,
-                        KeyedDropout* dropout) const;
+                        KeyedDropout* dropout, TokenMemory* past = nullptr) const;
   AttentionLayer attention;
   NormLayer norm;
 };
@@ -136,19 +141,21 @@ struct EncoderLayer {
         out_norm(make, name + ".out_norm", width),
         relu(relu) {}
   at::Tensor operator()(const at::Tensor& x, const at::Tensor& mask,
-                        KeyedDropout* dropout) const;
+                        KeyedDropout* dropout, TokenMemory* past = nullptr) const;
   AttentionBlock attention;
   LinearLayer in, out;
   NormLayer out_norm;
   bool relu;
 };
 
-// One layer of a long short-term memory over the tokens, from the first on.
+// One layer of a long short-term memory over the tokens, from the first on, or from where
+// `past` ends.
 struct LstmLayer {
   LstmLayer(ParameterMaker* make, const std::string& name, int64_t in, int64_t width)
       : input(make, name + ".input", in, 4 * width),
         state(make, name + ".state", width, 4 * width) {}
-  at::Tensor operator()(const at::Tensor& x_BTI) const;  // [B,T,width]
+  // [B,T,width]
+  at::Tensor operator()(const at::Tensor& x_BTI, TokenMemory* past = nullptr) const;
   LinearLayer input, state;
 };
 

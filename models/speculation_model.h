@@ -41,6 +41,9 @@ struct SpeculationOutput {
   // Logits of the router's second, third .. choice [B,T,H,K,E], where a model has
   // heads for them; else undefined.
   at::Tensor backups_BTHKE{};
+  // Entropy in nats of a token's attention over the pattern memory, mean over heads;
+  // where a kind has one and training asks for it (TrainingHints), else undefined.
+  at::Tensor pattern_entropy_BT{};
 };
 
 // Both stacks in one model. Thread rule: one thread at a time. Rows of padding are
@@ -62,6 +65,9 @@ class SpeculationModel {
   virtual void FitRouters(const std::vector<RouterWeights>&) {}
   // How many of the newest tokens of a decoder window matter to its last row.
   virtual int history_tokens() const = 0;
+  // ForwardLast costs less where a window goes on from the one before it than where it
+  // begins with a later token.
+  virtual bool keeps_tokens() const { return false; }
   // REQUIRES tensors of the window on the parameters' device. dropout_key 0 = no dropout
   // (serving); otherwise masks are functions of (key, layer) and the batch's shape only.
   virtual SpeculationOutput Forward(const RoutingWindow& window,
@@ -75,8 +81,9 @@ class SpeculationModel {
   // Forward(window, 0) of the newest token alone, T = 1: what serving a decoder needs.
   virtual SpeculationOutput ForwardLast(const RoutingWindow& window);
   // Parameters and constants will not change any more: a model may keep cheaper forms of
-  // them, and ForwardLast (and Forward of few rows) then differ from the trained one by
-  // rounding that does not matter to a ranking. Again after every change.
+  // them, and what it computed of a decoder's tokens; ForwardLast (and Forward of few
+  // rows) then differ from the trained one by rounding that does not matter to a ranking.
+  // Again after every change.
   virtual void PrepareServing() {}
   // Leads predicted from a source are 1..NumLeads; encoder: L-1-source; decoder: L
   // (wraps into the next token).

@@ -55,7 +55,8 @@ class StaleCorrectionModel final : public TrunkModel {
   }
 
  protected:
-  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout) override {
+  SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                            TokenMemory*) override {
     const MoeGeometry& g = config_.geometry;
     const int64_t L = g.layers(window.stack), base = g.GlobalLayer(window.stack, 0);
     const int64_t H = NumLeads(window.stack, window.source_layer);

@@ -1,6 +1,9 @@
 #include "models/trunk_model.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
 
 #include "common/random.h"
 
@@ -81,7 +84,32 @@ SpeculationOutput TrunkModel::Forward(const RoutingWindow& window, uint64_t drop
     for (int64_t m = 0; m < members_; ++m) keys.push_back(MemberKey(dropout_key, m));
   }
   KeyedDropout dropout(config_.dropout, std::move(keys));
-  return Compute(all, &dropout);
+  return Compute(all, &dropout, nullptr);
+}
+
+void TrunkModel::PrepareServing() {
+  serving_ = true;
+  served_.clear();
+}
+
+SpeculationOutput TrunkModel::ForwardLast(const RoutingWindow& window) {
+  const int64_t tokens = window.token_ids_BT.size(1);
+  const bool keeps = serving_ && window.stack == Stack::kDecoder &&
+                     !c10::GradMode::is_enabled() && window.token_ids_BT.numel() > 0 &&
+                     NumLeads(window.stack, window.source_layer) > 0;
+  TokenRecord record = keeps ? RecordOf(window) : TokenRecord{};
+  if (record.bytes.empty()) return SpeculationModel::ForwardLast(window);
+  Served& served = served_[{window.source_layer, window.context_layers}];
+  const int64_t known = std::min(CommonTokens(served.tokens, record), tokens - 1);
+  served.tokens = {};  // unless this pass comes to its end
+  served.memory.Begin(known, tokens - known);
+  KeyedDropout none(config_.dropout, /*key=*/0);
+  const SpeculationOutput fresh =
+      Compute(ForMembers(WithoutTokens(window, known), members_), &none, &served.memory);
+  served.tokens = std::move(record);
+  const int64_t last = fresh.logits_BTHE.size(1) - 1;
+  return {
+      fresh.logits_BTHE.narrow(1, last, 1), fresh.confidence_BTH.narrow(1, last, 1), {}};
 }
 
 at::Tensor LargestProbability(const at::Tensor& logits_BTHE) {

@@ -3,6 +3,9 @@
 // (speculation_layers.h), B sequences, T tokens, H leads, E experts, D width.
 #pragma once
 
+#include <map>
+#include <utility>
+
 #include "models/expert_slots.h"
 #include "models/speculation_layers.h"
 #include "models/speculation_model.h"
@@ -43,18 +46,32 @@ struct SourceFeatures {
 class TrunkModel : public SpeculationModel {
  public:
   int history_tokens() const override { return 64; }
+  bool keeps_tokens() const override { return true; }
   SpeculationOutput Forward(const RoutingWindow& window, uint64_t dropout_key) final;
+  // Once served: computes the tokens alone that were not in the window before, of the
+  // same source and context; whatever is asked in between, the answer is Forward's.
+  SpeculationOutput ForwardLast(const RoutingWindow& window) override;
+  void PrepareServing() override;
 
  protected:
   TrunkModel(SpeculationConfig config, int64_t members)
       : SpeculationModel(std::move(config)), members_(members) {}
   // `window` holds every sequence once a member. No leads or no tokens: never asked.
-  virtual SpeculationOutput Compute(const RoutingWindow& window,
-                                    KeyedDropout* dropout) = 0;
+  // `past` is null, or holds what the kind kept of the tokens before the window's; what a
+  // decoder's token takes from others it then takes from there, too.
+  virtual SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
+                                    TokenMemory* past) = 0;
   int64_t members() const { return members_; }
 
  private:
+  // The decoder's tokens that were computed from one source with one context.
+  struct Served {
+    TokenRecord tokens;
+    TokenMemory memory;
+  };
   int64_t members_;
+  bool serving_ = false;
+  std::map<std::pair<int, int>, Served> served_;  // by source layer and context
 };
 
 // The key of member `m` of several in one pass; of one alone, `key` itself.

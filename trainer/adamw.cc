@@ -46,7 +46,8 @@ void AdamW::Step(double learning_rate) {
   Step(std::vector<double>(groups_.size(), learning_rate));
 }
 
-void AdamW::Step(const std::vector<double>& learning_rates, const at::Tensor& skip) {
+void AdamW::Step(const std::vector<double>& learning_rates, const at::Tensor& skip,
+                 std::optional<double> beta1) {
   const c10::NoGradGuard no_grad;
   const auto found = skip.defined() ? std::optional(skip) : std::nullopt;
   for (Group& g : groups_) {
@@ -62,8 +63,8 @@ void AdamW::Step(const std::vector<double>& learning_rates, const at::Tensor& sk
       at::_foreach_add_(g.steps, 1);
     }
     at::_fused_adamw_(parameters, gradients, g.first, g.second, /*max_exp_avg_sqs=*/{},
-                      g.steps, learning_rates.at(g.rate), options_.beta1, options_.beta2,
-                      g.weight_decay, options_.epsilon, /*amsgrad=*/false,
+                      g.steps, learning_rates.at(g.rate), beta1.value_or(options_.beta1),
+                      options_.beta2, g.weight_decay, options_.epsilon, /*amsgrad=*/false,
                       /*maximize=*/false, /*grad_scale=*/std::nullopt, found);
   }
 }

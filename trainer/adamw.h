@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "models/parameters.h"
@@ -31,7 +32,9 @@ class AdamW {
   // One learning rate a group, in the constructor's order; below 0: nothing of the group
   // changes, not its moments either. `skip` (float32 [] on the parameters' device;
   // undefined = 0): where it is 1 nothing changes at all, found out on the device.
-  void Step(const std::vector<double>& learning_rates, const at::Tensor& skip = {});
+  // `beta1`: of this step, instead of the options'.
+  void Step(const std::vector<double>& learning_rates, const at::Tensor& skip = {},
+            std::optional<double> beta1 = {});
   // Moments and step counts as named tensors, for checkpoints; Load REQUIRES the same
   // names.
   Parameters State() const;

@@ -11,6 +11,7 @@ namespace routecast {
 namespace {
 
 constexpr double kCycleUp = 0.1, kCycleFirst = 1.0 / 25, kCycleLast = 1.0 / 250000;
+constexpr double kMostBeta1 = 0.95, kLeastBeta1 = 0.85;
 
 // From 1 to `last` as `done` goes from 0 to 1.
 double Cosine(double done, double last) {
@@ -34,6 +35,7 @@ Json LearningSchedule::ToJson() const {
             {"plateau_factor", plateau_factor},
             {"plateau_patience", plateau_patience}};
   if (restart_epochs > 0) json["restart_epochs"] = restart_epochs;
+  if (cycle_beta1) json["cycle_beta1"] = true;
   return json;
 }
 
@@ -64,6 +66,21 @@ void LearningSchedule::Validate() const {
   require(plateau_factor > 0 && plateau_factor < 1, "--plateau_factor", plateau_factor,
           "a number above 0 and below 1");
   require(plateau_patience > 0, "--plateau_patience", plateau_patience, "1 or more");
+  if (cycle_beta1 && name != "one_cycle") {
+    throw UsageError(ErrorText("--cycle_beta1 is of --schedule=one_cycle",
+                               "--schedule=" + name + " has no cycle",
+                               "leave it out, or use that schedule"));
+  }
+}
+
+double LearningSchedule::Beta1(int64_t step, int64_t steps, double otherwise) const {
+  if (!cycle_beta1) return otherwise;
+  const double done =
+      static_cast<double>(step) / static_cast<double>(std::max<int64_t>(1, steps));
+  // How far below the largest: as far as the rate is above its ends.
+  const double depth = done < kCycleUp ? 1 - Cosine(done / kCycleUp, 0)
+                                       : Cosine((done - kCycleUp) / (1 - kCycleUp), 0);
+  return kMostBeta1 - (kMostBeta1 - kLeastBeta1) * depth;
 }
 
 double LearningSchedule::Share(int64_t step, int64_t steps, int lowered) const {

@@ -23,6 +23,8 @@ struct LearningSchedule {
   double plateau_factor = 0.5;
   int plateau_patience = 2;
   int restart_epochs = 0;  // > 0: restart_steps as epochs (InEpochsOf)
+  // one_cycle: AdamW's beta1 goes from .95 to .85 while the rate rises, and back.
+  bool cycle_beta1 = false;
 
   Json ToJson() const;
   void Validate() const;  // UsageError naming the flag
@@ -30,6 +32,8 @@ struct LearningSchedule {
   LearningSchedule InEpochsOf(int64_t steps_per_epoch) const;
   // Share of the peak at `step` (from 0) of `steps`; `lowered`: times a plateau was hit.
   double Share(int64_t step, int64_t steps, int lowered) const;
+  // AdamW's beta1 there; `otherwise` where it does not cycle.
+  double Beta1(int64_t step, int64_t steps, double otherwise) const;
 };
 
 }  // namespace routecast

@@ -80,7 +80,7 @@ std::vector<ParameterSlice> MemberOptimizer::TrainedSlices(size_t m,
   return slices;
 }
 
-void MemberOptimizer::Step(double share, int64_t epoch) {
+void MemberOptimizer::Step(double share, int64_t epoch, std::optional<double> beta1) {
   const c10::NoGradGuard no_grad;
   epoch_ = epoch;
   slice_norms_.clear();
@@ -105,7 +105,7 @@ void MemberOptimizer::Step(double share, int64_t epoch) {
     const bool frozen = epoch < part.released_at;
     rates.push_back(frozen ? -1 : training_[part.member].learning_rate * share);
   }
-  adamw_.Step(rates, broken_);
+  adamw_.Step(rates, broken_, beta1);
   for (const auto& [name, average] : averages_.items()) {
     at::Tensor(average).lerp_(parameters_.Get(name).detach(), 1 - ema_);
   }

@@ -3,6 +3,7 @@
 // where one is wanted. Thread rule: the training thread. M members.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "models/speculation_model.h"
@@ -21,7 +22,8 @@ class MemberOptimizer {
   // `share` of each member's peak learning rate. What is frozen in `epoch` stays as it is
   // and counts in no norm. CUDA: enqueued; the host does not wait. Where a gradient is
   // not finite no parameter and no moment changes: broken() and RequireFinite say so.
-  void Step(double share, int64_t epoch = 0);
+  // `beta1`: of this step, instead of the constructor's.
+  void Step(double share, int64_t epoch = 0, std::optional<double> beta1 = {});
   // Of the last step: float32 [] on the parameters' device, 1 where a gradient was not
   // finite, else 0. Undefined before the first step.
   const at::Tensor& broken() const { return broken_; }

@@ -48,7 +48,8 @@ std::shared_ptr<const RoutingTrace> AnySequence(TraceDataset* dataset, Stack sta
   return nullptr;
 }
 
-// One served model and the questions of one token, from every source layer in turn.
+// One served model and the questions of one token, from every source layer in turn; what
+// came before the token was asked about before.
 class AskedModel {
  public:
   AskedModel(const fs::path& folder, TraceDataset* dataset)
@@ -63,7 +64,9 @@ class AskedModel {
           WindowOf(*trace, stack, source, g.num_experts, g.experts_per_token);
       if (hidden == WithHidden::kNo) ForgetRouterInputs(&window);
       const int64_t tokens = window.token_ids_BT.size(1);
-      const int64_t kept = std::min<int64_t>(tokens, model_->history_tokens());
+      // Where a window grows until it has twice that: the mean.
+      const int64_t held = model_->history_tokens() * (model_->keeps_tokens() ? 3 : 2) / 2;
+      const int64_t kept = std::min<int64_t>(tokens, held);
       for (at::Tensor* x : {&window.token_ids_BT, &window.valid_BT, &window.experts_BTL,
                             &window.others_BTLK, &window.hidden_BTD, &window.context_BTD,
                             &window.attention_entropy_BTA, &window.attended_ids_BTAK}) {

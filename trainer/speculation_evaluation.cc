@@ -83,6 +83,7 @@ std::vector<ValidationScores> Score(const SpeculationModel& model, size_t column
   const c10::NoGradGuard no_grad;
   std::vector<double> sums(5 * columns, 0);
   for (const MicroBatch* micro : Mine(data, comm)) {
+    if (StopRequested()) break;
     const SpeculationBatch batch =
         MakeSpeculationBatch(*micro, data.dataset, data.hidden);
     if (batch.num_labels == 0) continue;
@@ -100,6 +101,7 @@ std::vector<ValidationScores> Score(const SpeculationModel& model, size_t column
       sums[5 * i + 4] += static_cast<double>(scores.labels);
     }
   }
+  ThrowIfAnyStopped(comm, "while it was validated");
   comm->AllReduceSum(sums);
   std::vector<ValidationScores> scores;
   for (size_t i = 0; i < columns; ++i) {

@@ -1,6 +1,7 @@
 // How good a speculation model is: validation loss, calibration, and the test table
 // beside its baselines. Work is dealt to ranks by micro-batch; every rank gets the same
-// result. Thread rule: one thread a rank; every rank makes the same calls.
+// result, or, where a stop was requested of one of them, StoppedError within a
+// micro-batch. Thread rule: one thread a rank; every rank makes the same calls.
 #pragma once
 
 #include <string>

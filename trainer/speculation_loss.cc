@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kIgnore = -100;
 constexpr double kContrastiveTemperature = 0.1;
+constexpr double kFocalShare = 0.25;
 constexpr double kLargestConfidence = 1 - 1e-6;  // keeps the logarithm finite
 
 // KL(teacher || student) a row, of the router's top-k with the rest spread evenly over
@@ -51,6 +52,15 @@ at::Tensor RoutingCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& tr
   const auto log_probs = at::log_softmax(logits_NE, 1);
   return -((1 - label_smoothing) * log_probs.gather(1, truth_NK).mean(1) +
            label_smoothing * log_probs.mean(1));
+}
+
+at::Tensor FocalCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& truth_NK,
+                             double label_smoothing) {
+  const auto log_probs = at::log_softmax(logits_NE, 1);
+  const auto own = log_probs.gather(1, truth_NK);
+  const auto cost =
+      -((1 - label_smoothing) * own + label_smoothing * log_probs.mean(1, true));
+  return (kFocalShare * (1 - own.exp()).square() * cost).mean(1);
 }
 
 at::Tensor BackupLoss(const at::Tensor& backups_NKE, const at::Tensor& choices_NK) {
@@ -131,7 +141,10 @@ at::Tensor ExpertsAhead(const at::Tensor& logits_NE, const at::Tensor& truth_NK)
 
 // LibTorch's loss refuses what is no number (on a GPU by ending the device's context), so
 // that the sum is told apart: it says so, and the training names what it came from.
-at::Tensor ConfidenceLoss(const at::Tensor& confidence_N, const at::Tensor& right_N) {
+at::Tensor ConfidenceLoss(const at::Tensor& confidence_N, const at::Tensor& right_N,
+                          ConfidenceForm form) {
+  if (form == ConfidenceForm::kSquared) return (confidence_N - right_N).square();
+  if (form == ConfidenceForm::kHalf) return (confidence_N - 0.5).square();
   const auto share =
       confidence_N.clamp(1 - kLargestConfidence, kLargestConfidence).nan_to_num(0.5);
   const auto nothing_or_nan = confidence_N.detach().sum() * 0;
@@ -141,8 +154,9 @@ at::Tensor ConfidenceLoss(const at::Tensor& confidence_N, const at::Tensor& righ
 
 at::Tensor RoutingLoss(const SpeculationOutput& output, const Targets& targets,
                        const LossWeights& weights) {
-  at::Tensor loss = targets.Sum(RoutingCrossEntropy(
-      RowsOf(output.logits_BTHE, targets), targets.truth_NK, weights.label_smoothing));
+  const auto cost = weights.focal ? FocalCrossEntropy : RoutingCrossEntropy;
+  at::Tensor loss = targets.Sum(cost(RowsOf(output.logits_BTHE, targets),
+                                     targets.truth_NK, weights.label_smoothing));
   if (weights.contrastive > 0 && output.features_BTHD.defined()) {
     loss = loss + weights.contrastive * targets.Sum(ContrastiveLoss(
                                             RowsOf(output.features_BTHD, targets),
@@ -161,6 +175,11 @@ Targets PartnersOf(const SpeculationBatch& batch, at::Device device) {
 }
 
 }  // namespace
+
+ConfidenceForm ConfidenceFormOf(const std::string& name) {
+  if (name == "squared") return ConfidenceForm::kSquared;
+  return name == "half" ? ConfidenceForm::kHalf : ConfidenceForm::kCrossEntropy;
+}
 
 LossSum SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch& batch,
                         const LossWeights& weights) {
@@ -196,10 +215,17 @@ LossSum SpeculationLoss(const SpeculationOutput& output, const SpeculationBatch&
   if (weights.confidence > 0 && output.confidence_BTH.requires_grad()) {
     const at::Tensor right =
         ExpertsAhead(logits.detach(), targets.truth_NK).eq(0).any(1).to(at::kFloat);
-    sums.total = sums.total +
-                 weights.confidence *
-                     targets.Sum(ConfidenceLoss(
-                         output.confidence_BTH.flatten().index_select(0, rows), right));
+    sums.total =
+        sums.total +
+        weights.confidence * targets.Sum(ConfidenceLoss(
+                                 output.confidence_BTH.flatten().index_select(0, rows),
+                                 right, weights.confidence_form));
+  }
+  if (weights.pattern_entropy > 0 && output.pattern_entropy_BT.defined()) {
+    const auto by_lead =
+        output.pattern_entropy_BT.unsqueeze(2).expand(output.confidence_BTH.sizes());
+    sums.total = sums.total - weights.pattern_entropy *
+                                  targets.Sum(by_lead.flatten().index_select(0, rows));
   }
   if (weights.next_token > 0 && output.next_token_BTV.defined() &&
       batch.window.token_ids_BT.size(1) > 1) {

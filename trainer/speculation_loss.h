@@ -2,6 +2,8 @@
 // B windows, T tokens, H leads, E experts, K experts a token, N rows that count.
 #pragma once
 
+#include <string>
+
 #include "trainer/speculation_batch.h"
 
 namespace routecast {
@@ -10,8 +12,12 @@ struct LossSum {
   at::Tensor total;  // [], summed over labels; what backward runs from
   int64_t labels = 0;
 };
+// What a confidence c is held against: cross-entropy or squared distance of "the top-1 is
+// right", or, published with two of the original's models, (c - .5)^2.
+enum class ConfidenceForm { kCrossEntropy, kSquared, kHalf };
+ConfidenceForm ConfidenceFormOf(const std::string& name);  // of --confidence_loss
 struct LossWeights {
-  double confidence = 0;  // of the binary cross-entropy of "the top-1 is right"
+  double confidence = 0;  // of what confidence_form says
   double next_token = 0;  // of the next token's id, where the model guesses it
   double set = 0;         // of the encoder's set prediction (speculation_sets.h)
   double distill = 0;     // share of the loss that is towards the router's own top-k
@@ -21,6 +27,11 @@ struct LossWeights {
   double backup = 0;       // of BackupLoss, where the model has heads for further choices
   double consistency = 0;  // of ConsistencyLoss
   double diversity = 0;    // of DiversityLoss
+  bool focal = false;      // FocalCrossEntropy instead of RoutingCrossEntropy
+  ConfidenceForm confidence_form = ConfidenceForm::kCrossEntropy;
+  // What the entropy of the pattern memory's weights takes off, where a model has one:
+  // the mean over labels of that of the label's token.
+  double pattern_entropy = 0;
 };
 // Cross-entropy of the routing and what the weights add to it (of a batch with mixup, of
 // the labels of both sequences by their shares). CUDA: enqueued; the host does not wait.
@@ -39,6 +50,11 @@ RoutingScores ScoresOf(const SpeculationOutput& output, const SpeculationBatch& 
 // least where all K are equally likely and nothing else is.
 at::Tensor RoutingCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& truth_NK,
                                double label_smoothing = 0);
+
+// The published focal form of it: of each expert .25 (1 - p)^2 times its cross-entropy,
+// the mean over the K.
+at::Tensor FocalCrossEntropy(const at::Tensor& logits_NE, const at::Tensor& truth_NK,
+                             double label_smoothing = 0);
 
 // [N]: the mean over K heads of the cross-entropy of each with the router's choice that
 // it is for.

@@ -11,6 +11,7 @@
 namespace routecast {
 namespace {
 
+using O = SpeculationOptions;
 constexpr int kMostMembers = 64;
 
 // `range`: what is allowed, as "use ...".
@@ -207,6 +208,9 @@ Json SpeculationOptions::ToJson() const {
   // Runs of versions that had none are the same as before.
   if (position_inputs) json["position_inputs"] = true;
   if (beams != 1) json["beams"] = beams;
+  if (loss != O().loss) json["loss"] = loss;
+  if (confidence_loss != O().confidence_loss) json["confidence_loss"] = confidence_loss;
+  if (pattern_entropy > 0) json["pattern_entropy"] = pattern_entropy;
   if (encoder_attention) json["encoder_attention"] = true;
   if (later_use) json["later_use"] = true;
   return json;
@@ -268,7 +272,15 @@ void SpeculationOptions::Validate() const {
   ParseMembers(members, training);
   ParseChoice("--combine", combine, {"probabilities", "logits", "vote", "stack"});
   ParseChoice("--monitor", monitor, {"loss", "top1"});
+  ParseChoice("--loss", loss, {"cross_entropy", "focal"});
+  ParseChoice("--confidence_loss", confidence_loss, {"cross_entropy", "squared", "half"});
+  RequireNotNegative("--pattern_entropy", pattern_entropy);
   RequireBelowOne("--beta1", beta1);
+  if (schedule.cycle_beta1 && beta1 != O().beta1) {
+    throw UsageError(ErrorText("--beta1 and --cycle_beta1 exclude each other",
+                               "a cycle goes from .95 to .85 and back",
+                               "leave one of the two out"));
+  }
   RequireBelowOne("--beta2", beta2);
   RequireBelowOne("--ema", ema);
   RequireNotNegative("--set_weight", set_weight);
@@ -306,7 +318,6 @@ void SpeculationOptions::Validate() const {
 
 namespace {
 
-using O = SpeculationOptions;
 struct Use {
   unsigned use;  // of KindUse
   const char* flag;
@@ -321,6 +332,9 @@ constexpr Use kUses[] = {
     {kUsesDropout, "--dropout", [](O* o) { o->sizes.dropout = ModelSizes().dropout; }},
     {kLearnsConfidence, "--confidence_weight",
      [](O* o) { o->confidence_weight = O().confidence_weight; }},
+    {kLearnsConfidence, "--confidence_loss",
+     [](O* o) { o->confidence_loss = O().confidence_loss; }},
+    {kHasPatterns, "--pattern_entropy", [](O* o) { o->pattern_entropy = 0; }},
     {kUsesOlderLayers, "--augment_layers", [](O* o) { o->augment.layer_dropout = 0; }}};
 
 // Sizes are a kind's own; the rest is of use where one member has a use for it.

@@ -62,7 +62,10 @@ struct SpeculationOptions {
   LearningSchedule schedule;
   double beta1 = 0.9, beta2 = 0.99;  // of AdamW
   double ema = 0;  // decay of the averaged parameters that are kept; 0 = the last ones
-  double confidence_weight = 0.1;  // of the confidence's loss
+  std::string loss = "cross_entropy";  // of the routing; or focal
+  double confidence_weight = 0.1;      // of the confidence's loss
+  std::string confidence_loss = "cross_entropy";  // or squared, half (ConfidenceForm)
+  double pattern_entropy = 0;  // taken off the loss; of kinds with a pattern memory
   double next_token_weight = 1;    // of the next token's, where a kind guesses it
   double set_weight = 0;           // of the encoder's set prediction
   double distill_weight = 0;  // share of the loss that is towards the router's own top-k

@@ -87,7 +87,9 @@ class SpeculationTrainer {
                 options_.set_weight,          options_.distill_weight,
                 options_.distill_temperature, 0,
                 options_.contrastive_weight,  options_.backup_weight,
-                options_.consistency_weight,  options_.diversity_weight};
+                options_.consistency_weight,  options_.diversity_weight,
+                options_.loss == "focal",     ConfidenceFormOf(options_.confidence_loss),
+                options_.pattern_entropy};
     for (const MemberOptions& o : TrainingOf(options_, config_)) {
       smoothing_.push_back(o.label_smoothing);
     }
@@ -124,6 +126,7 @@ class SpeculationTrainer {
                       job_.quiet || !rank_.is_root());
     progress.Update(static_cast<uint64_t>(at_.step));
     clock_ = Stopwatch();
+    if (at_.validation_due) ValidateAndSave();
     BatchLoader loader(
         at_.step, steps_, [this](int64_t step) { return windows_.Of(step); },
         [this](const MicroBatch& micro) { return windows_.Read(micro); });
@@ -236,7 +239,8 @@ class SpeculationTrainer {
     const double labels = std::max(1.0, sums[1]);
     reducer_->Scale(1 / labels);
     const double share = schedule_.Share(at_.step, steps_, at_.best.plateaus());
-    optimizer_->Step(share, static_cast<int64_t>(windows_.EpochOf(at_.step)));
+    optimizer_->Step(share, static_cast<int64_t>(windows_.EpochOf(at_.step)),
+                     schedule_.Beta1(at_.step, steps_, options_.beta1));
     losses_.push_back(sums[0] / labels);
     at_.meter.Add({losses_.back(), sums[2], step.seconds(), waited});
     ++at_.step;
@@ -323,7 +327,16 @@ class SpeculationTrainer {
   // ones where averages are.
   void ValidateAndSave() {
     optimizer_->SwapAverages();
-    const ValidationScores scores = ValidateAll(&joint_, validation_, comm_);
+    ValidationScores scores;
+    try {
+      scores = ValidateAll(&joint_, validation_, comm_);
+    } catch (const StoppedError&) {
+      optimizer_->SwapAverages();
+      at_.validation_due = true;
+      Save();
+      throw;
+    }
+    at_.validation_due = false;
     log_.Write(Place(), scores);
     const double score = options_.monitor == "top1" ? -scores.recall : scores.loss;
     at_.best.Offer(score, at_.step, joint_.parameters(),

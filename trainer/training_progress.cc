@@ -45,6 +45,7 @@ void SaveProgress(const fs::path& folder, const TrainingProgress& progress,
   progress.best.Write(folder);
   Json extra = progress.best.ToJson();
   extra.update(progress.meter.ToJson());
+  if (progress.validation_due) extra["validation_due"] = true;
   std::vector<std::string> beside;
   if (progress.best.step() > 0) beside.push_back(progress.best.file_name());
   SaveTrainState(folder, {progress.step, configuration, extra, beside}, trained,
@@ -62,6 +63,7 @@ bool LoadProgress(const fs::path& folder, const fs::path& out, const Json& confi
   progress->step = state->step;
   progress->best.Load(folder, state->extra);
   progress->meter.Load(state->extra);
+  progress->validation_due = state->extra.value("validation_due", false);
   progress->seconds = ReadSeconds(folder / kSecondsFile);
   return true;
 }

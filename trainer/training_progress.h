@@ -23,7 +23,8 @@ struct TrainingProgress {
   int64_t step = 0;  // steps done
   BestParameters best;
   StepMeter meter;
-  double seconds = 0;  // of training, of the processes before this one
+  double seconds = 0;           // of training, of the processes before this one
+  bool validation_due = false;  // a stop came before the step's validation had ended
 };
 
 // Into the folder of a run's checkpoints, which keeps the newest `keep` (>= 1) and the

@@ -43,6 +43,7 @@ SpeculationBatch TrainingWindows::Read(const MicroBatch& micro) const {
 
 void TrainingWindows::Prepare(int64_t step, SpeculationBatch* batch) const {
   batch->window.training.teacher_BTH = batch->labels_BTH;
+  batch->window.training.pattern_entropy = options_.pattern_entropy > 0;
   if (curriculum_) curriculum_->Apply(EpochOf(step), batch);
   Augment(options_.augment, Mix(options_.seed, kAugmentStream, batch->id), batch,
           context_);

@@ -107,6 +107,17 @@ TEST_F(ForesightTest, AReplaysStepsSeeWhatTrainingSaw) {
   Decode(&foresight, true);
 }
 
+// A kind that keeps what it computed of the tokens before, asked in the runtime's order.
+TEST_F(ForesightTest, KeptTokensChangeNoAnswer) {
+  LearnedPredictor keeps(
+      "interlayer",
+      {MakeSpeculationModel(SmallSpeculation("interlayer"), 3), Calibration{}});
+  keeps.PrepareServing();
+  reference_ = MakeSpeculationModel(SmallSpeculation("interlayer"), 3);
+  PredictorForesight foresight(&keeps, g_, 8);
+  for (int sequence = 0; sequence < 2; ++sequence) Decode(&foresight, false);
+}
+
 // The head whose scores are largest for the id that the output names.
 at::Tensor OneHotHead() { return at::eye(11); }
 at::Tensor OutputNaming(int64_t id) {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "common/errors.h"
@@ -372,6 +373,29 @@ TEST(AutoregressiveTest, BeamsMixTheJointProbability) {
   EXPECT_EQ(SpeculationConfig::FromJson(config.ToJson(), "x"), config);
   config.kind = "interlayer";
   EXPECT_THROW(SpeculationConfig::FromJson(config.ToJson(), "x"), DataError);
+}
+
+// With queries of zero every pattern weighs the same.
+TEST(PatternMemoryTest, TheEntropyOfEvenWeightsIsLn64) {
+  for (const std::string kind : {"interlayer", "moe"}) {
+    const auto model = MakeSpeculationModel(SmallSpeculation(kind), 7);
+    RoutingWindow window = SomeWindow(Stack::kDecoder, 1);
+    EXPECT_FALSE(model->Forward(window, 5).pattern_entropy_BT.defined()) << kind;
+    window.training.pattern_entropy = true;
+    EXPECT_FALSE(model->Forward(window, 0).pattern_entropy_BT.defined()) << "served";
+    const auto some = model->Forward(window, 5).pattern_entropy_BT;
+    EXPECT_TRUE(some.lt(std::log(64.)).all().item<bool>());
+    some.sum().backward();
+    EXPECT_GT(model->parameters().Get("pattern.memory").grad().abs().sum().item<float>(),
+              0);
+    const c10::NoGradGuard no_grad;
+    for (const char* name : {"pattern.q.weight", "pattern.q.bias"}) {
+      model->parameters().Get(name).zero_();
+    }
+    const auto even = model->Forward(window, 5).pattern_entropy_BT;
+    EXPECT_EQ(even.sizes(), window.token_ids_BT.sizes());
+    EXPECT_TRUE(at::allclose(even, at::full_like(even, std::log(64.))));
+  }
 }
 
 // Mixing and noise are training's alone, and members mix among themselves.

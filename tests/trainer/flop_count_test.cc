@@ -2,11 +2,13 @@
 #include "trainer/flop_count.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
 
 #include <stdexcept>
 
 #include "models/onednn_linear.h"
+#include "tests/models/speculation_test_support.h"
 
 namespace routecast {
 namespace {
@@ -43,6 +45,32 @@ TEST(MatrixFlops, SumsAreNotCountedAndNothingStaysBehind) {
   EXPECT_EQ(MatrixFlops([&] { at::relu(a + a).sum(); }), 0u);
   EXPECT_THROW(MatrixFlops([] { throw std::runtime_error("x"); }), std::runtime_error);
   EXPECT_EQ(MatrixFlops([&] { at::mm(a, a); }), 54u);
+}
+
+// Work, not time: asked token by token, a decoder's sequence costs no more than one pass
+// over it, where a pass a question costs twenty times as much.
+TEST(MatrixFlops, ServingASequenceCostsNoMoreThanOnePassOverIt) {
+  constexpr int64_t kTokens = 40;
+  const c10::NoGradGuard no_grad;
+  const auto window =
+      WindowOf(RandomTrace(SmallGeometry(), 4, kTokens, 3), Stack::kDecoder, 1, 5);
+  for (const std::string& kind : SpeculationKinds()) {
+    const auto model = MakeSpeculationModel(SmallSpeculation(kind), 7);
+    if (!model->keeps_tokens()) continue;
+    const uint64_t whole = MatrixFlops([&] { model->Forward(window, 0); });
+    model->PrepareServing();
+    uint64_t asked = 0;
+    for (int64_t t = 1; t <= kTokens; ++t) {
+      RoutingWindow known = window;
+      for (at::Tensor* rows : {&known.token_ids_BT, &known.valid_BT, &known.experts_BTL,
+                               &known.hidden_BTD, &known.context_BTD}) {
+        *rows = rows->narrow(1, 0, t).contiguous();
+      }
+      asked += MatrixFlops([&] { model->ForwardLast(known); });
+    }
+    EXPECT_GT(asked, 0u) << kind;
+    EXPECT_LE(asked, whole) << kind;
+  }
 }
 
 }  // namespace

@@ -37,10 +37,13 @@ class ResumeCuts : public testing::TestWithParam<const char*> {
     SpeculationOptions& o = job.options;
     o.kind = GetParam();
     o.sizes = {16, 2, 32, 1, 0, 0.1};
+    o.schedule.name = "one_cycle";
+    o.schedule.cycle_beta1 = true;
     if (o.kind == "ensemble") {  // all that a checkpoint has to hold
       o.sizes = {};
       o.members =
           "interlayer*2:width=16,heads=2,layers=1,lr=2e-3;hidden:width=16,clip=.1";
+      o.schedule = {};
       o.schedule.name = "plateau";
       o.schedule.plateau_patience = 1;
       o.ema = 0.9;

@@ -61,6 +61,29 @@ TEST(LearningScheduleTest, PlateausLowerAndOneCycleRises) {
   EXPECT_DOUBLE_EQ(Schedule("constant").Share(999, 1000, 0), 1);
 }
 
+// .95 down to .85 while the rate rises, and back by half a cosine, as
+// torch.optim.lr_scheduler.OneCycleLR does by default.
+TEST(LearningScheduleTest, OneCycleMayMoveBeta1) {
+  LearningSchedule cycle = Schedule("one_cycle");
+  EXPECT_DOUBLE_EQ(cycle.Beta1(100, 1000, .9), .9);
+  cycle.cycle_beta1 = true;
+  const std::pair<int64_t, double> expected[] = {
+      {0, .95},        {25, .9353553}, {50, .9},        {100, .85},
+      {325, .8646447}, {550, .9},      {775, .9353553}, {1000, .95}};
+  for (const auto& [step, beta1] : expected) {
+    EXPECT_NEAR(cycle.Beta1(step, 1000, .9), beta1, 1e-7) << step;
+  }
+  EXPECT_NE(cycle.ToJson(), Schedule("one_cycle").ToJson());
+  cycle.name = "cosine";
+  EXPECT_THROW(cycle.Validate(), UsageError);
+  SpeculationOptions both;
+  both.schedule.name = "one_cycle";
+  both.schedule.cycle_beta1 = true;
+  both.Validate();
+  both.beta1 = .8;
+  EXPECT_THROW(both.Validate(), UsageError);
+}
+
 std::string UseRefused(const SpeculationOptions& options) {
   try {
     RequireUse(options);
@@ -88,6 +111,13 @@ TEST(UnusedOptions, AreRefusedByNameWithTheKindsThatTakeThem) {
   EXPECT_THAT(UseRefused(o), testing::HasSubstr("--confidence_weight"));
   o.kind = "hidden";
   EXPECT_EQ(UseRefused(o), "");
+  o.pattern_entropy = .01;
+  EXPECT_THAT(UseRefused(o), testing::AllOf(testing::HasSubstr("--pattern_entropy"),
+                                            testing::HasSubstr("interlayer, moe")));
+  o = {};
+  o.kind = "simple";
+  o.confidence_loss = "half";
+  EXPECT_THAT(UseRefused(o), testing::HasSubstr("--confidence_loss"));
 }
 
 TEST(UnusedOptions, OfAnEnsembleAreItsMembers) {
@@ -102,6 +132,9 @@ TEST(UnusedOptions, OfAnEnsembleAreItsMembers) {
   EXPECT_THAT(UseRefused(o), testing::HasSubstr("--augment_layers"));
   o.members = "simple;interlayer";
   EXPECT_EQ(UseRefused(o), "");
+  o.pattern_entropy = .01;
+  EXPECT_EQ(UseRefused(o), "");
+  o.pattern_entropy = 0;
   o.members = "interlayer;simple:layers=3";
   EXPECT_THAT(UseRefused(o), testing::HasSubstr("the member simple"));
 }

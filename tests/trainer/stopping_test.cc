@@ -15,7 +15,10 @@ namespace {
 class StoppedAt final : public Communicator {
  public:
   explicit StoppedAt(std::function<bool()> phase) : phase_(std::move(phase)) {}
-  RankInfo rank_info() const override { return inner_.rank_info(); }
+  RankInfo rank_info() const override {  // what each look at validation data begins with
+    Look();
+    return inner_.rank_info();
+  }
   std::unique_ptr<PendingReduce> StartAllReduceSum(const at::Tensor& tensor) override {
     return inner_.StartAllReduceSum(tensor);
   }
@@ -41,7 +44,7 @@ class StoppedAt final : public Communicator {
   int gathered() const { return gathered_; }
 
  private:
-  void Look() {
+  void Look() const {
     if (phase_()) RequestStop();
   }
   LocalCommunicator inner_;
@@ -94,6 +97,11 @@ class Stopping : public testing::Test {
     return all;
   }
   fs::path state() const { return job_.out / "state"; }
+  // Whether a line with this text was logged.
+  bool Logged(const std::string& text) const {
+    const fs::path file = job_.out / "metrics.jsonl";
+    return fs::exists(file) && ReadFile(file).find(text) != std::string::npos;
+  }
 
   SyntheticTraces traces_;
   SpeculationJob job_;
@@ -103,6 +111,24 @@ class Stopping : public testing::Test {
 TEST_F(Stopping, BeforeTheFirstStep) {
   ExpectStop([] { return true; });
   EXPECT_FALSE(fs::exists(state())) << "no step was taken";
+}
+
+// Between two steps: the step is saved, and its validation comes first when it goes on.
+// At the last step as well, and with averages in the parameters' place.
+TEST_F(Stopping, InAValidationItGoesOnWithThatValidation) {
+  job_.options.ema = 0.9;
+  job_.options.log_every = 1;
+  const std::string undisturbed = Undisturbed();
+  for (const std::string step : {"2", "4"}) {
+    ExpectStop([&] { return Logged("\"step\":" + step); });
+    EXPECT_TRUE(fs::exists(state() / ("step-0000000" + step)));
+  }
+  EXPECT_TRUE(Logged("valid_loss")) << "of step 2, once it went on";
+  LocalCommunicator comm;
+  Train(&comm);
+  EXPECT_EQ(
+      ReadFile(job_.out / "model.safetensors") + ReadFile(job_.out / "results.json"),
+      undisturbed);
 }
 
 TEST_F(Stopping, AfterTheLastStepItGoesOnWithTheScores) {
