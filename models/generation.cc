@@ -72,14 +72,16 @@ at::Tensor ForCallback(const at::Tensor& logits, const GenerationOptions& option
 // The most probable token of each row, int64 [R] on the CPU.
 at::Tensor BestIds(const at::Tensor& logits_RV, const at::Tensor& live_R1, int step) {
   const at::Tensor ids = logits_RV.argmax(-1, /*keepdim=*/true);  // a NaN's, where one is
-  const at::Tensor best = logits_RV.gather(1, ids).to(at::kCPU);
+  // One copy off the device: -1 in place of an id whose logit is no number.
+  const at::Tensor best = ids.masked_fill(logits_RV.gather(1, ids).isnan(), -1)
+                              .squeeze(1)
+                              .to(at::kCPU);
   for (int64_t r = 0; r < best.size(0); ++r) {
-    if (std::isnan(best.const_data_ptr<float>()[r]) &&
-        live_R1.const_data_ptr<bool>()[r]) {
+    if (best.const_data_ptr<int64_t>()[r] < 0 && live_R1.const_data_ptr<bool>()[r]) {
       RefuseLogits(r, step);
     }
   }
-  return ids.squeeze(1).to(at::kCPU);
+  return best;
 }
 
 std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
