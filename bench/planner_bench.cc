@@ -32,6 +32,7 @@ DEFINE_double(min_probability, -1, "Overrides the policy's");
 DEFINE_int32(top_k, 0, "Overrides the policy's");
 DEFINE_int32(max_lead, 0, "Overrides the policy's");
 DEFINE_double(late_allowance, 0.95, "PlannerOptions");
+DEFINE_bool(heed_later_use, true, "What a predictor says of it counts in who leaves");
 DEFINE_string(eviction, "lru", "As routecast-evaluate's, of every row but the first");
 DEFINE_bool(layers, true, "Prints what was waited layer by layer");
 
@@ -122,6 +123,7 @@ int Main() {
   if (FLAGS_min_probability >= 0) policy.min_probability = FLAGS_min_probability;
   if (FLAGS_top_k > 0) policy.top_k = FLAGS_top_k;
   if (FLAGS_max_lead > 0) policy.max_lead = FLAGS_max_lead;
+  policy.heed_later_use = FLAGS_heed_later_use;
   const at::Tensor head = ReadVocabularyHead(reader.routers_path(), g.d_model);
   std::shared_ptr<const NextTokenGuess> guess;
   if (FLAGS_guess && head.defined()) guess = std::make_shared<NextTokenGuess>(head);

@@ -154,7 +154,7 @@ void PrefetchPlanner::Predict(int layer, int distance,
 }
 
 void PrefetchPlanner::PredictLater(int layer, std::span<const float> shares) {
-  if (!options_.policy.speculate) return;
+  if (!options_.policy.speculate || !options_.policy.heed_later_use) return;
   later_.Say(layer, timeline_.visit(), shares);
   worth_.Renew();
 }

@@ -50,6 +50,7 @@ struct SpeculationPolicy {
   bool adapt_k = false;          // top_k follows the share of uses that were in time
   bool auto_off = false;         // evaluator/benefit_gauge.h may switch it off
   bool adapt_threshold = false;  // by stack and lead: evaluator/speculation_ledger.h
+  bool heed_later_use = true;    // where a predictor says it: evaluator/later_shares.h
 };
 // on_demand, multi_look, top_k, intelligent, confident, auto; UsageError naming the
 // nearest.
