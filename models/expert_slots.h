@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "models/routing_window.h"
+#include "models/speculation_config.h"
 #include "models/speculation_layers.h"
 #include "models/token_memory.h"
 
@@ -34,6 +35,13 @@ inline int ContextOf(const RoutingWindow& window, int context) {
 // The newest `count` layers that are known at each token, newest last: the own token's up
 // to the source, before them in the decoder the previous token's. [B,T,count], E = none.
 at::Tensor NewestExperts(const RoutingWindow& window, int count);
+
+// What the router made of those layers [B,T,count,E]: 1 at the expert, zeros where it is
+// unknown; with topk_inputs the newest one's probabilities where the source is a layer.
+at::Tensor NewestGates(const RoutingWindow& window, const SpeculationConfig& config,
+                       int count);
+// Throws std::logic_error where a window from a layer holds no gates_BTE.
+void RequireGates(const RoutingWindow& window);
 
 // Additive mask [B,1,1 or T*R,T*R] over all rows of all tokens, token-major: real rows,
 // and in the decoder none of a later token. With `past` its known tokens' rows precede
