@@ -54,11 +54,10 @@ at::Tensor ExpertEmbedding::operator()(const ExpertSlots& slots,
   x = Mixed(x, window.training);
   if (window.training.noise > 0) x = dropout->AddNoise(x, window.training.noise);
   const int64_t parts = before ? 2 : 1;
-  const auto places =
-      Sinusoid((first_token + T) * parts * W, width, x.options().requires_grad(false))
-          .slice(0, first_token * parts * W)
-          .view({T * parts, W, width})
-          .narrow(1, first, seen);
+  const auto places = Sinusoid(T * parts * W, width, x.options().requires_grad(false),
+                               first_token * parts * W)
+                          .view({T * parts, W, width})
+                          .narrow(1, first, seen);
   return x + places.reshape({T * R, width});
 }
 

@@ -110,9 +110,10 @@ at::Tensor TokenMask(const RoutingWindow& window, TokenMemory* past) {
   return RowMask(window.valid_BT.unsqueeze(2), window.stack, past);
 }
 
-at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options) {
+at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options,
+                    int64_t first) {
   const auto even = at::arange(0, width, 2, options);
-  const auto angle = at::arange(rows, options).unsqueeze(1) *
+  const auto angle = at::arange(first, first + rows, options).unsqueeze(1) *
                      at::exp(even * (-std::log(10000.0) / static_cast<double>(width)));
   return at::stack({angle.sin(), angle.cos()}, 2).view({rows, -1}).narrow(1, 0, width);
 }

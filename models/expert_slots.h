@@ -50,8 +50,10 @@ at::Tensor SlotMask(const ExpertSlots& slots, Stack stack, TokenMemory* past = n
 // Additive mask [B,1,1 or T,T] over tokens, with the same rules.
 at::Tensor TokenMask(const RoutingWindow& window, TokenMemory* past = nullptr);
 
-// Fixed sinusoid of rows 0..rows-1: sin at even columns, cos at odd ones, base 10000.
-at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options);
+// Fixed sinusoid of rows first..first+rows-1: sin at even columns, cos at odd ones, base
+// 10000.
+at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options,
+                    int64_t first = 0);
 
 // What is known of the tokens around: encoder, the mean over real tokens [B,1,D];
 // decoder, the mean over the tokens up to each [B,T,D].

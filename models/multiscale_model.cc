@@ -115,7 +115,7 @@ at::Tensor MultiscaleModel::View(const Branch& branch, const RoutingWindow& wind
   if (R > branch.context) slot = at::cat({branch.before, slot}, slot.dim() - 2);
   auto x = AddRows(embedded, slot).view({B, T * R, D});
   const int64_t first = KnownTokens(past) * R;
-  x = x + Sinusoid(first + T * R, D, x.options().requires_grad(false)).slice(0, first);
+  x = x + Sinusoid(T * R, D, x.options().requires_grad(false), first);
   const auto mask = SlotMask(slots, window.stack, past);
   for (const EncoderLayer& layer : branch.layers) x = layer(x, mask, dropout, past);
   const auto query = features_.Add(embedded.select(2, R - 1), window);
