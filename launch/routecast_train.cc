@@ -105,7 +105,9 @@ SpeculationJob Validate() {
                                "--leaderboard and --search train many",
                                "train it without them"));
   }
-  if (job.onnx) RequireOnnxKind(o.kind, o.backup_experts, o.attention_inputs);
+  if (job.onnx) {
+    RequireOnnxKind(o.kind, o.backup_experts, o.attention_inputs, o.has_further_inputs());
+  }
   if (!(FLAGS_collective_deadline >= 1)) {
     throw UsageError(
         ErrorText("--collective_deadline is out of range",
@@ -177,10 +179,6 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
   return job;
 }
 
-bool ReadsTopK(const SpeculationOptions& o) {
-  return o.distill_weight > 0 || o.backup_experts > 0;
-}
-
 void Run(int argc, char** argv) {
   SpeculationJob job = Validate();
   if (!FLAGS_also.empty() && !(FLAGS_leaderboard.empty() && FLAGS_search.empty())) {
@@ -218,10 +216,10 @@ void Run(int argc, char** argv) {
   TraceDatasetOptions data_options;
   data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
   // A search may draw --distill_weight.
-  data_options.keep_top_k = ReadsTopK(job.options) || space.has_value();
+  data_options.keep_top_k = job.options.reads_top_k() || space.has_value();
   if (board) {
     for (const auto& [name, options] : board->settings) {
-      data_options.keep_top_k = data_options.keep_top_k || ReadsTopK(options);
+      data_options.keep_top_k = data_options.keep_top_k || options.reads_top_k();
     }
   }
   KeepAllFreedMemory();

@@ -50,15 +50,17 @@ DEFINE_int32(plateau_patience, 2, "After so many validations without a better on
 DEFINE_double(weight_decay, 0.01, "Of matrices, decoupled");
 DEFINE_double(clip_norm, 1, "Largest norm of a member's gradient");
 DEFINE_double(beta1, 0.9, "Decay of AdamW's first moment");
-DEFINE_bool(cycle_beta1, false,
-            "With --schedule=one_cycle, instead of --beta1: from .95 to .85 while the rate "
-            "rises, and back, as it is published");
+DEFINE_bool(
+    cycle_beta1, false,
+    "With --schedule=one_cycle, instead of --beta1: from .95 to .85 while the rate "
+    "rises, and back, as it is published");
 DEFINE_double(beta2, 0.99, "Decay of AdamW's second moment");
 DEFINE_double(label_smoothing, 0, "Share of a label that all experts get");
 DEFINE_double(ema, 0, "Decay of averaged parameters, which are then kept; 0 = none");
-DEFINE_string(loss, "cross_entropy",
-              "Of the routing: cross_entropy, or focal, .25 (1 - p)^2 times that (published "
-              "with the baseline)");
+DEFINE_string(
+    loss, "cross_entropy",
+    "Of the routing: cross_entropy, or focal, .25 (1 - p)^2 times that (published "
+    "with the baseline)");
 DEFINE_double(confidence_weight, 0.1, "Of the loss of 'my top-1 is right'");
 DEFINE_string(confidence_loss, "cross_entropy",
               "What a confidence c costs: cross_entropy or squared, against 'my top-1 is "
@@ -88,6 +90,15 @@ DEFINE_int32(beams, 1,
              "Of --kind=autoregressive: joint continuations that an answer follows "
              "(published: 4); 1 = the likeliest alone");
 DEFINE_bool(position_inputs, false, "`hidden` sees a token's place in its sequence");
+DEFINE_bool(token_inputs, false,
+            "A token's id is an input of kinds of expert ids: interlayer, moe, "
+            "autoregressive, multiscale, ensembles of them");
+DEFINE_bool(router_inputs, false,
+            "The router's input at the source layer is an input of the same kinds "
+            "(--record=ids,hidden)");
+DEFINE_bool(topk_inputs, false,
+            "The probabilities of the router's likeliest experts at the source layer are "
+            "an input of any kind (--record=ids,topk); the model is offline only");
 DEFINE_int32(backup_experts, 0,
              "Heads for the router's second, third .. choice (published: 3); needs "
              "--record=topk, kinds interlayer and moe");
@@ -167,6 +178,9 @@ SpeculationOptions OptionsOfFlags() {
   o.later_use = FLAGS_later_use;
   o.beams = FLAGS_beams;
   o.position_inputs = FLAGS_position_inputs;
+  o.token_inputs = FLAGS_token_inputs;
+  o.router_inputs = FLAGS_router_inputs;
+  o.topk_inputs = FLAGS_topk_inputs;
   o.backup_experts = FLAGS_backup_experts;
   o.backup_weight = FLAGS_backup_weight;
   o.augment = {FLAGS_augment_layers,   FLAGS_augment_parts,    FLAGS_augment_permutation,

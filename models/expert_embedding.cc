@@ -26,12 +26,13 @@ ExpertEmbedding::ExpertEmbedding(ParameterMaker* make, const SpeculationConfig& 
       slot(make, "slot.embedding", std::max(kPublishedSlots, 2 * c.context), c.width,
            0.02),
       stack(make, "stack.embedding", 2, c.width, 0.02),
-      source(make, "source.embedding", MostLayers(c.geometry) + 1, c.width, 0.02) {
-  if (c.geometry.experts_per_token > 1) {
-    others.emplace_back(make, "others.embedding", c.geometry.num_experts + 1, c.width,
-                        kExpertStd);
-  }
-}
+      source(make, "source.embedding", MostLayers(c.geometry) + 1, c.width, 0.02),
+      others(c.geometry.experts_per_token > 1
+                 ? std::vector{EmbeddingLayer(make, "others.embedding",
+                                              c.geometry.num_experts + 1, c.width,
+                                              kExpertStd)}
+                 : std::vector<EmbeddingLayer>()),
+      inputs(make, c, c.width) {}
 
 at::Tensor ExpertEmbedding::operator()(const ExpertSlots& slots,
                                        const RoutingWindow& window, KeyedDropout* dropout,
@@ -49,15 +50,14 @@ at::Tensor ExpertEmbedding::operator()(const ExpertSlots& slots,
   x = AddRows(x, rows);
   x = AddRow(x, stack.Row(static_cast<int64_t>(window.stack)));
   x = AddRow(x, source.Row(window.source_layer + 1));
-  x = x.view({B, T * R, width});
+  x = inputs.AddToNewest(x, window).view({B, T * R, width});
   x = Mixed(x, window.training);
   if (window.training.noise > 0) x = dropout->AddNoise(x, window.training.noise);
   const int64_t parts = before ? 2 : 1;
-  const auto places =
-      Sinusoid((first_token + T) * parts * W, width, x.options().requires_grad(false))
-          .slice(0, first_token * parts * W)
-          .view({T * parts, W, width})
-          .narrow(1, first, seen);
+  const auto places = Sinusoid(T * parts * W, width, x.options().requires_grad(false),
+                               first_token * parts * W)
+                          .view({T * parts, W, width})
+                          .narrow(1, first, seen);
   return x + places.reshape({T * R, width});
 }
 

@@ -8,6 +8,7 @@
 #include "models/expert_slots.h"
 #include "models/speculation_config.h"
 #include "models/speculation_layers.h"
+#include "models/token_inputs.h"
 
 namespace routecast {
 
@@ -30,6 +31,7 @@ struct ExpertEmbedding {
   EmbeddingLayer slot;                 // own layers, then the previous token's
   EmbeddingLayer stack, source;        // ours: the model knows what it predicts from
   std::vector<EmbeddingLayer> others;  // of a token's further choices; one or none
+  TokenInputs inputs;
 };
 
 }  // namespace routecast

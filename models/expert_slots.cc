@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <stdexcept>
 
 namespace routecast {
 namespace {
@@ -19,8 +20,9 @@ at::Tensor LastLayers(const at::Tensor& ids_BTL, int64_t known, int64_t context,
 // Row t holds what ids_BTL has of token t - 1.
 at::Tensor OfTokenBefore(const at::Tensor& ids_BTL, const at::Tensor& before_BL,
                          int64_t unknown) {
-  const auto first = before_BL.defined() ? before_BL.unsqueeze(1)
-                                         : at::full_like(ids_BTL.narrow(1, 0, 1), unknown);
+  const auto first = before_BL.defined()
+                         ? before_BL.unsqueeze(1)
+                         : at::full_like(ids_BTL.narrow(1, 0, 1), unknown);
   return at::cat({first, ids_BTL.narrow(1, 0, ids_BTL.size(1) - 1)}, 1);
 }
 
@@ -57,8 +59,8 @@ at::Tensor SlotRows(const at::Tensor& ids_BTL, const RoutingWindow& window, int 
 
 ExpertSlots SlotsOf(const RoutingWindow& window, int context) {
   ExpertSlots slots;
-  slots.ids_BTR = SlotRows(window.experts_BTL, window, context, window.num_experts,
-                           window.before_BL);
+  slots.ids_BTR =
+      SlotRows(window.experts_BTL, window, context, window.num_experts, window.before_BL);
   auto valid = slots.ids_BTR.ne(window.num_experts);
   // The newest slot always counts: before the first layer its padding id says just that.
   valid.select(2, valid.size(2) - 1).fill_(true);
@@ -87,6 +89,19 @@ at::Tensor NewestExperts(const RoutingWindow& window, int count) {
                     count, unknown);
 }
 
+at::Tensor NewestGates(const RoutingWindow& window, const SpeculationConfig& config,
+                       int count) {
+  const auto ones = OneHotExperts(NewestExperts(window, count), window.num_experts);
+  if (!config.topk_inputs || window.source_layer < 0) return ones;
+  RequireGates(window);
+  return at::cat({ones.narrow(2, 0, count - 1), window.gates_BTE.unsqueeze(2)}, 2);
+}
+
+void RequireGates(const RoutingWindow& window) {
+  if (window.gates_BTE.defined()) return;
+  throw std::logic_error("no top-k of the router for a model that reads it");
+}
+
 at::Tensor SlotMask(const ExpertSlots& slots, Stack stack, TokenMemory* past) {
   return RowMask(slots.valid_BTR, stack, past);
 }
@@ -95,9 +110,10 @@ at::Tensor TokenMask(const RoutingWindow& window, TokenMemory* past) {
   return RowMask(window.valid_BT.unsqueeze(2), window.stack, past);
 }
 
-at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options) {
+at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options,
+                    int64_t first) {
   const auto even = at::arange(0, width, 2, options);
-  const auto angle = at::arange(rows, options).unsqueeze(1) *
+  const auto angle = at::arange(first, first + rows, options).unsqueeze(1) *
                      at::exp(even * (-std::log(10000.0) / static_cast<double>(width)));
   return at::stack({angle.sin(), angle.cos()}, 2).view({rows, -1}).narrow(1, 0, width);
 }
@@ -131,9 +147,9 @@ RoutingWindow ForMembers(const RoutingWindow& window, int64_t members) {
   for (at::Tensor* x :
        {&all.token_ids_BT, &all.valid_BT, &all.experts_BTL, &all.others_BTLK,
         &all.before_BL, &all.before_others_BLK, &all.hidden_BTD, &all.context_BTD,
-        &all.source_BSD, &all.source_valid_BS,
-        &all.attention_entropy_BTA, &all.attended_ids_BTAK, &all.training.teacher_BTH,
-        &all.training.share_B, &all.training.hidden_ids_BTL}) {
+        &all.source_BSD, &all.source_valid_BS, &all.gates_BTE, &all.attention_entropy_BTA,
+        &all.attended_ids_BTAK, &all.training.teacher_BTH, &all.training.share_B,
+        &all.training.hidden_ids_BTL}) {
     *x = Repeat(*x, members);
   }
   if (all.training.order_B.defined()) {  // partners within the member

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "models/routing_window.h"
+#include "models/speculation_config.h"
 #include "models/speculation_layers.h"
 #include "models/token_memory.h"
 
@@ -35,6 +36,13 @@ inline int ContextOf(const RoutingWindow& window, int context) {
 // to the source, before them in the decoder the previous token's. [B,T,count], E = none.
 at::Tensor NewestExperts(const RoutingWindow& window, int count);
 
+// What the router made of those layers [B,T,count,E]: 1 at the expert, zeros where it is
+// unknown; with topk_inputs the newest one's probabilities where the source is a layer.
+at::Tensor NewestGates(const RoutingWindow& window, const SpeculationConfig& config,
+                       int count);
+// Throws std::logic_error where a window from a layer holds no gates_BTE.
+void RequireGates(const RoutingWindow& window);
+
 // Additive mask [B,1,1 or T*R,T*R] over all rows of all tokens, token-major: real rows,
 // and in the decoder none of a later token. With `past` its known tokens' rows precede
 // the others in the last dimension.
@@ -42,8 +50,10 @@ at::Tensor SlotMask(const ExpertSlots& slots, Stack stack, TokenMemory* past = n
 // Additive mask [B,1,1 or T,T] over tokens, with the same rules.
 at::Tensor TokenMask(const RoutingWindow& window, TokenMemory* past = nullptr);
 
-// Fixed sinusoid of rows 0..rows-1: sin at even columns, cos at odd ones, base 10000.
-at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options);
+// Fixed sinusoid of rows first..first+rows-1: sin at even columns, cos at odd ones, base
+// 10000.
+at::Tensor Sinusoid(int64_t rows, int64_t width, const at::TensorOptions& options,
+                    int64_t first = 0);
 
 // What is known of the tokens around: encoder, the mean over real tokens [B,1,D];
 // decoder, the mean over the tokens up to each [B,T,D].

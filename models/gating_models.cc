@@ -37,7 +37,7 @@ class GatingModel : public TrunkModel {
   const SourceFeatures& features() const { return features_[0]; }
   // [B,T,C,E]
   at::Tensor Gates(const RoutingWindow& window) const {
-    return OneHotExperts(NewestExperts(window, config_.context), E());
+    return NewestGates(window, config_, config_.context);
   }
   // h [B,T,S] -> [B,T,H,S], each lead's row added.
   at::Tensor ByLead(const at::Tensor& h, const RoutingWindow& window) const {

@@ -49,6 +49,7 @@ HiddenNet::HiddenNet(const SpeculationConfig& c, ParameterMaker* make)
   if (c.positions) {
     position.emplace_back(make, "position.embedding", kPositions, c.width, 0.02);
   }
+  if (c.topk_inputs) gates.emplace_back(make, "gates", c.geometry.num_experts, c.width);
   if (c.next_token) next.emplace_back(make, c.width, kTokenWidth, c.vocab_size);
   if (c.later_use) {
     later.emplace_back(make, c.width,
@@ -148,6 +149,10 @@ at::Tensor HiddenModel::Features(const RoutingWindow& window) const {
   }
   // They are recorded beside router inputs, always.
   if (!net_.attention.empty() && window.hidden_BTD.defined()) x = x + Attended(window);
+  if (!net_.gates.empty() && window.source_layer >= 0) {
+    RequireGates(window);
+    x = x + net_.gates[0](window.gates_BTE);
+  }
   if (window.source_layer >= 0) {
     x = x + Experts(net_.own, window.experts_BTL.narrow(2, 0, window.source_layer + 1),
                     g.GlobalLayer(window.stack, 0));

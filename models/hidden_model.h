@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "models/small_math.h"
+#include "models/token_inputs.h"
 #include "models/trunk_model.h"
 
 namespace routecast {
@@ -25,18 +26,6 @@ struct ResidualBlock {
   }
   NormLayer norm;
   LinearLayer in, out;
-};
-
-struct StateInput {
-  StateInput(ParameterMaker* make, const std::string& name, int64_t hidden_width,
-             int64_t width)
-      : norm(make, name + ".norm", hidden_width),
-        linear(make, name + ".linear", hidden_width, width) {}
-  at::Tensor operator()(const at::Tensor& hidden_BTD) const {
-    return linear(norm(hidden_BTD));
-  }
-  NormLayer norm;
-  LinearLayer linear;
 };
 
 // Attention summaries of a source layer: entropies by head, and by head the mean of the
@@ -129,9 +118,10 @@ struct HiddenNet {
   std::vector<StateInput> state, context;
   std::vector<at::Tensor> no_state;  // [width], with `state`: in place of an unknown one
   std::vector<AttentionInput> attention;  // by source layer, as `state`; or none
-  std::vector<SourceReader> reader;       // one or none; read after the first block
-  std::vector<TokenMixer> mixer;          // the same of the encoder
-  EmbeddingLayer token;                   // V rows of kTokenWidth
+  std::vector<LinearLayer> gates;    // of the router's likeliest experts; one or none
+  std::vector<SourceReader> reader;  // one or none; read after the first block
+  std::vector<TokenMixer> mixer;     // the same of the encoder
+  EmbeddingLayer token;              // V rows of kTokenWidth
   LinearLayer token_in;
   std::vector<Priors> priors;   // one or none
   std::vector<NextToken> next;  // one or none; one only where priors are

@@ -132,9 +132,9 @@ bool HiddenModel::Few(const RoutingWindow& window) const {
       plain(window.hidden_BTD) && plain(window.context_BTD) && plain(window.source_BSD) &&
       (!window.source_BSD.defined() || window.source_valid_BS.is_contiguous());
   const bool mixes = !net_.mixer.empty() && window.stack == Stack::kEncoder;
-  return contiguous && members() == 1 && net_.attention.empty() && !mixes &&
-         !c10::GradMode::is_enabled() && window.token_ids_BT.numel() <= kFewRows &&
-         net_.token.weight.is_cpu();
+  return contiguous && members() == 1 && net_.attention.empty() && net_.gates.empty() &&
+         !mixes && !c10::GradMode::is_enabled() &&
+         window.token_ids_BT.numel() <= kFewRows && net_.token.weight.is_cpu();
 }
 
 // Adds the embeddings of the experts that row (b, t) may see.

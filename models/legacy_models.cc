@@ -31,8 +31,7 @@ class LegacyModel : public TrunkModel {
   }
   SpeculationOutput Compute(const RoutingWindow& window, KeyedDropout* dropout,
                             TokenMemory* past) override {
-    const auto gates =
-        OneHotExperts(NewestExperts(window, 1).squeeze(2), config_.geometry.num_experts);
+    const auto gates = NewestGates(window, config_, 1).squeeze(2);
     const auto h = Trunk(features_[0].State(window), gates, window, dropout, past);
     SpeculationOutput out;
     out.logits_BTHE = head_[0](h, window);
@@ -182,9 +181,9 @@ at::Tensor NearMean(const at::Tensor& x_BTI, const RoutingWindow& window, int sp
   const auto weight = window.valid_BT.unsqueeze(2).to(x_BTI.scalar_type());
   const int64_t left = window.stack == Stack::kEncoder ? span / 2 : span - 1;
   const auto sum = [&](const at::Tensor& x) {
-    const auto total = at::constant_pad_nd(WithKnown(x, 1, past),
-                                           {0, 0, left, span - 1 - left}, 0)
-                           .slice(1, KnownTokens(past));
+    const auto total =
+        at::constant_pad_nd(WithKnown(x, 1, past), {0, 0, left, span - 1 - left}, 0)
+            .slice(1, KnownTokens(past));
     at::Tensor all = total.narrow(1, 0, x.size(1));
     for (int i = 1; i < span; ++i) all = all + total.narrow(1, i, x.size(1));
     return all;

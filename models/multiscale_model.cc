@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "models/multiscale_shapes.h"
+#include "models/token_inputs.h"
 #include "models/trunk_model.h"
 
 namespace routecast {
@@ -57,7 +58,8 @@ class MultiscaleModel final : public TrunkModel {
         norm_(&make_, "fusion.norm", c.width),
         head_(&make_, "head", c.geometry, c.width, kGain),
         confidence_(&make_, "confidence", c.width, 1, kGain),
-        lead_(&make_, "ours.lead", c.geometry.num_layers(), c.width, 0.02) {
+        lead_(&make_, "ours.lead", c.geometry.num_layers(), c.width, 0.02),
+        inputs_(&make_, c, c.width) {
     constexpr double kInner[kBranches] = {0.5, 1, 2};
     for (int i = 0; i < kBranches; ++i) {
       const std::string name = "branch." + std::to_string(i);
@@ -72,9 +74,9 @@ class MultiscaleModel final : public TrunkModel {
                             TokenMemory* past) override;
 
  private:
-  // Expert ids are all that it sees.
+  // Of the source layer alone.
   static SpeculationConfig FeaturesOf(SpeculationConfig c) {
-    c.vocab_size = c.hidden_width = 0;
+    c.vocab_size = c.hidden_width = 0;  // those are TokenInputs'
     return c;
   }
   at::Tensor Experts(const at::Tensor& ids) const;
@@ -92,6 +94,7 @@ class MultiscaleModel final : public TrunkModel {
   TargetHead head_;
   LinearLayer confidence_;
   EmbeddingLayer lead_;
+  TokenInputs inputs_;
 };
 
 at::Tensor MultiscaleModel::Experts(const at::Tensor& ids) const {
@@ -107,12 +110,12 @@ at::Tensor MultiscaleModel::View(const Branch& branch, const RoutingWindow& wind
   const ExpertSlots slots = SlotsOf(window, branch.context);
   const int64_t B = slots.ids_BTR.size(0), T = slots.ids_BTR.size(1);
   const int64_t R = slots.ids_BTR.size(2), D = config_.width;
-  const auto embedded = Experts(slots.ids_BTR);
+  const auto embedded = inputs_.AddToNewest(Experts(slots.ids_BTR), window);
   auto slot = branch.slot;
   if (R > branch.context) slot = at::cat({branch.before, slot}, slot.dim() - 2);
   auto x = AddRows(embedded, slot).view({B, T * R, D});
   const int64_t first = KnownTokens(past) * R;
-  x = x + Sinusoid(first + T * R, D, x.options().requires_grad(false)).slice(0, first);
+  x = x + Sinusoid(T * R, D, x.options().requires_grad(false), first);
   const auto mask = SlotMask(slots, window.stack, past);
   for (const EncoderLayer& layer : branch.layers) x = layer(x, mask, dropout, past);
   const auto query = features_.Add(embedded.select(2, R - 1), window);

@@ -141,6 +141,12 @@ std::unique_ptr<LearnedPredictor> LoadLearned(const fs::path& folder,
                                "collects",
                                "train it without --attention_inputs"));
   }
+  if (ReadsTopK(config)) {
+    throw UsageError(ErrorText(folder.string() + " is offline only",
+                               "it reads the router's likeliest experts, which nothing "
+                               "that serves collects",
+                               "train it without --topk_inputs"));
+  }
   const std::string name = config.kind;
   return std::make_unique<LearnedPredictor>(name, std::move(saved));
 }

@@ -43,8 +43,8 @@ class LearnedPredictor final : public ExpertPredictor {
 // after "online:" (OnlinePredictor) or "adaptive_context:" (AdaptiveContextPredictor).
 // `baselines_file` (what BaselineTables::Save wrote) is read for counting predictors
 // only; `routers` serve stale_gate. Throws UsageError (unknown, missing what it needs, or
-// a model of attention summaries, which is offline only), DataError (corrupt, or of
-// another geometry than `geometry`).
+// a model of attention summaries or of the router's likeliest experts, which is offline
+// only), DataError (corrupt, or of another geometry than `geometry`).
 std::unique_ptr<ExpertPredictor> LoadPredictor(const std::string& name_or_folder,
                                                const MoeGeometry& geometry,
                                                const fs::path& baselines_file,

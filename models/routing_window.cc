@@ -316,6 +316,29 @@ RoutingWindow WindowsOf(const Traces& traces, Stack stack, int source_layer,
   return window;
 }
 
+void AddGates(const Traces& traces, RoutingWindow* window) {
+  const int source = window->source_layer;
+  const bool all = source >= 0 && All(traces, [&](const RoutingTrace& trace) {
+                     const RoutingSpan& span = SpanOf(trace, window->stack);
+                     return !span.topk_ids.empty() && !span.topk_probs.empty();
+                   });
+  if (!all) return;
+  const auto B = static_cast<int64_t>(traces.size());
+  const int64_t T = window->token_ids_BT.size(1), E = window->num_experts;
+  window->gates_BTE = Filled<float>({B, T, E}, 0);
+  for (int64_t b = 0; b < B; ++b) {
+    const RoutingSpan& span = SpanOf(*traces[static_cast<size_t>(b)], window->stack);
+    float* to = window->gates_BTE.data_ptr<float>() + b * T * E;
+    for (int64_t t = 0; t < span.num_tokens; ++t) {
+      const int64_t row = (int64_t{source} * span.num_tokens + t) * span.top_k;
+      for (int64_t k = 0; k < span.top_k; ++k) {
+        const auto at = static_cast<size_t>(row + k);
+        to[t * E + span.topk_ids[at]] = span.topk_probs[at];
+      }
+    }
+  }
+}
+
 RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
                        int num_experts, int experts_per_token) {
   return WindowsOf({&trace}, stack, source_layer, num_experts, experts_per_token);
@@ -327,7 +350,7 @@ RoutingWindow WithoutTokens(const RoutingWindow& window, int64_t count) {
   const int64_t left = window.token_ids_BT.size(1) - count;
   for (at::Tensor* rows :
        {&rest.token_ids_BT, &rest.valid_BT, &rest.experts_BTL, &rest.others_BTLK,
-        &rest.hidden_BTD, &rest.context_BTD, &rest.attention_entropy_BTA,
+        &rest.hidden_BTD, &rest.context_BTD, &rest.gates_BTE, &rest.attention_entropy_BTA,
         &rest.attended_ids_BTAK}) {
     if (rows->defined()) *rows = rows->narrow(1, count, left);
   }

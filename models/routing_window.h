@@ -49,7 +49,7 @@ struct RoutingWindow {
   // or not recorded.
   at::Tensor others_BTLK;
   // Decoder: these two of the token before the window's first, where its tokens are the
-  // later ones of a sequence (TokensFrom); undefined = there is none, or not known.
+  // later ones of a sequence (WithoutTokens); undefined = there is none, or not known.
   at::Tensor before_BL, before_others_BLK;
   // float32 router input at source_layer; undefined = not available
   at::Tensor hidden_BTD;
@@ -66,6 +66,9 @@ struct RoutingWindow {
   // tokens with the largest (int64, -1 = none). In a decoder's self-attention no later
   // token than the own. Undefined = not recorded, or before the first layer.
   at::Tensor attention_entropy_BTA, attended_ids_BTAK;
+  // float32, the router's probabilities at source_layer of its likeliest experts, 0 of
+  // the others [B,T,E]. Undefined = not recorded, or before the first layer (AddGates).
+  at::Tensor gates_BTE;
   // Models that embed experts look at so many of the newest layers at most; 0 = at their
   // own context.
   int context_layers = 0;
@@ -104,6 +107,9 @@ WindowTargets WindowTargetsOf(const std::vector<const RoutingTrace*>& traces, St
 RoutingWindow WindowsOf(const std::vector<const RoutingTrace*>& traces, Stack stack,
                         int source_layer, int num_experts, int experts_per_token = 1,
                         bool router_inputs = true);
+// Adds the router's likeliest experts at the source layer where all of the window's
+// sequences, which `traces` are, have them with their probabilities. As WindowsOf.
+void AddGates(const std::vector<const RoutingTrace*>& traces, RoutingWindow* window);
 // Of one sequence (B = 1).
 RoutingWindow WindowOf(const RoutingTrace& trace, Stack stack, int source_layer,
                        int num_experts, int experts_per_token = 1);

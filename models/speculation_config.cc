@@ -64,6 +64,7 @@ double Elements(const SpeculationConfig& c) {
          c.ff * (c.ff / 2.0 + (c.backup_experts + 1) * experts) +
          (c.geometry.num_layers() + 4.0) * wide * (c.hidden_width + experts) +
          (c.context + 8.0) * wide * (wide / 4 + experts) + 128.0 * c.neighbours * width +
+         (c.router_inputs ? c.geometry.num_layers() * width * c.hidden_width : 0) +
          130.0 * c.attention_heads * c.geometry.num_layers() * width +
          (c.priors ? PriorElements(c) : 0);
 }
@@ -97,6 +98,26 @@ std::string EnsembleProblem(const SpeculationConfig& c) {
   return "";
 }
 
+// Of inputs that not every kind may have.
+std::string InputProblem(const SpeculationConfig& c) {
+  struct Input {
+    const char* key;
+    bool wanted;
+    unsigned use;
+    bool possible;
+  };
+  const Input inputs[] = {
+      {"token_inputs", c.token_inputs, kTakesTokens, c.vocab_size > 0},
+      {"router_inputs", c.router_inputs, kTakesRouterInputs, c.hidden_width > 0},
+      {"topk_inputs", c.topk_inputs, kTakesTopK, true}};
+  for (const Input& input : inputs) {
+    if (!input.wanted || ((KindOf(c.kind).uses & input.use) && input.possible)) continue;
+    return std::string(input.key) + "=true, expected false of " + c.kind +
+           (input.possible ? "" : " without a size for it");
+  }
+  return "";
+}
+
 }  // namespace
 
 std::string ProblemOf(const SpeculationConfig& c) {
@@ -126,6 +147,7 @@ std::string ProblemOf(const SpeculationConfig& c) {
     return "later_use=true, expected false of " + c.kind +
            (c.kind == "hidden" ? " without a decoder" : "");
   }
+  if (const std::string problem = InputProblem(c); !problem.empty()) return problem;
   if (c.next_token && (!c.priors || c.geometry.decoder_layers == 0)) {
     return "next_token=true, expected false without priors and a decoder";
   }
@@ -156,6 +178,9 @@ Json SpeculationConfig::ToJson() const {
             {"next_token", next_token},
             {"dropout", dropout}};
   if (positions) json["positions"] = true;
+  if (token_inputs) json["token_inputs"] = true;
+  if (router_inputs) json["router_inputs"] = true;
+  if (topk_inputs) json["topk_inputs"] = true;
   if (beams > 1) json["beams"] = beams;
   if (backup_experts > 0) json["backup_experts"] = backup_experts;
   if (attention_heads > 0) json["attention_heads"] = attention_heads;
@@ -220,6 +245,9 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   c.dropout = in.Number("dropout");
   if (json.contains("beams")) c.beams = in.Int("beams");
   if (json.contains("positions")) c.positions = in.Flag("positions");
+  if (json.contains("token_inputs")) c.token_inputs = in.Flag("token_inputs");
+  if (json.contains("router_inputs")) c.router_inputs = in.Flag("router_inputs");
+  if (json.contains("topk_inputs")) c.topk_inputs = in.Flag("topk_inputs");
   if (json.contains("backup_experts")) c.backup_experts = in.Int("backup_experts");
   if (json.contains("attention_heads")) c.attention_heads = in.Int("attention_heads");
   if (json.contains("encoder_attention")) {
@@ -229,6 +257,11 @@ SpeculationConfig SpeculationConfig::FromJson(const Json& json, const std::strin
   if (c.kind == "ensemble") ReadMembers(in, what, &c);
   if (const std::string problem = ProblemOf(c); !problem.empty()) in.Bad(problem);
   return c;
+}
+
+bool ReadsTopK(const SpeculationConfig& config) {
+  return config.topk_inputs ||
+         std::any_of(config.members.begin(), config.members.end(), ReadsTopK);
 }
 
 int NumLeadsOf(const MoeGeometry& geometry, Stack stack, int source_layer) {

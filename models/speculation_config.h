@@ -28,6 +28,10 @@ struct SpeculationConfig {
   bool encoder_attention = false;
   // `hidden`: also says how much each expert of the decoder will be used later.
   bool later_use = false;
+  // What a kind sees of a token beside the experts, where it may (SpeculationKind): its
+  // id, the router's input at the source layer, and there the probabilities of the
+  // router's likeliest experts.
+  bool token_inputs = false, router_inputs = false, topk_inputs = false;
   int beams = 1;  // of `autoregressive`: joint continuations that it follows, 1 = greedy
   int backup_experts = 0;  // heads for the router's second, third .. choice; 0 = none
   double dropout = 0;      // training only
@@ -47,6 +51,9 @@ struct SpeculationConfig {
 
 // Why the configuration cannot be, as "key=value, expected ..."; empty where it can.
 std::string ProblemOf(const SpeculationConfig& config);
+
+// Whether it, or one of its members, sees the router's likeliest experts.
+bool ReadsTopK(const SpeculationConfig& config);
 
 // Number of leads of a geometry from a source.
 int NumLeadsOf(const MoeGeometry& geometry, Stack stack, int source_layer);

@@ -94,25 +94,27 @@ void EnsembleSizes(SpeculationConfig* c) {
 }
 
 constexpr unsigned kUsesEverything = 255;
-constexpr unsigned kGating =
-    kUsesHeads | kUsesContext | kUsesDropout | kLearnsConfidence | kUsesOlderLayers;
-constexpr unsigned kLegacy = kUsesWidth | kUsesDropout;
+constexpr unsigned kTakesAll = kTakesTokens | kTakesRouterInputs | kTakesTopK;
+constexpr unsigned kGating = kUsesHeads | kUsesContext | kUsesDropout |
+                             kLearnsConfidence | kUsesOlderLayers | kTakesTopK;
+constexpr unsigned kLegacy = kUsesWidth | kUsesDropout | kTakesTopK;
 
 constexpr SpeculationKind kKinds[] = {
     {"hidden", RouterInputs::kOptional, true, 6e-3, HiddenSizes, MakeHidden,
-     kUsesEverything & ~kUsesContext, false, false, false, true},
+     (kUsesEverything & ~kUsesContext) | kTakesTopK, false, false, false, true},
     {"stale_correction", RouterInputs::kRequired, false, 3e-3, StaleCorrectionSizes,
      MakeStaleCorrection, kLegacy, false, true},
     {"interlayer", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer,
-     kUsesEverything | kHasPatterns, true, false, true},
+     kUsesEverything | kHasPatterns | kTakesAll, true, false, true},
     {"autoregressive", RouterInputs::kNever, false, 1e-3, InterlayerSizes,
-     MakeAutoregressive, kUsesEverything & ~kLearnsConfidence, true},
+     MakeAutoregressive, (kUsesEverything & ~kLearnsConfidence) | kTakesAll, true},
     {"multiscale", RouterInputs::kNever, false, 1e-3, MultiscaleSizes, MakeMultiscale,
-     kUsesWidth | kUsesFf | kUsesDropout | kLearnsConfidence | kUsesOlderLayers},
+     kUsesWidth | kUsesFf | kUsesDropout | kLearnsConfidence | kUsesOlderLayers |
+         kTakesAll},
     {"moe", RouterInputs::kNever, false, 1e-3, InterlayerSizes, MakeInterlayer,
-     kUsesEverything | kHasPatterns, true, false, true},
+     kUsesEverything | kHasPatterns | kTakesAll, true, false, true},
     {"ensemble", RouterInputs::kNever, false, 1e-3, EnsembleSizes, MakeEnsemble,
-     kLearnsConfidence | kUsesOlderLayers | kHasPatterns},
+     kLearnsConfidence | kUsesOlderLayers | kHasPatterns | kTakesAll},
     {"contextual", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating,
      kGating},
     {"transformer", RouterInputs::kRequired, false, 1e-3, GatingSizes, MakeGating,
@@ -140,8 +142,8 @@ std::vector<std::string> SpeculationKinds() {
 
 bool OfTracedModel(const std::string& parameter) {
   for (const char* prefix :
-       {"expert.", "others.", "source.", "lead.", "before.", "prior.", "head.out.",
-        "head.backup.", "head.weight", "head.bias"}) {
+       {"inputs.", "expert.", "others.", "source.", "lead.", "before.", "prior.",
+        "head.out.", "head.backup.", "head.weight", "head.bias"}) {
     if (parameter.starts_with(prefix)) return true;
   }
   return false;

@@ -27,6 +27,10 @@ enum KindUse : unsigned {
   kLearnsConfidence = 64,  // one of its own; others answer with their largest probability
   kUsesOlderLayers = 128,  // sees more of a token than the newest layer's experts
   kHasPatterns = 256,      // attends to a pattern memory
+  // Inputs that it may have and usually does not (SpeculationConfig).
+  kTakesTokens = 512,
+  kTakesRouterInputs = 1024,
+  kTakesTopK = 2048,
 };
 
 enum class RouterInputs { kNever, kOptional, kRequired };

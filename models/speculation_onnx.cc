@@ -25,8 +25,15 @@ const OnnxKind& OnnxKindOf(const std::string& name) {
 
 }  // namespace
 
-void RequireOnnxKind(const std::string& kind, int backup_experts, bool attention_inputs) {
+void RequireOnnxKind(const std::string& kind, int backup_experts, bool attention_inputs,
+                     bool further_inputs) {
   OnnxKindOf(kind);
+  if (further_inputs) {
+    throw UsageError(ErrorText("a model of further inputs cannot be written as ONNX",
+                               "its kind's file asks for the usual ones alone",
+                               "leave out --onnx, or --token_inputs, --router_inputs and "
+                               "--topk_inputs"));
+  }
   if (attention_inputs) {
     throw UsageError(ErrorText("a model of attention summaries cannot be written as ONNX",
                                "no file has them among its inputs",
@@ -42,7 +49,8 @@ namespace {
 
 void RequireOnnxModel(const SpeculationModel& model) {
   const SpeculationConfig& c = model.config();
-  RequireOnnxKind(c.kind, c.backup_experts, c.attention_heads > 0);
+  RequireOnnxKind(c.kind, c.backup_experts, c.attention_heads > 0,
+                  c.token_inputs || c.router_inputs || c.topk_inputs);
 }
 
 }  // namespace

@@ -17,9 +17,10 @@
 namespace routecast {
 
 // Throws UsageError naming the kinds that can, where `kind` cannot be exported, or where
-// it has heads of backup experts or reads attention summaries, which no file carries.
+// it has heads of backup experts, reads attention summaries or has further inputs
+// (token_inputs.h), which no file carries.
 void RequireOnnxKind(const std::string& kind, int backup_experts = 0,
-                     bool attention_inputs = false);
+                     bool attention_inputs = false, bool further_inputs = false);
 
 // "decoder-1.onnx": what predicts from in-stack layer 1; "decoder-before.onnx" from
 // before the first one.

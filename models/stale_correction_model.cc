@@ -64,7 +64,7 @@ class StaleCorrectionModel final : public TrunkModel {
     const int row = window.source_layer + 1 +
                     (window.stack == Stack::kEncoder ? 0 : g.encoder_layers);
     auto z = down_[static_cast<size_t>(row)](x) +
-             gates_(OneHotExperts(NewestExperts(window, 1).squeeze(2), g.num_experts));
+             gates_(NewestGates(window, config_, 1).squeeze(2));
     z = (*dropout)(features_.Add(z, window));
     std::vector<at::Tensor> leads;
     for (int64_t lead = 1; lead <= H; ++lead) {

@@ -32,7 +32,7 @@ size_t BytesOf(const at::Tensor& rows_BT) {
 std::vector<Column> ColumnsOf(const RoutingWindow& w) {
   std::vector<Column> columns;
   for (const at::Tensor* rows :
-       {&w.valid_BT, &w.token_ids_BT, &w.hidden_BTD, &w.context_BTD}) {
+       {&w.valid_BT, &w.token_ids_BT, &w.hidden_BTD, &w.context_BTD, &w.gates_BTE}) {
     if (rows->defined()) columns.push_back({*rows, BytesOf(*rows)});
   }
   for (const at::Tensor* rows : {&w.experts_BTL, &w.others_BTLK}) {
@@ -88,8 +88,9 @@ int64_t TokenMemory::bytes() const {
 }
 
 TokenRecord RecordOf(const RoutingWindow& w) {
-  for (const at::Tensor* rows : {&w.valid_BT, &w.token_ids_BT, &w.experts_BTL,
-                                 &w.others_BTLK, &w.hidden_BTD, &w.context_BTD}) {
+  for (const at::Tensor* rows :
+       {&w.valid_BT, &w.token_ids_BT, &w.experts_BTL, &w.others_BTLK, &w.hidden_BTD,
+        &w.context_BTD, &w.gates_BTE}) {
     if (!Plain(*rows)) return {};
   }
   if (w.attention_entropy_BTA.defined()) return {};

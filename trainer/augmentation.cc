@@ -62,6 +62,7 @@ void TakeParts(double share, uint64_t key, SpeculationBatch* batch) {
     Shift(w.others_BTLK, b, first, count, w.num_experts);
     Shift(w.hidden_BTD, b, first, count, 0);
     Shift(w.context_BTD, b, first, count, 0);
+    Shift(w.gates_BTE, b, first, count, 0);
     Shift(w.attention_entropy_BTA, b, first, count, 0);
     Shift(w.attended_ids_BTAK, b, first, count, -1);
     Shift(batch->labels_BTH, b, first, count, -100);
@@ -100,6 +101,10 @@ void PermuteExperts(double share, uint64_t key, SpeculationBatch* batch) {
           names.index_select(0, ids.clamp_min(0).flatten()).view(ids.sizes());
       ids.copy_(at::where(ids.ge(0), renamed, ids));  // below 0: does not count
     }
+    if (!w.gates_BTE.defined()) continue;
+    const auto gates = w.gates_BTE.select(0, b);
+    gates.copy_(
+        at::zeros_like(gates).index_copy(1, names.narrow(0, 0, w.num_experts), gates));
   }
 }
 
@@ -110,6 +115,7 @@ void HideToken(int64_t b, int64_t t, RoutingWindow* w) {
   if (w->others_BTLK.defined()) token(w->others_BTLK).fill_(w->num_experts);
   if (w->hidden_BTD.defined()) token(w->hidden_BTD).zero_();
   if (w->context_BTD.defined()) token(w->context_BTD).zero_();
+  if (w->gates_BTE.defined()) token(w->gates_BTE).zero_();
   if (w->attended_ids_BTAK.defined()) {
     token(w->attention_entropy_BTA).zero_();
     token(w->attended_ids_BTAK).fill_(-1);
@@ -124,6 +130,7 @@ void HideLayer(int64_t b, int64_t layer, RoutingWindow* w) {
   }
   if (layer != w->source_layer) return;
   if (w->hidden_BTD.defined()) w->hidden_BTD.select(0, b).zero_();
+  if (w->gates_BTE.defined()) w->gates_BTE.select(0, b).zero_();
   if (w->attended_ids_BTAK.defined()) {
     w->attention_entropy_BTA.select(0, b).zero_();
     w->attended_ids_BTAK.select(0, b).fill_(-1);
@@ -202,6 +209,18 @@ void MixSequences(double share, uint64_t key, RoutingWindow* w) {
   }
 }
 
+// What would tell the expert of this layer otherwise.
+void HideStates(int64_t b, int64_t t, int64_t layer, RoutingWindow* w) {
+  const auto hide = [&](const at::Tensor& x, int64_t token) {
+    if (x.defined() && token < x.size(1)) x.select(0, b).select(0, token).zero_();
+  };
+  if (layer == w->source_layer) {
+    hide(w->hidden_BTD, t);
+    hide(w->gates_BTE, t);
+  }
+  if (layer == w->num_layers - 1) hide(w->context_BTD, t + 1);
+}
+
 void HideIds(double share, uint64_t key, RoutingWindow* w) {
   w->training.hidden_ids_BTL = at::full(w->experts_BTL.sizes(), -100, at::kLong);
   const int64_t T = w->experts_BTL.size(1), L = w->experts_BTL.size(2);
@@ -215,6 +234,7 @@ void HideIds(double share, uint64_t key, RoutingWindow* w) {
         if (ids[at] == w->num_experts || Draw(key, kHide, b, t, l) >= share) continue;
         hidden[at] = ids[at];
         ids[at] = w->num_experts;
+        HideStates(b, t, l, w);
         if (!w->others_BTLK.defined()) continue;
         w->others_BTLK.select(0, b).select(0, t).select(0, l).fill_(w->num_experts);
       }

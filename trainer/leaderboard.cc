@@ -89,6 +89,13 @@ std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset*
                                    "this store was recorded without them",
                                    "leave it out, or name the store it learnt from"));
       }
+      const bool top_k = results.value("topk_inputs", false);
+      if (top_k && !dataset->has_teacher()) {
+        throw UsageError(ErrorText(name + " reads the router's likeliest experts",
+                                   "this store has none, or was opened without them",
+                                   "give --topk_inputs, or leave it out"));
+      }
+      RequireShift(job.run.shift.dataset, *dataset, WithHidden::kNo, top_k);
     }
     entries.push_back(entry);
   }

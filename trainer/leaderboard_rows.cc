@@ -177,6 +177,10 @@ Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
     row["kind"] = name + " + attention";
     row["offline_only"] = true;
   }
+  if (results[0].value("topk_inputs", false)) {
+    row["kind"] = row["kind"].get<std::string>() + " + top-k";
+    row["offline_only"] = true;
+  }
   AddSummary(&row);
   AddBackups(results, &row);
   AddTimes(results, &row);

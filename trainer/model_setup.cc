@@ -25,8 +25,18 @@ void Apply(const ModelSizes& sizes, SpeculationConfig* c) {
   if (sizes.dropout >= 0) c->dropout = sizes.dropout;
 }
 
+// Further inputs that are wanted, where the kind takes them.
+void AddInputs(const SpeculationOptions& options, TraceDataset* dataset,
+               SpeculationConfig* c) {
+  const unsigned uses = KindOf(c->kind).uses;
+  c->token_inputs = options.token_inputs && (uses & kTakesTokens);
+  c->router_inputs = options.router_inputs && (uses & kTakesRouterInputs);
+  c->topk_inputs = options.topk_inputs && (uses & kTakesTopK);
+  if (c->router_inputs) c->hidden_width = dataset->geometry().d_model;
+}
+
 SpeculationConfig MemberConfig(const std::string& kind, const ModelSizes& sizes,
-                               TraceDataset* dataset) {
+                               const SpeculationOptions& options, TraceDataset* dataset) {
   const bool reads = KindOf(kind).router_inputs != RouterInputs::kNever;
   if (reads && !dataset->any_hidden()) {
     throw UsageError(
@@ -40,6 +50,7 @@ SpeculationConfig MemberConfig(const std::string& kind, const ModelSizes& sizes,
   SpeculationConfig config = DefaultSpeculationConfig(
       kind, dataset->geometry(), static_cast<int>(dataset->vocab_size()),
       reads ? dataset->geometry().d_model : 0);
+  if (kind != "ensemble") AddInputs(options, dataset, &config);
   Apply(sizes, &config);
   return config;
 }
@@ -56,6 +67,8 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   }
   if (options.transfer && KindOf(config.kind).embeds_experts) {
     config.geometry = dataset->geometry();
+    if (config.token_inputs) config.vocab_size = static_cast<int>(dataset->vocab_size());
+    if (config.router_inputs) config.hidden_width = dataset->geometry().d_model;
     config.priors = DefaultSpeculationConfig(config.kind, config.geometry, 0, 0).priors;
   }
   if (!(config.geometry == dataset->geometry())) refuse("it learned another model");
@@ -79,6 +92,15 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
   if (config.positions != options.position_inputs) {
     refuse(std::string("it was trained with") + (config.positions ? "" : "out") +
            " --position_inputs");
+  }
+  const std::pair<const char*, bool> inputs[] = {
+      {"--token_inputs", config.token_inputs != options.token_inputs},
+      {"--router_inputs", config.router_inputs != options.router_inputs},
+      {"--topk_inputs", config.topk_inputs != options.topk_inputs}};
+  for (const auto& [flag, differs] : inputs) {
+    if (differs && config.members.empty()) {
+      refuse(std::string("one of the two has ") + flag + ", the other has not");
+    }
   }
   config.beams = options.beams;  // no weight depends on them
   if (config.backup_experts != options.backup_experts) {
@@ -132,7 +154,7 @@ namespace {
 
 SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
                                 TraceDataset* dataset) {
-  SpeculationConfig config = MemberConfig(options.kind, options.sizes, dataset);
+  SpeculationConfig config = MemberConfig(options.kind, options.sizes, options, dataset);
   config.backup_experts = options.backup_experts;
   config.encoder_attention = options.encoder_attention;
   config.later_use = options.later_use;
@@ -142,9 +164,10 @@ SpeculationConfig ConfigOfSizes(const SpeculationOptions& options,
   if (options.kind == "ensemble") {
     config.combine = options.combine;
     const auto members = ParseMembers(options.members, options.training);
+    for (SpeculationConfig& own : config.members) AddInputs(options, dataset, &own);
     if (!members.empty()) config.members.clear();
     for (const MemberSpec& member : members) {
-      config.members.push_back(MemberConfig(member.kind, member.sizes, dataset));
+      config.members.push_back(MemberConfig(member.kind, member.sizes, options, dataset));
     }
     config.weights.assign(config.members.size(),
                           1.0 / static_cast<double>(config.members.size()));
@@ -180,6 +203,10 @@ std::vector<SpeculationConfig> ConfigsOf(const SpeculationOptions& options,
   if (stores.size() > 1 && !KindOf(options.kind).embeds_experts) {
     refuse("--kind=" + options.kind + " does not embed experts",
            "use --kind=interlayer, moe or autoregressive");
+  }
+  if (stores.size() > 1 && options.has_further_inputs()) {
+    refuse("token ids, router inputs and top-k are of one traced model",
+           "leave out --also, or --token_inputs, --router_inputs and --topk_inputs");
   }
   if (stores.size() > 1 && options.curriculum_epochs > 0) {
     refuse("--curriculum_epochs orders the targets of one", "leave one of the two out");

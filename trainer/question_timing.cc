@@ -63,13 +63,16 @@ class AskedModel {
       RoutingWindow window =
           WindowOf(*trace, stack, source, g.num_experts, g.experts_per_token);
       if (hidden == WithHidden::kNo) ForgetRouterInputs(&window);
+      if (dataset->keeps_top_k()) AddGates({trace.get()}, &window);
       const int64_t tokens = window.token_ids_BT.size(1);
       // Where a window grows until it has twice that: the mean.
-      const int64_t held = model_->history_tokens() * (model_->keeps_tokens() ? 3 : 2) / 2;
+      const int64_t held =
+          model_->history_tokens() * (model_->keeps_tokens() ? 3 : 2) / 2;
       const int64_t kept = std::min<int64_t>(tokens, held);
       for (at::Tensor* x : {&window.token_ids_BT, &window.valid_BT, &window.experts_BTL,
                             &window.others_BTLK, &window.hidden_BTD, &window.context_BTD,
-                            &window.attention_entropy_BTA, &window.attended_ids_BTAK}) {
+                            &window.gates_BTE, &window.attention_entropy_BTA,
+                            &window.attended_ids_BTAK}) {
         if (x->defined()) *x = x->narrow(1, tokens - kept, kept).contiguous();
       }
       window.first_token = tokens - kept;

@@ -92,7 +92,10 @@ SpeculationBatch MakeSpeculationBatch(const MicroBatch& micro, TraceDataset* dat
     documents = std::fill_n(documents, batch.documents_BT.size(1),
                             static_cast<int64_t>(trace->document_id));
   }
-  if (dataset->keeps_top_k()) AddTeacher(traces, micro, &batch);
+  if (dataset->keeps_top_k()) {
+    AddTeacher(traces, micro, &batch);
+    AddGates(traces, &batch.window);
+  }
   return batch;
 }
 
@@ -122,8 +125,8 @@ RoutingWindow WindowTo(const RoutingWindow& window, at::Device device) {
   }
   TrainingHints& hints = moved.training;
   for (at::Tensor* x :
-       {&moved.attention_entropy_BTA, &moved.attended_ids_BTAK, &hints.teacher_BTH,
-        &hints.order_B, &hints.share_B, &hints.hidden_ids_BTL}) {
+       {&moved.gates_BTE, &moved.attention_entropy_BTA, &moved.attended_ids_BTAK,
+        &hints.teacher_BTH, &hints.order_B, &hints.share_B, &hints.hidden_ids_BTL}) {
     if (x->defined()) *x = x->to(device);
   }
   return moved;

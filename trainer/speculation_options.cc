@@ -207,6 +207,9 @@ Json SpeculationOptions::ToJson() const {
             {"seed", seed}};
   // Runs of versions that had none are the same as before.
   if (position_inputs) json["position_inputs"] = true;
+  if (token_inputs) json["token_inputs"] = true;
+  if (router_inputs) json["router_inputs"] = true;
+  if (topk_inputs) json["topk_inputs"] = true;
   if (beams != 1) json["beams"] = beams;
   if (loss != O().loss) json["loss"] = loss;
   if (confidence_loss != O().confidence_loss) json["confidence_loss"] = confidence_loss;
@@ -335,6 +338,9 @@ constexpr Use kUses[] = {
     {kLearnsConfidence, "--confidence_loss",
      [](O* o) { o->confidence_loss = O().confidence_loss; }},
     {kHasPatterns, "--pattern_entropy", [](O* o) { o->pattern_entropy = 0; }},
+    {kTakesTokens, "--token_inputs", [](O* o) { o->token_inputs = false; }},
+    {kTakesRouterInputs, "--router_inputs", [](O* o) { o->router_inputs = false; }},
+    {kTakesTopK, "--topk_inputs", [](O* o) { o->topk_inputs = false; }},
     {kUsesOlderLayers, "--augment_layers", [](O* o) { o->augment.layer_dropout = 0; }}};
 
 // Sizes are a kind's own; the rest is of use where one member has a use for it.

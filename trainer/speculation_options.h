@@ -62,12 +62,12 @@ struct SpeculationOptions {
   LearningSchedule schedule;
   double beta1 = 0.9, beta2 = 0.99;  // of AdamW
   double ema = 0;  // decay of the averaged parameters that are kept; 0 = the last ones
-  std::string loss = "cross_entropy";  // of the routing; or focal
-  double confidence_weight = 0.1;      // of the confidence's loss
+  std::string loss = "cross_entropy";             // of the routing; or focal
+  double confidence_weight = 0.1;                 // of the confidence's loss
   std::string confidence_loss = "cross_entropy";  // or squared, half (ConfidenceForm)
-  double pattern_entropy = 0;  // taken off the loss; of kinds with a pattern memory
-  double next_token_weight = 1;    // of the next token's, where a kind guesses it
-  double set_weight = 0;           // of the encoder's set prediction
+  double pattern_entropy = 0;    // taken off the loss; of kinds with a pattern memory
+  double next_token_weight = 1;  // of the next token's, where a kind guesses it
+  double set_weight = 0;         // of the encoder's set prediction
   double distill_weight = 0;  // share of the loss that is towards the router's own top-k
   double distill_temperature = 1;
   double consistency_weight = 0;   // of ConsistencyLoss and
@@ -78,8 +78,11 @@ struct SpeculationOptions {
   bool encoder_attention = false;  // `hidden`: the encoder's tokens see each other
   int beams = 1;                   // of `autoregressive`, 1 = greedy
   bool position_inputs = false;    // `hidden` sees a token's place in its sequence
-  int backup_experts = 0;          // heads for the router's second, third .. choice
-  double backup_weight = 0.3;      // of the mean of their cross-entropies
+  bool token_inputs = false;       // what kinds of expert ids see of a token beside them
+  bool router_inputs = false;      // (SpeculationConfig); topk_inputs is of every kind
+  bool topk_inputs = false;
+  int backup_experts = 0;      // heads for the router's second, third .. choice
+  double backup_weight = 0.3;  // of the mean of their cross-entropies
   AugmentOptions augment;
   int curriculum_epochs =
       0;  // until all targets count (curriculum.h); 0 = from the start
@@ -92,6 +95,11 @@ struct SpeculationOptions {
   uint64_t test_sequences = 0;          // a (stack, source layer); 0 = all
   uint64_t seed = 1;
 
+  bool has_further_inputs() const { return token_inputs || router_inputs || topk_inputs; }
+  // Records need the routers' top-k.
+  bool reads_top_k() const {
+    return distill_weight > 0 || backup_experts > 0 || topk_inputs;
+  }
   Json ToJson() const;
   // Throws UsageError naming the flag.
   void Validate() const;

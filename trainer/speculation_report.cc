@@ -84,6 +84,7 @@ Json ResultsJson(const SpeculationReport& r) {
                {"baselines", BaselinesJson(r.test)}};
   if (!r.shift_store.empty()) json.update(AfterShiftJson(r.shift_store, r.after_shift));
   if (r.options.attention_inputs) json["attention_inputs"] = true;
+  if (r.options.topk_inputs) json["topk_inputs"] = true;
   for (const auto& [store, scores] : r.also) {
     json["also"].push_back({{"store", store}, {"validation", validation(scores)}});
   }

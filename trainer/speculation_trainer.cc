@@ -69,7 +69,7 @@ class SpeculationTrainer {
         joint_(configs_, options_.seed),
         model_(&joint_.part(0)) {
     RequireWork(options_, rank_.world);
-    RequireShift(job.shift.dataset, *dataset, hidden_);
+    RequireShift(job.shift.dataset, *dataset, hidden_, ReadsTopK(config_));
     for (size_t i = 0; i < stores_.size(); ++i) {
       validation_.push_back(Part(i, SplitPart::kValidation, options_.validation_sequences,
                                  kValidationStream));
@@ -410,7 +410,7 @@ SpeculationResult TrainSpeculation(const SpeculationJob& job, TraceDataset* data
                                    Communicator* comm) {
   if (job.onnx) {  // before any time is spent
     RequireOnnxKind(job.options.kind, job.options.backup_experts,
-                    job.options.attention_inputs);
+                    job.options.attention_inputs, job.options.has_further_inputs());
   }
   PinAlgorithms(job.deterministic);
   return SpeculationTrainer(job, dataset, routers, comm).Run();

@@ -50,6 +50,24 @@ void CheckAttention(const SpeculationOptions& options, TraceDataset* dataset) {
   }
 }
 
+// Throws where the store lacks what a kind is to see beside the experts.
+void CheckInputs(const SpeculationOptions& options, TraceDataset* dataset) {
+  if (options.token_inputs && dataset->vocab_size() == 0) {
+    throw UsageError(ErrorText("--token_inputs needs token ids; the store has none",
+                               "it was imported without them", "leave it out"));
+  }
+  if (options.router_inputs && !dataset->any_hidden()) {
+    throw UsageError(ErrorText("--router_inputs needs router inputs; the store has none",
+                               "--kind=" + options.kind + " would read them",
+                               "collect with --record=ids,hidden, or leave it out"));
+  }
+  if (options.topk_inputs && !dataset->has_teacher()) {
+    throw UsageError(ErrorText("--topk_inputs needs the routers' top-k",
+                               "the store has none, or no probabilities with it",
+                               "collect with --record=ids,topk, or leave it out"));
+  }
+}
+
 // Throws where there is nothing to distil from.
 void CheckTeacher(const SpeculationOptions& options, TraceDataset* dataset) {
   if (options.distill_weight == 0 || dataset->has_teacher()) return;
@@ -69,6 +87,7 @@ void CheckSets(const SpeculationOptions& options, const TraceDataset& dataset) {
 void CheckTraces(const SpeculationOptions& options, TraceDataset* dataset) {
   CheckBackups(options, dataset);
   CheckAttention(options, dataset);
+  CheckInputs(options, dataset);
   CheckTeacher(options, dataset);
   CheckSets(options, *dataset);
 }
@@ -82,14 +101,19 @@ void RequirePart(const TraceDataset& dataset, SplitPart part, WithHidden hidden)
                 "collect more documents"));
 }
 
-void RequireShift(const TraceDataset* shift, const TraceDataset& dataset,
-                  WithHidden hidden) {
+void RequireShift(TraceDataset* shift, const TraceDataset& dataset, WithHidden hidden,
+                  bool top_k) {
   if (shift == nullptr) return;
   RequireOneModel({"--store", dataset.geometry()}, {"--shift_store", shift->geometry()});
   if (hidden != WithHidden::kNo && !shift->any_hidden()) {
     throw UsageError(ErrorText("--shift_store has no router inputs",
                                "the model reads them",
                                "collect it with --record=ids,hidden"));
+  }
+  if (top_k && !shift->has_teacher()) {
+    throw UsageError(ErrorText("--shift_store has no top-k of the routers",
+                               "the model reads it",
+                               "collect it with --record=ids,topk"));
   }
   if (!GroupsOf(*shift, SplitPart::kTest, hidden).empty()) return;
   throw UsageError(

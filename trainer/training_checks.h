@@ -11,9 +11,10 @@ namespace routecast {
 void CheckTraces(const SpeculationOptions& options, TraceDataset* dataset);
 // A part has a window that such a model can be asked about.
 void RequirePart(const TraceDataset& dataset, SplitPart part, WithHidden hidden);
-// A store of another domain (null = none) is of the same model, with test documents.
-void RequireShift(const TraceDataset* shift, const TraceDataset& dataset,
-                  WithHidden hidden);
+// A store of another domain (null = none) is of the same model, with test documents and
+// what the model reads.
+void RequireShift(TraceDataset* shift, const TraceDataset& dataset, WithHidden hidden,
+                  bool top_k = false);
 // Every rank has a micro-batch in a step.
 void RequireWork(const SpeculationOptions& options, int world);
 
