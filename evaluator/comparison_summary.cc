@@ -252,11 +252,10 @@ ComparisonResult Comparison::Result() {
     }
   }
   for (const auto& row : rows_) {
-    const int64_t failed = row->runtime->failed_questions();
-    if (failed == 0) continue;
-    notes_.push_back(row->predictor + ": " + std::to_string(failed) +
-                     " questions failed and were left out, the first with: " +
-                     row->runtime->question_error());
+    const QuestionGuard& questions = row->runtime->questions();
+    if (questions.failed() == 0) continue;
+    notes_.push_back(FailureText(row->predictor, questions.failed(), "were left out",
+                                 questions.first_failure()));
   }
   result.notes = notes_;
   return result;

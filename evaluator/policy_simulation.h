@@ -38,6 +38,8 @@ struct SimulatedRow {
   double stall_seconds = 0, seconds = 0;
   uint64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
   double visits_per_second = 0;  // of the simulator itself
+  int64_t failed_questions = 0;  // which say nothing; the first one's words
+  std::string first_failure;
   Json ToJson() const;
 };
 struct PolicySimulationResult {
