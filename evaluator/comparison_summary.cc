@@ -177,6 +177,7 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
         {account, static_cast<int64_t>(account.moved_in_vain * bytes_each),
          account.saved * seconds_each});
   }
+  result.memory_manager = row.runtime->memory_manager();
   result.switched_off = !row.runtime->speculation_helps(phase);
   return result;
 }

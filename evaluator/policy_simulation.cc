@@ -136,6 +136,7 @@ class Playground {
     row.bytes_late = l.bytes_late;
     row.bytes_wasted = l.bytes_wasted;
     row.visits_per_second = static_cast<double>(recording.visits.size()) / took.count();
+    row.memory_manager = r.memory_manager;
     row.failed_questions = recording.failed_questions;
     row.first_failure = recording.first_failure;
     return row;
@@ -214,6 +215,8 @@ PolicySimulationResult SimulatePolicies(
     for (const std::string& policy : options.policies) {
       SpeculationPolicy settings = ParsePolicy(policy);
       settings.auto_off = false;  // the gauge compares measured times
+      settings.most_experts = PresetOf(profile).most_experts;
+      settings.aggressiveness = PresetOf(profile).aggressiveness;
       const Recording told = ground.Record(predictor.get(), settings.max_lead);
       for (const std::string& eviction : options.evictions) {
         if (eviction == "belady") continue;  // a row on demand alone: what is least
@@ -246,6 +249,11 @@ Json SimulatedRow::ToJson() const {
                {"seconds", seconds},       {"bytes_useful", bytes_useful},
                {"bytes_late", bytes_late}, {"bytes_wasted", bytes_wasted},
                {"simulated", true}};
+  if (memory_manager) {
+    json["memory_regime"] = memory_manager->regime;
+    json["most_experts"] = memory_manager->most_experts;
+    json["aggressiveness"] = memory_manager->aggressiveness;
+  }
   if (failed_questions > 0) {
     json["failed_questions"] = failed_questions;
     json["first_failure"] = first_failure;
@@ -273,10 +281,8 @@ std::string PolicyTable(const PolicySimulationResult& result) {
     return Fixed(static_cast<double>(bytes) / (1 << 20), 0);
   };
   double visits = 0;
-  for (const SimulatedRow& r : result.rows) {
-    table.AddRow({r.policy, r.predictor, r.eviction, Fixed(r.tokens_per_second, 1),
   std::string failures;
-                  Fixed(r.speed_up, 2) + "x", Percent(r.hit_rate), mib(r.bytes_useful),
+  for (const SimulatedRow& r : result.rows) {
     const std::string failure =
         r.failed_questions == 0
             ? ""
@@ -284,6 +290,8 @@ std::string PolicyTable(const PolicySimulationResult& result) {
                           "were left out", r.first_failure) +
                   "\n";
     if (failures.find(failure) == std::string::npos) failures += failure;  // once
+    table.AddRow({r.policy, r.predictor, r.eviction, Fixed(r.tokens_per_second, 1),
+                  Fixed(r.speed_up, 2) + "x", Percent(r.hit_rate), mib(r.bytes_useful),
                   mib(r.bytes_late), mib(r.bytes_wasted), Fixed(r.stall_seconds, 2),
                   Fixed(r.bound, 2)});
     visits = std::max(visits, r.visits_per_second);

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "evaluator/benefit_gauge.h"
@@ -19,8 +20,8 @@
 #include "evaluator/foresight.h"
 #include "evaluator/foresight_thread.h"
 #include "evaluator/prefetch_planner.h"
-#include "evaluator/timeline.h"
 #include "evaluator/question_guard.h"
+#include "evaluator/timeline.h"
 #include "evaluator/transfer_engine.h"
 #include "evaluator/use_shares.h"
 #include "models/expert_source.h"
@@ -91,6 +92,9 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   // By lead: what its speculation was worth, and its threshold. Empty where the policy
   // does not adapt it.
   std::vector<SpeculationAccount> speculation(Stack stack) const;
+
+  // nullopt where the policy has no memory manager.
+  std::optional<MemoryManagerState> memory_manager() const;
 
   // Since ResetStats. The stack's experts that are prefetched but not used yet are
   // wasted.

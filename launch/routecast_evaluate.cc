@@ -39,8 +39,11 @@ DEFINE_string(prompts, "",
 DEFINE_string(predictor, "",
               "comma list: baseline names, oracle, folders of trained runs");
 DEFINE_string(policy, "auto",
-              "on_demand, multi_look, top_k, intelligent, confident or auto");
-DEFINE_string(eviction, "lru", "none, lru, lfu, lfru, least_stale or phase_aware");
+              "on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, "
+              "memory_manager or auto; --mode=simulate takes a list");
+DEFINE_string(eviction, "lru",
+              "none, lru, lfu, lfru, least_stale or phase_aware; --mode=simulate takes a "
+              "list, and belady");
 DEFINE_string(expert_budget, "25%",
               "expert memory: a share of the experts that run, or bytes; a list gives "
               "rows for each");
@@ -56,7 +59,8 @@ DEFINE_string(
     "budget");
 DEFINE_string(
     copies, "lossless",
-    "int8, int4 or sparse: rows on compressed copies as well, LOSSY and named so");
+    "int8, int8_tensor, int4 or sparse: rows on compressed copies as well, LOSSY and "
+    "named so");
 DEFINE_string(warm_start, "none",
               "experts that slots hold before the first step: none, auto (the most used "
               "of --store's train part), another store, or load.csv of routecast-trace "

@@ -213,8 +213,9 @@ TEST_P(PrefetchRuntimeTest, AnswersOfAnotherShapeChangeNothing) {
 TEST_P(PrefetchRuntimeTest, RandomSettingsGiveTheResidentBits) {
   const uint64_t slot = file_->spec().stride_bytes();
   const auto count = static_cast<uint64_t>(file_->count());
-  const std::string policies[] = {"on_demand",   "multi_look", "top_k",
-                                  "intelligent", "confident",  "auto"};
+  const std::string policies[] = {"on_demand",      "multi_look",    "top_k",
+                                  "intelligent",    "confident",     "auto",
+                                  "adaptive_top_k", "memory_manager"};
   for (uint64_t draw = 0; draw < 60; ++draw) {
     uint64_t asked = 0;
     const auto pick = [&](uint64_t choices) {
@@ -241,7 +242,7 @@ TEST_P(PrefetchRuntimeTest, RandomSettingsGiveTheResidentBits) {
     RuntimeOptions options;
     options.num_slots = static_cast<int>(slots);
     options.eviction = static_cast<Eviction>(pick(6));  // all but Belady's
-    options.planner.policy = ParsePolicy(policies[pick(6)]);
+    options.planner.policy = ParsePolicy(policies[pick(8)]);
     options.ask_aside = pick(2) != 0;
     if (pick(3) == 0) {
       options.memory_bytes = slots * slot;
