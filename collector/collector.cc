@@ -18,6 +18,8 @@
 #include "collector/span_log.h"
 #include "collector/store_estimate.h"
 #include "common/errors.h"
+#include "common/exit_code.h"
+#include "common/recorded_run.h"
 #include "common/safetensors.h"
 #include "common/stop.h"
 #include "models/checkpoint.h"
@@ -257,8 +259,32 @@ void CollectOptions::Validate() const {
   require(hang_seconds >= 1, "--hang_seconds is below 1", "45 is the default");
 }
 
-CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
-                   const Json& configuration) {
+namespace {
+
+// What rank 0 alone has: the store's lock once it is taken, and the record of the run.
+struct Rooted {
+  std::unique_ptr<StoreLock> lock;
+  std::optional<RecordedRun> run;
+};
+
+// An end before run.json was written. Where there is a store, or a job that makes one,
+// only who has the lock writes.
+void RecordEarlyEnd(const fs::path& store, int code, Rooted* root) {
+  if (!root->run) return;
+  try {
+    MakeFolder(store);
+    const bool others =
+        fs::exists(store / "store.json") || fs::exists(store / "lock.guard");
+    if (!root->lock && others) root->lock = std::make_unique<StoreLock>(store, EndJob);
+    root->run->ReadEarlier();
+    root->run->Finish(code, Json::object());
+  } catch (const std::exception&) {
+    // Another job has the store, or the disk is full: the end itself says more.
+  }
+}
+
+CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
+                       Rooted* root) {
   const fs::path store = options.store;
   const at::Device device = ParseDevice(options.device, rank.local_rank);
   if (options.expert_parallel > 1) {
@@ -295,15 +321,14 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   }
 
   const Json hosts = Hosts(rank);
-  std::unique_ptr<StoreLock> lock;
-  std::optional<RunRecord> run;
   if (rank.is_root()) {
     MakeFolder(store);
-    lock = std::make_unique<StoreLock>(store, EndJob);
+    root->lock = std::make_unique<StoreLock>(store, EndJob);
+    RecordedRun* run = &*root->run;
+    run->ReadEarlier();
     TraceStore::CreateOrOpen(store, config);
     TraceStore::CleanStaging(store);
     MakeSureOfRouters(store, checkpoint, config.Records("output"));
-    run.emplace(store, "routecast-collect", configuration);
     run->Set("hosts", hosts);
     run->Set("ranks", rank.world);
     run->Set("device", device.str());
@@ -316,10 +341,10 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
                         {"binary_documents", corpus.stats().binary_documents},
                         {"replaced_bytes", corpus.stats().replaced_bytes},
                         {"intake_ends", corpus.intake_ends()}});
-    run->WriteStart();
+    run->Start();
     if (!options.quiet) SayDamage(corpus);
   }
-  const std::string token = ShareText(lock ? lock->token() : "");
+  const std::string token = ShareText(root->lock ? root->lock->token() : "");
   const RankWatch watch(store / "staging", token, rank, options.hang_seconds, EndJob);
   SpanLog spans(store, rank);
   const auto opened = SpanLog::Clock::now();
@@ -350,11 +375,29 @@ CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
   const bool finished = complete && FinishStore(store, config, rank, &owner);
   if (complete) spans.Write("finish", finishing, Json::object());
   MPI_Barrier(MPI_COMM_WORLD);
-  if (run) {
+  if (root->run) {
     if (finished) job.FinishProgress();
-    run->Finish(finished ? kExitDone : kExitStopped, job.Results());
+    root->run->Finish(finished ? kExitDone : kExitStopped, job.Results());
   }
   return finished ? CollectEnd::kComplete : CollectEnd::kStopped;
+}
+
+}  // namespace
+
+CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
+                   const Json& configuration) {
+  Rooted root;
+  if (rank.is_root() && !options.dry_run)
+    root.run.emplace(options.store, "routecast-collect", configuration);
+  try {
+    const CollectEnd end = CollectInto(options, rank, &root);
+    if (end == CollectEnd::kStopped && !root.lock)
+      RecordEarlyEnd(options.store, kExitStopped, &root);
+    return end;
+  } catch (const std::exception& e) {
+    RecordEarlyEnd(options.store, ExitCodeOf(e), &root);
+    throw;
+  }
 }
 
 }  // namespace routecast

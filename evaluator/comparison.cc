@@ -155,6 +155,8 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
   options.dtype = options_.dtype;
   options.device = options_.device;
   options.planner.policy = ParsePolicy(row->is_resident ? "on_demand" : policy);
+  options.planner.policy.most_experts = Preset().most_experts;
+  options.planner.policy.aggressiveness = Preset().aggressiveness;
   options.planner.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
   if (row->is_lossy) options.planner.expert_bytes = options_.copies->spec().blob_bytes();
   if (options_.kv_in_budget && !row->is_resident) {
@@ -167,7 +169,9 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
     row->oracle = static_cast<OracleForesight*>(foresight.get());
     options.planner.policy.max_lead = kOracleHorizon;
     options.planner.policy.top_k = workload_->geometry().num_experts;
-    options.planner.policy.auto_off = false;  // the upper bound is shown as it is
+    // The upper bound is shown as it is.
+    options.planner.policy.auto_off = options.planner.policy.memory_manager = false;
+    options.planner.policy.pressure_limit = 1;
   }
   options.ask_aside = predictor != "oracle" && AsksAside();
   TransferEngine* engine = link;
@@ -182,6 +186,11 @@ void Comparison::AddRow(const std::string& policy, const std::string& predictor,
     WarmStart(row.get());
   }
   rows_.push_back(std::move(row));
+}
+
+DevicePreset Comparison::Preset() const {
+  return options_.profile ? PresetOf(*options_.profile)
+                          : PublishedPreset(tiers_.device, tiers_.device_bytes);
 }
 
 // At the pace that the row's link will have: what it takes is said, and is no step's.

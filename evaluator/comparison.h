@@ -85,8 +85,9 @@ class Comparison {
   void OpenCopies();  // the engines of lossy rows
   void AddSpeculatingRows(LinkEngine* link);
   void OpenLinks();
-  bool AsksAside() const;  // RuntimeOptions::ask_aside
-  void EmulateLink();      // the profile's
+  bool AsksAside() const;       // RuntimeOptions::ask_aside
+  DevicePreset Preset() const;  // of the profile, else of the fastest tier's device
+  void EmulateLink();           // the profile's
   SegmentTimes RunSegment(int segment, PrefetchRuntime* runtime, OutputHash* hash);
   void UsePageCache();  // plays the far memory of an emulated link
   double PeakOfLink();  // of tiers_, now

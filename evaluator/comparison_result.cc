@@ -105,6 +105,11 @@ Json ComparisonResult::ToJson() const {
       entry["weight_error"] = row.copy.weight_error;
       entry["weight_scale"] = row.copy.weight_scale;
     }
+    if (row.memory_manager) {
+      entry["memory_regime"] = row.memory_manager->regime;
+      entry["most_experts"] = row.memory_manager->most_experts;
+      entry["aggressiveness"] = row.memory_manager->aggressiveness;
+    }
     for (const auto& [a, wasted_bytes, saved_seconds] : row.speculation) {
       entry["speculation"].push_back({{"lead", a.lead},
                                       {"open", a.open()},

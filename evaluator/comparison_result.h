@@ -4,12 +4,14 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "common/routing.h"
 #include "common/run_record.h"
 #include "evaluator/expert_copies.h"
+#include "evaluator/memory_manager.h"
 #include "evaluator/speculation_ledger.h"
 
 namespace routecast {
@@ -61,6 +63,7 @@ struct RowResult {
   double speed_up = 0;  // median over rounds of the rate over on-demand LRU's
   // By lead, where thresholds adapt and anything was foretold.
   std::vector<LeadResult> speculation;
+  std::optional<MemoryManagerState> memory_manager;  // where the policy has one
   bool switched_off = false;  // the row's speculation did not help and is off
   double effect_size = 0;     // (mean - 1) / deviation of those ratios; 0 where unknown
   // Over rounds: those ratios, and a token's share of computing and of waiting.

@@ -177,6 +177,7 @@ RowResult Comparison::Summarise(const Row& row, Stack phase) const {
         {account, static_cast<int64_t>(account.moved_in_vain * bytes_each),
          account.saved * seconds_each});
   }
+  result.memory_manager = row.runtime->memory_manager();
   result.switched_off = !row.runtime->speculation_helps(phase);
   return result;
 }
@@ -252,11 +253,10 @@ ComparisonResult Comparison::Result() {
     }
   }
   for (const auto& row : rows_) {
-    const int64_t failed = row->runtime->failed_questions();
-    if (failed == 0) continue;
-    notes_.push_back(row->predictor + ": " + std::to_string(failed) +
-                     " questions failed and were left out, the first with: " +
-                     row->runtime->question_error());
+    const QuestionGuard& questions = row->runtime->questions();
+    if (questions.failed() == 0) continue;
+    notes_.push_back(FailureText(row->predictor, questions.failed(), "were left out",
+                                 questions.first_failure()));
   }
   result.notes = notes_;
   return result;

@@ -28,6 +28,8 @@ void FitLink(const std::vector<TransferPoint>& points, double* fixed_seconds,
 Json DeviceProfile::ToJson() const {
   Json json = {{"name", name},
                {"emulated", emulated},
+               {"cpu", cpu},
+               {"published_preset", PresetOf(*this).ToJson()},
                {"link_bytes_per_second", link_bytes_per_second},
                {"link_fixed_seconds", link_fixed_seconds},
                {"memory_bytes_per_second", memory_bytes_per_second},
@@ -78,6 +80,7 @@ DeviceProfile DeviceProfile::FromJson(const Json& json, const std::string& what)
     profile.flops_per_second = number("flops_per_second");
   profile.name = json.value("name", what);
   profile.emulated = json.value("emulated", false);
+  profile.cpu = json.value("cpu", false);
   return profile;
 }
 
@@ -103,6 +106,10 @@ DeviceProfile FindProfile(const std::string& name_or_file) {
   return DeviceProfile::FromJson(ReadJsonFile(file), file.string());
 }
 
+DevicePreset PresetOf(const DeviceProfile& profile) {
+  return PublishedPreset(profile.name, profile.cpu ? 0 : profile.memory_bytes);
+}
+
 namespace {
 
 const char* WayOf(const TransferPoint& p) {
@@ -118,6 +125,7 @@ const char* BesideOf(const TransferPoint& p) {
 }  // namespace
 
 std::string ProfileTable(const DeviceProfile& profile) {
+  const DevicePreset preset = PresetOf(profile);
   Table table({"bytes", "threads", "<way", "<beside", "ms", "spread ms", "GB/s"});
   for (const TransferPoint& p : profile.sweep) {
     table.AddRow({FormatBytes(p.bytes), std::to_string(p.threads), WayOf(p), BesideOf(p),
@@ -131,7 +139,11 @@ std::string ProfileTable(const DeviceProfile& profile) {
          " on\nmemory: " + Fixed(profile.memory_bytes_per_second / 1e9, 2) + " GB/s, " +
          Fixed(100 * profile.memory_share_with_transfers, 0) +
          " % of it beside transfers; " + FormatBytes(profile.memory_bytes) +
-         " free\nproducts: " + Fixed(profile.flops_per_second / 1e9, 1) + " GFLOP/s\n";
+         " free\nproducts: " + Fixed(profile.flops_per_second / 1e9, 1) + " GFLOP/s\n" +
+         "published preset (" + preset.device +
+         "): " + std::to_string(preset.most_experts) + " experts ahead, aggressiveness " +
+         Fixed(preset.aggressiveness, 1) + ", compression " + preset.compression +
+         ", batch " + std::to_string(preset.batch) + "\n";
 }
 
 }  // namespace routecast

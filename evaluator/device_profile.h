@@ -7,6 +7,7 @@
 
 #include "common/files.h"
 #include "common/run_record.h"
+#include "evaluator/device_presets.h"
 
 namespace routecast {
 
@@ -27,6 +28,7 @@ struct TransferPoint {
 struct DeviceProfile {
   std::string name;
   bool emulated = false;  // from a data sheet, not measured here
+  bool cpu = false;       // the link is a disk's; else a device's
   double link_bytes_per_second = 0, link_fixed_seconds = 0;
   double memory_bytes_per_second = 0;  // weights of a batch of one stream at this rate
   uint64_t memory_bytes = 0;    // of the device, or free on it when measured; 0 = unknown
@@ -42,6 +44,8 @@ struct DeviceProfile {
 // rtx3090 (24 GiB, 25 GB/s over PCIe 4 x16, 936 GB/s, 71 TFLOP/s bf16: data sheet), or a
 // device_profile.json or a folder that holds one. UsageError naming what there is.
 DeviceProfile FindProfile(const std::string& name_or_file);
+
+DevicePreset PresetOf(const DeviceProfile& profile);
 
 // (Measured in disk_sweep.h and device_sweep.h.)
 std::string ProfileTable(const DeviceProfile& profile);

@@ -117,6 +117,7 @@ void MeasureDevice(DeviceCopy* device, const DeviceSweepOptions& options,
                    DeviceProfile* profile) {
   std::vector<uint64_t> sizes;
   for (uint64_t s = options.smallest; s <= options.largest; s *= 4) sizes.push_back(s);
+  profile->cpu = false;
   profile->memory_bytes = device->FreeBytes();
   Sweep sweep(device, options);
   std::vector<TransferPoint> points;

@@ -271,6 +271,7 @@ DeviceProfile MeasureDisk(const DiskSweepOptions& options) {
   Pages pages(std::min(options.largest, options.file_bytes));
   DeviceProfile profile;
   profile.name = "this machine's disk, below " + options.folder.string();
+  profile.cpu = true;
   profile.memory_bytes = FreeFastBytes({});
   double alone = 0, beside = 0;
   {

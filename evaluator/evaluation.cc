@@ -273,9 +273,13 @@ void ValidateEvaluation(const EvaluationOptions& options) {
 
 Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
   const c10::NoGradGuard no_grad;
-  const EvaluationSetup setup = SetUpEvaluation(options);
-  if (options.dry_run) return {};
-  const auto run = [&] {
+  if (options.dry_run) {
+    SetUpEvaluation(options);
+    return {};
+  }
+  return Recorded(options.out, kOutputs, configuration, [&](const BeginRun& begin) {
+    const EvaluationSetup setup = SetUpEvaluation(options);
+    begin();
     Timeline timeline;
     const bool draws = options.timeline && !options.out.empty();
     const ComparisonResult result =
@@ -285,9 +289,7 @@ Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
     if (draws) timeline.Write(options.out / "timeline.json");
     if (!result.lossless) throw std::logic_error("two rows put out different bits");
     return Headline(result);
-  };
-  return options.out.empty() ? run()
-                             : Recorded(options.out, kOutputs, configuration, run);
+  });
 }
 
 }  // namespace routecast

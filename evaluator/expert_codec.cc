@@ -14,7 +14,7 @@
 namespace routecast {
 namespace {
 
-constexpr float kLargestCode[] = {0, 127, 7};
+constexpr float kLargestCode[] = {0, 127, 7, 0, 127};
 constexpr int kInt4Zero = 8;  // nibbles are unsigned: code + 8
 
 void RequireFinite(const float* weights, uint64_t count) {
@@ -102,12 +102,12 @@ void StoreWeights(const float* from, uint64_t count, ExpertDtype dtype, std::byt
 }
 
 CopyKind ParseCopies(const std::string& name) {
-  return static_cast<CopyKind>(
-      ParseChoice("--copies", name, {"lossless", "int8", "int4", "sparse"}));
+  return static_cast<CopyKind>(ParseChoice(
+      "--copies", name, {"lossless", "int8", "int4", "sparse", "int8_tensor"}));
 }
 
 const char* CopyName(CopyKind kind) {
-  constexpr const char* kNames[] = {"lossless", "int8", "int4", "sparse"};
+  constexpr const char* kNames[] = {"lossless", "int8", "int4", "sparse", "int8_tensor"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -120,6 +120,8 @@ void EncodeMatrix(CopyKind kind, std::span<const float> weights, uint64_t rows,
   RequireFinite(weights.data(), weights.size());
   std::fill(coded.begin(), coded.end(), std::byte{0});
   std::byte* codes = coded.data() + rows * groups * sizeof(float);
+  const bool one_scale = kind == CopyKind::kInt8Tensor;
+  const float whole = one_scale ? ScaleOf(kind, weights.data(), weights.size()) : 0;
   for (uint64_t r = 0; r < rows; ++r) {
     for (uint64_t g = 0; g < groups; ++g) {
       const float* from = weights.data() + r * columns + g * group;
@@ -129,12 +131,12 @@ void EncodeMatrix(CopyKind kind, std::span<const float> weights, uint64_t rows,
                      codes + (r * groups + g) * kSparseKept * 2);
         continue;
       }
-      const float scale = ScaleOf(kind, from, count);
+      const float scale = one_scale ? whole : ScaleOf(kind, from, count);
       const float largest = kLargestCode[static_cast<int>(kind)];
       std::memcpy(coded.data() + (r * groups + g) * sizeof scale, &scale, sizeof scale);
       for (uint64_t i = 0; i < count; ++i) {
         const int code = CodeOf(from[i], scale, largest);
-        if (kind == CopyKind::kInt8) {
+        if (IsInt8(kind)) {
           codes[r * columns + i] = static_cast<std::byte>(code);
         } else {
           codes[(r * groups + g) * (kInt4Group / 2) + i / 2] |=
@@ -162,7 +164,7 @@ void DecodeMatrix(CopyKind kind, const std::byte* coded, uint64_t rows, uint64_t
       }
       float scale;
       std::memcpy(&scale, coded + (r * groups + g) * sizeof scale, sizeof scale);
-      if (kind == CopyKind::kInt8) {
+      if (IsInt8(kind)) {
         const auto* from = reinterpret_cast<const int8_t*>(codes + r * columns);
         for (uint64_t i = 0; i < columns; ++i)
           row[i] = scale * static_cast<float>(from[i]);

@@ -1,5 +1,6 @@
 // Compressed copies of experts: what a matrix becomes, and how it is read back. LOSSY.
-// INT8: one scale a row (output channel). INT4: one scale a group of 128 neighbours in a
+// INT8: one scale a row (output channel); INT8_TENSOR: the same one in all rows, the
+// largest. INT4: one scale a group of 128 neighbours in a
 // row, two codes a byte, the even one low. Symmetric: w = code * scale, |code| <= 127 or
 // 7. SPARSE: of every 32 neighbours in a row the 16 of the largest magnitudes, as bf16;
 // the others are 0. Layout of a matrix [rows, columns]: fp32 scales by row (and group),
@@ -15,12 +16,22 @@
 
 namespace routecast {
 
-enum class CopyKind : uint32_t { kLossless = 0, kInt8 = 1, kInt4 = 2, kSparse = 3 };
-constexpr auto kLastCopyKind = static_cast<uint32_t>(CopyKind::kSparse);
+enum class CopyKind : uint32_t {
+  kLossless = 0,
+  kInt8 = 1,
+  kInt4 = 2,
+  kSparse = 3,
+  kInt8Tensor = 4
+};
+constexpr auto kLastCopyKind = static_cast<uint32_t>(CopyKind::kInt8Tensor);
+// A code a byte and a scale a row.
+inline bool IsInt8(CopyKind kind) {
+  return kind == CopyKind::kInt8 || kind == CopyKind::kInt8Tensor;
+}
 enum class ExpertDtype : uint32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 constexpr auto kLastExpertDtype = static_cast<uint32_t>(ExpertDtype::kFloat16);
 
-// lossless, int8, int4, sparse; UsageError naming the nearest.
+// lossless, int8, int4, sparse, int8_tensor; UsageError naming the nearest.
 CopyKind ParseCopies(const std::string& name);
 const char* CopyName(CopyKind kind);
 
@@ -33,7 +44,7 @@ void LoadWeights(const std::byte* from, uint64_t count, ExpertDtype dtype, float
 void StoreWeights(const float* from, uint64_t count, ExpertDtype dtype, std::byte* to);
 // Groups of a row that share a scale, or a mask.
 inline uint64_t CodeGroups(CopyKind kind, uint64_t columns) {
-  if (kind == CopyKind::kInt8) return 1;
+  if (IsInt8(kind)) return 1;
   const uint64_t group = kind == CopyKind::kInt4 ? kInt4Group : kSparseGroup;
   return (columns + group - 1) / group;
 }

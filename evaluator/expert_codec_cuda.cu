@@ -58,7 +58,7 @@ void Launch(CopyKind kind, const std::byte* coded, uint64_t rows, uint64_t colum
   const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
   const auto* scales = reinterpret_cast<const float*>(coded);
   const std::byte* codes = coded + rows * groups * sizeof(float);
-  if (kind == CopyKind::kInt8) {
+  if (IsInt8(kind)) {
     DecodeInt8<<<blocks, kThreads, 0, stream>>>(
         scales, reinterpret_cast<const int8_t*>(codes), columns, count, weights);
   } else if (kind == CopyKind::kSparse) {

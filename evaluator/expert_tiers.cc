@@ -54,7 +54,10 @@ ExpertTiers Open(std::shared_ptr<const ExpertFile> file, int slots, int host_slo
   ExpertTiers tiers;
   const int first_hop = options.chain.gpu ? host_slots : slots;
   std::unique_ptr<DeviceCopy> device;
-  if (options.chain.gpu) device = options.open_device();
+  if (options.chain.gpu) {
+    device = options.open_device();
+    tiers.device_bytes = device->FreeBytes();
+  }
   if (options.chain.managed) {
     // Reads past the page cache want memory that the driver does not move.
     disk_options.direct = false;

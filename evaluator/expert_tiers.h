@@ -24,9 +24,10 @@ struct ExpertTierOptions {
 // What a link leads through.
 struct ExpertTiers {
   std::unique_ptr<LinkEngine> engine;
-  bool direct = true;  // reads do pass by the page cache
-  int host_slots = 0;  // of the tier in the middle; 0 without one
-  std::string device;  // of the slots, in words; "cpu" for host memory
+  bool direct = true;         // reads do pass by the page cache
+  int host_slots = 0;         // of the tier in the middle; 0 without one
+  std::string device;         // of the slots, in words; "cpu" for host memory
+  uint64_t device_bytes = 0;  // free on it when it was opened; 0: host memory
 };
 
 // disk -> `slots` slots of host memory, or -> host -> `slots` slots of the device, or ->

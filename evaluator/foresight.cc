@@ -3,11 +3,11 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "evaluator/question_guard.h"
 
 namespace routecast {
 
@@ -47,11 +47,12 @@ void CopyTokens(const at::Tensor& from, int64_t first, int64_t count, at::Tensor
   }
 }
 
-// The newest `keep` tokens of `old`, then all of `fresh`; plain rows.
+// The newest `keep` tokens of `old`, then all of `fresh`; plain rows. Always a copy: a
+// predictor that writes into its window must not reach the model's tensors.
 at::Tensor Extended(const at::Tensor& old, int64_t keep, const at::Tensor& fresh) {
-  if (keep <= 0) return fresh;
+  keep = std::max<int64_t>(keep, 0);
   at::Tensor all = EmptyOfTokens(fresh, keep + fresh.size(1));
-  CopyTokens(old, old.size(1) - keep, keep, &all, 0);
+  if (keep > 0) CopyTokens(old, old.size(1) - keep, keep, &all, 0);
   CopyTokens(fresh, 0, fresh.size(1), &all, keep);
   return all;
 }
@@ -70,8 +71,8 @@ bool SameIds(const at::Tensor& ids_B1, const PassInfo& pass) {
   return true;
 }
 
-// 1 - prod(1 - p) over the tokens that count, for each expert; probs_BTE is of the newest
-// tokens of valid_BT.
+// 1 - prod(1 - p) over the tokens that count, for each expert; probs_BTE is an answer
+// (RequireAnswers) of the newest tokens of valid_BT.
 std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& valid_BT) {
   const at::Tensor probs = PlainRows(probs_BTE, at::kFloat);
   const int64_t tokens = probs.size(1), before = valid_BT.size(1) - tokens;
@@ -83,8 +84,7 @@ std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& va
     const int64_t b = row / tokens;
     if (!valid[b * valid_BT.size(1) + before + row % tokens]) continue;
     for (size_t e = 0; e < experts; ++e) {
-      // A predictor may say anything.
-      none[e] *= 1 - (std::isnan(p[e]) ? 0.f : std::clamp(p[e], 0.f, 1.f));
+      none[e] *= 1 - std::clamp(p[e], 0.f, 1.f);  // but for rounding it is in there
     }
   }
   for (float& value : none) value = 1 - value;
@@ -136,7 +136,7 @@ void PredictorForesight::StartPass(const PassInfo& pass) {
       Extended(window_.tokens_BT, keep, PlainRows(pass.token_ids_BT, at::kLong));
   window_.valid_BT =
       Extended(window_.valid_BT, keep, PlainRows(pass.valid_BT, at::kBool));
-  window_.experts_BTL = Extended(window_.experts_BTL, keep, unknown);
+  window_.experts_BTL = keep > 0 ? Extended(window_.experts_BTL, keep, unknown) : unknown;
   if (!goes_on) hidden_BTD_.assign(static_cast<size_t>(layers), at::Tensor());
   window_.stack = pass.stack;
   window_.pass_tokens = static_cast<int>(tokens);
@@ -166,7 +166,7 @@ void PredictorForesight::Remember(const LayerRouting& routing) {
   at::Tensor& kept = hidden_BTD_[static_cast<size_t>(layer)];
   const at::Tensor fresh = PlainRows(routing.input_BTD, at::kFloat);
   if (window_.stack == Stack::kEncoder && layer + 1 == geometry_.encoder_layers) {
-    source_BSD_ = fresh.clone(at::MemoryFormat::Contiguous);  // outlives the pass
+    source_BSD_ = Extended({}, 0, fresh);  // outlives the pass
     source_valid_BS_ = window_.valid_BT;
   }
   kept =
@@ -194,11 +194,14 @@ std::vector<LayerForecast> PredictorForesight::AtPassEnd(const PassInfo& pass) {
   next.token_ids_BT = (*next_token_)(newest(pass.output_BTD));
   next.valid_BT = newest(pass.valid_BT);
   next.first_position = pass.first_position + static_cast<int>(tokens);
-  // The window as it will be, for this question only.
-  const Window now = window_;
+  // The window as it will be, for this question only, whether or not it is answered.
+  struct Restored {
+    Window* window;
+    Window now;
+    ~Restored() { *window = std::move(now); }
+  } const restored{&window_, window_};
   StartPass(next);
   std::vector<LayerForecast> forecasts = Ask(-1);
-  window_ = now;
   guessed_B1_ = next.token_ids_BT;
   return forecasts;
 }
@@ -217,26 +220,6 @@ at::Tensor PredictorForesight::Context(bool newest_known) const {
   CopyTokens(last, before - kept, kept, &context, tokens - kept);
   return context;
 }
-
-namespace {
-
-// What a predictor says goes to arrays of the model's sizes: an answer of others is an
-// error of the predictor's, which costs its question.
-void RequireShape(const at::Tensor& probs_BTE, const RoutingWindow& window) {
-  const int64_t batch = window.token_ids_BT.size(0), tokens = window.token_ids_BT.size(1);
-  const bool fits = probs_BTE.defined() && probs_BTE.dim() == 3 &&
-                    probs_BTE.size(0) == batch && probs_BTE.size(1) <= tokens &&
-                    probs_BTE.size(2) == window.num_experts;
-  if (fits) return;
-  std::string sizes;
-  for (int64_t i = 0; probs_BTE.defined() && i < probs_BTE.dim(); ++i)
-    sizes += (i == 0 ? "" : ", ") + std::to_string(probs_BTE.size(i));
-  throw std::runtime_error("an answer of shape [" + sizes + "], not [" +
-                           std::to_string(batch) + ", up to " + std::to_string(tokens) +
-                           ", " + std::to_string(window.num_experts) + "]");
-}
-
-}  // namespace
 
 std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   RoutingWindow window;
@@ -270,12 +253,12 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   if (leads < 1) return {};
   const auto answers = decoder ? predictor_->PredictLast(window, leads)
                                : predictor_->PredictLeads(window, leads);
+  RequireAnswers(answers, window, decoder ? 1 : window.token_ids_BT.size(1));
   const int said = std::min(leads, static_cast<int>(answers.size()));
   for (int lead = 1; lead <= said; ++lead) {
     const int target = source_layer + lead;
     const std::optional<at::Tensor>& probs = answers[static_cast<size_t>(lead - 1)];
     if (!probs) continue;
-    RequireShape(*probs, window);
     forecasts.push_back({geometry_.GlobalLayer(window_.stack, target % window.num_layers),
                          lead, NeededByAny(*probs, window_.valid_BT)});
   }

@@ -8,6 +8,7 @@
 
 #include "common/errors.h"
 #include "common/stop.h"
+#include "evaluator/question_guard.h"
 #include "report/table.h"
 
 namespace routecast {
@@ -21,6 +22,8 @@ constexpr double kBytesAWeight = 4;
 struct Recording {
   std::vector<SimulatedVisit> visits;
   size_t counted_from = 0, tokens = 0;
+  int64_t failed_questions = 0;
+  std::string first_failure;
 };
 
 std::vector<uint64_t> SequencesOf(const TraceReader& reader,
@@ -79,10 +82,13 @@ class Playground {
 
   Recording Record(ExpertPredictor* predictor, int max_lead) const {
     Recording recording;
-    std::unique_ptr<PredictorForesight> foresight;
+    QuestionGuard guard;
+    std::unique_ptr<PredictorForesight> unguarded;
+    std::unique_ptr<GuardedForesight> foresight;
     if (predictor) {
-      foresight =
+      unguarded =
           std::make_unique<PredictorForesight>(predictor, g_, max_lead, next_token_);
+      foresight = std::make_unique<GuardedForesight>(unguarded.get(), &guard);
     }
     for (size_t i = 0; i < ids_.size(); ++i) {
       ThrowIfStopped("while asking for the simulation");
@@ -101,6 +107,8 @@ class Playground {
       recording.tokens +=
           (recording.visits.size() - before) / static_cast<size_t>(g_.decoder_layers);
     }
+    recording.failed_questions = guard.failed();
+    recording.first_failure = guard.first_failure();
     return recording;
   }
 
@@ -128,6 +136,9 @@ class Playground {
     row.bytes_late = l.bytes_late;
     row.bytes_wasted = l.bytes_wasted;
     row.visits_per_second = static_cast<double>(recording.visits.size()) / took.count();
+    row.memory_manager = r.memory_manager;
+    row.failed_questions = recording.failed_questions;
+    row.first_failure = recording.first_failure;
     return row;
   }
 
@@ -204,6 +215,8 @@ PolicySimulationResult SimulatePolicies(
     for (const std::string& policy : options.policies) {
       SpeculationPolicy settings = ParsePolicy(policy);
       settings.auto_off = false;  // the gauge compares measured times
+      settings.most_experts = PresetOf(profile).most_experts;
+      settings.aggressiveness = PresetOf(profile).aggressiveness;
       const Recording told = ground.Record(predictor.get(), settings.max_lead);
       for (const std::string& eviction : options.evictions) {
         if (eviction == "belady") continue;  // a row on demand alone: what is least
@@ -229,13 +242,23 @@ PolicySimulationResult SimulatePolicies(
 }
 
 Json SimulatedRow::ToJson() const {
-  return {{"predictor", predictor},   {"policy", policy},
-          {"eviction", eviction},     {"tokens_per_second", tokens_per_second},
-          {"speed_up", speed_up},     {"bound", bound},
-          {"hit_rate", hit_rate},     {"stall_seconds", stall_seconds},
-          {"seconds", seconds},       {"bytes_useful", bytes_useful},
-          {"bytes_late", bytes_late}, {"bytes_wasted", bytes_wasted},
-          {"simulated", true}};
+  Json json = {{"predictor", predictor},   {"policy", policy},
+               {"eviction", eviction},     {"tokens_per_second", tokens_per_second},
+               {"speed_up", speed_up},     {"bound", bound},
+               {"hit_rate", hit_rate},     {"stall_seconds", stall_seconds},
+               {"seconds", seconds},       {"bytes_useful", bytes_useful},
+               {"bytes_late", bytes_late}, {"bytes_wasted", bytes_wasted},
+               {"simulated", true}};
+  if (memory_manager) {
+    json["memory_regime"] = memory_manager->regime;
+    json["most_experts"] = memory_manager->most_experts;
+    json["aggressiveness"] = memory_manager->aggressiveness;
+  }
+  if (failed_questions > 0) {
+    json["failed_questions"] = failed_questions;
+    json["first_failure"] = first_failure;
+  }
+  return json;
 }
 
 Json PolicySimulationResult::ToJson() const {
@@ -258,7 +281,15 @@ std::string PolicyTable(const PolicySimulationResult& result) {
     return Fixed(static_cast<double>(bytes) / (1 << 20), 0);
   };
   double visits = 0;
+  std::string failures;
   for (const SimulatedRow& r : result.rows) {
+    const std::string failure =
+        r.failed_questions == 0
+            ? ""
+            : FailureText(r.predictor + ", " + r.policy, r.failed_questions,
+                          "were left out", r.first_failure) +
+                  "\n";
+    if (failures.find(failure) == std::string::npos) failures += failure;  // once
     table.AddRow({r.policy, r.predictor, r.eviction, Fixed(r.tokens_per_second, 1),
                   Fixed(r.speed_up, 2) + "x", Percent(r.hit_rate), mib(r.bytes_useful),
                   mib(r.bytes_late), mib(r.bytes_wasted), Fixed(r.stall_seconds, 2),
@@ -271,7 +302,7 @@ std::string PolicyTable(const PolicySimulationResult& result) {
                                      result.warm_start +
                                      "): " + Fixed(result.warm_start_seconds, 2) +
                                      " s before the first step\n";
-  return table.ToText() + warm + "simulated: " + result.profile.name +
+  return table.ToText() + failures + warm + "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
          std::to_string(result.slots) + " slots, " + std::to_string(result.tokens) +
          " tokens; up to " + Fixed(visits / 1e3, 0) + " thousand layers a second\n";

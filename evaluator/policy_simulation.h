@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,7 +38,10 @@ struct SimulatedRow {
   double tokens_per_second = 0, speed_up = 0, hit_rate = 0, bound = 0;
   double stall_seconds = 0, seconds = 0;
   uint64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
-  double visits_per_second = 0;  // of the simulator itself
+  double visits_per_second = 0;                      // of the simulator itself
+  std::optional<MemoryManagerState> memory_manager;  // where the policy has one
+  int64_t failed_questions = 0;  // which say nothing; the first one's words
+  std::string first_failure;
   Json ToJson() const;
 };
 struct PolicySimulationResult {

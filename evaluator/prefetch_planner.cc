@@ -12,6 +12,9 @@ namespace {
 
 constexpr double kLinkSmoothing =
     0.2;  // share of the newest transfer in the link's estimate
+// The published adaptive k: 95 % of the uses in time, two points to either side.
+constexpr int kBandWindow = 100, kBandLow = 93, kBandHigh = 97;  // uses
+constexpr double kLeastOfBand = 8;
 
 bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
   return std::find(keys.begin(), keys.end(), key) != keys.end();
@@ -19,15 +22,24 @@ bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
 
 }  // namespace
 
+// The settings of all but auto are published ones; docs/runtime.md.
 SpeculationPolicy ParsePolicy(const std::string& name) {
-  // The settings of all but auto are published ones; docs/runtime.md.
-  static const std::vector<SpeculationPolicy> kPolicies = {
-      {"on_demand", false, 0, 0, 1.0, false, false},
-      {"multi_look", true, 3, 5, 0.7, false, false},
-      {"top_k", true, 3, 10, 0.5, false, false},
-      {"intelligent", true, 3, 10, 0.3, true, false},
-      {"confident", true, 4, 2, 0.7, false, false},
-      {"auto", true, 4, 2, 0.25, false, true, true}};
+  static const std::vector<SpeculationPolicy> kPolicies = [] {
+    SpeculationPolicy banded{"adaptive_top_k", true, 3, 32, 0.01, true};
+    banded.in_band = true;
+    SpeculationPolicy intelligent{"intelligent", true, 3, 10, 0.3, true};
+    intelligent.pressure_limit = 0.8;
+    SpeculationPolicy managed{"memory_manager", true, 2, 0, 0.01};
+    managed.memory_manager = true;
+    return std::vector<SpeculationPolicy>{{"on_demand", false, 0, 0, 1.0, false, false},
+                                          {"multi_look", true, 3, 5, 0.7, false, false},
+                                          {"top_k", true, 3, 10, 0.5, false, false},
+                                          banded,
+                                          intelligent,
+                                          {"confident", true, 4, 2, 0.7, false, false},
+                                          managed,
+                                          {"auto", true, 4, 2, 0.25, false, true, true}};
+  }();
   std::vector<std::string> names;
   for (const auto& policy : kPolicies) names.push_back(policy.name);
   return kPolicies[ParseChoice("--policy", name, names)];
@@ -54,6 +66,12 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
   }
   transfer_seconds_ =
       static_cast<double>(options_.expert_bytes) / options_.link_bytes_per_second;
+  const SpeculationPolicy& policy = options_.policy;
+  if (policy.in_band) top_k_ = std::clamp(top_k_, LeastOfBand(), MostCandidatesEver());
+  if (!policy.memory_manager) return;
+  manager_.emplace(cache->geometry().num_experts, policy.most_experts,
+                   policy.aggressiveness);
+  manager_->SetSlots(capacity_);
 }
 
 void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
@@ -74,9 +92,9 @@ void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
     if (options_.policy.adapt_k) AdaptTopK(ready);
     if (ready) {
       ++ledger_.hits;
-      if (uint8_t& unused = unused_[key.Index(cache_->geometry())]) {
+      if (const uint8_t unused = unused_[key.Index(cache_->geometry())]) {
         if (unused > 1) accounts_.Used(StackOf(key), unused - 1, 1);
-        unused = 0;
+        SetUnused(key, 0);
         ++ledger_.speculations_used;
         ++ledger_.speculations_in_time;
         ledger_.bytes_useful += options_.expert_bytes;
@@ -119,6 +137,7 @@ void PrefetchPlanner::Release(ExpertKey key) {
 VisitForecast* PrefetchPlanner::Entry(int layer, int distance) {
   const SpeculationPolicy& policy = options_.policy;
   if (!policy.speculate || distance < 1 || distance > policy.max_lead) return nullptr;
+  if (manager_ && distance > manager_->max_lead()) return nullptr;
   worth_.Renew();
   VisitForecast& forecast = forecasts_.Say(timeline_.visit() + distance);
   if (forecast.layer != layer) forecast.said.clear();
@@ -134,9 +153,15 @@ bool PrefetchPlanner::Foresee(VisitForecast* forecast, std::span<const float> p)
   const double least =
       policy.adapt_threshold ? accounts_.least_threshold() : policy.min_probability;
   if (!RankExperts(p, static_cast<float>(least), &ranked)) return false;
-  const auto k = static_cast<size_t>(std::lround(top_k_));
-  if (ranked.size() > k) ranked.resize(k);
+  const size_t most = MostCandidates(ranked);
+  if (ranked.size() > most) ranked.resize(most);
   return true;
+}
+
+size_t PrefetchPlanner::MostCandidates(std::span<const ForetoldExpert> ranked) const {
+  if (!manager_) return static_cast<size_t>(std::lround(top_k_));
+  const double confidence = ranked.empty() ? 0 : ranked.front().probability;
+  return static_cast<size_t>(manager_->PrefetchCount(confidence));
 }
 
 void PrefetchPlanner::Predict(int layer, int distance,
@@ -190,15 +215,21 @@ void PrefetchPlanner::ForgetPredictions() {
 }
 
 void PrefetchPlanner::Evict(ExpertKey key) {
-  uint8_t& unused = unused_[key.Index(cache_->geometry())];
+  const uint8_t unused = unused_[key.Index(cache_->geometry())];
   if (unused) {
     ledger_.bytes_wasted += options_.expert_bytes;
     ++ledger_.speculations_unused;
     if (unused > 1) accounts_.Unused(StackOf(key), unused - 1, 1);
   }
-  unused = 0;
+  SetUnused(key, 0);
   cache_->Drop(key);
   evicted_.push_back(key);
+}
+
+void PrefetchPlanner::SetUnused(ExpertKey key, uint8_t value) {
+  uint8_t& unused = unused_[key.Index(cache_->geometry())];
+  num_unused_ += (value != 0) - (unused != 0);
+  unused = value;
 }
 
 TransferOrder PrefetchPlanner::Launch(ExpertKey key, bool demand, long visit) {
@@ -223,6 +254,7 @@ void PrefetchPlanner::SetCapacity(int slots) {
     throw std::logic_error("PrefetchPlanner: a capacity of two slots, or of too many");
   capacity_ = slots;
   worth_.SetSlots(slots);
+  if (manager_) manager_->SetSlots(slots);
 }
 
 // Two slots are always left, and not more than two transfers are under way: once nothing
@@ -282,6 +314,7 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
     // The link is serial: a transfer had it from its start or the end of the one before.
     const double seconds = now - std::max(flight.started, last_done_);
     if (seconds > 0) transfer_seconds_ += kLinkSmoothing * (seconds - transfer_seconds_);
+    if (manager_) manager_->Loaded(seconds);
     if (flight.behind_lead > 0) {  // what it stood behind, in transfers
       const double late = (now - flight.started) / transfer_seconds_ - 1;
       accounts_.Harmed(StackOf(flight.behind), flight.behind_lead,
@@ -295,7 +328,7 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
       ledger_.bytes_late += bytes;
       if (flight.lead > 0) accounts_.Used(StackOf(key), flight.lead, flight.moved);
     } else {
-      unused_[key.Index(cache_->geometry())] = static_cast<uint8_t>(1 + flight.lead);
+      SetUnused(key, static_cast<uint8_t>(1 + flight.lead));
     }
   } else {
     cache_->Drop(key);
@@ -344,12 +377,30 @@ TransferLedger PrefetchPlanner::ledger() const {
 void PrefetchPlanner::ResetLedger() {
   ledger_ = {};
   std::fill(unused_.begin(), unused_.end(), 0);  // charged to the time before
+  num_unused_ = 0;
+}
+
+double PrefetchPlanner::MostCandidatesEver() const {
+  return std::max(1.0, cache_->geometry().num_experts / 2.0);
+}
+
+double PrefetchPlanner::LeastOfBand() const {
+  return std::min(kLeastOfBand, MostCandidatesEver());
 }
 
 void PrefetchPlanner::AdaptTopK(bool in_time) {
-  // Steady at 95 % in time: +4 a miss and -4/19 a hit, within 1..E/2.
-  top_k_ += in_time ? -4.0 / 19 : 4.0;
-  top_k_ = std::clamp(top_k_, 1.0, std::max(1.0, cache_->geometry().num_experts / 2.0));
+  if (!options_.policy.in_band) {
+    // Steady at 95 % in time: +4 a miss and -4/19 a hit, within 1..E/2.
+    top_k_ += in_time ? -4.0 / 19 : 4.0;
+    top_k_ = std::clamp(top_k_, 1.0, MostCandidatesEver());
+    return;
+  }
+  window_in_time_ += in_time;
+  if (++window_uses_ < kBandWindow) return;
+  if (window_in_time_ < kBandLow) top_k_ += 4;
+  if (window_in_time_ > kBandHigh) top_k_ -= 2;
+  top_k_ = std::clamp(top_k_, LeastOfBand(), MostCandidatesEver());
+  window_uses_ = window_in_time_ = 0;
 }
 
 }  // namespace routecast

@@ -36,6 +36,7 @@
 #include "evaluator/later_shares.h"
 #include "evaluator/layer_forecast.h"
 #include "evaluator/layer_timeline.h"
+#include "evaluator/memory_manager.h"
 #include "evaluator/speculation_ledger.h"
 
 namespace routecast {
@@ -51,9 +52,20 @@ struct SpeculationPolicy {
   bool auto_off = false;         // evaluator/benefit_gauge.h may switch it off
   bool adapt_threshold = false;  // by stack and lead: evaluator/speculation_ledger.h
   bool heed_later_use = true;    // where a predictor says it: evaluator/later_shares.h
+  // With adapt_k: +4 or -2 where fewer than 93 % or more than 97 % of the last hundred
+  // uses were in time, within 8 and E/2. Without: a step each use.
+  bool in_band = false;
+  // Share of the slots in service that may be spoken for (needed, leased, on their way,
+  // prefetched and not used yet) where a speculation starts, itself counted.
+  double pressure_limit = 1;
+  // How many and how far ahead follows from the slots, confidence and load times
+  // (memory_manager.h), with these to begin with; top_k then has no meaning.
+  bool memory_manager = false;
+  int most_experts = 2;
+  double aggressiveness = 0.8;
 };
-// on_demand, multi_look, top_k, intelligent, confident, auto; UsageError naming the
-// nearest.
+// on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, memory_manager,
+// auto; UsageError naming the nearest.
 SpeculationPolicy ParsePolicy(const std::string& name);
 
 struct PlannerOptions {
@@ -151,6 +163,9 @@ class PrefetchPlanner {
   bool idle() const { return flights_.empty() && demands_.empty(); }
   // What speculation was worth by lead, and the thresholds where the policy adapts them.
   const SpeculationLedger& speculation() const { return accounts_; }
+  // Null where the policy has none.
+  const MemoryManager* memory_manager() const { return manager_ ? &*manager_ : nullptr; }
+  double top_k() const { return top_k_; }
   double Worth(ExpertKey key) { return worth_.Of(key); }
   double TransferSeconds() const { return transfer_seconds_; }
   const LayerTimeline& timeline() const { return timeline_; }
@@ -224,6 +239,13 @@ class PrefetchPlanner {
   TransferOrder Launch(ExpertKey key, bool demand, long visit);
   void Evict(ExpertKey key);
   void AdaptTopK(bool in_time);
+  double MostCandidatesEver() const;  // as top_k is adapted
+  double LeastOfBand() const;
+  // Experts of a visit that are candidates.
+  size_t MostCandidates(std::span<const ForetoldExpert> ranked) const;
+  // True where one more speculation would leave too few slots for whatever comes.
+  bool UnderPressure() const;
+  void SetUnused(ExpertKey key, uint8_t value);
 
   PlannerOptions options_;
   ExpertCache* cache_;
@@ -238,6 +260,9 @@ class PrefetchPlanner {
   SpeculationLedger accounts_;
   // By key: prefetched and not used yet; 1 + the lead at which it was foretold, else 0.
   std::vector<uint8_t> unused_;
+  int num_unused_ = 0;
+  std::optional<MemoryManager> manager_;
+  int window_uses_ = 0, window_in_time_ = 0;  // of AdaptTopK
   struct Displaced {  // by key: what pushed it out, and after how many uses of any expert
     Stack stack = Stack::kEncoder;
     int lead = 0;  // 0: nothing

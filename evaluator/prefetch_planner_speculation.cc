@@ -168,6 +168,19 @@ bool PrefetchPlanner::MakeRoomFor(const Candidate& candidate) {
   return true;
 }
 
+bool PrefetchPlanner::UnderPressure() const {
+  const double limit = options_.policy.pressure_limit;
+  if (limit >= 1) return false;
+  // What is needed and what is leased are different experts; a demand is among the
+  // needed.
+  const auto speculated = std::count_if(
+      flights_.begin(), flights_.end(),
+      [](const Flight& flight) { return !flight.order.demand && !flight.joined; });
+  const double spoken_for = static_cast<double>(unserved_.size()) + cache_->num_pinned() +
+                            num_unused_ + static_cast<double>(speculated);
+  return spoken_for + 1 > limit * capacity_;
+}
+
 void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
   if (!forecasts_.AnyAfter(timeline_.visit())) return;
   int speculating = 0;
@@ -175,7 +188,7 @@ void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
   // The last place is the demands'.
   const auto full = [&] {
     return speculating >= options_.max_in_flight - 1 ||
-           in_flight() >= options_.max_in_flight;
+           in_flight() >= options_.max_in_flight || UnderPressure();
   };
   if (full()) return;
   std::optional<LinkOutlook> link;
@@ -215,7 +228,8 @@ void PrefetchPlanner::StartWarming(PlannerActions* actions) {
   const MoeGeometry& g = cache_->geometry();
   const int layer = timeline_.layer();
   if (cache_->eviction() != Eviction::kPhaseAware || !options_.policy.speculate ||
-      !warms_ || layer < 0 || layer >= g.encoder_layers || g.decoder_layers == 0)
+      !warms_ || layer < 0 || layer >= g.encoder_layers || g.decoder_layers == 0 ||
+      UnderPressure())
     return;
   std::optional<ExpertKey> victim;
   if (cache_->free_slots() == 0) {

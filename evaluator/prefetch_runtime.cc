@@ -283,6 +283,12 @@ std::vector<SpeculationAccount> PrefetchRuntime::speculation(Stack stack) const 
   return planner_.speculation().Accounts(stack);
 }
 
+std::optional<MemoryManagerState> PrefetchRuntime::memory_manager() const {
+  std::lock_guard lock(mutex_);
+  const MemoryManager* manager = planner_.memory_manager();
+  return manager ? std::optional(manager->state()) : std::nullopt;
+}
+
 void PrefetchRuntime::ResetStats() {
   std::lock_guard lock(mutex_);
   planner_.ResetLedger();

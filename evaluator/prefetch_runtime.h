@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "evaluator/benefit_gauge.h"
@@ -19,6 +20,7 @@
 #include "evaluator/foresight.h"
 #include "evaluator/foresight_thread.h"
 #include "evaluator/prefetch_planner.h"
+#include "evaluator/question_guard.h"
 #include "evaluator/timeline.h"
 #include "evaluator/transfer_engine.h"
 #include "evaluator/use_shares.h"
@@ -91,6 +93,9 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   // does not adapt it.
   std::vector<SpeculationAccount> speculation(Stack stack) const;
 
+  // nullopt where the policy has no memory manager.
+  std::optional<MemoryManagerState> memory_manager() const;
+
   // Since ResetStats. The stack's experts that are prefetched but not used yet are
   // wasted.
   PhaseStats stats(Stack stack) const;
@@ -106,9 +111,8 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
     return gauges_[static_cast<int>(stack)];
   }
   double measured_link_bytes_per_second() const;
-  // Questions that threw, which then say nothing, and the first one's words.
-  int64_t failed_questions() const;
-  std::string question_error() const;
+  // Which questions failed, and so say nothing.
+  const QuestionGuard& questions() const { return questions_; }
   // The visits since the last TakeVisits, in order (what an oracle is told).
   std::vector<OracleForesight::Visit> TakeVisits();
   Foresight* foresight() { return foresight_.get(); }
@@ -128,8 +132,6 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   void Ask(const char* what, std::function<std::vector<LayerForecast>()> question);
   // Tells the foresight something without a question, in order with them.
   void Tell(std::function<void()> news);
-  // Runs what a predictor may throw from: it costs speed, never the run.
-  void Guarded(const std::function<void()>& ask);
   // Lock held. `visit`: the planner's when the question was put; `epoch`: of the
   // predictions then.
   void Foresee(const std::vector<LayerForecast>& forecasts, long visit, long epoch);
@@ -164,8 +166,7 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   Stack stack_ = Stack::kEncoder;
   double pass_begin_ = 0, stall_ = 0, predict_ = 0;
   double aside_ = 0;  // seconds of answers since the last pass' end, on their own thread
-  int64_t failed_questions_ = 0;
-  std::string question_error_;
+  QuestionGuard questions_;
   long epoch_ = 0;  // grows where predictions are forgotten: late answers are void
   int held_peak_ = 0, least_slots_ = 0;
   uint64_t memory_peak_ = 0;

@@ -1,7 +1,6 @@
 // What the runtime asks its foresight, and what becomes of the answers.
 #include <ATen/ATen.h>
 
-#include <exception>
 #include <utility>
 
 #include "evaluator/prefetch_runtime.h"
@@ -32,7 +31,7 @@ void PrefetchRuntime::Ask(const char* what,
   auto answer = [this, what, visit, epoch, question = std::move(question)] {
     const double asked = clock_.Now();
     std::vector<LayerForecast> forecasts;
-    Guarded([&] { forecasts = question(); });
+    questions_.Run([&] { forecasts = question(); });
     const double answered = clock_.Now();
     if (timeline_ && !forecasts.empty())
       timeline_->Span(Timeline::Track::kPredictor, what, asked, answered);
@@ -50,27 +49,8 @@ void PrefetchRuntime::Ask(const char* what,
 }
 
 void PrefetchRuntime::Tell(std::function<void()> news) {
-  if (!thread_) return Guarded(news);
-  thread_->Ask([this, news = std::move(news)] { Guarded(news); });
-}
-
-void PrefetchRuntime::Guarded(const std::function<void()>& ask) {
-  try {
-    ask();
-  } catch (const std::exception& e) {
-    std::lock_guard lock(mutex_);
-    if (failed_questions_++ == 0) question_error_ = e.what();
-  }
-}
-
-int64_t PrefetchRuntime::failed_questions() const {
-  std::lock_guard lock(mutex_);
-  return failed_questions_;
-}
-
-std::string PrefetchRuntime::question_error() const {
-  std::lock_guard lock(mutex_);
-  return question_error_;
+  if (!thread_) return (void)questions_.Run(news);
+  thread_->Ask([this, news = std::move(news)] { questions_.Run(news); });
 }
 
 // Tensors are valid during the call only: what is asked later has its own.

@@ -149,6 +149,8 @@ SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
   }
   result.seconds = simulation.now() - begin;
   result.ledger = simulation.planner()->ledger();
+  if (const MemoryManager* manager = simulation.planner()->memory_manager())
+    result.memory_manager = manager->state();
   result.link_seconds =
       static_cast<double>(result.ledger.bytes_moved()) / link.bytes_per_second;
   return result;

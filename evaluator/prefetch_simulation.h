@@ -4,6 +4,7 @@
 // thread.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -30,7 +31,8 @@ struct SimulatedVisit {
 struct SimulationResult {
   double seconds = 0, stall_seconds = 0, link_seconds = 0;
   TransferLedger ledger;
-  std::vector<double> stalls;  // of every visit that counts
+  std::vector<double> stalls;                        // of every visit that counts
+  std::optional<MemoryManagerState> memory_manager;  // where the policy has one
 };
 
 // The visits in order, counted from `counted_from` on. With `warm` the slots hold the

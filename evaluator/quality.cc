@@ -7,11 +7,13 @@
 #include <chrono>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <tuple>
 
 #include "common/errors.h"
 #include "common/progress.h"
 #include "common/stop.h"
+#include "evaluator/question_guard.h"
 #include "models/routing_window.h"
 #include "report/table.h"
 #include "storage/one_model.h"
@@ -26,6 +28,8 @@ struct Place {
   RouterAgreement agreement;
   double variation = 0, confidence_variation = 0;
   int64_t neighbours = 0;
+  std::map<uint64_t, int64_t> unanswered;  // labels whose question failed, by document
+  bool silent = false;                     // an answer told nothing of it
 };
 
 // One predictor's answers so far.
@@ -33,6 +37,7 @@ struct Asked {
   std::map<std::tuple<Stack, int, int>, Place> places;
   std::vector<float> right;  // by decoder token: share of the layers, one visit ahead
   std::vector<double> microseconds;
+  QuestionGuard guard;
 };
 
 double Quantile(std::vector<double> values, double q) {
@@ -43,43 +48,78 @@ double Quantile(std::vector<double> values, double q) {
   return values[at];
 }
 
-// probs [T,E] of tokens from `first` on; labels of the whole sequence.
-void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
-           const MoeGeometry& g, const at::Tensor& probs_TE, int64_t first,
-           Asked* asked) {
-  const int target = (source + lead) % g.layers(stack);
+// What was said of one lead over a sequence: probs [N,E] of some of its tokens, rising,
+// and the tokens whose question failed.
+struct Said {
+  std::vector<at::Tensor> probs_NE;
+  std::vector<int64_t> tokens, failed;
+  bool silent = false;  // about some token
+};
+
+Place& PlaceOf(Asked* asked, Stack stack, int source, int lead, const MoeGeometry& g) {
   auto [it, made] = asked->places.try_emplace(std::tuple(stack, source, lead));
-  Place& place = it->second;
-  if (made) place.scores = LeadAccumulator(stack, source, lead, target);
-  const int64_t tokens = probs_TE.size(0);
-  const at::Tensor labels =
-      WindowLabels(trace, stack, source, lead).narrow(0, first, tokens).contiguous();
-  place.scores.Add(
-      probs_TE, labels,
-      at::full({tokens}, static_cast<int64_t>(trace.document_id), at::kLong));
+  const int target = (source + lead) % g.layers(stack);
+  if (made) it->second.scores = LeadAccumulator(stack, source, lead, target);
+  return it->second;
+}
+
+double TotalVariation(const float* p, const float* q, int experts) {
+  double sum = 0;
+  for (int e = 0; e < experts; ++e) sum += std::abs(p[e] - q[e]);
+  return sum / 2;
+}
+
+void ScoreAnswers(const RoutingTrace& trace, Stack stack, int source, int lead,
+                  const MoeGeometry& g, const at::Tensor& labels, const Said& said,
+                  Place* place) {
+  const at::Tensor probs = at::cat(said.probs_NE).to(at::kFloat).contiguous();
+  const int64_t count = probs.size(0);
+  at::Tensor own = at::empty({count}, at::kLong);
+  for (int64_t i = 0; i < count; ++i)
+    own[i] = labels[said.tokens[static_cast<size_t>(i)]];
+  place->scores.Add(
+      probs, own, at::full({count}, static_cast<int64_t>(trace.document_id), at::kLong));
   const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
-  const at::Tensor rows = probs_TE.to(at::kFloat).contiguous();
   std::vector<float> router(static_cast<size_t>(g.num_experts));
   const int64_t ahead = source + lead >= g.layers(stack) ? 1 : 0;  // in the next token
-  const auto [largest, guess] = probs_TE.max(1);
-  for (int64_t t = 0; t < tokens; ++t) {
-    const auto label = labels[t].item<int64_t>();
+  const int target = (source + lead) % g.layers(stack);
+  const auto [largest, guess] = probs.max(1);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t t = said.tokens[static_cast<size_t>(i)];
+    const float* row = probs.const_data_ptr<float>() + i * g.num_experts;
+    if (i > 0 && t == said.tokens[static_cast<size_t>(i - 1)] + 1) {
+      place->variation += TotalVariation(row, row - g.num_experts, g.num_experts);
+      place->confidence_variation += std::abs(largest.const_data_ptr<float>()[i] -
+                                              largest.const_data_ptr<float>()[i - 1]);
+      ++place->neighbours;
+    }
+    const auto label = own[i].item<int64_t>();
     if (label < 0) continue;
-    const bool right = guess[t].item<int64_t>() == label;
-    place.confidence.Add(largest[t].item<double>(), right);
-    place.calibration.Add(largest[t].item<double>(), right);
-    if (RouterDistribution(span, target, static_cast<int>(first + t + ahead), &router)) {
-      place.agreement.Add(rows.const_data_ptr<float>() + t * g.num_experts, router,
-                          span.top_k);
+    const bool right = guess[i].item<int64_t>() == label;
+    place->confidence.Add(largest[i].item<double>(), right);
+    place->calibration.Add(largest[i].item<double>(), right);
+    if (RouterDistribution(span, target, static_cast<int>(t + ahead), &router)) {
+      place->agreement.Add(row, router, span.top_k);
     }
   }
-  if (tokens > 1) {
-    const auto change =
-        probs_TE.narrow(0, 1, tokens - 1) - probs_TE.narrow(0, 0, tokens - 1);
-    place.variation += change.abs().sum().item<double>() / 2;
-    place.confidence_variation += largest.diff().abs().sum().item<double>();
-    place.neighbours += tokens - 1;
+}
+
+void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
+           const MoeGeometry& g, const Said& said, Asked* asked) {
+  Place& place = PlaceOf(asked, stack, source, lead, g);
+  place.silent |= said.silent;
+  const at::Tensor labels = WindowLabels(trace, stack, source, lead).contiguous();
+  if (!said.tokens.empty())
+    ScoreAnswers(trace, stack, source, lead, g, labels, said, &place);
+  for (const int64_t t : said.failed) {
+    if (labels[t].item<int64_t>() >= 0) ++place.unanswered[trace.document_id];
   }
+}
+
+std::vector<int64_t> TokensUpTo(int64_t count) {
+  std::vector<int64_t> tokens(static_cast<size_t>(count));
+  std::iota(tokens.begin(), tokens.end(), 0);
+  return tokens;
 }
 
 // `kept` tokens up to token `newest`.
@@ -105,13 +145,25 @@ class Interview {
   }
 
  private:
+  using Answers = std::vector<std::optional<at::Tensor>>;
+
+  // `leads` answers about the window's newest `tokens`; nullopt where the question
+  // failed.
   template <typename Question>
-  static auto Timed(Asked* asked, const Question& question) {
+  static std::optional<Answers> Answer(const RoutingWindow& window, int leads,
+                                       int64_t tokens, Asked* asked,
+                                       const Question& question) {
+    Answers answers;
     const auto start = std::chrono::steady_clock::now();
-    auto answers = question();
+    const bool sound = asked->guard.Run([&] {
+      answers = question();
+      RequireAnswers(answers, window, tokens);
+    });
     const std::chrono::duration<double, std::micro> us =
         std::chrono::steady_clock::now() - start;
     asked->microseconds.push_back(us.count());
+    if (!sound) return std::nullopt;
+    answers.resize(static_cast<size_t>(leads));
     return answers;
   }
 
@@ -121,13 +173,20 @@ class Interview {
       const RoutingWindow window =
           WindowOf(trace, Stack::kEncoder, source, g_.num_experts);
       const int leads = g_.encoder_layers - 1 - source;
-      const auto answers =
-          Timed(asked, [&] { return predictor->PredictLeads(window, leads); });
+      const int64_t tokens = trace.encoder.num_tokens;
+      const auto answers = Answer(window, leads, tokens, asked,
+                                  [&] { return predictor->PredictLeads(window, leads); });
       for (int lead = 1; lead <= leads; ++lead) {
-        const auto& probs = answers[static_cast<size_t>(lead - 1)];
-        if (!probs) continue;
-        Score(trace, Stack::kEncoder, source, lead, g_, probs->squeeze(0).cpu(), 0,
-              asked);
+        Said said;
+        if (!answers) {
+          said.failed = TokensUpTo(tokens);
+        } else if (const auto& probs = (*answers)[static_cast<size_t>(lead - 1)]) {
+          said.probs_NE = {probs->squeeze(0).cpu()};
+          said.tokens = TokensUpTo(tokens);
+        } else {
+          said.silent = true;
+        }
+        Score(trace, Stack::kEncoder, source, lead, g_, said, asked);
       }
     }
   }
@@ -138,15 +197,14 @@ class Interview {
     const int64_t tokens = std::min(trace.decoder.num_tokens, options_.tokens);
     struct Source {
       RoutingWindow all;
-      at::Tensor next_layer_T;                    // labels one visit ahead
-      std::vector<std::vector<at::Tensor>> said;  // by lead
+      at::Tensor next_layer_T;  // labels one visit ahead
+      std::vector<Said> said;   // by lead
     };
     std::vector<Source> sources;
     for (int source = -1; source < g_.decoder_layers; ++source) {
-      sources.push_back(
-          {WindowOf(trace, Stack::kDecoder, source, g_.num_experts),
-           WindowLabels(trace, Stack::kDecoder, source, 1),
-           std::vector<std::vector<at::Tensor>>(static_cast<size_t>(leads))});
+      sources.push_back({WindowOf(trace, Stack::kDecoder, source, g_.num_experts),
+                         WindowLabels(trace, Stack::kDecoder, source, 1),
+                         std::vector<Said>(static_cast<size_t>(leads))});
     }
     // In the order of the pass: some predictors learn from what came.
     int64_t held = 0;  // by the window, as by the runtime's
@@ -155,27 +213,33 @@ class Interview {
       int right = 0, counted = 0;
       for (Source& source : sources) {
         const RoutingWindow window = UpTo(source.all, t, held);
-        const auto answers =
-            Timed(asked, [&] { return predictor->PredictLast(window, leads); });
-        for (size_t lead = 0; lead < answers.size(); ++lead) {
-          if (answers[lead])
-            source.said[lead].push_back(answers[lead]->flatten(0, 1).cpu());
+        const auto answers = Answer(window, leads, 1, asked, [&] {
+          return predictor->PredictLast(window, leads);
+        });
+        for (size_t lead = 0; lead < source.said.size(); ++lead) {
+          Said& said = source.said[lead];
+          if (!answers) {
+            said.failed.push_back(t);
+          } else if ((*answers)[lead]) {
+            said.probs_NE.push_back((*answers)[lead]->flatten(0, 1).cpu());
+            said.tokens.push_back(t);
+          } else {
+            said.silent = true;
+          }
         }
         const auto label = source.next_layer_T[t].item<int64_t>();
-        if (label < 0 || answers.empty() || !answers[0]) continue;
-        right += source.said[0].back()[0].argmax().item<int64_t>() == label;
+        if (label < 0 || (answers && !(*answers)[0])) continue;
+        const at::Tensor* next = answers ? &source.said[0].probs_NE.back() : nullptr;
+        right += next && (*next)[0].argmax().item<int64_t>() == label;
         ++counted;
       }
       if (counted > 0)
         asked->right.push_back(static_cast<float>(right) / static_cast<float>(counted));
     }
     for (size_t s = 0; s < sources.size(); ++s) {
-      const auto& said = sources[s].said;
-      for (size_t lead = 0; lead < said.size(); ++lead) {
-        if (said[lead].empty()) continue;
-        Score(trace, Stack::kDecoder, static_cast<int>(s) - 1, static_cast<int>(lead) + 1,
-              g_, at::cat(said[lead]), tokens - static_cast<int64_t>(said[lead].size()),
-              asked);
+      for (int lead = 1; lead <= leads; ++lead) {
+        Score(trace, Stack::kDecoder, static_cast<int>(s) - 1, lead, g_,
+              sources[s].said[static_cast<size_t>(lead - 1)], asked);
       }
     }
   }
@@ -188,9 +252,16 @@ PredictorQuality Summary(const std::string& name, const Asked& asked, uint64_t s
   PredictorQuality quality;
   quality.predictor = name;
   for (const auto& [key, place] : asked.places) {
-    if (place.scores.samples() == 0) continue;
+    // A failed question would have told nothing of a place of which others never do.
+    if (place.silent && place.scores.samples() == 0) continue;
+    LeadAccumulator all = place.scores;
     QualityScores scores;
-    scores.scores = place.scores.Scores(seed);
+    for (const auto& [document, rows] : place.unanswered) {
+      all.AddUnanswered(document, rows);
+      scores.unanswered += rows;
+    }
+    if (all.samples() == 0) continue;
+    scores.scores = all.Scores(seed);
     scores.confidence_correlation = place.confidence.Value();
     scores.agreement = place.agreement;
     const auto neighbours = static_cast<double>(std::max<int64_t>(1, place.neighbours));
@@ -202,6 +273,8 @@ PredictorQuality Summary(const std::string& name, const Asked& asked, uint64_t s
   quality.p50_us = Quantile(asked.microseconds, 0.5);
   quality.p95_us = Quantile(asked.microseconds, 0.95);
   quality.questions = static_cast<int64_t>(asked.microseconds.size());
+  quality.failed_questions = asked.guard.failed();
+  quality.first_failure = asked.guard.first_failure();
   return quality;
 }
 
@@ -213,6 +286,10 @@ Json PredictorQuality::ToJson() const {
                {"predict_p95_us", p95_us},
                {"questions", questions},
                {"scores", Json::array()}};
+  if (failed_questions > 0) {
+    json["failed_questions"] = failed_questions;
+    json["first_failure"] = first_failure;
+  }
   for (const QualityScores& place : places) {
     Json entry = place.scores.ToJson();
     entry["confidence_correlation"] = std::isfinite(place.confidence_correlation)
@@ -221,6 +298,7 @@ Json PredictorQuality::ToJson() const {
     entry["variation"] = place.variation;
     entry["confidence_variation"] = place.confidence_variation;
     entry["ece_equal_mass"] = place.ece_equal_mass;
+    if (place.unanswered > 0) entry["unanswered"] = place.unanswered;
     const RouterAgreement& agreement = place.agreement;
     if (agreement.rows() > 0) {
       entry["kl"] = agreement.kl();
@@ -329,6 +407,12 @@ std::string QualityTable(const std::vector<PredictorQuality>& all) {
   }
   std::string text = table.ToText();
   for (const PredictorQuality& quality : all) {
+    if (quality.failed_questions > 0) {
+      text += FailureText(quality.predictor, quality.failed_questions,
+                          "count as wrong, of " + std::to_string(quality.questions),
+                          quality.first_failure) +
+              "\n";
+    }
     if (!quality.adaptation) continue;
     const Adaptation& a = *quality.adaptation;
     text += quality.predictor + ": " + Fixed(100 * a.before, 1) +

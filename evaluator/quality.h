@@ -31,13 +31,16 @@ struct QualityScores {
   double confidence_variation = 0;    // mean change between neighbouring tokens
   double variation = 0;       // mean total variation between neighbouring tokens' answers
   RouterAgreement agreement;  // where the store has the routers' own top-k
+  int64_t unanswered = 0;     // labels of failed questions, wrong ones among the samples
 };
 
 struct PredictorQuality {
   std::string predictor;
   std::vector<QualityScores> places;
-  double p50_us = 0, p95_us = 0;  // of one question
-  int64_t questions = 0;
+  double p50_us = 0, p95_us = 0;         // of one question
+  int64_t questions = 0;                 // those that failed too
+  int64_t failed_questions = 0;          // threw, or were answered by what is no answer
+  std::string first_failure;             // in the first one's words
   std::optional<Adaptation> adaptation;  // after a change of domain
   Json ToJson() const;
 };

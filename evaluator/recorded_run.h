@@ -5,15 +5,17 @@
 #include <string>
 #include <vector>
 
-#include "common/run_record.h"
+#include "common/recorded_run.h"
 
 namespace routecast {
 
-// Runs `work`, which returns the headline figures, with a run.json in `out` that says
-// from the start on that it runs and in the end how it ended, whatever `work` throws
-// (which goes on to the caller). `files`: what it writes there; those of an earlier run
-// go first, so that none of them stands beside this one's run.json.
+// Runs `work`, which returns the headline figures, as common's Recorded does; without an
+// `out` alone. `files`: what it writes there; those of an earlier run go as soon as
+// `work` says that its inputs are sound (it calls what it is given), so that none of them
+// stands beside this one's run.json.
+using BeginRun = std::function<void()>;
 Json Recorded(const fs::path& out, const std::vector<std::string>& files,
-              const Json& configuration, const std::function<Json()>& work);
+              const Json& configuration,
+              const std::function<Json(const BeginRun&)>& work);
 
 }  // namespace routecast

@@ -39,8 +39,11 @@ DEFINE_string(prompts, "",
 DEFINE_string(predictor, "",
               "comma list: baseline names, oracle, folders of trained runs");
 DEFINE_string(policy, "auto",
-              "on_demand, multi_look, top_k, intelligent, confident or auto");
-DEFINE_string(eviction, "lru", "none, lru, lfu, lfru, least_stale or phase_aware");
+              "on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, "
+              "memory_manager or auto; --mode=simulate takes a list");
+DEFINE_string(eviction, "lru",
+              "none, lru, lfu, lfru, least_stale or phase_aware; --mode=simulate takes a "
+              "list, and belady");
 DEFINE_string(expert_budget, "25%",
               "expert memory: a share of the experts that run, or bytes; a list gives "
               "rows for each");
@@ -56,7 +59,8 @@ DEFINE_string(
     "budget");
 DEFINE_string(
     copies, "lossless",
-    "int8, int4 or sparse: rows on compressed copies as well, LOSSY and named so");
+    "int8, int8_tensor, int4 or sparse: rows on compressed copies as well, LOSSY and "
+    "named so");
 DEFINE_string(warm_start, "none",
               "experts that slots hold before the first step: none, auto (the most used "
               "of --store's train part), another store, or load.csv of routecast-trace "
@@ -169,14 +173,17 @@ struct Findings {
   Json json;
 };
 
-// Prints what `work` finds and, where there is an --out, keeps it in `file`.
-void Report(const std::string& file, const std::function<Findings()>& work) {
+// Prints what `work` finds and, where there is an --out, keeps it in `file`. `work` reads
+// its inputs, says that they are sound and finds; a dry run's prints a plan before that
+// and returns, and nothing is kept.
+void Report(const std::string& file,
+            const std::function<Findings(const BeginRun& begin)>& work) {
+  if (FLAGS_dry_run) return (void)work([] {});
   const fs::path out = FLAGS_out;
-  if (out.empty()) return (void)std::printf("%s", work().text.c_str());
-  Recorded(out, {file}, EffectiveFlags(), [&]() -> Json {
-    const Findings found = work();
+  Recorded(out, {file}, EffectiveFlags(), [&](const BeginRun& begin) -> Json {
+    const Findings found = work(begin);
     std::printf("%s", found.text.c_str());
-    WriteFileAtomic(out / file, found.json.dump(1) + "\n");
+    if (!out.empty()) WriteFileAtomic(out / file, found.json.dump(1) + "\n");
     return {{"mode", FLAGS_mode}};
   });
 }
@@ -203,8 +210,7 @@ void RequireSequences() {
   }
 }
 
-void Quality() {
-  RequireSequences();
+Findings AskPredictors(const BeginRun& begin) {
   const TraceReader reader = OpenStore();
   std::optional<TraceReader> shift;
   if (!FLAGS_shift_store.empty()) shift.emplace(FLAGS_shift_store);
@@ -212,30 +218,34 @@ void Quality() {
   if (FLAGS_dry_run) {
     std::printf("quality: %zu predictors, %d sequences at most\n", predictors.size(),
                 FLAGS_sequences);
-    return;
+    return {};
   }
-  Report("quality.json", [&]() -> Findings {
-    QualityOptions options;
-    options.sequences = FLAGS_sequences;
-    options.tokens = FLAGS_max_new_tokens;
-    options.seed = FLAGS_seed;
-    options.quiet = FLAGS_quiet;
-    Json json = {{"store", FLAGS_store}, {"predictors", Json::array()}};
-    const auto add = [&](const char* key, const std::vector<PredictorQuality>& all) {
-      for (const auto& quality : all) json[key].push_back(quality.ToJson());
-      return QualityTable(all);
-    };
-    if (!shift) {
-      const std::string table =
-          add("predictors", MeasureQuality(reader, predictors, options));
-      return {table, json};
-    }
-    const ShiftedQuality shifted = MeasureShift(reader, *shift, predictors, options);
-    json["shift_store"] = FLAGS_shift_store;
-    const std::string before = add("predictors", shifted.before),
-                      after = add("predictors_after_shift", shifted.after);
-    return {before + "then " + FLAGS_shift_store + ":\n" + after, json};
-  });
+  begin();
+  QualityOptions options;
+  options.sequences = FLAGS_sequences;
+  options.tokens = FLAGS_max_new_tokens;
+  options.seed = FLAGS_seed;
+  options.quiet = FLAGS_quiet;
+  Json json = {{"store", FLAGS_store}, {"predictors", Json::array()}};
+  const auto add = [&](const char* key, const std::vector<PredictorQuality>& all) {
+    for (const auto& quality : all) json[key].push_back(quality.ToJson());
+    return QualityTable(all);
+  };
+  if (!shift) {
+    const std::string table =
+        add("predictors", MeasureQuality(reader, predictors, options));
+    return {table, json};
+  }
+  const ShiftedQuality shifted = MeasureShift(reader, *shift, predictors, options);
+  json["shift_store"] = FLAGS_shift_store;
+  const std::string before = add("predictors", shifted.before),
+                    after = add("predictors_after_shift", shifted.after);
+  return {before + "then " + FLAGS_shift_store + ":\n" + after, json};
+}
+
+void Quality() {
+  RequireSequences();
+  Report("quality.json", AskPredictors);
 }
 
 void Simulate() {
@@ -258,17 +268,18 @@ void Simulate() {
                   "--question_us of 0 or more",
                   FLAGS_expert_budget, "e.g. --expert_budget=25%"));
   }
-  const DeviceProfile profile = FindProfile(FLAGS_profile);
-  const TraceReader reader = OpenStore();
-  const auto predictors = Predictors(reader);
-  options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
-  if (FLAGS_dry_run) {
-    std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",
-                predictors.size(), options.policies.size(), options.evictions.size(),
-                profile.name.c_str());
-    return;
-  }
-  Report("simulation.json", [&]() -> Findings {
+  Report("simulation.json", [&](const BeginRun& begin) -> Findings {
+    const DeviceProfile profile = FindProfile(FLAGS_profile);
+    const TraceReader reader = OpenStore();
+    const auto predictors = Predictors(reader);
+    options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
+    if (FLAGS_dry_run) {
+      std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",
+                  predictors.size(), options.policies.size(), options.evictions.size(),
+                  profile.name.c_str());
+      return {};
+    }
+    begin();
     const auto result = SimulatePolicies(reader, predictors, profile, options);
     return {PolicyTable(result), result.ToJson()};
   });
@@ -278,13 +289,14 @@ void Transfer() {
   DiskSweepOptions options;
   options.folder = ExpertCacheFolder(FLAGS_cache);
   options.quiet = FLAGS_quiet;
-  if (FLAGS_dry_run) {
-    std::printf("transfer: a scratch file of %s in %s\n",
-                FormatBytes(options.file_bytes).c_str(), options.folder.c_str());
-    return;
-  }
-  const at::Device device = ParseDevice(FLAGS_device, 0);
-  Report("device_profile.json", [&]() -> Findings {
+  Report("device_profile.json", [&](const BeginRun& begin) -> Findings {
+    if (FLAGS_dry_run) {
+      std::printf("transfer: a scratch file of %s in %s\n",
+                  FormatBytes(options.file_bytes).c_str(), options.folder.c_str());
+      return {};
+    }
+    const at::Device device = ParseDevice(FLAGS_device, 0);
+    begin();
     DeviceProfile profile = MeasureDisk(options);
     if (device.is_cuda()) {
       DeviceSweepOptions sweep;
@@ -301,10 +313,17 @@ void Transfer() {
 }
 
 void Status() {
-  const Json machine = MachineStatus();
-  const auto artefacts = FindArtefacts(FLAGS_in);
-  Report("status.json", [&]() -> Findings {
-    return {StatusText(machine, artefacts), StatusJson(machine, artefacts)};
+  Report("status.json", [](const BeginRun& begin) -> Findings {
+    const Json machine = MachineStatus();
+    auto artefacts = FindArtefacts(FLAGS_in);
+    std::error_code absent;  // this run's own folder, which has begun
+    std::erase_if(artefacts, [&](const Artefact& a) {
+      return fs::equivalent(a.path, FLAGS_out, absent);
+    });
+    const std::string text = StatusText(machine, artefacts);
+    if (FLAGS_dry_run) std::printf("%s", text.c_str());
+    begin();
+    return {text, StatusJson(machine, artefacts)};
   });
 }
 

@@ -7,7 +7,7 @@
 
 #include "comm/mpi_session.h"
 #include "common/errors.h"
-#include "common/run_record.h"
+#include "common/recorded_run.h"
 #include "launch/flags.h"
 #include "launch/main.h"
 #include "models/device_choice.h"
@@ -92,38 +92,37 @@ PretrainJob Validate() {
 
 constexpr double kDeadlineSeconds = 45;  // that a rank waits for the others
 
-void Run(int argc, char** argv) {
-  PretrainJob job = Validate();
-  MpiSession session(&argc, &argv);
-  SetAbortHook([](int code) { MpiSession::Abort(code); });
-  const RankInfo rank = session.rank_info();
-  const at::Device device = ParseDevice(FLAGS_device, rank.local_rank);
-  CheckOwnDevice(FLAGS_device, device, rank.local_world, NumCudaDevices());
+// Headline figures; nothing in a dry run.
+Json PretrainOn(MpiSession& session, const RankInfo& rank, PretrainJob job) {
+  job.device = ParseDevice(FLAGS_device, rank.local_rank);
+  CheckOwnDevice(FLAGS_device, job.device, rank.local_world, NumCudaDevices());
   SetComputeThreads(ThreadsPerRank(rank.local_world));
   const auto comm =
-      MakeCommunicator(session, device, kDeadlineSeconds, job.out / "watchdog");
-  job.device = device;
-  job.quiet = job.quiet || !rank.is_root();
-
+      MakeCommunicator(session, job.device, kDeadlineSeconds, job.out / "watchdog");
   const fs::path cache = FLAGS_cache.empty() ? job.out.string() + ".corpus" : FLAGS_cache;
   const Corpus corpus =
       Corpus::Open(FlagValues("data"), cache, ThreadsPerRank(1), job.quiet);
   if (FLAGS_dry_run) {
     if (rank.is_root())
       std::printf("%s", DescribePretraining(job, corpus, rank.world).c_str());
-    return;
-  }
-  std::optional<RunRecord> record;
-  if (rank.is_root()) {
-    record.emplace(job.out, "routecast-pretrain", EffectiveFlags());
-    record->Set("ranks", rank.world);
-    record->Set("options", job.options.ToJson());
-    record->WriteStart();
+    return {};
   }
   const RoutingMeasures measures = Pretrain(job, corpus, comm.get());
-  if (!rank.is_root()) return;
-  record->Finish(kExitDone, measures.ToJson());
   if (!job.quiet) std::printf("%s", measures.Table().c_str());
+  return measures.ToJson();
+}
+
+void Run(int argc, char** argv) {
+  PretrainJob job = Validate();
+  MpiSession session(&argc, &argv);
+  SetAbortHook([](int code) { MpiSession::Abort(code); });
+  const RankInfo rank = session.rank_info();
+  job.quiet = job.quiet || !rank.is_root();
+  RecordedRun record(job.out, "routecast-pretrain", EffectiveFlags());
+  record.Set("ranks", rank.world);
+  record.Set("options", job.options.ToJson());
+  const bool records = rank.is_root() && !FLAGS_dry_run;
+  Recorded(records ? &record : nullptr, [&] { return PretrainOn(session, rank, job); });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "common/errors.h"
+#include "common/recorded_run.h"
 #include "launch/main.h"
 #include "report/routing_report.h"
 #include "storage/export.h"
@@ -114,8 +115,7 @@ std::string PageOf(const StoreStatistics& stats, const RoutingStatistics& routin
   return RoutingReportHtml(page);
 }
 
-void Stats() {
-  const std::string out = RequireOut();
+Json StatsInto(const std::string& out) {
   const StoreStatistics stats =
       ComputeStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
   std::printf(
@@ -132,33 +132,27 @@ void Stats() {
                 bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
                 100 * s.dropped, prob.c_str());
   }
-  if (FLAGS_dry_run) return;
+  if (FLAGS_dry_run) return {};
   const RoutingStatistics routing =
       ComputeRoutingStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
-  RunRecord run(out, "routecast-trace stats", EffectiveFlags());
-  run.WriteStart();
   WriteAllStatistics(stats, routing, out);
   WriteFileAtomic(fs::path(out) / "report.html", PageOf(stats, routing));
   if (!FLAGS_quiet) std::printf("%s\n", (fs::path(out) / "report.html").c_str());
-  run.Finish(kExitDone, {{"sequences", stats.sequences}});
+  return {{"sequences", stats.sequences}};
 }
 
-void Export() {
-  const std::string out = RequireOut();
-  ParseChoice("--format", FLAGS_format, {"npz", "jsonl", "csv", "safetensors"});
+Json ExportInto(const std::string& out) {
   const TraceReader reader(FLAGS_store, NeedTokens::kNo);
   if (FLAGS_dry_run) {
     std::printf("%zu sequences would be written to %s\n", reader.sequences().size(),
                 out.c_str());
-    return;
+    return {};
   }
   const std::string left_out = LeftOutOfText(reader.config());
   if ((FLAGS_format == "jsonl" || FLAGS_format == "csv") && !left_out.empty()) {
     std::fprintf(stderr, "%s leaves out %s: npz and safetensors hold them\n",
                  FLAGS_format.c_str(), left_out.c_str());
   }
-  RunRecord run(out, "routecast-trace export", EffectiveFlags());
-  run.WriteStart();
   ExportOptions options;
   options.format = FLAGS_format;
   Json files = Json::array();
@@ -166,10 +160,25 @@ void Export() {
     files.push_back(file.filename().string());
     if (!FLAGS_quiet) std::printf("%s\n", file.c_str());
   }
-  run.Finish(kExitDone, {{"sequences", reader.sequences().size()}, {"files", files}});
+  return {{"sequences", reader.sequences().size()}, {"files", files}};
 }
 
-// A sealed store gets its run.json when it is there: before that it has no folder.
+// A folder of results says in run.json how it came about, however that ends.
+void Into(const char* verb, Json (*work)(const std::string& out)) {
+  const std::string out = RequireOut();
+  RecordedRun run(out, std::string("routecast-trace ") + verb, EffectiveFlags());
+  Recorded(FLAGS_dry_run ? nullptr : &run, [&] { return work(out); });
+}
+
+void Stats() { Into("stats", StatsInto); }
+
+void Export() {
+  ParseChoice("--format", FLAGS_format, {"npz", "jsonl", "csv", "safetensors"});
+  Into("export", ExportInto);
+}
+
+// A sealed store gets its run.json when it is there: before that it has no folder, and
+// what fails leaves none.
 void Merge() {
   const std::string out = RequireOut();
   const std::vector<std::string> given = FlagValues("store");

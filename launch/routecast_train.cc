@@ -10,7 +10,7 @@
 #include "common/errors.h"
 #include "common/model_folder.h"
 #include "common/process_memory.h"
-#include "common/run_record.h"
+#include "common/recorded_run.h"
 #include "launch/flags.h"
 #include "launch/main.h"
 #include "launch/train_flags.h"
@@ -179,8 +179,15 @@ LeaderboardJob Leaderboard(const SpeculationJob& run) {
   return job;
 }
 
-void Run(int argc, char** argv) {
-  SpeculationJob job = Validate();
+// What flags ask for, checked before anything is written.
+struct Asked {
+  SpeculationJob job;
+  std::optional<LeaderboardJob> board;
+  std::optional<SearchSpace> space;
+  TraceDatasetOptions data;
+};
+
+void RequireTogether() {
   if (!FLAGS_also.empty() && !(FLAGS_leaderboard.empty() && FLAGS_search.empty())) {
     throw UsageError(ErrorText("--also is of one training",
                                "--leaderboard and --search train many",
@@ -191,9 +198,6 @@ void Run(int argc, char** argv) {
                                "--also and --search have other tables",
                                "leave them out, or --shift_store"));
   }
-  // What is wrong in them is said before anything is written.
-  std::optional<LeaderboardJob> board;
-  std::optional<SearchSpace> space;
   if (!FLAGS_leaderboard.empty() && !FLAGS_search.empty()) {
     throw UsageError(ErrorText("--leaderboard and --search are two jobs",
                                "a table of kinds, or the best options of one",
@@ -210,96 +214,112 @@ void Run(int argc, char** argv) {
                                "it is " + std::to_string(FLAGS_kind_seconds),
                                "give both, or neither"));
   }
-  if (!FLAGS_leaderboard.empty()) board = Leaderboard(job);
-  if (!board) RequireUse(job.options);
-  if (!FLAGS_search.empty()) space = SpaceOf(FLAGS_search);
-  TraceDatasetOptions data_options;
-  data_options.cache_bytes = ParseBytes("--cache", FLAGS_cache);
+}
+
+Asked AskedByFlags() {
+  Asked asked;
+  asked.job = Validate();
+  RequireTogether();
+  asked.job.deterministic = FLAGS_deterministic;
+  if (!FLAGS_leaderboard.empty()) asked.board = Leaderboard(asked.job);
+  if (!asked.board) RequireUse(asked.job.options);
+  if (!FLAGS_search.empty()) asked.space = SpaceOf(FLAGS_search);
+  asked.data.cache_bytes = ParseBytes("--cache", FLAGS_cache);
   // A search may draw --distill_weight.
-  data_options.keep_top_k = job.options.reads_top_k() || space.has_value();
-  if (board) {
-    for (const auto& [name, options] : board->settings) {
-      data_options.keep_top_k = data_options.keep_top_k || options.reads_top_k();
+  asked.data.keep_top_k = asked.job.options.reads_top_k() || asked.space.has_value();
+  if (asked.board) {
+    for (const auto& [name, options] : asked.board->settings) {
+      asked.data.keep_top_k = asked.data.keep_top_k || options.reads_top_k();
     }
   }
-  KeepAllFreedMemory();
-  MpiSession session(&argc, &argv);
-  SetAbortHook([](int code) { MpiSession::Abort(code); });
-  const RankInfo rank = session.rank_info();
+  return asked;
+}
+
+// The stores that are learned from and looked at, open.
+struct Datasets {
+  std::shared_ptr<const TraceReader> reader;
+  std::optional<TraceDataset> first, shift;
+  std::deque<TraceDataset> others;
+};
+
+void OpenDatasets(TraceDatasetOptions options, int local_world, SpeculationJob* job,
+                  Datasets* open) {
+  const auto reader_of = [](const std::string& store) {
+    return std::make_shared<const TraceReader>(store, NeedTokens::kNo);
+  };
+  open->reader = reader_of(FLAGS_store);
+  const std::vector<std::string> also = Listed(FLAGS_also);
+  const size_t stores = 1 + also.size() + (FLAGS_shift_store.empty() ? 0 : 1);
+  options.cache_bytes /= static_cast<uint64_t>(local_world) * stores;
+  open->first.emplace(open->reader, options);
+  for (const std::string& store : also) {
+    open->others.emplace_back(reader_of(store), options);
+    job->also.push_back({store, &open->others.back()});
+  }
+  if (FLAGS_shift_store.empty()) return;
+  open->shift.emplace(reader_of(FLAGS_shift_store), options);
+  RequireShift(&*open->shift, *open->first, WithHidden::kNo);
+  job->shift = {FLAGS_shift_store, &*open->shift};
+}
+
+// Trains what is asked for and prints it; headline figures. `record`: null where another
+// rank has it.
+Json Train(MpiSession& session, const RankInfo& rank, Asked asked, RecordedRun* record) {
+  SpeculationJob& job = asked.job;
   job.device = ParseDevice(FLAGS_device, rank.local_rank);
   CheckOwnDevice(FLAGS_device, job.device, rank.local_world, NumCudaDevices());
   SetComputeThreads(ThreadsPerRank(rank.local_world));
-  job.deterministic = FLAGS_deterministic;
   const auto comm =
       MakeCommunicator(session, job.device,
                        FLAGS_search.empty() ? FLAGS_collective_deadline : kSearchDeadline,
                        job.out / "watchdog");
   job.quiet = FLAGS_quiet || !rank.is_root();
-
-  const auto reader = std::make_shared<const TraceReader>(FLAGS_store, NeedTokens::kNo);
-  const std::vector<std::string> also = Listed(FLAGS_also);
-  const size_t stores = 1 + also.size() + (FLAGS_shift_store.empty() ? 0 : 1);
-  data_options.cache_bytes /= static_cast<uint64_t>(rank.local_world) * stores;
-  TraceDataset dataset(reader, data_options);
-  std::deque<TraceDataset> others;
-  for (const std::string& store : also) {
-    others.emplace_back(std::make_shared<const TraceReader>(store, NeedTokens::kNo),
-                        data_options);
-    job.also.push_back({store, &others.back()});
-  }
-  std::optional<TraceDataset> shift;
-  if (!FLAGS_shift_store.empty()) {
-    shift.emplace(std::make_shared<const TraceReader>(FLAGS_shift_store, NeedTokens::kNo),
-                  data_options);
-    RequireShift(&*shift, dataset, WithHidden::kNo);
-    job.shift = {FLAGS_shift_store, &*shift};
-  }
+  if (record) record->Set("device", job.device.str());
+  Datasets open;
+  OpenDatasets(asked.data, rank.local_world, &job, &open);
+  TraceDataset* dataset = &*open.first;
+  if (asked.board) asked.board->run = job;  // with the device
   if (FLAGS_dry_run) {
-    if (board) board->run = job;
-    const bool routers = fs::exists(reader->routers_path());
+    const bool routers = fs::exists(open.reader->routers_path());
     const std::string plan =
-        board   ? DescribeLeaderboard(*board, &dataset, routers, rank.world)
-        : space ? DescribeSearch({*space, job}, &dataset, rank.world)
-                : DescribeSpeculation(job, &dataset, rank.world);
+        asked.board   ? DescribeLeaderboard(*asked.board, dataset, routers, rank.world)
+        : asked.space ? DescribeSearch({*asked.space, job}, dataset, rank.world)
+                      : DescribeSpeculation(job, dataset, rank.world);
     if (rank.is_root()) std::printf("%s", plan.c_str());
-    return;
+    return {};
   }
-  std::optional<RunRecord> record;
-  if (rank.is_root()) {
-    MakeFolder(job.out);
-    record.emplace(job.out, "routecast-train", EffectiveFlags());
-    record->Set("ranks", rank.world);
-    record->Set("device", job.device.str());
-    record->WriteStart();
+  const auto routers = RoutersOf(*open.reader);
+  if (asked.board) {
+    const Json made = MakeLeaderboard(*asked.board, dataset, routers, comm.get());
+    if (!rank.is_root()) return {};
+    std::printf("%s%s\n", LeaderboardText(made).c_str(),
+                (job.out / "leaderboard.html").c_str());
+    return {{"rows", made["rows"].size()}};
   }
-  try {
-    const auto routers = RoutersOf(*reader);
-    if (board) {
-      board->run = job;  // with the device
-      const Json made = MakeLeaderboard(*board, &dataset, routers, comm.get());
-      if (!record) return;
-      record->Finish(kExitDone, {{"rows", made["rows"].size()}});
-      std::printf("%s%s\n", LeaderboardText(made).c_str(),
-                  (job.out / "leaderboard.html").c_str());
-      return;
-    }
-    if (space) {
-      const Json search =
-          Search({*space, job, GivenOptions()}, &dataset, routers, comm.get());
-      if (!record) return;
-      record->Finish(kExitDone, {{"best", search["trials"][0]}});
-      std::printf("%s%s\n", SearchText(search).c_str(), (job.out / "best.flags").c_str());
-      return;
-    }
-    const SpeculationResult result = TrainSpeculation(job, &dataset, routers, comm.get());
-    if (!record) return;
-    record->Finish(kExitDone, {{"validation", result.results["validation"]},
-                               {"scores", result.results["scores"]}});
-    std::printf("%s", result.table.c_str());
-  } catch (const StoppedError&) {
-    if (record) record->Finish(kExitStopped, Json::object());
-    throw;
+  if (asked.space) {
+    const Json search =
+        Search({*asked.space, job, GivenOptions()}, dataset, routers, comm.get());
+    if (!rank.is_root()) return {};
+    std::printf("%s%s\n", SearchText(search).c_str(), (job.out / "best.flags").c_str());
+    return {{"best", search["trials"][0]}};
   }
+  const SpeculationResult result = TrainSpeculation(job, dataset, routers, comm.get());
+  if (!rank.is_root()) return {};
+  std::printf("%s", result.table.c_str());
+  return {{"validation", result.results["validation"]},
+          {"scores", result.results["scores"]}};
+}
+
+void Run(int argc, char** argv) {
+  const Asked asked = AskedByFlags();
+  KeepAllFreedMemory();
+  MpiSession session(&argc, &argv);
+  SetAbortHook([](int code) { MpiSession::Abort(code); });
+  const RankInfo rank = session.rank_info();
+  RecordedRun record(asked.job.out, "routecast-train", EffectiveFlags());
+  record.Set("ranks", rank.world);
+  RecordedRun* recorded = rank.is_root() && !FLAGS_dry_run ? &record : nullptr;
+  Recorded(recorded, [&] { return Train(session, rank, asked, recorded); });
 }
 
 }  // namespace

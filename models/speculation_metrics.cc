@@ -102,6 +102,13 @@ void LeadAccumulator::Add(const at::Tensor& probs_NE, const at::Tensor& labels,
   }
 }
 
+void LeadAccumulator::AddUnanswered(uint64_t document, int64_t rows) {
+  if (rows == 0) return;
+  Sums& sums = documents_[document];
+  sums.samples += rows;
+  sums.cross_entropy -= std::log(kSmallest) * static_cast<double>(rows);
+}
+
 std::string LeadAccumulator::Bytes() const {
   std::string bytes;
   Append(&bytes, static_cast<uint64_t>(answers_ ? answers_->answers().size() : 0));

@@ -69,6 +69,9 @@ class LeadAccumulator {
   static constexpr int kMostChoices = 16;
   void Add(const at::Tensor& probs_NE, const at::Tensor& labels,
            const at::Tensor& documents_N);
+  // `rows` of a document that got no answer: wrong in every top-k, as if the label's
+  // probability were 0, and without a confidence.
+  void AddUnanswered(uint64_t document, int64_t rows);
   // Sums as bytes for another rank's Merge (same machine type). Merge throws DataError
   // where the bytes are not such sums.
   std::string Bytes() const;

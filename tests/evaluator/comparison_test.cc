@@ -292,7 +292,8 @@ TEST_F(ComparisonTest, BatchesShareOneLoadOfAnExpert) {
 TEST_F(ComparisonTest, CompressedCopiesHaveRowsOfTheirOwn) {
   replay_.encoder = false;
   options_.link = "native";
-  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse}) {
+  for (const CopyKind kind :
+       {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse, CopyKind::kInt8Tensor}) {
     copies_ = kind;
     const ComparisonResult result = Compare({});
     EXPECT_TRUE(result.lossless);
@@ -308,7 +309,7 @@ TEST_F(ComparisonTest, CompressedCopiesHaveRowsOfTheirOwn) {
       EXPECT_NE(row.output_sha256, result.rows[0].output_sha256);
       EXPECT_EQ(row.compared_sequences, options_.rounds);
       EXPECT_GT(row.logit_kl, 0);
-      EXPECT_LT(row.logit_kl, kind == CopyKind::kInt8 ? 0.01 : 1);
+      EXPECT_LT(row.logit_kl, IsInt8(kind) ? 0.01 : 1);
     }
     EXPECT_EQ(lossy, 2);  // on-demand LRU, oracle
     EXPECT_NE(ComparisonTable(result).find(std::string("LOSSY ") + CopyName(kind)),

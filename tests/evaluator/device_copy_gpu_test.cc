@@ -113,7 +113,8 @@ TEST_F(DeviceCopyGpuTest, DecodingGivesTheBitsOfTheCpu) {
   std::vector<float> weights;
   for (uint64_t i = 0; i < kRows * kColumns; ++i)
     weights.push_back(static_cast<float>(ToNormal(Mix(3, i))));
-  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse}) {
+  for (const CopyKind kind :
+       {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse, CopyKind::kInt8Tensor}) {
     for (const ExpertDtype dtype :
          {ExpertDtype::kFloat32, ExpertDtype::kBfloat16, ExpertDtype::kFloat16}) {
       std::vector<std::byte> coded(CodedBytes(kind, kRows, kColumns));

@@ -64,8 +64,22 @@ TEST(ExpertCodecTest, NoWeightIsOffByMoreThanHalfAStep) {
   }
 }
 
+TEST(ExpertCodecTest, AScaleOfAWholeMatrixIsThatOfItsLargestWeight) {
+  const auto weights = Weights(3 * 100, 5);
+  const auto back = RoundTrip(CopyKind::kInt8Tensor, weights, 3);
+  float largest = 0;
+  for (const float w : weights) largest = std::max(largest, std::fabs(w));
+  for (uint64_t i = 0; i < weights.size(); ++i) {
+    const float codes = back[i] / (largest / 127);
+    EXPECT_NEAR(codes, std::round(codes), 1e-3) << i;
+    EXPECT_LE(std::fabs(weights[i] - back[i]), 0.5001f * largest / 127) << i;
+  }
+  EXPECT_EQ(CodedBytes(CopyKind::kInt8Tensor, 3, 100),
+            CodedBytes(CopyKind::kInt8, 3, 100));
+}
+
 TEST(ExpertCodecTest, TheLargestWeightAndZeroAreExact) {
-  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4}) {
+  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kInt8Tensor}) {
     const auto back = RoundTrip(kind, {0, -2.5f, 1, 0, 0, 0}, 2);
     EXPECT_FLOAT_EQ(back[1], -2.5f);
     EXPECT_EQ(back[0], 0);
@@ -161,6 +175,7 @@ TEST(ExpertCodecTest, AWeightThatIsNotFiniteIsRefused) {
 TEST(ExpertCodecTest, NamesAreParsed) {
   EXPECT_EQ(ParseCopies("int4"), CopyKind::kInt4);
   EXPECT_EQ(ParseCopies("sparse"), CopyKind::kSparse);
+  EXPECT_EQ(ParseCopies("int8_tensor"), CopyKind::kInt8Tensor);
   EXPECT_EQ(ParseCopies("lossless"), CopyKind::kLossless);
   EXPECT_THROW(ParseCopies("int5"), UsageError);
 }
@@ -188,7 +203,8 @@ class ExpertCopiesTest : public testing::Test {
 };
 
 TEST_F(ExpertCopiesTest, HoldEveryExpertNearItsOriginal) {
-  for (const CopyKind kind : {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse}) {
+  for (const CopyKind kind :
+       {CopyKind::kInt8, CopyKind::kInt4, CopyKind::kSparse, CopyKind::kInt8Tensor}) {
     const auto copy = CompressedCopy(file_, kind, true);
     EXPECT_EQ(copy->count(), 4);
     EXPECT_EQ(copy->spec().copies, kind);
@@ -208,9 +224,7 @@ TEST_F(ExpertCopiesTest, HoldEveryExpertNearItsOriginal) {
         size += a * a;
       }
       // Uniform weights without their smaller half: the root of an eighth.
-      const double bound = kind == CopyKind::kInt8   ? 0.01
-                           : kind == CopyKind::kInt4 ? 0.12
-                                                     : 0.38;
+      const double bound = IsInt8(kind) ? 0.01 : kind == CopyKind::kInt4 ? 0.12 : 0.38;
       EXPECT_LT(std::sqrt(off / size), bound);
       EXPECT_GT(off, 0);
     }

@@ -5,6 +5,9 @@
 #include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
 
+#include <stdexcept>
+#include <utility>
+
 #include "models/predictor_factory.h"
 #include "tests/models/speculation_test_support.h"
 
@@ -191,6 +194,31 @@ TEST_F(EarlyForesightTest, WithoutAnOutputTheLastLayerIsAskedAtTheEnd) {
     early.AtLayer(RoutingOf(Stack::kDecoder, l, 0, 1));
   }
   ExpectRow(early.AtPassEnd(pass), g_.decoder_layers - 1, 0);
+}
+
+// Throws where it is asked with a window of two tokens, once; remembers the window.
+class StumblingPredictor : public ExpertPredictor {
+ public:
+  std::string name() const override { return "stumbling"; }
+  bool needs_hidden() const override { return false; }
+  int history_tokens() const override { return 4; }
+  std::optional<at::Tensor> Predict(const RoutingWindow& window, int) override {
+    const int64_t tokens = window.token_ids_BT.size(1);
+    if (tokens == 2 && !std::exchange(stumbled, true)) throw std::runtime_error("oh");
+    ids = window.token_ids_BT.clone();
+    return at::zeros({1, tokens, window.num_experts});
+  }
+  bool stumbled = false;
+  at::Tensor ids;
+};
+
+TEST_F(EarlyForesightTest, AGuessThatFailsLeavesNoTokenInTheWindow) {
+  StumblingPredictor predictor;
+  PredictorForesight early(&predictor, g_, 8, guess_);
+  EXPECT_THROW(EndOfFirst(&early, (SecondToken() + 1) % 11), std::runtime_error);
+  EXPECT_FALSE(early.AtPassBegin(Pass(Stack::kDecoder, 1, 1)).empty());
+  const at::Tensor both = Pass(Stack::kDecoder, 0, 2).token_ids_BT;
+  EXPECT_TRUE(at::equal(predictor.ids, both)) << predictor.ids;
 }
 
 TEST_F(ForesightTest, WithoutAGuessNothingIsAskedAtTheEnd) {

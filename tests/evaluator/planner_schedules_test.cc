@@ -161,6 +161,10 @@ void RunSchedule(uint64_t seed) {
   SpeculationPolicy policy = {"eager", true, 4, 8, 0.01, false, false};
   policy.adapt_k = draw(2);
   policy.adapt_threshold = Mix(seed, 77) % 2 == 0;
+  policy.in_band = Mix(seed, 78) % 4 == 0;
+  policy.pressure_limit = Mix(seed, 79) % 4 == 0 ? 0.8 : 1;
+  policy.memory_manager = Mix(seed, 80) % 8 == 0;
+  policy.most_experts = 1 + static_cast<int>(Mix(seed, 81) % 6);
   PrefetchPlanner planner({100, 50.0 + static_cast<double>(draw(100)), 2,
                            static_cast<double>(draw(3)) / 2, can_cancel, policy},
                           &cache, &clock);

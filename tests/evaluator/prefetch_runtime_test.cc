@@ -20,58 +20,15 @@
 #include "evaluator/output_hash.h"
 #include "evaluator/paced_compute.h"
 #include "evaluator/workload.h"
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "models/generation.h"
 #include "tests/evaluator/fake_device.h"
+#include "tests/evaluator/strange_predictor.h"
 #include "tests/models/switch_test_support.h"
 
 namespace routecast {
 namespace {
-
-// Says whatever `mode` wants, at every layer and lead.
-class StrangePredictor : public ExpertPredictor {
- public:
-  enum Mode { kRandom, kMalicious, kNan, kSlow, kThrowing, kMisshapen };
-  explicit StrangePredictor(Mode mode) : mode_(mode) {}
-  std::string name() const override { return "strange"; }
-  bool needs_hidden() const override { return mode_ == kRandom; }
-  int history_tokens() const override { return mode_ == kRandom ? 4 : 1; }
-  std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) override {
-    ++calls;
-    if (window.hidden_BTD.defined()) {
-      EXPECT_EQ(window.hidden_BTD.size(1), window.token_ids_BT.size(1));
-    }
-    EXPECT_LE(window.stack == Stack::kDecoder ? window.token_ids_BT.size(1) : 0, 4);
-    const int64_t b = window.token_ids_BT.size(0), t = window.token_ids_BT.size(1);
-    at::Tensor p = at::zeros({b, t, window.num_experts});
-    if (mode_ == kRandom) p.uniform_(0, 1);
-    if (mode_ == kNan) p.fill_(std::numeric_limits<float>::quiet_NaN());
-    if (mode_ == kMalicious) {  // certain of what was not chosen lately
-      p.fill_(1);
-      const at::Tensor last =
-          window.experts_BTL.slice(1, t - 1).clamp_max(window.num_experts - 1);
-      p.slice(1, t - 1).scatter_(2, last, 0);
-    }
-    if (mode_ == kThrowing && calls % 3 == 0) throw std::runtime_error("no idea");
-    if (mode_ == kThrowing) p.fill_(0.7);
-    if (mode_ == kSlow) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      p.fill_(0.5);
-    }
-    if (mode_ == kMisshapen) {
-      const int64_t e = window.num_experts;
-      const std::vector<std::vector<int64_t>> sizes = {
-          {b, t, e + 90}, {b, t, e - 1}, {b + 1, t, e}, {b, t + 2, e}, {b, t}};
-      const auto which = static_cast<size_t>(calls) % (sizes.size() + 1);
-      return which == sizes.size() ? at::Tensor() : at::ones(sizes[which]);
-    }
-    return p;
-  }
-  int calls = 0;
-
- private:
-  Mode mode_;
-};
 
 class PrefetchRuntimeTest : public testing::TestWithParam<StepMemory> {
  protected:
@@ -145,15 +102,13 @@ class PrefetchRuntimeTest : public testing::TestWithParam<StepMemory> {
       EXPECT_EQ(Decode(runtime.get(), runtime.get()), resident) << aside;
       runtime->Suspend();
       EXPECT_GT(predictor.calls, 0);
-      const bool throws = mode == StrangePredictor::kThrowing;
-      const bool misshapen = mode == StrangePredictor::kMisshapen;
-      EXPECT_EQ(runtime->failed_questions() > 0, throws || misshapen);
-      if (misshapen) {  // nobody acts on any of it
+      EXPECT_EQ(runtime->questions().failed() > 0, StrangePredictor::Fails(mode));
+      EXPECT_THAT(runtime->questions().first_failure(),
+                  testing::StartsWith(StrangePredictor::FailureOf(mode)));
+      if (!StrangePredictor::Answers(mode)) {  // nobody acts on any of it
         for (const Stack stack : {Stack::kEncoder, Stack::kDecoder})
           EXPECT_EQ(runtime->stats(stack).speculations, 0);
-        continue;
       }
-      EXPECT_EQ(runtime->question_error(), throws ? "no idea" : "");
     }
   }
 
@@ -236,6 +191,19 @@ TEST_P(PrefetchRuntimeTest, APredictorThatThrowsChangesNothing) {
   ChangesNothing(StrangePredictor::kThrowing, "top_k", 3);
 }
 
+TEST_P(PrefetchRuntimeTest, WhatIsThrownNeedNotBeAnException) {
+  ChangesNothing(StrangePredictor::kThrowingInt, "top_k", 3);
+}
+
+TEST_P(PrefetchRuntimeTest, NumbersThatAreNoProbabilitiesChangeNothing) {
+  ChangesNothing(StrangePredictor::kTooLikely, "top_k", 3);
+}
+
+// Its window is its own: the model's tokens and states are not in it.
+TEST_P(PrefetchRuntimeTest, APredictorThatWritesIntoItsWindowChangesNothing) {
+  ChangesNothing(StrangePredictor::kWriting, "top_k", 3);
+}
+
 TEST_P(PrefetchRuntimeTest, AnswersOfAnotherShapeChangeNothing) {
   ChangesNothing(StrangePredictor::kMisshapen, "top_k", 3);
 }
@@ -245,8 +213,9 @@ TEST_P(PrefetchRuntimeTest, AnswersOfAnotherShapeChangeNothing) {
 TEST_P(PrefetchRuntimeTest, RandomSettingsGiveTheResidentBits) {
   const uint64_t slot = file_->spec().stride_bytes();
   const auto count = static_cast<uint64_t>(file_->count());
-  const std::string policies[] = {"on_demand",   "multi_look", "top_k",
-                                  "intelligent", "confident",  "auto"};
+  const std::string policies[] = {"on_demand",      "multi_look",    "top_k",
+                                  "intelligent",    "confident",     "auto",
+                                  "adaptive_top_k", "memory_manager"};
   for (uint64_t draw = 0; draw < 60; ++draw) {
     uint64_t asked = 0;
     const auto pick = [&](uint64_t choices) {
@@ -273,7 +242,7 @@ TEST_P(PrefetchRuntimeTest, RandomSettingsGiveTheResidentBits) {
     RuntimeOptions options;
     options.num_slots = static_cast<int>(slots);
     options.eviction = static_cast<Eviction>(pick(6));  // all but Belady's
-    options.planner.policy = ParsePolicy(policies[pick(6)]);
+    options.planner.policy = ParsePolicy(policies[pick(8)]);
     options.ask_aside = pick(2) != 0;
     if (pick(3) == 0) {
       options.memory_bytes = slots * slot;
@@ -281,7 +250,8 @@ TEST_P(PrefetchRuntimeTest, RandomSettingsGiveTheResidentBits) {
         return std::min(slots - 2, static_cast<uint64_t>(pass.first_position % 4)) * slot;
       };
     }
-    StrangePredictor predictor(static_cast<StrangePredictor::Mode>(pick(6)));
+    StrangePredictor predictor(
+        static_cast<StrangePredictor::Mode>(pick(StrangePredictor::kModes)));
     PrefetchRuntime runtime(file_->spec(), opened.engine.get(),
                             std::make_unique<PredictorForesight>(
                                 &predictor, checkpoint_.config.geometry(), 3),

@@ -171,6 +171,7 @@ uint64_t Fingerprint(const SimulationResult& r) {
 struct PinnedDecisions {
   std::string policy;
   uint64_t phase_aware, others;  // by eviction
+  bool limited = true;           // by its pressure limit
 };
 
 // What is made faster must not decide otherwise: every policy and eviction rule, links
@@ -180,14 +181,18 @@ TEST(PrefetchSimulationTest, DecisionsStayWhatTheyWere) {
       {"on_demand", 14556351193717003112u, 5215880253049396787u},
       {"multi_look", 13011014739334089492u, 8932422351212202368u},
       {"top_k", 4504008360201117703u, 9945243435450569878u},
-      {"intelligent", 15162152781345988065u, 3549268656767090167u},
+      {"intelligent", 15162152781345988065u, 3549268656767090167u, false},
       {"confident", 1600877594127843372u, 7697037165092585072u},
-      {"auto", 9672630263436921914u, 17553752327557953006u}};
+      {"auto", 9672630263436921914u, 17553752327557953006u},
+      {"intelligent", 15162152781345988065u, 2362613318294570559u},
+      {"adaptive_top_k", 12619137304677590018u, 15871055973430159081u},
+      {"memory_manager", 5540809604273155389u, 8180356486733039941u}};
   const MoeGeometry g{2, 3, 24, 1, 16};
-  for (const auto& [policy, phase_aware, others] : pinned) {
+  for (const auto& [policy, phase_aware, others, limited] : pinned) {
     uint64_t found = 0, found_phase_aware = 0;
     for (uint64_t seed = 0; seed < 24; ++seed) {
       PlannerOptions planner = Planner(policy);
+      if (!limited) planner.policy.pressure_limit = 1;
       SimulatedLinkOptions link = Link();
       link.bytes_per_second *= static_cast<double>(1 + seed % 3);
       link.can_cancel = planner.engine_can_cancel = seed % 4 != 0;

@@ -235,6 +235,10 @@ TEST_F(SimulationAgreementTest, Intelligent) {
   ExpectAgreement("intelligent", Eviction::kLru);
 }
 
+TEST_F(SimulationAgreementTest, MemoryManager) {
+  ExpectAgreement("memory_manager", Eviction::kLru);
+}
+
 TEST_F(SimulationAgreementTest, AWarmStart) {
   const MoeGeometry& g = spec_.geometry;
   std::vector<uint64_t> counts(static_cast<size_t>(g.num_keys()), 0);

@@ -10,6 +10,7 @@
 #include "evaluator/device_sweep.h"
 #include "evaluator/disk_sweep.h"
 #include "evaluator/disk_transfer_engine.h"
+#include "evaluator/evaluation.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
 #include "evaluator/quality.h"
@@ -77,6 +78,24 @@ TEST_F(StoppedModesTest, Simulation) {
   std::vector<std::unique_ptr<ExpertPredictor>> predictors;
   ExpectStops([&] { predictors = Markov(); },
               [&] { SimulatePolicies(reader(), predictors, profile, {}); });
+}
+// Setting up takes minutes where a large model's experts are written.
+TEST_F(StoppedModesTest, SettingUpAnEvaluationLeavesRunJson) {
+  EvaluationOptions options;
+  options.store = folder_ / "store";
+  options.cache = folder_ / "cache";
+  options.out = folder_ / "evaluated";
+  options.predictor = {"markov"};
+  options.quiet = true;
+  ExpectStops([] {},
+              [&] {
+                try {
+                  Evaluate(options, Json::object());
+                } catch (const StoppedError&) {
+                  const Json run = ReadJsonFile(options.out / "run.json");
+                  if (run["exit_status"] == kExitStopped) throw;
+                }
+              });
 }
 TEST_F(StoppedModesTest, CountsOfBaselines) {
   ExpectStops([] {}, [&] { Markov(); });

@@ -38,7 +38,7 @@ cp -r store damaged
 table=$(find damaged/shards -name '*.sst' -size +1k | head -1)
 printf '\xa5\x5a' | dd of="$table" bs=1 seek=900 conv=notrunc 2>/dev/null
 # Caches are meant to stay, and so is what run.json says about an end.
-seen() { find . | grep -vE '^./(log|error|cache.*|.*\.corpus.*|.*/index\.cache|run|run/run.json)$' | sort; }
+seen() { find . | grep -vE '^./(log|error|cache.*|.*\.corpus.*|.*/index\.cache|run|run/run.json|new|new/run.json)$' | sort; }
 touch before new_files error
 seen >before
 

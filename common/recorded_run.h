@@ -1,0 +1,42 @@
+// A run whose output folder says what became of it, however it ends: run_record.h's file
+// from the start on.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "common/run_record.h"
+
+namespace routecast {
+
+// A command that is refused (exit 2) before Begin leaves the run.json of an earlier run
+// as it was: nothing ran. Thread rule: one thread. Only rank 0 makes one.
+class RecordedRun {
+ public:
+  RecordedRun(const fs::path& folder, std::string program, Json configuration)
+      : folder_(folder), record_(folder, std::move(program), std::move(configuration)) {}
+  void Set(const std::string& key, Json value) { record_.Set(key, std::move(value)); }
+  // What the run writes: those of an earlier run go at Begin, or at an end before it.
+  void Replaces(std::vector<std::string> files) { files_ = std::move(files); }
+  // Keeps what run.json says now as an earlier run's; Start does it, too.
+  void ReadEarlier();
+  void Start();
+  // The inputs were read and fit: from here on the folder is this run's.
+  void Begin();
+  void Finish(int exit_status, Json headline);
+
+ private:
+  fs::path folder_;
+  RunRecord record_;
+  std::vector<std::string> files_;
+  bool begun_ = false;
+  std::string earlier_;  // run.json before this run; empty: none
+};
+
+// Runs `work`, which returns the headline figures, with a run.json that says from the
+// start on that it runs and in the end how it ended, whatever `work` throws (which goes
+// on to the caller). Null: nobody records (no folder, or another rank does).
+Json Recorded(RecordedRun* run, const std::function<Json()>& work);
+
+}  // namespace routecast
