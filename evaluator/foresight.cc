@@ -273,11 +273,13 @@ void PredictorForesight::AddLaterUse(const RoutingWindow& window,
   if (!said->defined() || said->dim() != 3 || said->size(1) != window.num_layers) {
     throw std::runtime_error("what is said of later use is not [batch, layers, experts]");
   }
+  std::vector<std::optional<at::Tensor>> by_layer;
+  for (int l = 0; l < window.num_layers; ++l) by_layer.push_back(said->narrow(1, l, 1));
+  RequireAnswers(by_layer, window, 1);
   for (int l = 0; l < window.num_layers; ++l) {
-    const at::Tensor probs_B1E = said->narrow(1, l, 1);
-    RequireShape(probs_B1E, window);
-    forecasts->push_back({geometry_.GlobalLayer(window_.stack, l), LayerForecast::kLater,
-                          NeededByAny(probs_B1E, window_.valid_BT)});
+    forecasts->push_back(
+        {geometry_.GlobalLayer(window_.stack, l), LayerForecast::kLater,
+         NeededByAny(*by_layer[static_cast<size_t>(l)], window_.valid_BT)});
   }
 }
 
