@@ -37,6 +37,8 @@ function(routecast_test name)
   routecast_test_properties(${name} ${T_LABEL} ${T_TIMEOUT})
 endfunction()
 
+# A build's own: two clones may test at once.
+file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/tests/tmp)
 function(routecast_test_properties name label timeout)
   set(sanitized)
   if(ROUTECAST_SANITIZE)
@@ -52,5 +54,5 @@ function(routecast_test_properties name label timeout)
   endif()
   set_tests_properties(${name} PROPERTIES LABELS "${label}" TIMEOUT ${timeout}
     SKIP_RETURN_CODE 77
-    ENVIRONMENT "ROUTECAST_SOURCE_DIR=${CMAKE_SOURCE_DIR};ROUTECAST_BIN_DIR=${CMAKE_BINARY_DIR}/bin;ROUTECAST_BUILD_DIR=${CMAKE_BINARY_DIR};OMP_NUM_THREADS=1;MKL_NUM_THREADS=1;GOMP_SPINCOUNT=2000;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_MCA_btl_vader_single_copy_mechanism=none${hidden_cards}${sanitized}")
+    ENVIRONMENT "TEST_TMPDIR=${CMAKE_BINARY_DIR}/tests/tmp/;ROUTECAST_SOURCE_DIR=${CMAKE_SOURCE_DIR};ROUTECAST_BIN_DIR=${CMAKE_BINARY_DIR}/bin;ROUTECAST_BUILD_DIR=${CMAKE_BINARY_DIR};OMP_NUM_THREADS=1;MKL_NUM_THREADS=1;GOMP_SPINCOUNT=2000;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_MCA_btl_vader_single_copy_mechanism=none${hidden_cards}${sanitized}")
 endfunction()

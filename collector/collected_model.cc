@@ -5,15 +5,16 @@
 #include "common/errors.h"
 
 namespace routecast {
-namespace {
 
-void CheckGroup(int group, int world) {
-  if (world % group == 0) return;
-  throw UsageError(
-      ErrorText("--expert_parallel=" + std::to_string(group) + " does not divide the job",
-                std::to_string(world) + (world == 1 ? " rank" : " ranks"),
-                "start a multiple of " + std::to_string(group) + " ranks"));
+void RequireWholeGroups(int expert_parallel, int world) {
+  if (world % expert_parallel == 0) return;
+  const std::string group = std::to_string(expert_parallel);
+  throw UsageError(ErrorText("--expert_parallel=" + group + " does not divide the job",
+                             std::to_string(world) + (world == 1 ? " rank" : " ranks"),
+                             "start a multiple of " + group + " ranks"));
 }
+
+namespace {
 
 void CheckExperts(int group, int num_experts) {
   if (group <= num_experts) return;
@@ -45,7 +46,7 @@ std::vector<ExpertWeights> OwnExperts(const fs::path& folder, int group, int mem
 CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
                                at::Device device, const RankInfo& rank,
                                int expert_parallel) {
-  CheckGroup(expert_parallel, rank.world);
+  RequireWholeGroups(expert_parallel, rank.world);
   if (expert_parallel == 1) {
     whole_ = std::make_unique<ResidentModel>(LoadCheckpoint(folder, dtype, device));
     return;

@@ -9,6 +9,9 @@
 
 namespace routecast {
 
+// Throws UsageError where a group would lack ranks.
+void RequireWholeGroups(int expert_parallel, int world);
+
 class CollectedModel {
  public:
   // `expert_parallel`: ranks of a group; 1 = every rank has all experts. Every rank of

@@ -386,6 +386,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
 
 CollectEnd Collect(const CollectOptions& options, const RankInfo& rank,
                    const Json& configuration) {
+  RequireWholeGroups(options.expert_parallel, rank.world);
   Rooted root;
   if (rank.is_root() && !options.dry_run)
     root.run.emplace(options.store, "routecast-collect", configuration);
