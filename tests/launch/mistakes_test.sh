@@ -107,6 +107,9 @@ wrong 2 "--context|interlayer" "${train[@]}" --kind=hidden --context=4
 wrong 2 "--layers|--members" "${train[@]}" --kind=ensemble --layers=3
 wrong 2 "--micro_batch|--global_batch" "${train[@]}" --kind=interlayer --global_batch=20
 wrong 2 "cosine" "${train[@]}" --kind=interlayer --schedule=cosin
+wrong 2 "--cycle_beta1|one_cycle" "${train[@]}" --kind=interlayer --cycle_beta1
+wrong 2 "--token_inputs|interlayer" "${train[@]}" --kind=hidden --token_inputs
+wrong 2 "--router_inputs|--record" "${train[@]}" --kind=interlayer --router_inputs
 wrong 2 "nowhere" train --store=nowhere --out=run
 wrong 2 "--start_from|nowhere" "${train[@]}" --kind=interlayer --start_from=nowhere
 
