@@ -11,7 +11,8 @@ constexpr double kRateFloor = 0.125;  // of the uniform use rate, for experts ne
 // like the lead's discount by planner_bench on validation sequences.
 constexpr double kWorthSpan = 4;
 constexpr int kPowers = 128;
-constexpr double kScoreError = 1e-6;  // ExpertCache::ScoreOfRate
+constexpr double kBarelyLess = 1 - 1e-12;  // what rounding may take from a worth
+constexpr double kScoreError = 1e-6;       // ExpertCache::ScoreOfRate
 
 }  // namespace
 
@@ -62,7 +63,7 @@ void ExpertWorth::Look() {
     const VisitForecast* forecast = forecasts_->Find(timeline_->visit() + distance);
     if (!forecast || !forecast->trusted) continue;
     Outlook& outlook = outlooks_[static_cast<size_t>(forecast->layer)];
-    outlook.foreseen.emplace_back(forecast->probabilities.data(), Power(distance));
+    outlook.foreseen.emplace_back(forecast, Power(distance));
     outlook.after = Power(distance + cycle_of(forecast->layer));
   }
   for (Outlook& outlook : outlooks_) {
@@ -83,8 +84,8 @@ double ExpertWorth::Beyond(const Outlook& outlook, ExpertKey key) const {
 
 double ExpertWorth::Of(const Outlook& outlook, ExpertKey key, double beyond) const {
   double missed = 1, worth = 0;  // probability of no use so far; worth of those foreseen
-  for (const auto& [probabilities, discount] : outlook.foreseen) {
-    const double p = probabilities[key.expert];
+  for (const auto& [forecast, discount] : outlook.foreseen) {
+    const double p = forecast->ProbabilityOf(key.expert);
     worth += missed * p * discount;
     missed *= 1 - p;
   }
@@ -103,44 +104,59 @@ double ExpertWorth::Beyond(const Outlook& outlook, int layer,
   return hardly_used ? outlook.floor : Beyond(outlook, ExpertKey{layer, rank.expert});
 }
 
-std::optional<ExpertKey> ExpertWorth::Least(std::span<const ExpertKey> kept) {
+std::optional<ExpertWorth::Key> ExpertWorth::Least(std::span<const ExpertKey> kept) {
   if (stale_) Look();
-  std::optional<ExpertKey> least;
-  double least_worth = 0;
+  std::optional<Key> least;
   const bool any_pinned = cache_->num_pinned() > 0;
   const auto pinned = [&](ExpertKey key) { return any_pinned && cache_->pins(key) > 0; };
   const auto consider = [&](const Outlook& outlook, ExpertKey key, double beyond) {
     if (std::find(kept.begin(), kept.end(), key) != kept.end()) return;
     const double worth = Of(outlook, key, beyond);
-    if (!least || worth < least_worth ||
-        (worth == least_worth && cache_->LeavesBefore(key, *least))) {
-      least = key;
-      least_worth = worth;
+    if (!least || worth < least->worth ||
+        (worth == least->worth && cache_->LeavesBefore(key, least->key))) {
+      least = {key, worth};
     }
   };
   // The first of every layer, then the others of the layers that may have a lesser one. A
   // use that is foreseen is worth more than one that comes later by habit: the habit
-  // alone is the least that an expert can be worth.
+  // alone is the least that an expert can be worth. So the layer whose first has the
+  // least of that is looked at first: what is foreseen of the others' lies in memory that
+  // may be far away.
+  int lowest = -1;
   const int layers = cache_->geometry().num_layers();
   for (int layer = 0; layer < layers; ++layer) {
     const auto ranks = cache_->HeldByRate(layer);
     Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
     size_t i = 0;
     while (i < ranks.size() && pinned({layer, ranks[i].expert})) ++i;
+    outlook.first_expert = -1;
     outlook.rest = ranks.subspan(std::min(i + 1, ranks.size()));
     if (i == ranks.size()) continue;
     outlook.floor_score = cache_->ScoreOfRate(layer, log_least_rate_) - kScoreError;
     outlook.first = Beyond(outlook, layer, ranks[i]);
-    consider(outlook, {layer, ranks[i].expert}, outlook.first);
+    outlook.first_expert = ranks[i].expert;
+    if (lowest < 0 || outlook.first < outlooks_[static_cast<size_t>(lowest)].first)
+      lowest = layer;
+  }
+  if (lowest < 0) return std::nullopt;
+  const auto consider_first = [&](int layer) {
+    const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+    consider(outlook, {layer, outlook.first_expert}, outlook.first);
+  };
+  consider_first(lowest);
+  for (int layer = 0; layer < layers; ++layer) {
+    const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+    if (layer == lowest || outlook.first_expert < 0) continue;
+    if (!least || outlook.first * kBarelyLess <= least->worth) consider_first(layer);
   }
   for (int layer = 0; layer < layers; ++layer) {
     const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
-    if (outlook.rest.empty() || (least && outlook.first > least_worth)) continue;
+    if (outlook.rest.empty() || (least && outlook.first > least->worth)) continue;
     for (const ExpertCache::Rank& rank : outlook.rest) {
       const ExpertKey key{layer, rank.expert};
       if (pinned(key)) continue;
       const double beyond = Beyond(outlook, layer, rank);
-      if (least && beyond > least_worth) break;
+      if (least && beyond > least->worth) break;
       consider(outlook, key, beyond);
     }
   }

@@ -27,7 +27,11 @@ class ExpertWorth {
   // The evictable expert of the least worth that is not in `kept`; equals as the cache's
   // policy has them. Looks at each layer's experts by rising use rate, and no further
   // than where what is not foreseen of them is worth more already.
-  std::optional<ExpertKey> Least(std::span<const ExpertKey> kept);
+  struct Key {
+    ExpertKey key;
+    double worth = 0;
+  };
+  std::optional<Key> Least(std::span<const ExpertKey> kept);
 
  private:
   struct Outlook {                // of a layer
@@ -35,9 +39,10 @@ class ExpertWorth {
     double after = 0, cycle = 0;  // g^(visits until its first turn not foreseen), g^turn
     double floor = 0;             // Beyond of an expert that is hardly ever used,
     double floor_score = 0;       // which its score in the cache's order is below
-    double first = 0;             // Beyond of the first evictable one in that order
-    std::span<const ExpertCache::Rank> rest;                // after it
-    std::vector<std::pair<const float*, double>> foreseen;  // probabilities, g^distance
+    double first = 0;             // Beyond of the first evictable one in that order,
+    int first_expert = -1;        // which is this one; -1: there is none
+    std::span<const ExpertCache::Rank> rest;                        // after it
+    std::vector<std::pair<const VisitForecast*, double>> foreseen;  // and g^distance
   };
   void Look();
   double Power(int visits) const;
