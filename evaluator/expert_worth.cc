@@ -11,7 +11,8 @@ constexpr double kRateFloor = 0.125;  // of the uniform use rate, for experts ne
 // like the lead's discount by planner_bench on validation sequences.
 constexpr double kWorthSpan = 4;
 constexpr int kPowers = 128;
-constexpr double kScoreError = 1e-6;  // ExpertCache::ScoreOfRate
+constexpr double kBarelyLess = 1 - 1e-12;  // what rounding may take from a worth
+constexpr double kScoreError = 1e-6;       // ExpertCache::ScoreOfRate
 
 }  // namespace
 
@@ -63,7 +64,7 @@ void ExpertWorth::Look() {
     const VisitForecast* forecast = forecasts_->Find(timeline_->visit() + distance);
     if (!forecast || !forecast->trusted) continue;
     Outlook& outlook = outlooks_[static_cast<size_t>(forecast->layer)];
-    outlook.foreseen.emplace_back(forecast->probabilities.data(), Power(distance));
+    outlook.foreseen.emplace_back(forecast, Power(distance));
     outlook.after = Power(distance + cycle_of(forecast->layer));
   }
   for (int l = 0; l < g.num_layers(); ++l) {
@@ -87,8 +88,8 @@ double ExpertWorth::Beyond(const Outlook& outlook, ExpertKey key) const {
 
 double ExpertWorth::Of(const Outlook& outlook, ExpertKey key, double beyond) const {
   double missed = 1, worth = 0;  // probability of no use so far; worth of those foreseen
-  for (const auto& [probabilities, discount] : outlook.foreseen) {
-    const double p = probabilities[key.expert];
+  for (const auto& [forecast, discount] : outlook.foreseen) {
+    const double p = forecast->ProbabilityOf(key.expert);
     worth += missed * p * discount;
     missed *= 1 - p;
   }
@@ -111,44 +112,42 @@ struct ExpertWorth::Search {
   const ExpertWorth& of;
   std::span<const ExpertKey> kept;
   bool any_pinned;
-  std::optional<ExpertKey> least{};
-  double least_worth = 0;
+  std::optional<Key> least{};
 
   bool Pinned(ExpertKey key) const { return any_pinned && of.cache_->pins(key) > 0; }
-  bool Settled(double beyond) const { return least && beyond > least_worth; }
+  bool Settled(double beyond) const { return least && beyond > least->worth; }
   void Consider(const Outlook& outlook, ExpertKey key, double beyond) {
     if (std::find(kept.begin(), kept.end(), key) != kept.end()) return;
     const double worth = of.Of(outlook, key, beyond);
-    if (!least || worth < least_worth ||
-        (worth == least_worth && of.cache_->LeavesBefore(key, *least))) {
-      least = key;
-      least_worth = worth;
+    if (!least || worth < least->worth ||
+        (worth == least->worth && of.cache_->LeavesBefore(key, least->key))) {
+      least = {key, worth};
     }
   }
 };
 
-void ExpertWorth::LookAtFirst(int layer, Search* search) {
+void ExpertWorth::FindFirst(int layer, const Search& search) {
   Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+  outlook.first_expert = -1;
   outlook.rest = {};
   outlook.later_rest = {};
+  size_t i = 0;
   if (outlook.later) {
     const std::span<const int> rising = outlook.later->rising;
-    size_t i = 0;
     while (i < rising.size() && !cache_->Evictable({layer, rising[i]})) ++i;
     if (i == rising.size()) return;
+    outlook.first_expert = rising[i];
     outlook.later_rest = rising.subspan(i + 1);
-    outlook.first = Beyond(outlook, ExpertKey{layer, rising[i]});
-    search->Consider(outlook, {layer, rising[i]}, outlook.first);
+    outlook.first = Beyond(outlook, ExpertKey{layer, outlook.first_expert});
     return;
   }
   const auto ranks = cache_->HeldByRate(layer);
-  size_t i = 0;
-  while (i < ranks.size() && search->Pinned({layer, ranks[i].expert})) ++i;
+  while (i < ranks.size() && search.Pinned({layer, ranks[i].expert})) ++i;
   if (i == ranks.size()) return;
+  outlook.first_expert = ranks[i].expert;
   outlook.rest = ranks.subspan(i + 1);
   outlook.floor_score = cache_->ScoreOfRate(layer, log_least_rate_) - kScoreError;
   outlook.first = Beyond(outlook, layer, ranks[i]);
-  search->Consider(outlook, {layer, ranks[i].expert}, outlook.first);
 }
 
 void ExpertWorth::LookAtRest(int layer, Search* search) const {
@@ -169,14 +168,34 @@ void ExpertWorth::LookAtRest(int layer, Search* search) const {
   }
 }
 
-std::optional<ExpertKey> ExpertWorth::Least(std::span<const ExpertKey> kept) {
+std::optional<ExpertWorth::Key> ExpertWorth::Least(std::span<const ExpertKey> kept) {
   if (stale_) Look();
   Search search{*this, kept, cache_->num_pinned() > 0};
   // The first of every layer, then the others of the layers that may have a lesser one. A
   // use that is foreseen is worth more than one that comes later by habit: the habit
-  // alone is the least that an expert can be worth.
+  // alone is the least that an expert can be worth. So the layer whose first has the
+  // least of that is looked at first: what is foreseen of the others' lies in memory that
+  // may be far away.
+  int lowest = -1;
   const int layers = cache_->geometry().num_layers();
-  for (int layer = 0; layer < layers; ++layer) LookAtFirst(layer, &search);
+  for (int layer = 0; layer < layers; ++layer) {
+    FindFirst(layer, search);
+    const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+    if (outlook.first_expert < 0) continue;
+    if (lowest < 0 || outlook.first < outlooks_[static_cast<size_t>(lowest)].first)
+      lowest = layer;
+  }
+  if (lowest < 0) return std::nullopt;
+  const auto consider_first = [&](int layer) {
+    const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+    search.Consider(outlook, {layer, outlook.first_expert}, outlook.first);
+  };
+  consider_first(lowest);
+  for (int layer = 0; layer < layers; ++layer) {
+    const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
+    if (layer == lowest || outlook.first_expert < 0) continue;
+    if (!search.Settled(outlook.first * kBarelyLess)) consider_first(layer);
+  }
   for (int layer = 0; layer < layers; ++layer) {
     const Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
     const bool none = outlook.rest.empty() && outlook.later_rest.empty();

@@ -28,7 +28,11 @@ class ExpertWorth {
   // The evictable expert of the least worth that is not in `kept`; equals as the cache's
   // policy has them. Looks at each layer's experts by rising use rate, and no further
   // than where what is not foreseen of them is worth more already.
-  std::optional<ExpertKey> Least(std::span<const ExpertKey> kept);
+  struct Key {
+    ExpertKey key;
+    double worth = 0;
+  };
+  std::optional<Key> Least(std::span<const ExpertKey> kept);
 
  private:
   struct Outlook {                // of a layer
@@ -36,11 +40,12 @@ class ExpertWorth {
     double after = 0, cycle = 0;  // g^(visits until its first turn not foreseen), g^turn
     double floor = 0;             // Beyond of an expert that is hardly ever used,
     double floor_score = 0;       // which its score in the cache's order is below
-    double first = 0;             // Beyond of the first evictable one in that order
+    double first = 0;             // Beyond of the first evictable one in that order,
+    int first_expert = -1;        // which is this one; -1: there is none
     std::span<const ExpertCache::Rank> rest;    // after it
     const LaterShares::Layer* later = nullptr;  // in place of use rates, and their order
-    std::span<const int> later_rest;            // after the first evictable one
-    std::vector<std::pair<const float*, double>> foreseen;  // probabilities, g^distance
+    std::span<const int> later_rest;            // `rest` in that order
+    std::vector<std::pair<const VisitForecast*, double>> foreseen;  // and g^distance
   };
   void Look();
   double Power(int visits) const;
@@ -50,7 +55,7 @@ class ExpertWorth {
   double Beyond(const Outlook& outlook, int layer, const ExpertCache::Rank& rank) const;
   double Of(const Outlook& outlook, ExpertKey key, double beyond) const;
   struct Search;  // for the least
-  void LookAtFirst(int layer, Search* search);
+  void FindFirst(int layer, const Search& search);
   void LookAtRest(int layer, Search* search) const;
 
   const ExpertCache* cache_;

@@ -21,6 +21,16 @@ struct ForetoldExpert {
   float probability = 0;
 };
 
+// A forecast that is told many times over, ranked once: a scan of all its numbers is most
+// of what telling it takes. Views of what somebody keeps.
+constexpr float kRankedFrom = 0.05f;
+struct RankedForecast {
+  int layer = 0, distance = 0;  // as LayerForecast has them
+  bool sound = true;            // all numbers are probabilities; else nothing is ranked
+  std::span<const float> probabilities;
+  std::span<const ForetoldExpert> ranked;  // as RankExperts has those of kRankedFrom on
+};
+
 // Numbers outside [0, 1] go to its nearest end, what is not finite to 0.
 void MakeProbabilities(std::vector<float>* numbers);
 // The experts of `least` or more, best first; of equals the lower one. False where a

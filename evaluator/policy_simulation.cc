@@ -114,14 +114,14 @@ class Playground {
 
   SimulatedRow Run(const std::string& predictor, const std::string& policy,
                    const std::string& eviction, const Recording& recording,
-                   SpeculationPolicy settings) const {
+                   const RankedVisits& ranked, SpeculationPolicy settings) const {
     ThrowIfStopped("between two simulations");
     PlannerOptions planner = planner_;
     planner.policy = settings;
     const auto start = std::chrono::steady_clock::now();
-    const SimulationResult r = SimulatePrefetch(
-        g_, slots_, ParseEviction(eviction), planner, link_, recording.visits,
-        recording.counted_from, options_.warm_start.get());
+    const SimulationResult r =
+        SimulatePrefetch(g_, slots_, ParseEviction(eviction), planner, link_, ranked,
+                         recording.counted_from, options_.warm_start.get());
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
     const TransferLedger& l = r.ledger;
     SimulatedRow row;
@@ -206,10 +206,13 @@ PolicySimulationResult SimulatePolicies(
   }
   result.tokens = plain.tokens;
   const SpeculationPolicy demand = ParsePolicy("on_demand");
-  result.rows.push_back(ground.Run("none", "on_demand", "lru", plain, demand));
+  const RankedVisits unforeseen(plain.visits);
+  result.rows.push_back(
+      ground.Run("none", "on_demand", "lru", plain, unforeseen, demand));
   for (const std::string& eviction : options.evictions) {
     if (eviction == "lru") continue;
-    result.rows.push_back(ground.Run("none", "on_demand", eviction, plain, demand));
+    result.rows.push_back(
+        ground.Run("none", "on_demand", eviction, plain, unforeseen, demand));
   }
   for (const auto& predictor : predictors) {
     for (const std::string& policy : options.policies) {
@@ -218,10 +221,11 @@ PolicySimulationResult SimulatePolicies(
       settings.most_experts = PresetOf(profile).most_experts;
       settings.aggressiveness = PresetOf(profile).aggressiveness;
       const Recording told = ground.Record(predictor.get(), settings.max_lead);
+      const RankedVisits ranked(told.visits);
       for (const std::string& eviction : options.evictions) {
         if (eviction == "belady") continue;  // a row on demand alone: what is least
         result.rows.push_back(
-            ground.Run(predictor->name(), policy, eviction, told, settings));
+            ground.Run(predictor->name(), policy, eviction, told, ranked, settings));
       }
     }
   }
@@ -231,7 +235,8 @@ PolicySimulationResult SimulatePolicies(
   Recording oracle = plain;
   oracle.visits =
       WithOracle(std::move(oracle.visits), ground.geometry().num_experts, kOracleHorizon);
-  result.rows.push_back(ground.Run("oracle", "auto", "lru", oracle, far));
+  result.rows.push_back(
+      ground.Run("oracle", "auto", "lru", oracle, RankedVisits(oracle.visits), far));
   const double compute = ground.ComputeSeconds(plain);
   for (SimulatedRow& row : result.rows) {
     const double transfer = result.rows[0].seconds - compute;  // of on-demand LRU

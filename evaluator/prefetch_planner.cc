@@ -146,13 +146,17 @@ VisitForecast* PrefetchPlanner::Entry(int layer, int distance) {
   return &forecast;
 }
 
+float PrefetchPlanner::LeastProbability() const {
+  const SpeculationPolicy& policy = options_.policy;
+  return static_cast<float>(policy.adapt_threshold ? accounts_.least_threshold()
+                                                   : policy.min_probability);
+}
+
 bool PrefetchPlanner::Foresee(VisitForecast* forecast, std::span<const float> p) const {
   forecast->probabilities = p;
+  forecast->likeliest = {};
   std::vector<ForetoldExpert>& ranked = forecast->ranked;
-  const SpeculationPolicy& policy = options_.policy;
-  const double least =
-      policy.adapt_threshold ? accounts_.least_threshold() : policy.min_probability;
-  if (!RankExperts(p, static_cast<float>(least), &ranked)) return false;
+  if (!RankExperts(p, LeastProbability(), &ranked)) return false;
   const size_t most = MostCandidates(ranked);
   if (ranked.size() > most) ranked.resize(most);
   return true;
@@ -184,28 +188,43 @@ void PrefetchPlanner::PredictLater(int layer, std::span<const float> shares) {
   worth_.Renew();
 }
 
-void PrefetchPlanner::Predict(const LayerForecast& told) {
-  if (told.distance == LayerForecast::kLater) {
-    PredictLater(told.layer, told.probabilities);
-    return;
-  }
+void PrefetchPlanner::Predict(const RankedForecast& told) {
+  if (told.distance == LayerForecast::kLater)
+    return PredictLater(told.layer, told.probabilities);
+  if (!told.sound) return Predict(told.layer, told.distance, told.probabilities);
   VisitForecast* forecast = Entry(told.layer, told.distance);
   if (!forecast) return;
-  if (Foresee(forecast, told.probabilities)) {
-    ApplyThreshold(forecast);
+  const float least = LeastProbability();
+  if (least < kRankedFrom) {
+    Foresee(forecast, told.probabilities);
   } else {
-    Predict(told.layer, told.distance, told.probabilities);
+    size_t count = 0;
+    while (count < told.ranked.size() && told.ranked[count].probability >= least) ++count;
+    count = std::min(count, MostCandidates(told.ranked.first(count)));
+    forecast->probabilities = told.probabilities;
+    forecast->likeliest = told.ranked;
+    forecast->ranked.assign(told.ranked.begin(), told.ranked.begin() + count);
   }
+  ApplyThreshold(forecast);
 }
 
-std::optional<ExpertKey> PrefetchPlanner::PickVictim() {
+std::optional<ExpertWorth::Key> PrefetchPlanner::PickVictim() {
+  const auto of_cache = [&]() -> std::optional<ExpertWorth::Key> {
+    const std::optional<ExpertKey> key = cache_->Victim(unserved_);
+    if (!key) return std::nullopt;
+    return ExpertWorth::Key{*key, 0};
+  };
   if (cache_->eviction() == Eviction::kPhaseAware) {
-    const std::optional<ExpertKey> first = cache_->Victim(unserved_);
-    if (first && cache_->Passed(first->layer)) return first;
+    const auto first = of_cache();
+    if (first && cache_->Passed(first->key.layer)) return first;
   }
   const bool foresees =
       forecasts_.AnyAfter(timeline_.visit()) && cache_->eviction() != Eviction::kBelady;
-  return foresees ? worth_.Least(unserved_) : cache_->Victim(unserved_);
+  if (foresees) return worth_.Least(unserved_);
+  auto victim = of_cache();
+  if (victim && cache_->eviction() == Eviction::kBelady)
+    victim->worth = Worth(victim->key);
+  return victim;
 }
 
 void PrefetchPlanner::ForgetPredictions() {
@@ -262,9 +281,9 @@ void PrefetchPlanner::SetCapacity(int slots) {
 void PrefetchPlanner::FitCapacity(PlannerActions* actions) {
   while (!within_capacity()) {
     if (cache_->free_slots() == 0) {
-      const std::optional<ExpertKey> victim = PickVictim();
+      const auto victim = PickVictim();
       if (!victim) return;
-      Evict(*victim);
+      Evict(victim->key);
     }
     actions->retired.push_back(cache_->Retire());
   }
@@ -292,10 +311,10 @@ const PlannerActions& PrefetchPlanner::Poll() {
 void PrefetchPlanner::StartDemands(PlannerActions* actions) {
   while (!demands_.empty() && in_flight() < options_.max_in_flight) {
     if (cache_->free_slots() == 0) {
-      const std::optional<ExpertKey> victim = PickVictim();
+      const auto victim = PickVictim();
       if (!victim)
         return;  // every slot is leased or needed: a release or an arrival frees one
-      Evict(*victim);
+      Evict(victim->key);
     }
     actions->start.push_back(Launch(demands_.front(), true, timeline_.visit()));
     demands_.erase(demands_.begin());

@@ -135,7 +135,7 @@ class PrefetchPlanner {
   void Predict(int layer, int distance, std::span<const float> probabilities);
   // The same without a copy: the caller keeps the forecast until that visit is over or
   // the predictions are forgotten.
-  void Predict(const LayerForecast& forecast);
+  void Predict(const RankedForecast& forecast);
   // Share of the later visits of `layer` that use each expert [E]: of those that no
   // forecast reaches. Copied; it stands until more is said, the other stack runs, or two
   // turns have passed.
@@ -216,6 +216,7 @@ class PrefetchPlanner {
   VisitForecast* Entry(int layer, int distance);  // null: not to be speculated on
   // False where a number is no probability.
   bool Foresee(VisitForecast* forecast, std::span<const float> probabilities) const;
+  float LeastProbability() const;  // of a candidate
   void ApplyThreshold(VisitForecast* forecast);
   void JudgeForecast(int layer, std::span<const int> experts);
   Stack StackOf(ExpertKey key) const { return cache_->geometry().StackOf(key.layer); }
@@ -235,7 +236,8 @@ class PrefetchPlanner {
   // One transfer for the decoder, where the encoder leaves the link idle.
   void StartWarming(PlannerActions* actions);
   std::optional<ExpertKey> LikeliestOfDecoder() const;  // of those absent
-  std::optional<ExpertKey> PickVictim();
+  // Its worth counts only where anything is foreseen and it has not Passed.
+  std::optional<ExpertWorth::Key> PickVictim();
   TransferOrder Launch(ExpertKey key, bool demand, long visit);
   void Evict(ExpertKey key);
   void AdaptTopK(bool in_time);

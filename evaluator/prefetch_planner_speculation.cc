@@ -71,7 +71,7 @@ bool PrefetchPlanner::Outdone(const Flight& flight) {
   if (!foretold && left < kAlmostThere) return false;
   const double own =
       foretold
-          ? Score(forecast->probabilities[flight.order.key.expert], flight.visit) / left
+          ? Score(forecast->ProbabilityOf(flight.order.key.expert), flight.visit) / left
           : 0;
   if (kSwitchGain * own >= 1) return false;  // no score is above 1
   std::optional<LinkOutlook> link;
@@ -158,13 +158,13 @@ bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate,
 
 bool PrefetchPlanner::MakeRoomFor(const Candidate& candidate) {
   if (cache_->free_slots() > 0) return true;
-  const std::optional<ExpertKey> victim = PickVictim();
+  const auto victim = PickVictim();
   if (!victim) return false;
-  if (!cache_->Passed(victim->layer) && Worth(*victim) >= Worth(candidate.key))
+  if (!cache_->Passed(victim->key.layer) && victim->worth >= Worth(candidate.key))
     return false;
-  Evict(*victim);
-  displaced_[victim->Index(cache_->geometry())] = {StackOf(candidate.key), candidate.lead,
-                                                   ledger_.uses};
+  Evict(victim->key);
+  displaced_[victim->key.Index(cache_->geometry())] = {StackOf(candidate.key),
+                                                       candidate.lead, ledger_.uses};
   return true;
 }
 

@@ -85,7 +85,7 @@ void PrefetchRuntime::Foresee(const std::vector<LayerForecast>& forecasts, long 
   const long passed = planner_.timeline().visit() - visit;
   for (const LayerForecast& forecast : forecasts) {
     if (forecast.distance == LayerForecast::kLater) {
-      planner_.Predict(forecast);
+      planner_.PredictLater(forecast.layer, forecast.probabilities);
       continue;
     }
     const auto distance = static_cast<int>(forecast.distance - passed);

@@ -30,16 +30,17 @@ class Simulation {
   }
 
   // Returns what was waited.
-  double Run(const SimulatedVisit& visit) {
+  double Run(const RankedVisits& all, size_t at) {
+    const SimulatedVisit& visit = all.visits()[at];
     Work(visit.seconds_before);
     if (visit.begins_pass) {
       planner_.BeginPass(false);  // nothing rests here
-      Tell(visit.at_pass_begin, visit.seconds_predict);
+      Tell(all.At(at, RankedVisits::kPassBegin), visit.seconds_predict);
       Work(visit.seconds_in_pass);
     }
     planner_.BeginLayer(visit.layer, visit.experts);
     Act();
-    Tell(visit.at_layer, visit.seconds_predict);
+    Tell(all.At(at, RankedVisits::kLayer), visit.seconds_predict);
     double waited = 0;
     for (size_t served = 0; served < visit.experts.size(); ++served) {
       std::optional<ExpertKey> key;
@@ -51,7 +52,7 @@ class Simulation {
       planner_.Release(*key);
       Act();
     }
-    Tell(visit.at_pass_end, visit.seconds_predict);
+    Tell(all.At(at, RankedVisits::kPassEnd), visit.seconds_predict);
     return waited;
   }
 
@@ -67,14 +68,15 @@ class Simulation {
 
   double now() const { return clock_.Now(); }
   PrefetchPlanner* planner() { return &planner_; }
+  const ExpertCache& cache() const { return cache_; }
 
  private:
   void Work(double seconds) { link_.AdvanceTo(clock_.Now() + seconds); }
 
-  void Tell(const std::vector<LayerForecast>& forecasts, double seconds) {
+  void Tell(std::span<const RankedForecast> forecasts, double seconds) {
     if (!speculates_ || forecasts.empty()) return;
     Work(seconds);
-    for (const LayerForecast& forecast : forecasts) planner_.Predict(forecast);
+    for (const RankedForecast& forecast : forecasts) planner_.Predict(forecast);
     Act();
   }
 
@@ -92,16 +94,18 @@ class Simulation {
   bool speculates_;
 };
 
-// Asks for what will be told at a visit some visits ahead: a recording is larger than the
-// caches, and its numbers lie behind two pointers.
-void FetchAhead(std::span<const SimulatedVisit> visits, size_t at) {
+// Asks for the numbers of experts that may have to leave, as will be told of them some
+// visits ahead: a recording is larger than the caches, and a look at one number would
+// wait for memory.
+void FetchAhead(const RankedVisits& ranked, size_t at, const ExpertCache& cache) {
 #if defined(__GNUC__)
-  constexpr size_t kNear = 2, kFar = 6, kFloatsALine = 16;
-  if (at + kFar < visits.size()) __builtin_prefetch(visits[at + kFar].at_layer.data());
-  if (at + kNear >= visits.size()) return;
-  for (const LayerForecast& forecast : visits[at + kNear].at_layer) {
-    const std::vector<float>& p = forecast.probabilities;
-    for (size_t i = 0; i < p.size(); i += kFloatsALine) __builtin_prefetch(&p[i]);
+  constexpr size_t kAhead = 2, kExperts = 6;
+  if (at + kAhead >= ranked.visits().size()) return;
+  __builtin_prefetch(ranked.visits()[at + kAhead].experts.data());
+  for (const RankedForecast& f : ranked.At(at + kAhead, RankedVisits::kLayer)) {
+    const auto held = cache.HeldByRate(f.layer);
+    for (size_t i = 0; i < std::min(kExperts, held.size()); ++i)
+      __builtin_prefetch(f.probabilities.data() + held[i].expert);
   }
 #endif
 }
@@ -122,11 +126,35 @@ std::vector<ExpertKey> KeysOf(std::span<const SimulatedVisit> visits,
 
 }  // namespace
 
+RankedVisits::RankedVisits(std::span<const SimulatedVisit> visits) : visits_(visits) {
+  std::vector<size_t> ends;  // of each forecast's experts
+  std::vector<ForetoldExpert> ranked;
+  first_.push_back(0);
+  const auto add = [&](const std::vector<LayerForecast>& told) {
+    for (const LayerForecast& f : told) {
+      const bool sound = RankExperts(f.probabilities, kRankedFrom, &ranked);
+      if (sound) experts_.insert(experts_.end(), ranked.begin(), ranked.end());
+      forecasts_.push_back({f.layer, f.distance, sound, f.probabilities, {}});
+      ends.push_back(experts_.size());
+    }
+    first_.push_back(forecasts_.size());
+  };
+  for (const SimulatedVisit& visit : visits) {
+    add(visit.at_pass_begin);
+    add(visit.at_layer);
+    add(visit.at_pass_end);
+  }
+  for (size_t i = 0, from = 0; i < ends.size(); from = ends[i++]) {
+    forecasts_[i].ranked = {experts_.data() + from, ends[i] - from};
+  }
+}
+
 SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
                                   Eviction eviction, const PlannerOptions& planner,
                                   const SimulatedLinkOptions& link,
-                                  std::span<const SimulatedVisit> visits,
-                                  size_t counted_from, const UseShares* warm) {
+                                  const RankedVisits& ranked, size_t counted_from,
+                                  const UseShares* warm) {
+  const std::span<const SimulatedVisit> visits = ranked.visits();
   if (planner.expert_bytes != link.expert_bytes) {
     throw std::logic_error("SimulatePrefetch: planner and link disagree on an expert");
   }
@@ -141,8 +169,8 @@ SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
       begin = simulation.now();
       simulation.planner()->ResetLedger();
     }
-    FetchAhead(visits, i);
-    const double stall = simulation.Run(visits[i]);
+    FetchAhead(ranked, i, simulation.cache());
+    const double stall = simulation.Run(ranked, i);
     if (i < counted_from) continue;
     result.stalls.push_back(stall);
     result.stall_seconds += stall;
@@ -154,6 +182,15 @@ SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
   result.link_seconds =
       static_cast<double>(result.ledger.bytes_moved()) / link.bytes_per_second;
   return result;
+}
+
+SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
+                                  Eviction eviction, const PlannerOptions& planner,
+                                  const SimulatedLinkOptions& link,
+                                  std::span<const SimulatedVisit> visits,
+                                  size_t counted_from, const UseShares* warm) {
+  return SimulatePrefetch(geometry, slots, eviction, planner, link, RankedVisits(visits),
+                          counted_from, warm);
 }
 
 }  // namespace routecast

@@ -28,6 +28,27 @@ struct SimulatedVisit {
   std::vector<LayerForecast> at_pass_begin, at_layer, at_pass_end;
 };
 
+// Visits with what is told at them ranked once, in the order in which it is told, for
+// simulations that play them many times. The visits outlive it.
+class RankedVisits {
+ public:
+  explicit RankedVisits(std::span<const SimulatedVisit> visits);
+  RankedVisits(const RankedVisits&) = delete;
+  RankedVisits& operator=(const RankedVisits&) = delete;
+  std::span<const SimulatedVisit> visits() const { return visits_; }
+  enum When { kPassBegin, kLayer, kPassEnd };
+  std::span<const RankedForecast> At(size_t visit, When when) const {
+    const size_t i = 3 * visit + static_cast<size_t>(when);
+    return {forecasts_.data() + first_[i], first_[i + 1] - first_[i]};
+  }
+
+ private:
+  std::span<const SimulatedVisit> visits_;
+  std::vector<RankedForecast> forecasts_;
+  std::vector<ForetoldExpert> experts_;  // where they point
+  std::vector<size_t> first_;            // of a visit's when, in forecasts_
+};
+
 struct SimulationResult {
   double seconds = 0, stall_seconds = 0, link_seconds = 0;
   TransferLedger ledger;
@@ -38,6 +59,11 @@ struct SimulationResult {
 // The visits in order, counted from `counted_from` on. With `warm` the slots hold the
 // most used experts of the layers that are visited before the clock starts. REQUIRES
 // link.expert_bytes == planner.expert_bytes.
+SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
+                                  Eviction eviction, const PlannerOptions& planner,
+                                  const SimulatedLinkOptions& link,
+                                  const RankedVisits& visits, size_t counted_from,
+                                  const UseShares* warm = nullptr);
 SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
                                   Eviction eviction, const PlannerOptions& planner,
                                   const SimulatedLinkOptions& link,

@@ -3,7 +3,6 @@
 // between chunks. Thread rule: one thread; `done` runs inside AdvanceTo.
 #pragma once
 
-#include <deque>
 #include <set>
 #include <vector>
 
@@ -52,7 +51,7 @@ class SimulatedLink : public TransferEngine {
   SimulatedLinkOptions options_;
   ManualClock* clock_;
   Done done_;
-  std::deque<Job> jobs_;
+  std::vector<Job> jobs_;
   std::set<uint64_t> failing_;
   bool busy_ = false;
   uint64_t running_ = 0;  // id of the job whose chunk is under way

@@ -17,6 +17,18 @@ SpeculationLedger::SpeculationLedger(int max_lead, double threshold)
       byte_cost_(threshold_ / (1 - threshold_)) {
   for (auto& entries : entries_)
     entries.resize(static_cast<size_t>(std::max(max_lead, 0)) + 1);
+  for (auto& entries : entries_) {
+    for (Entry& entry : entries) Weigh(&entry);
+  }
+}
+
+void SpeculationLedger::Weigh(Entry* entry) const {
+  const double saved = (entry->saved + kPriorEvents) / (entry->used + kPriorEvents);
+  // No cheaper than its bytes: a cancelled transfer has moved a part of them.
+  const double cost =
+      std::max(byte_cost_, (entry->unused_cost + kPriorEvents * byte_cost_) /
+                               (entry->unused + kPriorEvents));
+  entry->pays_from = cost > 0 ? cost / (saved + cost) : 0;
 }
 
 void SpeculationLedger::Judge(Stack stack, int lead, double probability, bool came) {
@@ -32,6 +44,7 @@ void SpeculationLedger::Used(Stack stack, int lead, double saved) {
   entry.all.saved += saved;
   entry.used = kFading * entry.used + 1;
   entry.saved = kFading * entry.saved + saved;
+  Weigh(&entry);
 }
 
 void SpeculationLedger::Unused(Stack stack, int lead, double moved) {
@@ -42,12 +55,14 @@ void SpeculationLedger::Unused(Stack stack, int lead, double moved) {
   entry.all.cost += cost;
   entry.unused = kFading * entry.unused + 1;
   entry.unused_cost = kFading * entry.unused_cost + cost;
+  Weigh(&entry);
 }
 
 void SpeculationLedger::Harmed(Stack stack, int lead, double transfers) {
   Entry& entry = Of(stack, lead);
   entry.all.cost += transfers;
   entry.unused_cost += transfers;
+  Weigh(&entry);
 }
 
 double SpeculationLedger::TrustOf(const Entry& entry) const {
@@ -57,13 +72,7 @@ double SpeculationLedger::TrustOf(const Entry& entry) const {
 
 double SpeculationLedger::Threshold(Stack stack, int lead) const {
   const Entry& entry = Of(stack, lead);
-  const double saved = (entry.saved + kPriorEvents) / (entry.used + kPriorEvents);
-  // No cheaper than its bytes: a cancelled transfer has moved a part of them.
-  const double cost =
-      std::max(byte_cost_, (entry.unused_cost + kPriorEvents * byte_cost_) /
-                               (entry.unused + kPriorEvents));
-  const double pays_from = cost > 0 ? cost / (saved + cost) : 0;
-  return std::max(pays_from / TrustOf(entry), least_threshold());
+  return std::max(entry.pays_from / TrustOf(entry), least_threshold());
 }
 
 std::vector<SpeculationAccount> SpeculationLedger::Accounts(Stack stack) const {

@@ -54,6 +54,7 @@ class SpeculationLedger {
     SpeculationAccount all;
     double foretold = 0, came = 0;                            // fading
     double used = 0, saved = 0, unused = 0, unused_cost = 0;  // fading
+    double pays_from = 0;                                     // follows from these
   };
   Entry& Of(Stack stack, int lead) {
     return entries_[static_cast<int>(stack)][static_cast<size_t>(lead)];
@@ -62,6 +63,7 @@ class SpeculationLedger {
     return entries_[static_cast<int>(stack)][static_cast<size_t>(lead)];
   }
   double TrustOf(const Entry& entry) const;
+  void Weigh(Entry* entry) const;  // pays_from
 
   double threshold_;
   double byte_cost_;  // of a transfer in vain, in transfers

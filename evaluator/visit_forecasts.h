@@ -23,9 +23,19 @@ struct VisitForecast {
   int lead = 0;                          // when what stands here was said
   bool trusted = true;                   // false: as if nothing had been said
   std::span<const float> probabilities;  // of use, by expert; in [0, 1]
-  std::vector<ForetoldExpert> ranked;    // candidates, best first
-  std::vector<SaidExpert> said;          // of all leads
+  // Some of them, the likeliest ones, where they are near at hand; else nothing.
+  std::span<const ForetoldExpert> likeliest;
+  std::vector<ForetoldExpert> ranked;  // candidates, best first
+  std::vector<SaidExpert> said;        // of all leads
   std::vector<float> kept;  // where `probabilities` points, unless somebody keeps them
+  // A number of `probabilities`, which may be far away: a recording is larger than the
+  // caches.
+  float ProbabilityOf(int expert) const {
+    for (const ForetoldExpert& e : likeliest) {
+      if (e.expert == expert) return e.probability;
+    }
+    return probabilities[static_cast<size_t>(expert)];
+  }
 };
 
 class VisitForecasts {
