@@ -49,6 +49,9 @@ class SpeculationTwin:
     def __init__(self, folder):
         folder = pathlib.Path(folder)
         self.config = json.loads((folder / "config.json").read_text())["config"]
+        for option in ("token_inputs", "router_inputs", "topk_inputs", "attention_heads"):
+            if self.config.get(option):
+                raise ValueError(f"{folder}: {option} has no twin here; train without it")
         self.w = load_file(folder / "model.safetensors")
         geometry = self.config["geometry"]
         self.layers = {s: geometry[s + "_layers"] for s in ("encoder", "decoder")}
