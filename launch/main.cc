@@ -52,7 +52,7 @@ std::string RankText() {
 // the job is being ended (mpirun's TERM, which else would only be noted).
 bool TheFirstRankSpeaks() {
   if (RankText().empty() || RankText() == " (rank 0)") return false;
-  constexpr int kLooks = 100;
+  constexpr int kLooks = 250;  // 5 s: mpirun on a busy machine takes more than two
   for (int look = 0; look < kLooks && !StopRequested(); ++look)
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   return StopRequested();
