@@ -53,7 +53,7 @@ void AddSlices(uint64_t position, uint64_t bytes, uint64_t left, Slices slices,
       i *= 2;
       count *= 2;
     }
-    chunks->push_back({position, position + 1, i, count});
+    chunks->push_back({position, position + 1, i, count, 0, bytes / count});
   }
 }
 
@@ -80,6 +80,7 @@ std::vector<Chunk> ChunksOf(const Corpus& corpus, const DocumentOrder& order,
     }
     left -= bytes;
     p = chunk.end;
+    chunk.text_bytes = bytes;
     chunks.push_back(chunk);
   }
   for (Chunk& chunk : chunks) {

@@ -33,6 +33,7 @@ struct Chunk {
   uint32_t slice = 0, num_slices = 1;
   // Of the last document, where --max_sequences ends in it; 0 = all its segments.
   uint64_t last_segments = 0;
+  uint64_t text_bytes = 0;  // about; for progress alone
 };
 
 // What of an intake is collected.

@@ -12,7 +12,7 @@ constexpr size_t kMaxRanksListed = 8;  // in a line of progress
 }  // namespace
 
 CollectJob::CollectJob(const CollectParts& parts, const RankInfo& rank,
-                       std::deque<uint32_t> todo)
+                       const std::deque<uint32_t>& todo)
     : parts_(parts),
       rank_(rank),
       chunks_of_rank_(static_cast<size_t>(rank.world), 0),
@@ -20,12 +20,16 @@ CollectJob::CollectJob(const CollectParts& parts, const RankInfo& rank,
       num_done_(total_ - todo.size()),
       progress_("collect", "chunks", total_, parts.options->quiet || !rank.is_root()),
       exchange_(
-          rank, parts.config->num_shards, std::move(todo),
+          rank, parts.config->num_shards, todo,
           {[this](uint32_t c) { Ingest(c); }, [this](const ChunkResult& r) { Done(r); },
            [this] {
              ShowLife();
              if (parts_.idle) parts_.idle();
-           }}) {}
+           }}) {
+  for (const Chunk& chunk : parts.plan->chunks) text_bytes_ += chunk.text_bytes;
+  bytes_done_ = text_bytes_;
+  for (const uint32_t c : todo) bytes_done_ -= parts.plan->chunks[c].text_bytes;
+}
 
 void CollectJob::Run() {
   while (Serving()) {
@@ -81,6 +85,7 @@ void CollectJob::Compute(uint32_t chunk) {
         ++result.sequences;
         result.tokens += trace.encoder.num_tokens + trace.decoder.num_tokens;
         writer.Add(trace);
+        if (rank_.is_root()) ShowProgress(result);
       });
   if (!whole) {
     parts_.spans->Write("abandoned", begin, {{"chunk", chunk}});
@@ -103,7 +108,16 @@ void CollectJob::Done(const ChunkResult& r) {
   sum_.tokens += r.tokens;
   sum_.computed_tokens += r.computed_tokens;
   sum_.record_bytes += r.record_bytes;
-  progress_.Update(num_done_, Note());
+  bytes_done_ += parts_.plan->chunks[static_cast<size_t>(r.chunk)].text_bytes;
+  ShowProgress({});
+}
+
+void CollectJob::ShowProgress(const ChunkResult& under_way) {
+  ChunkResult all = sum_;
+  all.sequences += under_way.sequences;
+  all.tokens += under_way.tokens;
+  const auto text = static_cast<double>(std::max<uint64_t>(text_bytes_, 1));
+  progress_.Update(num_done_, Note(all), static_cast<double>(bytes_done_) / text);
 }
 
 double CollectJob::PaddingShare() const {
@@ -111,10 +125,9 @@ double CollectJob::PaddingShare() const {
   return 1 - static_cast<double>(sum_.tokens) / static_cast<double>(sum_.computed_tokens);
 }
 
-std::string CollectJob::Note() const {
-  const auto rate =
-      static_cast<double>(sum_.tokens) / std::max(progress_.seconds(), 1e-9);
-  return std::to_string(sum_.sequences) + " sequences, " +
+std::string CollectJob::Note(const ChunkResult& all) const {
+  const auto rate = static_cast<double>(all.tokens) / std::max(progress_.seconds(), 1e-9);
+  return std::to_string(all.sequences) + " sequences, " +
          std::to_string(static_cast<int64_t>(rate)) + " tokens/s" + RanksNote();
 }
 

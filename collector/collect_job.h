@@ -21,6 +21,7 @@ namespace routecast {
 struct CollectParts {
   const CollectOptions* options;
   const StoreConfig* config;
+  const ChunkPlan* plan;
   ChunkRunner* runner;
   ShardOwner* owner;
   SpanLog* spans;
@@ -31,14 +32,15 @@ struct CollectParts {
 class CollectJob {
  public:
   // `todo` (rank 0): the chunks that are not in the store.
-  CollectJob(const CollectParts& parts, const RankInfo& rank, std::deque<uint32_t> todo);
+  CollectJob(const CollectParts& parts, const RankInfo& rank,
+             const std::deque<uint32_t>& todo);
   // Until no chunk is left, a stop is requested or --max_hours are over, and all that was
   // handed out is in the store or given up on all ranks. A limit of time is looked at
   // between chunks: however small it is, every run adds at least one chunk, so a job cut
   // into short allocations ends. A signal cuts into a chunk.
   void Run();
   bool complete() const { return num_done_ == total_; }  // on rank 0
-  void FinishProgress() { progress_.Finish(Note()); }
+  void FinishProgress() { progress_.Finish(Note(sum_)); }
   Json Results() const;  // for run.json
 
  private:
@@ -47,14 +49,17 @@ class CollectJob {
   void Compute(uint32_t chunk);
   void Ingest(uint32_t chunk);
   void Done(const ChunkResult& result);
+  // Rank 0: with what its own chunk has so far.
+  void ShowProgress(const ChunkResult& under_way);
   double PaddingShare() const;
-  std::string Note() const;
+  std::string Note(const ChunkResult& all) const;
   std::string RanksNote() const;
 
   CollectParts parts_;
   RankInfo rank_;
   std::vector<uint64_t> chunks_of_rank_;  // rank 0: in the store, of this run
   uint64_t total_, num_done_;
+  uint64_t text_bytes_ = 0, bytes_done_ = 0;  // rank 0: of all chunks; about
   ChunkResult sum_;
   Progress progress_;
   WorkExchange exchange_;

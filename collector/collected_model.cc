@@ -43,6 +43,25 @@ std::vector<ExpertWeights> OwnExperts(const fs::path& folder, int group, int mem
 
 }  // namespace
 
+Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
+                        bool fingerprint) {
+  RequireWholeGroups(expert_parallel, rank.world);
+  const CheckpointReader reader(folder);
+  CheckExperts(expert_parallel, reader.config().num_experts);
+  return {reader.config(), {}, fingerprint ? reader.Fingerprint() : ""};
+}
+
+uint64_t CollectedModel::WeightBytes(const SwitchConfig& config, at::ScalarType dtype,
+                                     const RankInfo& rank, int expert_parallel) {
+  const int experts = config.num_experts;
+  uint64_t own = 0;
+  for (int e = 0; e < experts; ++e) {
+    own += OwnerOf(e, experts, expert_parallel) == rank.rank % expert_parallel ? 1 : 0;
+  }
+  const WeightSizes sizes = SizesOfWeights(config, dtype);
+  return sizes.dense + sizes.experts / static_cast<uint64_t>(experts) * own;
+}
+
 CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
                                at::Device device, const RankInfo& rank,
                                int expert_parallel) {

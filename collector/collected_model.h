@@ -12,8 +12,17 @@ namespace routecast {
 // Throws UsageError where a group would lack ranks.
 void RequireWholeGroups(int expert_parallel, int world);
 
+// A dry run's part of a checkpoint: its configuration; names and shapes of the weights
+// are looked at as CollectedModel looks at them, and none is read. With `fingerprint`
+// every byte passes through a small buffer. Throws as CollectedModel does.
+Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
+                        bool fingerprint);
+
 class CollectedModel {
  public:
+  // What the weights of a rank take on its device.
+  static uint64_t WeightBytes(const SwitchConfig& config, at::ScalarType dtype,
+                              const RankInfo& rank, int expert_parallel);
   // `expert_parallel`: ranks of a group; 1 = every rank has all experts. Every rank of
   // the job makes one. Throws UsageError where the group does not fit the ranks or the
   // model, and what LoadCheckpoint throws.

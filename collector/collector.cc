@@ -293,9 +293,16 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   const int threads = ThreadsOf(options, rank);
   SetComputeThreads(threads);
   const Tokenizer tokenizer = Tokenizer::Load(options.model);
-  CollectedModel model(options.model, ParseDtype("--dtype", options.dtype), device, rank,
-                       options.expert_parallel);
-  const Checkpoint& checkpoint = model.checkpoint();
+  const at::ScalarType dtype = ParseDtype("--dtype", options.dtype);
+  std::optional<CollectedModel> model;
+  Checkpoint planned;
+  if (options.dry_run) {
+    planned = PlannedModel(options.model, rank, options.expert_parallel,
+                           fs::exists(store / "store.json"));
+  } else {
+    model.emplace(options.model, dtype, device, rank, options.expert_parallel);
+  }
+  const Checkpoint& checkpoint = model ? model->checkpoint() : planned;
   if (tokenizer.vocab_size() > checkpoint.config.vocab_size) {
     throw DataError(ErrorText(options.model + ": tokenizer and model do not fit",
                               "tokenizer has " + std::to_string(tokenizer.vocab_size()) +
@@ -316,7 +323,9 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
                  options.top_k, config.top_k);
   }
   if (options.dry_run) {
-    DryRun(options, config, *sources, tokenizer, rank);
+    const uint64_t weights = CollectedModel::WeightBytes(checkpoint.config, dtype, rank,
+                                                         options.expert_parallel);
+    DryRun(options, config, *sources, tokenizer, {weights, device}, rank);
     return CollectEnd::kComplete;
   }
 
@@ -363,10 +372,10 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
         store, EstimatedStoreBytes(config, tokens) / plan.chunks.size() * todo.size());
   }
 
-  ChunkRunner runner(&model.model(), &corpus, &tokenizer, &plan, config);
-  CollectJob job(
-      {&options, &config, &runner, &owner, &spans, token, [&model] { model.Serve(); }},
-      rank, std::move(todo));
+  ChunkRunner runner(&model->model(), &corpus, &tokenizer, &plan, config);
+  CollectJob job({&options, &config, &plan, &runner, &owner, &spans, token,
+                  [&model] { model->Serve(); }},
+                 rank, todo);
   job.Run();
   std::vector<int64_t> completed = {job.complete() ? 1 : 0};
   Share(&completed);

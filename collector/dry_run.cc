@@ -58,9 +58,16 @@ void PrintHidden(const StoreConfig& config, const TextTokens& tokens) {
               100 * tokens.hidden / std::max(tokens.all, 1.0));
 }
 
+std::string MemoryText(const PlannedWeights& weights) {
+  const auto now = static_cast<uint64_t>(OwnMemory().resident_bytes);
+  if (weights.device.is_cpu()) return FormatBytes(now + weights.bytes) + " of memory";
+  return FormatBytes(weights.bytes) + " of the device and " + FormatBytes(now) +
+         " of memory";
+}
+
 void PrintPlan(const CollectOptions& options, const StoreConfig& config,
-               const Corpus& corpus, const ChunkPlan& plan, const RankInfo& rank,
-               const TextTokens& tokens, uint64_t completed) {
+               const Corpus& corpus, const ChunkPlan& plan, const PlannedWeights& weights,
+               const RankInfo& rank, const TextTokens& tokens, uint64_t completed) {
   std::printf("corpus     %s\n", corpus.Summary().c_str());
   std::printf("plan       %llu documents (%s of text) in %zu chunks, %d shards, %d ranks",
               static_cast<unsigned long long>(plan.num_documents),
@@ -71,12 +78,11 @@ void PrintPlan(const CollectOptions& options, const StoreConfig& config,
                 static_cast<unsigned long long>(completed));
   }
   std::printf(
-      "\nmodel      %s: %d+%d MoE layers, %d experts, width %d; %s of memory a "
-      "rank before the first batch\n",
+      "\nmodel      %s: %d+%d MoE layers, %d experts, width %d; a rank takes %s before "
+      "its first batch\n",
       options.model.c_str(), config.geometry.encoder_layers,
       config.geometry.decoder_layers, config.geometry.num_experts,
-      config.geometry.d_model,
-      FormatBytes(static_cast<uint64_t>(OwnMemory().resident_bytes)).c_str());
+      config.geometry.d_model, MemoryText(weights).c_str());
   std::printf("store      %s: about %s; %s free\n", options.store.c_str(),
               FormatBytes(EstimatedStoreBytes(config, tokens)).c_str(),
               FormatBytes(FreeBytes(options.store)).c_str());
@@ -87,7 +93,7 @@ void PrintPlan(const CollectOptions& options, const StoreConfig& config,
 
 void DryRun(const CollectOptions& options, const StoreConfig& config,
             const CollectSources& sources, const Tokenizer& tokenizer,
-            const RankInfo& rank) {
+            const PlannedWeights& weights, const RankInfo& rank) {
   const Corpus& corpus = sources.corpus;
   const ChunkPlan& plan = sources.plan;
   const fs::path store = options.store;
@@ -97,7 +103,7 @@ void DryRun(const CollectOptions& options, const StoreConfig& config,
   if (!rank.is_root()) return;
   const uint64_t completed = CompletedChunks(store);
   const TextTokens tokens = EstimatedTokens(config, corpus, plan, tokenizer);
-  PrintPlan(options, config, corpus, plan, rank, tokens, completed);
+  PrintPlan(options, config, corpus, plan, weights, rank, tokens, completed);
   RequireWritable(store);
   const uint64_t chunks = std::max<uint64_t>(plan.chunks.size(), 1);
   RequireFreeBytes(store, EstimatedStoreBytes(config, tokens) / chunks *

@@ -24,6 +24,20 @@ std::string Duration(double seconds) {
 }
 }  // namespace
 
+std::string RateText(double per_second) {
+  const bool minutes = per_second > 0 && per_second < .1;
+  const bool hours = minutes && per_second * 60 < .1;
+  char text[64];
+  std::snprintf(text, sizeof text, "%.1f/%s",
+                per_second * (hours     ? 3600
+                              : minutes ? 60
+                                        : 1),
+                hours     ? "h"
+                : minutes ? "min"
+                          : "s");
+  return text;
+}
+
 Progress::Progress(std::string what, std::string unit, uint64_t total, bool quiet)
     : what_(std::move(what)),
       unit_(std::move(unit)),
@@ -45,10 +59,20 @@ double Progress::Rate(uint64_t done) const {
   return static_cast<double>(done - std::min(done, first_)) / std::max(seconds(), 1e-9);
 }
 
-void Progress::Update(uint64_t done, const std::string& note) {
+std::optional<double> Progress::SecondsLeft() const {
+  const double rate = (work_ - first_work_) / std::max(seconds(), 1e-9);
+  if (rate <= 0) return std::nullopt;
+  return (1 - std::min(work_, 1.0)) / rate;
+}
+
+void Progress::Update(uint64_t done, const std::string& note,
+                      std::optional<double> work) {
+  work_ = work.value_or(static_cast<double>(done) /
+                        static_cast<double>(std::max<uint64_t>(total_, 1)));
   if (!started_) {
     started_ = true;
     first_ = done;
+    first_work_ = work_;
   }
   if (quiet_) return;
   const auto now = std::chrono::steady_clock::now();
@@ -67,18 +91,11 @@ void Progress::Finish(const std::string& note) {
 }
 
 void Progress::Print(uint64_t done, const std::string& note, bool last) {
-  const double rate = Rate(done);
   std::string line = what_ + ": " + std::to_string(done);
   if (total_ > 0) line += "/" + std::to_string(total_);
-  char text[64];
-  std::snprintf(text, sizeof text, " %s, %.1f/s, ", unit_.c_str(), rate);
-  line += text;
-  if (last || total_ == 0 || rate <= 0) {
-    line += Duration(seconds());
-  } else {
-    line +=
-        "ETA " + Duration(static_cast<double>(total_ - std::min(done, total_)) / rate);
-  }
+  line += " " + unit_ + ", " + RateText(Rate(done)) + ", ";
+  const std::optional<double> left = SecondsLeft();
+  line += last || total_ == 0 || !left ? Duration(seconds()) : "ETA " + Duration(*left);
   if (!note.empty()) line += ", " + note;
   if (terminal_) {
     std::fprintf(stderr, "\r\033[K%s%s", line.c_str(), last ? "\n" : "");

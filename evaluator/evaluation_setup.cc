@@ -209,8 +209,10 @@ void CheckStore(const EvaluationSetup& setup) {
 
 void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
   const at::ScalarType dtype = ParseDtype("--dtype", options.dtype);
-  setup->checkpoint = LoadCheckpoint(options.model, dtype, setup->placement.device,
-                                     ExpertLoading::kLeaveOut);
+  setup->checkpoint = options.dry_run
+                          ? LoadRouters(options.model)
+                          : LoadCheckpoint(options.model, dtype, setup->placement.device,
+                                           ExpertLoading::kLeaveOut);
   const SwitchConfig& config = setup->checkpoint->config;
   setup->geometry = config.geometry();
   if (setup->reader) CheckStore(*setup);
@@ -238,6 +240,8 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
         WayOf(setup->placement).c_str(), setup->predictors.size(), options.warmup_rounds,
         options.rounds);
     for (const std::string& budget : budgets) std::printf("%s\n", budget.c_str());
+    std::printf("beside them: %s of weights that are always there\n",
+                FormatBytes(SizesOfWeights(config, dtype).dense).c_str());
     return;
   }
   if (options.guess_next_token) {

@@ -192,6 +192,26 @@ Checkpoint LoadCheckpoint(const fs::path& folder, at::ScalarType dtype, at::Devi
   return checkpoint;
 }
 
+WeightSizes SizesOfWeights(const SwitchConfig& config, at::ScalarType dtype) {
+  WeightSizes sizes;
+  for (const auto& [name, shape] : ParameterShapes(config)) {
+    uint64_t bytes = c10::elementSize(dtype);
+    for (const int64_t size : shape) bytes *= static_cast<uint64_t>(size);
+    (IsExpertTensor(name) ? sizes.experts : sizes.dense) += bytes;
+  }
+  return sizes;
+}
+
+Checkpoint LoadRouters(const fs::path& folder) {
+  const CheckpointReader reader(folder);
+  Checkpoint checkpoint{reader.config(), {}, ""};
+  for (const std::string& name : reader.names()) {
+    if (!IsRouter(name) && !name.ends_with(".layer_norm.weight")) continue;
+    checkpoint.parameters.Add(name, reader.Read(name, at::kFloat));
+  }
+  return checkpoint;
+}
+
 void SaveCheckpoint(const fs::path& folder, const SwitchConfig& config,
                     const Parameters& parameters, at::ScalarType dtype,
                     uint64_t max_shard_bytes) {

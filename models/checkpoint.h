@@ -59,6 +59,15 @@ class CheckpointReader {
   std::map<std::string, const WeightEntry*> entries_;  // by parameter
 };
 
+// Bytes of a model's weights in `dtype`.
+struct WeightSizes {
+  uint64_t dense = 0, experts = 0;
+};
+WeightSizes SizesOfWeights(const SwitchConfig& config, at::ScalarType dtype);
+
+// A dry run's part of LoadCheckpoint: of the weights what RoutersOf reads, on the CPU,
+// and no fingerprint. All names and shapes are checked. Throws as CheckpointReader does.
+Checkpoint LoadRouters(const fs::path& folder);
 // All parameters, or all but the experts. Takes the memory of what is kept and a small
 // buffer. Throws as CheckpointReader does.
 Checkpoint LoadCheckpoint(const fs::path& folder, at::ScalarType dtype, at::Device device,
