@@ -1,6 +1,7 @@
 #include "collector/collected_model.h"
 
 #include <ATen/ATen.h>
+#include <unistd.h>
 
 #include "common/errors.h"
 
@@ -15,6 +16,11 @@ void RequireWholeGroups(int expert_parallel, int world) {
 }
 
 namespace {
+
+uint64_t MachineMemory() {
+  return static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) *
+         static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+}
 
 void CheckExperts(int group, int num_experts) {
   if (group <= num_experts) return;
@@ -43,6 +49,15 @@ std::vector<ExpertWeights> OwnExperts(const fs::path& folder, int group, int mem
 
 }  // namespace
 
+void RequireMemoryFor(uint64_t bytes, int local_ranks, uint64_t total) {
+  if (bytes * static_cast<uint64_t>(local_ranks) <= total) return;
+  throw EnvironmentError(ErrorText(
+      "the model does not fit this machine's memory",
+      FormatBytes(bytes) + " of weights a rank, " + std::to_string(local_ranks) +
+          (local_ranks == 1 ? " rank" : " ranks") + ", " + FormatBytes(total) + " in all",
+      "use --dtype=bf16, fewer ranks a machine, or --expert_parallel over machines"));
+}
+
 Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
                         bool fingerprint) {
   RequireWholeGroups(expert_parallel, rank.world);
@@ -62,10 +77,19 @@ uint64_t CollectedModel::WeightBytes(const SwitchConfig& config, at::ScalarType 
   return sizes.dense + sizes.experts / static_cast<uint64_t>(experts) * own;
 }
 
+void CollectedModel::RequireMemory(const SwitchConfig& config, at::ScalarType dtype,
+                                   at::Device device, const RankInfo& rank,
+                                   int expert_parallel) {
+  if (!device.is_cpu()) return;
+  RequireMemoryFor(WeightBytes(config, dtype, rank, expert_parallel), rank.local_world,
+                   MachineMemory());
+}
+
 CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
                                at::Device device, const RankInfo& rank,
                                int expert_parallel) {
   RequireWholeGroups(expert_parallel, rank.world);
+  RequireMemory(CheckpointReader(folder).config(), dtype, device, rank, expert_parallel);
   if (expert_parallel == 1) {
     whole_ = std::make_unique<ResidentModel>(LoadCheckpoint(folder, dtype, device));
     return;

@@ -18,14 +18,21 @@ void RequireWholeGroups(int expert_parallel, int world);
 Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
                         bool fingerprint);
 
+// Throws EnvironmentError where weights of `bytes` a rank cannot be in a machine's memory
+// of `total` bytes with all its `local_ranks`: the system would end some process.
+void RequireMemoryFor(uint64_t bytes, int local_ranks, uint64_t total);
+
 class CollectedModel {
  public:
   // What the weights of a rank take on its device.
   static uint64_t WeightBytes(const SwitchConfig& config, at::ScalarType dtype,
                               const RankInfo& rank, int expert_parallel);
+  // RequireMemoryFor of these and this machine, where `device` is the CPU.
+  static void RequireMemory(const SwitchConfig& config, at::ScalarType dtype,
+                            at::Device device, const RankInfo& rank, int expert_parallel);
   // `expert_parallel`: ranks of a group; 1 = every rank has all experts. Every rank of
   // the job makes one. Throws UsageError where the group does not fit the ranks or the
-  // model, and what LoadCheckpoint throws.
+  // model, what RequireMemoryFor throws on the CPU, and what LoadCheckpoint throws.
   CollectedModel(const fs::path& folder, at::ScalarType dtype, at::Device device,
                  const RankInfo& rank, int expert_parallel);
   SwitchModel& model() { return whole_ ? whole_->model() : *model_; }

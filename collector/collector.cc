@@ -326,6 +326,8 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
     const uint64_t weights = CollectedModel::WeightBytes(checkpoint.config, dtype, rank,
                                                          options.expert_parallel);
     DryRun(options, config, *sources, tokenizer, {weights, device}, rank);
+    CollectedModel::RequireMemory(checkpoint.config, dtype, device, rank,
+                                  options.expert_parallel);
     return CollectEnd::kComplete;
   }
 

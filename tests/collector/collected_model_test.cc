@@ -1,0 +1,45 @@
+// What a collection says of a model before it loads it.
+#include "collector/collected_model.h"
+
+#include <gtest/gtest.h>
+
+#include "common/errors.h"
+#include "tests/support/reference.h"
+#include "tests/support/tiny_checkpoint.h"
+
+namespace routecast {
+namespace {
+
+constexpr uint64_t kGiB = uint64_t{1} << 30;
+
+TEST(CollectedModel, WeightBytesAreThoseThatItKeeps) {
+  const fs::path folder = WriteCheckpoint(TestFolder("collected-model"), 1);
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const CollectedModel model(folder, dtype, at::kCPU, RankInfo{}, 1);
+    uint64_t kept = 0, routers = 0;  // routers stay fp32
+    for (const auto& [name, tensor] : model.checkpoint().parameters.items()) {
+      kept += tensor.nbytes();
+      if (tensor.scalar_type() != dtype) routers += tensor.nbytes() / 2;
+    }
+    EXPECT_EQ(CollectedModel::WeightBytes(TinyConfig(), dtype, RankInfo{}, 1),
+              kept - routers);
+  }
+}
+
+TEST(CollectedModel, RanksOfAGroupShareTheBytesOfExperts) {
+  const SwitchConfig config = TinyConfig();
+  const WeightSizes sizes = SizesOfWeights(config, at::kFloat);
+  uint64_t experts = 0;
+  for (int r = 0; r < 3; ++r) {
+    experts += CollectedModel::WeightBytes(config, at::kFloat, {r, 3, r, 3}, 3);
+  }
+  EXPECT_EQ(experts, sizes.experts + 3 * sizes.dense);
+}
+
+TEST(CollectedModel, ThatDoesNotFitAMachineWithItsRanksIsRefused) {
+  EXPECT_NO_THROW(RequireMemoryFor(10 * kGiB, 2, 20 * kGiB));
+  EXPECT_THROW(RequireMemoryFor(10 * kGiB, 3, 20 * kGiB), EnvironmentError);
+}
+
+}  // namespace
+}  // namespace routecast
