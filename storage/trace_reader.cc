@@ -68,6 +68,11 @@ void DecodeBeside(Family family, std::string_view key, std::string_view value,
   DecodeAttention(key, value, where, span);
 }
 
+// Of each record: no path is made of `where` but for an error.
+void CheckRead(const rocksdb::Status& status, const std::string& where) {
+  if (!status.ok()) CheckStatus(status, "read", where);
+}
+
 // What the shard's ids were coded with must be the model that is there.
 void RequireModel(const ShardDb& db, int shard, const fs::path& store,
                   const StoreConfig& config, const ContextModel* model) {
@@ -271,7 +276,7 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
       for (size_t i = 0; i < keys.size(); ++i) {
         const Record& w = wanted[i];
         SayWhere(w.index, w.stack, &where);
-        CheckStatus(statuses[i], "read", where);
+        CheckRead(statuses[i], where);
         RoutingTrace& trace = traces[w.slot];
         if (family == Family::kRouting) {
           DecodeInto(keys[i], values[i].ToStringView(), where, w.stack,
@@ -288,8 +293,9 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
 
 void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
                        WithHidden with_hidden) const {
+  // RocksDB's own read-ahead, which grows: larger buffers are copied from, and their new
+  // pages cost more than the records of a small shard.
   rocksdb::ReadOptions options;
-  options.readahead_size = 2 << 20;
   options.fill_cache = false;
   // One forward iterator a shard, stack and family: ids ascend in each, so none ever
   // seeks back.
@@ -311,9 +317,9 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
       cursor.it.reset(db.db()->NewIterator(options, db.family(family)));
     }
     cursor.To(key);
-    CheckStatus(cursor.it->status(), "read", where);
+    CheckRead(cursor.it->status(), where);
     if (!cursor.it->Valid() || cursor.it->key() != rocksdb::Slice(key)) {
-      CheckStatus(rocksdb::Status::NotFound("record is missing"), "read", where);
+      CheckRead(rocksdb::Status::NotFound("record is missing"), where);
     }
     return &cursor;
   };
