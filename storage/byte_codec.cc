@@ -12,6 +12,7 @@
 
 #include "common/errors.h"
 #include "common/routing.h"
+#include "common/wide_loops.h"
 
 namespace routecast {
 static_assert(std::endian::native == std::endian::little,
@@ -135,11 +136,6 @@ size_t UnpackGroups(const uint8_t* from, size_t size, size_t count, uint16_t* to
 }
 
 #if defined(__x86_64__)
-bool HasWideVectors() {
-  static const bool has = __builtin_cpu_supports("avx2");
-  return has;
-}
-
 // 16 values at a time, kBits <= 8: each half of a vector takes the kBits bytes of eight,
 // each of its lanes the two bytes that a value lies in, which a product shifts to the
 // top.
@@ -246,7 +242,7 @@ size_t UnpackMost(const uint8_t* from, size_t size, int bits, size_t count,
   size_t done = 0;
 #if defined(__x86_64__)
   static constexpr auto kWide = WideTable(std::make_index_sequence<8>());
-  if (bits <= 8 && HasWideVectors()) done = kWide[index](from, size, count, to);
+  if (bits <= 8 && HasAvx2()) done = kWide[index](from, size, count, to);
 #endif
   const size_t bytes = done / 8 * static_cast<size_t>(bits);
   return done + kUnpack[index](from + bytes, size - bytes, count - done, to + done);
@@ -257,7 +253,7 @@ size_t UnpackMost(const uint8_t* from, size_t size, int bits, size_t count,
 void WidenTokens(std::string_view bytes, std::vector<uint32_t>* tokens) {
   uint32_t* to = tokens->data();
 #if defined(__x86_64__)
-  if (HasWideVectors()) return WidenTokensWide(bytes.data(), tokens->size(), to);
+  if (HasAvx2()) return WidenTokensWide(bytes.data(), tokens->size(), to);
 #endif
   WidenEach(bytes.data(), tokens->size(), to);
 }
@@ -280,7 +276,7 @@ void UnpackFlags(std::string_view bytes, std::vector<uint8_t>* flags) {
   constexpr uint64_t kEach = 0x0101010101010101, kOwnBit = 0x8040201008040201;
   size_t i = 0;
 #if defined(__x86_64__)
-  if (HasWideVectors()) i = UnpackFlagsWide(bytes.data(), flags->size(), flags->data());
+  if (HasAvx2()) i = UnpackFlagsWide(bytes.data(), flags->size(), flags->data());
 #endif
   for (; i < flags->size(); i += 8) {
     const uint64_t bits = static_cast<uint8_t>(bytes[i / 8]) * kEach & kOwnBit;
@@ -295,7 +291,7 @@ void UnpackBf16Planes(std::string_view bytes, std::vector<float>* values) {
   const uint8_t* low = high + n;
   auto* to = reinterpret_cast<uint32_t*>(values->data());
 #if defined(__x86_64__)
-  if (HasWideVectors()) return JoinBytesWide(high, low, n, to);
+  if (HasAvx2()) return JoinBytesWide(high, low, n, to);
 #endif
   JoinBytes(high, low, n, to);
 }
