@@ -78,8 +78,9 @@ void CollectJob::Compute(uint32_t chunk) {
   const bool whole = parts_.runner->Run(
       chunk, [this] { return Serving(); },
       [&](const RoutingTrace& trace) {
-        ++result.sequences;
-        result.tokens += trace.encoder.num_tokens + trace.decoder.num_tokens;
+        const int tokens = trace.encoder.num_tokens + trace.decoder.num_tokens;
+        ++(tokens > 0 ? result.sequences : result.left_out);
+        result.tokens += tokens;
         writer.Add(trace);
       });
   if (!whole) {
@@ -100,6 +101,7 @@ void CollectJob::Done(const ChunkResult& r) {
   ++num_done_;
   ++chunks_of_rank_[static_cast<size_t>(r.rank)];
   sum_.sequences += r.sequences;
+  sum_.left_out += r.left_out;
   sum_.tokens += r.tokens;
   sum_.computed_tokens += r.computed_tokens;
   sum_.record_bytes += r.record_bytes;
@@ -115,7 +117,9 @@ std::string CollectJob::Note() const {
   const auto rate =
       static_cast<double>(sum_.tokens) / std::max(progress_.seconds(), 1e-9);
   return std::to_string(sum_.sequences) + " sequences, " +
-         std::to_string(static_cast<int64_t>(rate)) + " tokens/s" + RanksNote();
+         std::to_string(static_cast<int64_t>(rate)) + " tokens/s" +
+         (sum_.left_out > 0 ? ", " + std::to_string(sum_.left_out) + " left out" : "") +
+         RanksNote();
 }
 
 // Chunks of this run by rank; of many ranks the least and the most.

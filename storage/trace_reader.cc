@@ -120,6 +120,7 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
       places_.push_back({chunk, TraceStore::ShardOf(config_, chunk)});
     }
     completed_chunks_ = index->completed_chunks;
+    SetAsideLeftOut();
     return;
   }
   for (int shard = 0; shard < config_.num_shards; ++shard) {
@@ -150,12 +151,28 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
   }
   sequences_.swap(sequences);
   places_.swap(places);
-  if (!complete() || sequences_.size() < kMinCachedSequences) return;
-  StoreIndex index{std::move(sequences_), {}, completed_chunks_};
-  index.chunks.reserve(places_.size());
-  for (const Place& place : places_) index.chunks.push_back(place.chunk);
-  SaveIndexCache(path_, state, index);
-  sequences_ = std::move(index.sequences);
+  if (complete() && sequences_.size() >= kMinCachedSequences) {
+    StoreIndex index{std::move(sequences_), {}, completed_chunks_};
+    index.chunks.reserve(places_.size());
+    for (const Place& place : places_) index.chunks.push_back(place.chunk);
+    SaveIndexCache(path_, state, index);
+    sequences_ = std::move(index.sequences);
+  }
+  SetAsideLeftOut();
+}
+
+void TraceReader::SetAsideLeftOut() {
+  size_t kept = 0;
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    if (sequences_[i].left_out()) {
+      left_out_.push_back(sequences_[i]);
+      continue;
+    }
+    sequences_[kept] = sequences_[i];
+    places_[kept++] = places_[i];
+  }
+  sequences_.resize(kept);
+  places_.resize(kept, {0, 0});
 }
 
 TraceReader::~TraceReader() = default;
