@@ -59,7 +59,6 @@ ends 3 trace stats --store=damaged
 ends 3 trace export --store=damaged
 ends 3 trace merge --store=damaged
 ends 3 trace subset --store=damaged
-ends 3 trace salvage --store=damaged
 ends 2 trace salvage --store=nowhere
 ends 2 trace merge --store=store --store=nowhere
 ends 2 trace import --in=nowhere
