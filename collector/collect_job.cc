@@ -40,15 +40,17 @@ void CollectJob::Run() {
 
 Json CollectJob::Results() const {
   const double seconds = std::max(progress_.seconds(), 1e-9);
-  return {{"chunks", num_done_},
-          {"num_chunks", total_},
-          {"sequences", sum_.sequences},
-          {"tokens", sum_.tokens},
-          {"padding_share", PaddingShare()},
-          {"chunks_of_rank", chunks_of_rank_},
-          {"record_bytes", sum_.record_bytes},
-          {"seconds", seconds},
-          {"tokens_per_second", static_cast<double>(sum_.tokens) / seconds}};
+  Json results = {{"chunks", num_done_},
+                  {"num_chunks", total_},
+                  {"sequences", sum_.sequences},
+                  {"tokens", sum_.tokens},
+                  {"padding_share", PaddingShare()},
+                  {"chunks_of_rank", chunks_of_rank_},
+                  {"record_bytes", sum_.record_bytes},
+                  {"seconds", seconds},
+                  {"tokens_per_second", static_cast<double>(sum_.tokens) / seconds}};
+  if (sum_.left_out > 0) results["left_out"] = {{"sequences", sum_.left_out}};
+  return results;
 }
 
 bool CollectJob::OutOfTime() const {

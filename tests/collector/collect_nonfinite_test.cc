@@ -46,6 +46,15 @@ class NotFiniteTest : public CollectFixture {
     ADD_FAILURE() << "no token is rare";
     return 0;
   }
+  // What a verb of routecast-trace prints.
+  static std::string Says(const std::string& verb, const std::string& store) {
+    const fs::path out = folder_ / "said";
+    EXPECT_EQ(RunProgram({"/bin/sh", "-c",
+                          Bin("routecast-trace") + " " + verb + " --store=" +
+                              (folder_ / store).string() + " >" + out.string()}),
+              0);
+    return ReadFile(out);
+  }
   static int CollectBroken(int ranks, const std::string& store,
                            std::vector<std::string> more) {
     more.push_back("--model=" + (folder_ / "broken").string());
@@ -77,6 +86,12 @@ TEST_F(NotFiniteTest, SkippedSequencesAreNamedAndTheOthersAreAsTheyWere) {
     EXPECT_EQ(results["left_out"]["ids"], Json(left_out));
   }
   EXPECT_EQ(Export("skipped"), Export("refused"));
+  const std::string count = std::to_string(left_out.size()) + " sequences";
+  EXPECT_NE(Says("info", "skipped")
+                .find(count + ", for which the model gave no numbers: " +
+                      std::to_string(left_out[0])),
+            std::string::npos);
+  EXPECT_NE(Says("verify", "skipped").find(count + " left out"), std::string::npos);
 }
 
 // Logits may be none where the routers' are numbers; tokens drawn differ by sequence.
