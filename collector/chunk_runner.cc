@@ -71,12 +71,13 @@ std::vector<int32_t> ShiftedRight(const std::vector<int32_t>& targets, int32_t s
 
 ChunkRunner::ChunkRunner(SwitchModel* model, const Corpus* corpus,
                          const Tokenizer* tokenizer, const ChunkPlan* plan,
-                         const StoreConfig& config)
+                         const StoreConfig& config, bool skip_nonfinite)
     : model_(model),
       corpus_(corpus),
       tokenizer_(tokenizer),
       plan_(plan),
       config_(config),
+      skip_nonfinite_(skip_nonfinite),
       order_(*corpus),
       forced_groups_(config.Records("hidden")
                          ? ForcedHiddenGroups(*corpus, *plan, config.hidden_share)
@@ -180,15 +181,17 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
     hidden_rows.push_back(RecordsHidden(s->group));
     inputs.push_back(&s->inputs);
   }
-  RoutingRecorder recorder(model_->geometry(),
-                           {config_.Records("probs"), config_.top_k,
-                            config_.Records("output"), config_.Records("attention")},
-                           hidden_rows);
+  RoutingRecorder recorder(
+      model_->geometry(),
+      {config_.Records("probs"), config_.top_k, config_.Records("output"),
+       config_.Records("attention"), skip_nonfinite_},
+      hidden_rows);
   ForwardOptions forward;
   WatchedRecorder watched(&recorder, goes_on);
   forward.observer = &watched;
   const Padded source = Pad(inputs, model_config.pad_token_id);
   computed_tokens_ += source.ids_BT.numel();
+  std::vector<GeneratedSequence> generated;
   if (config_.task == Task::kGenerate) {
     GenerationOptions options;
     options.forward = forward;
@@ -200,6 +203,7 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
                                                options.row_max_new_tokens.end());
     options.record_steps = true;
     options.logits_on_step = false;
+    options.end_without_numbers = skip_nonfinite_;
     options.on_step = [&](int, const at::Tensor&, const at::Tensor& ids_B) {
       computed_tokens_ += ids_B.numel();
       return true;
@@ -209,7 +213,7 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
                         sampling.seed};
     // By sequence: the same draws whatever the batch, the chunk and the rank.
     for (const Sequence* s : batch) options.sampling.row_keys.push_back(s->id);
-    Generate(model_, source.ids_BT, source.valid_BT, options);
+    generated = Generate(model_, source.ids_BT, source.valid_BT, options);
   } else {
     const at::Tensor encoded = model_->Encode(source.ids_BT, source.valid_BT, forward);
     if (config_.task == Task::kDenoise) {
@@ -231,8 +235,12 @@ void ChunkRunner::RunBatch(const std::vector<const Sequence*>& batch,
     trace.document_id = batch[b]->document;
     trace.group_id = batch[b]->group;
     trace.task = config_.task;
-    trace.encoder = recorder.Take(Stack::kEncoder, static_cast<int>(b));
-    trace.decoder = recorder.Take(Stack::kDecoder, static_cast<int>(b));
+    const bool left_out = recorder.NoNumbers(static_cast<int>(b)) ||
+                          (b < generated.size() && generated[b].no_numbers);
+    if (!left_out) {
+      trace.encoder = recorder.Take(Stack::kEncoder, static_cast<int>(b));
+      trace.decoder = recorder.Take(Stack::kDecoder, static_cast<int>(b));
+    }
     sink(trace);
   }
 }

@@ -14,8 +14,11 @@ namespace routecast {
 // Borrows everything. Thread rule: the forward thread.
 class ChunkRunner {
  public:
+  // skip_nonfinite: a sequence for which the model's arithmetic gives no numbers, in its
+  // routers or its logits, is handed on without tokens, for the store to know that it was
+  // left out; else such a one is a DataError.
   ChunkRunner(SwitchModel* model, const Corpus* corpus, const Tokenizer* tokenizer,
-              const ChunkPlan* plan, const StoreConfig& config);
+              const ChunkPlan* plan, const StoreConfig& config, bool skip_nonfinite);
   // Hands each sequence of the chunk to `sink`. `goes_on` is called before every batch
   // and, in a pass, before the experts of every MoE layer, so that large models answer
   // soon; false abandons the chunk: Run then returns false. Batches are rows of like
@@ -46,6 +49,7 @@ class ChunkRunner {
   const Tokenizer* tokenizer_;
   const ChunkPlan* plan_;
   StoreConfig config_;
+  bool skip_nonfinite_;
   DocumentOrder order_;
   std::set<uint64_t> forced_groups_;
   // The document looked at last: slices of a long one follow each other.

@@ -44,15 +44,17 @@ void CollectJob::Run() {
 
 Json CollectJob::Results() const {
   const double seconds = std::max(progress_.seconds(), 1e-9);
-  return {{"chunks", num_done_},
-          {"num_chunks", total_},
-          {"sequences", sum_.sequences},
-          {"tokens", sum_.tokens},
-          {"padding_share", PaddingShare()},
-          {"chunks_of_rank", chunks_of_rank_},
-          {"record_bytes", sum_.record_bytes},
-          {"seconds", seconds},
-          {"tokens_per_second", static_cast<double>(sum_.tokens) / seconds}};
+  Json results = {{"chunks", num_done_},
+                  {"num_chunks", total_},
+                  {"sequences", sum_.sequences},
+                  {"tokens", sum_.tokens},
+                  {"padding_share", PaddingShare()},
+                  {"chunks_of_rank", chunks_of_rank_},
+                  {"record_bytes", sum_.record_bytes},
+                  {"seconds", seconds},
+                  {"tokens_per_second", static_cast<double>(sum_.tokens) / seconds}};
+  if (sum_.left_out > 0) results["left_out"] = {{"sequences", sum_.left_out}};
+  return results;
 }
 
 bool CollectJob::OutOfTime() const {
@@ -82,8 +84,9 @@ void CollectJob::Compute(uint32_t chunk) {
   const bool whole = parts_.runner->Run(
       chunk, [this] { return Serving(); },
       [&](const RoutingTrace& trace) {
-        ++result.sequences;
-        result.tokens += trace.encoder.num_tokens + trace.decoder.num_tokens;
+        const int tokens = trace.encoder.num_tokens + trace.decoder.num_tokens;
+        ++(tokens > 0 ? result.sequences : result.left_out);
+        result.tokens += tokens;
         writer.Add(trace);
         if (rank_.is_root()) ShowProgress(result);
       });
@@ -105,6 +108,7 @@ void CollectJob::Done(const ChunkResult& r) {
   ++num_done_;
   ++chunks_of_rank_[static_cast<size_t>(r.rank)];
   sum_.sequences += r.sequences;
+  sum_.left_out += r.left_out;
   sum_.tokens += r.tokens;
   sum_.computed_tokens += r.computed_tokens;
   sum_.record_bytes += r.record_bytes;
@@ -116,6 +120,7 @@ void CollectJob::ShowProgress(const ChunkResult& under_way) {
   ChunkResult all = sum_;
   all.sequences += under_way.sequences;
   all.tokens += under_way.tokens;
+  all.left_out += under_way.left_out;
   const auto text = static_cast<double>(std::max<uint64_t>(text_bytes_, 1));
   progress_.Update(num_done_, Note(all), static_cast<double>(bytes_done_) / text);
 }
@@ -128,7 +133,9 @@ double CollectJob::PaddingShare() const {
 std::string CollectJob::Note(const ChunkResult& all) const {
   const auto rate = static_cast<double>(all.tokens) / std::max(progress_.seconds(), 1e-9);
   return std::to_string(all.sequences) + " sequences, " +
-         std::to_string(static_cast<int64_t>(rate)) + " tokens/s" + RanksNote();
+         std::to_string(static_cast<int64_t>(rate)) + " tokens/s" +
+         (all.left_out > 0 ? ", " + std::to_string(all.left_out) + " left out" : "") +
+         RanksNote();
 }
 
 // Chunks of this run by rank; of many ranks the least and the most.

@@ -27,6 +27,7 @@
 #include "storage/context_coder.h"
 #include "storage/store_lock.h"
 #include "storage/store_routers.h"
+#include "storage/trace_reader.h"
 #include "storage/trace_store.h"
 
 namespace routecast {
@@ -178,6 +179,23 @@ Json LibraryVersions() {
   return {{"torch", TORCH_VERSION}, {"mpi", std::string(mpi)}};
 }
 
+// Of all runs that made the store: what lacks from the corpus, by name.
+void NameLeftOut(const fs::path& store, Json* results) {
+  constexpr size_t kMaxNamed = 100;
+  const TraceReader reader(store, NeedTokens::kNo);
+  const auto& all = reader.left_out();
+  Json ids = Json::array();
+  for (size_t i = 0; i < std::min(all.size(), kMaxNamed); ++i) {
+    ids.push_back(all[i].sequence_id);
+  }
+  (*results)["left_out"] = {{"sequences", all.size()}, {"ids", ids}};
+  if (all.empty()) return;
+  std::fprintf(stderr,
+               "collect: %zu sequences are left out: no numbers came out of the model; "
+               "run.json names them\n",
+               all.size());
+}
+
 // Codes and merges what is in the store. A rank that is asked to stop must not leave the
 // others waiting for it, so all of them learn of it: false, and the next start goes on.
 bool FinishStore(const fs::path& store, const StoreConfig& config, const RankInfo& rank,
@@ -255,6 +273,7 @@ void CollectOptions::Validate() const {
           "--temperature needs --task=generate", "the other tasks choose no tokens");
   require(temperature > 0 || (top_k_sampling == 0 && top_p == 1),
           "--top_k_sampling and --top_p need --temperature", "e.g. --temperature=1");
+  ParseChoice("--nonfinite", nonfinite, {"refuse", "skip"});
   require(max_hours >= 0, "--max_hours is negative", "use 0 for no limit");
   require(hang_seconds >= 1, "--hang_seconds is below 1", "45 is the default");
 }
@@ -374,7 +393,8 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
         store, EstimatedStoreBytes(config, tokens) / plan.chunks.size() * todo.size());
   }
 
-  ChunkRunner runner(&model->model(), &corpus, &tokenizer, &plan, config);
+  ChunkRunner runner(&model->model(), &corpus, &tokenizer, &plan, config,
+                     options.nonfinite == "skip");
   CollectJob job({&options, &config, &plan, &runner, &owner, &spans, token,
                   [&model] { model->Serve(); }},
                  rank, todo);
@@ -388,7 +408,9 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   MPI_Barrier(MPI_COMM_WORLD);
   if (root->run) {
     if (finished) job.FinishProgress();
-    root->run->Finish(finished ? kExitDone : kExitStopped, job.Results());
+    Json results = job.Results();
+    if (finished && options.nonfinite == "skip") NameLeftOut(store, &results);
+    root->run->Finish(finished ? kExitDone : kExitStopped, results);
   }
   return finished ? CollectEnd::kComplete : CollectEnd::kStopped;
 }

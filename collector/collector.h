@@ -32,6 +32,9 @@ struct CollectOptions {
   int top_k_sampling = 0;  // draw among the k most probable; 0 = all
   double top_p = 1;        // draw among the most probable that reach this sum; 1 = all
   uint64_t sample_seed = 1;
+  // A sequence for which the model's arithmetic gives no numbers: refuse (the job ends)
+  // or skip (it is left out, and the store says so). A later run may choose otherwise.
+  std::string nonfinite = "refuse";
   double max_hours = 0;      // take no chunk after this time; 0 = no limit
   double hang_seconds = 45;  // a rank without a sign of life for so long ends the job
   std::string device = "auto";

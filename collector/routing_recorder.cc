@@ -128,7 +128,8 @@ void AppendSummary(const float* weights, int64_t num_keys, std::vector<float>* e
           " cannot choose an expert",
       "a token's router probabilities are no numbers: the model's arithmetic overflows, "
       "or its weights are damaged",
-      "fetch the weights again, or use --dtype=fp32"));
+      "fetch the weights again, use --dtype=fp32, or leave such "
+      "sequences out: --nonfinite=skip"));
 }
 
 }  // namespace
@@ -140,6 +141,7 @@ RoutingRecorder::RoutingRecorder(const MoeGeometry& geometry,
     : geometry_(geometry),
       options_(options),
       hidden_rows_(std::move(hidden_rows)),
+      no_numbers_(hidden_rows_.size(), false),
       ring_(ring_bytes, copier) {
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     auto& rows = rows_[static_cast<size_t>(stack)];
@@ -197,7 +199,8 @@ void RoutingRecorder::OnRouting(const LayerRouting& routing) {
                  &record.margins);
       if (std::any_of(record.margins.begin() + before, record.margins.end(),
                       [](float margin) { return std::isnan(margin); })) {
-        RefuseRouting(stack, layer);
+        if (!options_.mark_no_numbers) RefuseRouting(stack, layer);
+        no_numbers_[b] = true;
       }
       if (options_.probs) {
         AppendReal(real, num_tokens, 1, plane++->const_data_ptr<float>() + begin,
@@ -318,6 +321,11 @@ void RoutingRecorder::TakeAttention(Stack stack, const RowRecord& record,
       }
     }
   }
+}
+
+bool RoutingRecorder::NoNumbers(int row) {
+  ring_.Finish();
+  return no_numbers_[static_cast<size_t>(row)];
 }
 
 RoutingSpan RoutingRecorder::Take(Stack stack, int row) {

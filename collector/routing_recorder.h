@@ -17,11 +17,15 @@ struct RecordOptions {
   int top_k = 0;           // 0 = not recorded
   bool output = false;     // the decoder's, of the rows with router inputs
   bool attention = false;  // summaries, of the rows with router inputs
+  // Rows whose real tokens have router probabilities that are no numbers are marked, not
+  // refused.
+  bool mark_no_numbers = false;
 };
 
 // Thread rule: the forward thread. One batch at a time; several passes of a stack
 // (incremental decoding) are joined along tokens. Padding is never recorded. DataError
-// (in a pass or in Take) where a real token's router probabilities are no numbers.
+// (in a pass or in Take) where a real token's router probabilities are no numbers,
+// unless such rows are to be marked.
 class RoutingRecorder final : public RoutingObserver {
  public:
   // hidden_rows[b]: record the router inputs of row b. `ring_bytes`, `copier`: of the
@@ -38,6 +42,8 @@ class RoutingRecorder final : public RoutingObserver {
   // The row's span in that stack, planes layer-major. Call once a row and stack, at the
   // end: waits for what is on its way. EnvironmentError where the device lost it.
   RoutingSpan Take(Stack stack, int row);
+  // Whether the row was marked, in any pass. Waits as Take.
+  bool NoNumbers(int row);
 
  private:
   struct Attended {  // [T,H] and [T,H,kStrongestKeys]
@@ -66,7 +72,7 @@ class RoutingRecorder final : public RoutingObserver {
 
   MoeGeometry geometry_;
   RecordOptions options_;
-  std::vector<bool> hidden_rows_;
+  std::vector<bool> hidden_rows_, no_numbers_;
   std::vector<RowRecord> rows_[2];
   std::vector<int64_t> hidden_places_;  // the rows that are in hidden_rows_
   at::Tensor hidden_index_;             // the same, where the batch is; once needed

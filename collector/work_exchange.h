@@ -14,10 +14,11 @@
 
 namespace routecast {
 
-// What a chunk brought, and who computed it. `computed_tokens` counts padding as well.
+// What a chunk brought, and who computed it. `computed_tokens` counts padding as well;
+// `left_out`: sequences beside `sequences`.
 struct ChunkResult {
   int64_t rank = 0, chunk = 0, sequences = 0, tokens = 0, computed_tokens = 0,
-          record_bytes = 0;
+          record_bytes = 0, left_out = 0;
 };
 
 // Thread rule: one thread of the process, the one that initialised MPI. Every rank makes

@@ -150,14 +150,19 @@ bool Exchange(const fs::path& a, const fs::path& b) {
   }
   return false;
 }
+
+void SyncAll(const fs::path& folder) {
+  std::error_code error;
+  fs::recursive_directory_iterator entry(folder, error), end;
+  for (; !error && entry != end; entry.increment(error)) SyncPath(entry->path());
+  if (error) ThrowErrno(error.value(), "list", folder);
+  SyncPath(folder);
+}
 }  // namespace
 
-void SealedFolder::Commit() {
+void SealedFolder::Commit(Durable durable) {
+  if (durable == Durable::kYes) SyncAll(temporary_);
   std::error_code error;
-  fs::recursive_directory_iterator entry(temporary_, error), end;
-  for (; !error && entry != end; entry.increment(error)) SyncPath(entry->path());
-  if (error) ThrowErrno(error.value(), "list", temporary_);
-  SyncPath(temporary_);
   fs::path old = final_.string() + ".old.tmp";
   fs::remove_all(old, error);
   if (error) ThrowErrno(error.value(), "remove", old);
@@ -170,7 +175,7 @@ void SealedFolder::Commit() {
     Rename(temporary_, final_);
   }
   committed_ = true;
-  SyncPath(fs::absolute(final_).parent_path());
+  if (durable == Durable::kYes) SyncPath(fs::absolute(final_).parent_path());
   fs::remove_all(old, error);
 }
 

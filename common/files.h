@@ -32,12 +32,14 @@ void RequireFreeBytes(const fs::path& path, uint64_t bytes);
 // folder is replaced. The destructor removes what was not committed.
 class SealedFolder {
  public:
+  // kNo: nothing is synced, for what need not outlive a power loss.
+  enum class Durable { kYes, kNo };
   explicit SealedFolder(fs::path final_path);
   ~SealedFolder();
   SealedFolder(const SealedFolder&) = delete;
   SealedFolder& operator=(const SealedFolder&) = delete;
   const fs::path& path() const { return temporary_; }  // write here
-  void Commit();
+  void Commit(Durable durable = Durable::kYes);
 
  private:
   fs::path final_, temporary_;

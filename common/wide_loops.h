@@ -8,3 +8,11 @@
 #else
 #define ROUTECAST_WIDE
 #endif
+
+#if defined(__x86_64__)
+// Whether loops that are written for AVX2 can run here.
+inline bool HasAvx2() {
+  static const bool has = __builtin_cpu_supports("avx2");
+  return has;
+}
+#endif

@@ -47,6 +47,9 @@ DEFINE_double(temperature, 0, "Generate: sample at this temperature; 0 = greedil
 DEFINE_int32(top_k_sampling, 0, "Sample among the k most probable tokens; 0 = all");
 DEFINE_double(top_p, 1, "Sample among the most probable tokens that reach this sum");
 DEFINE_uint64(sample_seed, 1, "Seed of sampling");
+DEFINE_string(nonfinite, "refuse",
+              "A sequence for which the model gives no numbers (an overflow of fp16): "
+              "refuse ends the job, skip leaves it out and names it in run.json");
 DEFINE_double(max_hours, 0, "Stop with everything saved after this time; 0 = no limit");
 DEFINE_double(hang_seconds, 45, "A rank without a sign of life for so long ends the job");
 DEFINE_string(device, "auto", "auto, cpu, cuda or cuda:N");
@@ -88,6 +91,7 @@ CollectOptions Options() {
   o.top_k_sampling = FLAGS_top_k_sampling;
   o.top_p = FLAGS_top_p;
   o.sample_seed = FLAGS_sample_seed;
+  o.nonfinite = FLAGS_nonfinite;
   o.max_hours = FLAGS_max_hours;
   o.hang_seconds = FLAGS_hang_seconds;
   o.device = FLAGS_device;

@@ -13,6 +13,7 @@
 #include "storage/salvage.h"
 #include "storage/statistics.h"
 #include "storage/statistics_routing.h"
+#include "storage/store_builder.h"
 #include "storage/subset.h"
 #include "storage/verify.h"
 
@@ -64,6 +65,18 @@ std::string RequireOut() {
   return FLAGS_out;
 }
 
+// Collected with --nonfinite=skip: by name, as an export does not show what it lacks.
+void PrintLeftOut(const std::vector<SequenceInfo>& left_out) {
+  constexpr size_t kMaxNamed = 20;
+  if (left_out.empty()) return;
+  std::printf("%-22s %zu sequences, for which the model gave no numbers:", "left out",
+              left_out.size());
+  for (size_t i = 0; i < std::min(left_out.size(), kMaxNamed); ++i) {
+    std::printf(" %llu", (unsigned long long)left_out[i].sequence_id);
+  }
+  std::printf("%s\n", left_out.size() > kMaxNamed ? " ..." : "");
+}
+
 void Info() {
   const TraceReader reader(FLAGS_store, NeedTokens::kNo);
   const Json config = reader.config().ToJson();
@@ -87,6 +100,7 @@ void Info() {
       (unsigned long long)hidden);
   std::printf("%-22s %llu encoder, %llu decoder\n", "tokens", (unsigned long long)encoder,
               (unsigned long long)decoder);
+  PrintLeftOut(reader.left_out());
 }
 
 void Verify() {
@@ -99,9 +113,12 @@ void Verify() {
                               "routecast-trace salvage makes a store of what is sound"));
   }
   std::printf(
-      "sound: %lld of %lld chunks, %llu sequences, %llu records, %s\n",
+      "sound: %lld of %lld chunks, %llu sequences, %llu records, %s%s\n",
       (long long)report.chunks, (long long)report.num_chunks,
       (unsigned long long)report.sequences, (unsigned long long)report.records,
+      report.left_out == 0
+          ? ""
+          : (std::to_string(report.left_out) + " sequences left out, ").c_str(),
       report.sealed ? "sealed" : "not sealed (unfinished, or of an older version)");
 }
 
@@ -177,63 +194,60 @@ void Export() {
   Into("export", ExportInto);
 }
 
-// A sealed store gets its run.json when it is there: before that it has no folder, and
-// what fails leaves none.
-void Merge() {
-  const std::string out = RequireOut();
+// A store appears when it is whole: before that, and where that fails, its folder holds
+// run.json alone.
+void IntoNewStore(const char* verb, Json (*work)(const std::string& out)) {
+  if (!FLAGS_dry_run) RequireNewStore(RequireOut());
+  Into(verb, work);
+}
+
+Json MergeInto(const std::string& out) {
   const std::vector<std::string> given = FlagValues("store");
   const std::vector<fs::path> stores(given.begin(), given.end());
   if (FLAGS_dry_run) {
     std::printf("%zu stores would be merged into %s\n", stores.size(), out.c_str());
-    return;
+    return {};
   }
-  RunRecord run(out, "routecast-trace merge", EffectiveFlags());
   const MergeReport report = MergeStores(
       stores, out, {.compression = FLAGS_compression, .renumber = FLAGS_renumber});
-  run.Finish(kExitDone, {{"sequences", report.sequences}, {"repeated", report.repeated}});
-  if (FLAGS_quiet) return;
-  std::printf("%llu sequences; %llu were in several stores\n",
-              (unsigned long long)report.sequences, (unsigned long long)report.repeated);
+  if (!FLAGS_quiet) {
+    std::printf("%llu sequences; %llu were in several stores\n",
+                (unsigned long long)report.sequences,
+                (unsigned long long)report.repeated);
+  }
+  return {{"sequences", report.sequences}, {"repeated", report.repeated}};
 }
 
-void Subset() {
-  const std::string out = RequireOut();
+Json SubsetInto(const std::string& out) {
   const SubsetOptions options{
       .compression = FLAGS_compression, .share = FLAGS_share, .seed = FLAGS_seed};
   if (FLAGS_dry_run) {
     std::printf("a share of %g of %s would be written to %s\n", options.share,
                 FLAGS_store.c_str(), out.c_str());
-    return;
+    return {};
   }
-  RunRecord run(out, "routecast-trace subset", EffectiveFlags());
   const uint64_t sequences = SubsetStore(FLAGS_store, out, options);
-  run.Finish(kExitDone, {{"sequences", sequences}});
   if (!FLAGS_quiet) std::printf("%llu sequences\n", (unsigned long long)sequences);
+  return {{"sequences", sequences}};
 }
 
-void SalvageVerb() {
-  const std::string out = RequireOut();
+Json SalvageInto(const std::string& out) {
   if (FLAGS_dry_run) {
     std::printf("what is sound of %s would be written to %s\n", FLAGS_store.c_str(),
                 out.c_str());
-    return;
+    return {};
   }
-  RunRecord run(out, "routecast-trace salvage", EffectiveFlags());
   const SalvageReport report = SalvageStore(FLAGS_store, out);
-  run.Finish(kExitDone, {{"sequences", report.sequences},
-                         {"lost", report.lost},
-                         {"lost_ids", report.lost_ids},
-                         {"lost_chunks", report.lost_chunks}});
   std::printf("%llu sequences; lost: %llu sequences, %lld chunks\n",
               (unsigned long long)report.sequences, (unsigned long long)report.lost,
               (long long)report.lost_chunks);
+  return {{"sequences", report.sequences},
+          {"lost", report.lost},
+          {"lost_ids", report.lost_ids},
+          {"lost_chunks", report.lost_chunks}};
 }
 
-void Import() {
-  const std::string out = RequireOut();
-  if (FLAGS_in.empty()) {
-    throw UsageError(ErrorText("--in is missing", "", "give what is to be imported"));
-  }
+Json ImportInto(const std::string& out) {
   const ImportOptions options{
       .format = FLAGS_format,
       .model = FLAGS_model,
@@ -244,16 +258,29 @@ void Import() {
       .compression = FLAGS_compression.empty() ? "none" : FLAGS_compression};
   if (FLAGS_dry_run) {
     std::printf("%s would be imported into %s\n", FLAGS_in.c_str(), out.c_str());
-    return;
+    return {};
   }
-  RunRecord run(out, "routecast-trace import", EffectiveFlags());
   const ImportReport report = ImportTraces(FLAGS_in, out, options);
-  run.Finish(kExitDone, {{"sequences", report.sequences}, {"tokens", report.tokens}});
-  if (FLAGS_quiet) return;
-  std::printf("%llu sequences, %llu tokens, %d layers of %d experts, %d a token\n",
-              (unsigned long long)report.sequences, (unsigned long long)report.tokens,
-              report.config.geometry.num_layers(), report.config.geometry.num_experts,
-              report.config.geometry.experts_per_token);
+  if (!FLAGS_quiet) {
+    std::printf("%llu sequences, %llu tokens, %d layers of %d experts, %d a token\n",
+                (unsigned long long)report.sequences, (unsigned long long)report.tokens,
+                report.config.geometry.num_layers(), report.config.geometry.num_experts,
+                report.config.geometry.experts_per_token);
+  }
+  return {{"sequences", report.sequences}, {"tokens", report.tokens}};
+}
+
+void Merge() { IntoNewStore("merge", MergeInto); }
+
+void Subset() { IntoNewStore("subset", SubsetInto); }
+
+void SalvageVerb() { IntoNewStore("salvage", SalvageInto); }
+
+void Import() {
+  if (FLAGS_in.empty()) {
+    throw UsageError(ErrorText("--in is missing", "", "give what is to be imported"));
+  }
+  IntoNewStore("import", ImportInto);
 }
 
 enum class Stores { kNone, kOne, kSeveral };

@@ -25,6 +25,7 @@ struct BeamOptions {
 struct GeneratedSequence {
   std::vector<int64_t> ids;  // new tokens, ended by (and including) end-of-sequence
   double score = 0;          // beams: log probability / length ^ penalty; else 0
+  bool no_numbers = false;   // GenerationOptions::end_without_numbers: ended by logits
 };
 
 class BeamSearch {

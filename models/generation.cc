@@ -69,19 +69,26 @@ at::Tensor ForCallback(const at::Tensor& logits, const GenerationOptions& option
   return options.logits_on_step ? logits.to(at::kCPU) : at::Tensor();
 }
 
-// The most probable token of each row, int64 [R] on the CPU.
-at::Tensor BestIds(const at::Tensor& logits_RV, const at::Tensor& live_R1, int step) {
+// The most probable token of each row, or kNoToken; int64 [R] on the CPU.
+at::Tensor BestIds(const at::Tensor& logits_RV) {
   const at::Tensor ids = logits_RV.argmax(-1, /*keepdim=*/true);  // a NaN's, where one is
-  // One copy off the device: -1 in place of an id whose logit is no number.
-  const at::Tensor best = ids.masked_fill(logits_RV.gather(1, ids).isnan(), -1)
-                              .squeeze(1)
-                              .to(at::kCPU);
-  for (int64_t r = 0; r < best.size(0); ++r) {
-    if (best.const_data_ptr<int64_t>()[r] < 0 && live_R1.const_data_ptr<bool>()[r]) {
-      RefuseLogits(r, step);
-    }
+  // One copy off the device.
+  return ids.masked_fill(logits_RV.gather(1, ids).isnan(), kNoToken)
+      .squeeze(1)
+      .to(at::kCPU);
+}
+
+// Ends the live rows that have no next token, or refuses them.
+void EndWithoutToken(const at::Tensor& next_R, int step, const GenerationOptions& options,
+                     at::Tensor* live_R1, std::vector<GeneratedSequence>* generated) {
+  const auto* next = next_R.const_data_ptr<int64_t>();
+  auto* live = live_R1->mutable_data_ptr<bool>();
+  for (int64_t r = 0; r < next_R.size(0); ++r) {
+    if (next[r] != kNoToken || !live[r]) continue;
+    if (!options.end_without_numbers) RefuseLogits(r, step);
+    (*generated)[static_cast<size_t>(r)].no_numbers = true;
+    live[r] = false;
   }
-  return best;
 }
 
 std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
@@ -101,7 +108,8 @@ std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
     at::Tensor next = options.sampling.enabled()
                           ? SampleIds(WarpLogits(allowed.to(at::kCPU), options.sampling),
                                       options.sampling, step)
-                          : BestIds(allowed, live, step);
+                          : BestIds(allowed);
+    EndWithoutToken(next, step, options, &live, &generated);
     next = at::where(live.squeeze(1), next, at::full_like(next, config.pad_token_id));
     for (int64_t b = 0; b < batch; ++b) {
       if (!live[b][0].item<bool>()) continue;

@@ -21,6 +21,9 @@ struct GenerationOptions {
   std::vector<int> row_max_new_tokens{};
   SamplingOptions sampling{};
   BeamOptions beams{};
+  // A row whose logits are no numbers ends there, and its result says so; else all end
+  // with DataError. Not with beams.
+  bool end_without_numbers = false;
   int num_return_sequences = 1;  // of each row, best first; at most beams.num_beams
   // Observers see beams as rows of the decoder's passes, a prompt's beams side by side.
   ForwardOptions forward{};
@@ -47,7 +50,8 @@ struct GenerationOptions {
 // num_return_sequences a row, row by row. Rows that ended go on as padding, marked
 // invalid to observers, until all have ended. A row's result is that of the row alone,
 // but for ties nearer than the rounding of matrix products of other shapes. Throws
-// DataError where the logits of a row that has not ended are no numbers.
+// DataError where the logits of a row that has not ended are no numbers, unless
+// end_without_numbers.
 std::vector<GeneratedSequence> Generate(SwitchModel* model, const at::Tensor& ids_BS,
                                         const at::Tensor& valid_BS,
                                         const GenerationOptions& options);

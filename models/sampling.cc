@@ -70,7 +70,10 @@ at::Tensor SampleIds(const at::Tensor& warped_BV, const SamplingOptions& options
     const auto row = static_cast<size_t>(b);
     const uint64_t key = options.row_keys.empty() ? row : options.row_keys.at(row);
     const double total = sum[b][vocabulary - 1];
-    if (!std::isfinite(total)) RefuseLogits(b, step);
+    if (!std::isfinite(total)) {
+      ids[b] = kNoToken;
+      continue;
+    }
     const double drawn =
         ToUnit(Mix(options.seed, kSamplingKey, key, static_cast<uint64_t>(step))) * total;
     // drawn < total, so the search ends before the end; a token of probability 0 adds

@@ -31,8 +31,12 @@ at::Tensor WarpLogits(const at::Tensor& logits_BV, const SamplingOptions& option
 // whichever id came of them would be one that the model never chose.
 [[noreturn]] void RefuseLogits(int64_t row, int step);
 
+// What is chosen of logits that are no numbers.
+inline constexpr int64_t kNoToken = -1;
+
 // int64 [B]: for each row the first token at which the running sum of its probabilities,
-// in the order of ids, passes a uniform number made of (seed, row key, step) alone.
+// in the order of ids, passes a uniform number made of (seed, row key, step) alone, or
+// kNoToken.
 at::Tensor SampleIds(const at::Tensor& warped_BV, const SamplingOptions& options,
                      int step);
 

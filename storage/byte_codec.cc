@@ -12,6 +12,7 @@
 
 #include "common/errors.h"
 #include "common/routing.h"
+#include "common/wide_loops.h"
 
 namespace routecast {
 static_assert(std::endian::native == std::endian::little,
@@ -85,16 +86,9 @@ void ByteReader::Fail(const std::string& reason) const {
                 "run routecast-trace verify; collect into a new store if it fails"));
 }
 
-std::string_view ByteReader::Raw(uint64_t size) {
-  if (size > left()) {
-    Fail("needs " + std::to_string(size) + " more bytes, has " + std::to_string(left()));
-  }
-  const std::string_view part = bytes_.substr(at_, size);
-  at_ += size;
-  return part;
+void ByteReader::FailShort(uint64_t size) const {
+  Fail("needs " + std::to_string(size) + " more bytes, has " + std::to_string(left()));
 }
-
-uint8_t ByteReader::U8() { return static_cast<uint8_t>(Raw(1)[0]); }
 
 uint64_t ByteReader::U64() {
   uint64_t value;
@@ -142,11 +136,6 @@ size_t UnpackGroups(const uint8_t* from, size_t size, size_t count, uint16_t* to
 }
 
 #if defined(__x86_64__)
-bool HasWideVectors() {
-  static const bool has = __builtin_cpu_supports("avx2");
-  return has;
-}
-
 // 16 values at a time, kBits <= 8: each half of a vector takes the kBits bytes of eight,
 // each of its lanes the two bytes that a value lies in, which a product shifts to the
 // top.
@@ -215,6 +204,22 @@ template <int kBits>
 }
 #endif
 
+[[gnu::always_inline]] inline void WidenEach(const char* from, size_t count,
+                                             uint32_t* to) {
+  for (size_t i = 0; i < count; ++i) {
+    uint16_t narrow;
+    std::memcpy(&narrow, from + 2 * i, 2);
+    to[i] = narrow;
+  }
+}
+
+#if defined(__x86_64__)
+[[gnu::target("avx2")]] void WidenTokensWide(const char* from, size_t count,
+                                             uint32_t* to) {
+  WidenEach(from, count, to);
+}
+#endif
+
 using Unpack = size_t (*)(const uint8_t*, size_t, size_t, uint16_t*);
 template <size_t... kIndex>
 constexpr std::array<Unpack, sizeof...(kIndex)> UnpackTable(
@@ -237,7 +242,7 @@ size_t UnpackMost(const uint8_t* from, size_t size, int bits, size_t count,
   size_t done = 0;
 #if defined(__x86_64__)
   static constexpr auto kWide = WideTable(std::make_index_sequence<8>());
-  if (bits <= 8 && HasWideVectors()) done = kWide[index](from, size, count, to);
+  if (bits <= 8 && HasAvx2()) done = kWide[index](from, size, count, to);
 #endif
   const size_t bytes = done / 8 * static_cast<size_t>(bits);
   return done + kUnpack[index](from + bytes, size - bytes, count - done, to + done);
@@ -245,24 +250,33 @@ size_t UnpackMost(const uint8_t* from, size_t size, int bits, size_t count,
 
 }  // namespace
 
+void WidenTokens(std::string_view bytes, std::vector<uint32_t>* tokens) {
+  uint32_t* to = tokens->data();
+#if defined(__x86_64__)
+  if (HasAvx2()) return WidenTokensWide(bytes.data(), tokens->size(), to);
+#endif
+  WidenEach(bytes.data(), tokens->size(), to);
+}
+
 void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values) {
   const auto* from = reinterpret_cast<const uint8_t*>(bytes.data());
-  uint16_t* to = values->data();
-  const uint32_t mask = (1u << bits) - 1;
-  size_t i = UnpackMost(from, bytes.size(), bits, values->size(), to);
-  for (; i < values->size(); ++i) {
-    const size_t at = i * static_cast<size_t>(bits);
-    uint32_t word = 0;
-    std::memcpy(&word, from + at / 8, std::min<size_t>(4, bytes.size() - at / 8));
-    to[i] = static_cast<uint16_t>((word >> (at % 8)) & mask);
-  }
+  const size_t count = values->size();
+  const size_t most = UnpackMost(from, bytes.size(), bits, count, values->data());
+  if (most == count) return;
+  // Whole words would run past the last bytes, fewer than 16: from a longer copy.
+  const size_t left = count - most;
+  uint8_t last[48] = {};
+  uint16_t unpacked[16 * 8];
+  std::memcpy(last, from + most / 8 * static_cast<size_t>(bits), PackedBytes(left, bits));
+  UnpackMost(last, sizeof last, bits, (left + 7) / 8 * 8, unpacked);
+  std::memcpy(values->data() + most, unpacked, left * sizeof(uint16_t));
 }
 
 void UnpackFlags(std::string_view bytes, std::vector<uint8_t>* flags) {
   constexpr uint64_t kEach = 0x0101010101010101, kOwnBit = 0x8040201008040201;
   size_t i = 0;
 #if defined(__x86_64__)
-  if (HasWideVectors()) i = UnpackFlagsWide(bytes.data(), flags->size(), flags->data());
+  if (HasAvx2()) i = UnpackFlagsWide(bytes.data(), flags->size(), flags->data());
 #endif
   for (; i < flags->size(); i += 8) {
     const uint64_t bits = static_cast<uint8_t>(bytes[i / 8]) * kEach & kOwnBit;
@@ -277,7 +291,7 @@ void UnpackBf16Planes(std::string_view bytes, std::vector<float>* values) {
   const uint8_t* low = high + n;
   auto* to = reinterpret_cast<uint32_t*>(values->data());
 #if defined(__x86_64__)
-  if (HasWideVectors()) return JoinBytesWide(high, low, n, to);
+  if (HasAvx2()) return JoinBytesWide(high, low, n, to);
 #endif
   JoinBytes(high, low, n, to);
 }

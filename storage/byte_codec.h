@@ -37,15 +37,21 @@ class ByteReader {
   // `where` names the record in errors and must outlive the reader.
   ByteReader(std::string_view bytes, const std::string& where)
       : bytes_(bytes), where_(where) {}
-  uint8_t U8();
+  uint8_t U8() { return static_cast<uint8_t>(Raw(1)[0]); }
   uint64_t U64();
   // Throws also when the value is above `limit`, naming `what`.
   uint64_t Varint(const char* what, uint64_t limit);
-  std::string_view Raw(uint64_t size);
+  std::string_view Raw(uint64_t size) {
+    if (size > left()) FailShort(size);
+    const std::string_view part = bytes_.substr(at_, size);
+    at_ += size;
+    return part;
+  }
   uint64_t left() const { return bytes_.size() - at_; }
   [[noreturn]] void Fail(const std::string& reason) const;
 
  private:
+  [[noreturn]] void FailShort(uint64_t size) const;
   std::string_view bytes_;
   const std::string& where_;
   size_t at_ = 0;
@@ -54,6 +60,8 @@ class ByteReader {
 inline uint64_t PackedBytes(uint64_t count, int bits) {
   return (count * static_cast<uint64_t>(bits) + 7) / 8;
 }
+// Each to its vector, which has the size that is wanted. REQUIRES as many bytes.
+void WidenTokens(std::string_view bytes, std::vector<uint32_t>* tokens);
 void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values);
 void UnpackFlags(std::string_view bytes, std::vector<uint8_t>* flags);
 void UnpackBf16Planes(std::string_view bytes, std::vector<float>* values);

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/files.h"
+#include "storage/expert_frequencies.h"
 #include "storage/range_coder.h"
 
 namespace routecast {
@@ -108,6 +109,21 @@ ContextPair ContextOf(ContextKind kind, const RoutingSpan& span, int l, int t) {
   return c;
 }
 
+namespace {
+
+constexpr size_t kAhead = 4;  // tokens
+
+// From memory to caches, before the rows of the tokens behind `t` are needed.
+inline void PrefetchRows(const FactorRows& rows, const std::vector<uint32_t>& places,
+                         size_t t, size_t l) {
+  if (t + 2 * kAhead < places.size()) {
+    rows.PrefetchHead(rows.Index(places[t + 2 * kAhead], l));
+  }
+  if (t + kAhead < places.size()) rows.Prefetch(rows.Index(places[t + kAhead], l));
+}
+
+}  // namespace
+
 // visit(layer, row).
 template <typename Visit>
 void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visit) const {
@@ -127,6 +143,7 @@ void ContextModel::ForEachId(Stack s, const RoutingSpan& span, const Visit& visi
     for (int t = 0; t < span.num_tokens; ++t) {
       uint32_t place;
       if (by_position) {
+        PrefetchRows(c.rows, places, static_cast<size_t>(t), static_cast<size_t>(l));
         place = places[static_cast<size_t>(t)];
       } else {
         const ContextPair pair = ContextOf(kind_, span, l, t);
@@ -221,7 +238,8 @@ bool ContextModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span)
       const uint32_t at = coder.Peek(weights.total());
       if (at < weights.own) {
         if (weights.dense) {
-          *id = weights.experts.Locate(at, &start);
+          *id = weights.experts.Locate(at);
+          start = weights.experts.StartOf(*id);
           size = weights.experts.weight(*id);
         } else {
           *id = LocateListed(row, weights.listed.data(), at, &start, &size);
@@ -235,8 +253,9 @@ bool ContextModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span)
     const uint32_t at = coder.Peek(weights.rest);
     if (row.dense != nullptr) {
       weights.experts.FillRest(view.base, width - 1, row.dense);
-      *id = weights.experts.Locate(at, &start);
-      coder.Take(start, weights.experts.weight(*id++));
+      *id = weights.experts.Locate(at);
+      coder.Take(weights.experts.StartOf(*id), weights.experts.weight(*id));
+      ++id;
       return;
     }
     const uint16_t* base = view.base;

@@ -1,10 +1,8 @@
-// The rows of a context coder as they are used, and the weights that a row makes of base
-// weights. Rows of many factors lie expert by expert, a byte each, so that wide vectors
-// can go over them; the others as lists.
-// Thread rule: FactorRows is immutable once made; ExpertFrequencies belong to one thread.
+// The rows of a context coder as they are used. Rows of many factors lie expert by
+// expert, a byte each, so that wide vectors can go over them; the others as lists. Thread
+// rule: immutable once made.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -64,52 +62,6 @@ class FactorRows {
   std::vector<Line> lines_;
   size_t vectors_ = 0;
   size_t num_layers_ = 0;
-};
-
-// Weights of E experts, in the order of their numbers.
-class ExpertFrequencies {
- public:
-  // `base` [E to whole vectors] times the row; experts that it lacks as they are.
-  void FillAll(const uint16_t* base, size_t padded, const FactorRows::View& row);
-  // `cumulative` base weights [E + 1 to whole vectors], times a dense row; experts that
-  // it lacks have none. Returns the base weights of those that it has.
-  uint32_t FillOwn(const uint16_t* cumulative, size_t num_experts, const int8_t* dense);
-  // The base weights of the experts that the row lacks, the others none.
-  void FillRest(const uint16_t* cumulative, size_t num_experts, const int8_t* dense);
-
-  uint32_t total() const { return total_; }
-  uint32_t weight(uint16_t expert) const { return weights_[expert]; }
-  void Remove(uint16_t expert) {
-    sums_[expert / kLanes] -= weights_[expert];
-    total_ -= weights_[expert];
-    weights_[expert] = 0;
-  }
-  uint32_t StartOf(uint16_t expert) const {
-    uint32_t start = 0;
-    for (size_t e = 0; e < expert; ++e) start += weights_[e];
-    return start;
-  }
-  // The expert that `at` < total() falls on, and where it begins. In a vector without a
-  // branch: none could be foretold.
-  uint16_t Locate(uint32_t at, uint32_t* start) const {
-    uint32_t begin = 0;
-    size_t block = 0;
-    while (begin + sums_[block] <= at) begin += sums_[block++];
-    const uint32_t* w = weights_.data() + block * kLanes;
-    uint32_t sum = begin, past = 0;
-    for (size_t j = 0; j + 1 < kLanes; ++j) {
-      sum += w[j];
-      past += sum <= at;
-      begin = sum <= at ? sum : begin;
-    }
-    *start = begin;
-    return static_cast<uint16_t>(block * kLanes + past);
-  }
-
- private:
-  alignas(64) std::array<uint32_t, kMaxCodedExperts> weights_;
-  std::array<uint32_t, kMaxCodedExperts / kLanes> sums_;
-  uint32_t total_ = 0;
 };
 
 }  // namespace routecast

@@ -66,8 +66,10 @@ class Input {
   // Documents that ids speak of: one more than the largest index, by either id.
   uint64_t NumDocuments() const {
     uint64_t largest = 0;
-    for (const SequenceInfo& s : reader_->sequences()) {
-      largest = std::max({largest, s.document_id, s.sequence_id >> kSegmentBits});
+    for (const auto* all : {&reader_->sequences(), &reader_->left_out()}) {
+      for (const SequenceInfo& s : *all) {
+        largest = std::max({largest, s.document_id, s.sequence_id >> kSegmentBits});
+      }
     }
     return AddOrThrow(largest, 1, reader_->path());
   }
@@ -83,6 +85,21 @@ class Input {
     }
   }
 
+  // Under their ids in the result.
+  std::vector<SequenceInfo> LeftOut() const {
+    std::vector<SequenceInfo> all = reader_->left_out();
+    for (SequenceInfo& s : all) {
+      s.sequence_id += documents_ << kSegmentBits;
+      s.document_id += documents_;
+    }
+    return all;
+  }
+
+  bool Holds(uint64_t id_of_the_result) const {
+    const uint64_t first = documents_ << kSegmentBits;
+    return id_of_the_result >= first &&
+           reader_->Find(id_of_the_result - first) != nullptr;
+  }
   bool AtEnd() const { return next_ == reader_->sequences().size(); }
   uint64_t NextId() const {
     return reader_->sequences()[next_].sequence_id + (documents_ << kSegmentBits);
@@ -247,6 +264,24 @@ RoutingTrace TakeNext(uint64_t id, int num_experts, std::vector<Input>* inputs,
   return trace;
 }
 
+// What no store has and one of them left out.
+std::vector<SequenceInfo> LeftOutOfAll(const std::vector<Input>& inputs) {
+  std::map<uint64_t, SequenceInfo> left_out;
+  for (const Input& input : inputs) {
+    for (const SequenceInfo& info : input.LeftOut()) {
+      const auto holds = [&info](const Input& other) {
+        return other.Holds(info.sequence_id);
+      };
+      if (std::none_of(inputs.begin(), inputs.end(), holds)) {
+        left_out.emplace(info.sequence_id, info);
+      }
+    }
+  }
+  std::vector<SequenceInfo> all;
+  for (const auto& [id, info] : left_out) all.push_back(info);
+  return all;
+}
+
 }  // namespace
 
 std::vector<std::string> MergeDifferences(const StoreConfig& a, const StoreConfig& b) {
@@ -286,6 +321,7 @@ MergeReport MergeStores(const std::vector<fs::path>& stores, const fs::path& out
     builder.Add(
         TakeNext(lowest->NextId(), config.geometry.num_experts, &inputs, &report));
   }
+  for (const SequenceInfo& info : LeftOutOfAll(inputs)) builder.LeaveOut(info);
   if (!routers.empty()) builder.CopyRouters(routers);
   builder.Finish();
   report.sequences = builder.num_sequences();

@@ -164,6 +164,10 @@ SalvageReport SalvageStore(const fs::path& store, const fs::path& out) {
   StoreBuilder builder(out, salvage.config());
   for (const SequenceInfo& info : salvage.sequences()) {
     ThrowIfStopped("while salvaging");
+    if (info.left_out()) {
+      builder.LeaveOut(info);
+      continue;
+    }
     if (const auto trace = salvage.Read(info)) {
       builder.Add(*trace);
     } else {

@@ -1,5 +1,6 @@
 #include "storage/store_builder.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "common/errors.h"
@@ -11,6 +12,16 @@ namespace {
 
 constexpr const char* kToken = "build";
 
+// Nothing, or what a run that did not come to its end says of itself.
+bool HoldsNoStore(const fs::path& out) {
+  if (!fs::exists(out)) return true;
+  if (!fs::is_directory(out)) return false;
+  return std::all_of(fs::directory_iterator(out), fs::directory_iterator(),
+                     [](const auto& entry) {
+                       return entry.path().filename().string().starts_with("run.json");
+                     });
+}
+
 // Checked before SealedFolder makes (and empties) its temporary folder.
 const fs::path& NewStore(const fs::path& out) {
   RequireNewStore(out);
@@ -20,7 +31,7 @@ const fs::path& NewStore(const fs::path& out) {
 }  // namespace
 
 void RequireNewStore(const fs::path& out) {
-  if (!fs::exists(out) || (fs::is_directory(out) && fs::is_empty(out))) return;
+  if (HoldsNoStore(out)) return;
   throw UsageError(ErrorText(out.string() + " is there already",
                              "a store is made whole, into a new folder",
                              "name another --out, or remove this one"));
@@ -62,15 +73,17 @@ void StoreBuilder::Add(const RoutingTrace& trace) {
     throw StoppedError(
         "stopped; the new store is not there: start the same command again");
   }
-  if (!chunk_) {
-    chunk_ = std::make_unique<ChunkWriter>(folder_.path(), config_,
-                                           static_cast<uint32_t>(config_.num_chunks),
-                                           kToken, on_step_);
-  }
+  if (!chunk_) StartChunk();
   chunk_->Add(trace);
   last_id_ = trace.sequence_id;
   ++num_sequences_;
   if (chunk_->record_bytes() >= kBuiltChunkBytes) EndChunk();
+}
+
+void StoreBuilder::StartChunk() {
+  chunk_ = std::make_unique<ChunkWriter>(folder_.path(), config_,
+                                         static_cast<uint32_t>(config_.num_chunks),
+                                         kToken, on_step_);
 }
 
 void StoreBuilder::EndChunk() {
@@ -80,11 +93,26 @@ void StoreBuilder::EndChunk() {
   ++config_.num_chunks;
 }
 
+void StoreBuilder::LeaveOut(const SequenceInfo& info) { left_out_.push_back(info); }
+
 void StoreBuilder::CopyRouters(const fs::path& routers) {
   fs::copy_file(routers, folder_.path() / "routers.safetensors");
 }
 
+void StoreBuilder::AddLeftOut() {
+  if (left_out_.empty() || num_sequences_ == 0) return;
+  if (!chunk_) StartChunk();
+  for (const SequenceInfo& info : left_out_) {
+    RoutingTrace none;
+    none.sequence_id = info.sequence_id;
+    none.document_id = info.document_id;
+    none.group_id = info.group_id;
+    chunk_->Add(none);
+  }
+}
+
 void StoreBuilder::Finish() {
+  AddLeftOut();
   if (chunk_) EndChunk();
   if (num_sequences_ == 0) {
     throw UsageError(ErrorText("the new store would be empty",

@@ -23,6 +23,8 @@ class StoreBuilder {
   // REQUIRES ascending sequence ids (std::logic_error). StoppedError where a stop was
   // requested: nothing of the store is left then.
   void Add(const RoutingTrace& trace);
+  // Names a sequence that the inputs left out; any order, ids not added.
+  void LeaveOut(const SequenceInfo& info);
   // Copies `routers.safetensors` of an existing store.
   void CopyRouters(const fs::path& routers);
   // Writes store.json, syncs, renames. UsageError where no sequence was added.
@@ -30,17 +32,21 @@ class StoreBuilder {
   uint64_t num_sequences() const { return num_sequences_; }
 
  private:
+  void StartChunk();
   void EndChunk();
+  void AddLeftOut();
 
   StoreConfig config_;
   StepObserver on_step_;
   SealedFolder folder_;
   std::unique_ptr<ShardOwner> owner_;
   std::unique_ptr<ChunkWriter> chunk_;
+  std::vector<SequenceInfo> left_out_;
   uint64_t num_sequences_ = 0, last_id_ = 0;
 };
 
 // UsageError where `out` cannot become a new store, before anything is read or written.
+// It may hold the run.json of a run that failed.
 void RequireNewStore(const fs::path& out);
 // Throws UsageError where `input` lies where `out` is built (OUT.tmp), which is emptied.
 void RequireApart(const fs::path& out, const fs::path& input);

@@ -55,6 +55,9 @@ uint64_t SubsetStore(const fs::path& store, const fs::path& out,
       builder.Add(trace);
     }
   }
+  for (const SequenceInfo& s : reader.left_out()) {
+    if (InSubset(s.group_id, options)) builder.LeaveOut(s);
+  }
   if (fs::exists(reader.routers_path())) builder.CopyRouters(reader.routers_path());
   builder.Finish();
   return builder.num_sequences();

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "storage/byte_codec.h"
+#include "storage/expert_frequencies.h"
 #include "storage/range_coder.h"
 
 namespace routecast {
@@ -159,9 +160,8 @@ bool TopkModel::DecodeIds(Stack s, std::string_view bytes, RoutingSpan* span) co
   uint16_t* ids = span->topk_ids.data();
   ForEachToken(s, *span, [&](size_t position, ExpertFrequencies* urn) {
     for (size_t r = 1; r < k; ++r) {
-      uint32_t start = 0;
-      const uint16_t expert = urn->Locate(coder.Peek(urn->total()), &start);
-      coder.Take(start, urn->weight(expert));
+      const uint16_t expert = urn->Locate(coder.Peek(urn->total()));
+      coder.Take(urn->StartOf(expert), urn->weight(expert));
       urn->Remove(expert);
       ids[position * k + r] = expert;
     }

@@ -69,12 +69,7 @@ void ReadTokens(ByteReader* in, bool wide, RoutingSpan* span) {
                 size_t{4} * span->num_tokens);
     return;
   }
-  const char* from = in->Raw(uint64_t{2} * span->num_tokens).data();
-  for (int t = 0; t < span->num_tokens; ++t) {
-    uint16_t id;
-    std::memcpy(&id, from + 2 * t, 2);
-    span->token_ids[t] = id;
-  }
+  WidenTokens(in->Raw(uint64_t{2} * span->num_tokens), &span->token_ids);
 }
 
 void ReadIds(ByteReader* in, uint64_t count, uint64_t num_experts,
@@ -83,6 +78,7 @@ void ReadIds(ByteReader* in, uint64_t count, uint64_t num_experts,
   const std::string_view bytes = in->Raw(PackedBytes(count, bits));
   ids->resize(count);
   UnpackBits(bytes, bits, ids);
+  if (num_experts == uint64_t{1} << bits) return;  // no bits mean another
   const uint16_t largest = LargestOf(*ids);
   if (count > 0 && largest >= num_experts) {
     in->Fail("expert id " + std::to_string(largest) + " of " +

@@ -109,6 +109,8 @@ struct SequenceInfo {
   uint32_t encoder_tokens = 0;
   uint32_t decoder_tokens = 0;  // 0 = that stack was not run
   bool has_hidden = false;
+  // Was to be collected and has no records: no numbers came out of the model.
+  bool left_out() const { return encoder_tokens == 0 && decoder_tokens == 0; }
   bool operator==(const SequenceInfo&) const = default;
 };
 // A chunk's completion mark and index, in the same file as its records:

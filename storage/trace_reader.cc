@@ -68,6 +68,11 @@ void DecodeBeside(Family family, std::string_view key, std::string_view value,
   DecodeAttention(key, value, where, span);
 }
 
+// Of each record: no path is made of `where` but for an error.
+void CheckRead(const rocksdb::Status& status, const std::string& where) {
+  if (!status.ok()) CheckStatus(status, "read", where);
+}
+
 // What the shard's ids were coded with must be the model that is there.
 void RequireModel(const ShardDb& db, int shard, const fs::path& store,
                   const StoreConfig& config, const ContextModel* model) {
@@ -115,6 +120,7 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
       places_.push_back({chunk, TraceStore::ShardOf(config_, chunk)});
     }
     completed_chunks_ = index->completed_chunks;
+    SetAsideLeftOut();
     return;
   }
   for (int shard = 0; shard < config_.num_shards; ++shard) {
@@ -145,12 +151,28 @@ TraceReader::TraceReader(fs::path store, NeedTokens tokens)
   }
   sequences_.swap(sequences);
   places_.swap(places);
-  if (!complete() || sequences_.size() < kMinCachedSequences) return;
-  StoreIndex index{std::move(sequences_), {}, completed_chunks_};
-  index.chunks.reserve(places_.size());
-  for (const Place& place : places_) index.chunks.push_back(place.chunk);
-  SaveIndexCache(path_, state, index);
-  sequences_ = std::move(index.sequences);
+  if (complete() && sequences_.size() >= kMinCachedSequences) {
+    StoreIndex index{std::move(sequences_), {}, completed_chunks_};
+    index.chunks.reserve(places_.size());
+    for (const Place& place : places_) index.chunks.push_back(place.chunk);
+    SaveIndexCache(path_, state, index);
+    sequences_ = std::move(index.sequences);
+  }
+  SetAsideLeftOut();
+}
+
+void TraceReader::SetAsideLeftOut() {
+  size_t kept = 0;
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    if (sequences_[i].left_out()) {
+      left_out_.push_back(sequences_[i]);
+      continue;
+    }
+    sequences_[kept] = sequences_[i];
+    places_[kept++] = places_[i];
+  }
+  sequences_.resize(kept);
+  places_.resize(kept, {0, 0});
 }
 
 TraceReader::~TraceReader() = default;
@@ -271,7 +293,7 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
       for (size_t i = 0; i < keys.size(); ++i) {
         const Record& w = wanted[i];
         SayWhere(w.index, w.stack, &where);
-        CheckStatus(statuses[i], "read", where);
+        CheckRead(statuses[i], where);
         RoutingTrace& trace = traces[w.slot];
         if (family == Family::kRouting) {
           DecodeInto(keys[i], values[i].ToStringView(), where, w.stack,
@@ -288,8 +310,9 @@ std::vector<RoutingTrace> TraceReader::ReadMany(std::span<const uint64_t> sequen
 
 void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
                        WithHidden with_hidden) const {
+  // RocksDB's own read-ahead, which grows: larger buffers are copied from, and their new
+  // pages cost more than the records of a small shard.
   rocksdb::ReadOptions options;
-  options.readahead_size = 2 << 20;
   options.fill_cache = false;
   // One forward iterator a shard, stack and family: ids ascend in each, so none ever
   // seeks back.
@@ -311,9 +334,9 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
       cursor.it.reset(db.db()->NewIterator(options, db.family(family)));
     }
     cursor.To(key);
-    CheckStatus(cursor.it->status(), "read", where);
+    CheckRead(cursor.it->status(), where);
     if (!cursor.it->Valid() || cursor.it->key() != rocksdb::Slice(key)) {
-      CheckStatus(rocksdb::Status::NotFound("record is missing"), "read", where);
+      CheckRead(rocksdb::Status::NotFound("record is missing"), where);
     }
     return &cursor;
   };

@@ -40,6 +40,8 @@ class TraceReader {
   // All sequences ascending by id: enough to split by group and to choose those with
   // router inputs, without reading records.
   const std::vector<SequenceInfo>& sequences() const { return sequences_; }
+  // Those that were left out, ascending: entries of the chunk marks without tokens.
+  const std::vector<SequenceInfo>& left_out() const { return left_out_; }
   std::vector<uint64_t> sequence_ids() const;
   // nullptr where the store does not hold it.
   const SequenceInfo* Find(uint64_t sequence_id) const;
@@ -63,6 +65,7 @@ class TraceReader {
     int shard;
   };
   void ReadMarks(int shard);
+  void SetAsideLeftOut();
   std::vector<Family> Wanted(WithHidden with_hidden) const;
   size_t IndexOf(uint64_t sequence_id) const;
   void FillHeader(size_t index, RoutingTrace* trace) const;
@@ -73,7 +76,7 @@ class TraceReader {
   StoreConfig config_;
   std::unique_ptr<ContextModel> model_;  // of coded records; null where there is none
   std::vector<std::unique_ptr<ShardDb>> shards_;
-  std::vector<SequenceInfo> sequences_;
+  std::vector<SequenceInfo> sequences_, left_out_;
   std::vector<Place> places_;
   int64_t completed_chunks_ = 0;
 };

@@ -193,7 +193,9 @@ void ChunkWriter::Finish() {
     WriteSst(staging.path() / kFiles[f], FamilyOptions(family, config_), *records[f]);
   }
   Step("stage: rename");
-  staging.Commit();
+  // The tables are synced, and again where they are taken in. Their folder's name need
+  // not be: the next job empties staging/.
+  staging.Commit(SealedFolder::Durable::kNo);
   Step("stage: done");
 }
 

@@ -51,7 +51,8 @@ class ChunkWriter {
  public:
   ChunkWriter(fs::path store, const StoreConfig& config, uint32_t chunk,
               std::string token, StepObserver on_step = {});
-  // Any order; REQUIRES ids not added before (std::logic_error).
+  // Any order; REQUIRES ids not added before (std::logic_error). A trace without tokens
+  // is entered as left out.
   void Add(const RoutingTrace& trace);
   // Sorts, writes, syncs and renames into staging/. EnvironmentError when the disk is
   // full: nothing of the chunk is left then.

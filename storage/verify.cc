@@ -157,6 +157,7 @@ class Verifier {
     const TraceReader reader(store_, NeedTokens::kNo);
     reader_opened_ = true;
     report_.chunks = reader.completed_chunks();
+    report_.left_out = reader.left_out().size();
     for (const SequenceInfo& info : reader.sequences()) {
       ThrowIfStopped("while verifying");
       Try([&] {
@@ -173,7 +174,9 @@ class Verifier {
     report_.chunks = config_.num_chunks - salvage.lost_chunks();
     for (const SequenceInfo& info : salvage.sequences()) {
       ThrowIfStopped("while verifying");
-      if (salvage.Read(info)) {
+      if (info.left_out()) {
+        ++report_.left_out;
+      } else if (salvage.Read(info)) {
         ++report_.sequences;
       } else {
         Problem(store_.string() + ": sequence " + std::to_string(info.sequence_id) +

@@ -13,6 +13,7 @@ namespace routecast {
 struct VerifyReport {
   int64_t chunks = 0, num_chunks = 0;
   uint64_t sequences = 0, records = 0;  // sequences: sound ones
+  uint64_t left_out = 0;                // sequences without records, as their chunks say
   bool sealed = false;                  // every shard has a seal
   std::vector<std::string> problems;    // the first hundred
   uint64_t num_problems = 0;

@@ -122,6 +122,8 @@ class Pretrainer {
     }
     Progress progress("pretrain", "steps", uint64_t(options_.steps), job_.quiet);
     progress.Update(uint64_t(step_));
+    if (!unvalidated_.is_null())
+      LogValidated(unvalidated_, metrics ? &*metrics : nullptr);
     while (step_ < options_.steps) {
       const double loss = Step();
       const bool validate =
@@ -129,18 +131,18 @@ class Pretrainer {
       const bool save = step_ % options_.checkpoint_every == 0;
       if (save || validate || MustStop()) RequireFinite();
       if (step_ % options_.log_every == 0 || validate) {
-        LogLine(loss, progress.Rate(uint64_t(step_)), validate,
-                metrics ? &*metrics : nullptr);
+        const Json line = LogLine(loss, progress.Rate(uint64_t(step_)));
+        if (validate) {
+          LogValidated(line, metrics ? &*metrics : nullptr);
+        } else if (metrics) {
+          metrics->Write(line);
+        }
       }
       char note[48];
       std::snprintf(note, sizeof note, "loss %.3f", loss);
       progress.Update(uint64_t(step_), note);
       if (save) Save();
-      if (step_ < options_.steps && MustStop()) {
-        Save();
-        throw StoppedError("stopped at step " + std::to_string(step_) +
-                           "; start the same command again and it goes on");
-      }
+      if (step_ < options_.steps && MustStop()) SaveAndStop();
     }
     progress.Finish();
     return Finish();
@@ -158,6 +160,7 @@ class Pretrainer {
     CheckSameConfiguration(state->configuration, Configuration(), job_.out);
     LoadTrainState(folder, state->step, parameters_, &*optimizer_);
     step_ = state->step;
+    unvalidated_ = state->extra.value("unvalidated", Json());
   }
 
   Json Configuration() const {
@@ -247,50 +250,77 @@ class Pretrainer {
     return total.detach();
   }
 
-  void LogLine(double loss, double steps_per_second, bool validate, JsonLines* metrics) {
-    Json line = {{"step", step_},
-                 {"epoch", double(step_) * options_.global_batch / double(train_.size())},
-                 {"samples", step_ * options_.global_batch},
-                 {"train_loss", loss},
-                 {"learning_rate", LearningRate(options_, step_ - 1)},
-                 {"grad_norm", norm_.item<double>()},
-                 {"samples_per_second", steps_per_second * options_.global_batch}};
-    if (validate && rank_.is_root()) {
-      const RoutingMeasures m =
-          MeasureRouting(&model_->model, validation_, tokenizer_, denoising_,
+  Json LogLine(double loss, double steps_per_second) const {
+    return {{"step", step_},
+            {"epoch", double(step_) * options_.global_batch / double(train_.size())},
+            {"samples", step_ * options_.global_batch},
+            {"train_loss", loss},
+            {"learning_rate", LearningRate(options_, step_ - 1)},
+            {"grad_norm", norm_.item<double>()},
+            {"samples_per_second", steps_per_second * options_.global_batch}};
+  }
+
+  // Rank 0 measures. Asked to stop meanwhile, all save and leave: the next start measures
+  // before it goes on.
+  void LogValidated(Json line, JsonLines* metrics) {
+    std::optional<RoutingMeasures> m;
+    if (rank_.is_root()) {
+      m = MeasureRouting(&model_->model, validation_, tokenizer_, denoising_,
                          options_.micro_batch, uint64_t(options_.validation_sequences));
-      line["valid_loss"] = m.span_loss;
-      line["valid"] = m.ToJson();
     }
-    if (metrics) metrics->Write(line);
+    unvalidated_ = line;
+    StopWhere(rank_.is_root() && !m);
+    unvalidated_ = Json();
+    if (!m) return;
+    line["valid_loss"] = m->span_loss;
+    line["valid"] = m->ToJson();
+    metrics->Write(line);
+  }
+
+  // On all ranks, where one of them says so.
+  void StopWhere(bool cut) {
+    double ranks[1] = {cut ? 1.0 : 0.0};
+    comm_->AllReduceSum(ranks);
+    if (ranks[0] > 0) SaveAndStop();
+  }
+
+  [[noreturn]] void SaveAndStop() {
+    Save();
+    throw StoppedError("stopped at step " + std::to_string(step_) +
+                       "; start the same command again and it goes on");
   }
 
   void Save() {
     if (rank_.is_root()) {
-      SaveTrainState(StateFolder(job_), {step_, Configuration(), Json::object(), {}},
-                     parameters_, *optimizer_);
+      Json extra = Json::object();
+      if (!unvalidated_.is_null()) extra["unvalidated"] = unvalidated_;
+      SaveTrainState(StateFolder(job_), {step_, Configuration(), extra, {}}, parameters_,
+                     *optimizer_);
     }
     comm_->Barrier();
   }
 
   // The measures are those of the weights as written.
   RoutingMeasures Finish() {
-    RoutingMeasures measures;
+    std::optional<RoutingMeasures> measures;
+    Parameters written;
     if (rank_.is_root()) {
-      Parameters written;
       for (const auto& [name, tensor] : parameters_.items()) {
         written.Add(name, tensor.detach().to(job_.save_dtype).to(at::kFloat));
       }
       TrainableModel model(config_, written);
       measures = MeasureRouting(&model.model, test_, tokenizer_, denoising_,
                                 options_.micro_batch, test_.size());
+    }
+    StopWhere(rank_.is_root() && !measures);
+    if (rank_.is_root()) {
       SaveCheckpoint(job_.out, config_, written, job_.save_dtype);
-      Json json = {{"options", options_.ToJson()}, {"test", measures.ToJson()}};
+      Json json = {{"options", options_.ToJson()}, {"test", measures->ToJson()}};
       WriteFileAtomic(job_.out / "pretrain.json", json.dump(2) + "\n");
       RemoveTrainStates(StateFolder(job_));
     }
     comm_->Barrier();
-    return measures;
+    return measures.value_or(RoutingMeasures());
   }
 
   PretrainJob job_;
@@ -307,6 +337,7 @@ class Pretrainer {
   std::optional<AdamW> optimizer_;
   std::optional<GradientReducer> reducer_;
   int64_t step_ = 0;
+  Json unvalidated_;          // the line of a step whose validation a stop cut short
   at::Tensor norm_, broken_;  // of the last step's gradient, on the device
   bool stop_ = false;
 };

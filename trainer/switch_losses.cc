@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "common/random.h"
+#include "common/stop.h"
 
 namespace routecast {
 namespace {
@@ -108,10 +109,10 @@ std::string RoutingMeasures::Table() const {
   return text;
 }
 
-RoutingMeasures MeasureRouting(SwitchModel* model, const TokenRows& rows,
-                               const Tokenizer& tokenizer,
-                               const DenoisingOptions& options, int batch_rows,
-                               uint64_t max_rows) {
+std::optional<RoutingMeasures> MeasureRouting(SwitchModel* model, const TokenRows& rows,
+                                              const Tokenizer& tokenizer,
+                                              const DenoisingOptions& options,
+                                              int batch_rows, uint64_t max_rows) {
   const c10::NoGradGuard no_grad;
   const MoeGeometry& g = model->geometry();
   const uint64_t total = std::min<uint64_t>(rows.size(), max_rows);
@@ -120,6 +121,7 @@ RoutingMeasures MeasureRouting(SwitchModel* model, const TokenRows& rows,
   RoutingMeasures m;
   int batches = 0;
   for (uint64_t first = 0; first < total; first += static_cast<uint64_t>(batch_rows)) {
+    if (StopRequested()) return std::nullopt;
     std::vector<uint64_t> ids(std::min<uint64_t>(batch_rows, total - first));
     std::iota(ids.begin(), ids.end(), first);
     const DenoisingBatch batch = MakeDenoisingBatch(rows, ids, ids, tokenizer, options);

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "models/switch_model.h"
@@ -49,9 +50,10 @@ struct RoutingMeasures {
   Json ToJson() const;
   std::string Table() const;  // for people
 };
-RoutingMeasures MeasureRouting(SwitchModel* model, const TokenRows& rows,
-                               const Tokenizer& tokenizer,
-                               const DenoisingOptions& options, int batch_rows,
-                               uint64_t max_rows);
+// Nothing where a stop was requested meanwhile: that is looked for before each batch.
+std::optional<RoutingMeasures> MeasureRouting(SwitchModel* model, const TokenRows& rows,
+                                              const Tokenizer& tokenizer,
+                                              const DenoisingOptions& options,
+                                              int batch_rows, uint64_t max_rows);
 
 }  // namespace routecast

@@ -125,5 +125,19 @@ TEST_P(RecorderTest, AChoiceFromNoNumbersIsRefusedWithItsLayer) {
   }
 }
 
+TEST_P(RecorderTest, WhereAskedForSuchRowsAreMarked) {
+  const int experts = GetParam();
+  Pass pass(experts, false);
+  pass.logits[2][1][experts - 1] = std::nan("");
+  pass.routing.gate_probs_BT = pass.logits.softmax(-1).amax(-1);
+  RoutingRecorder recorder({1, 0, experts, 1, 4},
+                           {.probs = false, .mark_no_numbers = true},
+                           {false, false, false});
+  recorder.OnPassBegin(pass.info);
+  recorder.OnRouting(pass.routing);
+  recorder.OnPassEnd(pass.info);
+  for (int row = 0; row < 3; ++row) EXPECT_EQ(recorder.NoNumbers(row), row == 2);
+}
+
 }  // namespace
 }  // namespace routecast

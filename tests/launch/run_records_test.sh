@@ -57,12 +57,21 @@ ends 2 collect --model="$model" --data=text:nowhere.txt
 ends 3 collect --model=cut --data=text:text.txt
 ends 3 trace stats --store=damaged
 ends 3 trace export --store=damaged
+ends 3 trace merge --store=damaged
+ends 3 trace subset --store=damaged
+ends 2 trace salvage --store=nowhere
+ends 2 trace merge --store=store --store=nowhere
+ends 2 trace import --in=nowhere
+echo '{"routing": [[[0, 0]]]}' >bad.jsonl
+ends 3 trace import --format=jsonl --in=bad.jsonl
 
 # A store whose settings a command does not share is another's.
 cp store/run.json before
 "$bin/routecast-collect" --quiet --model="$model" --data=text:text.txt --store=store \
   --max_length=64 >/dev/null 2>error
 [ $? -eq 2 ] || fail "another length was not refused: $(cat error)"
+"$bin/routecast-trace" subset --store=store --out=store >/dev/null 2>error
+[ $? -eq 2 ] || fail "a store was cut into itself: $(cat error)"
 cmp -s before store/run.json || fail "a refused command wrote the store's run.json"
 
 "$bin/routecast-evaluate" --mode=status --in="$folder" --out=seen >/dev/null 2>error ||

@@ -248,6 +248,21 @@ TEST_F(StoreFaultsTest, PowerLossWithNamesAheadOfBytes) {
   LosePowerEverywhere(Lost::kUnsyncedBytes);
 }
 
+// A sync is the most that a small chunk costs: what the next job throws away has none.
+TEST_F(StoreFaultsTest, OfWhatIsStagedTheTablesAloneAreSynced) {
+  Empty();
+  TraceStore::CreateOrOpen(store(), config_);
+  FileWatch watch(disk());
+  StageChunk(store(), config_, 0, kSequences, shape_, "token");
+  std::vector<std::string> synced;
+  for (const SeenCall& call : watch.calls()) {
+    if (call.call == FileCall::kSync) synced.push_back(fs::path(call.path).filename());
+  }
+  std::sort(synced.begin(), synced.end());
+  EXPECT_EQ(synced,
+            (std::vector<std::string>{"attention.sst", "hidden.sst", "routing.sst"}));
+}
+
 TEST_F(StoreFaultsTest, SalvageNamesTheFileThatTheDiskCannotRead) {
   Empty();
   Job(store());

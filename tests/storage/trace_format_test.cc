@@ -57,6 +57,30 @@ TEST(TraceFormat, UnpackingAgreesWithSingleBits) {
   }
 }
 
+// The last values of a plane are too near its end for whole words.
+TEST(TraceFormat, PlanesOfEveryLengthUnpack) {
+  for (int bits = 1; bits <= 16; ++bits) {
+    for (size_t n = 0; n < 150; ++n) {
+      std::vector<uint16_t> values(n), back(n);
+      for (size_t i = 0; i < n; ++i) values[i] = Mix(bits, i) & ((1u << bits) - 1);
+      std::string bytes;
+      ByteWriter(&bytes).Packed(values, bits);
+      UnpackBits(bytes, bits, &back);
+      ASSERT_EQ(back, values) << bits << " bits, " << n;
+    }
+  }
+}
+
+TEST(TraceFormat, TokensOfEveryLengthWiden) {
+  for (size_t n = 0; n < 70; ++n) {
+    std::vector<uint16_t> narrow(n);
+    for (size_t i = 0; i < n; ++i) narrow[i] = static_cast<uint16_t>(Mix(n, i));
+    std::vector<uint32_t> tokens(n);
+    WidenTokens({reinterpret_cast<const char*>(narrow.data()), 2 * n}, &tokens);
+    ASSERT_EQ(tokens, std::vector<uint32_t>(narrow.begin(), narrow.end())) << n;
+  }
+}
+
 TEST(TraceFormat, FlagsAreBitsOfOne) {
   for (size_t n = 0; n < 100; ++n) {
     std::vector<uint8_t> flags(n), back(n);

@@ -75,7 +75,11 @@ says "jsonl"
 echo '{"routing": [[[0,0]]]}' >bad.jsonl
 expect 3 import --format=jsonl --in=bad.jsonl --out=e
 says "bad.jsonl: line 1"
-[ -e e ] && fail "a refused import leaves its folder"
+[ "$(ls -A e)" = run.json ] || fail "a refused import leaves $(ls -A e)"
+grep -q '"exit_status": 3' e/run.json || fail "a refused import does not say how it ended"
+expect 0 import --format=jsonl --in=b.jsonl --out=e
+grep -q '"exit_status": 0' e/run.json || fail "an import after a refused one: $(cat e/run.json)"
+expect 0 verify --store=e
 for verb in merge subset import; do
   "$trace" "$verb" --dry_run --store=a --in=a.jsonl --format=jsonl --out=dry >log 2>&1 ||
     fail "--dry_run $verb: $(cat log)"

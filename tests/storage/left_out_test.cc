@@ -1,0 +1,117 @@
+// Sequences that were left out: their chunk names them, and nothing else knows them.
+#include <gtest/gtest.h>
+
+#include "common/errors.h"
+#include "storage/context_coder.h"
+#include "storage/index_cache.h"
+#include "storage/merge.h"
+#include "storage/salvage.h"
+#include "storage/subset.h"
+#include "storage/verify.h"
+#include "tests/storage/store_fixture.h"
+
+namespace routecast {
+namespace {
+
+class LeftOutTest : public TraceStoreTest {
+ protected:
+  static RoutingTrace Without(uint64_t sequence, uint64_t group) {
+    RoutingTrace none;
+    none.sequence_id = sequence;
+    none.document_id = sequence >> 16;
+    none.group_id = group;
+    return none;
+  }
+  // A chunk a list; every third sequence is left out.
+  void Write(const std::vector<std::vector<uint64_t>>& chunks) {
+    config_.num_chunks = static_cast<int64_t>(chunks.size());
+    Create();
+    ShardOwner owner(store(), config_, 0, 1);
+    for (uint32_t c = 0; c < chunks.size(); ++c) {
+      ChunkWriter writer(store(), config_, c, "t");
+      for (const uint64_t id : chunks[c]) {
+        RoutingTrace trace = RandomTrace(id, shape_);
+        if (id % 3 != 0) {
+          writer.Add(trace);
+          kept_.push_back(trace);
+        } else {
+          writer.Add(Without(id, trace.group_id));
+          left_out_.push_back({id, id >> 16, trace.group_id, 0, 0, false});
+        }
+      }
+      writer.Finish();
+      owner.Ingest(c, "t");
+    }
+    MakeContextModel(store(), config_);
+    owner.Finish();
+  }
+  void ExpectThem(const fs::path& store) {
+    const TraceReader reader(store);
+    EXPECT_TRUE(reader.complete());
+    EXPECT_EQ(reader.left_out(), left_out_);
+    std::vector<RoutingTrace> read;
+    reader.Scan([&](RoutingTrace&& t) { read.push_back(std::move(t)); },
+                WithHidden::kAttended);
+    EXPECT_EQ(read, kept_);
+    for (const SequenceInfo& info : left_out_) {
+      EXPECT_THROW(reader.Read(info.sequence_id, WithHidden::kNo), UsageError);
+    }
+    const VerifyReport report = VerifyStore(store);
+    EXPECT_TRUE(report.sound()) << report.problems.at(0);
+    EXPECT_EQ(report.left_out, left_out_.size());
+    EXPECT_EQ(report.sequences, kept_.size());
+  }
+  fs::path At(const std::string& name) const { return folder_.path() / name; }
+
+  std::vector<RoutingTrace> kept_;
+  std::vector<SequenceInfo> left_out_;
+};
+
+TEST_F(LeftOutTest, ReaderAndVerifyNameThem) {
+  Write({{1, 2, 3, 4}, {5, 6, 7}});
+  ExpectThem(store());
+}
+
+TEST_F(LeftOutTest, AChunkMayHoldNothingElse) {
+  Write({{1, 2}, {3, 6}});
+  ExpectThem(store());
+}
+
+TEST_F(LeftOutTest, SoMayAStore) {
+  config_.compression = "context";
+  Write({{3, 6}});
+  ExpectThem(store());
+}
+
+TEST_F(LeftOutTest, CodedIdsKeepThem) {
+  config_.compression = "context";
+  Write({{1, 2, 3, 4}, {5, 6, 7}});
+  ExpectThem(store());
+}
+
+TEST_F(LeftOutTest, TheCachedIndexKeepsThem) {
+  shape_ = {
+      .num_experts = 2, .layers = 1, .top_k = 0, .max_tokens = 1, .hidden_share = 0};
+  config_ = ConfigOf(shape_, 1, 1);
+  std::vector<uint64_t> ids;
+  for (uint64_t id = 1; ids.size() < 2 * kMinCachedSequences; ++id) ids.push_back(id);
+  Write({ids});
+  EXPECT_EQ(TraceReader(store()).left_out(), left_out_);
+  ASSERT_TRUE(fs::exists(IndexCachePath(store())));
+  const TraceReader cached(store());
+  EXPECT_EQ(cached.left_out(), left_out_);
+  EXPECT_EQ(cached.sequences().size(), kept_.size());
+}
+
+TEST_F(LeftOutTest, SubsetMergeAndSalvageKeepThem) {
+  Write({{1, 2, 3, 4}, {5, 6, 7}});
+  SubsetStore(store(), At("subset"), {.share = 1});
+  ExpectThem(At("subset"));
+  MergeStores({store(), At("subset")}, At("merged"), {});
+  ExpectThem(At("merged"));
+  SalvageStore(store(), At("salvaged"));
+  ExpectThem(At("salvaged"));
+}
+
+}  // namespace
+}  // namespace routecast
