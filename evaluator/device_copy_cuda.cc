@@ -14,7 +14,7 @@ namespace routecast {
 namespace {
 
 constexpr uint64_t kPage = 4096;
-constexpr double kPollSeconds = 5e-6, kDecodeDeadline = 30;
+constexpr double kPollSeconds = 5e-6, kDecodeDeadline = 30, kGraceSeconds = 1;
 
 void Check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -55,6 +55,9 @@ class CudaCopy final : public DeviceCopy {
   ~CudaCopy() override {
     // Errors here have nobody to go to, and the process is about to end.
     cudaSetDevice(index_);
+    // Freeing waits for the device: behind a copy that never completes, for ever, and the
+    // error that says so would not be seen.
+    if (Hangs()) return;
     for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
     for (auto& [ticket, event] : events_) cudaEventDestroy(event);
     for (cudaEvent_t event : spare_) cudaEventDestroy(event);
@@ -89,7 +92,14 @@ class CudaCopy final : public DeviceCopy {
 
   void Register(std::byte* host, uint64_t bytes) override {
     Check(cudaSetDevice(index_), "cudaSetDevice");
-    Check(cudaHostRegister(host, bytes, cudaHostRegisterDefault), "cudaHostRegister");
+    const cudaError_t error = cudaHostRegister(host, bytes, cudaHostRegisterDefault);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // said here; later calls must not find it again
+      throw EnvironmentError(ErrorText(
+          "host memory cannot be pinned for the CUDA device",
+          FormatBytes(bytes) + ": " + cudaGetErrorString(error),
+          "use a smaller host tier (--tier=gpu:SIZE,host:SIZE,disk), or free memory"));
+    }
     registered_.push_back(host);
   }
   void Unregister(std::byte* host) override {
@@ -214,6 +224,17 @@ class CudaCopy final : public DeviceCopy {
     Check(cudaSetDevice(index_), "cudaSetDevice");  // of the calling thread
     Check(cudaMemcpyAsync(to, from, bytes, kind, streams_[stream]), "cudaMemcpyAsync");
     return Mark(stream);
+  }
+  // Whether something is under way, and is not over a second later.
+  bool Hangs() {
+    const double until = Now() + kGraceSeconds;
+    for (const auto& [ticket, event] : events_) {
+      while (cudaEventQuery(event) == cudaErrorNotReady) {
+        if (Now() > until) return true;
+        Pause(kPollSeconds);
+      }
+    }
+    return false;
   }
   // A ticket for what is enqueued on the stream so far.
   Ticket Mark(int stream) {
