@@ -83,6 +83,12 @@ class CudaCopy final : public DeviceCopy {
     return slabs_.back();
   }
 
+  void Free(std::byte* slab) override {
+    Check(cudaSetDevice(index_), "cudaSetDevice");
+    Check(cudaFree(slab), "cudaFree");
+    std::erase(slabs_, slab);
+  }
+
   uint64_t FreeBytes() const override {
     Check(cudaSetDevice(index_), "cudaSetDevice");
     size_t free = 0, whole = 0;

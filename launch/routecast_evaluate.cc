@@ -14,6 +14,7 @@
 #include "evaluator/evaluation.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_store.h"
+#include "evaluator/expert_transfers.h"
 #include "evaluator/kernel_sweep.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
@@ -298,10 +299,19 @@ void Transfer() {
     const at::Device device = ParseDevice(FLAGS_device, 0);
     begin();
     DeviceProfile profile = MeasureDisk(options);
+    ExpertTransferOptions experts;
+    experts.quiet = FLAGS_quiet;
+    experts.weight_bytes = device.is_cuda() ? 2 : 4;
+    experts.most_bytes = profile.memory_bytes / 4;
     if (device.is_cuda()) {
       DeviceSweepOptions sweep;
       sweep.quiet = FLAGS_quiet;
-      MeasureDevice(OpenCudaDevice(device.index()).get(), sweep, &profile);
+      const std::unique_ptr<DeviceCopy> card = OpenCudaDevice(device.index());
+      MeasureDevice(card.get(), sweep, &profile);
+      experts.most_bytes = std::min(experts.most_bytes, card->FreeBytes() / 4);
+      profile.experts = MeasureExpertTransfers(card.get(), experts);
+    } else {
+      profile.experts = MeasureExpertTransfers(nullptr, experts);
     }
     // What the runtime computes in: fp32 on a CPU, bf16 on a card.
     constexpr double kSeconds = 0.5;
