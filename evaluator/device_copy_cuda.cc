@@ -71,12 +71,11 @@ class CudaCopy final : public DeviceCopy {
     void* slab = nullptr;
     if (cudaMalloc(&slab, bytes) != cudaSuccess) {
       cudaGetLastError();  // said below; later calls must not find it again
-      size_t free = 0, whole = 0;
-      Check(cudaMemGetInfo(&free, &whole), "cudaMemGetInfo");
+      const MemoryInfo memory = Memory();
       throw EnvironmentError(
           ErrorText("no room for the experts' slots on the CUDA device",
-                    FormatBytes(bytes) + " wanted, " + FormatBytes(free) + " of " +
-                        FormatBytes(whole) + " free",
+                    FormatBytes(bytes) + " wanted, " + FormatBytes(memory.free) + " of " +
+                        FormatBytes(memory.whole) + " free",
                     "use a smaller --expert_budget or gpu tier"));
     }
     slabs_.push_back(static_cast<std::byte*>(slab));
@@ -89,12 +88,8 @@ class CudaCopy final : public DeviceCopy {
     std::erase(slabs_, slab);
   }
 
-  uint64_t FreeBytes() const override {
-    Check(cudaSetDevice(index_), "cudaSetDevice");
-    size_t free = 0, whole = 0;
-    Check(cudaMemGetInfo(&free, &whole), "cudaMemGetInfo");
-    return free;
-  }
+  uint64_t FreeBytes() const override { return Memory().free; }
+  uint64_t MemoryBytes() const override { return Memory().whole; }
 
   void Register(std::byte* host, uint64_t bytes) override {
     Check(cudaSetDevice(index_), "cudaSetDevice");
@@ -225,6 +220,15 @@ class CudaCopy final : public DeviceCopy {
   }
 
  private:
+  struct MemoryInfo {
+    size_t free = 0, whole = 0;
+  };
+  MemoryInfo Memory() const {
+    Check(cudaSetDevice(index_), "cudaSetDevice");
+    MemoryInfo memory;
+    Check(cudaMemGetInfo(&memory.free, &memory.whole), "cudaMemGetInfo");
+    return memory;
+  }
   Ticket Enqueue(std::byte* to, const std::byte* from, uint64_t bytes,
                  cudaMemcpyKind kind, int stream) {
     Check(cudaSetDevice(index_), "cudaSetDevice");  // of the calling thread

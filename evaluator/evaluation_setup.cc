@@ -253,8 +253,9 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
 
 uint64_t BudgetOf(const EvaluationOptions& options, const std::string& budget,
                   uint64_t whole_bytes) {
-  const uint64_t bytes = TierBudget(
-      ParseTiers(options.tier), ParseBudget(budget, whole_bytes), options.budget_given);
+  const uint64_t bytes =
+      TierBudget(PlacementOf(options).tiers.chain, ParseBudget(budget, whole_bytes),
+                 options.budget_given);
   const uint64_t memory =
       options.profile.empty() ? 0 : FindProfile(options.profile).memory_bytes;
   if (memory == 0 || bytes <= memory) return bytes;
@@ -264,7 +265,19 @@ uint64_t BudgetOf(const EvaluationOptions& options, const std::string& budget,
       "use a smaller --expert_budget or --tier"));
 }
 
-Placement PlacementOf(const EvaluationOptions& options) {
+namespace {
+
+// A profile's memory stands for the device's.
+TierChain Sized(const TierChain& chain, const EvaluationOptions& options,
+                const ExpertTierOptions& tiers) {
+  if (!chain.gpu_share && !chain.host_share) return chain;
+  uint64_t device =
+      options.profile.empty() ? 0 : FindProfile(options.profile).memory_bytes;
+  if (device == 0 && chain.gpu_share) device = tiers.open_device()->MemoryBytes();
+  return WithSizes(chain, device, HostMemoryBytes());
+}
+
+Placement UnsizedPlacementOf(const EvaluationOptions& options) {
   Placement placement;
   TierChain& chain = placement.tiers.chain;
   chain = ParseTiers(options.tier);
@@ -292,6 +305,14 @@ Placement PlacementOf(const EvaluationOptions& options) {
   if (!chain.gpu) return placement;
   placement.device = device;
   placement.tiers.open_device = [device] { return OpenCudaDevice(device.index()); };
+  return placement;
+}
+
+}  // namespace
+
+Placement PlacementOf(const EvaluationOptions& options) {
+  Placement placement = UnsizedPlacementOf(options);
+  placement.tiers.chain = Sized(placement.tiers.chain, options, placement.tiers);
   return placement;
 }
 

@@ -57,7 +57,7 @@ DEFINE_string(
     "memories that experts move through: host:SIZE,disk or "
     "gpu:SIZE,host:SIZE,disk (the default on a CUDA device, every expert in host "
     "memory), or managed:SIZE,disk (CUDA's managed memory); the first SIZE is the "
-    "budget");
+    "budget; bytes, or a share of that memory, as in gpu:30%,host:50%,disk");
 DEFINE_string(
     copies, "lossless",
     "int8, int8_tensor, int4 or sparse: rows on compressed copies as well, LOSSY and "

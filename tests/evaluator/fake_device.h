@@ -37,7 +37,7 @@ struct FakeDeviceLog {
   int copies_within = 0;
   double allocation_seconds = 0;
   std::vector<std::unique_ptr<std::byte[]>> slabs;
-  uint64_t free_bytes = uint64_t{1} << 34;
+  uint64_t free_bytes = uint64_t{1} << 34, memory_bytes = uint64_t{1} << 34;
   int decoded = 0;
   // Managed memory: its pages on the device, by address, and the most there were.
   std::vector<std::pair<std::byte*, uint64_t>> managed;
@@ -79,6 +79,10 @@ class FakeDevice : public DeviceCopy {
   uint64_t FreeBytes() const override {
     std::lock_guard lock(log_->mutex);
     return log_->free_bytes;
+  }
+  uint64_t MemoryBytes() const override {
+    std::lock_guard lock(log_->mutex);
+    return log_->memory_bytes;
   }
   void Register(std::byte* host, uint64_t bytes) override {
     std::lock_guard lock(log_->mutex);

@@ -116,6 +116,25 @@ TEST_F(GpuTierTest, ADryRunNamesTheWay) {
             std::string::npos);
 }
 
+// The published hierarchy: a share of the device, a share of host memory, what is
+// compressed behind them.
+TEST_F(GpuTierTest, SharesOfTheMemoriesAreSizes) {
+  EvaluationOptions options = Options(false);
+  options.budget_given = false;
+  log_->memory_bytes = 20 * 16384;
+  options.tier = "gpu:30%,host:50%,disk";
+  const TierChain chain = PlacementOf(options).tiers.chain;
+  EXPECT_EQ(chain.gpu_bytes, 6u * 16384);
+  EXPECT_EQ(chain.host_bytes, HostMemoryBytes() / 2);
+  options.copies = "int8";
+  for (const Json& row : Run(options)["rows"]) {
+    if (row["policy"] != "resident") {
+      EXPECT_EQ(row["budget_bytes"], 6 * 16384);
+    }
+  }
+  EXPECT_GT(log_->decoded, 0);
+}
+
 // A machine's own link is shown as it is, unless pacing is asked for.
 TEST_F(GpuTierTest, OnlyAnEmulatedLinkIsPaced) {
   EvaluationOptions options = Options(false);
