@@ -268,6 +268,11 @@ void Comparison::MakeRows() {
   AddSpeculatingRows(copies_tiers_.link);
 }
 
+size_t RowInTurn(size_t turn, int round, size_t num_rows) {
+  const size_t first = static_cast<size_t>(round) % num_rows;
+  return (first + (round % 2 == 0 ? turn : num_rows - turn)) % num_rows;
+}
+
 void Comparison::RunRow(Row* row, int round, bool measured) {
   ThrowIfStopped("between two rows");
   const int segment = SegmentOf(round);
@@ -316,9 +321,8 @@ void Comparison::RunRow(Row* row, int round, bool measured) {
 }
 
 void Comparison::RunRound(int round, bool measured) {
-  for (size_t i = 0; i < rows_.size(); ++i) {
-    RunRow(rows_[(i + static_cast<size_t>(round)) % rows_.size()].get(), round, measured);
-  }
+  for (size_t i = 0; i < rows_.size(); ++i)
+    RunRow(rows_[RowInTurn(i, round, rows_.size())].get(), round, measured);
 }
 
 void Comparison::DrawRound(int round) {

@@ -1,5 +1,5 @@
 // Rows of one comparison, measured in interleaved rounds: every round runs the same
-// segment in every row, in rotating order, and each row's rate is divided by that of
+// segment in every row, in changing order, and each row's rate is divided by that of
 // on-demand LRU in the same round. docs/metrics.md has the formula of every number.
 // Thread rule: one thread.
 #pragma once
@@ -61,6 +61,10 @@ struct MissCount {
 MissCount CountMisses(const MoeGeometry& geometry, int slots, Eviction eviction,
                       const std::vector<OracleForesight::Visit>& visits,
                       size_t counted_from);
+
+// Which row comes as number `turn` of a round: the order rotates, and goes the other way
+// in every other round, so that no row stands behind the same one each time.
+size_t RowInTurn(size_t turn, int round, size_t num_rows);
 
 class Comparison {
  public:

@@ -56,6 +56,18 @@ class ComparisonTest : public testing::Test {
   CopyKind copies_ = CopyKind::kLossless;
 };
 
+TEST(RowInTurnTest, ARowFollowsEachNeighbourInTurn) {
+  std::set<size_t> before_row_1, turns;
+  for (size_t i = 0; i < 64; ++i) {
+    const int round = static_cast<int>(i / 8);
+    turns.insert(i / 8 * 8 + RowInTurn(i % 8, round, 8));
+    if (i % 8 > 0 && RowInTurn(i % 8, round, 8) == 1)
+      before_row_1.insert(RowInTurn(i % 8 - 1, round, 8));
+  }
+  EXPECT_EQ(turns.size(), 64u) << "each row once a round";
+  EXPECT_EQ(before_row_1, (std::set<size_t>{0, 2}));
+}
+
 TEST_F(ComparisonTest, AllRowsPutOutTheSameBits) {
   SignalPredictor predictor(traces_);
   const ComparisonResult result = Compare({&predictor});
