@@ -147,7 +147,7 @@ class NcclCommunicator final : public Communicator {
   // Polls the event and NCCL's asynchronous error up to the deadline.
   void Await(at::cuda::CUDAEvent& event, uint64_t call) {
     const auto start = Clock::now();
-    while (!event.query()) {
+    while (!IsOver(event, call)) {
       ncclResult_t state = ncclSuccess;
       ncclCommGetAsyncError(comm_, &state);
       const double waited = std::chrono::duration<double>(Clock::now() - start).count();
@@ -165,7 +165,15 @@ class NcclCommunicator final : public Communicator {
   }
 
  private:
-  void Abort(const std::string& call, const std::string& reason) {
+  bool IsOver(at::cuda::CUDAEvent& event, uint64_t call) {
+    try {
+      return event.query();
+    } catch (const c10::Error& e) {
+      const std::string text = e.what_without_backtrace();
+      Abort("call " + std::to_string(call), text.substr(0, text.find('\n')));
+    }
+  }
+  [[noreturn]] void Abort(const std::string& call, const std::string& reason) {
     ncclCommAbort(comm_);
     comm_ = nullptr;
     Fail(rank_, call, reason);

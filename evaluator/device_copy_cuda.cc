@@ -18,6 +18,7 @@ constexpr double kPollSeconds = 5e-6, kDecodeDeadline = 30, kGraceSeconds = 1;
 
 void Check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // else this thread's next launch finds it as its own
   throw EnvironmentError(
       ErrorText(std::string(call) + " failed on the CUDA device",
                 std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error),
@@ -64,6 +65,7 @@ class CudaCopy final : public DeviceCopy {
     cudaEventDestroy(fence_);
     for (std::byte* slab : slabs_) cudaFree(slab);
     for (std::byte* host : registered_) cudaHostUnregister(host);
+    cudaGetLastError();
   }
 
   std::byte* Allocate(uint64_t bytes) override {
@@ -238,13 +240,15 @@ class CudaCopy final : public DeviceCopy {
   // Whether something is under way, and is not over a second later.
   bool Hangs() {
     const double until = Now() + kGraceSeconds;
+    bool hangs = false;
     for (const auto& [ticket, event] : events_) {
-      while (cudaEventQuery(event) == cudaErrorNotReady) {
-        if (Now() > until) return true;
+      while (!hangs && cudaEventQuery(event) == cudaErrorNotReady) {
+        hangs = Now() > until;
         Pause(kPollSeconds);
       }
     }
-    return false;
+    cudaGetLastError();  // "not ready" is no error
+    return hangs;
   }
   // A ticket for what is enqueued on the stream so far.
   Ticket Mark(int stream) {
@@ -275,6 +279,7 @@ std::unique_ptr<DeviceCopy> OpenCudaDevice(int index) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || index >= count) {
+    cudaGetLastError();  // said here
     throw EnvironmentError(
         ErrorText("no CUDA device " + std::to_string(index),
                   error == cudaSuccess ? std::to_string(count) + " devices were found"
