@@ -323,6 +323,7 @@ void Comparison::RunRow(Row* row, int round, bool measured) {
 void Comparison::RunRound(int round, bool measured) {
   for (size_t i = 0; i < rows_.size(); ++i)
     RunRow(rows_[RowInTurn(i, round, rows_.size())].get(), round, measured);
+  device_peak_bytes_ = std::max(device_peak_bytes_, tiers_.engine->device_bytes_in_use());
 }
 
 void Comparison::DrawRound(int round) {

@@ -117,6 +117,7 @@ class Comparison {
   DecodingTiers copies_tiers_;         // compressed experts, decoded into slots
   std::vector<OutputLog> references_;  // by segment, where there are lossy rows
   double peak_ = 0, pace_ = 0;
+  uint64_t device_peak_bytes_ = 0;
   double disk_peak_ = 0;  // where a tier in the middle holds a part only; else 0
   double step_compute_[2] = {0, 0};                          // of a step, by stack
   double compute_[2] = {0, 0};                               // Tc of a round, by stack

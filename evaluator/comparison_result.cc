@@ -32,6 +32,7 @@ void ComparisonResult::Append(ComparisonResult other) {
     link_peak_bytes_per_second = other.link_peak_bytes_per_second;
     link_bytes_per_second = other.link_bytes_per_second;
   }
+  device_peak_bytes = std::max(device_peak_bytes, other.device_peak_bytes);
   emulated = emulated || other.emulated;
   lossless = lossless && other.lossless;
   ++num_groups;
@@ -129,6 +130,7 @@ Json ComparisonResult::ToJson() const {
     json["rows"].push_back(entry);
   }
   json["device"] = device;
+  if (device_peak_bytes > 0) json["device_peak_bytes"] = device_peak_bytes;
   json["link_peak_bytes_per_second"] = link_peak_bytes_per_second;
   return json;
 }
@@ -218,6 +220,10 @@ std::string ComparisonTable(const ComparisonResult& result) {
           FormatBytes(static_cast<uint64_t>(result.link_peak_bytes_per_second)) + "/s" +
           (result.emulated ? " (emulated)" : "") +
           (result.synthetic_weights ? "; synthetic weights" : "") + "\n";
+  if (result.device_peak_bytes > 0) {
+    text += "device memory: " + FormatBytes(result.device_peak_bytes) +
+            " in use at most, whoever used it\n";
+  }
   for (const std::string& note : result.notes) text += "note: " + note + "\n";
   return text;
 }

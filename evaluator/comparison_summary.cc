@@ -236,6 +236,7 @@ ComparisonResult Comparison::Result() {
   AddBounds(&result.rows);
   result.device = tiers_.device;
   result.link = tiers_.engine->description();
+  result.device_peak_bytes = device_peak_bytes_;
   result.link_peak_bytes_per_second = peak_;
   result.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
   result.emulated = pace_ > 0 || options_.profile.has_value();

@@ -1,4 +1,7 @@
 // The programs' gpu tier on a fake device, whose memory the CPU computes from.
+#include <fstream>
+#include <iterator>
+
 #include "common/errors.h"
 #include "evaluator/evaluation_setup.h"
 #include "models/device_choice.h"
@@ -114,6 +117,15 @@ TEST_F(GpuTierTest, ADryRunNamesTheWay) {
   Evaluate(options, Json::object());
   EXPECT_NE(testing::internal::GetCapturedStdout().find("(a few in passing) -> "),
             std::string::npos);
+}
+
+TEST_F(GpuTierTest, WhatIsInUseOnTheDeviceIsReported) {
+  log_->free_bytes = log_->memory_bytes - 5 * 1048576;
+  const EvaluationOptions options = Options(false);
+  EXPECT_EQ(Run(options)["device_peak_bytes"], 5 * 1048576);
+  std::ifstream table(options.out / "table.txt");
+  const std::string text{std::istreambuf_iterator<char>(table), {}};
+  EXPECT_NE(text.find("device memory: 5.00 MiB in use at most"), std::string::npos);
 }
 
 // The published hierarchy: a share of the device, a share of host memory, what is
