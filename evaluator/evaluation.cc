@@ -262,9 +262,6 @@ void ValidateEvaluation(const EvaluationOptions& options) {
   ParseDtype("--dtype", options.dtype);
   ParseCopies(options.copies);
   ValidateTiers(options);
-  if (IsReplay(options) && options.dtype != "fp32") {
-    throw UsageError(ErrorText("replay runs in fp32", "", "leave --dtype out"));
-  }
   if (options.max_new_tokens < 1 || options.rounds < 1 || options.warmup_rounds < 0) {
     throw UsageError(ErrorText("--max_new_tokens and --rounds are at least 1", "", ""));
   }

@@ -91,6 +91,7 @@ ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
   replay.seed = options.seed;
   replay.device = PlacementOf(options).device;
   replay.steps = options.steps;
+  replay.dtype = ParseDtype("--dtype", options.dtype);
   return replay;
 }
 
@@ -112,6 +113,7 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
   ExpertFileSpec spec;
   spec.geometry = ReplayConfig(setup.geometry, replay).geometry();
   spec.d_ff = replay.d_ff;
+  spec.dtype = ExpertDtypeOf(replay.dtype);
   const MoeGeometry& full = spec.geometry;
   const int layers = (replay.encoder ? full.encoder_layers : 0) +
                      (replay.decoder ? full.decoder_layers : 0);
@@ -152,9 +154,10 @@ void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
   if (options.guess_next_token && head.defined()) {
     setup->next_token = GuessOf(head, replay.vocab_size, setup->reader.get());
   }
-  setup->file = SyntheticExperts(
-      ExpertCacheFolder(options.cache), ReplayConfig(setup->geometry, replay).geometry(),
-      replay.d_ff, options.seed, replay.encoder, replay.decoder, options.quiet);
+  setup->file = SyntheticExperts(ExpertCacheFolder(options.cache),
+                                 ReplayConfig(setup->geometry, replay).geometry(),
+                                 replay.d_ff, options.seed, replay.encoder,
+                                 replay.decoder, replay.dtype, options.quiet);
 }
 
 void CheckRequests(const EvaluationOptions& options, const SwitchConfig& config,

@@ -107,7 +107,7 @@ DEFINE_string(report_with, "",
 DEFINE_string(cache, "", "folder of expert files; default: the user's cache folder");
 DEFINE_string(device, "auto",
               "auto, cpu, cuda or cuda:N; on a CUDA device the budget is of its memory");
-DEFINE_string(dtype, "fp32", "fp32, bf16 or fp16");
+DEFINE_string(dtype, "fp32", "Of the model and its experts: fp32, bf16 or fp16");
 
 namespace routecast {
 namespace {
