@@ -24,9 +24,9 @@
 namespace routecast {
 
 struct ComparisonOptions {
-  uint64_t budget_bytes = 0;    // of expert memory; whole slots are used
-  bool kv_in_budget = false;    // keys and values as well: slots make room for them
-  std::string policy = "auto";  // of the rows that speculate
+  uint64_t budget_bytes = 0;  // of expert memory; whole slots are used
+  bool kv_in_budget = false;  // keys and values as well: slots make room for them
+  std::vector<std::string> policies = {"auto"};  // of the rows that speculate
   Eviction eviction = Eviction::kLru;
   int rounds = 20;        // measured, a segment each; segments repeat when fewer
   int warmup_rounds = 3;  // not measured: caches fill, gauges decide
@@ -68,7 +68,8 @@ size_t RowInTurn(size_t turn, int round, size_t num_rows);
 
 class Comparison {
  public:
-  // All arguments outlive the comparison. `predictors` may be empty.
+  // All arguments outlive the comparison. `predictors` may be empty; of several policies
+  // each has its own, as they learn while they serve: the first one's, then the next's.
   Comparison(Workload* workload, std::shared_ptr<const ExpertFile> file,
              std::vector<ExpertPredictor*> predictors, ComparisonOptions options);
   ~Comparison();

@@ -53,8 +53,8 @@ std::string ShutLeads(const RowResult& row) {
 
 // "hidden (decoder, int8)"
 std::string SpeculatorName(const RowResult& row) {
-  return row.predictor + " (" + StackName(row.phase) +
-         (row.copies == "lossless" ? "" : ", " + row.copies) + ")";
+  return row.predictor + (row.policy == "auto" ? "" : ", " + row.policy) + " (" +
+         StackName(row.phase) + (row.copies == "lossless" ? "" : ", " + row.copies) + ")";
 }
 
 double MovedBytes(const PhaseStats& stats) {

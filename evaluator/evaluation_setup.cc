@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <utility>
 
 #include "common/errors.h"
@@ -62,9 +63,12 @@ std::vector<uint64_t> TestSequences(const TraceReader& reader,
 
 void LoadPredictors(const EvaluationOptions& options,
                     const std::vector<RouterWeights>& routers, EvaluationSetup* setup) {
-  setup->predictors =
-      MakePredictors(PredictorsOf(options), options.predictor, setup->geometry, routers,
-                     setup->reader.get(), options.quiet);
+  // Of each policy its own: they learn while they serve.
+  for (size_t policy = 0; policy < ParsePolicies(options.policies).size(); ++policy) {
+    auto made = MakePredictors(PredictorsOf(options), options.predictor, setup->geometry,
+                               routers, setup->reader.get(), options.quiet || policy > 0);
+    std::move(made.begin(), made.end(), std::back_inserter(setup->predictors));
+  }
   if (std::count(options.schedules.begin(), options.schedules.end(), "by_route") == 0)
     return;
   const std::vector<std::string> name = {"token_table"};
@@ -126,7 +130,7 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
   for (const std::string& budget : options.budgets) {
     const int slots = SlotsOfBudget(BudgetOf(options, budget, whole), spec,
                                     StagingBytes(ParseCopies(options.copies), spec));
-    std::printf("%s; %s; %zu predictors, %d + %d rounds\n",
+    std::printf("%s; %s; %zu rows of predictors, %d + %d rounds\n",
                 BudgetText(slots, count, spec).c_str(), WayOf(setup.placement).c_str(),
                 setup.predictors.size(), options.warmup_rounds, options.rounds);
   }
@@ -235,7 +239,7 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
     size_t prompts = 0;
     for (const RequestSet& set : setup->requests) prompts += set.size();
     std::printf(
-        "generate: %zu prompts, %d MoE layers x %d experts, %s; %zu predictors, "
+        "generate: %zu prompts, %d MoE layers x %d experts, %s; %zu rows of predictors, "
         "%d + %d rounds\n",
         prompts, setup->geometry.num_layers(), setup->geometry.num_experts,
         WayOf(setup->placement).c_str(), setup->predictors.size(), options.warmup_rounds,

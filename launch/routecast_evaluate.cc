@@ -39,9 +39,11 @@ DEFINE_string(prompts, "",
               "--data of routecast-collect (their test part); rows for each");
 DEFINE_string(predictor, "",
               "comma list: baseline names, oracle, folders of trained runs");
-DEFINE_string(policy, "auto",
-              "on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, "
-              "memory_manager or auto; --mode=simulate takes a list");
+DEFINE_string(
+    policy, "auto",
+    "on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, "
+    "memory_manager or auto; a comma list, or all that speculate, gives rows for "
+    "each");
 DEFINE_string(eviction, "lru",
               "none, lru, lfu, lfru, least_stale or phase_aware; --mode=simulate takes a "
               "list, and belady");
@@ -138,7 +140,7 @@ EvaluationOptions OptionsFromFlags() {
   for (const std::string& folder : List(FLAGS_report_with)) {
     options.report_with.emplace_back(folder);
   }
-  options.policy = FLAGS_policy;
+  options.policies = List(FLAGS_policy);
   options.eviction = FLAGS_eviction;
   options.budgets = List(FLAGS_expert_budget);
   options.budget_given = !gflags::GetCommandLineFlagInfoOrDie("expert_budget").is_default;
@@ -252,9 +254,8 @@ void Quality() {
 void Simulate() {
   RequireSequences();
   PolicySimulationOptions options;
-  options.policies = List(FLAGS_policy);
+  options.policies = ParsePolicies(List(FLAGS_policy));
   options.evictions = List(FLAGS_eviction);
-  for (const auto& policy : options.policies) ParsePolicy(policy);
   for (const auto& eviction : options.evictions) ParseEviction(eviction);
   options.sequences = FLAGS_sequences;
   options.tokens = FLAGS_max_new_tokens;

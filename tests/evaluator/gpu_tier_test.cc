@@ -1,4 +1,5 @@
 // The programs' gpu tier on a fake device, whose memory the CPU computes from.
+#include <algorithm>
 #include <fstream>
 #include <iterator>
 
@@ -31,6 +32,11 @@ TEST_F(GpuTierTest, AReplaysRowsPutOutTheSameBits) {
 
 TEST_F(GpuTierTest, AGenerationsRowsPutOutTheSameBits) {
   EveryRowPutsOutTheSameBits(true);
+}
+
+TEST_F(GpuTierTest, RowsOfSixteenBitsPutOutTheSameBits) {
+  for (const char* dtype : {"bf16", "fp16"}) EveryRowPutsOutTheSameBits(false, dtype);
+  EveryRowPutsOutTheSameBits(true, "bf16");
 }
 
 // As on a card: each step in parts, whose experts are looked up in tables of slots.
@@ -139,11 +145,14 @@ TEST_F(GpuTierTest, SharesOfTheMemoriesAreSizes) {
   EXPECT_EQ(chain.gpu_bytes, 6u * 16384);
   EXPECT_EQ(chain.host_bytes, HostMemoryBytes() / 2);
   options.copies = "int8";
-  for (const Json& row : Run(options)["rows"]) {
-    if (row["policy"] != "resident") {
-      EXPECT_EQ(row["budget_bytes"], 6 * 16384);
-    }
+  const Json results = Run(options);
+  uint64_t most = 0;
+  for (const Json& row : results["rows"]) {
+    if (row["policy"] != "resident")
+      most = std::max(most, row["held_bytes_peak"].get<uint64_t>());
   }
+  EXPECT_GT(most, 4u * 16384) << "what passes is small beside the slots";
+  EXPECT_LE(most, 6u * 16384);
   EXPECT_GT(log_->decoded, 0);
 }
 
