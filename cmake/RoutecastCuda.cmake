@@ -15,7 +15,9 @@ if(ROUTECAST_HAVE_CUDA)
   endif()
   set(CMAKE_CUDA_COMPILER ${ROUTECAST_NVCC})
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 86;90)
+    # What the locked LibTorch has kernels for: code of one generation does not run on an
+    # older card of it (86 on an A100), and newer ones translate the last.
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 90)
   endif()
   set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)  # else cudart_static beside torch's libcudart
   enable_language(CUDA)

@@ -23,7 +23,6 @@
 #include "common/safetensors.h"
 #include "common/stop.h"
 #include "models/checkpoint.h"
-#include "models/device_choice.h"
 #include "storage/context_coder.h"
 #include "storage/store_lock.h"
 #include "storage/store_routers.h"
@@ -306,9 +305,6 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
                        Rooted* root) {
   const fs::path store = options.store;
   const at::Device device = ParseDevice(options.device, rank.local_rank);
-  if (options.expert_parallel > 1) {
-    CheckOwnDevice(options.device, device, rank.local_world, NumCudaDevices());
-  }
   const int threads = ThreadsOf(options, rank);
   SetComputeThreads(threads);
   const Tokenizer tokenizer = Tokenizer::Load(options.model);

@@ -4,6 +4,8 @@
 #include <mpi.h>
 
 #include <exception>
+#include <map>
+#include <string_view>
 
 #include "comm/call_watch.h"
 #include "comm/mpi_session.h"
@@ -156,6 +158,20 @@ class DoneReduce final : public PendingReduce {
 };
 
 }  // namespace
+
+void RequireOwnDevices(std::span<const std::string> devices) {
+  std::map<std::string_view, size_t> owners;
+  for (size_t r = 0; r < devices.size(); ++r) {
+    const auto [first, own] = owners.emplace(devices[r], r);
+    if (own) continue;
+    throw UsageError(ErrorText(
+        "two ranks would share a CUDA device, which NCCL refuses",
+        "ranks " + std::to_string(first->second) + " and " + std::to_string(r) +
+            " have " + devices[r],
+        "start a rank a device with --device=cuda, which deals them out, or use "
+        "--device=cpu"));
+  }
+}
 
 std::unique_ptr<PendingReduce> LocalCommunicator::StartAllReduceSum(const at::Tensor&) {
   return std::make_unique<DoneReduce>();

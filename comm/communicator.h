@@ -19,7 +19,7 @@ class PendingReduce {
  public:
   virtual ~PendingReduce() = default;
   // CPU: waits; throws EnvironmentError past the deadline (rank, call, seconds).
-  // CUDA: orders the current stream behind it; the host does not wait.
+  // CUDA: the same, and the current stream is behind it.
   virtual void Wait() = 0;
 };
 

@@ -1,10 +1,13 @@
 #include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <nccl.h>
+#include <unistd.h>
 
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <thread>
 
@@ -39,6 +42,19 @@ class NcclReduce final : public PendingReduce {
   uint64_t call_;
 };
 
+// What tells this rank's device from every other.
+std::string DeviceOf(at::Device device) {
+  char host[256] = {};
+  ::gethostname(host, sizeof host - 1);
+  std::string text = std::string(host) + " GPU-";
+  for (const char byte : at::cuda::getDeviceProperties(device.index())->uuid.bytes) {
+    char hex[3];
+    std::snprintf(hex, sizeof hex, "%02x", static_cast<unsigned char>(byte));
+    text += hex;
+  }
+  return text;
+}
+
 // Own stream: reductions overlap backward. One communicator a controlling thread.
 class NcclCommunicator final : public Communicator {
  public:
@@ -51,6 +67,7 @@ class NcclCommunicator final : public Communicator {
         watch_(std::move(watch)),
         guard_(device),
         stream_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true)) {
+    RequireOwnDevices(host_->AllGather(DeviceOf(device_)));
     ncclUniqueId id = {};
     if (rank_.is_root()) {
       const ncclResult_t made = ncclGetUniqueId(&id);
@@ -130,7 +147,7 @@ class NcclCommunicator final : public Communicator {
   // Polls the event and NCCL's asynchronous error up to the deadline.
   void Await(at::cuda::CUDAEvent& event, uint64_t call) {
     const auto start = Clock::now();
-    while (!event.query()) {
+    while (!IsOver(event, call)) {
       ncclResult_t state = ncclSuccess;
       ncclCommGetAsyncError(comm_, &state);
       const double waited = std::chrono::duration<double>(Clock::now() - start).count();
@@ -148,7 +165,15 @@ class NcclCommunicator final : public Communicator {
   }
 
  private:
-  void Abort(const std::string& call, const std::string& reason) {
+  bool IsOver(at::cuda::CUDAEvent& event, uint64_t call) {
+    try {
+      return event.query();
+    } catch (const c10::Error& e) {
+      const std::string text = e.what_without_backtrace();
+      Abort("call " + std::to_string(call), text.substr(0, text.find('\n')));
+    }
+  }
+  [[noreturn]] void Abort(const std::string& call, const std::string& reason) {
     ncclCommAbort(comm_);
     comm_ = nullptr;
     Fail(rank_, call, reason);

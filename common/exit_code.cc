@@ -1,5 +1,6 @@
 #include "common/exit_code.h"
 
+#include <initializer_list>
 #include <new>
 #include <string_view>
 #include <system_error>
@@ -24,22 +25,38 @@ bool Is(const std::exception& error) {
   return dynamic_cast<const Kind*>(&error) != nullptr;
 }
 
-}  // namespace
+// What is ours says itself what is wrong.
+bool IsOurs(const std::exception& error) {
+  return Is<UsageError>(error) || Is<DataError>(error) || Is<EnvironmentError>(error) ||
+         Is<StoppedError>(error);
+}
 
-// LibTorch's allocators throw types of its own, which this room does not know; their
-// words are these, on the host and on CUDA devices.
-bool IsOutOfMemory(const std::exception& error) {
-  if (Is<std::bad_alloc>(error)) return true;
-  // What is ours says itself what was too large.
-  if (Is<UsageError>(error) || Is<DataError>(error) || Is<EnvironmentError>(error) ||
-      Is<StoppedError>(error)) {
-    return false;
-  }
+bool HasAnyOf(const std::exception& error, std::initializer_list<const char*> words) {
   const std::string_view text = error.what();
-  for (const char* words : {"can't allocate memory", "out of memory", "ALLOC_FAILED"}) {
-    if (text.find(words) != std::string_view::npos) return true;
+  for (const char* part : words) {
+    if (text.find(part) != std::string_view::npos) return true;
   }
   return false;
+}
+
+}  // namespace
+
+// LibTorch throws types of its own, which this room does not know; their words are these,
+// on the host and on CUDA devices.
+bool IsOutOfMemory(const std::exception& error) {
+  if (Is<std::bad_alloc>(error)) return true;
+  return !IsOurs(error) &&
+         HasAnyOf(error, {"can't allocate memory", "out of memory", "ALLOC_FAILED"});
+}
+
+bool IsDeviceTrouble(const std::exception& error) {
+  return !IsOurs(error) &&
+         HasAnyOf(
+             error,
+             {"no kernel image is available", "driver version is insufficient",
+              "no CUDA-capable device", "busy or unavailable", "uncorrectable ECC error",
+              "hardware stack error", "has fallen off the bus", "unsupported toolchain",
+              "system not yet initialized", "CUDA error: unknown error"});
 }
 
 int ExitCodeOf(const std::exception& error) {
@@ -50,7 +67,7 @@ int ExitCodeOf(const std::exception& error) {
   if (Is<Json::exception>(error)) return kExitBadData;  // foreign JSON of another shape
   if (const auto* system = dynamic_cast<const std::system_error*>(&error))
     return CodeOf(*system);
-  return IsOutOfMemory(error) ? kExitEnvironment : kExitDefect;
+  return IsOutOfMemory(error) || IsDeviceTrouble(error) ? kExitEnvironment : kExitDefect;
 }
 
 }  // namespace routecast

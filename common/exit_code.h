@@ -11,5 +11,8 @@ int ExitCodeOf(const std::exception& error);
 // True where a library says that memory is not to be had; our own errors name what was
 // too large.
 bool IsOutOfMemory(const std::exception& error);
+// True where a library's words say that a CUDA device, its driver or its set-up is at
+// fault, and no program could mend it.
+bool IsDeviceTrouble(const std::exception& error);
 
 }  // namespace routecast

@@ -230,20 +230,20 @@ void Comparison::OpenCopies() {
 }
 
 void Comparison::AddSpeculatingRows(LinkEngine* link) {
-  const int max_lead = ParsePolicy(options_.policy).max_lead;
-  for (ExpertPredictor* predictor : predictors_) {
-    AddRow(options_.policy, predictor->name(), options_.eviction,
+  const size_t count = predictors_.size() / options_.policies.size();
+  for (size_t i = 0; i < predictors_.size(); ++i) {
+    const std::string& policy = options_.policies[i / count];
+    ExpertPredictor* predictor = predictors_[i];
+    AddRow(policy, predictor->name(), options_.eviction,
            std::make_unique<PredictorForesight>(predictor, workload_->geometry(),
-                                                max_lead, options_.next_token),
+                                                ParsePolicy(policy).max_lead,
+                                                options_.next_token),
            link);
   }
-  const std::string oracle_policy =
-      options_.policy == "on_demand" ? "auto" : options_.policy;
-  if (options_.oracle) {
-    AddRow(oracle_policy, "oracle", options_.eviction,
-           std::make_unique<OracleForesight>(workload_->geometry(), kOracleHorizon),
-           link);
-  }
+  if (!options_.oracle) return;
+  const std::string& first = options_.policies.front();
+  AddRow(first == "on_demand" ? "auto" : first, "oracle", options_.eviction,
+         std::make_unique<OracleForesight>(workload_->geometry(), kOracleHorizon), link);
 }
 
 void Comparison::MakeRows() {
@@ -266,6 +266,11 @@ void Comparison::MakeRows() {
   OpenCopies();
   AddRow("on_demand", "none", Eviction::kLru, nullptr, copies_tiers_.link);
   AddSpeculatingRows(copies_tiers_.link);
+}
+
+size_t RowInTurn(size_t turn, int round, size_t num_rows) {
+  const size_t first = static_cast<size_t>(round) % num_rows;
+  return (first + (round % 2 == 0 ? turn : num_rows - turn)) % num_rows;
 }
 
 void Comparison::RunRow(Row* row, int round, bool measured) {
@@ -316,9 +321,9 @@ void Comparison::RunRow(Row* row, int round, bool measured) {
 }
 
 void Comparison::RunRound(int round, bool measured) {
-  for (size_t i = 0; i < rows_.size(); ++i) {
-    RunRow(rows_[(i + static_cast<size_t>(round)) % rows_.size()].get(), round, measured);
-  }
+  for (size_t i = 0; i < rows_.size(); ++i)
+    RunRow(rows_[RowInTurn(i, round, rows_.size())].get(), round, measured);
+  device_peak_bytes_ = std::max(device_peak_bytes_, tiers_.engine->device_bytes_in_use());
 }
 
 void Comparison::DrawRound(int round) {

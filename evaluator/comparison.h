@@ -1,5 +1,5 @@
 // Rows of one comparison, measured in interleaved rounds: every round runs the same
-// segment in every row, in rotating order, and each row's rate is divided by that of
+// segment in every row, in changing order, and each row's rate is divided by that of
 // on-demand LRU in the same round. docs/metrics.md has the formula of every number.
 // Thread rule: one thread.
 #pragma once
@@ -24,9 +24,9 @@
 namespace routecast {
 
 struct ComparisonOptions {
-  uint64_t budget_bytes = 0;    // of expert memory; whole slots are used
-  bool kv_in_budget = false;    // keys and values as well: slots make room for them
-  std::string policy = "auto";  // of the rows that speculate
+  uint64_t budget_bytes = 0;  // of expert memory; whole slots are used
+  bool kv_in_budget = false;  // keys and values as well: slots make room for them
+  std::vector<std::string> policies = {"auto"};  // of the rows that speculate
   Eviction eviction = Eviction::kLru;
   int rounds = 20;        // measured, a segment each; segments repeat when fewer
   int warmup_rounds = 3;  // not measured: caches fill, gauges decide
@@ -62,9 +62,14 @@ MissCount CountMisses(const MoeGeometry& geometry, int slots, Eviction eviction,
                       const std::vector<OracleForesight::Visit>& visits,
                       size_t counted_from);
 
+// Which row comes as number `turn` of a round: the order rotates, and goes the other way
+// in every other round, so that no row stands behind the same one each time.
+size_t RowInTurn(size_t turn, int round, size_t num_rows);
+
 class Comparison {
  public:
-  // All arguments outlive the comparison. `predictors` may be empty.
+  // All arguments outlive the comparison. `predictors` may be empty; of several policies
+  // each has its own, as they learn while they serve: the first one's, then the next's.
   Comparison(Workload* workload, std::shared_ptr<const ExpertFile> file,
              std::vector<ExpertPredictor*> predictors, ComparisonOptions options);
   ~Comparison();
@@ -113,6 +118,7 @@ class Comparison {
   DecodingTiers copies_tiers_;         // compressed experts, decoded into slots
   std::vector<OutputLog> references_;  // by segment, where there are lossy rows
   double peak_ = 0, pace_ = 0;
+  uint64_t device_peak_bytes_ = 0;
   double disk_peak_ = 0;  // where a tier in the middle holds a part only; else 0
   double step_compute_[2] = {0, 0};                          // of a step, by stack
   double compute_[2] = {0, 0};                               // Tc of a round, by stack

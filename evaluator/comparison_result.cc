@@ -32,6 +32,7 @@ void ComparisonResult::Append(ComparisonResult other) {
     link_peak_bytes_per_second = other.link_peak_bytes_per_second;
     link_bytes_per_second = other.link_bytes_per_second;
   }
+  device_peak_bytes = std::max(device_peak_bytes, other.device_peak_bytes);
   emulated = emulated || other.emulated;
   lossless = lossless && other.lossless;
   ++num_groups;
@@ -129,6 +130,7 @@ Json ComparisonResult::ToJson() const {
     json["rows"].push_back(entry);
   }
   json["device"] = device;
+  if (device_peak_bytes > 0) json["device_peak_bytes"] = device_peak_bytes;
   json["link_peak_bytes_per_second"] = link_peak_bytes_per_second;
   return json;
 }
@@ -183,6 +185,34 @@ std::string Verdict(const RowResult& row) {
   return text;
 }
 
+// The fastest of the rows that a user could choose: within the budget, lossless, without
+// the future; one a stack of each comparison.
+std::string FastestText(const ComparisonResult& result) {
+  std::vector<const RowResult*> fastest;
+  for (const RowResult& row : result.rows) {
+    if (row.policy == "resident" || row.predictor == "oracle" || row.copies != "lossless")
+      continue;
+    const auto same =
+        std::find_if(fastest.begin(), fastest.end(), [&](const auto* other) {
+          return other->phase == row.phase && GroupName(*other) == GroupName(row);
+        });
+    if (same == fastest.end()) {
+      fastest.push_back(&row);
+    } else if (row.tokens_per_second > (*same)->tokens_per_second) {
+      *same = &row;
+    }
+  }
+  std::string text;
+  for (const RowResult* row : fastest) {
+    text +=
+        "fastest within the budget (" + std::string(StackName(row->phase)) +
+        (result.num_groups > 1 ? ", " + GroupName(*row) : "") + "): " + row->policy +
+        (row->predictor == "none" ? ", " + row->eviction : " with " + row->predictor) +
+        ", " + Fixed(row->tokens_per_second, 1) + " tokens/s\n";
+  }
+  return text;
+}
+
 }  // namespace
 
 std::string ComparisonTable(const ComparisonResult& result) {
@@ -190,7 +220,7 @@ std::string ComparisonTable(const ComparisonResult& result) {
   char line[512];
   const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
   std::snprintf(line, sizeof line,
-                "%-8s %-10s %-18s %-7s %9s %7s %6s %8s %8s %8s %7s %7s %7s %6s\n",
+                "%-8s %-14s %-18s %-7s %9s %7s %6s %8s %8s %8s %7s %7s %7s %6s\n",
                 "phase", "policy", "predictor", "evict", "tokens/s", "speed", "hits",
                 "useful", "late", "wasted", "stall s", "Tc s", "Tx s", "bound");
   text += line;
@@ -202,7 +232,7 @@ std::string ComparisonTable(const ComparisonResult& result) {
     }
     std::snprintf(
         line, sizeof line,
-        "%-8s %-10s %-18.18s %-7.7s %9.1f %6.2fx %5.1f%% %8.0f %8.0f %8.0f %7.2f "
+        "%-8s %-14s %-18.18s %-7.7s %9.1f %6.2fx %5.1f%% %8.0f %8.0f %8.0f %7.2f "
         "%7.2f %7.2f %6.2f%s\n",
         StackName(row.phase), row.policy.c_str(), row.predictor.c_str(),
         row.eviction.c_str(), row.tokens_per_second, row.speed_up, 100 * row.hit_rate,
@@ -211,13 +241,18 @@ std::string ComparisonTable(const ComparisonResult& result) {
         Verdict(row).c_str());
     text += line;
   }
-  text += "speed: median over rounds of the rate over on-demand LRU's; bytes in MiB\n";
+  text += "speed: median over rounds of the rate over on-demand LRU's; bytes in MiB\n" +
+          FastestText(result);
   const bool several = result.num_groups > 1;  // each has its own: results.json, notes
   text += (several ? "link of the fastest comparison: " : "link: ") + result.link +
           ", peak " +
           FormatBytes(static_cast<uint64_t>(result.link_peak_bytes_per_second)) + "/s" +
           (result.emulated ? " (emulated)" : "") +
           (result.synthetic_weights ? "; synthetic weights" : "") + "\n";
+  if (result.device_peak_bytes > 0) {
+    text += "device memory: " + FormatBytes(result.device_peak_bytes) +
+            " in use at most, whoever used it\n";
+  }
   for (const std::string& note : result.notes) text += "note: " + note + "\n";
   return text;
 }

@@ -78,6 +78,8 @@ struct RowResult {
 struct ComparisonResult {
   std::vector<RowResult> rows;
   std::string device, link;  // descriptions
+  // Most that was in use on the device at a round's end; 0: slots of host memory.
+  uint64_t device_peak_bytes = 0;
   double link_peak_bytes_per_second = 0;
   double link_bytes_per_second = 0;  // what the rows had: the peak or the pace
   bool emulated = false;             // of one row at least

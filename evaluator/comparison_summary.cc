@@ -53,8 +53,8 @@ std::string ShutLeads(const RowResult& row) {
 
 // "hidden (decoder, int8)"
 std::string SpeculatorName(const RowResult& row) {
-  return row.predictor + " (" + StackName(row.phase) +
-         (row.copies == "lossless" ? "" : ", " + row.copies) + ")";
+  return row.predictor + (row.policy == "auto" ? "" : ", " + row.policy) + " (" +
+         StackName(row.phase) + (row.copies == "lossless" ? "" : ", " + row.copies) + ")";
 }
 
 double MovedBytes(const PhaseStats& stats) {
@@ -236,6 +236,7 @@ ComparisonResult Comparison::Result() {
   AddBounds(&result.rows);
   result.device = tiers_.device;
   result.link = tiers_.engine->description();
+  result.device_peak_bytes = device_peak_bytes_;
   result.link_peak_bytes_per_second = peak_;
   result.link_bytes_per_second = pace_ > 0 ? pace_ : peak_;
   result.emulated = pace_ > 0 || options_.profile.has_value();

@@ -20,9 +20,12 @@ class DeviceCopy {
   virtual ~DeviceCopy() = default;  // frees the slabs, unpins
   // Device memory, valid as long as this object. EnvironmentError with what is free.
   virtual std::byte* Allocate(uint64_t bytes) = 0;
+  // Before its end. REQUIRES memory of Allocate, and nothing under way to or from it.
+  virtual void Free(std::byte* slab) = 0;
   // Pins a whole mapping, once. It must outlive this object's copies.
   virtual void Register(std::byte* host, uint64_t bytes) = 0;
-  virtual uint64_t FreeBytes() const = 0;  // that Allocate could have now, about
+  virtual uint64_t FreeBytes() const = 0;    // that Allocate could have now, about
+  virtual uint64_t MemoryBytes() const = 0;  // of the device, used or not
   // Before the mapping goes. REQUIRES no copy from it under way.
   virtual void Unregister(std::byte* host) = 0;
   // Copies enqueued from now on wait for the work that the model gave the device so far:

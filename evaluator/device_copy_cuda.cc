@@ -14,10 +14,11 @@ namespace routecast {
 namespace {
 
 constexpr uint64_t kPage = 4096;
-constexpr double kPollSeconds = 5e-6, kDecodeDeadline = 30;
+constexpr double kPollSeconds = 5e-6, kDecodeDeadline = 30, kGraceSeconds = 1;
 
 void Check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // else this thread's next launch finds it as its own
   throw EnvironmentError(
       ErrorText(std::string(call) + " failed on the CUDA device",
                 std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error),
@@ -55,12 +56,16 @@ class CudaCopy final : public DeviceCopy {
   ~CudaCopy() override {
     // Errors here have nobody to go to, and the process is about to end.
     cudaSetDevice(index_);
+    // Freeing waits for the device: behind a copy that never completes, for ever, and the
+    // error that says so would not be seen.
+    if (Hangs()) return;
     for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
     for (auto& [ticket, event] : events_) cudaEventDestroy(event);
     for (cudaEvent_t event : spare_) cudaEventDestroy(event);
     cudaEventDestroy(fence_);
     for (std::byte* slab : slabs_) cudaFree(slab);
     for (std::byte* host : registered_) cudaHostUnregister(host);
+    cudaGetLastError();
   }
 
   std::byte* Allocate(uint64_t bytes) override {
@@ -68,28 +73,36 @@ class CudaCopy final : public DeviceCopy {
     void* slab = nullptr;
     if (cudaMalloc(&slab, bytes) != cudaSuccess) {
       cudaGetLastError();  // said below; later calls must not find it again
-      size_t free = 0, whole = 0;
-      Check(cudaMemGetInfo(&free, &whole), "cudaMemGetInfo");
+      const MemoryInfo memory = Memory();
       throw EnvironmentError(
           ErrorText("no room for the experts' slots on the CUDA device",
-                    FormatBytes(bytes) + " wanted, " + FormatBytes(free) + " of " +
-                        FormatBytes(whole) + " free",
+                    FormatBytes(bytes) + " wanted, " + FormatBytes(memory.free) + " of " +
+                        FormatBytes(memory.whole) + " free",
                     "use a smaller --expert_budget or gpu tier"));
     }
     slabs_.push_back(static_cast<std::byte*>(slab));
     return slabs_.back();
   }
 
-  uint64_t FreeBytes() const override {
+  void Free(std::byte* slab) override {
     Check(cudaSetDevice(index_), "cudaSetDevice");
-    size_t free = 0, whole = 0;
-    Check(cudaMemGetInfo(&free, &whole), "cudaMemGetInfo");
-    return free;
+    Check(cudaFree(slab), "cudaFree");
+    std::erase(slabs_, slab);
   }
+
+  uint64_t FreeBytes() const override { return Memory().free; }
+  uint64_t MemoryBytes() const override { return Memory().whole; }
 
   void Register(std::byte* host, uint64_t bytes) override {
     Check(cudaSetDevice(index_), "cudaSetDevice");
-    Check(cudaHostRegister(host, bytes, cudaHostRegisterDefault), "cudaHostRegister");
+    const cudaError_t error = cudaHostRegister(host, bytes, cudaHostRegisterDefault);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // said here; later calls must not find it again
+      throw EnvironmentError(ErrorText(
+          "host memory cannot be pinned for the CUDA device",
+          FormatBytes(bytes) + ": " + cudaGetErrorString(error),
+          "use a smaller host tier (--tier=gpu:SIZE,host:SIZE,disk), or free memory"));
+    }
     registered_.push_back(host);
   }
   void Unregister(std::byte* host) override {
@@ -209,11 +222,33 @@ class CudaCopy final : public DeviceCopy {
   }
 
  private:
+  struct MemoryInfo {
+    size_t free = 0, whole = 0;
+  };
+  MemoryInfo Memory() const {
+    Check(cudaSetDevice(index_), "cudaSetDevice");
+    MemoryInfo memory;
+    Check(cudaMemGetInfo(&memory.free, &memory.whole), "cudaMemGetInfo");
+    return memory;
+  }
   Ticket Enqueue(std::byte* to, const std::byte* from, uint64_t bytes,
                  cudaMemcpyKind kind, int stream) {
     Check(cudaSetDevice(index_), "cudaSetDevice");  // of the calling thread
     Check(cudaMemcpyAsync(to, from, bytes, kind, streams_[stream]), "cudaMemcpyAsync");
     return Mark(stream);
+  }
+  // Whether something is under way, and is not over a second later.
+  bool Hangs() {
+    const double until = Now() + kGraceSeconds;
+    bool hangs = false;
+    for (const auto& [ticket, event] : events_) {
+      while (!hangs && cudaEventQuery(event) == cudaErrorNotReady) {
+        hangs = Now() > until;
+        Pause(kPollSeconds);
+      }
+    }
+    cudaGetLastError();  // "not ready" is no error
+    return hangs;
   }
   // A ticket for what is enqueued on the stream so far.
   Ticket Mark(int stream) {
@@ -244,6 +279,7 @@ std::unique_ptr<DeviceCopy> OpenCudaDevice(int index) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || index >= count) {
+    cudaGetLastError();  // said here
     throw EnvironmentError(
         ErrorText("no CUDA device " + std::to_string(index),
                   error == cudaSuccess ? std::to_string(count) + " devices were found"

@@ -51,6 +51,18 @@ Json DeviceProfile::ToJson() const {
                              {"repeats", p.repeats},
                              {"bytes_per_second", p.bytes_per_second()}});
   }
+  json["experts"] = Json::array();
+  for (const ExpertTransfer& e : experts) {
+    json["experts"].push_back({{"what", e.what},
+                               {"d_model", e.d_model},
+                               {"d_ff", e.d_ff},
+                               {"experts", e.experts},
+                               {"bytes", e.bytes},
+                               {"mean_seconds", e.mean},
+                               {"deviation_seconds", e.deviation},
+                               {"trials", e.trials},
+                               {"bytes_per_second", e.bytes_per_second()}});
+  }
   return json;
 }
 
@@ -122,6 +134,20 @@ const char* BesideOf(const TransferPoint& p) {
   return p.with_compute ? "work that streams memory" : "nothing";
 }
 
+// Nothing where nothing was measured.
+std::string ExpertsText(const std::vector<ExpertTransfer>& experts) {
+  if (experts.empty()) return "";
+  Table table({"<experts", "d_model", "d_ff", "number", "mean ms", "deviation ms",
+               "trials", "MB/s"});
+  for (const ExpertTransfer& e : experts) {
+    table.AddRow({e.what, std::to_string(e.d_model), std::to_string(e.d_ff),
+                  std::to_string(e.experts), Fixed(1e3 * e.mean, 3),
+                  Fixed(1e3 * e.deviation, 3), std::to_string(e.trials),
+                  Fixed(e.bytes_per_second() / 1e6, 0)});
+  }
+  return table.ToText();
+}
+
 }  // namespace
 
 std::string ProfileTable(const DeviceProfile& profile) {
@@ -132,8 +158,9 @@ std::string ProfileTable(const DeviceProfile& profile) {
                   Fixed(1e3 * p.seconds, 3), Fixed(1e3 * p.spread, 3),
                   Fixed(p.bytes_per_second() / 1e9, 2)});
   }
-  return table.ToText() + "link: " + Fixed(profile.link_bytes_per_second / 1e9, 2) +
-         " GB/s, " + Fixed(1e6 * profile.link_fixed_seconds, 0) +
+  return table.ToText() + ExpertsText(profile.experts) +
+         "link: " + Fixed(profile.link_bytes_per_second / 1e9, 2) + " GB/s, " +
+         Fixed(1e6 * profile.link_fixed_seconds, 0) +
          " us a transfer, 90 % of the peak from " +
          FormatBytes(profile.bytes_at_90_percent) +
          " on\nmemory: " + Fixed(profile.memory_bytes_per_second / 1e9, 2) + " GB/s, " +

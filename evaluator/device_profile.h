@@ -25,6 +25,19 @@ struct TransferPoint {
   double bytes_per_second() const { return static_cast<double>(bytes) / seconds; }
 };
 
+// Whole experts of a published shape (expert_transfers.h).
+struct ExpertTransfer {
+  std::string what;  // what is timed, in words
+  int64_t d_model = 0, d_ff = 0;
+  int experts = 0;
+  uint64_t bytes = 0;              // of all of them
+  double mean = 0, deviation = 0;  // seconds of a trial
+  int trials = 0;
+  double bytes_per_second() const {
+    return mean > 0 ? static_cast<double>(bytes) / mean : 0;
+  }
+};
+
 struct DeviceProfile {
   std::string name;
   bool emulated = false;  // from a data sheet, not measured here
@@ -36,6 +49,7 @@ struct DeviceProfile {
   uint64_t bytes_at_90_percent = 0;        // smallest transfer at 90 % of the peak
   double memory_share_with_transfers = 1;  // of the memory rate, while the link is busy
   std::vector<TransferPoint> sweep;
+  std::vector<ExpertTransfer> experts;
   Json ToJson() const;
   // DataError naming `what` and the key.
   static DeviceProfile FromJson(const Json& json, const std::string& what);

@@ -21,6 +21,13 @@ class Sweep {
         options_(options),
         host_(2, options.largest),  // what goes there; what comes back
         slab_(device->Allocate(2 * options.largest)) {}
+  ~Sweep() {
+    if (lost_) return;  // to free anything would wait for it
+    try {
+      device_->Free(slab_);
+    } catch (const std::exception&) {  // what was thrown before says more
+    }
+  }
 
   TransferPoint Measure(TransferPoint point) {
     std::vector<double> times;
@@ -64,7 +71,8 @@ class Sweep {
 
   double Transfer(const TransferPoint& point) {
     std::vector<DeviceCopy::Ticket> others, tickets;
-    if (point.with_compute) others.push_back(Within(1));
+    // One behind the other: the memory is busy until the transfer is over.
+    if (point.with_compute) others = {Within(1), Within(1)};
     if (point.both_ways) {
       others.push_back(device_->CopyBackAsync(host_.slot(1), slab_ + options_.largest,
                                               point.bytes, 1));
@@ -76,17 +84,24 @@ class Sweep {
       tickets.push_back(
           device_->CopyAsync(slab_ + from, host_.base() + from, part, stream));
     }
-    Finish(tickets);
+    Finish(tickets, point.with_compute ? &others : nullptr);
     const double seconds = device_->Now() - start;
     Finish(others);
     return seconds;
   }
 
-  void Finish(const std::vector<DeviceCopy::Ticket>& tickets) {
+  // Of `within`, copies within the device, two are under way meanwhile.
+  void Finish(const std::vector<DeviceCopy::Ticket>& tickets,
+              std::vector<DeviceCopy::Ticket>* within = nullptr) {
     const double start = device_->Now();
     for (const DeviceCopy::Ticket ticket : tickets) {
       while (!device_->IsOver(ticket)) {
+        if (within && device_->IsOver(within->front())) {
+          within->erase(within->begin());
+          within->push_back(Within(1));
+        }
         if (device_->Now() - start > options_.deadline_seconds) {
+          lost_ = true;
           throw EnvironmentError(ErrorText("a copy to the device does not complete",
                                            device_->description(),
                                            "nvidia-smi says what it is doing"));
@@ -100,6 +115,7 @@ class Sweep {
   DeviceSweepOptions options_;
   SlotArena host_;
   std::byte* slab_;
+  bool lost_ = false;
 };
 
 // The pinned points of one stream: what the runtime's engine uses.

@@ -119,6 +119,11 @@ uint64_t DeviceTransferEngine::disk_bytes() const {
   return disk_bytes_;
 }
 
+uint64_t DeviceTransferEngine::device_bytes_in_use() const {
+  std::lock_guard lock(mutex_);
+  return device_->MemoryBytes() - std::min(device_->FreeBytes(), device_->MemoryBytes());
+}
+
 std::string DeviceTransferEngine::last_error() const {
   std::lock_guard lock(mutex_);
   return error_.empty() ? host_->last_error() : error_;

@@ -56,6 +56,7 @@ class DeviceTransferEngine : public LinkEngine {
   std::string last_error() const override;
   void SetPace(double bytes_per_second) override;
   uint64_t disk_bytes() const override;
+  uint64_t device_bytes_in_use() const override;
 
  private:
   enum class Phase { kNew, kReading, kHeld, kOver };

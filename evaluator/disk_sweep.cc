@@ -1,7 +1,6 @@
 #include "evaluator/disk_sweep.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +13,7 @@
 #include "common/progress.h"
 #include "common/stop.h"
 #include "evaluator/expert_tiers.h"
+#include "evaluator/host_pages.h"
 
 namespace routecast {
 namespace {
@@ -31,27 +31,6 @@ double Quantile(std::vector<double> values, double q) {
   std::sort(values.begin(), values.end());
   return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1))];
 }
-
-// Page-aligned memory that is there.
-class Pages {
- public:
-  explicit Pages(uint64_t bytes) : bytes_(bytes) {
-    memory_ = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (memory_ == MAP_FAILED) {
-      throw EnvironmentError(ErrorText("no memory for a transfer of this size",
-                                       FormatBytes(bytes) + " wanted", "free some"));
-    }
-  }
-  ~Pages() { ::munmap(memory_, bytes_); }
-  Pages(const Pages&) = delete;
-  Pages& operator=(const Pages&) = delete;
-  std::byte* data() const { return static_cast<std::byte*>(memory_); }
-
- private:
-  void* memory_;
-  uint64_t bytes_;
-};
 
 // Sums memory up, again and again, until it is told to stop: what computing with a batch
 // of one does to a machine.
@@ -81,7 +60,7 @@ class MemoryStream {
       moved_ += kPart;
     }
   }
-  Pages pages_;
+  HostPages pages_;
   std::atomic<bool> stop_{false};
   std::atomic<uint64_t> moved_{0};
   volatile uint64_t sink_ = 0;
@@ -165,7 +144,7 @@ class WriteStream {
   }
   ScratchFile file_;
   int fd_;
-  Pages pages_;
+  HostPages pages_;
   std::atomic<bool> stop_{false};
   std::atomic<int> error_{0};
   std::thread thread_;
@@ -212,8 +191,8 @@ class Reader {
   mutable std::atomic<bool> failed_{false};
 };
 
-TransferPoint MeasurePoint(const Reader& reader, const ScratchFile& file, Pages* pages,
-                           TransferPoint point, double seconds) {
+TransferPoint MeasurePoint(const Reader& reader, const ScratchFile& file,
+                           HostPages* pages, TransferPoint point, double seconds) {
   std::vector<double> times;
   uint64_t offset = 0;
   const auto start = std::chrono::steady_clock::now();
@@ -268,7 +247,7 @@ void ConcludeDisk(DeviceProfile* profile) {
 
 DeviceProfile MeasureDisk(const DiskSweepOptions& options) {
   const ScratchFile file(options.folder, options.file_bytes);
-  Pages pages(std::min(options.largest, options.file_bytes));
+  HostPages pages(std::min(options.largest, options.file_bytes));
   DeviceProfile profile;
   profile.name = "this machine's disk, below " + options.folder.string();
   profile.cpu = true;

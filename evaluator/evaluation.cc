@@ -35,7 +35,7 @@ ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFil
       BudgetOf(options, group.budget,
                static_cast<uint64_t>(file.count()) * file.spec().stride_bytes());
   comparison.kv_in_budget = options.kv_in_budget;
-  comparison.policy = options.policy;
+  comparison.policies = ParsePolicies(options.policies);
   comparison.eviction = ParseEviction(options.eviction);
   comparison.rounds = options.rounds;
   comparison.warmup_rounds = options.warmup_rounds;
@@ -247,7 +247,7 @@ void ValidateEvaluation(const EvaluationOptions& options) {
                                "check --model"));
   }
   RequireHeeded(options);
-  ParsePolicy(options.policy);
+  ParsePolicies(options.policies);
   if (ParseEviction(options.eviction) == Eviction::kBelady) {
     throw UsageError(ErrorText("--eviction=belady knows the future", "",
                                "its bytes stand in every row; choose lru"));
@@ -262,9 +262,6 @@ void ValidateEvaluation(const EvaluationOptions& options) {
   ParseDtype("--dtype", options.dtype);
   ParseCopies(options.copies);
   ValidateTiers(options);
-  if (IsReplay(options) && options.dtype != "fp32") {
-    throw UsageError(ErrorText("replay runs in fp32", "", "leave --dtype out"));
-  }
   if (options.max_new_tokens < 1 || options.rounds < 1 || options.warmup_rounds < 0) {
     throw UsageError(ErrorText("--max_new_tokens and --rounds are at least 1", "", ""));
   }

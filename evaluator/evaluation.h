@@ -17,7 +17,7 @@ struct EvaluationOptions {             // one field a flag of the same name
   fs::path store;                      // trace store: sequences, train part for baselines
   std::vector<std::string> prompts;    // generate: text files, KIND:PATH (requests.h)
   std::vector<std::string> predictor;  // names and folders of trained runs
-  std::string policy = "auto";
+  std::vector<std::string> policies = {"auto"};  // ParsePolicies'
   std::string eviction = "lru";
   // --expert_budget: shares of the experts of the stacks that run, or bytes; a comparison
   // each.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <utility>
 
 #include "common/errors.h"
@@ -62,9 +63,12 @@ std::vector<uint64_t> TestSequences(const TraceReader& reader,
 
 void LoadPredictors(const EvaluationOptions& options,
                     const std::vector<RouterWeights>& routers, EvaluationSetup* setup) {
-  setup->predictors =
-      MakePredictors(PredictorsOf(options), options.predictor, setup->geometry, routers,
-                     setup->reader.get(), options.quiet);
+  // Of each policy its own: they learn while they serve.
+  for (size_t policy = 0; policy < ParsePolicies(options.policies).size(); ++policy) {
+    auto made = MakePredictors(PredictorsOf(options), options.predictor, setup->geometry,
+                               routers, setup->reader.get(), options.quiet || policy > 0);
+    std::move(made.begin(), made.end(), std::back_inserter(setup->predictors));
+  }
   if (std::count(options.schedules.begin(), options.schedules.end(), "by_route") == 0)
     return;
   const std::vector<std::string> name = {"token_table"};
@@ -91,6 +95,7 @@ ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
   replay.seed = options.seed;
   replay.device = PlacementOf(options).device;
   replay.steps = options.steps;
+  replay.dtype = ParseDtype("--dtype", options.dtype);
   return replay;
 }
 
@@ -112,6 +117,7 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
   ExpertFileSpec spec;
   spec.geometry = ReplayConfig(setup.geometry, replay).geometry();
   spec.d_ff = replay.d_ff;
+  spec.dtype = ExpertDtypeOf(replay.dtype);
   const MoeGeometry& full = spec.geometry;
   const int layers = (replay.encoder ? full.encoder_layers : 0) +
                      (replay.decoder ? full.decoder_layers : 0);
@@ -124,7 +130,7 @@ void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& se
   for (const std::string& budget : options.budgets) {
     const int slots = SlotsOfBudget(BudgetOf(options, budget, whole), spec,
                                     StagingBytes(ParseCopies(options.copies), spec));
-    std::printf("%s; %s; %zu predictors, %d + %d rounds\n",
+    std::printf("%s; %s; %zu rows of predictors, %d + %d rounds\n",
                 BudgetText(slots, count, spec).c_str(), WayOf(setup.placement).c_str(),
                 setup.predictors.size(), options.warmup_rounds, options.rounds);
   }
@@ -152,9 +158,10 @@ void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
   if (options.guess_next_token && head.defined()) {
     setup->next_token = GuessOf(head, replay.vocab_size, setup->reader.get());
   }
-  setup->file = SyntheticExperts(
-      ExpertCacheFolder(options.cache), ReplayConfig(setup->geometry, replay).geometry(),
-      replay.d_ff, options.seed, replay.encoder, replay.decoder, options.quiet);
+  setup->file = SyntheticExperts(ExpertCacheFolder(options.cache),
+                                 ReplayConfig(setup->geometry, replay).geometry(),
+                                 replay.d_ff, options.seed, replay.encoder,
+                                 replay.decoder, replay.dtype, options.quiet);
 }
 
 void CheckRequests(const EvaluationOptions& options, const SwitchConfig& config,
@@ -234,7 +241,7 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
     size_t prompts = 0;
     for (const RequestSet& set : setup->requests) prompts += set.size();
     std::printf(
-        "generate: %zu prompts, %d MoE layers x %d experts, %s; %zu predictors, "
+        "generate: %zu prompts, %d MoE layers x %d experts, %s; %zu rows of predictors, "
         "%d + %d rounds\n",
         prompts, setup->geometry.num_layers(), setup->geometry.num_experts,
         WayOf(setup->placement).c_str(), setup->predictors.size(), options.warmup_rounds,
@@ -257,8 +264,9 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
 
 uint64_t BudgetOf(const EvaluationOptions& options, const std::string& budget,
                   uint64_t whole_bytes) {
-  const uint64_t bytes = TierBudget(
-      ParseTiers(options.tier), ParseBudget(budget, whole_bytes), options.budget_given);
+  const uint64_t bytes =
+      TierBudget(PlacementOf(options).tiers.chain, ParseBudget(budget, whole_bytes),
+                 options.budget_given);
   const uint64_t memory =
       options.profile.empty() ? 0 : FindProfile(options.profile).memory_bytes;
   if (memory == 0 || bytes <= memory) return bytes;
@@ -268,7 +276,19 @@ uint64_t BudgetOf(const EvaluationOptions& options, const std::string& budget,
       "use a smaller --expert_budget or --tier"));
 }
 
-Placement PlacementOf(const EvaluationOptions& options) {
+namespace {
+
+// A profile's memory stands for the device's.
+TierChain Sized(const TierChain& chain, const EvaluationOptions& options,
+                const ExpertTierOptions& tiers) {
+  if (!chain.gpu_share && !chain.host_share) return chain;
+  uint64_t device =
+      options.profile.empty() ? 0 : FindProfile(options.profile).memory_bytes;
+  if (device == 0 && chain.gpu_share) device = tiers.open_device()->MemoryBytes();
+  return WithSizes(chain, device, HostMemoryBytes());
+}
+
+Placement UnsizedPlacementOf(const EvaluationOptions& options) {
   Placement placement;
   TierChain& chain = placement.tiers.chain;
   chain = ParseTiers(options.tier);
@@ -296,6 +316,14 @@ Placement PlacementOf(const EvaluationOptions& options) {
   if (!chain.gpu) return placement;
   placement.device = device;
   placement.tiers.open_device = [device] { return OpenCudaDevice(device.index()); };
+  return placement;
+}
+
+}  // namespace
+
+Placement PlacementOf(const EvaluationOptions& options) {
+  Placement placement = UnsizedPlacementOf(options);
+  placement.tiers.chain = Sized(placement.tiers.chain, options, placement.tiers);
   return placement;
 }
 

@@ -30,7 +30,7 @@ struct EvaluationSetup {
   std::optional<Checkpoint> checkpoint;  // generate: without experts
   MoeGeometry geometry;                  // of what runs
   Placement placement;
-  std::vector<std::unique_ptr<ExpertPredictor>> predictors;
+  std::vector<std::unique_ptr<ExpertPredictor>> predictors;  // by policy
   // Null where it is not asked for, or the vocabulary head is not known.
   std::shared_ptr<const NextTokenGuess> next_token;
   std::unique_ptr<ExpertPredictor> scheduler;  // foretells routes of whole requests

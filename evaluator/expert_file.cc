@@ -234,9 +234,6 @@ void ExpertFile::CheckOnce(ExpertKey key, const std::byte* blob) const {
 
 void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,
                            const std::vector<int>& layers, bool quiet) {
-  if (spec.dtype != ExpertDtype::kFloat32) {
-    throw std::logic_error("WriteSyntheticExperts: float32 only");
-  }
   const uint64_t count = layers.size() * static_cast<uint64_t>(spec.geometry.num_experts);
   const uint64_t needed = count * spec.stride_bytes() + (uint64_t{64} << 20);
   if (FreeBytes(path) < needed) {
@@ -247,8 +244,9 @@ void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,
   }
   ExpertFileWriter writer(path, spec);
   Progress progress("synthetic experts", "experts", count, quiet);
-  const uint64_t half = spec.blob_bytes() / 2 / sizeof(float);
+  const uint64_t half = spec.blob_bytes() / 2 / DtypeBytes(spec.dtype);
   std::vector<float> weights(2 * half);
+  std::vector<std::byte> stored(spec.blob_bytes());
   uint64_t done = 0;
   for (int layer : layers) {
     for (int expert = 0; expert < spec.geometry.num_experts; ++expert) {
@@ -266,8 +264,10 @@ void WriteSyntheticExperts(const fs::path& path, const ExpertFileSpec& spec,
       };
       fill(0, spec.geometry.d_model);
       fill(half, spec.d_ff);
-      const auto bytes = std::as_bytes(std::span(weights));
-      writer.Append({layer, expert}, bytes.first(half * 4), bytes.subspan(half * 4));
+      StoreWeights(weights.data(), weights.size(), spec.dtype, stored.data());
+      const std::span<const std::byte> bytes(stored);
+      writer.Append({layer, expert}, bytes.first(stored.size() / 2),
+                    bytes.subspan(stored.size() / 2));
       progress.Update(++done);
     }
   }

@@ -16,6 +16,12 @@ std::span<const std::byte> Bytes(const at::Tensor& tensor) {
   return {static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()};
 }
 
+// Of a file's name.
+const char* TypeSuffix(ExpertDtype dtype) {
+  constexpr const char* kTypes[] = {"-fp32", "-bf16", "-fp16"};
+  return kTypes[static_cast<uint32_t>(dtype)];
+}
+
 }  // namespace
 
 fs::path ExpertCacheFolder(const std::string& flag) {
@@ -29,6 +35,11 @@ fs::path ExpertCacheFolder(const std::string& flag) {
   return fs::path(home ? home : ".") / ".cache/routecast/experts";
 }
 
+ExpertDtype ExpertDtypeOf(at::ScalarType dtype) {
+  if (dtype == at::kFloat) return ExpertDtype::kFloat32;
+  return dtype == at::kBFloat16 ? ExpertDtype::kBfloat16 : ExpertDtype::kFloat16;
+}
+
 ExpertFileSpec SpecOfCheckpoint(const SwitchConfig& config, at::ScalarType dtype) {
   if (config.is_gated_act) {
     throw UsageError(ErrorText("experts with a gate cannot be moved one by one",
@@ -39,9 +50,7 @@ ExpertFileSpec SpecOfCheckpoint(const SwitchConfig& config, at::ScalarType dtype
   spec.geometry = config.geometry();
   spec.geometry.experts_per_token = 1;
   spec.d_ff = config.d_ff;
-  spec.dtype = dtype == at::kFloat      ? ExpertDtype::kFloat32
-               : dtype == at::kBFloat16 ? ExpertDtype::kBfloat16
-                                        : ExpertDtype::kFloat16;
+  spec.dtype = ExpertDtypeOf(dtype);
   return spec;
 }
 
@@ -53,10 +62,8 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
   ExpertFileSpec spec = SpecOfCheckpoint(config, dtype);
   spec.content_id = Hash64(fingerprint);
   MakeFolder(cache_folder);
-  constexpr const char* kTypes[] = {"-fp32", "-bf16", "-fp16"};
-  const fs::path path =
-      cache_folder / ("checkpoint-" + Hex64(spec.content_id) +
-                      kTypes[static_cast<uint32_t>(spec.dtype)] + ".experts");
+  const fs::path path = cache_folder / ("checkpoint-" + Hex64(spec.content_id) +
+                                        TypeSuffix(spec.dtype) + ".experts");
   const int count = spec.geometry.num_keys();
   if (auto file = OpenIfGood(path, spec, count)) return file;
   ExpertFileWriter writer(path, spec);
@@ -78,8 +85,10 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
 std::shared_ptr<const ExpertFile> SyntheticExperts(const fs::path& cache_folder,
                                                    const MoeGeometry& geometry, int d_ff,
                                                    uint64_t seed, bool encoder,
-                                                   bool decoder, bool quiet) {
+                                                   bool decoder, at::ScalarType dtype,
+                                                   bool quiet) {
   ExpertFileSpec spec;
+  spec.dtype = ExpertDtypeOf(dtype);
   spec.geometry = geometry;
   spec.geometry.experts_per_token = 1;
   spec.d_ff = d_ff;
@@ -90,12 +99,13 @@ std::shared_ptr<const ExpertFile> SyntheticExperts(const fs::path& cache_folder,
       layers.push_back(layer);
   }
   MakeFolder(cache_folder);
-  const std::string name = "synthetic-" + std::to_string(geometry.encoder_layers) + "+" +
-                           std::to_string(geometry.decoder_layers) + "x" +
-                           std::to_string(geometry.num_experts) + "-" +
-                           std::to_string(geometry.d_model) + "x" + std::to_string(d_ff) +
-                           "-" + (encoder ? "e" : "") + (decoder ? "d" : "") + "-" +
-                           std::to_string(seed) + ".experts";
+  const std::string name =
+      "synthetic-" + std::to_string(geometry.encoder_layers) + "+" +
+      std::to_string(geometry.decoder_layers) + "x" +
+      std::to_string(geometry.num_experts) + "-" + std::to_string(geometry.d_model) +
+      "x" + std::to_string(d_ff) + "-" + (encoder ? "e" : "") + (decoder ? "d" : "") +
+      "-" + std::to_string(seed) + (dtype == at::kFloat ? "" : TypeSuffix(spec.dtype)) +
+      ".experts";
   const fs::path path = cache_folder / name;
   const int count = static_cast<int>(layers.size()) * geometry.num_experts;
   if (auto file = OpenIfGood(path, spec, count)) return file;

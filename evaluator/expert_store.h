@@ -14,6 +14,8 @@ namespace routecast {
 // ~/.cache, each with routecast/experts below it.
 fs::path ExpertCacheFolder(const std::string& flag);
 
+// Of fp32, bf16 and fp16.
+ExpertDtype ExpertDtypeOf(at::ScalarType dtype);
 // What the experts of a checkpoint are on disk in `dtype`, without its content's id.
 // UsageError: experts that cannot be moved one by one, or a type that they have not.
 ExpertFileSpec SpecOfCheckpoint(const SwitchConfig& config, at::ScalarType dtype);
@@ -24,10 +26,12 @@ std::shared_ptr<const ExpertFile> ExpertsOfCheckpoint(const fs::path& cache_fold
                                                       const SwitchConfig& config,
                                                       const std::string& fingerprint,
                                                       at::ScalarType dtype, bool quiet);
-// Synthetic fp32 experts of the MoE layers of the stacks asked for.
+// Synthetic experts of the MoE layers of the stacks asked for, drawn in fp32 and stored
+// as `dtype`.
 std::shared_ptr<const ExpertFile> SyntheticExperts(const fs::path& cache_folder,
                                                    const MoeGeometry& geometry, int d_ff,
                                                    uint64_t seed, bool encoder,
-                                                   bool decoder, bool quiet);
+                                                   bool decoder, at::ScalarType dtype,
+                                                   bool quiet);
 
 }  // namespace routecast

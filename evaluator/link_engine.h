@@ -16,6 +16,8 @@ class LinkEngine : public TransferEngine {
   // Bytes so far that a memory in the middle had to read from disk first; 0 where the
   // disk is the link itself. Any thread.
   virtual uint64_t disk_bytes() const { return 0; }
+  // Of the device's memory, by whomever; 0 where the slots are host memory. Any thread.
+  virtual uint64_t device_bytes_in_use() const { return 0; }
 };
 
 // What the link carries alone, in bytes a second: the experts of `keys` one after another

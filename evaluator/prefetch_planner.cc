@@ -22,8 +22,10 @@ bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
 
 }  // namespace
 
+namespace {
+
 // The settings of all but auto are published ones; docs/runtime.md.
-SpeculationPolicy ParsePolicy(const std::string& name) {
+const std::vector<SpeculationPolicy>& Policies() {
   static const std::vector<SpeculationPolicy> kPolicies = [] {
     SpeculationPolicy banded{"adaptive_top_k", true, 3, 32, 0.01, true};
     banded.in_band = true;
@@ -40,9 +42,37 @@ SpeculationPolicy ParsePolicy(const std::string& name) {
                                           managed,
                                           {"auto", true, 4, 2, 0.25, false, true, true}};
   }();
+  return kPolicies;
+}
+
+}  // namespace
+
+SpeculationPolicy ParsePolicy(const std::string& name) {
   std::vector<std::string> names;
-  for (const auto& policy : kPolicies) names.push_back(policy.name);
-  return kPolicies[ParseChoice("--policy", name, names)];
+  for (const auto& policy : Policies()) names.push_back(policy.name);
+  return Policies()[static_cast<size_t>(ParseChoice("--policy", name, names))];
+}
+
+std::vector<std::string> ParsePolicies(const std::vector<std::string>& names) {
+  std::vector<std::string> policies;
+  for (const std::string& name : names) {
+    if (name == "all") {
+      for (const auto& policy : Policies()) {
+        if (policy.speculate) policies.push_back(policy.name);
+      }
+    } else {
+      policies.push_back(ParsePolicy(name).name);
+    }
+  }
+  std::vector<std::string> sorted = policies;
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (policies.empty() || twice != sorted.end()) {
+    throw UsageError(ErrorText(
+        policies.empty() ? "--policy names none" : "--policy names one twice: " + *twice,
+        "", "use --policy=all, or a comma list"));
+  }
+  return policies;
 }
 
 PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,

@@ -67,6 +67,9 @@ struct SpeculationPolicy {
 // on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, memory_manager,
 // auto; UsageError naming the nearest.
 SpeculationPolicy ParsePolicy(const std::string& name);
+// The names of a list, `all` being every policy that speculates. UsageError also where
+// there is none, or one twice.
+std::vector<std::string> ParsePolicies(const std::vector<std::string>& names);
 
 struct PlannerOptions {
   uint64_t expert_bytes = 0;

@@ -18,19 +18,21 @@ namespace routecast {
 namespace {
 
 // Uniform weights that keep activations near one; the seed and the name decide them.
-Parameters DenseParameters(const SwitchConfig& config, uint64_t seed, at::Device device) {
+Parameters DenseParameters(const SwitchConfig& config, const ReplayOptions& options) {
   Parameters parameters;
   for (const auto& [name, shape] : ParameterShapes(config)) {
     if (IsExpertTensor(name)) continue;
     if (shape.size() == 1) {
-      parameters.Add(name, at::ones(shape, at::kFloat).to(device));
+      parameters.Add(name, at::ones(shape, at::kFloat).to(options.device, options.dtype));
       continue;
     }
-    at::Generator generator = at::detail::createCPUGenerator(Mix(seed, Hash64(name)));
+    at::Generator generator =
+        at::detail::createCPUGenerator(Mix(options.seed, Hash64(name)));
     const double limit = std::sqrt(3.0 / static_cast<double>(shape[1]));
     // Drawn on the CPU: the same weights on every device.
-    parameters.Add(
-        name, at::empty(shape, at::kFloat).uniform_(-limit, limit, generator).to(device));
+    const at::Tensor drawn =
+        at::empty(shape, at::kFloat).uniform_(-limit, limit, generator);
+    parameters.Add(name, drawn.to(options.device, options.dtype));
   }
   return parameters;
 }
@@ -206,8 +208,8 @@ ReplayWorkload::ReplayWorkload(const MoeGeometry& recorded,
                                    " decoder MoE layers",
                                "collect with a Switch Transformer"));
   }
-  model_ = std::make_unique<SwitchModel>(
-      config_, DenseParameters(config_, options.seed, options.device), &executor_);
+  model_ = std::make_unique<SwitchModel>(config_, DenseParameters(config_, options),
+                                         &executor_);
   int64_t longest = 1;
   for (int segment = 0; segment < num_segments(); ++segment)
     longest = std::max(longest, SourceLength(segment));
@@ -260,7 +262,7 @@ at::Tensor ReplayWorkload::Source(const std::vector<const RoutingSpan*>& spans,
     at::Generator generator = at::detail::createCPUGenerator(Mix(options_.seed, 7));
     return at::empty({ids.size(0), length, config_.d_model}, at::kFloat)
         .normal_(0, 1, generator)
-        .to(options_.device);
+        .to(options_.device, options_.dtype);
   }
   const SteadyClock clock;
   const double from = clock.Now();

@@ -21,6 +21,7 @@ struct ReplayOptions {
   bool encoder = false;  // replay encoder passes (expert file with encoder layers)
   bool decoder = true;
   uint64_t seed = 1;  // of the dense weights
+  at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
   StepMemory steps = StepMemory::kByDevice;
 };

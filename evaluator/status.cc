@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "common/errors.h"
+#include "models/device_choice.h"
 #include "report/table.h"
 
 namespace routecast {
@@ -184,24 +185,41 @@ Json DeviceStatus(int count,
   return devices;
 }
 
+namespace {
+
+// The driver's own words, as " (no driver ...)".
+std::string WhyNoDevice() {
+  try {
+    OpenCudaDevice(0);
+  } catch (const EnvironmentError& e) {
+    const std::string text = e.what();
+    const size_t second = text.find('\n'), third = text.find('\n', second + 1);
+    if (second != std::string::npos)
+      return " (" + text.substr(second + 3, third - second - 3) + ")";
+  }
+  return "";
+}
+
+}  // namespace
+
 Json MachineStatus() {
   struct sysinfo info = {};
   ::sysinfo(&info);
-  const bool built = at::hasCUDA();
-  const int64_t devices =
-      built ? static_cast<int64_t>(at::detail::getCUDAHooks().deviceCount()) : 0;
+  const bool built = at::globalContext().hasCUDART();  // not hasCUDA: that wants a device
+  const int devices = NumCudaDevices();
   Json machine = {{"version", Version()},
                   {"commit", GitCommit()},
                   {"torch", TORCH_VERSION},
                   {"cuda_built", built},
                   {"cuda_devices", devices},
-                  {"devices", DeviceStatus(static_cast<int>(devices), OpenCudaDevice)},
+                  {"devices", DeviceStatus(devices, OpenCudaDevice)},
                   {"cores", std::thread::hardware_concurrency()},
                   {"memory_bytes", uint64_t{info.totalram} * info.mem_unit},
                   {"missing", Json::array()}};
   if (!built) machine["missing"].push_back("CUDA: this build serves the CPU alone");
   if (built && devices == 0) {
-    machine["missing"].push_back("a CUDA device: --device=cuda is refused");
+    machine["missing"].push_back("a CUDA device: --device=cuda is refused" +
+                                 WhyNoDevice());
   }
   return machine;
 }

@@ -9,7 +9,7 @@ usage() {
   cat <<'TEXT'
 Usage: launch/evaluate.sh --bundle --store=STORE [--model=FOLDER] [--out=FOLDER] [FLAGS]
 Runs status, transfer, a replay of STORE and, with --model, generation, each with --compare and
-FLAGS (--phase for the replay, --prompts and --dtype for generation); packs results.json, device_profile.json, status.json, run.json, table.txt and report.html
+FLAGS (--phase for the replay, --prompts for generation); packs results.json, device_profile.json, status.json, run.json, table.txt and report.html
 of each into FOLDER/routecast-bundle.tar.gz (default: out/bundle). run.json names the host, the
 flags and the versions: look at it before you send the file on.
 TEXT
@@ -25,7 +25,7 @@ for flag in "$@"; do
     --mode=* | --compare*) die 2 "$flag is the bundle's to set" "launch/evaluate.sh --bundle --help" ;;
     --cache=?*) cache_flag=("$flag"); flags+=("$flag") ;;
     --phase=*) of_replay+=("$flag") ;;
-    --prompts=* | --dtype=*) of_generation+=("$flag") ;;
+    --prompts=*) of_generation+=("$flag") ;;
     --*) flags+=("$flag") ;;
     *) die 2 "$flag is not a flag" "write --name=value" ;;
   esac

@@ -81,6 +81,12 @@ std::string TextOf(const std::exception& error, int code) {
     return ErrorText("out of memory", says ? what.substr(0, what.find('\n')) : "",
                      "use a smaller batch or budget, shorter texts, or fewer ranks");
   }
+  if (IsDeviceTrouble(error)) {  // its own words go on with advice for programmers
+    return ErrorText(
+        "the CUDA device cannot be used", what.substr(0, what.find('\n')),
+        "nvidia-smi says what it is doing; cards from compute capability 7.5 "
+        "on serve, or use --device=cpu");
+  }
   if (dynamic_cast<const Json::exception*>(&error))
     return "a JSON file has unexpected content\n  " + what;
   return code == kExitDefect ? "internal error: " + what : what;

@@ -7,7 +7,12 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: launch/pipeline.sh [--dry_run] CONFIG
+Usage: launch/pipeline.sh [--dry_run] [--only=STEPS] [--again=STEPS] CONFIG
+  --dry_run      print the commands, change nothing
+  --only=STEPS   of these steps alone, comma-separated: pretrain, collect, train-NAME,
+                 leaderboard-NAME, evaluate-NAME, pack
+  --again=STEPS  do these anew and all behind them: what they left is removed first (collect: the
+                 store)
 CONFIG has sections of flags, a flag a line; `#` begins a comment line:
   [pipeline]           out=FOLDER (default: out/pipeline) and ranks=N (default: 1)
   [pretrain]           flags of routecast-pretrain but --out, which is FOLDER/model
@@ -24,10 +29,12 @@ configs/pipelines/ has an example.
 TEXT
 }
 
-dry_run=no config=
+dry_run=no config= only= again=
 while [ $# -gt 0 ]; do
   case $1 in
     --dry_run) dry_run=yes ;;
+    --only=?*) only=${1#--only=} ;;
+    --again=?*) again=${1#--again=} ;;
     --help) usage; exit 0 ;;
     -*) die 2 "unknown argument $1" "launch/pipeline.sh --help" ;;
     *) [ -z "$config" ] || die 2 "two configurations: $config and $1"; config=$1 ;;
@@ -105,14 +112,55 @@ read_config() {
   done <"$config"
 }
 
+among() { case ,$1, in *,"$2",*) ;; *) return 1 ;; esac; }  # among LIST NAME
+selected() { [ -z "$only" ] || among "$only" "$1"; }
+
+# Names of the steps in the order in which they run.
+list_steps() {
+  local section
+  steps=()
+  for section in pretrain collect; do [ -z "${flags[$section]+there}" ] || steps+=("$section"); done
+  for section in "${sections[@]}"; do
+    case $section in "train "* | "leaderboard "*) steps+=("${section/ /-}") ;; esac
+  done
+  for section in "${sections[@]}"; do
+    case $section in "evaluate "*) steps+=("${section/ /-}") ;; esac
+  done
+  [ -z "$traces" ] || steps+=(pack)
+}
+
+check_names() {  # check_names FLAG LIST
+  local name
+  for name in ${2//,/ }; do
+    among "$(IFS=,; echo "${steps[*]}")" "$name" || die 2 "$1=$2: '$name' is no step of $config" "steps: ${steps[*]}"
+  done
+}
+
+# Before anything runs: an interrupted run goes on without --again.
+forget_steps() {
+  local name folder anew=no
+  for name in "${steps[@]}"; do
+    ! among "$again" "$name" || anew=yes
+    [ "$anew" = yes ] || continue
+    rm -f "$out/done/$name"
+    case $name in pretrain) folder=model ;; collect) folder=store ;; *) folder=$name ;; esac
+    ! selected "$name" || [ "$name" = pack ] || rm -rf "${out:?}/$folder"
+  done
+}
+
 # job SECTION FOLDER COMMAND...: one step with the section's flags.
 job() {
   local section=$1 folder=$2 given=()
   shift 2
   [ -z "${flags[$section]}" ] || mapfile -t given <<<"${flags[$section]%$'\n'}"
   given=("${given[@]//'{out}'/$out}")
-  if [ "$dry_run" = yes ]; then printf '%s\n' "$(printf '%q ' "$@" "${given[@]}")"; return; fi
-  step "$folder" "$section" "$@" "${given[@]}"
+  if [ "$dry_run" = yes ]; then
+    ! selected "$folder" || printf '%s\n' "$(printf '%q ' "$@" "${given[@]}")"
+  elif selected "$folder"; then
+    step "$folder" "$section" "$@" "${given[@]}"
+  else
+    pass_step "$section" "$@" "${given[@]}"
+  fi
 }
 
 run_pipeline() {
@@ -170,9 +218,15 @@ pack() {
 read_config
 num_steps=${#sections[@]}
 [ "$num_steps" -gt 0 ] || die 2 "$config has no section to run" "launch/pipeline.sh --help"
-[ "$dry_run" = yes ] || begin_steps "$out"
+list_steps
+check_names --only "$only"
+check_names --again "$again"
+if [ "$dry_run" = no ]; then
+  begin_steps "$out"
+  forget_steps
+fi
 run_pipeline
-if [ -n "$traces" ] && [ "$dry_run" = no ]; then
+if [ -n "$traces" ] && [ "$dry_run" = no ] && selected pack; then
   [ "$traces" -eq 0 ] || [ -d "$out/store" ] || die 2 "[pack] has no traces: there is no $out/store"
   pack || die 4 "packing failed" "see what is said above"
 fi

@@ -14,6 +14,7 @@
 #include "evaluator/evaluation.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_store.h"
+#include "evaluator/expert_transfers.h"
 #include "evaluator/kernel_sweep.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
@@ -38,9 +39,11 @@ DEFINE_string(prompts, "",
               "--data of routecast-collect (their test part); rows for each");
 DEFINE_string(predictor, "",
               "comma list: baseline names, oracle, folders of trained runs");
-DEFINE_string(policy, "auto",
-              "on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, "
-              "memory_manager or auto; --mode=simulate takes a list");
+DEFINE_string(
+    policy, "auto",
+    "on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, "
+    "memory_manager or auto; a comma list, or all that speculate, gives rows for "
+    "each");
 DEFINE_string(eviction, "lru",
               "none, lru, lfu, lfru, least_stale or phase_aware; --mode=simulate takes a "
               "list, and belady");
@@ -56,7 +59,7 @@ DEFINE_string(
     "memories that experts move through: host:SIZE,disk or "
     "gpu:SIZE,host:SIZE,disk (the default on a CUDA device, every expert in host "
     "memory), or managed:SIZE,disk (CUDA's managed memory); the first SIZE is the "
-    "budget");
+    "budget; bytes, or a share of that memory, as in gpu:30%,host:50%,disk");
 DEFINE_string(
     copies, "lossless",
     "int8, int8_tensor, int4 or sparse: rows on compressed copies as well, LOSSY and "
@@ -106,7 +109,7 @@ DEFINE_string(report_with, "",
 DEFINE_string(cache, "", "folder of expert files; default: the user's cache folder");
 DEFINE_string(device, "auto",
               "auto, cpu, cuda or cuda:N; on a CUDA device the budget is of its memory");
-DEFINE_string(dtype, "fp32", "fp32, bf16 or fp16");
+DEFINE_string(dtype, "fp32", "Of the model and its experts: fp32, bf16 or fp16");
 
 namespace routecast {
 namespace {
@@ -137,7 +140,7 @@ EvaluationOptions OptionsFromFlags() {
   for (const std::string& folder : List(FLAGS_report_with)) {
     options.report_with.emplace_back(folder);
   }
-  options.policy = FLAGS_policy;
+  options.policies = List(FLAGS_policy);
   options.eviction = FLAGS_eviction;
   options.budgets = List(FLAGS_expert_budget);
   options.budget_given = !gflags::GetCommandLineFlagInfoOrDie("expert_budget").is_default;
@@ -251,9 +254,8 @@ void Quality() {
 void Simulate() {
   RequireSequences();
   PolicySimulationOptions options;
-  options.policies = List(FLAGS_policy);
+  options.policies = ParsePolicies(List(FLAGS_policy));
   options.evictions = List(FLAGS_eviction);
-  for (const auto& policy : options.policies) ParsePolicy(policy);
   for (const auto& eviction : options.evictions) ParseEviction(eviction);
   options.sequences = FLAGS_sequences;
   options.tokens = FLAGS_max_new_tokens;
@@ -298,10 +300,19 @@ void Transfer() {
     const at::Device device = ParseDevice(FLAGS_device, 0);
     begin();
     DeviceProfile profile = MeasureDisk(options);
+    ExpertTransferOptions experts;
+    experts.quiet = FLAGS_quiet;
+    experts.weight_bytes = device.is_cuda() ? 2 : 4;
+    experts.most_bytes = profile.memory_bytes / 4;
     if (device.is_cuda()) {
       DeviceSweepOptions sweep;
       sweep.quiet = FLAGS_quiet;
-      MeasureDevice(OpenCudaDevice(device.index()).get(), sweep, &profile);
+      const std::unique_ptr<DeviceCopy> card = OpenCudaDevice(device.index());
+      MeasureDevice(card.get(), sweep, &profile);
+      experts.most_bytes = std::min(experts.most_bytes, card->FreeBytes() / 4);
+      profile.experts = MeasureExpertTransfers(card.get(), experts);
+    } else {
+      profile.experts = MeasureExpertTransfers(nullptr, experts);
     }
     // What the runtime computes in: fp32 on a CPU, bf16 on a card.
     constexpr double kSeconds = 0.5;

@@ -10,7 +10,6 @@
 #include "common/recorded_run.h"
 #include "launch/flags.h"
 #include "launch/main.h"
-#include "models/device_choice.h"
 #include "trainer/pretrainer.h"
 
 DECLARE_bool(quiet);
@@ -95,7 +94,6 @@ constexpr double kDeadlineSeconds = 45;  // that a rank waits for the others
 // Headline figures; nothing in a dry run.
 Json PretrainOn(MpiSession& session, const RankInfo& rank, PretrainJob job) {
   job.device = ParseDevice(FLAGS_device, rank.local_rank);
-  CheckOwnDevice(FLAGS_device, job.device, rank.local_world, NumCudaDevices());
   SetComputeThreads(ThreadsPerRank(rank.local_world));
   const auto comm =
       MakeCommunicator(session, job.device, kDeadlineSeconds, job.out / "watchdog");

@@ -15,7 +15,6 @@
 #include "launch/main.h"
 #include "launch/train_flags.h"
 #include "models/checkpoint.h"
-#include "models/device_choice.h"
 #include "models/speculation_onnx.h"
 #include "trainer/run_plan.h"
 #include "trainer/speculation_size.h"
@@ -267,7 +266,6 @@ void OpenDatasets(TraceDatasetOptions options, int local_world, SpeculationJob* 
 Json Train(MpiSession& session, const RankInfo& rank, Asked asked, RecordedRun* record) {
   SpeculationJob& job = asked.job;
   job.device = ParseDevice(FLAGS_device, rank.local_rank);
-  CheckOwnDevice(FLAGS_device, job.device, rank.local_world, NumCudaDevices());
   SetComputeThreads(ThreadsPerRank(rank.local_world));
   const auto comm =
       MakeCommunicator(session, job.device,

@@ -18,13 +18,22 @@ begin_steps() {  # begin_steps FOLDER
   exec 9>"$steps_folder/lock"
   flock -n 9 || die 4 "another run is at work in $steps_folder" "wait for it, or give another folder"
 }
+# The keys of earlier steps go in: what follows a step that ran anew runs anew too.
+extend_chain() {  # extend_chain COMMAND...
+  step_number=$((step_number + 1))
+  chain=$(printf '%s\n' "$chain" "$@" | sha256sum | cut -c1-16)
+}
+pass_step() {  # pass_step WHAT COMMAND...: it is not run now; later steps are as if it were
+  local what=$1
+  shift
+  extend_chain "$@"
+  printf '[%d/%d] %s: left out\n' "$step_number" "$num_steps" "$what"
+}
 # step NAME WHAT COMMAND...: runs COMMAND unless it was done with these arguments before.
 step() {
   local name=$1 what=$2 begin=$SECONDS code=0 key
   shift 2
-  step_number=$((step_number + 1))
-  # The keys of earlier steps go in: what follows a step that ran anew runs anew too.
-  chain=$(printf '%s\n' "$chain" "$@" | sha256sum | cut -c1-16)
+  extend_chain "$@"
   key=$chain
   if [ "$(head -1 "$steps_folder/done/$name" 2>/dev/null)" = "$key" ]; then
     times+=("$(printf '%-44s %5s s (done before)' "$what" "$(sed -n 2p "$steps_folder/done/$name")")")

@@ -40,18 +40,6 @@ c10::Device ChooseDevice(const std::string& name, int local_rank, int num_cuda) 
                     : "use --device=cuda:0 to cuda:" + std::to_string(num_cuda - 1)));
 }
 
-void CheckOwnDevice(const std::string& name, c10::Device device, int local_world,
-                    int num_cuda) {
-  if (!device.is_cuda() || local_world == 1) return;
-  const bool one_for_all = IndexOf(name) >= 0;
-  if (!one_for_all && local_world <= num_cuda) return;
-  throw UsageError(ErrorText(
-      "--device=" + name + ": ranks would share a CUDA device, which NCCL refuses",
-      std::to_string(local_world) + " ranks on this machine, " + Found(num_cuda),
-      one_for_all ? "use --device=cuda, which gives each rank its own"
-                  : "start a rank a device, or use --device=cpu"));
-}
-
 void Synchronize(c10::Device device) {
   if (device.is_cpu()) return;
   c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());

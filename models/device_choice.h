@@ -12,11 +12,6 @@ namespace routecast {
 // there is none. Throws EnvironmentError (no such device), UsageError (not a name).
 c10::Device ChooseDevice(const std::string& name, int local_rank, int num_cuda);
 
-// For ranks that reduce among themselves by NCCL: it takes no two ranks on one device.
-// Throws UsageError where `local_world` ranks of this machine would share one.
-void CheckOwnDevice(const std::string& name, c10::Device device, int local_world,
-                    int num_cuda);
-
 // Returns when `device` has done all work given to it; at once for the CPU.
 void Synchronize(c10::Device device);
 

@@ -88,13 +88,13 @@ class StaticDecoder {
   ForwardOptions options_;
   int64_t rows_, num_source_, num_positions_, steps_ = 0;
   bool ready_ = false;
+  StepGraph graph_;  // before what it made: its memory goes back when nothing lies there
   at::Tensor ids_R1_, live_R1_, position_, keys_L_, distance_bias_LH_, cross_bias_;
   at::Tensor row_R_;  // int32: each row's own number
   std::vector<Memory> memory_;
   std::vector<MoeLayer> layers_;
   at::Tensor hidden_R1D_, self_bias_;  // of the step, from part to part
   at::Tensor expert_outputs_RD_, output_R1D_, logits_RV_;  // of the step
-  StepGraph graph_;
 };
 
 }  // namespace routecast

@@ -19,6 +19,8 @@ class StepGraph {
   static constexpr int kWarmUps = 2;  // whole steps before the one that records
 
   explicit StepGraph(c10::Device device, size_t num_parts = 1);
+  // Gives back the device's memory of the recordings, but for what tensors that they made
+  // still hold.
   ~StepGraph();
   // Runs `step`, behind what is queued on the current stream; what is queued there later
   // runs behind it. REQUIRES of `step`, where the device is a GPU: the same work on the

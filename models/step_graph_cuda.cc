@@ -39,14 +39,14 @@ struct StepGraph::Recording {
 
   Recording(c10::Device on, size_t num_parts)
       : device(on), stream(RecordingStream(on.index())), graphs(num_parts) {}
+  ~Recording() { Forget(); }
 
   // All parts are recorded in one step or none is: what a part reads of the one before
   // lies where that one's recording put it.
   void BeginStep() {
     if (phase == Phase::kRecorded || phase == Phase::kAsItIs) return;
     if (phase != Phase::kWarmingUp) {  // failed, or ended early
-      for (auto& graph : graphs) graph.reset();
-      kept_bytes = 0;
+      Forget();
     }
     if (phase == Phase::kFailed) {
       phase = Phase::kAsItIs;
@@ -57,6 +57,16 @@ struct StepGraph::Recording {
   void EndStep() {
     if (phase == Phase::kWarmingUp) ++warm_ups;
     if (phase == Phase::kRecording) phase = Phase::kRecorded;
+  }
+
+  // The allocator would keep a pool that nothing records into any more until the device
+  // is full, and each recording has one of its own.
+  void Forget() {
+    for (auto& graph : graphs) graph.reset();
+    if (pool != c10::MempoolId_t{})
+      Quietly([&] { c10::cuda::CUDACachingAllocator::emptyCache(pool); });
+    pool = {};
+    kept_bytes = 0;
   }
 
   // Recording does not run anything. Where it fails the stream is as it was.

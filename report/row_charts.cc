@@ -153,7 +153,12 @@ bool IsLossy(const Json& row) {
 }
 
 std::string Labelled(const Json& row) {
-  return RowName(row) + (IsLossy(row) ? ", LOSSY " + TextOf(row, "copies") : "");
+  // A comparison may have a predictor's rows with several policies.
+  const std::string policy = TextOf(row, "policy"), predictor = TextOf(row, "predictor");
+  const bool named =
+      !predictor.empty() && predictor != "none" && !policy.empty() && policy != "auto";
+  return RowName(row) + (named ? ", " + policy : "") +
+         (IsLossy(row) ? ", LOSSY " + TextOf(row, "copies") : "");
 }
 
 std::vector<std::string> SpeedCharts(const RowGroup& group) {

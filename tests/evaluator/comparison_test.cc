@@ -39,8 +39,9 @@ class ComparisonTest : public testing::Test {
   ComparisonResult Compare(std::vector<ExpertPredictor*> predictors) {
     replay_.batch = options_.batch;
     ReplayWorkload workload(traces_.geometry, SyntheticTraces(traces_, 4, 1), replay_);
-    const auto file = SyntheticExperts(folder_, workload.geometry(), replay_.d_ff, 1,
-                                       replay_.encoder, replay_.decoder, true);
+    const auto file =
+        SyntheticExperts(folder_, workload.geometry(), replay_.d_ff, 1, replay_.encoder,
+                         replay_.decoder, at::kFloat, true);
     if (options_.budget_bytes == 0)
       options_.budget_bytes = 6 * file->spec().stride_bytes();
     if (copies_ != CopyKind::kLossless)
@@ -55,6 +56,17 @@ class ComparisonTest : public testing::Test {
   ComparisonOptions options_;
   CopyKind copies_ = CopyKind::kLossless;
 };
+
+TEST(RowInTurnTest, ARowFollowsEachNeighbourInTurn) {
+  std::set<size_t> before_row_1, turns;
+  for (size_t i = 0; i < 64; ++i) {
+    const auto row = [&](size_t t) { return RowInTurn(t, static_cast<int>(i / 8), 8); };
+    turns.insert(i / 8 * 8 + row(i % 8));
+    if (i % 8 > 0 && row(i % 8) == 1) before_row_1.insert(row(i % 8 - 1));
+  }
+  EXPECT_EQ(turns.size(), 64u) << "each row once a round";
+  EXPECT_EQ(before_row_1, (std::set<size_t>{0, 2}));
+}
 
 TEST_F(ComparisonTest, AllRowsPutOutTheSameBits) {
   SignalPredictor predictor(traces_);

@@ -56,6 +56,16 @@ TEST_F(DeviceCopyGpuTest, MoreThanTheDeviceHasIsNamed) {
   EXPECT_NE(device->Allocate(1 << 20), nullptr);  // and the device is still good
 }
 
+TEST_F(DeviceCopyGpuTest, WhatIsFreedIsThereAgain) {
+  const auto device = OpenCudaDevice(0);
+  const uint64_t before = device->FreeBytes();
+  std::byte* slab = device->Allocate(uint64_t{256} << 20);
+  EXPECT_LE(device->FreeBytes(), before - (uint64_t{200} << 20));
+  device->Free(slab);
+  EXPECT_GE(device->FreeBytes(), before - (uint64_t{50} << 20));
+  EXPECT_GE(device->MemoryBytes(), before);
+}
+
 TEST_F(DeviceCopyGpuTest, TheTwoHopEngineFillsSlots) {
   const fs::path path =
       fs::temp_directory_path() / ("device_gpu." + std::to_string(::getpid()));

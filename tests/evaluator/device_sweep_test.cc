@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "evaluator/expert_transfers.h"
 #include "evaluator/kernel_sweep.h"
 #include "tests/evaluator/fake_device.h"
 
@@ -47,10 +48,73 @@ TEST(DeviceSweepTest, TheLinkIsWhatTheDeviceDoes) {
   EXPECT_EQ(pageable, 8);
   EXPECT_EQ(beside, 1);
   EXPECT_EQ(both_ways, 1);
+  // Ten of them are as long as the transfer, which they go on beside, but for the last.
+  EXPECT_GE(log->copies_within, 5 * 10);
+  EXPECT_TRUE(log->slabs.empty()) << "what was measured with is given back";
   EXPECT_EQ(log->copied_back % (4u << 20), 0u);
   EXPECT_GE(log->copied_back, 5u * (4u << 20));
   EXPECT_EQ(log->registered.size(), 1u);
   EXPECT_EQ(log->unregistered, 1);
+}
+
+ExpertTransferOptions FewExperts() {
+  ExpertTransferOptions options;
+  options.shapes = {{64, 128}, {128, 256}};
+  options.experts = {1, 3};
+  options.trials = 7;
+  options.quiet = true;
+  return options;
+}
+
+// One copy an expert: each pays what a copy costs.
+TEST(ExpertTransfersTest, ExpertsTakeACopyEach) {
+  auto log = std::make_shared<FakeDeviceLog>();
+  log->allocation_seconds = 1e-3;
+  FakeDevice device(log, 20e9, 5e-6);
+  const auto rows = MeasureExpertTransfers(&device, FewExperts());
+  ASSERT_EQ(rows.size(), 6u * 4) << "three copies and three allocations";
+  int pinned = 0;
+  for (const ExpertTransfer& row : rows) {
+    EXPECT_EQ(row.bytes,
+              4u * static_cast<uint64_t>(row.d_model * row.d_ff * row.experts));
+    EXPECT_EQ(row.trials, 7) << row.what;
+    const double bytes = static_cast<double>(row.bytes), copies = row.experts;
+    if (row.what == "to the device, pinned") {
+      ++pinned;
+      EXPECT_NEAR(row.mean, copies * 5e-6 + bytes / 20e9, 1e-9);
+      EXPECT_NEAR(row.deviation, 0, 1e-12);
+    } else if (row.what == "to the device, pageable") {
+      EXPECT_NEAR(row.mean, copies * 5e-6 + bytes / 10e9, 1e-9);
+    } else if (row.what == "within the device") {
+      EXPECT_NEAR(row.mean, bytes / 200e9, 1e-9);
+    } else if (row.what == "allocation, device") {
+      EXPECT_NEAR(row.mean, 1e-3, 1e-9);
+    }
+  }
+  EXPECT_EQ(pinned, 4);
+  EXPECT_EQ(log->registered.size(), static_cast<size_t>(log->unregistered));
+  EXPECT_TRUE(log->slabs.empty()) << "what was measured with is given back";
+}
+
+TEST(ExpertTransfersTest, WithoutADeviceHostMemoryIsMeasured) {
+  ExpertTransferOptions options = FewExperts();
+  options.most_bytes = 3 * 4 * 64 * 128;  // of the larger shape not even one
+  const auto rows = MeasureExpertTransfers(nullptr, options);
+  ASSERT_EQ(rows.size(), 4u);
+  for (const ExpertTransfer& row : rows) {
+    EXPECT_EQ(row.d_model, 64);
+    EXPECT_GT(row.mean, 0);
+    EXPECT_GE(row.trials, 3);
+  }
+  EXPECT_EQ(rows.front().what, "within host memory");
+  EXPECT_EQ(rows.back().what, "allocation, pageable");
+}
+
+TEST(ExpertTransfersTest, ACopyThatNeverCompletesIsNamed) {
+  auto log = std::make_shared<FakeDeviceLog>();
+  log->hanging = true;
+  FakeDevice device(log, 20e9);
+  EXPECT_THROW(MeasureExpertTransfers(&device, FewExperts()), EnvironmentError);
 }
 
 TEST(DeviceSweepTest, TheProfileKeepsItsPointsInJson) {
@@ -62,7 +126,10 @@ TEST(DeviceSweepTest, TheProfileKeepsItsPointsInJson) {
   disk.seconds = 1e-3;
   profile.sweep.push_back(disk);
   MeasureDevice(&device, Small(), &profile);
+  profile.experts = MeasureExpertTransfers(&device, FewExperts());
   const Json json = profile.ToJson();
+  EXPECT_EQ(json["experts"].size(), profile.experts.size());
+  EXPECT_EQ(json["experts"][0]["what"], "to the device, pageable");
   EXPECT_FALSE(json["sweep"][0]["to_device"].get<bool>());
   EXPECT_TRUE(json["sweep"][1]["to_device"].get<bool>());
   const DeviceProfile read = DeviceProfile::FromJson(json, "test");
@@ -70,6 +137,7 @@ TEST(DeviceSweepTest, TheProfileKeepsItsPointsInJson) {
   EXPECT_EQ(read.memory_bytes, profile.memory_bytes);
   EXPECT_NE(ProfileTable(profile).find("16.00 GiB free"), std::string::npos);
   EXPECT_NE(ProfileTable(profile).find("pinned"), std::string::npos);
+  EXPECT_NE(ProfileTable(profile).find("allocation, device"), std::string::npos);
 }
 
 TEST(KernelSweepTest, ProductsTakeTheirTime) {

@@ -2,6 +2,8 @@
 // row.
 #include <unistd.h>
 
+#include <set>
+
 #include "evaluator/evaluation.h"
 #include "gtest/gtest.h"
 #include "tests/evaluator/synthetic_store.h"
@@ -51,6 +53,41 @@ TEST_P(DtypeTest, EveryRowHasTheBitsOfTheResidentModel) {
     EXPECT_NE(entry.path().stem().string().find("-" + GetParam()), std::string::npos);
   }
   EXPECT_EQ(files, 1);
+}
+
+// The same where the model is synthetic.
+TEST_P(DtypeTest, EveryRowOfAReplayHasTheSameBits) {
+  WriteSyntheticStore(folder_ / "store", RandomCheckpoint(SmallConfig(), 3).config);
+  EvaluationOptions options;
+  options.store = folder_ / "store";
+  options.cache = folder_ / "cache";
+  options.out = folder_ / "out";
+  options.dtype = GetParam();
+  options.compare = true;
+  options.phase = "both";
+  options.rounds = options.warmup_rounds = 1;
+  options.max_new_tokens = 4;
+  options.quiet = true;
+  options.peak_seconds = 0.02;
+  options.replay.d_model = 32;
+  options.replay.d_ff = 64;
+  options.replay.d_kv = 8;
+  options.replay.num_heads = 4;
+  options.replay.vocab_size = 128;
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  const Json results = ReadJsonFile(options.out / "results.json");
+  std::set<std::string> hashes;
+  for (const Json& row : results["rows"]) hashes.insert(row["output_sha256"]);
+  EXPECT_EQ(hashes.size(), 1u);
+  const uint64_t expert = 2 * 32 * 64 * (GetParam() == "fp32" ? 4u : 2u);
+  EXPECT_EQ(results["rows"][0]["held_bytes_peak"].get<uint64_t>() %
+                ((expert + 4095) / 4096 * 4096),
+            0u);
+  bool suffix = GetParam() == "fp32";
+  for (const auto& entry : fs::directory_iterator(options.cache))
+    suffix = suffix || entry.path().stem().string().ends_with("-" + GetParam());
+  EXPECT_TRUE(suffix) << "files of other types are others";
 }
 
 INSTANTIATE_TEST_SUITE_P(Types, DtypeTest, testing::Values("fp32", "bf16", "fp16"),

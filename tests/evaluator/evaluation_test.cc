@@ -75,6 +75,29 @@ TEST_F(EvaluationTest, ReplayWritesResultsAndReport) {
             static_cast<long>(results["rows"].size()) + 1);
 }
 
+TEST_F(EvaluationTest, EveryPolicyHasItsRowAndTheSameBits) {
+  EvaluationOptions options = Options();
+  options.policies = {"all"};
+  options.predictor = {"frequency"};
+  options.baselines = "none";
+  options.out = folder_ / "policies";
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  std::multiset<std::string> policies;
+  std::set<std::string> outputs;
+  const Json results = ReadJsonFile(options.out / "results.json");
+  for (const Json& row : results["rows"]) {
+    outputs.insert(row["output_sha256"].get<std::string>());
+    if (row["predictor"] == "frequency") policies.insert(row["policy"]);
+  }
+  EXPECT_EQ(policies, (std::multiset<std::string>{"adaptive_top_k", "auto", "confident",
+                                                  "intelligent", "memory_manager",
+                                                  "multi_look", "top_k"}));
+  EXPECT_EQ(outputs.size(), 1u);
+  const std::string table = ReadFile(options.out / "table.txt", 1 << 20);
+  EXPECT_NE(table.find("fastest within the budget (decoder): "), std::string::npos);
+}
+
 TEST_F(EvaluationTest, FrequentIdsAreThoseOfTheTrainPart) {
   const TraceReader reader(folder_ / "store");
   std::map<int64_t, int> said;

@@ -34,8 +34,10 @@ struct FakeDeviceLog {
   std::vector<uint64_t> registered;   // sizes
   int unregistered = 0;
   uint64_t copied_back = 0;
+  int copies_within = 0;
+  double allocation_seconds = 0;
   std::vector<std::unique_ptr<std::byte[]>> slabs;
-  uint64_t free_bytes = uint64_t{1} << 34;
+  uint64_t free_bytes = uint64_t{1} << 34, memory_bytes = uint64_t{1} << 34;
   int decoded = 0;
   // Managed memory: its pages on the device, by address, and the most there were.
   std::vector<std::pair<std::byte*, uint64_t>> managed;
@@ -66,11 +68,21 @@ class FakeDevice : public DeviceCopy {
   std::byte* Allocate(uint64_t bytes) override {
     std::lock_guard lock(log_->mutex);
     log_->slabs.push_back(std::make_unique<std::byte[]>(bytes));
+    now_ += log_->allocation_seconds;
     return log_->slabs.back().get();
+  }
+  void Free(std::byte* slab) override {
+    std::lock_guard lock(log_->mutex);
+    if (std::erase_if(log_->slabs, [&](const auto& s) { return s.get() == slab; }) != 1)
+      throw std::logic_error("FakeDevice: what is freed was not allocated");
   }
   uint64_t FreeBytes() const override {
     std::lock_guard lock(log_->mutex);
     return log_->free_bytes;
+  }
+  uint64_t MemoryBytes() const override {
+    std::lock_guard lock(log_->mutex);
+    return log_->memory_bytes;
   }
   void Register(std::byte* host, uint64_t bytes) override {
     std::lock_guard lock(log_->mutex);
@@ -117,13 +129,14 @@ class FakeDevice : public DeviceCopy {
     queue_.push_back({++last_, host, device, bytes, free_at_});
     return last_;
   }
-  // Ten times the link's rate each way, on a way of its own: over after a pause or two.
+  // Ten times the link's rate, on a way of its own, one after another.
   Ticket CopyWithinAsync(std::byte* to, const std::byte* from, uint64_t bytes,
                          int) override {
     std::lock_guard lock(log_->mutex);
-    const double over_at =
-        std::max(free_at_, now_) + static_cast<double>(bytes) / (10 * rate_);
-    queue_.push_back({++last_, to, from, bytes, over_at});
+    ++log_->copies_within;
+    within_free_at_ =
+        std::max(within_free_at_, now_) + static_cast<double>(bytes) / (10 * rate_);
+    within_.push_back({++last_, to, from, bytes, within_free_at_});
     return last_;
   }
   std::byte* AllocateManaged(uint64_t bytes) override {
@@ -158,12 +171,13 @@ class FakeDevice : public DeviceCopy {
   }
   bool IsOver(Ticket ticket) override {
     std::lock_guard lock(log_->mutex);
-    while (!log_->hanging && !queue_.empty() && queue_.front().over_at <= now_) {
-      std::memmove(queue_.front().device, queue_.front().host, queue_.front().bytes);
-      queue_.pop_front();
-      ++log_->over;
-    }
-    return queue_.empty() || ticket < queue_.front().ticket;
+    log_->over += Land(&queue_);
+    Land(&within_);
+    const auto has = [&](const std::deque<Pending>& way) {
+      return std::any_of(way.begin(), way.end(),
+                         [&](const Pending& p) { return p.ticket == ticket; });
+    };
+    return !has(queue_) && !has(within_);
   }
   double Now() const override {
     std::lock_guard lock(log_->mutex);
@@ -174,8 +188,12 @@ class FakeDevice : public DeviceCopy {
     log_->changed.wait(lock, [&] { return !log_->held; });
     if (log_->hanging) {
       now_ += 1;
-    } else if (!queue_.empty()) {
-      now_ = std::max(now_, queue_.front().over_at);
+    } else if (!queue_.empty() || !within_.empty()) {
+      double next = 1e300;
+      for (const auto* way : {&queue_, &within_}) {
+        if (!way->empty()) next = std::min(next, way->front().over_at);
+      }
+      now_ = std::max(now_, next);
     } else {
       now_ += seconds;
     }
@@ -199,12 +217,21 @@ class FakeDevice : public DeviceCopy {
     uint64_t bytes;
     double over_at;
   };
+  // What is over arrives; how many.
+  size_t Land(std::deque<Pending>* way) {
+    size_t count = 0;
+    for (; !log_->hanging && !way->empty() && way->front().over_at <= now_; ++count) {
+      std::memmove(way->front().device, way->front().host, way->front().bytes);
+      way->pop_front();
+    }
+    return count;
+  }
   std::shared_ptr<FakeDeviceLog> log_;
   double rate_, fixed_;
   std::vector<std::pair<std::byte*, uint64_t>> pinned_;
-  std::deque<Pending> queue_;
+  std::deque<Pending> queue_, within_;  // of the link, of the device's memory
   Ticket last_ = 0;
-  double now_ = 0, free_at_ = 0;
+  double now_ = 0, free_at_ = 0, within_free_at_ = 0;
 };
 
 }  // namespace routecast

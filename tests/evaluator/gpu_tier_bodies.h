@@ -58,8 +58,10 @@ class GpuTierBodies : public testing::Test {
     return ReadJsonFile(options.out / "results.json");
   }
   // Whatever waits behind the device, one output.
-  void EveryRowPutsOutTheSameBits(bool generates) {
-    const Json results = Run(Options(generates));
+  void EveryRowPutsOutTheSameBits(bool generates, const char* dtype = "fp32") {
+    EvaluationOptions options = Options(generates);
+    options.dtype = dtype;
+    const Json results = Run(options);
     std::set<std::string> hashes, policies;
     for (const Json& row : results["rows"]) {
       EXPECT_EQ(row["tier"], managed_ ? "managed" : "gpu");

@@ -22,6 +22,12 @@ TEST_F(GpuTierGpuTest, AReplaysRowsPutOutTheSameBits) {
 TEST_F(GpuTierGpuTest, AGenerationsRowsPutOutTheSameBits) {
   EveryRowPutsOutTheSameBits(true);
 }
+TEST_F(GpuTierGpuTest, RowsOfSixteenBitsPutOutTheSameBits) {
+  for (const char* dtype : {"bf16", "fp16"}) {
+    EveryRowPutsOutTheSameBits(false, dtype);
+    EveryRowPutsOutTheSameBits(true, dtype);
+  }
+}
 TEST_F(GpuTierGpuTest, ManagedMemoryPutsOutTheSameBits) {
   managed_ = true;
   for (const bool generates : {false, true}) EveryRowPutsOutTheSameBits(generates);

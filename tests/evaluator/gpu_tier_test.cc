@@ -1,4 +1,8 @@
 // The programs' gpu tier on a fake device, whose memory the CPU computes from.
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+
 #include "common/errors.h"
 #include "evaluator/evaluation_setup.h"
 #include "models/device_choice.h"
@@ -28,6 +32,11 @@ TEST_F(GpuTierTest, AReplaysRowsPutOutTheSameBits) {
 
 TEST_F(GpuTierTest, AGenerationsRowsPutOutTheSameBits) {
   EveryRowPutsOutTheSameBits(true);
+}
+
+TEST_F(GpuTierTest, RowsOfSixteenBitsPutOutTheSameBits) {
+  for (const char* dtype : {"bf16", "fp16"}) EveryRowPutsOutTheSameBits(false, dtype);
+  EveryRowPutsOutTheSameBits(true, "bf16");
 }
 
 // As on a card: each step in parts, whose experts are looked up in tables of slots.
@@ -114,6 +123,37 @@ TEST_F(GpuTierTest, ADryRunNamesTheWay) {
   Evaluate(options, Json::object());
   EXPECT_NE(testing::internal::GetCapturedStdout().find("(a few in passing) -> "),
             std::string::npos);
+}
+
+TEST_F(GpuTierTest, WhatIsInUseOnTheDeviceIsReported) {
+  log_->free_bytes = log_->memory_bytes - 5 * 1048576;
+  const EvaluationOptions options = Options(false);
+  EXPECT_EQ(Run(options)["device_peak_bytes"], 5 * 1048576);
+  std::ifstream table(options.out / "table.txt");
+  const std::string text{std::istreambuf_iterator<char>(table), {}};
+  EXPECT_NE(text.find("device memory: 5.00 MiB in use at most"), std::string::npos);
+}
+
+// The published hierarchy: a share of the device, a share of host memory, what is
+// compressed behind them.
+TEST_F(GpuTierTest, SharesOfTheMemoriesAreSizes) {
+  EvaluationOptions options = Options(false);
+  options.budget_given = false;
+  log_->memory_bytes = 20 * 16384;
+  options.tier = "gpu:30%,host:50%,disk";
+  const TierChain chain = PlacementOf(options).tiers.chain;
+  EXPECT_EQ(chain.gpu_bytes, 6u * 16384);
+  EXPECT_EQ(chain.host_bytes, HostMemoryBytes() / 2);
+  options.copies = "int8";
+  const Json results = Run(options);
+  uint64_t most = 0;
+  for (const Json& row : results["rows"]) {
+    if (row["policy"] != "resident")
+      most = std::max(most, row["held_bytes_peak"].get<uint64_t>());
+  }
+  EXPECT_GT(most, 4u * 16384) << "what passes is small beside the slots";
+  EXPECT_LE(most, 6u * 16384);
+  EXPECT_GT(log_->decoded, 0);
 }
 
 // A machine's own link is shown as it is, unless pacing is asked for.

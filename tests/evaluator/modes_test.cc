@@ -433,6 +433,21 @@ TEST(StatusTest, NamesEachDeviceAndWhatItHasFree) {
   EXPECT_THAT(text, HasSubstr(" free\ndevice: it fell off the bus\n"));
 }
 
+// A build with CUDA on a machine without a card has CUDA all the same.
+TEST(StatusTest, TellsABuildWithoutCudaFromAMachineWithoutACard) {
+  bool has_body = true;
+  try {
+    OpenCudaDevice(1000);
+  } catch (const EnvironmentError& e) {
+    has_body = std::string(e.what()).find("this build has no CUDA") == std::string::npos;
+  }
+  const Json machine = MachineStatus();
+  EXPECT_EQ(machine["cuda_built"].get<bool>(), has_body);
+  if (machine["cuda_devices"].get<int>() > 0) return;
+  EXPECT_THAT(machine["missing"].dump(), HasSubstr(has_body ? "--device=cuda is refused ("
+                                                            : "serves the CPU alone"));
+}
+
 TEST(TimelineTest, SpansOfALaneNeverOverlap) {
   Timeline timeline;
   timeline.BeginProcess("row");

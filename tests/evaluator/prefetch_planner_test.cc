@@ -269,6 +269,11 @@ TEST(PrefetchPlannerTest, ConfidentStartsNothingBelowSeventyPercent) {
 
 TEST(PrefetchPlannerTest, UnknownPolicyNamesTheNearest) {
   EXPECT_THROW(ParsePolicy("topk"), UsageError);
+  EXPECT_EQ(ParsePolicies({"top_k", "on_demand"}),
+            (std::vector<std::string>{"top_k", "on_demand"}));
+  EXPECT_EQ(ParsePolicies({"all"}).size(), 7u) << "all that speculate";
+  EXPECT_THROW(ParsePolicies({"top_k", "all"}), UsageError);
+  EXPECT_THROW(ParsePolicies({}), UsageError);
 }
 
 }  // namespace

@@ -365,6 +365,29 @@ TEST_P(PrefetchRuntimeTest, APredictorThatIsOffIsToldNothingUntilTheNextTrial) {
   EXPECT_NE(std::find(told_in.begin(), told_in.end(), true), told_in.end());
 }
 
+TEST_P(PrefetchRuntimeTest, ARowThatIsOffMovesWhatOnDemandMoves) {
+  DiskTransferEngine engine(file_, 6, {});
+  RuntimeOptions options;
+  options.num_slots = 6;
+  options.gauge = {2, 1, 100'000, 100'000, 0};  // one trial, of four steps
+  const auto moved = [&](const char* policy, std::unique_ptr<Foresight> foresight) {
+    options.planner.policy = ParsePolicy(policy);
+    PrefetchRuntime runtime(file_->spec(), &engine, std::move(foresight), options);
+    for (int i = 0; i < 5; ++i) Decode(&runtime, &runtime);  // the encoder's trial, too
+    EXPECT_EQ(runtime.speculation_helps(Stack::kDecoder), policy != std::string("auto"));
+    runtime.ResetStats();
+    Decode(&runtime, &runtime);
+    const PhaseStats stats = runtime.stats(Stack::kDecoder);
+    EXPECT_EQ(stats.speculations, 0);
+    EXPECT_EQ(stats.predictor_seconds + stats.aside_seconds, 0) << "it is not asked";
+    return std::tuple(stats.uses, stats.hits, stats.bytes_useful);
+  };
+  int told = 0;
+  EXPECT_EQ(moved("auto", std::make_unique<CountingForesight>(&told)),
+            moved("on_demand", nullptr));
+  EXPECT_GT(told, 0);
+}
+
 TEST_P(PrefetchRuntimeTest, OracleHitsWhatItForesees) {
   DiskTransferEngine engine(file_, 16, {});
   auto first = Runtime(&engine, 16, Eviction::kLru, "on_demand", nullptr);

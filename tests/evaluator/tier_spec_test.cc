@@ -28,6 +28,21 @@ TEST(TierSpecTest, ReadsChains) {
   EXPECT_STREQ(ParseTiers("host,disk").fastest(), "host");
 }
 
+TEST(TierSpecTest, ASizeMayBeAShareOfItsMemory) {
+  const TierChain chain = ParseTiers("gpu:30%,host:50%,disk");
+  EXPECT_EQ(chain.gpu_bytes, std::nullopt);
+  EXPECT_DOUBLE_EQ(*chain.gpu_share, 0.3);
+  const TierChain sized = WithSizes(chain, 20 * kGiB, 64 * kGiB);
+  EXPECT_EQ(sized, (TierChain{true, 6 * kGiB, 32 * kGiB}));
+  EXPECT_EQ(TierBudget(sized, 7, false), 6 * kGiB);
+  const TierChain mixed = WithSizes(ParseTiers("gpu:1GiB,host:25%,disk"), 0, 64 * kGiB);
+  EXPECT_EQ(mixed, (TierChain{true, kGiB, 16 * kGiB}));
+  EXPECT_EQ(WithSizes(ParseTiers("managed:12.5%,disk"), 8 * kGiB, 0),
+            (TierChain{true, kGiB, {}, true}));
+  EXPECT_EQ(WithSizes(ParseTiers("host:50%,disk"), 0, 4 * kGiB),
+            (TierChain{false, {}, 2 * kGiB}));
+}
+
 TEST(TierSpecTest, WhatIsNoChainIsUsageInThreeLines) {
   for (const char* wrong : {"disk",
                             "host",
@@ -38,6 +53,13 @@ TEST(TierSpecTest, WhatIsNoChainIsUsageInThreeLines) {
                             "disk,host",
                             "host,host,disk",
                             "host:0,disk",
+                            "host:0%,disk",
+                            "host:101%,disk",
+                            "host:-5%,disk",
+                            "host:%,disk",
+                            "host:nan%,disk",
+                            "host:5x%,disk",
+                            "gpu:30%,host:50%",
                             "host:many,disk",
                             "host:,disk",
                             "host:-1,disk",

@@ -28,6 +28,12 @@ void Throw(const std::string& what) {
         "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 1.00 GiB free.\n"
         "frame #0: c10::cuda::malloc");
   }
+  if (what == "device-trouble") {
+    throw std::runtime_error(
+        "CUDA error: no kernel image is available for execution on the device\n"
+        "CUDA kernel errors might be asynchronously reported at some other API call.\n"
+        "For debugging consider passing CUDA_LAUNCH_BLOCKING=1");
+  }
   if (what == "library-memory") {
     throw std::runtime_error(
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "

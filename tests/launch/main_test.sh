@@ -17,6 +17,10 @@ check data 3 "$(code_of data)"
 check foreign-json 3 "$(code_of json)"
 check environment 4 "$(code_of environment)"
 check memory 4 "$(code_of memory)"
+check device-trouble 4 "$(code_of device-trouble)"
+error=$("$probe" device-trouble 2>&1 >/dev/null)
+check device-trouble-lines 3 "$(wc -l <<<"$error")"
+case $error in *"no kernel image"*--device=cpu*) ;; *) check device-trouble-says "what, and what to do" "$error" ;; esac
 for memory in device-memory library-memory; do
   check $memory 4 "$(code_of $memory)"
   error=$("$probe" $memory 2>&1 >/dev/null)

@@ -62,6 +62,28 @@ grep -q -- "--predictor=markov$" "$folder/calls" || fail "an own --predictor doe
 check "what was left" "train train evaluate evaluate " "$(calls)"
 "$pipeline" "$folder/config" >"$folder/log" 2>&1
 check "all done before" "" "$(calls)"
+# Some steps alone, and some anew.
+"$pipeline" --only=evaluate-own,train-hidden "$folder/config" >"$folder/log" 2>&1
+check "selected, done before" "" "$(calls)"
+grep -q "collect: left out" "$folder/log" || fail "what is left out is not said: $(cat "$folder/log")"
+check "a plan of one step" 1 "$("$pipeline" --dry_run --only=collect "$folder/config" | wc -l)"
+mkdir -p "$out/store" && touch "$out/store/old"
+"$pipeline" --only=collect --again=collect "$folder/config" >"$folder/log" 2>&1
+check "collected again, alone" "collect " "$(calls)"
+[ ! -e "$out/store/old" ] || fail "the old store is still there"
+"$pipeline" "$folder/config" >"$folder/log" 2>&1
+check "what stood on the old store" "train train evaluate evaluate " "$(calls)"
+echo 75 >"$folder/stop-evaluate"
+"$pipeline" --again=train-second "$folder/config" >"$folder/log" 2>&1
+check "a step anew, and those behind it" "train evaluate " "$(calls)"
+rm "$folder/stop-evaluate"
+"$pipeline" "$folder/config" >"$folder/log" 2>&1
+check "going on without --again" "evaluate evaluate " "$(calls)"
+for flag in --only=colect --again=train; do
+  "$pipeline" $flag "$folder/config" >/dev/null 2>"$folder/errors"
+  check "$flag" 2 $?
+  grep -q "steps: collect train-hidden" "$folder/errors" || fail "$flag: $(cat "$folder/errors")"
+done
 # Two runs in one folder would write the same files.
 flock "$out/lock" "$pipeline" "$folder/config" >"$folder/log" 2>&1
 check "a folder in use" 4 $?

@@ -55,18 +55,5 @@ TEST(DeviceChoice, WhatIsNoNameIsAUsageError) {
   }
 }
 
-TEST(DeviceChoice, RanksThatReduceByNcclShareNoDevice) {
-  const auto check = [](const char* name, int local_world) {
-    CheckOwnDevice(name, ChooseDevice(name, 0, 2), local_world, 2);
-  };
-  EXPECT_NO_THROW(check("cuda", 2));
-  EXPECT_NO_THROW(check("cuda:1", 1));
-  EXPECT_NO_THROW(check("cpu", 9));
-  EXPECT_THAT(TextOf<UsageError>([&] { check("cuda", 3); }),
-              HasSubstr("3 ranks on this machine, 2 CUDA devices"));
-  EXPECT_THAT(TextOf<UsageError>([&] { check("cuda:1", 2); }),
-              HasSubstr("use --device=cuda,"));
-}
-
 }  // namespace
 }  // namespace routecast
