@@ -2,9 +2,15 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
 #include <stdexcept>
+#include <thread>
 
 #include "common/errors.h"
+#include "common/stop.h"
 #include "rocksdb/sst_file_writer.h"
 #include "storage/context_coder.h"
 #include "storage/shard_db.h"
@@ -39,6 +45,34 @@ void ForEachMark(const ShardDb& shard,
     }
   }
   CheckStatus(it->status(), "read", shard.path());
+}
+
+// Sets a flag when a stop is requested, while RocksDB works for long.
+class StopFlag {
+ public:
+  StopFlag()
+      : set_(StopRequested()), watcher_([this](std::stop_token end) { Watch(end); }) {}
+  std::atomic<bool>* get() { return &set_; }
+
+ private:
+  void Watch(const std::stop_token& end) {
+    std::mutex mutex;
+    std::unique_lock lock(mutex);
+    std::condition_variable_any ended;
+    while (!end.stop_requested() && !set_) {
+      ended.wait_for(lock, end, std::chrono::milliseconds(50), [] { return false; });
+      if (StopRequested()) set_ = true;
+    }
+  }
+  std::atomic<bool> set_;
+  std::jthread watcher_;
+};
+
+void StopIfAsked() {
+  if (!StopRequested()) return;
+  throw StoppedError(
+      "stopped while the store was being finished; every record is readable\n"
+      "  start the same command to go on");
 }
 
 std::string Join(const std::vector<std::string>& parts) {
@@ -280,17 +314,21 @@ void ShardOwner::Compact() {
     rocksdb::ColumnFamilyMetaData files;
     db->db()->GetColumnFamilyMetaData(db->family(Family::kRouting), &files);
     if (files.file_count <= 1) continue;
-    rocksdb::CompactRangeOptions options;
     Step("compact");
-    CheckStatus(
-        db->db()->CompactRange(options, db->family(Family::kRouting), nullptr, nullptr),
-        "compact", db->path());
+    StopFlag stop;
+    rocksdb::CompactRangeOptions options;
+    options.canceled = stop.get();
+    const rocksdb::Status status =
+        db->db()->CompactRange(options, db->family(Family::kRouting), nullptr, nullptr);
+    if (status.IsIncomplete()) StopIfAsked();
+    CheckStatus(status, "compact", db->path());
   }
 }
 
 void ShardOwner::Finish() {
   Compact();
   while (!shards_.empty()) {
+    StopIfAsked();  // a seal reads every byte of new files
     const auto first = shards_.begin();
     const int shard = first->first;
     std::map<uint32_t, std::string> marks;

@@ -90,7 +90,8 @@ class ShardOwner {
   bool Ingest(uint32_t chunk, const std::string& token);
   // Merges the files of each shard's routing family into one sorted run: reads touch one
   // file. Where ids are to be coded (MakeContextModel was called), codes them first. Does
-  // nothing where it is done already.
+  // nothing where it is done already. StoppedError where a stop is requested: the store
+  // is readable, and the next job goes on.
   void Compact();
   // The end of a complete store: Compact, close, seal. It owns nothing afterwards.
   void Finish();

@@ -1,5 +1,5 @@
-// What only reads ends soon where a stop is requested, and leaves nothing half made. In
-// processes of their own: a requested stop stays requested.
+// What only reads, or finishes a store, ends soon where a stop is requested, and leaves
+// nothing half made. In processes of their own: a requested stop stays requested.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -56,6 +56,14 @@ TEST_F(StoppedReadersTest, Verify) {
 }
 TEST_F(StoppedReadersTest, Statistics) {
   ExpectStops([&] { ComputeStatistics(TraceReader(store())); });
+}
+// Of a large store either takes minutes.
+TEST_F(StoppedReadersTest, MergingOfFilesAtTheEndOfAStore) {
+  ExpectStops([&] { ShardOwner(store(), config_, 0, 1).Compact(); });
+}
+TEST_F(StoppedReadersTest, SealingOfAStore) {
+  config_.num_shards = kChunks;  // a file a shard: nothing is merged
+  ExpectStops([&] { ShardOwner(store(), config_, 0, 1).Finish(); });
 }
 // Each looks itself: counting over many ids takes seconds after the last read.
 TEST_F(StoppedReadersTest, HeldOutEntropy) {
