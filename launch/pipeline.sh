@@ -202,7 +202,10 @@ pack() {
     share=$(awk -v t="$traces" -v s="$store_bytes" -v p="$try" \
       'BEGIN { f = p / 100 * t / s; printf "%.6f", f < 1 ? f : 1 }')
     rm -rf "$out/traces"
-    "$build/bin/routecast-trace" subset --store="$out/store" --out="$out/traces" --share="$share" || break
+    if ! "$build/bin/routecast-trace" subset --store="$out/store" --out="$out/traces" --share="$share"; then
+      rm -rf "$out/traces"  # it holds what the failed subset says of itself
+      break
+    fi
     [ "$(du -sb "$out/traces" | cut -f1)" -gt "$traces" ] || break
     rm -rf "$out/traces"
   done
