@@ -1,9 +1,9 @@
 #include "collector/collected_model.h"
 
 #include <ATen/ATen.h>
-#include <unistd.h>
 
 #include "common/errors.h"
+#include "common/machine.h"
 
 namespace routecast {
 
@@ -16,11 +16,6 @@ void RequireWholeGroups(int expert_parallel, int world) {
 }
 
 namespace {
-
-uint64_t MachineMemory() {
-  return static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) *
-         static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-}
 
 void CheckExperts(int group, int num_experts) {
   if (group <= num_experts) return;
@@ -50,10 +45,10 @@ std::vector<ExpertWeights> OwnExperts(const fs::path& folder, int group, int mem
 }  // namespace
 
 void RequireMemoryFor(uint64_t bytes, int local_ranks, uint64_t total) {
-  if (bytes * static_cast<uint64_t>(local_ranks) <= total) return;
+  if (bytes <= total) return;
   throw EnvironmentError(ErrorText(
       "the model does not fit this machine's memory",
-      FormatBytes(bytes) + " of weights a rank, " + std::to_string(local_ranks) +
+      FormatBytes(bytes) + " of weights in " + std::to_string(local_ranks) +
           (local_ranks == 1 ? " rank" : " ranks") + ", " + FormatBytes(total) + " in all",
       "use --dtype=bf16, fewer ranks a machine, or --expert_parallel over machines"));
 }
@@ -81,8 +76,13 @@ void CollectedModel::RequireMemory(const SwitchConfig& config, at::ScalarType dt
                                    at::Device device, const RankInfo& rank,
                                    int expert_parallel) {
   if (!device.is_cpu()) return;
-  RequireMemoryFor(WeightBytes(config, dtype, rank, expert_parallel), rank.local_world,
-                   MachineMemory());
+  uint64_t bytes = 0;  // the ranks of a machine follow one another
+  for (int r = 0; r < rank.local_world; ++r) {
+    RankInfo local = rank;
+    local.rank = rank.rank - rank.local_rank + r;
+    bytes += WeightBytes(config, dtype, local, expert_parallel);
+  }
+  RequireMemoryFor(bytes, rank.local_world, MachineMemoryBytes());
 }
 
 CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,

@@ -18,8 +18,8 @@ void RequireWholeGroups(int expert_parallel, int world);
 Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
                         bool fingerprint);
 
-// Throws EnvironmentError where weights of `bytes` a rank cannot be in a machine's memory
-// of `total` bytes with all its `local_ranks`: the system would end some process.
+// Throws EnvironmentError where weights of `bytes`, of all `local_ranks` of a machine,
+// are more than its memory of `total` bytes: the system would end some process.
 void RequireMemoryFor(uint64_t bytes, int local_ranks, uint64_t total);
 
 class CollectedModel {

@@ -187,8 +187,8 @@ void NameLeftOut(const fs::path& store, Json* results) {
   for (size_t i = 0; i < std::min(all.size(), kMaxNamed); ++i) {
     ids.push_back(all[i].sequence_id);
   }
-  (*results)["left_out"] = {{"sequences", all.size()}, {"ids", ids}};
   if (all.empty()) return;
+  (*results)["left_out"] = {{"sequences", all.size()}, {"ids", ids}};
   std::fprintf(stderr,
                "collect: %zu sequences are left out: no numbers came out of the model; "
                "run.json names them\n",
@@ -405,7 +405,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   if (root->run) {
     if (finished) job.FinishProgress();
     Json results = job.Results();
-    if (finished && options.nonfinite == "skip") NameLeftOut(store, &results);
+    if (finished) NameLeftOut(store, &results);
     root->run->Finish(finished ? kExitDone : kExitStopped, results);
   }
   return finished ? CollectEnd::kComplete : CollectEnd::kStopped;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "common/errors.h"
+#include "common/machine.h"
 #include "evaluator/expert_budget.h"
 #include "evaluator/expert_store.h"
 #include "evaluator/predictor_set.h"
@@ -285,7 +286,7 @@ TierChain Sized(const TierChain& chain, const EvaluationOptions& options,
   uint64_t device =
       options.profile.empty() ? 0 : FindProfile(options.profile).memory_bytes;
   if (device == 0 && chain.gpu_share) device = tiers.open_device()->MemoryBytes();
-  return WithSizes(chain, device, HostMemoryBytes());
+  return WithSizes(chain, device, MachineMemoryBytes());
 }
 
 Placement UnsizedPlacementOf(const EvaluationOptions& options) {

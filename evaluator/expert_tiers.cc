@@ -113,11 +113,6 @@ int HostSlots(const TierChain& chain, const ExpertFile& file) {
                 "give it host:" + std::to_string(kLeastHostSlots * slot) + " at least"));
 }
 
-uint64_t HostMemoryBytes() {
-  return static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) *
-         static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-}
-
 uint64_t FreeFastBytes(const ExpertTierOptions& options) {
   return options.chain.gpu ? options.open_device()->FreeBytes() : FreeHostBytes();
 }

@@ -58,9 +58,6 @@ DecodingTiers OpenDecodingTiers(std::shared_ptr<const ExpertFile> copies, int sl
 // fewer than two, naming the least that works.
 int HostSlots(const TierChain& chain, const ExpertFile& file);
 
-// The machine's memory, used or not.
-uint64_t HostMemoryBytes();
-
 // Bytes of the fastest tier that are free now.
 uint64_t FreeFastBytes(const ExpertTierOptions& options);
 

@@ -20,10 +20,6 @@ bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
   return std::find(keys.begin(), keys.end(), key) != keys.end();
 }
 
-}  // namespace
-
-namespace {
-
 // The settings of all but auto are published ones; docs/runtime.md.
 const std::vector<SpeculationPolicy>& Policies() {
   static const std::vector<SpeculationPolicy> kPolicies = [] {

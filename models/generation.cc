@@ -72,10 +72,9 @@ at::Tensor ForCallback(const at::Tensor& logits, const GenerationOptions& option
 // The most probable token of each row, or kNoToken; int64 [R] on the CPU.
 at::Tensor BestIds(const at::Tensor& logits_RV) {
   const at::Tensor ids = logits_RV.argmax(-1, /*keepdim=*/true);  // a NaN's, where one is
-  // One copy off the device.
-  return ids.masked_fill(logits_RV.gather(1, ids).isnan(), kNoToken)
-      .squeeze(1)
-      .to(at::kCPU);
+  // One copy off the device. Nor is an overflow an order of tokens.
+  const at::Tensor right = logits_RV.gather(1, ids).isfinite();
+  return ids.masked_fill(right.logical_not(), kNoToken).squeeze(1).to(at::kCPU);
 }
 
 // Ends the live rows that have no next token, or refuses them.

@@ -53,11 +53,12 @@ at::Tensor WarpLogits(const at::Tensor& logits_BV, const SamplingOptions& option
 }
 
 void RefuseLogits(int64_t row, int step) {
-  throw DataError(ErrorText("no token can be chosen",
-                            "the logits of row " + std::to_string(row) + ", step " +
-                                std::to_string(step) + " are not finite",
-                            "are the weights damaged? else use a wider --dtype, or a "
-                            "higher temperature"));
+  throw DataError(
+      ErrorText("no token can be chosen",
+                "the logits of row " + std::to_string(row) + ", step " +
+                    std::to_string(step) + " are not finite",
+                "are the weights damaged? else use a wider --dtype or a higher "
+                "temperature; a collection leaves such out: --nonfinite=skip"));
 }
 
 at::Tensor SampleIds(const at::Tensor& warped_BV, const SamplingOptions& options,

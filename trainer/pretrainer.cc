@@ -277,8 +277,10 @@ class Pretrainer {
     metrics->Write(line);
   }
 
-  // On all ranks, where one of them says so.
+  // On all ranks, where one of them says so. Rank 0 may come late, from measuring: a
+  // barrier waits longer than a sum.
   void StopWhere(bool cut) {
+    comm_->Barrier();
     double ranks[1] = {cut ? 1.0 : 0.0};
     comm_->AllReduceSum(ranks);
     if (ranks[0] > 0) SaveAndStop();

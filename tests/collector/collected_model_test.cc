@@ -37,8 +37,8 @@ TEST(CollectedModel, RanksOfAGroupShareTheBytesOfExperts) {
 }
 
 TEST(CollectedModel, ThatDoesNotFitAMachineWithItsRanksIsRefused) {
-  EXPECT_NO_THROW(RequireMemoryFor(10 * kGiB, 2, 20 * kGiB));
-  EXPECT_THROW(RequireMemoryFor(10 * kGiB, 3, 20 * kGiB), EnvironmentError);
+  EXPECT_NO_THROW(RequireMemoryFor(20 * kGiB, 2, 20 * kGiB));
+  EXPECT_THROW(RequireMemoryFor(21 * kGiB, 2, 20 * kGiB), EnvironmentError);
 }
 
 }  // namespace

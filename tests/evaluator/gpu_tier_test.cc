@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "common/errors.h"
+#include "common/machine.h"
 #include "evaluator/evaluation_setup.h"
 #include "models/device_choice.h"
 #include "tests/evaluator/fake_device.h"
@@ -143,7 +144,7 @@ TEST_F(GpuTierTest, SharesOfTheMemoriesAreSizes) {
   options.tier = "gpu:30%,host:50%,disk";
   const TierChain chain = PlacementOf(options).tiers.chain;
   EXPECT_EQ(chain.gpu_bytes, 6u * 16384);
-  EXPECT_EQ(chain.host_bytes, HostMemoryBytes() / 2);
+  EXPECT_EQ(chain.host_bytes, MachineMemoryBytes() / 2);
   options.copies = "int8";
   const Json results = Run(options);
   uint64_t most = 0;

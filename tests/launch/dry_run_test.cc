@@ -1,4 +1,4 @@
-// --dry_run of a model that is larger than any memory: headers are looked at, no weights.
+// --dry_run of a model: headers are looked at, no weights.
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -11,11 +11,11 @@
 namespace routecast {
 namespace {
 
-constexpr int64_t kMostMemoryKiB = int64_t{2} << 20;  // LibTorch itself takes .5 GiB
+constexpr int64_t kMostMemoryKiB = int64_t{3} << 19;  // LibTorch itself takes .5 GiB
 
 SwitchConfig LargeConfig() {
   SwitchConfig c = TinyConfig();
-  c.d_ff = 1 << 20;  // 72 projections of 128 MiB each
+  c.d_ff = 1 << 18;  // 72 projections of 32 MiB each, 2.25 GiB
   return c;
 }
 

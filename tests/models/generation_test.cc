@@ -208,16 +208,17 @@ TEST(Generate, BeamsNeedAVocabularyTwiceAsLarge) {
 }
 
 // A damaged weight, or an overflow: the first id is no answer, nor is any order of beams.
-TEST(Generate, LogitsThatAreNoNumbersEndGreedyAndBeamsByRowAndStep) {
+TEST(Generate, LogitsThatAreNoNumbersEndEveryChoiceByRowAndStep) {
   Checkpoint checkpoint = RandomCheckpoint(SmallConfig(), 19);
   checkpoint.parameters.Get("shared.weight")[50].fill_(std::nan(""));
   ResidentModel model(std::move(checkpoint));
   Prompts in;
   in.ids.masked_fill_(in.ids == 50, 51);
   in.ids[1][0] = 50;
-  for (const int num_beams : {1, 3}) {
+  for (const auto& [num_beams, temperature] : {std::pair{1, 0.0}, {3, 0.0}, {1, 1.0}}) {
     GenerationOptions options;
     options.beams.num_beams = num_beams;
+    options.sampling.temperature = temperature;
     try {
       Generate(&model.model(), in.ids, in.valid, options);
       ADD_FAILURE() << "tokens were chosen with " << num_beams << " beams";
@@ -226,6 +227,20 @@ TEST(Generate, LogitsThatAreNoNumbersEndGreedyAndBeamsByRowAndStep) {
           << e.what();
     }
   }
+}
+
+// As of an overflow: the first of several infinite logits is no answer.
+TEST(Generate, InfiniteLogitsAreNoNumbers) {
+  Checkpoint checkpoint = RandomCheckpoint(SmallConfig(), 19);
+  at::Tensor head = checkpoint.parameters.Get("lm_head.weight");
+  for (const int token : {60, 61}) {  // one is infinite, the other its negative
+    head[token].zero_();
+    head[token][0] = (token == 60 ? 1 : -1) * std::numeric_limits<float>::infinity();
+  }
+  ResidentModel model(std::move(checkpoint));
+  Prompts in;
+  in.ids.masked_fill_(in.ids >= 60, 51);
+  EXPECT_THROW(Generate(&model.model(), in.ids, in.valid, {}), DataError);
 }
 
 TEST(Generate, WhereAskedForSuchARowEndsAndTheOthersGoOn) {

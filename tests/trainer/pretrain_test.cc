@@ -147,7 +147,7 @@ TEST_F(Pretraining, AStopIsHeardInTheStepItComesIn) {
 // stop, it is made up for: the lines are those of a run that nobody stopped.
 TEST_F(Pretraining, AStopIsHeardInValidationAndInTheLastMeasuring) {
   const fs::path text = folder_ / "long.txt";
-  WriteFileAtomic(text, SyntheticText(400, 60, 9));
+  WriteFileAtomic(text, SyntheticText(600, 60, 9));
   const std::string flags = Data(text) + "--steps=3 --sequence_tokens=128 ";
   ASSERT_EQ(RunPretrain("", flags + "--out=" + Out("valid")), 0);
   const fs::path out = Out("unvalidated");
