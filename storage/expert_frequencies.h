@@ -15,9 +15,15 @@
 
 namespace routecast {
 
+struct FrequencyLoops;
+
 class ExpertFrequencies {
  public:
-  ExpertFrequencies() { ends_[kLanes - 1] = 0; }  // no more: one is made a record
+  ExpertFrequencies();  // as wide as the machine's vectors
+  // No more is set: one is made a record.
+  explicit ExpertFrequencies(const FrequencyLoops& loops) : loops_(&loops) {
+    ends_[kLanes - 1] = 0;
+  }
   // `base` [E to whole vectors] times the row; experts that it lacks as they are.
   void FillAll(const uint16_t* base, size_t padded, const FactorRows::View& row);
   // `cumulative` base weights [E + 1 to whole vectors], times a dense row; experts that
@@ -44,8 +50,8 @@ class ExpertFrequencies {
   void AddFrom(uint16_t expert, uint32_t amount);
   // Which of kLanes ascending numbers is the first above `at`; one of them is. Without a
   // branch: none could be foretold.
-  static int FirstAbove(const uint32_t* block, uint32_t at) {
 #if defined(__x86_64__)
+  static int FirstAbove(const uint32_t* block, uint32_t at) {
     const auto* from = reinterpret_cast<const __m128i*>(block);
     const __m128i all = _mm_set1_epi32(static_cast<int>(at));  // below 2^31, as the ends
     const __m128i low = _mm_packs_epi32(_mm_cmpgt_epi32(_mm_load_si128(from), all),
@@ -54,16 +60,19 @@ class ExpertFrequencies {
                                          _mm_cmpgt_epi32(_mm_load_si128(from + 3), all));
     return __builtin_ctz(
         static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(low, high))));
+  }
 #else
+  static int FirstAbove(const uint32_t* block, uint32_t at) {
     int first = 0;
     for (size_t j = 0; j + 1 < kLanes; ++j) first += block[j] <= at;
     return first;
-#endif
   }
+#endif
 
   // Where the weights of each expert end; before them a vector whose last lane is 0.
   alignas(64) std::array<uint32_t, kLanes + kMaxCodedExperts> ends_;
   size_t padded_ = kLanes;
+  const FrequencyLoops* loops_;
 };
 
 }  // namespace routecast

@@ -79,9 +79,9 @@ class Input {
     }
     documents_ = first_document;
     AddOrThrow(NumDocuments(), documents_, reader_->path());
-    const auto& all = reader_->sequences();
-    if (!all.empty()) {
-      AddOrThrow(all.back().sequence_id, documents_ << kSegmentBits, reader_->path());
+    for (const auto* all : {&reader_->sequences(), &reader_->left_out()}) {
+      if (all->empty()) continue;
+      AddOrThrow(all->back().sequence_id, documents_ << kSegmentBits, reader_->path());
     }
   }
 

@@ -5,6 +5,7 @@
 
 #include "common/errors.h"
 #include "common/stop.h"
+#include "common/temporary_file.h"
 #include "storage/context_coder.h"
 
 namespace routecast {
@@ -17,8 +18,10 @@ bool HoldsNoStore(const fs::path& out) {
   if (!fs::exists(out)) return true;
   if (!fs::is_directory(out)) return false;
   return std::all_of(fs::directory_iterator(out), fs::directory_iterator(),
-                     [](const auto& entry) {
-                       return entry.path().filename().string().starts_with("run.json");
+                     [](const fs::directory_entry& entry) {
+                       if (!entry.is_regular_file()) return false;
+                       const fs::path name = entry.path().filename();
+                       return name == "run.json" || PathOfTemporary(name) == "run.json";
                      });
 }
 

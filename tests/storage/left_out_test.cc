@@ -61,6 +61,29 @@ class LeftOutTest : public TraceStoreTest {
     EXPECT_EQ(report.left_out, left_out_.size());
     EXPECT_EQ(report.sequences, kept_.size());
   }
+  // A store of one chunk beside the first, with these sequences and names of others.
+  fs::path Beside(const std::string& name, const std::vector<uint64_t>& held,
+                  const std::vector<uint64_t>& left_out) {
+    config_.num_chunks = 1;
+    TraceStore::CreateOrOpen(At(name), config_);
+    ShardOwner owner(At(name), config_, 0, 1);
+    ChunkWriter writer(At(name), config_, 0, "t");
+    for (const uint64_t id : held) writer.Add(RandomTrace(id, shape_));
+    for (const uint64_t id : left_out) {
+      writer.Add(Without(id, RandomTrace(id, shape_).group_id));
+    }
+    writer.Finish();
+    owner.Ingest(0, "t");
+    owner.Finish();
+    return At(name);
+  }
+  // As a merge holds it that puts `documents` before its corpus.
+  void ExpectMoved(uint64_t id, uint64_t documents) {
+    RoutingTrace trace = RandomTrace(id, shape_);
+    trace.sequence_id += documents << 16;
+    trace.document_id += documents;
+    kept_.push_back(trace);
+  }
   fs::path At(const std::string& name) const { return folder_.path() / name; }
 
   std::vector<RoutingTrace> kept_;
@@ -111,6 +134,48 @@ TEST_F(LeftOutTest, SubsetMergeAndSalvageKeepThem) {
   ExpectThem(At("merged"));
   SalvageStore(store(), At("salvaged"));
   ExpectThem(At("salvaged"));
+}
+
+TEST_F(LeftOutTest, AMergeHoldsWhatOneStoreHolds) {
+  Write({{1, 2, 3, 4}, {5, 6, 7}});
+  Beside("beside", {3, 8}, {9});
+  MergeStores({store(), At("beside")}, At("merged"), {});
+  MergeStores({At("beside"), store()}, At("other_order"), {});
+  kept_.insert(kept_.begin() + 2, RandomTrace(3, shape_));
+  kept_.push_back(RandomTrace(8, shape_));
+  left_out_.erase(left_out_.begin());  // 3
+  left_out_.push_back({9, 0, RandomTrace(9, shape_).group_id, 0, 0, false});
+  ExpectThem(At("merged"));
+  ExpectThem(At("other_order"));
+}
+
+// The first corpus is documents 0, 1 and 2: an id of the second is another, though one of
+// the first has its number.
+TEST_F(LeftOutTest, ARenumberedMergeMovesThem) {
+  Write({{1, 2, 3, 4}, {5, 6, 7}});
+  config_.corpus_fingerprint = "other";
+  Beside("beside", {3, 8}, {2, 6});
+  MergeStores({store(), At("beside")}, At("merged"), {.renumber = true});
+  ExpectMoved(3, 3);
+  ExpectMoved(8, 3);
+  for (const uint64_t id : {2, 6}) {
+    left_out_.push_back(
+        {id + 3 * 65536, 3, RandomTrace(id, shape_).group_id, 0, 0, false});
+  }
+  ExpectThem(At("merged"));
+}
+
+TEST_F(LeftOutTest, ASubsetNamesThoseOfItsGroups) {
+  const SubsetOptions half = {.share = 0.5};
+  Write({{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, {11, 12, 13, 14, 15, 16, 17, 18}});
+  const size_t all_kept = kept_.size(), all_left_out = left_out_.size();
+  const auto not_drawn = [&half](const auto& s) { return !InSubset(s.group_id, half); };
+  std::erase_if(kept_, not_drawn);
+  std::erase_if(left_out_, not_drawn);
+  ASSERT_TRUE(!kept_.empty() && kept_.size() < all_kept);
+  ASSERT_TRUE(!left_out_.empty() && left_out_.size() < all_left_out);
+  SubsetStore(store(), At("subset"), half);
+  ExpectThem(At("subset"));
 }
 
 }  // namespace

@@ -227,6 +227,18 @@ TEST_F(MergeTest, IdsThatWouldLeave64BitsAreRefused) {
   EXPECT_NE(error.find("64 bits"), std::string::npos) << error;
 }
 
+// An id that was left out is moved as the others are: it must not come to another's.
+TEST_F(MergeTest, IdsLeftOutThatWouldLeave64BitsAreRefused) {
+  StoreConfig other = config_;
+  other.corpus_fingerprint = "other";
+  RoutingTrace none;
+  none.sequence_id = ~uint64_t{0} - 5;
+  Make("a", Traces(0, 4));
+  Make("b", {RandomTrace(0, shape_), none}, other);
+  const std::string error = ErrorOf<UsageError>({At("a"), At("b")}, true);
+  EXPECT_NE(error.find("64 bits"), std::string::npos) << error;
+}
+
 TEST_F(MergeTest, AnUnfinishedStoreIsRefused) {
   StoreConfig more = config_;
   more.num_chunks = 2;
@@ -259,6 +271,33 @@ TEST_F(MergeTest, AFolderThatIsThereIsKept) {
   Make("b", Traces(2, 4));
   EXPECT_THROW(MergeStores({At("a")}, At("b"), {}), UsageError);
   EXPECT_EQ(Read(At("b")), Traces(2, 4));
+}
+
+// Commit removes what was there: only the run.json of a run that failed, and what a
+// killed one wrote of it.
+TEST_F(MergeTest, ARunThatFailedMayHaveItsRecordThere) {
+  Make("a", Traces(0, 2));
+  MakeFolder(At("out"));
+  WriteFileAtomic(At("out") / "run.json", "{}");
+  WriteFileAtomic(At("out") / "run.json.123.tmp", "{");
+  MergeStores({At("a")}, At("out"), {});
+  EXPECT_EQ(Read(At("out")), Traces(0, 2));
+}
+
+TEST_F(MergeTest, WhatIsNamedLikeARecordIsKept) {
+  Make("a", Traces(0, 2));
+  MakeFolder(At("folder") / "run.json.d");
+  MakeFolder(At("hidden") / "run.json");
+  for (const char* name : {"run.json.bak", "run.json.tmp", "run.jsonl"}) {
+    MakeFolder(At(name));
+    WriteFileAtomic(At(name) / name, "mine");
+    EXPECT_THROW(MergeStores({At("a")}, At(name), {}), UsageError);
+    EXPECT_EQ(ReadFile(At(name) / name), "mine");
+  }
+  EXPECT_THROW(MergeStores({At("a")}, At("folder"), {}), UsageError);
+  EXPECT_THROW(MergeStores({At("a")}, At("hidden"), {}), UsageError);
+  EXPECT_TRUE(fs::is_directory(At("folder") / "run.json.d"));
+  EXPECT_TRUE(fs::is_directory(At("hidden") / "run.json"));
 }
 
 // Its place is emptied before the result is built there.
