@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 
 #include "common/errors.h"
@@ -38,13 +39,16 @@ class NotFiniteTest : public CollectFixture {
       if (count < 3 || count > 90) continue;  // run.json names a hundred
       Parameters parameters = RandomParameters(TinyConfig(), 1);
       parameters.Get("shared.weight")[token].fill_(std::nan(""));
-      fs::copy(folder_ / "model", folder_ / "broken",
-               fs::copy_options::recursive | fs::copy_options::overwrite_existing);
-      SaveCheckpoint(folder_ / "broken", TinyConfig(), parameters, at::kFloat);
+      SaveBroken(parameters);
       return token;
     }
     ADD_FAILURE() << "no token is rare";
     return 0;
+  }
+  static void SaveBroken(const Parameters& parameters) {
+    fs::copy(folder_ / "model", folder_ / "broken",
+             fs::copy_options::recursive | fs::copy_options::overwrite_existing);
+    SaveCheckpoint(folder_ / "broken", TinyConfig(), parameters, at::kFloat);
   }
   // What a verb of routecast-trace prints.
   static std::string Says(const std::string& verb, const std::string& store) {
@@ -94,7 +98,7 @@ TEST_F(NotFiniteTest, SkippedSequencesAreNamedAndTheOthersAreAsTheyWere) {
   EXPECT_NE(Says("verify", "skipped").find(count + " left out"), std::string::npos);
 }
 
-// Logits may be none where the routers' are numbers; tokens drawn differ by sequence.
+// Tokens drawn differ by sequence.
 TEST_F(NotFiniteTest, GenerationLeavesOutTheSameInAnyBatch) {
   const std::vector<std::string> task = {"--task=generate", "--temperature=1",
                                          "--max_sequences=150", "--hidden_share=0"};
@@ -107,6 +111,45 @@ TEST_F(NotFiniteTest, GenerationLeavesOutTheSameInAnyBatch) {
     ASSERT_EQ(CollectBroken(1, batch, flags), 0);
     left_out.push_back(TraceReader(folder_ / batch).left_out());
     for (const auto& [id, trace] : Read(batch)) EXPECT_FALSE(Has(trace, token)) << id;
+  }
+  EXPECT_GT(left_out[0].size(), 2u);
+  EXPECT_EQ(left_out[0], left_out[1]);
+}
+
+TEST_F(NotFiniteTest, GenerationLeavesOutWhereLogitsAloneAreNone) {
+  Parameters parameters = RandomParameters(TinyConfig(), 1);
+  parameters.Get("lm_head.weight")[5].fill_(std::nan(""));
+  SaveBroken(parameters);
+  // Forced targets ask for no logits: the routers' are numbers.
+  ASSERT_EQ(CollectBroken(1, "forced", {"--max_sequences=30"}), 0);
+  EXPECT_TRUE(TraceReader(folder_ / "forced").left_out().empty());
+  const std::vector<std::string> task = {"--task=generate", "--max_sequences=30"};
+  EXPECT_EQ(CollectBroken(1, "no_logits", task), kExitBadData);
+  auto skip = task;
+  skip.push_back("--nonfinite=skip");
+  ASSERT_EQ(CollectBroken(1, "no_logits", skip), 0);
+  const TraceReader reader(folder_ / "no_logits");
+  EXPECT_EQ(reader.left_out().size(), TraceReader(folder_ / "forced").sequences().size());
+  EXPECT_TRUE(reader.sequences().empty());
+}
+
+// Of the token that ends a text, by the signs of a state: no number, all or nothing.
+TEST_F(NotFiniteTest, LogitsOfSomeSequencesAreNoneInAnyBatch) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  Parameters parameters = RandomParameters(TinyConfig(), 1);
+  parameters.Get("lm_head.weight")[Tokenizer::kEos][0].fill_(kInfinity);
+  parameters.Get("lm_head.weight")[Tokenizer::kEos][1].fill_(-kInfinity);
+  SaveBroken(parameters);
+  std::vector<std::vector<SequenceInfo>> left_out;
+  for (const char* batch : {"--batch_size=8", "--batch_size=3"}) {
+    const std::string store = std::string("some") + batch;
+    ASSERT_EQ(CollectBroken(
+                  1, store,
+                  {"--task=generate", "--max_sequences=60", batch, "--nonfinite=skip"}),
+              0);
+    const TraceReader reader(folder_ / store);
+    EXPECT_GT(reader.sequences().size(), 2u);
+    left_out.push_back(reader.left_out());
   }
   EXPECT_GT(left_out[0].size(), 2u);
   EXPECT_EQ(left_out[0], left_out[1]);
