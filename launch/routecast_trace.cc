@@ -272,7 +272,10 @@ Json ImportInto(const std::string& out) {
 
 void Merge() { IntoNewStore("merge", MergeInto); }
 
-void Subset() { IntoNewStore("subset", SubsetInto); }
+void Subset() {
+  RequireShare(FLAGS_share);
+  IntoNewStore("subset", SubsetInto);
+}
 
 void SalvageVerb() { IntoNewStore("salvage", SalvageInto); }
 

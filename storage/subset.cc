@@ -23,14 +23,17 @@ bool InSubset(uint64_t group_id, const SubsetOptions& options) {
   return ToUnit(Mix(kSalt, options.seed, group_id)) < options.share;
 }
 
+void RequireShare(double share) {
+  if (share > 0 && share <= 1) return;
+  std::ostringstream text;
+  text << share;
+  throw UsageError(ErrorText("--share=" + text.str(), "a share is above 0, up to 1",
+                             "--share=0.1 takes a tenth of the documents"));
+}
+
 uint64_t SubsetStore(const fs::path& store, const fs::path& out,
                      const SubsetOptions& options, StepObserver on_step) {
-  if (!(options.share > 0 && options.share <= 1)) {
-    std::ostringstream share;
-    share << options.share;
-    throw UsageError(ErrorText("--share=" + share.str(), "a share is above 0, up to 1",
-                               "--share=0.1 takes a tenth of the documents"));
-  }
+  RequireShare(options.share);
   RequireNewStore(out);
   RequireApart(out, store);
   const TraceReader reader(store, NeedTokens::kNo);

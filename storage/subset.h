@@ -16,6 +16,8 @@ struct SubsetOptions {
 // store, and those of a smaller share are among those of a larger one.
 bool InSubset(uint64_t group_id, const SubsetOptions& options);
 
+void RequireShare(double share);  // throws UsageError outside (0, 1]
+
 // Makes `out` of the sequences whose group is drawn; returns how many they are. Ids stay.
 // UsageError: a share outside (0, 1], an unfinished store, nothing drawn, `out` is there.
 uint64_t SubsetStore(const fs::path& store, const fs::path& out,

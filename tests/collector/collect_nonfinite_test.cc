@@ -133,12 +133,14 @@ TEST_F(NotFiniteTest, GenerationLeavesOutWhereLogitsAloneAreNone) {
   EXPECT_TRUE(reader.sequences().empty());
 }
 
-// Of the token that ends a text, by the signs of a state: no number, all or nothing.
+// By the signs of a state, token by token: a logit is infinite, or the text ends.
 TEST_F(NotFiniteTest, LogitsOfSomeSequencesAreNoneInAnyBatch) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   Parameters parameters = RandomParameters(TinyConfig(), 1);
-  parameters.Get("lm_head.weight")[Tokenizer::kEos][0].fill_(kInfinity);
-  parameters.Get("lm_head.weight")[Tokenizer::kEos][1].fill_(-kInfinity);
+  const at::Tensor head = parameters.Get("lm_head.weight");
+  for (const int64_t token : {int64_t{5}, int64_t{Tokenizer::kEos}}) head[token].zero_();
+  head[5][0].fill_(kInfinity);
+  head[Tokenizer::kEos][1].fill_(1000);
   SaveBroken(parameters);
   std::vector<std::vector<SequenceInfo>> left_out;
   for (const char* batch : {"--batch_size=8", "--batch_size=3"}) {
