@@ -87,7 +87,7 @@ TEST_F(NotFiniteTest, SkippedSequencesAreNamedAndTheOthersAreAsTheyWere) {
     const TraceReader reader(folder_ / store);
     for (const SequenceInfo& info : reader.left_out()) named.push_back(info.sequence_id);
     EXPECT_EQ(named, left_out);
-    const Json results = ReadJsonFile(folder_ / store / "run.json")["results"];
+    Json results = ReadJsonFile(folder_ / store / "run.json")["results"];
     EXPECT_EQ(results["left_out"]["sequences"], left_out.size());
     EXPECT_EQ(results["left_out"]["ids"], Json(left_out));
   }
