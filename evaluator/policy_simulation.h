@@ -36,7 +36,7 @@ StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o
 struct SimulatedRow {
   std::string predictor, policy, eviction;
   double tokens_per_second = 0, speed_up = 0, hit_rate = 0, bound = 0;
-  double stall_seconds = 0, seconds = 0;
+  double stall_seconds = 0, seconds = 0, question_seconds = 0;  // asking: of `seconds`
   uint64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
   double visits_per_second = 0;                      // of the simulator itself
   std::optional<MemoryManagerState> memory_manager;  // where the policy has one
@@ -47,6 +47,8 @@ struct SimulatedRow {
 struct PolicySimulationResult {
   DeviceProfile profile;
   int slots = 0;
+  uint64_t budget_bytes = 0;
+  double question_us = 0;  // what each question was charged
   size_t tokens = 0;
   // Where slots began filled: what was counted, and what bringing it takes.
   std::string warm_start;

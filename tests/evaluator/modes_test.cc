@@ -216,10 +216,13 @@ TEST_F(ModesTest, BeladyHasARowOnDemandInASimulation) {
   PolicySimulationOptions options;
   options.warmup_sequences = 0;
   options.evictions = {"lru", "belady"};
+  options.policies = {"on_demand", "auto"};  // nobody is asked on demand: no row
   const auto result =
       SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
   ASSERT_EQ(result.rows.size(), 2u + 1 + 1);  // on demand twice, markov, the oracle
   EXPECT_EQ(result.rows[1].eviction, "belady");
+  EXPECT_EQ(result.rows[1].question_seconds, 0);
+  EXPECT_GT(result.rows[2].question_seconds, 0);
   const MoeGeometry g = reader_->config().geometry;
   std::vector<SimulatedVisit> visits;
   for (const SequenceInfo& info : reader_->sequences()) {

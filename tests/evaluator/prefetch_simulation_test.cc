@@ -86,6 +86,13 @@ TEST(PrefetchSimulationTest, TheTimeOfAskingCounts) {
   const auto r =
       SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("auto"), Link(), visits, 0);
   EXPECT_GE(r.seconds, 198 * 0.015);
+  EXPECT_NEAR(r.question_seconds, 199 * 0.002, 1e-9);  // the last visit is told nothing
+  const auto counted = SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("auto"),
+                                        Link(), visits, 100);
+  EXPECT_NEAR(counted.question_seconds, 99 * 0.002, 1e-9);
+  const auto demand = SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("on_demand"),
+                                       Link(), visits, 0);
+  EXPECT_EQ(demand.question_seconds, 0);
 }
 
 TEST(PrefetchSimulationTest, AWarmStartHoldsTheMostUsedOfTheLayersThatRun) {
