@@ -115,6 +115,16 @@ TEST(EvaluationReport, ARowThatFetchedNothingAheadIsNotTheBest) {
   EXPECT_TRUE(Has(EvaluationReportHtml({f}), "hidden over on-demand LRU"));
 }
 
+TEST(EvaluationReport, SaysWhatWasRunOnWhat) {
+  RunFolder f = Evaluation();
+  f.results["device"] = "cpu";
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "device cpu<"));
+  f.run = {{"configuration",
+            {{"model", "here/small"}, {"store", ""}, {"dtype", "bf16"}, {"rounds", 20}}}};
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}),
+                  "device cpu, model here/small, dtype bf16, 20 rounds<"));
+}
+
 // What a quarter of the rounds do not show is no winner.
 TEST(EvaluationReport, ABestRowThatIsNotToldApartIsSaidSo) {
   RunFolder f = Evaluation();
