@@ -189,12 +189,25 @@ StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o
   return costs;
 }
 
+bool AsksPredictors(const StoreConfig& config) {
+  return config.token_ids && config.geometry.experts_per_token == 1;
+}
+
 PolicySimulationResult SimulatePolicies(
     const TraceReader& reader,
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
     const DeviceProfile& profile, const PolicySimulationOptions& options) {
   const c10::NoGradGuard no_grad;
-  RequireOneExpertAToken(reader.config().geometry, "--mode=simulate");
+  if (!predictors.empty() && !AsksPredictors(reader.config())) {
+    throw UsageError(ErrorText(
+        "no predictor is asked in a simulation of this store",
+        reader.config().token_ids
+            ? "its model takes " +
+                  std::to_string(reader.config().geometry.experts_per_token) +
+                  " experts a token"
+            : "it has no token ids",
+        "leave --predictor out: caches on demand and the oracle are simulated"));
+  }
   const bool hidden = std::any_of(predictors.begin(), predictors.end(),
                                   [](const auto& p) { return p->needs_hidden(); });
   const Playground ground(reader, profile, options, hidden);

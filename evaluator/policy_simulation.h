@@ -57,7 +57,12 @@ struct PolicySimulationResult {
   Json ToJson() const;
 };
 
-// UsageError where no sequence of the part serves. On-demand with every eviction, every
+// Whether predictors can be asked on a store in a simulation: of one expert a token, with
+// token ids. On others every row on demand and the oracle are played.
+bool AsksPredictors(const StoreConfig& config);
+
+// UsageError where no sequence of the part serves, and where predictors are given to a
+// store that AsksPredictors denies. On-demand with every eviction, every
 // predictor with every policy and eviction, the oracle. Eviction by a known future is not
 // among them: what it would load stands in every measured comparison.
 PolicySimulationResult SimulatePolicies(

@@ -193,12 +193,12 @@ void Report(const std::string& file,
   });
 }
 
-TraceReader OpenStore() {
+TraceReader OpenStore(NeedTokens tokens = NeedTokens::kYes) {
   if (FLAGS_store.empty()) {
     throw UsageError(ErrorText("--mode=" + FLAGS_mode + " works on recorded routing", "",
                                "give --store=STORE"));
   }
-  return TraceReader(FLAGS_store);
+  return TraceReader(FLAGS_store, tokens);
 }
 
 std::vector<std::unique_ptr<ExpertPredictor>> Predictors(const TraceReader& reader) {
@@ -274,8 +274,15 @@ void Simulate() {
   }
   Report("simulation.json", [&](const BeginRun& begin) -> Findings {
     const DeviceProfile profile = FindProfile(FLAGS_profile);
-    const TraceReader reader = OpenStore();
-    const auto predictors = Predictors(reader);
+    const TraceReader reader = OpenStore(NeedTokens::kNo);
+    std::vector<std::unique_ptr<ExpertPredictor>> predictors;
+    const bool asks = AsksPredictors(reader.config());
+    if (asks || !FLAGS_predictor.empty()) predictors = Predictors(reader);
+    if (!asks && predictors.empty() && !FLAGS_quiet) {
+      std::fprintf(stderr,
+                   "several experts a token, or no token ids: caches on demand and the "
+                   "oracle are simulated, no predictor is asked\n");
+    }
     options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
     if (FLAGS_dry_run) {
       std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",
