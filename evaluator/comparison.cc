@@ -247,7 +247,7 @@ void Comparison::AddSpeculatingRows(LinkEngine* link) {
 }
 
 void Comparison::MakeRows() {
-  if (options_.next_token && workload_->runs(Stack::kDecoder)) {
+  if (!predictors_.empty() && options_.next_token && workload_->runs(Stack::kDecoder)) {
     notes_.push_back(
         "the next token is guessed from the decoder's output while the vocabulary head "
         "is at work");

@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
 #include "common/errors.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_copies.h"
+#include "evaluator/generated_texts.h"
 #include "evaluator/recorded_run.h"
 #include "report/evaluation_report.h"
 
@@ -18,8 +20,9 @@ namespace routecast {
 namespace {
 
 // What a run writes beside run.json.
-const std::vector<std::string> kOutputs = {"results.json", "rows.csv", "table.txt",
-                                           "report.html", "timeline.json"};
+const std::vector<std::string> kOutputs = {"results.json",  "rows.csv",
+                                           "table.txt",     "report.html",
+                                           "timeline.json", "outputs.jsonl"};
 
 // One comparison: a source of requests, a batch size, an order of requests, a budget.
 struct Group {
@@ -77,8 +80,10 @@ Json Headline(const ComparisonResult& result) {
   return headline;
 }
 
-void WriteOutputs(const EvaluationOptions& options, const ComparisonResult& result) {
+void WriteOutputs(const EvaluationOptions& options, const ComparisonResult& result,
+                  const std::string& generated) {
   if (options.out.empty()) return;
+  if (!generated.empty()) WriteFileAtomic(options.out / "outputs.jsonl", generated);
   WriteFileAtomic(options.out / "results.json", result.ToJson().dump(1) + "\n");
   WriteFileAtomic(options.out / "rows.csv", result.ToCsv());
   WriteFileAtomic(options.out / "table.txt", ComparisonTable(result));
@@ -105,7 +110,8 @@ std::vector<Group> GroupsOf(const EvaluationOptions& options,
 }
 
 ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetup& setup,
-                          const Group& group, Timeline* timeline) {
+                          const Group& group, Timeline* timeline,
+                          std::vector<Workload::Generated>* generated) {
   const auto workload = MakeWorkload(
       options, setup, *group.requests, group.batch,
       group.schedule == "by_route" ? Schedule::kByRoute : Schedule::kInOrder);
@@ -125,6 +131,7 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
   }
   Comparison comparison(workload.get(), setup.file, predictors, comparing);
   ComparisonResult result = comparison.Run();
+  *generated = workload->generated();
   for (RowResult& row : result.rows) {
     row.prompts = group.requests->name;
     row.schedule = group.schedule;
@@ -135,15 +142,23 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
 }
 
 ComparisonResult RunGroups(const EvaluationOptions& options, const EvaluationSetup& setup,
-                           Timeline* timeline) {
+                           Timeline* timeline, std::string* lines) {
   ComparisonResult all;
+  std::optional<Tokenizer> tokenizer;
+  if (!options.prompts.empty()) tokenizer = Tokenizer::Load(options.model);
+  const RequestSet* written = nullptr;  // of several comparisons of one set the first
   const std::vector<Group> groups = GroupsOf(options, setup);
   for (const Group& group : groups) {
     if (groups.size() > 1 && !options.quiet) {
       std::fprintf(stderr, "%s, batch %d, %s, %s\n", group.requests->name.c_str(),
                    group.batch, group.schedule.c_str(), group.budget.c_str());
     }
-    all.Append(RunGroup(options, setup, group, timeline));
+    std::vector<Workload::Generated> generated;
+    all.Append(RunGroup(options, setup, group, timeline, &generated));
+    if (written == group.requests) continue;
+    written = group.requests;
+    *lines += GeneratedLines(group.requests->name, generated,
+                             tokenizer ? &*tokenizer : nullptr);
   }
   return all;
 }
@@ -279,10 +294,11 @@ Json Evaluate(const EvaluationOptions& options, const Json& configuration) {
     begin();
     Timeline timeline;
     const bool draws = options.timeline && !options.out.empty();
+    std::string generated;
     const ComparisonResult result =
-        RunGroups(options, setup, draws ? &timeline : nullptr);
+        RunGroups(options, setup, draws ? &timeline : nullptr, &generated);
     std::printf("%s", ComparisonTable(result).c_str());
-    WriteOutputs(options, result);
+    WriteOutputs(options, result, generated);
     if (draws) timeline.Write(options.out / "timeline.json");
     if (!result.lossless) throw std::logic_error("two rows put out different bits");
     return Headline(result);

@@ -132,6 +132,7 @@ class Playground {
     row.hit_rate = static_cast<double>(l.hits) / static_cast<double>(l.uses);
     row.stall_seconds = r.stall_seconds;
     row.seconds = r.seconds;
+    row.question_seconds = r.question_seconds;
     row.bytes_useful = l.bytes_useful;
     row.bytes_late = l.bytes_late;
     row.bytes_wasted = l.bytes_wasted;
@@ -153,6 +154,7 @@ class Playground {
     return seconds;
   }
   int slots() const { return slots_; }
+  uint64_t expert_bytes() const { return link_.expert_bytes; }
   double TransferSeconds() const {
     return link_.fixed_seconds +
            static_cast<double>(link_.expert_bytes) / link_.bytes_per_second;
@@ -187,18 +189,33 @@ StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o
   return costs;
 }
 
+bool AsksPredictors(const StoreConfig& config) {
+  return config.token_ids && config.geometry.experts_per_token == 1;
+}
+
 PolicySimulationResult SimulatePolicies(
     const TraceReader& reader,
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
     const DeviceProfile& profile, const PolicySimulationOptions& options) {
   const c10::NoGradGuard no_grad;
-  RequireOneExpertAToken(reader.config().geometry, "--mode=simulate");
+  if (!predictors.empty() && !AsksPredictors(reader.config())) {
+    throw UsageError(ErrorText(
+        "no predictor is asked in a simulation of this store",
+        reader.config().token_ids
+            ? "its model takes " +
+                  std::to_string(reader.config().geometry.experts_per_token) +
+                  " experts a token"
+            : "it has no token ids",
+        "leave --predictor out: caches on demand and the oracle are simulated"));
+  }
   const bool hidden = std::any_of(predictors.begin(), predictors.end(),
                                   [](const auto& p) { return p->needs_hidden(); });
   const Playground ground(reader, profile, options, hidden);
   PolicySimulationResult result;
   result.profile = profile;
   result.slots = ground.slots();
+  result.budget_bytes = static_cast<uint64_t>(result.slots) * ground.expert_bytes();
+  result.question_us = 1e6 * options.question_seconds;
   const Recording plain = ground.Record(nullptr, 0);
   if (options.warm_start) {
     result.warm_start = options.warm_start->source;
@@ -217,7 +234,8 @@ PolicySimulationResult SimulatePolicies(
   for (const auto& predictor : predictors) {
     for (const std::string& policy : options.policies) {
       SpeculationPolicy settings = ParsePolicy(policy);
-      settings.auto_off = false;  // the gauge compares measured times
+      if (!settings.speculate) continue;  // a row of no predictor, above
+      settings.auto_off = false;          // the gauge compares measured times
       settings.most_experts = PresetOf(profile).most_experts;
       settings.aggressiveness = PresetOf(profile).aggressiveness;
       const Recording told = ground.Record(predictor.get(), settings.max_lead);
@@ -247,13 +265,13 @@ PolicySimulationResult SimulatePolicies(
 }
 
 Json SimulatedRow::ToJson() const {
-  Json json = {{"predictor", predictor},   {"policy", policy},
-               {"eviction", eviction},     {"tokens_per_second", tokens_per_second},
-               {"speed_up", speed_up},     {"bound", bound},
-               {"hit_rate", hit_rate},     {"stall_seconds", stall_seconds},
-               {"seconds", seconds},       {"bytes_useful", bytes_useful},
-               {"bytes_late", bytes_late}, {"bytes_wasted", bytes_wasted},
-               {"simulated", true}};
+  Json json = {{"predictor", predictor},       {"policy", policy},
+               {"eviction", eviction},         {"tokens_per_second", tokens_per_second},
+               {"speed_up", speed_up},         {"bound", bound},
+               {"hit_rate", hit_rate},         {"stall_seconds", stall_seconds},
+               {"seconds", seconds},           {"question_seconds", question_seconds},
+               {"bytes_useful", bytes_useful}, {"bytes_late", bytes_late},
+               {"bytes_wasted", bytes_wasted}, {"simulated", true}};
   if (memory_manager) {
     json["memory_regime"] = memory_manager->regime;
     json["most_experts"] = memory_manager->most_experts;
@@ -267,10 +285,9 @@ Json SimulatedRow::ToJson() const {
 }
 
 Json PolicySimulationResult::ToJson() const {
-  Json json = {{"profile", profile.ToJson()},
-               {"slots", slots},
-               {"tokens", tokens},
-               {"rows", Json::array()}};
+  Json json = {
+      {"profile", profile.ToJson()}, {"slots", slots},   {"budget_bytes", budget_bytes},
+      {"question_us", question_us},  {"tokens", tokens}, {"rows", Json::array()}};
   if (!warm_start.empty()) {
     json["warm_start"] = warm_start;
     json["warm_start_seconds"] = warm_start_seconds;
@@ -281,7 +298,7 @@ Json PolicySimulationResult::ToJson() const {
 
 std::string PolicyTable(const PolicySimulationResult& result) {
   Table table({"<policy", "<predictor", "<evict", "tokens/s", "speed", "hits",
-               "useful MiB", "late", "wasted", "stall s", "bound"});
+               "useful MiB", "late", "wasted", "stall s", "asking s", "bound"});
   const auto mib = [](uint64_t bytes) {
     return Fixed(static_cast<double>(bytes) / (1 << 20), 0);
   };
@@ -298,7 +315,7 @@ std::string PolicyTable(const PolicySimulationResult& result) {
     table.AddRow({r.policy, r.predictor, r.eviction, Fixed(r.tokens_per_second, 1),
                   Fixed(r.speed_up, 2) + "x", Percent(r.hit_rate), mib(r.bytes_useful),
                   mib(r.bytes_late), mib(r.bytes_wasted), Fixed(r.stall_seconds, 2),
-                  Fixed(r.bound, 2)});
+                  Fixed(r.question_seconds, 2), Fixed(r.bound, 2)});
     visits = std::max(visits, r.visits_per_second);
   }
   const std::string warm = result.warm_start.empty()
@@ -309,8 +326,14 @@ std::string PolicyTable(const PolicySimulationResult& result) {
                                      " s before the first step\n";
   return table.ToText() + failures + warm + "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
-         std::to_string(result.slots) + " slots, " + std::to_string(result.tokens) +
-         " tokens; up to " + Fixed(visits / 1e3, 0) + " thousand layers a second\n";
+         std::to_string(result.slots) + " slots (" + mib(result.budget_bytes) +
+         " MiB), " + std::to_string(result.tokens) + " tokens, " +
+         Fixed(result.question_us, 0) + " us a question; the simulator played up to " +
+         Fixed(visits / 1e3, 0) +
+         " thousand layer visits a second\n"
+         "bound: what prefetching alone can gain over on-demand LRU, with LRU's misses; "
+         "a "
+         "row that keeps other experts may pass it\n";
 }
 
 }  // namespace routecast

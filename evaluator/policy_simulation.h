@@ -36,7 +36,7 @@ StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o
 struct SimulatedRow {
   std::string predictor, policy, eviction;
   double tokens_per_second = 0, speed_up = 0, hit_rate = 0, bound = 0;
-  double stall_seconds = 0, seconds = 0;
+  double stall_seconds = 0, seconds = 0, question_seconds = 0;  // asking: of `seconds`
   uint64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
   double visits_per_second = 0;                      // of the simulator itself
   std::optional<MemoryManagerState> memory_manager;  // where the policy has one
@@ -47,6 +47,8 @@ struct SimulatedRow {
 struct PolicySimulationResult {
   DeviceProfile profile;
   int slots = 0;
+  uint64_t budget_bytes = 0;
+  double question_us = 0;  // what each question was charged
   size_t tokens = 0;
   // Where slots began filled: what was counted, and what bringing it takes.
   std::string warm_start;
@@ -55,7 +57,12 @@ struct PolicySimulationResult {
   Json ToJson() const;
 };
 
-// UsageError where no sequence of the part serves. On-demand with every eviction, every
+// Whether predictors can be asked on a store in a simulation: of one expert a token, with
+// token ids. On others every row on demand and the oracle are played.
+bool AsksPredictors(const StoreConfig& config);
+
+// UsageError where no sequence of the part serves, and where predictors are given to a
+// store that AsksPredictors denies. On-demand with every eviction, every
 // predictor with every policy and eviction, the oracle. Eviction by a known future is not
 // among them: what it would load stands in every measured comparison.
 PolicySimulationResult SimulatePolicies(

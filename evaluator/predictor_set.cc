@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <numeric>
 
 #include "common/errors.h"
@@ -87,12 +88,20 @@ std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     const std::vector<std::string>& names, const std::vector<std::string>& asked,
     const MoeGeometry& geometry, const std::vector<RouterWeights>& routers,
     const TraceReader* reader, bool quiet) {
+  // A wrong name or folder is said before the store is read twice for counts.
+  std::map<std::string, std::unique_ptr<ExpertPredictor>> loaded;
+  for (const std::string& name : names) {
+    if (!Has(BaselineNames(), name) && !loaded.contains(name))
+      loaded[name] = LoadPredictor(name, geometry, "", routers);
+  }
   std::vector<std::unique_ptr<ExpertPredictor>> predictors;
   std::shared_ptr<const BaselineTables> tables;
   for (const std::string& name : names) {
     if (name == "stale_gate" && routers.empty() && !Has(asked, name)) continue;
     if (!Has(BaselineNames(), name)) {
-      predictors.push_back(LoadPredictor(name, geometry, "", routers));
+      auto& predictor = loaded[name];
+      predictors.push_back(predictor ? std::move(predictor)
+                                     : LoadPredictor(name, geometry, "", routers));
       predictors.back()->PrepareServing();
       continue;
     }

@@ -36,7 +36,7 @@ const std::vector<SpeculationPolicy>& Policies() {
                                           intelligent,
                                           {"confident", true, 4, 2, 0.7, false, false},
                                           managed,
-                                          {"auto", true, 4, 2, 0.25, false, true, true}};
+                                          {"auto", true, 4, 4, 0.25, false, true, true}};
   }();
   return kPolicies;
 }
@@ -100,9 +100,17 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
   manager_->SetSlots(capacity_);
 }
 
+void PrefetchPlanner::BeginPass(bool rested) {
+  timeline_.BeginPass(clock_->Now(), rested);
+  link_use_.BeginPass(clock_->Now(), rested);
+}
+
 void PrefetchPlanner::BeginLayer(int layer, std::span<const int> experts) {
   if (!unserved_.empty())
     throw std::logic_error("PrefetchPlanner: last layer not served");
+  const Stack stack = cache_->geometry().StackOf(layer);
+  link_use_.BeginVisit(stack, clock_->Now());
+  accounts_.SetLinkUse(stack, link_use_.Share(stack));
   timeline_.Begin(layer, clock_->Now(), stall_);
   stall_ = 0;
   cache_->BeginLayer(layer);
@@ -172,17 +180,19 @@ VisitForecast* PrefetchPlanner::Entry(int layer, int distance) {
   return &forecast;
 }
 
-float PrefetchPlanner::LeastProbability() const {
+float PrefetchPlanner::LeastProbability(int layer) const {
   const SpeculationPolicy& policy = options_.policy;
-  return static_cast<float>(policy.adapt_threshold ? accounts_.least_threshold()
-                                                   : policy.min_probability);
+  return static_cast<float>(
+      policy.adapt_threshold
+          ? accounts_.least_threshold(cache_->geometry().StackOf(layer))
+          : policy.min_probability);
 }
 
 bool PrefetchPlanner::Foresee(VisitForecast* forecast, std::span<const float> p) const {
   forecast->probabilities = p;
   forecast->likeliest = {};
   std::vector<ForetoldExpert>& ranked = forecast->ranked;
-  if (!RankExperts(p, LeastProbability(), &ranked)) return false;
+  if (!RankExperts(p, LeastProbability(forecast->layer), &ranked)) return false;
   const size_t most = MostCandidates(ranked);
   if (ranked.size() > most) ranked.resize(most);
   return true;
@@ -220,7 +230,7 @@ void PrefetchPlanner::Predict(const RankedForecast& told) {
   if (!told.sound) return Predict(told.layer, told.distance, told.probabilities);
   VisitForecast* forecast = Entry(told.layer, told.distance);
   if (!forecast) return;
-  const float least = LeastProbability();
+  const float least = LeastProbability(told.layer);
   if (least < kRankedFrom) {
     Foresee(forecast, told.probabilities);
   } else {
@@ -355,6 +365,7 @@ void PrefetchPlanner::OnDone(uint64_t id, TransferOutcome outcome, uint64_t byte
   flights_.erase(it);
   const ExpertKey key = flight.order.key;
   const double now = clock_->Now();
+  link_use_.Moved(std::max(flight.started, last_done_), now);
   if (outcome == TransferOutcome::kArrived) {
     // The link is serial: a transfer had it from its start or the end of the one before.
     const double seconds = now - std::max(flight.started, last_done_);

@@ -36,6 +36,7 @@
 #include "evaluator/later_shares.h"
 #include "evaluator/layer_forecast.h"
 #include "evaluator/layer_timeline.h"
+#include "evaluator/link_use.h"
 #include "evaluator/memory_manager.h"
 #include "evaluator/speculation_ledger.h"
 
@@ -121,7 +122,7 @@ class PrefetchPlanner {
   PrefetchPlanner& operator=(const PrefetchPlanner&) = delete;
 
   // A pass starts; `rested` as LayerTimeline has it.
-  void BeginPass(bool rested) { timeline_.BeginPass(clock_->Now(), rested); }
+  void BeginPass(bool rested);
   // The model starts `layer` and needs `experts` (distinct). REQUIRES the last layer's to
   // be served and released.
   void BeginLayer(int layer, std::span<const int> experts);
@@ -219,7 +220,7 @@ class PrefetchPlanner {
   VisitForecast* Entry(int layer, int distance);  // null: not to be speculated on
   // False where a number is no probability.
   bool Foresee(VisitForecast* forecast, std::span<const float> probabilities) const;
-  float LeastProbability() const;  // of a candidate
+  float LeastProbability(int layer) const;  // of a candidate
   void ApplyThreshold(VisitForecast* forecast);
   void JudgeForecast(int layer, std::span<const int> experts);
   Stack StackOf(ExpertKey key) const { return cache_->geometry().StackOf(key.layer); }
@@ -263,6 +264,7 @@ class PrefetchPlanner {
   std::vector<ExpertKey> demands_;   // of those: absent, transfer not yet started
   std::vector<Flight> flights_;      // in starting order
   SpeculationLedger accounts_;
+  LinkUse link_use_;
   // By key: prefetched and not used yet; 1 + the lead at which it was foretold, else 0.
   std::vector<uint8_t> unused_;
   int num_unused_ = 0;

@@ -67,6 +67,7 @@ class Simulation {
   }
 
   double now() const { return clock_.Now(); }
+  double question_seconds() const { return question_seconds_; }
   PrefetchPlanner* planner() { return &planner_; }
   const ExpertCache& cache() const { return cache_; }
 
@@ -76,6 +77,7 @@ class Simulation {
   void Tell(std::span<const RankedForecast> forecasts, double seconds) {
     if (!speculates_ || forecasts.empty()) return;
     Work(seconds);
+    question_seconds_ += seconds;
     for (const RankedForecast& forecast : forecasts) planner_.Predict(forecast);
     Act();
   }
@@ -92,6 +94,7 @@ class Simulation {
   PrefetchPlanner planner_;
   SimulatedLink link_;
   bool speculates_;
+  double question_seconds_ = 0;
 };
 
 // Asks for the numbers of experts that may have to leave, as will be told of them some
@@ -163,10 +166,11 @@ SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
   if (warm) simulation.WarmStart(*warm, KeysOf(visits, geometry));
   SimulationResult result;
   result.stalls.reserve(visits.size());
-  double begin = 0;
+  double begin = 0, asked_before = 0;
   for (size_t i = 0; i < visits.size(); ++i) {
     if (i == counted_from) {
       begin = simulation.now();
+      asked_before = simulation.question_seconds();
       simulation.planner()->ResetLedger();
     }
     FetchAhead(ranked, i, simulation.cache());
@@ -176,6 +180,7 @@ SimulationResult SimulatePrefetch(const MoeGeometry& geometry, int slots,
     result.stall_seconds += stall;
   }
   result.seconds = simulation.now() - begin;
+  result.question_seconds = simulation.question_seconds() - asked_before;
   result.ledger = simulation.planner()->ledger();
   if (const MemoryManager* manager = simulation.planner()->memory_manager())
     result.memory_manager = manager->state();

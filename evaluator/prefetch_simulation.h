@@ -50,7 +50,7 @@ class RankedVisits {
 };
 
 struct SimulationResult {
-  double seconds = 0, stall_seconds = 0, link_seconds = 0;
+  double seconds = 0, stall_seconds = 0, link_seconds = 0, question_seconds = 0;
   TransferLedger ledger;
   std::vector<double> stalls;                        // of every visit that counts
   std::optional<MemoryManagerState> memory_manager;  // where the policy has one

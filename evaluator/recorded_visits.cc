@@ -17,18 +17,32 @@ void RequireOneExpertAToken(const MoeGeometry& geometry, const std::string& what
                 "routecast-trace stats and routecast-train take such stores"));
 }
 
+std::vector<int> ChoicesOf(const RoutingSpan& span, const MoeGeometry& g, int layer,
+                           int t) {
+  const size_t at = static_cast<size_t>(layer) * static_cast<size_t>(span.num_tokens) +
+                    static_cast<size_t>(t);
+  if (g.experts_per_token == 1) return {span.expert_ids[at]};
+  const size_t row = span.topk_ids.size() / span.expert_ids.size();
+  const auto first = span.topk_ids.begin() + static_cast<ptrdiff_t>(at * row);
+  std::vector<int> experts(first, first + g.experts_per_token);
+  std::sort(experts.begin(), experts.end());
+  experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+  return experts;
+}
+
 void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
                   const StepCosts& costs, Foresight* foresight,
                   std::vector<SimulatedVisit>* visits) {
   const RoutingSpan& span = trace.decoder;
-  const bool hidden = span.hidden_width > 0 && !span.hidden.empty();
-  const RoutingWindow source = WindowOf(trace, Stack::kDecoder, -1, g.num_experts);
+  const bool hidden = foresight && span.hidden_width > 0 && !span.hidden.empty();
+  RoutingWindow source;
+  if (foresight) source = WindowOf(trace, Stack::kDecoder, -1, g.num_experts);
   std::vector<at::Tensor> states(static_cast<size_t>(g.decoder_layers));
   for (int l = 0; hidden && l < g.decoder_layers; ++l) {
     states[static_cast<size_t>(l)] =
         WindowOf(trace, Stack::kDecoder, l, g.num_experts).hidden_BTD.contiguous();
   }
-  const at::Tensor output = OutputOf(trace);
+  const at::Tensor output = foresight ? OutputOf(trace) : at::Tensor();
   for (int t = 0; t < std::min(span.num_tokens, tokens); ++t) {
     std::vector<LayerForecast> at_begin;
     PassInfo pass;
@@ -44,10 +58,7 @@ void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
     for (int l = 0; l < g.decoder_layers; ++l) {
       SimulatedVisit visit;
       visit.layer = g.GlobalLayer(Stack::kDecoder, l);
-      const int expert =
-          span.expert_ids[static_cast<size_t>(l) * static_cast<size_t>(span.num_tokens) +
-                          static_cast<size_t>(t)];
-      visit.experts = {expert};
+      visit.experts = ChoicesOf(span, g, l, t);
       visit.seconds_before = l == 0 ? costs.head : costs.between_layers;
       visit.begins_pass = l == 0;
       visit.seconds_in_pass = l == 0 ? costs.between_layers : 0;
@@ -60,7 +71,7 @@ void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
         if (hidden) {
           routing.input_BTD = states[static_cast<size_t>(l)].narrow(1, t, 1).contiguous();
         }
-        routing.expert_ids_BT = at::full({1, 1}, expert, at::kLong);
+        routing.expert_ids_BT = at::full({1, 1}, visit.experts[0], at::kLong);
         visit.at_layer = foresight->AtLayer(routing);
         if (l + 1 == g.decoder_layers) {
           if (output.defined()) pass.output_BTD = output.narrow(1, t, 1).contiguous();
@@ -77,7 +88,7 @@ void AppendEncoderVisits(const RoutingTrace& trace, const MoeGeometry& g, int mo
                          std::vector<SimulatedVisit>* visits) {
   const RoutingSpan& span = trace.encoder;
   const int tokens = std::min(span.num_tokens, most_tokens);
-  const bool hidden = span.hidden_width > 0 && !span.hidden.empty();
+  const bool hidden = foresight && span.hidden_width > 0 && !span.hidden.empty();
   PassInfo pass;
   std::vector<LayerForecast> at_begin;
   if (foresight) {
@@ -91,7 +102,10 @@ void AppendEncoderVisits(const RoutingTrace& trace, const MoeGeometry& g, int mo
     visit.layer = g.GlobalLayer(Stack::kEncoder, l);
     const uint16_t* chosen =
         span.expert_ids.data() + static_cast<ptrdiff_t>(l) * span.num_tokens;
-    visit.experts.assign(chosen, chosen + tokens);
+    for (int t = 0; t < tokens; ++t) {
+      const std::vector<int> choices = ChoicesOf(span, g, l, t);
+      visit.experts.insert(visit.experts.end(), choices.begin(), choices.end());
+    }
     std::sort(visit.experts.begin(), visit.experts.end());
     visit.experts.erase(std::unique(visit.experts.begin(), visit.experts.end()),
                         visit.experts.end());

@@ -22,8 +22,12 @@ struct StepCosts {
   double question = 0;        // to a predictor
 };
 
+// The experts [K, or fewer: distinct] that token `t` of `span` takes at MoE layer `layer`
+// of its stack.
+std::vector<int> ChoicesOf(const RoutingSpan& span, const MoeGeometry& geometry,
+                           int layer, int t);
 // The visits of the decoder's steps over one sequence, with what `foresight` (null =
-// nobody) says of them.
+// nobody) says of them. REQUIRES token ids and one expert a token where there is one.
 void AppendVisits(const RoutingTrace& trace, const MoeGeometry& geometry, int tokens,
                   const StepCosts& costs, Foresight* foresight,
                   std::vector<SimulatedVisit>* visits);

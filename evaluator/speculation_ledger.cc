@@ -9,6 +9,11 @@ constexpr double kFading = 0.98;      // of the evidence, an event
 constexpr double kPriorEvents = 16;   // that the policy's own threshold counts as
 constexpr double kPriorForetold = 4;  // probability that is believed before any is judged
 constexpr double kMostTrust = 2;
+// A link that is busy for so much of the time has the full price, and .35 of
+// it where it is idle for the rest: enough to shut a lead that is always wrong. Chosen by
+// planner_bench on validation sequences (docs/results/runtime.md).
+constexpr double kIdle = 0.3, kBusy = 0.8, kLeastPrice = 0.35;
+constexpr double kLeastShare = 0.2;  // of the policy's threshold, on an idle link
 
 }  // namespace
 
@@ -17,18 +22,20 @@ SpeculationLedger::SpeculationLedger(int max_lead, double threshold)
       byte_cost_(threshold_ / (1 - threshold_)) {
   for (auto& entries : entries_)
     entries.resize(static_cast<size_t>(std::max(max_lead, 0)) + 1);
-  for (auto& entries : entries_) {
-    for (Entry& entry : entries) Weigh(&entry);
-  }
 }
 
-void SpeculationLedger::Weigh(Entry* entry) const {
-  const double saved = (entry->saved + kPriorEvents) / (entry->used + kPriorEvents);
+void SpeculationLedger::SetLinkUse(Stack stack, double share) {
+  price_[static_cast<int>(stack)] =
+      std::clamp((share - kIdle) / (kBusy - kIdle), kLeastPrice, 1.0);
+}
+
+double SpeculationLedger::PaysFrom(const Entry& entry, double byte_cost) const {
+  const double saved = (entry.saved + kPriorEvents) / (entry.used + kPriorEvents);
   // No cheaper than its bytes: a cancelled transfer has moved a part of them.
-  const double cost =
-      std::max(byte_cost_, (entry->unused_cost + kPriorEvents * byte_cost_) /
-                               (entry->unused + kPriorEvents));
-  entry->pays_from = cost > 0 ? cost / (saved + cost) : 0;
+  const double cost = std::max(
+      byte_cost, (byte_cost * (entry.unused_moved + kPriorEvents) + entry.harmed) /
+                     (entry.unused + kPriorEvents));
+  return cost > 0 ? cost / (saved + cost) : 0;
 }
 
 void SpeculationLedger::Judge(Stack stack, int lead, double probability, bool came) {
@@ -44,25 +51,22 @@ void SpeculationLedger::Used(Stack stack, int lead, double saved) {
   entry.all.saved += saved;
   entry.used = kFading * entry.used + 1;
   entry.saved = kFading * entry.saved + saved;
-  Weigh(&entry);
 }
 
 void SpeculationLedger::Unused(Stack stack, int lead, double moved) {
   Entry& entry = Of(stack, lead);
-  const double cost = byte_cost_ * moved;
   ++entry.all.unused;
   entry.all.moved_in_vain += moved;
-  entry.all.cost += cost;
+  entry.all.cost += byte_cost_ * price_[static_cast<int>(stack)] * moved;
   entry.unused = kFading * entry.unused + 1;
-  entry.unused_cost = kFading * entry.unused_cost + cost;
-  Weigh(&entry);
+  entry.unused_moved = kFading * entry.unused_moved + moved;
+  entry.harmed *= kFading;
 }
 
 void SpeculationLedger::Harmed(Stack stack, int lead, double transfers) {
   Entry& entry = Of(stack, lead);
   entry.all.cost += transfers;
-  entry.unused_cost += transfers;
-  Weigh(&entry);
+  entry.harmed += transfers;
 }
 
 double SpeculationLedger::TrustOf(const Entry& entry) const {
@@ -72,7 +76,14 @@ double SpeculationLedger::TrustOf(const Entry& entry) const {
 
 double SpeculationLedger::Threshold(Stack stack, int lead) const {
   const Entry& entry = Of(stack, lead);
-  return std::max(entry.pays_from / TrustOf(entry), least_threshold());
+  const double byte_cost = byte_cost_ * price_[static_cast<int>(stack)];
+  return std::max(PaysFrom(entry, byte_cost) / TrustOf(entry), least_threshold(stack));
+}
+
+double SpeculationLedger::least_threshold(Stack stack) const {
+  const double price = price_[static_cast<int>(stack)];
+  const double idle = (1 - price) / (1 - kLeastPrice);
+  return threshold_ * (0.5 + (kLeastShare - 0.5) * idle);
 }
 
 std::vector<SpeculationAccount> SpeculationLedger::Accounts(Stack stack) const {

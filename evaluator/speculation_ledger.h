@@ -7,7 +7,8 @@
 // used speculation saved, and what an unused one cost - its bytes, at what the policy's
 // own threshold takes them for, demands that stood behind it on the link, and experts
 // that it pushed out and that were missed soon after. Where S is saved and C costs,
-// speculation pays from a chance of C / (S + C) on. Thread rule: one thread at a time.
+// speculation pays from a chance of C / (S + C) on. On a link that is idle for most of
+// the time bytes cost less. Thread rule: one thread at a time.
 #pragma once
 
 #include <cstdint>
@@ -42,19 +43,24 @@ class SpeculationLedger {
   // One stood in the way, for so many transfers' time.
   void Harmed(Stack stack, int lead, double transfers);
 
-  // Never below half the policy's.
+  // How busy the link is while this stack runs, in [0, 1] (evaluator/link_use.h); 1 until
+  // it is said.
+  void SetLinkUse(Stack stack, double share);
+
+  // Never below least_threshold().
   double Threshold(Stack stack, int lead) const;
-  // The lowest that a threshold can get: what is judged.
-  double least_threshold() const { return threshold_ / 2; }
+  // The lowest that a threshold can get: what is judged. Half the policy's on a busy
+  // link, a fifth on an idle one.
+  double least_threshold(Stack stack) const;
   // By lead, from 1.
   std::vector<SpeculationAccount> Accounts(Stack stack) const;
 
  private:
   struct Entry {
     SpeculationAccount all;
-    double foretold = 0, came = 0;                            // fading
-    double used = 0, saved = 0, unused = 0, unused_cost = 0;  // fading
-    double pays_from = 0;                                     // follows from these
+    double foretold = 0, came = 0;                    // fading
+    double used = 0, saved = 0;                       // fading
+    double unused = 0, unused_moved = 0, harmed = 0;  // fading
   };
   Entry& Of(Stack stack, int lead) {
     return entries_[static_cast<int>(stack)][static_cast<size_t>(lead)];
@@ -63,10 +69,11 @@ class SpeculationLedger {
     return entries_[static_cast<int>(stack)][static_cast<size_t>(lead)];
   }
   double TrustOf(const Entry& entry) const;
-  void Weigh(Entry* entry) const;  // pays_from
+  double PaysFrom(const Entry& entry, double byte_cost) const;
 
   double threshold_;
-  double byte_cost_;  // of a transfer in vain, in transfers
+  double byte_cost_;          // of a transfer in vain on a busy link, in transfers
+  double price_[2] = {1, 1};  // by stack: share of that
   std::vector<Entry> entries_[2];
 };
 

@@ -79,6 +79,7 @@ GenerateWorkload::GenerateWorkload(Checkpoint checkpoint,
     valid_BS_.push_back(valid);
     longest = std::max(longest, columns);
   }
+  generated_.resize(ids_BS_.size());
   steps_ = FixedSteps(memory, &model_, batch, longest, max_new_tokens, {});
 }
 
@@ -126,7 +127,24 @@ SegmentTimes GenerateWorkload::Run(int segment, ExpertSource* source,
   times.tokens[0] = valid_BS_[index].sum().item<int64_t>();
   for (const auto& row : generated)
     times.tokens[1] += static_cast<int64_t>(row.ids.size());
+  std::vector<Generated>& kept = generated_[index];
+  if (!kept.empty()) return times;
+  for (size_t b = 0; b < generated.size(); ++b) {
+    const auto row = static_cast<int64_t>(b);
+    const at::Tensor prompt =
+        ids_BS_[index][row].masked_select(valid_BS_[index][row]).contiguous();
+    const int64_t* first = prompt.const_data_ptr<int64_t>();
+    kept.push_back({{first, first + prompt.numel()},
+                    {generated[b].ids.begin(), generated[b].ids.end()}});
+  }
   return times;
+}
+
+std::vector<Workload::Generated> GenerateWorkload::generated() const {
+  std::vector<Generated> all;
+  for (const auto& segment : generated_)
+    all.insert(all.end(), segment.begin(), segment.end());
+  return all;
 }
 
 }  // namespace routecast

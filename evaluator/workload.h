@@ -65,6 +65,11 @@ class Workload {
   // and ids go into `hash`, outside the measured time.
   virtual SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
                            OutputHash* hash) = 0;
+  // What the first run of each segment that was run put out; nothing in a replay.
+  struct Generated {
+    std::vector<int64_t> prompt, ids;  // token ids without padding
+  };
+  virtual std::vector<Generated> generated() const { return {}; }
 };
 
 // Greedy decoding of prompts by a checkpoint. A segment is one batch.
@@ -87,6 +92,7 @@ class GenerateWorkload : public Workload {
   uint64_t MaxKeyValueBytes() const override;
   SegmentTimes Run(int segment, ExpertSource* source, RoutingObserver* observer,
                    OutputHash* hash) override;
+  std::vector<Generated> generated() const override;
 
  private:
   Checkpoint checkpoint_;
@@ -96,8 +102,9 @@ class GenerateWorkload : public Workload {
   LocalExpertExecutor executor_;
   SwitchModel model_;
   std::vector<at::Tensor> ids_BS_, valid_BS_;
-  std::unique_ptr<StaticDecoder> steps_;  // null: memory grows
-  size_t running_ = 0;                    // segment
+  std::unique_ptr<StaticDecoder> steps_;           // null: memory grows
+  size_t running_ = 0;                             // segment
+  std::vector<std::vector<Generated>> generated_;  // by segment; empty: not run yet
 };
 
 }  // namespace routecast

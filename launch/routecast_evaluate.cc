@@ -93,13 +93,15 @@ DEFINE_bool(guess_next_token, true,
 DEFINE_string(batch, "1", "sequences decoded together; a list gives rows for each");
 DEFINE_string(schedule, "in_order",
               "how requests are batched: in_order, by_route (foretold experts overlap), "
-              "or both");
+              "or a list of the two");
 DEFINE_int32(max_new_tokens, 16, "decoder steps of a round, at most");
 DEFINE_int32(rounds, 20, "interleaved measured rounds");
 DEFINE_int32(warmup_rounds, 3, "rounds before them that are not measured");
 DEFINE_bool(compare, false,
             "all rows: no cache, LRU, baselines, predictors, oracle, resident");
-DEFINE_string(baselines, "all", "baselines of --compare: all, simple or none");
+DEFINE_string(baselines, "all",
+              "baselines beside --predictor, in --compare, quality and simulate: all, "
+              "simple (frequency, token_table, markov, stale_gate) or none");
 DEFINE_bool(timeline, false,
             "writes timeline.json for Perfetto: one more round of every row");
 DEFINE_string(out, "",
@@ -191,12 +193,12 @@ void Report(const std::string& file,
   });
 }
 
-TraceReader OpenStore() {
+TraceReader OpenStore(NeedTokens tokens = NeedTokens::kYes) {
   if (FLAGS_store.empty()) {
     throw UsageError(ErrorText("--mode=" + FLAGS_mode + " works on recorded routing", "",
                                "give --store=STORE"));
   }
-  return TraceReader(FLAGS_store);
+  return TraceReader(FLAGS_store, tokens);
 }
 
 std::vector<std::unique_ptr<ExpertPredictor>> Predictors(const TraceReader& reader) {
@@ -272,8 +274,15 @@ void Simulate() {
   }
   Report("simulation.json", [&](const BeginRun& begin) -> Findings {
     const DeviceProfile profile = FindProfile(FLAGS_profile);
-    const TraceReader reader = OpenStore();
-    const auto predictors = Predictors(reader);
+    const TraceReader reader = OpenStore(NeedTokens::kNo);
+    std::vector<std::unique_ptr<ExpertPredictor>> predictors;
+    const bool asks = AsksPredictors(reader.config());
+    if (asks || !FLAGS_predictor.empty()) predictors = Predictors(reader);
+    if (!asks && predictors.empty() && !FLAGS_quiet) {
+      std::fprintf(stderr,
+                   "several experts a token, or no token ids: caches on demand and the "
+                   "oracle are simulated, no predictor is asked\n");
+    }
     options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
     if (FLAGS_dry_run) {
       std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",
@@ -365,8 +374,13 @@ void RefuseUnheeded() {
       if (heeds(here->second, flag) ||
           gflags::GetCommandLineFlagInfoOrDie(flag.c_str()).is_default)
         continue;
-      throw UsageError(ErrorText("--" + flag + " is of --mode=" + mode,
-                                 "--mode=" + FLAGS_mode, "leave one of them out"));
+      std::string modes;
+      for (const auto& [other, its_flags] : kHeeded) {
+        if (heeds(its_flags, flag)) modes += (modes.empty() ? "" : ", ") + other;
+      }
+      throw UsageError(ErrorText("--" + flag + " is of --mode=" + modes,
+                                 "this is --mode=" + FLAGS_mode,
+                                 "leave --" + flag + " out"));
     }
   }
 }

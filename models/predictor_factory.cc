@@ -127,9 +127,30 @@ bool SameRouting(const MoeGeometry& a, const MoeGeometry& b) {
                              "name the folder of a finished run"));
 }
 
+// What people take for a predictor's folder: a traced model's, one that is not finished.
+void RequireTrainedRun(const fs::path& folder) {
+  const fs::path config = folder / "config.json";
+  if (fs::exists(folder / "state") && !fs::exists(config)) {
+    throw UsageError(ErrorText(folder.string() + " is an unfinished training", "",
+                               "start the same routecast-train command again"));
+  }
+  if (!fs::exists(config)) {
+    throw UsageError(ErrorText(folder.string() + " holds no predictor",
+                               "there is no config.json in it",
+                               "name the folder of a finished run of routecast-train"));
+  }
+  const Json json = ParseJson(ReadFile(config, 16 << 20), config.string());
+  if (json.is_object() && json.contains("num_experts") && !json.contains("format")) {
+    throw UsageError(ErrorText(folder.string() + " is a checkpoint, not a predictor",
+                               "its config.json is of a Switch Transformer",
+                               "name the folder of a finished run of routecast-train"));
+  }
+}
+
 std::unique_ptr<LearnedPredictor> LoadLearned(const fs::path& folder,
                                               const MoeGeometry& geometry) {
   const bool inside = !fs::exists(folder / "config.json") && fs::exists(folder / "model");
+  RequireTrainedRun(inside ? folder / "model" : folder);
   auto saved = LoadSpeculationModel(inside ? folder / "model" : folder);
   const SpeculationConfig& config = saved.model->config();
   if (!SameRouting(config.geometry, geometry)) {

@@ -116,10 +116,21 @@ void AddSummary(const std::vector<RunFolder>& folders, HtmlReport* page) {
   if (!figures.empty()) page->KeyFigures(figures);
 }
 
-std::string DeviceText(const std::vector<RunFolder>& folders) {
+// What the first evaluation ran, on what.
+std::string Subtitle(const std::vector<RunFolder>& folders) {
   for (const RunFolder& f : folders) {
-    const std::string device = TextOf(f.results, "device");
-    if (!device.empty()) return "device " + device;
+    std::string text = TextOf(f.results, "device");
+    if (text.empty()) continue;
+    text = "device " + text;
+    if (!f.run.is_object() || !f.run.contains("configuration")) return text;
+    const Json& flags = f.run["configuration"];
+    for (const char* flag : {"model", "store", "predictor", "dtype", "link"}) {
+      const std::string value = TextOf(flags, flag);
+      if (!value.empty()) text += std::string(", ") + flag + " " + value;
+    }
+    const double rounds = NumberOf(flags, "rounds");
+    if (std::isfinite(rounds)) text += ", " + Fixed(rounds, 0) + " rounds";
+    return text;
   }
   return "routing, prediction, prefetching";
 }
@@ -127,7 +138,7 @@ std::string DeviceText(const std::vector<RunFolder>& folders) {
 }  // namespace
 
 std::string EvaluationReportHtml(const std::vector<RunFolder>& folders) {
-  HtmlReport page("Routecast report", DeviceText(folders));
+  HtmlReport page("Routecast report", Subtitle(folders));
   AddSummary(folders, &page);
   for (const RunFolder& f : folders) {
     if (IsEvaluation(f)) AddRows(f, &page);

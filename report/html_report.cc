@@ -43,7 +43,7 @@ svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
 svg .th{font-size:13.5px;font-weight:600;fill:var(--ink)}
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}.err{stroke:var(--ink);stroke-width:1.2}
 .l{fill:none;stroke-width:2}
-.median{stroke:var(--bg);stroke-width:2}.mark{stroke:var(--ink);stroke-dasharray:6 4}
+.median{stroke:var(--ink);stroke-width:1.5}.mark{stroke:var(--ink);stroke-dasharray:6 4}
 )css";
 
 std::string SeriesStyle() {

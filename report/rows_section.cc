@@ -157,8 +157,10 @@ void AddRows(const RunFolder& f, HtmlReport* page) {
   page->Paragraph(
       "Asking is what questions to the predictor took of the forward pass, aside what "
       "answers took on a thread of their own. "
-      "Tc is compute time, Tx transfer time when nothing is cached ahead; the bound "
-      "(Tc+Tx)/max(Tc,Tx) is what perfect overlap could give over none.");
+      "Tc is a row's own computing, Tx the time its transfers had the link. The bound "
+      "(Tc+Tx)/max(Tc,Tx) takes Tc from the resident row and Tx from on-demand LRU: what "
+      "overlap alone can give over it. A row that keeps better experts than LRU, as the "
+      "oracle does, moves less and may pass it.");
 }
 
 void SummariseRows(const RunFolder& f,
@@ -177,10 +179,18 @@ void SummariseRows(const RunFolder& f,
       }
     }
     if (best == nullptr || !std::isfinite(NumberOf(*best, "speed_up"))) continue;
+    std::string quartiles;
+    const auto spread = best->find("speed_up_spread");
+    if (spread != best->end() && spread->is_array() && spread->size() == 5 &&
+        (*spread)[1].is_number() && (*spread)[3].is_number()) {
+      const double low = (*spread)[1].get<double>(), high = (*spread)[3].get<double>();
+      quartiles = ", quartiles " + Fixed(low, 2) + " to " + Fixed(high, 2);
+      if (low <= 1) quartiles += ": not told apart";
+    }
     figures->push_back({std::string(replay ? "replay" : "generation") + ", " +
                             group.name + ": " + RowName(*best) +
                             " over on-demand LRU (bound " +
-                            Fixed(NumberOf(*best, "bound"), 2) + ")",
+                            Fixed(NumberOf(*best, "bound"), 2) + ")" + quartiles,
                         Fixed(NumberOf(*best, "speed_up"), 2) + "x"});
   }
 }

@@ -26,6 +26,7 @@ RunFolder LoadRunFolder(const fs::path& path) {
   if (fs::exists(path / "stats.json")) folder.stats = ReadJsonFile(path / "stats.json");
   if (fs::exists(path / "pretrain.json"))
     folder.pretrain = ReadJsonFile(path / "pretrain.json");
+  if (fs::exists(path / "run.json")) folder.run = ReadJsonFile(path / "run.json");
   if (!fs::exists(path / "metrics.jsonl")) return folder;
   std::istringstream lines(ReadFile(path / "metrics.jsonl"));
   std::string line;

@@ -18,6 +18,7 @@ struct RunFolder {
   Json results, stats;        // null where there is none
   Json pretrain;              // pretrain.json; null where there is none
   std::vector<Json> metrics;  // lines of metrics.jsonl
+  Json run{};                 // run.json; null where there is none
 };
 
 // Throws UsageError where `path` is no folder, DataError where a file is not valid JSON.

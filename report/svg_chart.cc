@@ -174,7 +174,7 @@ std::string Box(const FiveValues& five, double middle, double width, size_t seri
   const double half = width / 2, y1 = plot.Y(five[1]), y3 = plot.Y(five[3]);
   return Line(middle, plot.Y(five[4]), middle, y3, "err") +
          Line(middle, y1, middle, plot.Y(five[0]), "err") +
-         Rect(middle - half, y3, width, std::max(y1 - y3, 1.0),
+         Rect(middle - half, y3, width, std::max(y1 - y3, 3.0),
               "class=\"f " + Colour(series) + "\"") +
          Line(middle - half, plot.Y(five[2]), middle + half, plot.Y(five[2]), "median");
 }

@@ -196,16 +196,16 @@ TEST_F(ModesTest, ASimulatedBudgetOfOneExpertIsRefused) {
 }
 
 // Its bytes and hits would be those of a model that takes the first choice alone.
-TEST_F(ModesTest, AModelOfSeveralExpertsATokenIsNotSimulated) {
+TEST_F(ModesTest, OfSeveralExpertsATokenNoPredictorIsAskedInASimulation) {
   StoreConfig config = reader_->config();
   config.geometry.experts_per_token = 2;
   TraceStore::CreateOrOpen(folder_ / "several", config);
   const TraceReader several(folder_ / "several");
   try {
-    SimulatePolicies(several, {}, SomeProfile(2e9), {});
+    SimulatePolicies(several, Predictors({"markov"}), SomeProfile(2e9), {});
     FAIL() << "was simulated";
   } catch (const UsageError& e) {
-    EXPECT_THAT(e.what(), HasSubstr("one expert a token"));
+    EXPECT_THAT(e.what(), HasSubstr("no predictor is asked"));
     EXPECT_THAT(e.what(), HasSubstr("takes 2"));
   }
 }
@@ -216,10 +216,13 @@ TEST_F(ModesTest, BeladyHasARowOnDemandInASimulation) {
   PolicySimulationOptions options;
   options.warmup_sequences = 0;
   options.evictions = {"lru", "belady"};
+  options.policies = {"on_demand", "auto"};  // nobody is asked on demand: no row
   const auto result =
       SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
   ASSERT_EQ(result.rows.size(), 2u + 1 + 1);  // on demand twice, markov, the oracle
   EXPECT_EQ(result.rows[1].eviction, "belady");
+  EXPECT_EQ(result.rows[1].question_seconds, 0);
+  EXPECT_GT(result.rows[2].question_seconds, 0);
   const MoeGeometry g = reader_->config().geometry;
   std::vector<SimulatedVisit> visits;
   for (const SequenceInfo& info : reader_->sequences()) {

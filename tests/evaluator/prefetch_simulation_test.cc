@@ -86,6 +86,13 @@ TEST(PrefetchSimulationTest, TheTimeOfAskingCounts) {
   const auto r =
       SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("auto"), Link(), visits, 0);
   EXPECT_GE(r.seconds, 198 * 0.015);
+  EXPECT_NEAR(r.question_seconds, 199 * 0.002, 1e-9);  // the last visit is told nothing
+  const auto counted = SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("auto"),
+                                        Link(), visits, 100);
+  EXPECT_NEAR(counted.question_seconds, 99 * 0.002, 1e-9);
+  const auto demand = SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("on_demand"),
+                                       Link(), visits, 0);
+  EXPECT_EQ(demand.question_seconds, 0);
 }
 
 TEST(PrefetchSimulationTest, AWarmStartHoldsTheMostUsedOfTheLayersThatRun) {
@@ -183,7 +190,7 @@ TEST(PrefetchSimulationTest, DecisionsStayWhatTheyWere) {
       {"top_k", 4504008360201117703u, 9945243435450569878u},
       {"intelligent", 15162152781345988065u, 3549268656767090167u, false},
       {"confident", 1600877594127843372u, 7697037165092585072u},
-      {"auto", 9672630263436921914u, 17553752327557953006u},
+      {"auto", 10470801327519497454u, 9545874228095406660u},
       {"intelligent", 15162152781345988065u, 2362613318294570559u},
       {"adaptive_top_k", 12619137304677590018u, 15871055973430159081u},
       {"memory_manager", 5540809604273155389u, 8180356486733039941u}};

@@ -67,6 +67,30 @@ TEST(SpeculationLedgerTest, LittleSavedAndMuchHarmedAskForMore) {
   EXPECT_NEAR(harmful.Accounts(kStack)[0].cost, 200 * (1 + 1 / 3.), 1e-9);
 }
 
+TEST(SpeculationLedgerTest, OnAnIdleLinkAWrongTransferCostsLess) {
+  SpeculationLedger ledger(1, 0.25);
+  ledger.SetLinkUse(kStack, 0);
+  const double cost = 0.35 / 3;  // of a wrong transfer; a right one saves 1
+  EXPECT_DOUBLE_EQ(ledger.Threshold(kStack, 1), cost / (1 + cost));
+  EXPECT_DOUBLE_EQ(ledger.Threshold(Stack::kEncoder, 1), 0.25);
+  for (int i = 0; i < 200; ++i) ledger.Harmed(kStack, 1, 1);
+  EXPECT_GT(ledger.Threshold(kStack, 1), 0.5) << "what stands in the way costs its time";
+  ledger.SetLinkUse(kStack, 0.8);
+  SpeculationLedger busy(1, 0.25);
+  for (int i = 0; i < 200; ++i) busy.Harmed(kStack, 1, 1);
+  EXPECT_DOUBLE_EQ(ledger.Threshold(kStack, 1), busy.Threshold(kStack, 1));
+}
+
+TEST(SpeculationLedgerTest, APredictorThatIsAlwaysWrongIsShutOnAnIdleLinkToo) {
+  SpeculationLedger ledger(1, 0.25);
+  ledger.SetLinkUse(kStack, 0);
+  for (int i = 0; i < 200; ++i) {
+    ledger.Judge(kStack, 1, 0.9, false);
+    ledger.Unused(kStack, 1, 1);
+  }
+  EXPECT_GT(ledger.Threshold(kStack, 1), 0.9);
+}
+
 // A planner with a predictor that is right one visit ahead, and three visits ahead only
 // where `right` says so.
 class TwoLeads {
@@ -142,6 +166,30 @@ TEST(SpeculationLedgerTest, FixedPoliciesKeepTheirThreshold) {
   for (const char* name : {"multi_look", "top_k", "intelligent", "confident"})
     EXPECT_FALSE(ParsePolicy(name).adapt_threshold) << name;
   EXPECT_TRUE(ParsePolicy("auto").adapt_threshold);
+}
+
+// Every visit says an expert at .15, of which a quarter of the visits (`misses`) demand
+// one that is not there: the link is idle, or busy, for the rest of the time.
+size_t SpeculationsAtAFifteenth(double compute) {
+  Rig rig(8, Adaptive(), true, 0.95, {0, 2, 32, 1, 8});
+  for (uint64_t visit = 0; visit < 400; ++visit) {
+    const int layer = static_cast<int>(visit % 2);
+    rig.Layer(layer, {static_cast<int>(ToRange(Mix(visit, 3), 32))}, 0);
+    if (visit >= 200) {
+      std::vector<float> p(32, 0.001f);
+      p[static_cast<size_t>(ToRange(Mix(visit, 4), 32))] = 0.15f;
+      rig.Predict(1 - layer, 1, p);
+    }
+    rig.link.AdvanceTo(rig.clock.Now() + compute);
+  }
+  size_t speculations = 0;
+  for (const TransferOrder& order : rig.started) speculations += !order.demand;
+  return speculations;
+}
+
+TEST(SpeculationLedgerTest, WhatIsUnlikelyIsFetchedOnAnIdleLinkAlone) {
+  EXPECT_EQ(SpeculationsAtAFifteenth(0.1), 0u);  // a transfer takes a second
+  EXPECT_GT(SpeculationsAtAFifteenth(12), 10u);
 }
 
 }  // namespace

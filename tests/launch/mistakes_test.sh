@@ -128,7 +128,10 @@ wrong 2 "nowhere" "${evaluate[@]}" --predictor=nowhere/run
 wrong 2 "--mode=simulate" "${evaluate[@]}" --question_us=7
 wrong 2 "--mode=quality" "${evaluate[@]}" --sequences=3
 wrong 2 "--batch is of --mode=generate" evaluate --mode=simulate --store=store --batch=4
-wrong 2 "--policy is of" evaluate --mode=quality --store=store --policy=top_k
+wrong 2 "--policy is of --mode=generate, simulate" evaluate --mode=quality --store=store --policy=top_k
+wrong 2 "is a checkpoint" "${evaluate[@]}" --predictor="$model"
+mkdir -p half/state
+wrong 2 "unfinished training" "${evaluate[@]}" --predictor=half
 wrong 2 "--expert_budget" evaluate --mode=transfer --expert_budget=25% --cache=cache
 wrong 2 "--threads" "${evaluate[@]}" --threads=-3
 

@@ -115,6 +115,25 @@ TEST(EvaluationReport, ARowThatFetchedNothingAheadIsNotTheBest) {
   EXPECT_TRUE(Has(EvaluationReportHtml({f}), "hidden over on-demand LRU"));
 }
 
+TEST(EvaluationReport, SaysWhatWasRunOnWhat) {
+  RunFolder f = Evaluation();
+  f.results["device"] = "cpu";
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "device cpu<"));
+  f.run = {{"configuration",
+            {{"model", "here/small"}, {"store", ""}, {"dtype", "bf16"}, {"rounds", 20}}}};
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}),
+                  "device cpu, model here/small, dtype bf16, 20 rounds<"));
+}
+
+// What a quarter of the rounds do not show is no winner.
+TEST(EvaluationReport, ABestRowThatIsNotToldApartIsSaidSo) {
+  RunFolder f = Evaluation();
+  f.results["rows"][2]["speed_up_spread"] = {0.9, 1.3, 1.65, 1.8, 2.0};
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "quartiles 1.30 to 1.80<"));
+  f.results["rows"][2]["speed_up_spread"] = {0.8, 0.97, 1.65, 1.8, 2.0};
+  EXPECT_TRUE(Has(EvaluationReportHtml({f}), "quartiles 0.97 to 1.80: not told apart"));
+}
+
 // A baseline that speaks of one layer only must not be compared by its own mean.
 TEST(EvaluationReport, ComparesWithTheBestBaselineOfEachLayer) {
   RunFolder f = Training("hidden", 0.9);  // lead 1: markov .2, token_table .4 everywhere
