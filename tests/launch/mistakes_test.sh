@@ -59,6 +59,8 @@ wrong() {
 
 collect=(collect --model="$model" --data=text:text.txt --store=new)
 wrong 2 "--threads\?" "${collect[@]}" --treads=2
+wrong 2 "use 0 for cores" "${collect[@]}" --threads=-1
+wrong 2 "1 to 1024 threads" "${collect[@]}" --dry_run --threads=100000
 wrong 2 "denoise" "${collect[@]}" --task=denoice
 wrong 2 "ids" "${collect[@]}" --record=idz
 wrong 2 "nowhere" collect --model=nowhere --data=text:text.txt --store=new
