@@ -13,6 +13,7 @@
 
 #include "common/errors.h"
 #include "common/exit_code.h"
+#include "common/open_files.h"
 #include "common/process_memory.h"
 #include "common/stop.h"
 
@@ -155,6 +156,7 @@ int ThreadsPerRank(int local_world) {
 int Main(int argc, char** argv, Program program, const std::function<void()>& run) {
   KeepFreedMemory();
   PreferLargePages();
+  RaiseOpenFileLimit();
   ProgramName() = fs::path(argc > 0 ? argv[0] : "routecast").filename().string();
   CommandLine line;
   const std::vector<std::string> args(argv + std::min(argc, 1), argv + argc);
