@@ -334,7 +334,8 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   const ChunkPlan& plan = sources->plan;
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
   config.SetIntakes(sources->intakes);
-  RequireOpenFiles(EstimatedOpenFiles(config, rank.world), options.store);
+  RequireOpenFiles(EstimatedOpenFiles(config, rank.world), options.store,
+                   "collect parts into stores of their own and merge them");
   if (rank.is_root() && !options.quiet && config.top_k > 0 &&
       config.top_k < options.top_k) {
     std::fprintf(stderr,

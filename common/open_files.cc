@@ -19,13 +19,14 @@ uint64_t RaiseOpenFileLimit() {
   return limit.rlim_cur;
 }
 
-void RequireOpenFiles(uint64_t files, const std::string& what) {
+void RequireOpenFiles(uint64_t files, const std::string& what,
+                      const std::string& otherwise) {
   const uint64_t most = RaiseOpenFileLimit();
   if (files <= most) return;
   throw EnvironmentError(ErrorText(
       what + " holds up to " + std::to_string(files) + " files open in a process",
       "the limit is " + std::to_string(most),
-      "raise it: ulimit -n " + std::to_string(files)));
+      "raise it (ulimit -n " + std::to_string(files) + "), or " + otherwise));
 }
 
 }  // namespace routecast

@@ -12,7 +12,9 @@ namespace routecast {
 // returns it. Systems start programs with 1,024, for those that cannot take more.
 uint64_t RaiseOpenFileLimit();
 
-// EnvironmentError where `what` holds more files open than this process may.
-void RequireOpenFiles(uint64_t files, const std::string& what);
+// EnvironmentError where `what` holds more files open than this process may; `otherwise`:
+// what else than a higher limit would help.
+void RequireOpenFiles(uint64_t files, const std::string& what,
+                      const std::string& otherwise);
 
 }  // namespace routecast
