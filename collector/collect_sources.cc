@@ -56,11 +56,12 @@ std::optional<CollectSources> OpenSources(
   CollectSources sources{OpenCorpus(options, rank, threads, list.sources), {}, {}};
   if (list.adds && LastIsEmpty(sources.corpus)) {
     if (rank.is_root() && !options.quiet) {
-      std::fprintf(
-          stderr,
-          "collect: --data adds nothing: its documents (%llu) are in the "
-          "store already, or come twice\n",
-          static_cast<unsigned long long>(sources.corpus.stats().exact_duplicates));
+      const auto& stats = sources.corpus.stats();
+      std::fprintf(stderr,
+                   "collect: --data adds nothing: of all sources %llu documents are in "
+                   "the store already, or come twice, and %llu are no text\n",
+                   static_cast<unsigned long long>(stats.exact_duplicates),
+                   static_cast<unsigned long long>(stats.binary_documents));
     }
     list.sources.pop_back();
     list.named = list.sources.size() - 1;

@@ -4,6 +4,7 @@
 
 #include "common/errors.h"
 #include "common/machine.h"
+#include "common/weight_files.h"
 
 namespace routecast {
 
@@ -53,12 +54,40 @@ void RequireMemoryFor(uint64_t bytes, int local_ranks, uint64_t total) {
       "use --dtype=bf16, fewer ranks a machine, or --expert_parallel over machines"));
 }
 
+Json CheckpointRecord(const fs::path& folder, const std::string& fingerprint) {
+  std::vector<fs::path> files = WeightFiles(folder).files();
+  files.push_back(folder / "config.json");
+  Json record = {{"fingerprint", fingerprint}, {"files", Json::object()}};
+  for (const fs::path& file : files) {
+    const int64_t time = fs::last_write_time(file).time_since_epoch().count();
+    record["files"][file.filename().string()] = {fs::file_size(file), time};
+  }
+  return record;
+}
+
+namespace {
+
+// Of the store's last run with these files; empty where it had others or says nothing.
+std::string KnownFingerprint(const fs::path& store, const fs::path& folder) {
+  try {
+    const Json known = ReadJsonFile(store / "run.json").value("checkpoint", Json());
+    const std::string fingerprint = known.value("fingerprint", "");
+    return known == CheckpointRecord(folder, fingerprint) ? fingerprint : "";
+  } catch (const std::exception&) {
+    return "";  // no run.json, or a damaged one: the bytes tell
+  }
+}
+
+}  // namespace
+
 Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
-                        bool fingerprint) {
+                        const fs::path& store) {
   RequireWholeGroups(expert_parallel, rank.world);
   const CheckpointReader reader(folder);
   CheckExperts(expert_parallel, reader.config().num_experts);
-  return {reader.config(), {}, fingerprint ? reader.Fingerprint() : ""};
+  if (!fs::exists(store / "store.json")) return {reader.config(), {}, ""};
+  const std::string known = KnownFingerprint(store, folder);
+  return {reader.config(), {}, known.empty() ? reader.Fingerprint() : known};
 }
 
 uint64_t CollectedModel::WeightBytes(const SwitchConfig& config, at::ScalarType dtype,

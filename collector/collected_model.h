@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "collector/expert_parallel.h"
+#include "common/run_record.h"
 #include "models/checkpoint.h"
 
 namespace routecast {
@@ -12,11 +13,16 @@ namespace routecast {
 // Throws UsageError where a group would lack ranks.
 void RequireWholeGroups(int expert_parallel, int world);
 
+// What run.json keeps of a checkpoint: its fingerprint, and names, sizes and times of the
+// files that it is of.
+Json CheckpointRecord(const fs::path& folder, const std::string& fingerprint);
+
 // A dry run's part of a checkpoint: its configuration; names and shapes of the weights
-// are looked at as CollectedModel looks at them, and none is read. With `fingerprint`
-// every byte passes through a small buffer. Throws as CollectedModel does.
+// are looked at as CollectedModel looks at them, and none is read. Where there is a
+// `store`, the fingerprint is that of its last run whose files these are, by size and
+// time; else every byte passes through a small buffer. Throws as CollectedModel does.
 Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
-                        bool fingerprint);
+                        const fs::path& store);
 
 // Throws EnvironmentError where weights of `bytes`, of all `local_ranks` of a machine,
 // are more than its memory of `total` bytes: the system would end some process.

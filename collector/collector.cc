@@ -19,6 +19,7 @@
 #include "collector/store_estimate.h"
 #include "common/errors.h"
 #include "common/exit_code.h"
+#include "common/open_files.h"
 #include "common/recorded_run.h"
 #include "common/safetensors.h"
 #include "common/stop.h"
@@ -209,7 +210,10 @@ bool FinishStore(const fs::path& store, const StoreConfig& config, const RankInf
   };
   std::vector<int64_t> modelled = {1};
   if (rank.is_root()) {
-    modelled[0] = unless_stopped([&] { MakeContextModel(store, config); });
+    modelled[0] = unless_stopped([&] {
+      DeclareLeftOut(store);
+      MakeContextModel(store, config);
+    });
   }
   Share(&modelled);
   if (modelled[0] == 0) return false;
@@ -312,8 +316,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   std::optional<CollectedModel> model;
   Checkpoint planned;
   if (options.dry_run) {
-    planned = PlannedModel(options.model, rank, options.expert_parallel,
-                           fs::exists(store / "store.json"));
+    planned = PlannedModel(options.model, rank, options.expert_parallel, store);
   } else {
     model.emplace(options.model, dtype, device, rank, options.expert_parallel);
   }
@@ -331,6 +334,8 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   const ChunkPlan& plan = sources->plan;
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
   config.SetIntakes(sources->intakes);
+  RequireOpenFiles(EstimatedOpenFiles(config, rank.world), options.store,
+                   "collect parts into stores of their own and merge them");
   if (rank.is_root() && !options.quiet && config.top_k > 0 &&
       config.top_k < options.top_k) {
     std::fprintf(stderr,
@@ -361,6 +366,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
     run->Set("threads", threads);
     run->Set("seed", options.seed);
     run->Set("libraries", LibraryVersions());
+    run->Set("checkpoint", CheckpointRecord(options.model, checkpoint.fingerprint));
     run->Set("corpus", {{"documents", corpus.stats().documents},
                         {"groups", corpus.stats().groups},
                         {"exact_duplicates", corpus.stats().exact_duplicates},

@@ -1,14 +1,13 @@
 #include "collector/dry_run.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstdio>
 
 #include "collector/span_log.h"
 #include "collector/store_estimate.h"
 #include "common/errors.h"
+#include "common/output_folder.h"
+#include "storage/store_lock.h"
 #include "storage/trace_reader.h"
 #include "storage/trace_store.h"
 
@@ -23,19 +22,6 @@ uint64_t CompletedChunks(const fs::path& store) {
     return static_cast<uint64_t>(TraceReader(store, NeedTokens::kNo).completed_chunks());
   } catch (const DataError&) {
     return 0;
-  }
-}
-
-// Where the store can be made or written: the folder itself, or its nearest parent.
-void RequireWritable(const fs::path& store) {
-  fs::path existing = fs::absolute(store);
-  std::error_code ignored;  // of what lies below a file: it is not there
-  while (!fs::exists(existing, ignored) && existing.has_relative_path()) {
-    existing = existing.parent_path();
-  }
-  if (!fs::is_directory(existing)) ThrowErrno(ENOTDIR, "write below", existing);
-  if (::access(existing.c_str(), W_OK | X_OK) != 0) {
-    ThrowErrno(errno, "write into", existing);
   }
 }
 
@@ -87,6 +73,8 @@ void PrintPlan(const CollectOptions& options, const StoreConfig& config,
               FormatBytes(EstimatedStoreBytes(config, tokens)).c_str(),
               FormatBytes(FreeBytes(options.store)).c_str());
   PrintHidden(config, tokens);
+  const std::string holder = StoreHolder(options.store);
+  if (!holder.empty()) std::printf("in use     by another job: %s\n", holder.c_str());
 }
 
 }  // namespace

@@ -94,4 +94,15 @@ uint64_t EstimatedStoreBytes(const StoreConfig& config, const TextTokens& tokens
          EstimatedBytesBesideIds(config, tokens);
 }
 
+uint64_t EstimatedOpenFiles(const StoreConfig& config, int world) {
+  constexpr uint64_t kOfAShard = 8, kOfAProcess = 64;
+  const uint64_t families =
+      1 + (config.hidden_share > 0 ? 1 : 0) + (config.Records("attention") ? 1 : 0);
+  const uint64_t tables = static_cast<uint64_t>(config.num_chunks) * families;
+  const auto shards = static_cast<uint64_t>(config.num_shards);
+  const auto ranks = static_cast<uint64_t>(world);
+  const uint64_t own = (tables + kOfAShard * shards + ranks - 1) / ranks;
+  return own + tables + kOfAShard * shards + kOfAProcess;
+}
+
 }  // namespace routecast

@@ -32,6 +32,10 @@ void ThrowErrno(int error, const std::string& operation, const std::string& path
     case EDQUOT:
       throw EnvironmentError(
           ErrorText(what, reason, "free some space and start the same command again"));
+    case EMFILE:
+    case ENFILE:
+      throw EnvironmentError(ErrorText(
+          what, reason, "raise the limit of open files (ulimit -n), start again"));
     default:
       throw EnvironmentError(
           ErrorText(what, reason, "see the system log for this device"));

@@ -168,7 +168,9 @@ Listed ReadListed(const ByteFile& file, const std::string& directory, size_t* at
   listed.entry.size_bytes = At<uint32_t>(directory, from + 24);
   listed.header_offset = At<uint32_t>(directory, from + 42);
   if ((listed.flags & kEncrypted) != 0) refuse("it is encrypted");
-  if (method != 0) refuse("it is compressed (method " + std::to_string(method) + ")");
+  if (method != 0)
+    refuse("it is compressed (method " + std::to_string(method) +
+           "): write it plain, as numpy.savez does");
   Read64BitFields(file, directory.substr(from + kEntryBytes + name, extra), &listed);
   if (listed.packed_bytes != listed.entry.size_bytes) {
     refuse("stored as " + std::to_string(listed.packed_bytes) + " bytes, of " +

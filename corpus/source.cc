@@ -116,24 +116,69 @@ std::vector<fs::path> GlobFiles(const std::string& pattern) {
   std::vector<fs::path> files;
   if (::glob(pattern.c_str(), 0, nullptr, &found) == 0) {
     for (size_t i = 0; i < found.gl_pathc; ++i) {
-      if (fs::is_regular_file(found.gl_pathv[i])) files.emplace_back(found.gl_pathv[i]);
+      std::error_code none;
+      if (fs::is_regular_file(found.gl_pathv[i], none))
+        files.emplace_back(found.gl_pathv[i]);
     }
   }
   ::globfree(&found);
   return files;
 }
 
-std::vector<fs::path> FolderFiles(const fs::path& folder) {
+// How files of a kind are called; empty: any name. Beside them folders hold a README, a
+// licence.
+std::vector<std::string> NamesOf(SourceKind kind) {
+  switch (kind) {
+    case SourceKind::kJsonl:
+      return {".jsonl", ".json", ".ndjson"};
+    case SourceKind::kWikitext:
+      return {".txt", ".tokens", ".raw"};
+    case SourceKind::kSquad:
+      return {".json"};
+    case SourceKind::kGlue:
+      return {".tsv"};
+    default:
+      return {};
+  }
+}
+
+bool IsPacked(const fs::path& path) {
+  return path.extension() == ".zst" || path.extension() == ".gz";
+}
+
+bool IsOfKind(const fs::path& path, SourceKind kind) {
+  const std::vector<std::string> names = NamesOf(kind);
+  const std::string name = (IsPacked(path) ? path.stem() : path).extension().string();
+  return names.empty() || std::find(names.begin(), names.end(), name) != names.end();
+}
+
+std::vector<fs::path> FolderFiles(const fs::path& folder, SourceKind kind) {
   std::vector<fs::path> files;
-  std::error_code error;
+  std::error_code error, none;  // none: of a link in a circle, which is no file
   fs::recursive_directory_iterator it(folder, error), end;
   for (; !error && it != end; it.increment(error)) {
     const bool hidden = it->path().filename().string().starts_with('.');
-    if (hidden && it->is_directory()) it.disable_recursion_pending();
-    if (!hidden && it->is_regular_file()) files.push_back(it->path());
+    if (hidden && it->is_directory(none)) it.disable_recursion_pending();
+    if (!hidden && it->is_regular_file(none) && IsOfKind(it->path(), kind)) {
+      files.push_back(it->path());
+    }
   }
   if (error) ThrowErrno(error.value(), "list", folder);
   return files;
+}
+
+[[noreturn]] void ThrowNoText(const SourceSpec& spec, bool folder) {
+  std::string names;
+  for (const std::string& name : NamesOf(spec.kind)) {
+    names += (names.empty() ? "" : ", ") + name;
+  }
+  const bool by_name = folder && !names.empty();
+  throw UsageError(ErrorText(
+      "no text at " + spec.path,
+      by_name ? "no file in this folder ends in " + names + " (or these with .gz, .zst)"
+              : "no such file, or an empty folder",
+      by_name ? "name the files by a pattern: " + spec.path + "/*"
+              : "check the path given with --data"));
 }
 
 }  // namespace
@@ -153,22 +198,23 @@ SourceSpec ParseSourceSpec(const std::string& text) {
                                     SourceKind::kGlue};
   SourceSpec spec{.kind = kByName[kind], .path = text.substr(colon + 1), .field = ""};
   const size_t hash = spec.path.rfind('#');
+  std::error_code none;
   const bool takes_option = spec.kind == SourceKind::kText ||
                             spec.kind == SourceKind::kJsonl ||
                             spec.kind == SourceKind::kGlue;
   std::string option;
   // A '#' that belongs to a file's name stays: the longest existing path wins.
-  if (hash != std::string::npos && takes_option && !fs::exists(spec.path)) {
+  if (hash != std::string::npos && takes_option && !fs::exists(spec.path, none)) {
     option = spec.path.substr(hash + 1);
     spec.path.resize(hash);
   }
   if (spec.kind == SourceKind::kJsonl) spec.field = option.empty() ? "text" : option;
   if (spec.kind == SourceKind::kGlue && !option.empty()) {
-    ParseChoice("--data=glue:...#", option, GlueTasks());
+    ParseChoice("what follows # in --data", option, GlueTasks());
     spec.field = option;
   }
   if (spec.kind == SourceKind::kText && !option.empty()) {
-    ParseChoice("--data=text:...#", option, {"blocks"});
+    ParseChoice("what follows # in --data", option, {"blocks"});
     spec.kind = SourceKind::kTextBlocks;
   }
   if (spec.path.empty()) {
@@ -180,32 +226,29 @@ SourceSpec ParseSourceSpec(const std::string& text) {
 
 std::vector<fs::path> ListFiles(const SourceSpec& spec) {
   std::vector<fs::path> files;
-  if (fs::is_regular_file(spec.path)) {
+  std::error_code error;  // of a link in a circle: there is nothing
+  const fs::file_status at = fs::status(spec.path, error);
+  if (fs::is_regular_file(at)) {
     files.emplace_back(spec.path);
-  } else if (fs::is_directory(spec.path)) {
-    files = FolderFiles(spec.path);
-  } else if (fs::exists(spec.path)) {
+  } else if (fs::is_directory(at)) {
+    files = FolderFiles(spec.path, spec.kind);
+  } else if (fs::exists(at)) {
     throw UsageError(ErrorText(spec.path + " is neither a file nor a folder",
                                "a pipe or a device cannot be read twice",
                                "write it to a file first"));
   } else {
     files = GlobFiles(spec.path);
   }
-  if (files.empty()) {
-    throw UsageError(ErrorText("no text at " + spec.path,
-                               "no such file, or an empty folder",
-                               "check the path given with --data"));
-  }
+  if (files.empty()) ThrowNoText(spec, fs::is_directory(at));
   std::sort(files.begin(), files.end());
   return files;
 }
 
 SourceFile::SourceFile(const fs::path& path) : file_(path) {
-  const std::string extension = path.extension().string();
-  packed_ = extension == ".zst" || extension == ".gz";
+  packed_ = IsPacked(path);
   if (!packed_) return;
   if (file_.size() == 0) ThrowArchive(path, 0, "the file is empty");
-  unpacked_ = extension == ".zst" ? UnpackZstd(file_) : UnpackGzip(file_);
+  unpacked_ = path.extension() == ".zst" ? UnpackZstd(file_) : UnpackGzip(file_);
 }
 
 std::string SourceFile::Read(uint64_t offset, size_t count) const {

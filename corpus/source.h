@@ -27,8 +27,8 @@ struct SourceSpec {
 SourceSpec ParseSourceSpec(const std::string& text);
 
 // The regular files of a source, sorted by path: a file itself, a folder's files
-// (recursively, hidden ones left out) or a glob's matches. UsageError where there is
-// none.
+// (recursively, hidden ones left out; of a kind with a format of its own those that are
+// called so: docs/corpus.md) or a glob's matches. UsageError where there is none.
 std::vector<fs::path> ListFiles(const SourceSpec& spec);
 
 // A file of text. One that ends in .zst or .gz is unpacked into memory (at most 8 GiB,

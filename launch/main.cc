@@ -13,6 +13,7 @@
 
 #include "common/errors.h"
 #include "common/exit_code.h"
+#include "common/open_files.h"
 #include "common/process_memory.h"
 #include "common/stop.h"
 
@@ -130,6 +131,16 @@ void RequireFewArguments(const CommandLine& line, const Program& program) {
                              "--help shows the usage"));
 }
 
+// OpenMP would make as many as are asked for, for minutes, whatever the machine has.
+void RequireThreads() {
+  constexpr int kMaxThreads = 1024;
+  if (FLAGS_threads >= 0 && FLAGS_threads <= kMaxThreads) return;
+  throw UsageError(
+      ErrorText("--threads=" + std::to_string(FLAGS_threads) + " is out of range",
+                "a rank has 1 to " + std::to_string(kMaxThreads) + " threads",
+                "use 0 for cores / ranks"));
+}
+
 }  // namespace
 
 const std::vector<std::string>& Arguments() { return MutableArguments(); }
@@ -137,11 +148,6 @@ const std::vector<std::string>& Arguments() { return MutableArguments(); }
 void SetAbortHook(std::function<void(int)> hook) { AbortHook() = std::move(hook); }
 
 int ThreadsPerRank(int local_world) {
-  if (FLAGS_threads < 0) {
-    throw UsageError(
-        ErrorText("--threads=" + std::to_string(FLAGS_threads) + " is negative", "",
-                  "use 0 for cores / ranks"));
-  }
   if (FLAGS_threads > 0) return FLAGS_threads;
   const int cores = static_cast<int>(std::thread::hardware_concurrency());
   return std::max(1, cores / std::max(1, local_world));
@@ -150,12 +156,15 @@ int ThreadsPerRank(int local_world) {
 int Main(int argc, char** argv, Program program, const std::function<void()>& run) {
   KeepFreedMemory();
   PreferLargePages();
+  RaiseOpenFileLimit();
   ProgramName() = fs::path(argc > 0 ? argv[0] : "routecast").filename().string();
   CommandLine line;
   const std::vector<std::string> args(argv + std::min(argc, 1), argv + argc);
   int code = CodeOfRun([&] {
     line = ParseCommandLine(args);
-    if (!line.help && !line.version) RequireFewArguments(line, program);
+    if (line.help || line.version) return;
+    RequireFewArguments(line, program);
+    RequireThreads();
   });
   if (code != kExitDone) return code;
   if (line.help) {

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "common/errors.h"
+#include "common/output_folder.h"
 #include "common/recorded_run.h"
 #include "launch/main.h"
 #include "report/routing_report.h"
@@ -57,6 +58,8 @@ constexpr char kUsage[] =
     "  import  routing of other systems (--in, --format) into the new store --out\n"
     "  salvage what is sound of a damaged store, into the new store --out";
 
+constexpr uint64_t kPageBytes = uint64_t{1} << 20;  // the report's limit
+
 std::string RequireOut() {
   if (FLAGS_out.empty()) {
     throw UsageError(
@@ -64,6 +67,29 @@ std::string RequireOut() {
   }
   return FLAGS_out;
 }
+
+uint64_t StoreBytes(const fs::path& store) {
+  if (!fs::is_directory(store / "shards")) {
+    throw UsageError(ErrorText(store.string() + " is not a trace store",
+                               "no shards in it", "check --store"));
+  }
+  uint64_t bytes = 0;
+  for (const auto& entry : fs::recursive_directory_iterator(store / "shards")) {
+    if (entry.is_regular_file()) bytes += entry.file_size();
+  }
+  return bytes;
+}
+
+// Of a dry run: refused where there is no room, or this user may not write.
+void WouldWrite(const std::string& what, uint64_t bytes) {
+  const std::string out = RequireOut();
+  std::printf("%s would be written to %s: about %s; %s free\n", what.c_str(), out.c_str(),
+              FormatBytes(bytes).c_str(), FormatBytes(FreeBytes(out)).c_str());
+  RequireWritable(out);
+  RequireFreeBytes(out, bytes);
+}
+
+std::string Sequences(uint64_t count) { return std::to_string(count) + " sequences"; }
 
 // Collected with --nonfinite=skip: by name, as an export does not show what it lacks.
 void PrintLeftOut(const std::vector<SequenceInfo>& left_out) {
@@ -104,6 +130,11 @@ void Info() {
 }
 
 void Verify() {
+  if (FLAGS_dry_run) {
+    std::printf("%s would be read and checked\n",
+                FormatBytes(StoreBytes(FLAGS_store)).c_str());
+    return;
+  }
   const VerifyReport report = VerifyStore(FLAGS_store);
   for (const std::string& problem : report.problems) std::printf("%s\n", problem.c_str());
   if (!report.sound()) {
@@ -133,6 +164,11 @@ std::string PageOf(const StoreStatistics& stats, const RoutingStatistics& routin
 }
 
 Json StatsInto(const std::string& out) {
+  if (FLAGS_dry_run) {
+    const TraceReader reader(FLAGS_store, NeedTokens::kNo);
+    WouldWrite("statistics of " + Sequences(reader.sequences().size()), kPageBytes);
+    return {};
+  }
   const StoreStatistics stats =
       ComputeStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
   std::printf(
@@ -149,7 +185,6 @@ Json StatsInto(const std::string& out) {
                 bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
                 100 * s.dropped, prob.c_str());
   }
-  if (FLAGS_dry_run) return {};
   const RoutingStatistics routing =
       ComputeRoutingStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
   WriteAllStatistics(stats, routing, out);
@@ -161,8 +196,7 @@ Json StatsInto(const std::string& out) {
 Json ExportInto(const std::string& out) {
   const TraceReader reader(FLAGS_store, NeedTokens::kNo);
   if (FLAGS_dry_run) {
-    std::printf("%zu sequences would be written to %s\n", reader.sequences().size(),
-                out.c_str());
+    WouldWrite(Sequences(reader.sequences().size()), ExportedBytes(reader, FLAGS_format));
     return {};
   }
   const std::string left_out = LeftOutOfText(reader.config());
@@ -187,11 +221,21 @@ void Into(const char* verb, Json (*work)(const std::string& out)) {
   Recorded(FLAGS_dry_run ? nullptr : &run, [&] { return work(out); });
 }
 
-void Stats() { Into("stats", StatsInto); }
+// A store's folder is its own: results in it would replace what it says of its run.
+void IntoFolder(const char* verb, Json (*work)(const std::string& out)) {
+  const std::string out = RequireOut();
+  if (fs::exists(fs::path(out) / "store.json")) {
+    throw UsageError(ErrorText(out + " is a trace store",
+                               "its run.json would be replaced", "name another --out"));
+  }
+  Into(verb, work);
+}
+
+void Stats() { IntoFolder("stats", StatsInto); }
 
 void Export() {
   ParseChoice("--format", FLAGS_format, {"npz", "jsonl", "csv", "safetensors"});
-  Into("export", ExportInto);
+  IntoFolder("export", ExportInto);
 }
 
 // A store appears when it is whole: before that, and where that fails, its folder holds
@@ -204,12 +248,20 @@ void IntoNewStore(const char* verb, Json (*work)(const std::string& out)) {
 Json MergeInto(const std::string& out) {
   const std::vector<std::string> given = FlagValues("store");
   const std::vector<fs::path> stores(given.begin(), given.end());
+  const MergeOptions options{.compression = FLAGS_compression,
+                             .renumber = FLAGS_renumber};
   if (FLAGS_dry_run) {
-    std::printf("%zu stores would be merged into %s\n", stores.size(), out.c_str());
+    const MergeReport report = CheckMerge(stores, out, options);
+    double bytes = 0;
+    for (const fs::path& store : stores) bytes += static_cast<double>(StoreBytes(store));
+    const auto all = static_cast<double>(report.sequences + report.repeated);
+    WouldWrite(
+        Sequences(report.sequences) + " of " + std::to_string(stores.size()) + " stores",
+        static_cast<uint64_t>(bytes * static_cast<double>(report.sequences) /
+                              std::max(all, 1.0)));
     return {};
   }
-  const MergeReport report = MergeStores(
-      stores, out, {.compression = FLAGS_compression, .renumber = FLAGS_renumber});
+  const MergeReport report = MergeStores(stores, out, options);
   if (!FLAGS_quiet) {
     std::printf("%llu sequences; %llu were in several stores\n",
                 (unsigned long long)report.sequences,
@@ -222,8 +274,13 @@ Json SubsetInto(const std::string& out) {
   const SubsetOptions options{
       .compression = FLAGS_compression, .share = FLAGS_share, .seed = FLAGS_seed};
   if (FLAGS_dry_run) {
-    std::printf("a share of %g of %s would be written to %s\n", options.share,
-                FLAGS_store.c_str(), out.c_str());
+    const TraceReader reader(FLAGS_store, NeedTokens::kNo);
+    const uint64_t drawn = DrawSubset(reader, out, options).size();
+    const double share =
+        static_cast<double>(drawn) / static_cast<double>(reader.sequences().size());
+    WouldWrite(
+        Sequences(drawn),
+        static_cast<uint64_t>(share * static_cast<double>(StoreBytes(FLAGS_store))));
     return {};
   }
   const uint64_t sequences = SubsetStore(FLAGS_store, out, options);
@@ -233,8 +290,8 @@ Json SubsetInto(const std::string& out) {
 
 Json SalvageInto(const std::string& out) {
   if (FLAGS_dry_run) {
-    std::printf("what is sound of %s would be written to %s\n", FLAGS_store.c_str(),
-                out.c_str());
+    RequireNewStore(out);
+    WouldWrite("what is sound of " + FLAGS_store, StoreBytes(FLAGS_store));
     return {};
   }
   const SalvageReport report = SalvageStore(FLAGS_store, out);
@@ -247,6 +304,24 @@ Json SalvageInto(const std::string& out) {
           {"lost_chunks", report.lost_chunks}};
 }
 
+void PrintImported(const ImportReport& report) {
+  std::printf("%llu sequences, %llu tokens, %d layers of %d experts, %d a token\n",
+              (unsigned long long)report.sequences, (unsigned long long)report.tokens,
+              report.config.geometry.num_layers(), report.config.geometry.num_experts,
+              report.config.geometry.experts_per_token);
+}
+
+// At most: every plane in every layer of both stacks, packed.
+uint64_t ImportedBytes(const ImportReport& report) {
+  const StoreConfig& c = report.config;
+  const uint64_t width =
+      c.Records("hidden") ? 2u * static_cast<unsigned>(c.geometry.d_model) : 0;
+  const uint64_t layer =
+      2 + (c.Records("probs") ? 5 : 0) + 4u * static_cast<unsigned>(c.top_k) + width;
+  return report.tokens *
+         (4 + width + layer * static_cast<unsigned>(c.geometry.num_layers()));
+}
+
 Json ImportInto(const std::string& out) {
   const ImportOptions options{
       .format = FLAGS_format,
@@ -257,16 +332,13 @@ Json ImportInto(const std::string& out) {
       .experts_per_token = FLAGS_experts_per_token,
       .compression = FLAGS_compression.empty() ? "none" : FLAGS_compression};
   if (FLAGS_dry_run) {
-    std::printf("%s would be imported into %s\n", FLAGS_in.c_str(), out.c_str());
+    const ImportReport report = CheckImport(FLAGS_in, out, options);
+    PrintImported(report);
+    WouldWrite(Sequences(report.sequences), ImportedBytes(report));
     return {};
   }
   const ImportReport report = ImportTraces(FLAGS_in, out, options);
-  if (!FLAGS_quiet) {
-    std::printf("%llu sequences, %llu tokens, %d layers of %d experts, %d a token\n",
-                (unsigned long long)report.sequences, (unsigned long long)report.tokens,
-                report.config.geometry.num_layers(), report.config.geometry.num_experts,
-                report.config.geometry.experts_per_token);
-  }
+  if (!FLAGS_quiet) PrintImported(report);
   return {{"sequences", report.sequences}, {"tokens", report.tokens}};
 }
 

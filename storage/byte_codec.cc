@@ -135,6 +135,31 @@ size_t UnpackGroups(const uint8_t* from, size_t size, size_t count, uint16_t* to
   return i;
 }
 
+// float of bf16 bits whose bytes lie apart.
+[[gnu::always_inline]] inline void JoinBytes(const uint8_t* high, const uint8_t* low,
+                                             size_t count, uint32_t* to) {
+  for (size_t i = 0; i < count; ++i) {
+    to[i] =
+        (static_cast<uint32_t>(high[i]) << 24) | (static_cast<uint32_t>(low[i]) << 16);
+  }
+}
+
+[[gnu::always_inline]] inline void WidenEach(const char* from, size_t count,
+                                             uint32_t* to) {
+  for (size_t i = 0; i < count; ++i) {
+    uint16_t narrow;
+    std::memcpy(&narrow, from + 2 * i, 2);
+    to[i] = narrow;
+  }
+}
+
+using Unpack = size_t (*)(const uint8_t*, size_t, size_t, uint16_t*);
+template <size_t... kIndex>
+constexpr std::array<Unpack, sizeof...(kIndex)> UnpackTable(
+    std::index_sequence<kIndex...>) {
+  return {&UnpackGroups<static_cast<int>(kIndex) + 1>...};
+}
+// What vectors can take of the work; what is left, or all of it, is the plain loops'.
 #if defined(__x86_64__)
 // 16 values at a time, kBits <= 8: each half of a vector takes the kBits bytes of eight,
 // each of its lanes the two bytes that a value lies in, which a product shifts to the
@@ -186,52 +211,34 @@ template <int kBits>
   }
   return i;
 }
-#endif
 
-// float of bf16 bits whose bytes lie apart.
-[[gnu::always_inline]] inline void JoinBytes(const uint8_t* high, const uint8_t* low,
-                                             size_t count, uint32_t* to) {
-  for (size_t i = 0; i < count; ++i) {
-    to[i] =
-        (static_cast<uint32_t>(high[i]) << 24) | (static_cast<uint32_t>(low[i]) << 16);
-  }
-}
-
-#if defined(__x86_64__)
-[[gnu::target("avx2")]] void JoinBytesWide(const uint8_t* high, const uint8_t* low,
-                                           size_t count, uint32_t* to) {
-  JoinBytes(high, low, count, to);
-}
-#endif
-
-[[gnu::always_inline]] inline void WidenEach(const char* from, size_t count,
-                                             uint32_t* to) {
-  for (size_t i = 0; i < count; ++i) {
-    uint16_t narrow;
-    std::memcpy(&narrow, from + 2 * i, 2);
-    to[i] = narrow;
-  }
-}
-
-#if defined(__x86_64__)
-[[gnu::target("avx2")]] void WidenTokensWide(const char* from, size_t count,
-                                             uint32_t* to) {
-  WidenEach(from, count, to);
-}
-#endif
-
-using Unpack = size_t (*)(const uint8_t*, size_t, size_t, uint16_t*);
-template <size_t... kIndex>
-constexpr std::array<Unpack, sizeof...(kIndex)> UnpackTable(
-    std::index_sequence<kIndex...>) {
-  return {&UnpackGroups<static_cast<int>(kIndex) + 1>...};
-}
-#if defined(__x86_64__)
 template <size_t... kIndex>
 constexpr std::array<Unpack, sizeof...(kIndex)> WideTable(
     std::index_sequence<kIndex...>) {
   return {&UnpackGroupsWide<static_cast<int>(kIndex) + 1>...};
 }
+
+size_t UnpackWide(const uint8_t* from, size_t size, int bits, size_t count,
+                  uint16_t* to) {
+  static constexpr auto kWide = WideTable(std::make_index_sequence<8>());
+  if (bits > 8 || !HasAvx2()) return 0;
+  return kWide[static_cast<size_t>(bits - 1)](from, size, count, to);
+}
+
+[[gnu::target("avx2")]] void JoinBytesWide(const uint8_t* high, const uint8_t* low,
+                                           size_t count, uint32_t* to) {
+  JoinBytes(high, low, count, to);
+}
+
+[[gnu::target("avx2")]] void WidenTokensWide(const char* from, size_t count,
+                                             uint32_t* to) {
+  WidenEach(from, count, to);
+}
+#else
+size_t UnpackWide(const uint8_t*, size_t, int, size_t, uint16_t*) { return 0; }
+size_t UnpackFlagsWide(const char*, size_t, uint8_t*) { return 0; }
+constexpr auto JoinBytesWide = JoinBytes;
+constexpr auto WidenTokensWide = WidenEach;
 #endif
 
 // How many values were unpacked, a multiple of eight.
@@ -239,11 +246,7 @@ size_t UnpackMost(const uint8_t* from, size_t size, int bits, size_t count,
                   uint16_t* to) {
   static constexpr auto kUnpack = UnpackTable(std::make_index_sequence<16>());
   const auto index = static_cast<size_t>(bits - 1);
-  size_t done = 0;
-#if defined(__x86_64__)
-  static constexpr auto kWide = WideTable(std::make_index_sequence<8>());
-  if (bits <= 8 && HasAvx2()) done = kWide[index](from, size, count, to);
-#endif
+  const size_t done = UnpackWide(from, size, bits, count, to);
   const size_t bytes = done / 8 * static_cast<size_t>(bits);
   return done + kUnpack[index](from + bytes, size - bytes, count - done, to + done);
 }
@@ -252,9 +255,7 @@ size_t UnpackMost(const uint8_t* from, size_t size, int bits, size_t count,
 
 void WidenTokens(std::string_view bytes, std::vector<uint32_t>* tokens) {
   uint32_t* to = tokens->data();
-#if defined(__x86_64__)
   if (HasAvx2()) return WidenTokensWide(bytes.data(), tokens->size(), to);
-#endif
   WidenEach(bytes.data(), tokens->size(), to);
 }
 
@@ -274,10 +275,7 @@ void UnpackBits(std::string_view bytes, int bits, std::vector<uint16_t>* values)
 
 void UnpackFlags(std::string_view bytes, std::vector<uint8_t>* flags) {
   constexpr uint64_t kEach = 0x0101010101010101, kOwnBit = 0x8040201008040201;
-  size_t i = 0;
-#if defined(__x86_64__)
-  if (HasAvx2()) i = UnpackFlagsWide(bytes.data(), flags->size(), flags->data());
-#endif
+  size_t i = HasAvx2() ? UnpackFlagsWide(bytes.data(), flags->size(), flags->data()) : 0;
   for (; i < flags->size(); i += 8) {
     const uint64_t bits = static_cast<uint8_t>(bytes[i / 8]) * kEach & kOwnBit;
     const uint64_t eight = (bits + 0x7f * kEach) >> 7 & kEach;  // 1 where a bit is
@@ -290,9 +288,7 @@ void UnpackBf16Planes(std::string_view bytes, std::vector<float>* values) {
   const auto* high = reinterpret_cast<const uint8_t*>(bytes.data());
   const uint8_t* low = high + n;
   auto* to = reinterpret_cast<uint32_t*>(values->data());
-#if defined(__x86_64__)
   if (HasAvx2()) return JoinBytesWide(high, low, n, to);
-#endif
   JoinBytes(high, low, n, to);
 }
 

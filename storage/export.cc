@@ -307,6 +307,22 @@ void RemoveEarlierParts(const fs::path& folder, const std::string& format,
 
 }  // namespace
 
+uint64_t ExportedBytes(const TraceReader& reader, const std::string& format) {
+  const StoreConfig& c = reader.config();
+  const bool text = format == "jsonl" || format == "csv";
+  const uint64_t probs = c.Records("probs") ? 1 : 0;
+  const uint64_t row = (format == "csv" ? 30 : 6) + 22 * probs +
+                       static_cast<unsigned>(c.top_k) * (3 + 13 * probs);
+  uint64_t bytes = 0;
+  for (const SequenceInfo& s : reader.sequences()) {
+    const uint64_t cells =
+        s.encoder_tokens * static_cast<unsigned>(c.geometry.encoder_layers) +
+        s.decoder_tokens * static_cast<unsigned>(c.geometry.decoder_layers);
+    bytes += text ? cells * row : PartBytes(s, c) / 2 + 41;
+  }
+  return bytes;
+}
+
 std::vector<fs::path> ExportTraces(const TraceReader& reader, const fs::path& folder,
                                    const ExportOptions& options) {
   ParseChoice("--format", options.format, {"npz", "jsonl", "csv", "safetensors"});

@@ -21,6 +21,9 @@ struct ExportOptions {
 std::vector<fs::path> ExportTraces(const TraceReader& reader, const fs::path& folder,
                                    const ExportOptions& options);
 
+// About what ExportTraces would write; of arrays a little more.
+uint64_t ExportedBytes(const TraceReader& reader, const std::string& format);
+
 // What the store holds and jsonl and csv leave out; empty where that is nothing.
 std::string LeftOutOfText(const StoreConfig& config);
 

@@ -143,6 +143,7 @@ class Survey {
     c.max_length = static_cast<int>(kMaxTokens);
     return c;
   }
+  uint64_t sequences() const { return sequences_; }
   uint64_t tokens() const { return tokens_; }
 
  private:
@@ -209,26 +210,41 @@ class Survey {
   Task task_ = Task::kGenerate;
 };
 
+// Reads all of the input, once.
+ImportReport Look(ImportSource& source, const ImportOptions& options) {
+  source.Verify();
+  Survey survey;
+  source.Read([&](RoutingTrace&& trace) {
+    ThrowIfStopped("while reading the input");
+    survey.Add(trace);
+  });
+  if (survey.sequences() == 0) {
+    throw UsageError(ErrorText("the new store would be empty",
+                               "the input has no sequence", "give another --in"));
+  }
+  ImportReport report{survey.sequences(), survey.tokens(),
+                      survey.Config(source, options)};
+  report.config.compression = options.compression;
+  RequireCompression(options.compression, report.config.geometry);
+  return report;
+}
+
 }  // namespace
+
+ImportReport CheckImport(const fs::path& path, const fs::path& out,
+                         const ImportOptions& options) {
+  RequireNewStore(out);
+  return Look(*OpenSource(path, options), options);
+}
 
 ImportReport ImportTraces(const fs::path& path, const fs::path& out,
                           const ImportOptions& options, StepObserver on_step) {
   RequireNewStore(out);
   const std::unique_ptr<ImportSource> source = OpenSource(path, options);
-  source->Verify();
-  Survey survey;
-  source->Read([&](RoutingTrace&& trace) {
-    ThrowIfStopped("while reading the input");
-    survey.Add(trace);
-  });
-  ImportReport report;
-  report.config = survey.Config(*source, options);
-  report.tokens = survey.tokens();
-  report.config.compression = options.compression;
+  ImportReport report = Look(*source, options);
   StoreBuilder builder(out, report.config, std::move(on_step));
   source->Read([&](RoutingTrace&& trace) { builder.Add(trace); });
   builder.Finish();
-  report.sequences = builder.num_sequences();
   return report;
 }
 

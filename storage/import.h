@@ -31,4 +31,9 @@ struct ImportReport {
 ImportReport ImportTraces(const fs::path& path, const fs::path& out,
                           const ImportOptions& options, StepObserver on_step = {});
 
+// The first of its two readings: what ImportTraces would refuse, and what it would make.
+// Writes nothing.
+ImportReport CheckImport(const fs::path& path, const fs::path& out,
+                         const ImportOptions& options);
+
 }  // namespace routecast

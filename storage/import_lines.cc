@@ -127,7 +127,7 @@ class RequestLines : public ImportSource {
       Request request = ParseLine(line, where);
       request.task = task_;
       request.request = request.document = next++;
-      use(TraceOfRequest(request, where));
+      use(TraceOfRequest(std::move(request), where));
     });
   }
   std::vector<fs::path> files() const override { return {path_}; }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "common/errors.h"
 #include "common/foreign_text.h"
@@ -47,7 +48,7 @@ uint64_t ReadRequests(const NpyFile& file, Task task, uint64_t first,
       }
       request.token_ids = file.ReadIntegers<uint32_t>(*tokens, 0, request.tokens);
     }
-    use(TraceOfRequest(request, where));
+    use(TraceOfRequest(std::move(request), where));
   }
   return first;
 }
@@ -81,6 +82,29 @@ class RequestArrays : public ImportSource {
   std::vector<fs::path> files_;
 };
 
+// Some systems return a token's experts in no order; the first is its choice here.
+void OrderByProbability(Request* r) {
+  const size_t K = r->experts;
+  std::vector<size_t> order(K);
+  std::vector<uint16_t> ids(K);
+  std::vector<float> probs(K);
+  for (size_t from = 0; from + K <= r->probs.size(); from += K) {
+    const auto likelier = [&](size_t a, size_t b) {
+      return r->probs[from + a] > r->probs[from + b];
+    };
+    std::iota(order.begin(), order.end(), size_t{0});
+    if (std::is_sorted(order.begin(), order.end(), likelier)) continue;
+    std::stable_sort(order.begin(), order.end(), likelier);
+    for (size_t k = 0; k < K; ++k) {
+      ids[k] = r->ids[from + order[k]];
+      probs[k] = r->probs[from + order[k]];
+    }
+    std::copy(ids.begin(), ids.end(), r->ids.begin() + static_cast<std::ptrdiff_t>(from));
+    std::copy(probs.begin(), probs.end(),
+              r->probs.begin() + static_cast<std::ptrdiff_t>(from));
+  }
+}
+
 }  // namespace
 
 void RefuseImport(const std::string& where, const std::string& rule) {
@@ -105,8 +129,9 @@ void CheckRequestShape(uint64_t tokens, uint64_t layers, uint64_t experts,
                           std::to_string(kMaxLayers) + ", " + std::to_string(kMaxTopK));
 }
 
-RoutingTrace TraceOfRequest(const Request& r, const std::string& where) {
+RoutingTrace TraceOfRequest(Request r, const std::string& where) {
   CheckRequestShape(r.tokens, r.layers, r.experts, where);
+  OrderByProbability(&r);
   RoutingTrace trace;
   trace.sequence_id = r.request;
   trace.document_id = r.document;

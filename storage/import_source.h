@@ -47,7 +47,8 @@ std::unique_ptr<ImportSource> OpenPacked(const fs::path& index, Task task, int n
                                          int experts_per_token);
 
 // The trace of request number `request`: ids [T,L,K] as serving systems return them, most
-// probable first. `probs` has the same shape or is empty; `token_ids` [T] or empty.
+// probable first, or in any order where `probs` says it. `probs` has the same shape or is
+// empty; `token_ids` [T] or empty.
 struct Request {
   uint64_t request = 0, document = 0;
   Task task = Task::kGenerate;
@@ -58,7 +59,7 @@ struct Request {
 };
 // DataError naming `where` for a shape beyond the format's limits and for an expert that
 // a token has twice in a layer (which is how swapped axes show).
-RoutingTrace TraceOfRequest(const Request& request, const std::string& where);
+RoutingTrace TraceOfRequest(Request request, const std::string& where);
 // Checks T, L and K against the format's limits before memory is taken for them.
 void CheckRequestShape(uint64_t tokens, uint64_t layers, uint64_t experts,
                        const std::string& where);

@@ -31,6 +31,7 @@ const std::set<std::string>& MayDiffer() {
                                              "seed",
                                              "compression",
                                              "intakes",
+                                             "left_out",
                                              "schema"};
   return keys;
 }
@@ -95,6 +96,13 @@ class Input {
     return all;
   }
 
+  std::vector<uint64_t> Ids() const {
+    std::vector<uint64_t> ids;
+    for (const SequenceInfo& s : reader_->sequences()) {
+      ids.push_back(s.sequence_id + (documents_ << kSegmentBits));
+    }
+    return ids;
+  }
   bool Holds(uint64_t id_of_the_result) const {
     const uint64_t first = documents_ << kSegmentBits;
     return id_of_the_result >= first &&
@@ -282,6 +290,29 @@ std::vector<SequenceInfo> LeftOutOfAll(const std::vector<Input>& inputs) {
   return all;
 }
 
+// Stores that go together, and what becomes of them.
+struct Merging {
+  std::vector<Input> inputs;
+  StoreConfig config;
+  fs::path routers;  // empty: none has them
+};
+
+Merging Open(const std::vector<fs::path>& stores, const fs::path& out,
+             const MergeOptions& options) {
+  RequireNewStore(out);
+  if (stores.empty()) {
+    throw UsageError(ErrorText("nothing to merge", "", "give --store more than once"));
+  }
+  for (const fs::path& store : stores) RequireApart(out, store);
+  Merging merging;
+  for (const fs::path& store : stores) merging.inputs.emplace_back(store);
+  merging.config = Prepare(options, &merging.inputs);
+  if (!options.compression.empty()) merging.config.compression = options.compression;
+  RequireCompression(merging.config.compression, merging.config.geometry);
+  merging.routers = CommonRouters(merging.inputs);
+  return merging;
+}
+
 }  // namespace
 
 std::vector<std::string> MergeDifferences(const StoreConfig& a, const StoreConfig& b) {
@@ -297,18 +328,22 @@ std::vector<std::string> MergeDifferences(const StoreConfig& a, const StoreConfi
   return differences;
 }
 
+MergeReport CheckMerge(const std::vector<fs::path>& stores, const fs::path& out,
+                       const MergeOptions& options) {
+  const Merging merging = Open(stores, out, options);
+  std::set<uint64_t> ids;
+  uint64_t all = 0;
+  for (const Input& input : merging.inputs) {
+    const std::vector<uint64_t> own = input.Ids();
+    ids.insert(own.begin(), own.end());
+    all += own.size();
+  }
+  return {ids.size(), all - ids.size()};
+}
+
 MergeReport MergeStores(const std::vector<fs::path>& stores, const fs::path& out,
                         const MergeOptions& options, StepObserver on_step) {
-  RequireNewStore(out);
-  if (stores.empty()) {
-    throw UsageError(ErrorText("nothing to merge", "", "give --store more than once"));
-  }
-  for (const fs::path& store : stores) RequireApart(out, store);
-  std::vector<Input> inputs;
-  for (const fs::path& store : stores) inputs.emplace_back(store);
-  StoreConfig config = Prepare(options, &inputs);
-  if (!options.compression.empty()) config.compression = options.compression;
-  const fs::path routers = CommonRouters(inputs);
+  auto [inputs, config, routers] = Open(stores, out, options);
   MergeReport report;
   StoreBuilder builder(out, config, std::move(on_step));
   for (;;) {

@@ -33,4 +33,9 @@ std::vector<std::string> MergeDifferences(const StoreConfig& a, const StoreConfi
 MergeReport MergeStores(const std::vector<fs::path>& stores, const fs::path& out,
                         const MergeOptions& options, StepObserver on_step = {});
 
+// What MergeStores would refuse before it reads a record, and what it would make. Writes
+// nothing.
+MergeReport CheckMerge(const std::vector<fs::path>& stores, const fs::path& out,
+                       const MergeOptions& options);
+
 }  // namespace routecast

@@ -156,9 +156,11 @@ void CheckStatus(const rocksdb::Status& status, const std::string& operation,
     throw EnvironmentError(
         ErrorText(what, status.ToString(), "free space and start again"));
   }
+  const bool files = status.ToString().find("Too many open files") != std::string::npos;
   throw EnvironmentError(
       ErrorText(what, status.ToString(),
-                "check the disk and who else uses the store, start again"));
+                files ? "raise the limit of open files (ulimit -n), start again"
+                      : "check the disk and who else uses the store, start again"));
 }
 
 fs::path ShardPath(const fs::path& store, int shard) {

@@ -187,6 +187,7 @@ Json ToJson(const LoadSpread& s) {
           {"mean", s.mean},
           {"deviation", s.deviation},
           {"cv", s.cv},
+          {"utilisation", s.total > 0 ? 1 - s.cv : 0},
           {"skewness", s.skewness},
           {"kurtosis", s.kurtosis},
           {"min", s.min},

@@ -122,6 +122,7 @@ void StoreBuilder::Finish() {
                                "no sequence is left for it",
                                "take a larger share, or another input"));
   }
+  config_.left_out = !left_out_.empty();
   WriteFileAtomic(folder_.path() / "store.json", config_.ToJson().dump(2) + "\n");
   MakeContextModel(folder_.path(), config_, on_step_);
   owner_->Finish();  // seals store.json and the model as well; closes before the folder

@@ -150,7 +150,8 @@ namespace {
 
 // The newest thing in a store decides. Coders of older programs left top-k ids packed.
 int SchemaOf(const StoreConfig& c, bool codes_topk) {
-  return codes_topk               ? kCodedTopkSchema
+  return c.left_out               ? kLeftOutSchema
+         : codes_topk             ? kCodedTopkSchema
          : c.Records("attention") ? kAttentionSchema
          : c.Records("output")    ? kOutputSchema
          : !c.intakes.empty()     ? kIntakesSchema
@@ -198,6 +199,7 @@ Json StoreConfig::ToJson() const {
   }
   json["seed"] = seed;
   json["compression"] = compression;
+  if (left_out) json["left_out"] = true;
   for (const StoreIntake& intake : intakes) {
     json["intakes"].push_back({{"sources", intake.sources},
                                {"corpus_fingerprint", intake.corpus_fingerprint},
@@ -210,11 +212,11 @@ Json StoreConfig::ToJson() const {
 StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   const Fields in(json, where);
   const int64_t schema = in.Number("schema", 0, int64_t{1} << 32);
-  if (schema < kStoreSchema || schema > kCodedTopkSchema || schema == kDroppedSchema) {
+  if (schema < kStoreSchema || schema > kLeftOutSchema || schema == kDroppedSchema) {
     throw UsageError(ErrorText(
         where + ": store of another schema",
         "schema " + std::to_string(schema) + ", this program reads " +
-            std::to_string(kStoreSchema) + " to " + std::to_string(kCodedTopkSchema) +
+            std::to_string(kStoreSchema) + " to " + std::to_string(kLeftOutSchema) +
             " but for " + std::to_string(kDroppedSchema),
         "use the routecast that wrote it, or collect again"));
   }
@@ -232,6 +234,10 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
   if (json.contains("token_ids")) {
     if (!json["token_ids"].is_boolean()) in.Fail("token_ids is not true or false");
     c.token_ids = json["token_ids"].get<bool>();
+  }
+  if (json.contains("left_out")) {
+    if (!json["left_out"].is_boolean()) in.Fail("left_out is not true or false");
+    c.left_out = json["left_out"].get<bool>();
   }
   c.data = in.Texts("data");
   try {
@@ -286,7 +292,9 @@ StoreConfig StoreConfig::FromJson(const Json& json, const std::string& where) {
 
 std::vector<std::string> Differences(const StoreConfig& stored,
                                      const StoreConfig& wanted) {
-  const Json a = stored.ToJson(), b = wanted.ToJson();
+  StoreConfig same = wanted;
+  same.left_out = stored.left_out;
+  const Json a = stored.ToJson(), b = same.ToJson();
   std::vector<std::string> differences;
   Json keys = a;  // a key that one of the two lacks differs, too
   keys.update(b);

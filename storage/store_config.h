@@ -21,6 +21,9 @@ inline constexpr int kOutputSchema = 4;
 inline constexpr int kAttentionSchema = 6;
 // Of stores whose coder codes top-k ids, too, with or without all of these.
 inline constexpr int kCodedTopkSchema = 7;
+// Of stores that lack sequences, with or without all of these: other programs take the
+// marks of these for sequences of no tokens.
+inline constexpr int kLeftOutSchema = 8;
 // Attention in one record with the router inputs: never released, not read.
 inline constexpr int kDroppedSchema = 5;
 inline constexpr int kMaxAttentionHeads = 4096;
@@ -77,6 +80,9 @@ struct StoreConfig {
   // none, zstd (of RocksDB's blocks), context (of expert ids, once the store is complete:
   // context_coder.h) or context+zstd.
   std::string compression = "none";
+  // A complete store whose marks name sequences that were left out; store.json says so
+  // only then.
+  bool left_out = false;
   // Two or more; empty where nothing was added: the fields above are then the only one's.
   std::vector<StoreIntake> intakes;
 
@@ -105,7 +111,7 @@ void RequireCompression(const std::string& compression, const MoeGeometry& geome
 
 // Keys in which two configurations differ, as "key: a, not b"; empty when records made
 // under both are the same. `model` and `data` are names, the fingerprints decide: they
-// may differ.
+// may differ, as may `left_out`, which follows from the records.
 std::vector<std::string> Differences(const StoreConfig& stored,
                                      const StoreConfig& wanted);
 

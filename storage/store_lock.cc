@@ -97,6 +97,10 @@ std::string LivingHolder(const fs::path& path, std::time_t now) {
 
 }  // namespace
 
+std::string StoreHolder(const fs::path& store) {
+  return LivingHolder(store / "lock.json", std::time(nullptr));
+}
+
 StoreLock::StoreLock(const fs::path& store,
                      std::function<void(const std::string&)> on_lost,
                      std::chrono::milliseconds heartbeat)

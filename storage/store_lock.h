@@ -44,4 +44,8 @@ class StoreLock {
   std::thread heartbeat_;
 };
 
+// The job that holds the store's lock now, for people; empty: none, as far as this host's
+// clock tells. Takes nothing.
+std::string StoreHolder(const fs::path& store);
+
 }  // namespace routecast

@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <sstream>
-#include <vector>
 
 #include "common/errors.h"
 #include "common/random.h"
 #include "storage/store_builder.h"
-#include "storage/trace_reader.h"
 
 namespace routecast {
 namespace {
@@ -31,23 +29,27 @@ void RequireShare(double share) {
                              "--share=0.1 takes a tenth of the documents"));
 }
 
-uint64_t SubsetStore(const fs::path& store, const fs::path& out,
-                     const SubsetOptions& options, StepObserver on_step) {
+std::vector<uint64_t> DrawSubset(const TraceReader& reader, const fs::path& out,
+                                 const SubsetOptions& options) {
   RequireShare(options.share);
   RequireNewStore(out);
-  RequireApart(out, store);
-  const TraceReader reader(store, NeedTokens::kNo);
+  RequireApart(out, reader.path());
   RequireComplete(reader);
   std::vector<uint64_t> ids;
   for (const SequenceInfo& s : reader.sequences()) {
     if (InSubset(s.group_id, options)) ids.push_back(s.sequence_id);
   }
-  if (ids.empty()) {
-    throw UsageError(ErrorText("no document of " + store.string() + " is drawn",
-                               std::to_string(reader.sequences().size()) +
-                                   " sequences are in it, the subset would have 0",
-                               "take a larger --share, or another --seed"));
-  }
+  if (!ids.empty()) return ids;
+  throw UsageError(ErrorText("no document of " + reader.path().string() + " is drawn",
+                             std::to_string(reader.sequences().size()) +
+                                 " sequences are in it, the subset would have 0",
+                             "take a larger --share, or another --seed"));
+}
+
+uint64_t SubsetStore(const fs::path& store, const fs::path& out,
+                     const SubsetOptions& options, StepObserver on_step) {
+  const TraceReader reader(store, NeedTokens::kNo);
+  const std::vector<uint64_t> ids = DrawSubset(reader, out, options);
   StoreConfig config = reader.config();
   if (!options.compression.empty()) config.compression = options.compression;
   StoreBuilder builder(out, config, std::move(on_step));

@@ -2,6 +2,9 @@
 // Thread rule: one thread. Memory: one batch of traces and one chunk.
 #pragma once
 
+#include <vector>
+
+#include "storage/trace_reader.h"
 #include "storage/trace_store.h"
 
 namespace routecast {
@@ -17,6 +20,11 @@ struct SubsetOptions {
 bool InSubset(uint64_t group_id, const SubsetOptions& options);
 
 void RequireShare(double share);  // throws UsageError outside (0, 1]
+
+// The ids of the sequences that SubsetStore would take. Throws as it does; writes
+// nothing.
+std::vector<uint64_t> DrawSubset(const TraceReader& reader, const fs::path& out,
+                                 const SubsetOptions& options);
 
 // Makes `out` of the sequences whose group is drawn; returns how many they are. Ids stay.
 // UsageError: a share outside (0, 1], an unfinished store, nothing drawn, `out` is there.

@@ -369,4 +369,12 @@ void TraceReader::Scan(const std::function<void(RoutingTrace&&)>& callback,
   }
 }
 
+void DeclareLeftOut(const fs::path& store) {
+  StoreConfig config = TraceStore::Open(store);
+  const bool left_out = !TraceReader(store, NeedTokens::kNo).left_out().empty();
+  if (config.left_out == left_out) return;
+  config.left_out = left_out;
+  WriteFileAtomic(store / "store.json", config.ToJson().dump(2) + "\n");
+}
+
 }  // namespace routecast

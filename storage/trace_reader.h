@@ -81,4 +81,9 @@ class TraceReader {
   int64_t completed_chunks_ = 0;
 };
 
+// Of a store with all its chunks: says in store.json that sequences were left out, where
+// its marks name some, so that programs that do not know such marks refuse it. For who
+// holds the store's lock, before it is sealed.
+void DeclareLeftOut(const fs::path& store);
+
 }  // namespace routecast

@@ -6,11 +6,13 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <thread>
 
 #include "common/errors.h"
 #include "common/stop.h"
+#include "common/temporary_file.h"
 #include "rocksdb/sst_file_writer.h"
 #include "storage/context_coder.h"
 #include "storage/shard_db.h"
@@ -81,6 +83,30 @@ std::string Join(const std::vector<std::string>& parts) {
   return text;
 }
 
+// What a job leaves that was killed before the store had its store.json; and `corpus`, a
+// cache that was given its place there.
+bool IsOfAStart(const fs::directory_entry& entry) {
+  static const std::set<std::string> kFiles = {"lock.json",    "lock.guard",
+                                               "run.json",     "routers.safetensors",
+                                               "routers.hash", "store.json"};
+  const fs::path name = entry.path().filename(), whole = PathOfTemporary(name);
+  if (entry.is_directory()) {
+    return name == "corpus" || name == "staging" ||
+           (name == "shards" && fs::is_empty(entry.path()));
+  }
+  return kFiles.contains(whole.empty() ? name : whole);
+}
+
+void RequireNothingElse(const fs::path& path) {
+  if (!fs::is_directory(path)) return;
+  for (const auto& entry : fs::directory_iterator(path)) {
+    if (IsOfAStart(entry)) continue;
+    throw UsageError(ErrorText(path.string() + " holds something else than a trace store",
+                               "found " + entry.path().filename().string(),
+                               "name an empty or new folder"));
+  }
+}
+
 }  // namespace
 
 StoreConfig TraceStore::Open(const fs::path& path) {
@@ -117,20 +143,7 @@ StoreConfig TraceStore::CreateOrOpen(const fs::path& path, const StoreConfig& wa
     WriteFileAtomic(path / "store.json", stored.ToJson().dump(2) + "\n");
     return stored;
   }
-  if (fs::exists(path) && fs::is_directory(path)) {
-    // A job killed while creating leaves only its lock, its run.json and temporary files.
-    for (const auto& entry : fs::directory_iterator(path)) {
-      const std::string name = entry.path().filename();
-      if (name.starts_with("lock.") || name.starts_with("run.json") || name == "corpus" ||
-          name == "routers.safetensors" || name == "routers.hash" || name == "staging" ||
-          name.ends_with(".tmp") || (name == "shards" && fs::is_empty(entry.path()))) {
-        continue;
-      }
-      throw UsageError(
-          ErrorText(path.string() + " holds something else than a trace store",
-                    "found " + name, "name an empty or new folder"));
-    }
-  }
+  RequireNothingElse(path);
   MakeFolder(path / "shards");
   MakeFolder(path / "staging");
   WriteFileAtomic(path / "store.json", wanted.ToJson().dump(2) + "\n");

@@ -87,6 +87,7 @@ TEST_F(NotFiniteTest, SkippedSequencesAreNamedAndTheOthersAreAsTheyWere) {
     const TraceReader reader(folder_ / store);
     for (const SequenceInfo& info : reader.left_out()) named.push_back(info.sequence_id);
     EXPECT_EQ(named, left_out);
+    EXPECT_EQ(ReadJsonFile(folder_ / store / "store.json")["schema"], kLeftOutSchema);
     Json results = ReadJsonFile(folder_ / store / "run.json")["results"];
     EXPECT_EQ(results["left_out"]["sequences"], left_out.size());
     EXPECT_EQ(results["left_out"]["ids"], Json(left_out));

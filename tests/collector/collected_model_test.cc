@@ -41,5 +41,26 @@ TEST(CollectedModel, ThatDoesNotFitAMachineWithItsRanksIsRefused) {
   EXPECT_THROW(RequireMemoryFor(21 * kGiB, 2, 20 * kGiB), EnvironmentError);
 }
 
+// A dry run on a store of a model of 100 GB must not take minutes.
+TEST(CollectedModel, ADryRunKnowsTheFingerprintOfFilesThatTheStoresLastRunSaw) {
+  const fs::path folder = WriteCheckpoint(TestFolder("planned-model"), 1);
+  const fs::path store = TestFolder("planned-store");
+  const auto fingerprint = [&] {
+    return PlannedModel(folder, RankInfo{}, 1, store).fingerprint;
+  };
+  EXPECT_EQ(fingerprint(), "");
+  WriteFileAtomic(store / "store.json", "{}");
+  const std::string real = fingerprint();
+  EXPECT_EQ(real, LoadCheckpoint(folder, at::kFloat, at::kCPU).fingerprint);
+  const Json run = {{"checkpoint", CheckpointRecord(folder, "as the last run saw it")}};
+  WriteFileAtomic(store / "run.json", run.dump());
+  EXPECT_EQ(fingerprint(), "as the last run saw it");
+  const fs::path weights = folder / "model.safetensors";
+  fs::last_write_time(weights, fs::last_write_time(weights) + std::chrono::seconds(1));
+  EXPECT_EQ(fingerprint(), real);
+  WriteFileAtomic(store / "run.json", "{\"checkpoint\": [1]}");
+  EXPECT_EQ(fingerprint(), real);
+}
+
 }  // namespace
 }  // namespace routecast

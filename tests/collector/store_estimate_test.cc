@@ -43,6 +43,18 @@ TEST(StoreEstimateTest, CountsTheTopK) {
               1e6 * 12 * 8 * (2 + 7.0 / 8), 1e3);
 }
 
+// A table file a chunk and family, of all shards beside a rank's own.
+TEST(StoreEstimateTest, OpenFilesGrowWithTheChunks) {
+  StoreConfig config = Config({"attention", "hidden", "ids"});
+  config.num_chunks = 0;
+  const uint64_t none = EstimatedOpenFiles(config, 4);
+  config.num_chunks = 1000;
+  EXPECT_EQ(EstimatedOpenFiles(config, 4) - none, 3000u + 750u);
+  config = Config({"ids"});
+  config.num_chunks = 1000;
+  EXPECT_EQ(EstimatedOpenFiles(config, 4) - none, 1000u + 250u);
+}
+
 TEST(StoreEstimateTest, TheEncoderAloneHasNoDecodersRecords) {
   StoreConfig encode = Config({"hidden", "ids", "output"});
   encode.task = Task::kEncode;

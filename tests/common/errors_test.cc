@@ -19,6 +19,7 @@ TEST(ThrowErrno, WhoCanMendItDecidesTheType) {
   EXPECT_THROW(ThrowErrno(EACCES, "open", "p"), UsageError);
   EXPECT_THROW(ThrowErrno(ENOSPC, "write", "p"), EnvironmentError);
   EXPECT_THROW(ThrowErrno(EIO, "read", "p"), EnvironmentError);
+  EXPECT_THROW(ThrowErrno(EMFILE, "open", "p"), EnvironmentError);
 }
 
 TEST(NearestName, SmallestEditDistance) {

@@ -74,6 +74,34 @@ TEST_F(CorpusTest, FolderIsReadInOrderOfPaths) {
               ElementsAre("first", "second"));
 }
 
+TEST_F(CorpusTest, WhatLiesBesideDataOfAKindIsNoTextOfIt) {
+  Write("f/README.md", "about the data");
+  Write("f/LICENSE.txt", "a licence");
+  Write("f/sub/train.jsonl", "{\"text\": \"one\"}\n");
+  Write("f/QNLI/dev.tsv", "index\tquestion\tsentence\tlabel\n0\tq\ts\tentailment\n");
+  Write("f/dev.json", R"({"data": [{"paragraphs": [{"context": "c", "qas": []}]}]})");
+  Write("w/README.md", "about the data");
+  Write("w/wiki.test.tokens", " = Title = \n\n text\n");
+  const std::string folder = (folder_ / "f").string();
+  EXPECT_THAT(Texts(OpenInMemory("jsonl:" + folder + "/sub")), ElementsAre("one"));
+  EXPECT_THAT(Texts(OpenInMemory("glue:" + folder)),
+              ElementsAre("qnli question: q sentence: s"));
+  EXPECT_THAT(Texts(OpenInMemory("squad:" + folder)), ElementsAre("c"));
+  EXPECT_EQ(OpenInMemory("wikitext:" + (folder_ / "w").string()).size(), 1u);
+  EXPECT_EQ(OpenInMemory("text:" + (folder_ / "w").string()).size(), 2u);
+  EXPECT_THAT(Message("glue:" + (folder_ / "w").string()),
+              HasSubstr(".tsv (or these with .gz, .zst)"));
+}
+
+TEST_F(CorpusTest, ALinkInACircleIsNoText) {
+  Write("f/a.txt", "first");
+  fs::create_symlink("loop", folder_ / "f" / "loop");
+  fs::create_directory_symlink(".", folder_ / "f" / "self");
+  EXPECT_THAT(Texts(OpenInMemory("text:" + (folder_ / "f").string())),
+              ElementsAre("first"));
+  EXPECT_THROW(OpenInMemory("text:" + (folder_ / "f" / "loop").string()), UsageError);
+}
+
 TEST_F(CorpusTest, PackedFilesAreUnpacked) {
   const std::string text = Prose(1, 2000) + "end";
   std::string packed(ZSTD_compressBound(text.size()), '\0');

@@ -58,7 +58,14 @@ wrong() {
 }
 
 collect=(collect --model="$model" --data=text:text.txt --store=new)
+# Table files stay open until the store is complete: said before days of work, not after.
+(ulimit -n 256 && OMP_NUM_THREADS=1 "$bin/routecast-${collect[0]}" --quiet "${collect[@]:1}" \
+  --dry_run --num_shards=256) >/dev/null 2>error
+[ $? -eq 4 ] || fail "few open files: $(cat error)"
+grep -q "ulimit -n [0-9]" error || fail "few open files: no fix: $(cat error)"
 wrong 2 "--threads\?" "${collect[@]}" --treads=2
+wrong 2 "use 0 for cores" "${collect[@]}" --threads=-1
+wrong 2 "1 to 1024 threads" "${collect[@]}" --dry_run --threads=100000
 wrong 2 "denoise" "${collect[@]}" --task=denoice
 wrong 2 "ids" "${collect[@]}" --record=idz
 wrong 2 "nowhere" collect --model=nowhere --data=text:text.txt --store=new

@@ -237,6 +237,19 @@ INSTANTIATE_TEST_SUITE_P(
                             "sequence 1"}),
     [](const auto& info) { return std::string(info.param.name); });
 
+TEST_F(ImportTest, ProbabilitiesPutATokensExpertsIntoTheirOrder) {
+  WriteFileAtomic(At("in.jsonl"),
+                  "{\"routing\": [[[4,2,7],[1,0,3]]], "
+                  "\"probs\": [[[0.25,0.5,0.25],[0.5,0.25,0.125]]]}\n");
+  Import("in.jsonl", {.format = "jsonl"});
+  const RoutingSpan span = Read(store()).at(0).decoder;
+  EXPECT_EQ(span.expert_ids, (std::vector<uint16_t>{2, 1}));
+  EXPECT_EQ(span.gate_probs, (std::vector<float>{0.5f, 0.5f}));
+  EXPECT_EQ(span.topk_ids, (std::vector<uint16_t>{2, 4, 7, 1, 0, 3}));
+  EXPECT_EQ(span.topk_probs,
+            (std::vector<float>{0.5f, 0.25f, 0.25f, 0.5f, 0.25f, 0.125f}));
+}
+
 TEST_F(ImportTest, TheNumberOfExpertsIsTheLargestIdsOrGiven) {
   WritePacked();
   EXPECT_EQ(Import("index_x.csv", packed_).config.geometry.num_experts, 30);

@@ -42,8 +42,12 @@ class LeftOutTest : public TraceStoreTest {
       writer.Finish();
       owner.Ingest(c, "t");
     }
+    DeclareLeftOut(store());
     MakeContextModel(store(), config_);
     owner.Finish();
+  }
+  static int SchemaOf(const fs::path& store) {
+    return ReadJsonFile(store / "store.json")["schema"];
   }
   void ExpectThem(const fs::path& store) {
     const TraceReader reader(store);
@@ -93,6 +97,19 @@ class LeftOutTest : public TraceStoreTest {
 TEST_F(LeftOutTest, ReaderAndVerifyNameThem) {
   Write({{1, 2, 3, 4}, {5, 6, 7}});
   ExpectThem(store());
+}
+
+// Programs from before would take them for sequences of no tokens.
+TEST_F(LeftOutTest, AStoreThatLacksSomeHasASchemaOfItsOwn) {
+  Write({{1, 2, 3, 4}});
+  EXPECT_EQ(SchemaOf(store()), kLeftOutSchema);
+  TraceStore::CreateOrOpen(store(), config_);  // what is left out is no other setting
+  SubsetStore(store(), At("subset"), {.share = 1});
+  EXPECT_EQ(SchemaOf(At("subset")), kLeftOutSchema);
+  Beside("beside", {3}, {});
+  MergeStores({store(), At("beside")}, At("merged"), {});
+  EXPECT_EQ(SchemaOf(At("merged")), SchemaOf(At("beside")));
+  EXPECT_LT(SchemaOf(At("beside")), kLeftOutSchema);
 }
 
 TEST_F(LeftOutTest, AChunkMayHoldNothingElse) {

@@ -232,7 +232,9 @@ TEST_F(RoutingStatisticsTest, AreWritten) {
   EXPECT_EQ(json["layers"][5]["nmi_previous"].size(), 2u);
   EXPECT_TRUE(json["layers"][5]["entropy_bits"].is_number());
   EXPECT_TRUE(json["layers"][5]["percentiles"]["margins"].contains("p90"));
-  EXPECT_EQ(json["layers"][0]["spread"]["active"], 5);
+  const Json& spread = json["layers"][0]["spread"];
+  EXPECT_EQ(spread["active"], 5);
+  EXPECT_NEAR(spread["utilisation"], 1 - spread["cv"].get<double>(), 1e-12);
   EXPECT_GT(json["journeys"]["decoder"]["paths"].size(), 10u);
   EXPECT_EQ(ReadFile(out / "load.csv").substr(0, 25), "layer_id,expert_id,count\n");
   const std::string transitions = ReadFile(out / "transitions.csv");

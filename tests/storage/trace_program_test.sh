@@ -85,4 +85,45 @@ for verb in merge subset import; do
     fail "--dry_run $verb: $(cat log)"
 done
 [ -e dry ] && fail "--dry_run makes a folder"
+
+# Systems start programs with few open files, and let them take more.
+many=()
+for i in $(seq 24); do many+=(--store=a); done
+(ulimit -Sn 16; "$trace" merge "${many[@]}" --out=few_files) >log 2>&1 ||
+  fail "with 16 open files of $(ulimit -Hn): $(cat log)"
+(ulimit -n 16; "$trace" merge "${many[@]}" --out=too_few) >log 2>&1
+[ $? -eq 4 ] || fail "with 16 open files and no more: $(cat log)"
+says "ulimit -n"
+
+# A dry run refuses what the run would refuse, and says what would be written.
+expect 0 merge --dry_run --store=a --store=a --out=dry
+says "12 sequences of 2 stores would be written to dry: about .* free"
+expect 2 merge --dry_run --store=a --store=b --out=dry
+says "--renumber"
+expect 2 merge --dry_run --store=a --out=c
+says "is there already"
+expect 0 subset --dry_run --store=a --share=1 --out=dry
+says "12 sequences would be written"
+expect 2 subset --dry_run --store=a --share=0.000001 --out=dry
+says "larger --share"
+expect 2 subset --dry_run --store=a --out=c
+says "is there already"
+expect 0 import --dry_run --format=jsonl --in=a.jsonl --out=dry
+says "12 sequences, 24 tokens"
+expect 3 import --dry_run --format=jsonl --in=bad.jsonl --out=dry
+says "bad.jsonl: line 1"
+for verb in export stats; do
+  expect 0 $verb --dry_run --store=a --out=dry
+  says "12 sequences would be written to dry: about .* free"
+  expect 2 $verb --dry_run --store=a --out=a.jsonl/dry
+  says "Not a directory"
+  expect 2 $verb --store=a --out=a
+  says "a is a trace store"
+done
+grep -q '"program": "routecast-trace import"' a/run.json || fail "the store's run.json is replaced"
+expect 0 verify --dry_run --store=damaged
+says "would be read"
+expect 2 salvage --dry_run --store=a --out=c
+says "is there already"
+[ -e dry ] && fail "a dry run writes"
 exit $failed

@@ -6,7 +6,6 @@
 
 #include <fstream>
 #include <future>
-#include <future>
 
 #include "common/errors.h"
 #include "storage/store_lock.h"
@@ -80,6 +79,21 @@ TEST_F(TraceStoreTest, RefusesAnotherConfigurationWithBothValues) {
               std::string::npos);
     EXPECT_NE(std::string(e.what()).find("bb"), std::string::npos);
   }
+}
+
+// A folder of results has a run.json, too; files whose names begin so are somebody's.
+TEST_F(TraceStoreTest, TakesAFolderThatAStartLeftAndNoOther) {
+  MakeFolder(store());
+  for (const char* name : {"run.json", "run.json.12.tmp", "lock.guard", "routers.hash"}) {
+    WriteFileAtomic(store() / name, "{}");
+  }
+  for (const char* name : {"run.json.bak", "lock.txt", "notes.tmp", "run.json.x.tmp"}) {
+    WriteFileAtomic(store() / name, "");
+    EXPECT_THROW(TraceStore::CreateOrOpen(store(), config_), UsageError) << name;
+    fs::remove(store() / name);
+  }
+  TraceStore::CreateOrOpen(store(), config_);
+  EXPECT_TRUE(fs::exists(store() / "store.json"));
 }
 
 TEST_F(TraceStoreTest, SamplingIsPartOfWhatAStoreIs) {

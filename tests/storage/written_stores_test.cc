@@ -22,6 +22,7 @@ const Written kWritten[] = {
     {1, 4, 0xc414477d1acd6364u}, {2, 102, 0x190550fc1e044382u},
     {3, 9, 0x3ea44e20f8176664u}, {4, 4, 0xbf0342b094b3d695u},
     {6, 4, 0x2f7900be52943154u}, {7, 102, 0x9d683cbd69a14318u},
+    {8, 5, 0x75bc26eb55fdcf33u},
 };
 
 class Digest {
@@ -69,6 +70,7 @@ TEST_P(WrittenStores, AreReadToTheBit) {
   const VerifyReport report = VerifyStore(store);
   EXPECT_TRUE(report.sound() && report.sealed) << testing::PrintToString(report.problems);
   EXPECT_EQ(report.sequences, written.sequences);
+  EXPECT_EQ(report.left_out, written.schema == kLeftOutSchema ? 4u : 0u);
   Digest digest;
   const TraceReader reader(store);
   EXPECT_TRUE(reader.complete());

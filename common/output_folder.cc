@@ -1,0 +1,23 @@
+#include "common/output_folder.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "common/errors.h"
+
+namespace routecast {
+
+void RequireWritable(const fs::path& folder) {
+  fs::path existing = fs::absolute(folder);
+  std::error_code ignored;  // of what lies below a file: it is not there
+  while (!fs::exists(existing, ignored) && existing.has_relative_path()) {
+    existing = existing.parent_path();
+  }
+  if (!fs::is_directory(existing)) ThrowErrno(ENOTDIR, "write below", existing);
+  if (::access(existing.c_str(), W_OK | X_OK) != 0) {
+    ThrowErrno(errno, "write into", existing);
+  }
+}
+
+}  // namespace routecast
