@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include "comm/nccl_communicator.h"
 #include "common/errors.h"
 #include "common/machine.h"
 
@@ -16,6 +17,14 @@ void RequireWholeGroups(int expert_parallel, int world) {
 }
 
 namespace {
+
+// Two ranks of a group on one card: refused before any weight is read.
+void RequireGroupsOwnDevices(at::Device device, const RankInfo& rank, int group) {
+  if (group == 1) return;
+  RequireGroupDevices(rank, group,
+                      device.is_cuda() ? DeviceName(device)
+                                       : "the CPU of rank " + std::to_string(rank.rank));
+}
 
 void CheckExperts(int group, int num_experts) {
   if (group <= num_experts) return;
@@ -53,9 +62,10 @@ void RequireMemoryFor(uint64_t bytes, int local_ranks, uint64_t total) {
       "use --dtype=bf16, fewer ranks a machine, or --expert_parallel over machines"));
 }
 
-Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
-                        bool fingerprint) {
+Checkpoint PlannedModel(const fs::path& folder, at::Device device, const RankInfo& rank,
+                        int expert_parallel, bool fingerprint) {
   RequireWholeGroups(expert_parallel, rank.world);
+  RequireGroupsOwnDevices(device, rank, expert_parallel);
   const CheckpointReader reader(folder);
   CheckExperts(expert_parallel, reader.config().num_experts);
   return {reader.config(), {}, fingerprint ? reader.Fingerprint() : ""};
@@ -89,6 +99,7 @@ CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
                                at::Device device, const RankInfo& rank,
                                int expert_parallel) {
   RequireWholeGroups(expert_parallel, rank.world);
+  RequireGroupsOwnDevices(device, rank, expert_parallel);
   RequireMemory(CheckpointReader(folder).config(), dtype, device, rank, expert_parallel);
   if (expert_parallel == 1) {
     whole_ = std::make_unique<ResidentModel>(LoadCheckpoint(folder, dtype, device));

@@ -312,7 +312,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   std::optional<CollectedModel> model;
   Checkpoint planned;
   if (options.dry_run) {
-    planned = PlannedModel(options.model, rank, options.expert_parallel,
+    planned = PlannedModel(options.model, device, rank, options.expert_parallel,
                            fs::exists(store / "store.json"));
   } else {
     model.emplace(options.model, dtype, device, rank, options.expert_parallel);
