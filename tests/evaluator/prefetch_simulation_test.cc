@@ -67,6 +67,8 @@ TEST(PrefetchSimulationTest, AKnownFutureHidesEveryTransferThatFits) {
                                   Visits(0.012), 10);
   EXPECT_NEAR(r.stall_seconds, 0, 1e-9);
   EXPECT_EQ(r.stalls.size(), 190u);
+  EXPECT_EQ(r.ledger.uses, 190u);
+  EXPECT_NEAR(r.seconds, 190 * 0.013, 1e-9);
 }
 
 TEST(PrefetchSimulationTest, ASlowLinkLeavesWaiting) {
