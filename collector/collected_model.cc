@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include "comm/nccl_communicator.h"
 #include "common/errors.h"
 #include "common/machine.h"
 #include "common/weight_files.h"
@@ -17,6 +18,14 @@ void RequireWholeGroups(int expert_parallel, int world) {
 }
 
 namespace {
+
+// Two ranks of a group on one card: refused before any weight is read.
+void RequireGroupsOwnDevices(at::Device device, const RankInfo& rank, int group) {
+  if (group == 1) return;
+  RequireGroupDevices(rank, group,
+                      device.is_cuda() ? DeviceName(device)
+                                       : "the CPU of rank " + std::to_string(rank.rank));
+}
 
 void CheckExperts(int group, int num_experts) {
   if (group <= num_experts) return;
@@ -80,9 +89,10 @@ std::string KnownFingerprint(const fs::path& store, const fs::path& folder) {
 
 }  // namespace
 
-Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
-                        const fs::path& store) {
+Checkpoint PlannedModel(const fs::path& folder, at::Device device, const RankInfo& rank,
+                        int expert_parallel, const fs::path& store) {
   RequireWholeGroups(expert_parallel, rank.world);
+  RequireGroupsOwnDevices(device, rank, expert_parallel);
   const CheckpointReader reader(folder);
   CheckExperts(expert_parallel, reader.config().num_experts);
   if (!fs::exists(store / "store.json")) return {reader.config(), {}, ""};
@@ -118,6 +128,7 @@ CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
                                at::Device device, const RankInfo& rank,
                                int expert_parallel) {
   RequireWholeGroups(expert_parallel, rank.world);
+  RequireGroupsOwnDevices(device, rank, expert_parallel);
   RequireMemory(CheckpointReader(folder).config(), dtype, device, rank, expert_parallel);
   if (expert_parallel == 1) {
     whole_ = std::make_unique<ResidentModel>(LoadCheckpoint(folder, dtype, device));

@@ -21,8 +21,8 @@ Json CheckpointRecord(const fs::path& folder, const std::string& fingerprint);
 // are looked at as CollectedModel looks at them, and none is read. Where there is a
 // `store`, the fingerprint is that of its last run whose files these are, by size and
 // time; else every byte passes through a small buffer. Throws as CollectedModel does.
-Checkpoint PlannedModel(const fs::path& folder, const RankInfo& rank, int expert_parallel,
-                        const fs::path& store);
+Checkpoint PlannedModel(const fs::path& folder, at::Device device, const RankInfo& rank,
+                        int expert_parallel, const fs::path& store);
 
 // Throws EnvironmentError where weights of `bytes`, of all `local_ranks` of a machine,
 // are more than its memory of `total` bytes: the system would end some process.
@@ -38,7 +38,8 @@ class CollectedModel {
                             at::Device device, const RankInfo& rank, int expert_parallel);
   // `expert_parallel`: ranks of a group; 1 = every rank has all experts. Every rank of
   // the job makes one. Throws UsageError where the group does not fit the ranks or the
-  // model, what RequireMemoryFor throws on the CPU, and what LoadCheckpoint throws.
+  // model, or two of its ranks have one CUDA device, what RequireMemoryFor throws on the
+  // CPU, and what LoadCheckpoint throws.
   CollectedModel(const fs::path& folder, at::ScalarType dtype, at::Device device,
                  const RankInfo& rank, int expert_parallel);
   SwitchModel& model() { return whole_ ? whole_->model() : *model_; }

@@ -316,7 +316,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   std::optional<CollectedModel> model;
   Checkpoint planned;
   if (options.dry_run) {
-    planned = PlannedModel(options.model, rank, options.expert_parallel, store);
+    planned = PlannedModel(options.model, device, rank, options.expert_parallel, store);
   } else {
     model.emplace(options.model, dtype, device, rank, options.expert_parallel);
   }

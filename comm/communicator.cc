@@ -159,9 +159,12 @@ class DoneReduce final : public PendingReduce {
 
 }  // namespace
 
-void RequireOwnDevices(std::span<const std::string> devices) {
+void RequireOwnDevices(std::span<const std::string> devices, int group_size) {
+  const size_t size = group_size > 0 ? static_cast<size_t>(group_size)
+                                     : std::max<size_t>(devices.size(), 1);
   std::map<std::string_view, size_t> owners;
   for (size_t r = 0; r < devices.size(); ++r) {
+    if (r % size == 0) owners.clear();
     const auto [first, own] = owners.emplace(devices[r], r);
     if (own) continue;
     throw UsageError(ErrorText(
@@ -187,6 +190,14 @@ std::unique_ptr<Communicator> MakeCommunicator(const MpiSession& session,
       std::make_unique<MpiCommunicator>(MPI_COMM_WORLD, rank, deadline_seconds, watch);
   if (device.is_cpu()) return mpi;
   return MakeNcclCommunicator(std::move(mpi), device, deadline_seconds, watch);
+}
+
+void RequireGroupDevices(const RankInfo& world, int group_size, const std::string& device,
+                         double deadline_seconds) {
+  if (group_size == 1) return;
+  const auto watch = std::make_shared<CallWatch>(world, fs::path());
+  MpiCommunicator all(MPI_COMM_WORLD, world, deadline_seconds, watch);
+  RequireOwnDevices(all.AllGather(device), group_size);
 }
 
 std::unique_ptr<Communicator> MakeGroupCommunicator(const RankInfo& world, int group_size,

@@ -87,4 +87,10 @@ std::unique_ptr<Communicator> MakeGroupCommunicator(const RankInfo& world, int g
                                                     at::Device device,
                                                     double deadline_seconds = 45);
 
+// What a group over NCCL asks of its ranks' devices, as DeviceName (nccl_communicator.h)
+// has them, to be known before anything is loaded. Every rank of the job calls it.
+// UsageError on all of them where two of a group have the same one.
+void RequireGroupDevices(const RankInfo& world, int group_size, const std::string& device,
+                         double deadline_seconds = 45);
+
 }  // namespace routecast

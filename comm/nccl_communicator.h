@@ -10,10 +10,14 @@
 
 namespace routecast {
 
-// `devices`, by rank: host and the device's own number, whatever index it has there (a
-// scheduler may show each rank one device, as number 0). Throws UsageError where two
-// ranks have the same one, which NCCL refuses.
-void RequireOwnDevices(std::span<const std::string> devices);
+// What tells a CUDA device from every other: host and the device's own number, whatever
+// index it has there (a scheduler may show each rank one device, as number 0).
+// EnvironmentError in a build without CUDA.
+std::string DeviceName(at::Device device);
+
+// `devices` by rank, as DeviceName has them. Throws UsageError where two of `group_size`
+// neighbours (0: of all) have the same one, which NCCL refuses.
+void RequireOwnDevices(std::span<const std::string> devices, int group_size = 0);
 
 // `bootstrap` carries the unique id, host values and barriers. In a build without CUDA,
 // and where NCCL cannot start, throws EnvironmentError; RequireOwnDevices' as well.

@@ -42,19 +42,6 @@ class NcclReduce final : public PendingReduce {
   uint64_t call_;
 };
 
-// What tells this rank's device from every other.
-std::string DeviceOf(at::Device device) {
-  char host[256] = {};
-  ::gethostname(host, sizeof host - 1);
-  std::string text = std::string(host) + " GPU-";
-  for (const char byte : at::cuda::getDeviceProperties(device.index())->uuid.bytes) {
-    char hex[3];
-    std::snprintf(hex, sizeof hex, "%02x", static_cast<unsigned char>(byte));
-    text += hex;
-  }
-  return text;
-}
-
 // Own stream: reductions overlap backward. One communicator a controlling thread.
 class NcclCommunicator final : public Communicator {
  public:
@@ -67,7 +54,7 @@ class NcclCommunicator final : public Communicator {
         watch_(std::move(watch)),
         guard_(device),
         stream_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true)) {
-    RequireOwnDevices(host_->AllGather(DeviceOf(device_)));
+    RequireOwnDevices(host_->AllGather(DeviceName(device_)));
     ncclUniqueId id = {};
     if (rank_.is_root()) {
       const ncclResult_t made = ncclGetUniqueId(&id);
@@ -208,6 +195,18 @@ void NcclReduce::Wait() {
 }
 
 }  // namespace
+
+std::string DeviceName(at::Device device) {
+  char host[256] = {};
+  ::gethostname(host, sizeof host - 1);
+  std::string text = std::string(host) + " GPU-";
+  for (const char byte : at::cuda::getDeviceProperties(device.index())->uuid.bytes) {
+    char hex[3];
+    std::snprintf(hex, sizeof hex, "%02x", static_cast<unsigned char>(byte));
+    text += hex;
+  }
+  return text;
+}
 
 std::unique_ptr<Communicator> MakeNcclCommunicator(
     std::unique_ptr<Communicator> bootstrap, at::Device device, double deadline_seconds,

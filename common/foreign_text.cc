@@ -1,5 +1,6 @@
 #include "common/foreign_text.h"
 
+#include <algorithm>
 #include <set>
 #include <vector>
 
@@ -65,6 +66,20 @@ std::string OneLine(std::string_view text, size_t max_shown) {
     line += byte < 0x20 || byte >= 0x7f ? '?' : c;
   }
   return line + (text.size() > max_shown ? "..." : "");
+}
+
+std::string JoinedLines(std::string_view text) {
+  std::string joined;
+  for (size_t from = 0; from < text.size();) {
+    const size_t end = std::min(text.find('\n', from), text.size());
+    const size_t begin = std::min(text.find_first_not_of(' ', from), end);
+    if (begin < end) {
+      if (!joined.empty()) joined += "; ";
+      joined += text.substr(begin, end - begin);
+    }
+    from = end + 1;
+  }
+  return OneLine(joined, 480);
 }
 
 std::string Quoted(std::string_view text, size_t max_shown) {

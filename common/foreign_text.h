@@ -18,6 +18,8 @@ nlohmann::json ParseForeignJson(std::string_view text, const std::string& what,
 // `text` on one line, printable, without the marks: at most `max_shown` characters of it,
 // and ... where it is longer.
 std::string OneLine(std::string_view text, size_t max_shown = 240);
+// An error's lines (ErrorText) on one line, to stand within another error.
+std::string JoinedLines(std::string_view text);
 // `text` in quotation marks, on one line, printable, at most `max_shown` characters of
 // it.
 std::string Quoted(std::string_view text, size_t max_shown = 100);

@@ -1,9 +1,43 @@
 #include "common/recorded_run.h"
 
+#include <chrono>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <thread>
+
 #include "common/errors.h"
 #include "common/exit_code.h"
 
 namespace routecast {
+namespace {
+
+// The run.json that RecordAbruptEnd completes; empty: none.
+std::mutex under_way_mutex;
+fs::path under_way;
+
+void SetUnderWay(const fs::path& file) {
+  const std::lock_guard lock(under_way_mutex);
+  under_way = file;
+}
+
+}  // namespace
+
+RecordedRun::~RecordedRun() { SetUnderWay({}); }
+
+void RecordAbruptEnd(int exit_status, double seconds) {
+  const auto over = std::make_shared<std::promise<void>>();
+  std::thread([exit_status, over] {
+    const std::lock_guard lock(under_way_mutex);
+    try {
+      if (!under_way.empty()) RunRecord::FinishOnDisk(under_way, exit_status);
+    } catch (const std::exception&) {
+      // What was said on stderr says more.
+    }
+    over->set_value();
+  }).detach();
+  over->get_future().wait_for(std::chrono::duration<double>(seconds));
+}
 
 void RecordedRun::ReadEarlier() {
   const fs::path file = folder_ / "run.json";
@@ -13,6 +47,7 @@ void RecordedRun::ReadEarlier() {
 void RecordedRun::Start() {
   ReadEarlier();
   record_.WriteStart();
+  SetUnderWay(folder_ / "run.json");
 }
 
 void RecordedRun::Begin() {
@@ -21,6 +56,7 @@ void RecordedRun::Begin() {
 }
 
 void RecordedRun::Finish(int exit_status, Json headline) {
+  SetUnderWay({});
   if (!begun_ && exit_status == kExitUsage && !earlier_.empty()) {
     WriteFileAtomic(folder_ / "run.json", earlier_);
     return;

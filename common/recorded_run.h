@@ -16,6 +16,9 @@ class RecordedRun {
  public:
   RecordedRun(const fs::path& folder, std::string program, Json configuration)
       : folder_(folder), record_(folder, std::move(program), std::move(configuration)) {}
+  ~RecordedRun();
+  RecordedRun(const RecordedRun&) = delete;
+  RecordedRun& operator=(const RecordedRun&) = delete;
   void Set(const std::string& key, Json value) { record_.Set(key, std::move(value)); }
   // What the run writes: those of an earlier run go at Begin, or at an end before it.
   void Replaces(std::vector<std::string> files) { files_ = std::move(files); }
@@ -33,6 +36,11 @@ class RecordedRun {
   bool begun_ = false;
   std::string earlier_;  // run.json before this run; empty: none
 };
+
+// For a process that has to end by _Exit, as a call never comes back: run.json of the run
+// under way says how it ended. Returns after `seconds` at most, as that disk may hang as
+// well. Thread rule: any thread, beside the run's own.
+void RecordAbruptEnd(int exit_status, double seconds = 5);
 
 // Runs `work`, which returns the headline figures, with a run.json that says from the
 // start on that it runs and in the end how it ended, whatever `work` throws (which goes

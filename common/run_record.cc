@@ -84,6 +84,14 @@ void RunRecord::Finish(int exit_status, Json headline) {
   Write();
 }
 
+void RunRecord::FinishOnDisk(const fs::path& file, int exit_status) {
+  Json record = ReadJsonFile(file);
+  record["end"] = Now();
+  record["exit_status"] = exit_status;
+  record["peak_memory_bytes"] = PeakMemoryBytes();
+  WriteFileAtomic(file, record.dump(2) + "\n");
+}
+
 void RunRecord::Write() {
   MakeFolder(folder_);
   WriteFileAtomic(folder_ / "run.json", record_.dump(2) + "\n");

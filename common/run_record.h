@@ -30,6 +30,8 @@ class RunRecord {
   void WriteStart();
   // headline results; adds this process's peak memory (in bytes, resident).
   void Finish(int exit_status, Json headline);
+  // The same without results, of a file that a record has written.
+  static void FinishOnDisk(const fs::path& file, int exit_status);
 
  private:
   void Write();

@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "common/errors.h"
+#include "common/recorded_run.h"
 
 namespace routecast {
 namespace {
@@ -147,6 +148,7 @@ void DiskTransferEngine::Watch() {
                    static_cast<unsigned long long>(read.offset),
                    options_.deadline_seconds);
       std::fflush(stderr);
+      RecordAbruptEnd(kExitEnvironment);
       std::_Exit(kExitEnvironment);
     }
   }

@@ -31,11 +31,12 @@ struct Group {
   std::string schedule, budget;
 };
 
-ComparisonOptions ComparisonOf(const EvaluationOptions& options, const ExpertFile& file,
-                               const Group& group) {
+ComparisonOptions ComparisonOf(const EvaluationOptions& options,
+                               const EvaluationSetup& setup, const Group& group) {
   ComparisonOptions comparison;
+  const ExpertFile& file = *setup.file;
   comparison.budget_bytes =
-      BudgetOf(options, group.budget,
+      BudgetOf(options, setup.placement.tiers.chain, group.budget,
                static_cast<uint64_t>(file.count()) * file.spec().stride_bytes());
   comparison.kv_in_budget = options.kv_in_budget;
   comparison.policies = ParsePolicies(options.policies);
@@ -117,7 +118,7 @@ ComparisonResult RunGroup(const EvaluationOptions& options, const EvaluationSetu
       group.schedule == "by_route" ? Schedule::kByRoute : Schedule::kInOrder);
   std::vector<ExpertPredictor*> predictors;
   for (const auto& predictor : setup.predictors) predictors.push_back(predictor.get());
-  ComparisonOptions comparing = ComparisonOf(options, *setup.file, group);
+  ComparisonOptions comparing = ComparisonOf(options, setup, group);
   comparing.tiers = setup.placement.tiers;
   comparing.device = setup.placement.device;
   comparing.timeline = timeline;
@@ -164,7 +165,7 @@ ComparisonResult RunGroups(const EvaluationOptions& options, const EvaluationSet
 }
 
 void ValidateTiers(const EvaluationOptions& options) {
-  const TierChain chain = PlacementOf(options).tiers.chain;
+  const TierChain chain = UnsizedPlacementOf(options).tiers.chain;
   if (!options.profile.empty()) {
     FindProfile(options.profile);
     if (options.link == "emulated") {
@@ -175,7 +176,8 @@ void ValidateTiers(const EvaluationOptions& options) {
   for (const std::string& budget : options.budgets) {
     const uint64_t bytes = ParseBudget(budget, 1);
     // Of a share it is known later what it comes to.
-    if (budget.back() != '%') TierBudget(chain, bytes, options.budget_given);
+    const bool sized = !chain.gpu_share && !chain.host_share;
+    if (sized && budget.back() != '%') TierBudget(chain, bytes, options.budget_given);
   }
   if (options.budgets.size() > 1 && !options.tier.empty()) {
     throw UsageError(ErrorText("--tier names one budget",

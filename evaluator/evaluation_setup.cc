@@ -87,14 +87,15 @@ std::shared_ptr<const NextTokenGuess> GuessOf(const at::Tensor& head_VD, int64_t
                                           std::move(shortlist));
 }
 
-ReplayOptions ReplayOf(const EvaluationOptions& options, int batch) {
+ReplayOptions ReplayOf(const EvaluationOptions& options, const EvaluationSetup& setup,
+                       int batch) {
   ReplayOptions replay = options.replay;
   replay.batch = batch;
   replay.tokens = options.max_new_tokens;
   replay.encoder = RunsEncoder(options);
   replay.decoder = RunsDecoder(options);
   replay.seed = options.seed;
-  replay.device = PlacementOf(options).device;
+  replay.device = setup.placement.device;
   replay.steps = options.steps;
   replay.dtype = ParseDtype("--dtype", options.dtype);
   return replay;
@@ -112,34 +113,57 @@ std::string WayOf(const Placement& placement) {
   return "disk -> host memory (" + held + ") -> " + placement.device.str();
 }
 
-void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& setup,
-                     size_t sequences) {
-  const ReplayOptions replay = ReplayOf(options, 1);
+ExpertFileSpec ReplaySpec(const EvaluationSetup& setup, const ReplayOptions& replay) {
   ExpertFileSpec spec;
   spec.geometry = ReplayConfig(setup.geometry, replay).geometry();
   spec.d_ff = replay.d_ff;
   spec.dtype = ExpertDtypeOf(replay.dtype);
-  const MoeGeometry& full = spec.geometry;
+  return spec;
+}
+
+// What each budget holds; a wrong one is refused before anything is counted or written.
+std::vector<std::string> BudgetTexts(const EvaluationOptions& options,
+                                     const EvaluationSetup& setup,
+                                     const ExpertFileSpec& spec, int count) {
+  std::vector<std::string> texts;
+  for (const std::string& budget : options.budgets) {
+    const uint64_t bytes = BudgetOf(options, setup.placement.tiers.chain, budget,
+                                    static_cast<uint64_t>(count) * spec.stride_bytes());
+    const int slots =
+        SlotsOfBudget(bytes, spec, StagingBytes(ParseCopies(options.copies), spec));
+    texts.push_back(BudgetText(slots, count, spec));
+  }
+  return texts;
+}
+
+int CountOfReplay(const ReplayOptions& replay, const MoeGeometry& full) {
   const int layers = (replay.encoder ? full.encoder_layers : 0) +
                      (replay.decoder ? full.decoder_layers : 0);
-  const int count = layers * full.num_experts;
-  const uint64_t whole = static_cast<uint64_t>(count) * spec.stride_bytes();
+  return layers * full.num_experts;
+}
+
+void PrintReplayPlan(const EvaluationOptions& options, const EvaluationSetup& setup,
+                     const ExpertFileSpec& spec, int count, size_t sequences,
+                     const std::vector<std::string>& budgets) {
+  const int experts = spec.geometry.num_experts;
   std::printf("replay of %zu test sequences: %d x %d experts of %s, %s on disk in %s\n",
-              sequences, layers, full.num_experts, FormatBytes(spec.blob_bytes()).c_str(),
-              FormatBytes(whole).c_str(),
+              sequences, count / experts, experts, FormatBytes(spec.blob_bytes()).c_str(),
+              FormatBytes(static_cast<uint64_t>(count) * spec.stride_bytes()).c_str(),
               ExpertCacheFolder(options.cache).string().c_str());
-  for (const std::string& budget : options.budgets) {
-    const int slots = SlotsOfBudget(BudgetOf(options, budget, whole), spec,
-                                    StagingBytes(ParseCopies(options.copies), spec));
-    std::printf("%s; %s; %zu rows of predictors, %d + %d rounds\n",
-                BudgetText(slots, count, spec).c_str(), WayOf(setup.placement).c_str(),
-                setup.predictors.size(), options.warmup_rounds, options.rounds);
+  for (const std::string& budget : budgets) {
+    std::printf("%s; %s; %zu rows of predictors, %d + %d rounds\n", budget.c_str(),
+                WayOf(setup.placement).c_str(), setup.predictors.size(),
+                options.warmup_rounds, options.rounds);
   }
 }
 
 void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
   setup->geometry = setup->reader->config().geometry;
   RequireOneExpertAToken(setup->geometry, "a replay");
+  const ReplayOptions replay = ReplayOf(options, *setup, 1);
+  const ExpertFileSpec spec = ReplaySpec(*setup, replay);
+  const int count = CountOfReplay(replay, spec.geometry);
+  const std::vector<std::string> budgets = BudgetTexts(options, *setup, spec, count);
   setup->warm_start =
       WarmStartOf(options.warm_start, setup->reader.get(), setup->geometry);
   LoadPredictors(options, StoredRouters(*setup->reader), setup);
@@ -148,19 +172,17 @@ void SetUpReplay(const EvaluationOptions& options, EvaluationSetup* setup) {
                   [](const auto& p) { return p->needs_hidden(); });
   const std::vector<uint64_t> ids = TestSequences(*setup->reader, options, needs_hidden);
   if (options.dry_run) {
-    PrintReplayPlan(options, *setup, ids.size());
+    PrintReplayPlan(options, *setup, spec, count, ids.size(), budgets);
     return;
   }
   setup->requests.push_back(
       {"store", {}, setup->reader->ReadMany(ids, WithHidden::kYes)});
-  const ReplayOptions replay = ReplayOf(options, 1);
   const at::Tensor head =
       ReadVocabularyHead(setup->reader->routers_path(), setup->geometry.d_model);
   if (options.guess_next_token && head.defined()) {
     setup->next_token = GuessOf(head, replay.vocab_size, setup->reader.get());
   }
-  setup->file = SyntheticExperts(ExpertCacheFolder(options.cache),
-                                 ReplayConfig(setup->geometry, replay).geometry(),
+  setup->file = SyntheticExperts(ExpertCacheFolder(options.cache), spec.geometry,
                                  replay.d_ff, options.seed, replay.encoder,
                                  replay.decoder, replay.dtype, options.quiet);
 }
@@ -226,14 +248,7 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
   if (setup->reader) CheckStore(*setup);
   const ExpertFileSpec spec = SpecOfCheckpoint(config, dtype);
   const int count = spec.geometry.num_keys();
-  std::vector<std::string> budgets;  // refused before anything is counted or written
-  for (const std::string& budget : options.budgets) {
-    const uint64_t bytes =
-        BudgetOf(options, budget, static_cast<uint64_t>(count) * spec.stride_bytes());
-    const int slots =
-        SlotsOfBudget(bytes, spec, StagingBytes(ParseCopies(options.copies), spec));
-    budgets.push_back(BudgetText(slots, count, spec));
-  }
+  const std::vector<std::string> budgets = BudgetTexts(options, *setup, spec, count);
   setup->warm_start =
       WarmStartOf(options.warm_start, setup->reader.get(), setup->geometry);
   LoadPredictors(options, RoutersOf(config, setup->checkpoint->parameters), setup);
@@ -263,11 +278,10 @@ void SetUpGenerate(const EvaluationOptions& options, EvaluationSetup* setup) {
 
 }  // namespace
 
-uint64_t BudgetOf(const EvaluationOptions& options, const std::string& budget,
-                  uint64_t whole_bytes) {
+uint64_t BudgetOf(const EvaluationOptions& options, const TierChain& chain,
+                  const std::string& budget, uint64_t whole_bytes) {
   const uint64_t bytes =
-      TierBudget(PlacementOf(options).tiers.chain, ParseBudget(budget, whole_bytes),
-                 options.budget_given);
+      TierBudget(chain, ParseBudget(budget, whole_bytes), options.budget_given);
   const uint64_t memory =
       options.profile.empty() ? 0 : FindProfile(options.profile).memory_bytes;
   if (memory == 0 || bytes <= memory) return bytes;
@@ -288,6 +302,8 @@ TierChain Sized(const TierChain& chain, const EvaluationOptions& options,
   if (device == 0 && chain.gpu_share) device = tiers.open_device()->MemoryBytes();
   return WithSizes(chain, device, MachineMemoryBytes());
 }
+
+}  // namespace
 
 Placement UnsizedPlacementOf(const EvaluationOptions& options) {
   Placement placement;
@@ -319,8 +335,6 @@ Placement UnsizedPlacementOf(const EvaluationOptions& options) {
   placement.tiers.open_device = [device] { return OpenCudaDevice(device.index()); };
   return placement;
 }
-
-}  // namespace
 
 Placement PlacementOf(const EvaluationOptions& options) {
   Placement placement = UnsizedPlacementOf(options);
@@ -381,7 +395,7 @@ std::unique_ptr<Workload> MakeWorkload(const EvaluationOptions& options,
     std::vector<RoutingTrace> traces;
     for (size_t i : order) traces.push_back(set.traces[i]);
     return std::make_unique<ReplayWorkload>(setup.geometry, std::move(traces),
-                                            ReplayOf(options, batch));
+                                            ReplayOf(options, setup, batch));
   }
   std::vector<std::vector<int64_t>> prompts;
   for (size_t i : order) prompts.push_back(set.prompts[i]);

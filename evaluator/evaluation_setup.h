@@ -22,8 +22,11 @@ struct Placement {
   at::Device device = at::kCPU;
   ExpertTierOptions tiers;
 };
-// UsageError where the two do not fit together, EnvironmentError: no such device.
+// UsageError where the two do not fit together, EnvironmentError: no such device. A share
+// of a device's memory becomes bytes: the device is opened to look at it.
 Placement PlacementOf(const EvaluationOptions& options);
+// The same with shares as they are given, and no device opened.
+Placement UnsizedPlacementOf(const EvaluationOptions& options);
 
 struct EvaluationSetup {
   std::unique_ptr<TraceReader> reader;   // null without --store
@@ -52,11 +55,11 @@ inline bool RunsDecoder(const EvaluationOptions& o) {
 std::shared_ptr<const UseShares> WarmStartOf(const std::string& warm_start,
                                              const TraceReader* store,
                                              const MoeGeometry& geometry);
-// Of the fastest tier: --tier's, or what `budget` (of --expert_budget) comes to of
-// `whole_bytes`.
+// Of the fastest tier: --tier's (`chain`, with sizes), or what `budget` (of
+// --expert_budget) comes to of `whole_bytes`.
 // UsageError where both say a size and these differ.
-uint64_t BudgetOf(const EvaluationOptions& options, const std::string& budget,
-                  uint64_t whole_bytes);
+uint64_t BudgetOf(const EvaluationOptions& options, const TierChain& chain,
+                  const std::string& budget, uint64_t whole_bytes);
 
 // Reads everything; prints the plan instead of writing experts where dry_run.
 EvaluationSetup SetUpEvaluation(const EvaluationOptions& options);

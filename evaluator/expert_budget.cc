@@ -16,7 +16,8 @@ int SlotsOfBudget(uint64_t budget_bytes, const ExpertFileSpec& spec,
       FormatBytes(budget_bytes) + " given; two experts (one runs, one arrives)" +
           (staging_bytes > 0 ? " and compressed ones on their way" : "") + " need " +
           FormatBytes(least),
-      "use --expert_budget=" + std::to_string(least) + " or more"));
+      "use --expert_budget=" + std::to_string(least) +
+          " or more, or as much in the first tier of --tier"));
 }
 
 std::string BudgetText(int slots, int count, const ExpertFileSpec& spec) {
@@ -29,13 +30,14 @@ SharedSlots SlotsBeside(uint64_t budget_bytes, uint64_t most_key_value_bytes, in
                         const ExpertFileSpec& spec) {
   const uint64_t slot = spec.stride_bytes(), least = most_key_value_bytes + 2 * slot;
   if (budget_bytes < least) {
-    throw UsageError(
-        ErrorText("--expert_budget is smaller than one step needs",
-                  FormatBytes(budget_bytes) + " given; keys and values come to " +
-                      FormatBytes(most_key_value_bytes) + ", and two experts need " +
-                      FormatBytes(2 * slot),
-                  "use --expert_budget=" + std::to_string(least) +
-                      " or more, a smaller --batch or fewer --max_new_tokens"));
+    throw UsageError(ErrorText("--expert_budget is smaller than one step needs",
+                               FormatBytes(budget_bytes) +
+                                   " given; keys and values come to " +
+                                   FormatBytes(most_key_value_bytes) +
+                                   ", and two experts need " + FormatBytes(2 * slot),
+                               "use --expert_budget=" + std::to_string(least) +
+                                   " or more (with --tier: in its first tier), a smaller "
+                                   "--batch or fewer --max_new_tokens"));
   }
   const auto slots = [&](uint64_t bytes) {
     return static_cast<int>(

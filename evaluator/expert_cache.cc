@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "common/errors.h"
 
@@ -27,36 +28,51 @@ std::array<double, 512> Table(const Value& value) {
     table[i] = value(std::pow(kRateDecay, static_cast<int>(i)));
   return table;
 }
-const auto kPowers = Table([](double power) { return power; });
 const auto kLogReach = Table([](double power) { return std::log(1 - power); });
-
-// kRateDecay to the power of `visits`.
-double Decay(uint64_t visits) {
-  return visits < kPowers.size() ? kPowers[visits]
-                                 : std::exp(-kFall * static_cast<double>(visits));
-}
-// The logarithm of the weight that a rate can have reached in `visits`.
-double LogReach(uint64_t visits) {
-  return visits < kLogReach.size() ? kLogReach[visits] : std::log1p(-Decay(visits));
-}
+constexpr int kUnasked = 64;  // changes of an order that nobody looks at
 
 void Require(bool ok, const char* rule) {
   if (!ok) throw std::logic_error(std::string("ExpertCache: ") + rule);
 }
 
-using Order = std::vector<ExpertCache::Rank>;
-void Insert(Order* order, const ExpertCache::Rank& rank) {
-  if (order->empty() || order->back() < rank) {  // as the newest of LRU
-    order->push_back(rank);
+using Ranks = std::vector<ExpertCache::Rank>;
+void Insert(Ranks* ranks, const ExpertCache::Rank& rank) {
+  if (ranks->empty() || ranks->back() < rank) {  // as the newest of LRU
+    ranks->push_back(rank);
     return;
   }
-  order->insert(std::lower_bound(order->begin(), order->end(), rank), rank);
+  ranks->insert(std::lower_bound(ranks->begin(), ranks->end(), rank), rank);
 }
-void Erase(Order* order, const ExpertCache::Rank& rank) {
-  order->erase(std::lower_bound(order->begin(), order->end(), rank));
+void Erase(Ranks* ranks, const ExpertCache::Rank& rank) {
+  ranks->erase(std::lower_bound(ranks->begin(), ranks->end(), rank));
+}
+// Those in between make room for it.
+void Move(Ranks* ranks, const ExpertCache::Rank& from, const ExpertCache::Rank& to) {
+  const auto old = std::lower_bound(ranks->begin(), ranks->end(), from);
+  if (from < to) {
+    const auto place =
+        ranks->back() < to ? ranks->end() : std::lower_bound(old, ranks->end(), to);
+    *std::move(old + 1, place, old) = to;
+  } else {
+    const auto place = std::lower_bound(ranks->begin(), old, to);
+    std::move_backward(place, old, old + 1);
+    *place = to;
+  }
 }
 
 }  // namespace
+
+const std::array<double, 512> ExpertCache::kPowers =
+    Table([](double power) { return power; });
+
+double ExpertCache::FarDecay(uint64_t visits) {
+  return std::exp(-kFall * static_cast<double>(visits));
+}
+
+// The logarithm of the weight that a rate can have reached in `visits`.
+double ExpertCache::LogReach(uint64_t visits) {
+  return visits < kLogReach.size() ? kLogReach[visits] : std::log1p(-Decay(visits));
+}
 
 Eviction ParseEviction(const std::string& name) {
   return static_cast<Eviction>(ParseChoice("--eviction", name, kNames));
@@ -129,22 +145,39 @@ void ExpertCache::Enter(ExpertKey key) {
   Entry& entry = Of(key);
   const Rank by_policy = ByPolicy(key), by_rate = ByRate(key);
   if (entry.ordered && entry.by_policy == by_policy && entry.by_rate == by_rate) return;
-  Leave(key);
+  const auto enter = [&](Order* order, Rank* at, const Rank& rank) {
+    const Rank from = std::exchange(*at, rank);
+    if (!KeptUp(order)) return;
+    entry.ordered ? Move(&order->ranks, from, rank) : Insert(&order->ranks, rank);
+  };
   const auto layer = static_cast<size_t>(key.layer);
-  Insert(&by_policy_[layer], by_policy);
-  Insert(&by_rate_[layer], by_rate);
+  enter(&by_policy_[layer], &entry.by_policy, by_policy);
+  enter(&by_rate_[layer], &entry.by_rate, by_rate);
   entry.ordered = true;
-  entry.by_policy = by_policy;
-  entry.by_rate = by_rate;
 }
 
 void ExpertCache::Leave(ExpertKey key) {
   Entry& entry = Of(key);
   if (!entry.ordered) return;
   const auto layer = static_cast<size_t>(key.layer);
-  Erase(&by_policy_[layer], entry.by_policy);
-  Erase(&by_rate_[layer], entry.by_rate);
+  if (KeptUp(&by_policy_[layer])) Erase(&by_policy_[layer].ranks, entry.by_policy);
+  if (KeptUp(&by_rate_[layer])) Erase(&by_rate_[layer].ranks, entry.by_rate);
   entry.ordered = false;
+}
+
+bool ExpertCache::KeptUp(Order* order) {
+  order->kept = order->kept && ++order->changes <= kUnasked;
+  return order->kept;
+}
+
+void ExpertCache::Sort(int layer, Rank Entry::*rank, Order* order) const {
+  order->kept = true;
+  order->ranks.clear();
+  for (int expert = 0; expert < geometry_.num_experts; ++expert) {
+    const Entry& entry = Of({layer, expert});
+    if (entry.ordered) order->ranks.push_back(entry.*rank);
+  }
+  std::sort(order->ranks.begin(), order->ranks.end());
 }
 
 int ExpertCache::Load(ExpertKey key) {
@@ -212,7 +245,7 @@ void ExpertCache::Unpin(ExpertKey key) {
 std::optional<ExpertKey> ExpertCache::Victim(std::span<const ExpertKey> kept) const {
   std::optional<ExpertKey> victim;
   for (int layer = 0; layer < geometry_.num_layers(); ++layer) {
-    for (const Rank& rank : by_policy_[static_cast<size_t>(layer)]) {
+    for (const Rank& rank : Sorted(layer, &by_policy_, &Entry::by_policy)) {
       const ExpertKey key{layer, rank.expert};
       if (!Evictable(key)) continue;
       if (std::find(kept.begin(), kept.end(), key) != kept.end()) continue;
@@ -287,15 +320,6 @@ double ExpertCache::UseShare(ExpertKey key) const {
     uses += kPriorVisits * prior_[static_cast<size_t>(key.Index(geometry_))];
   }
   return visits > 0 ? uses / visits : 0;
-}
-
-double ExpertCache::UseRate(ExpertKey key) const {
-  const Entry& entry = Of(key);
-  if (layer_visits_[key.layer] == 0) return 0;
-  const uint64_t age = layer_visits_[key.layer] - entry.rate_at;
-  // Divided by the weight that the visits so far can reach: unbiased from the first visit
-  // on.
-  return entry.rate * Decay(age) / (1 - reach_[static_cast<size_t>(key.layer)].decay);
 }
 
 double ExpertCache::ScoreOfRate(int layer, double log_rate) const {

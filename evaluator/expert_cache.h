@@ -3,6 +3,7 @@
 // Thread rule: one thread at a time (its owner's lock).
 #pragma once
 
+#include <array>
 #include <compare>
 #include <cstdint>
 #include <limits>
@@ -91,7 +92,15 @@ class ExpertCache {
   // prior's.
   double UseShare(ExpertKey key) const;
   // Share of its layer's recent visits that used the key (decays over about 256 visits).
-  double UseRate(ExpertKey key) const;
+  double UseRate(ExpertKey key) const {
+    const auto layer = static_cast<size_t>(key.layer);
+    if (layer_visits_[layer] == 0) return 0;
+    const Entry& entry = Of(key);
+    // Divided by the weight that the visits so far can reach: unbiased from the first
+    // visit on.
+    return entry.rate * Decay(layer_visits_[layer] - entry.rate_at) /
+           (1 - reach_[layer].decay);
+  }
   struct Rank {
     double score = 0;  // the lower, the sooner it leaves
     uint64_t last_use = 0;
@@ -109,29 +118,50 @@ class ExpertCache {
   // The layer's ready experts by rising use rate, the pinned ones, which may stand where
   // they did before their last use, among them; until the next change.
   std::span<const Rank> HeldByRate(int layer) const {
-    return by_rate_[static_cast<size_t>(layer)];
+    return Sorted(layer, &by_rate_, &Entry::by_rate);
   }
 
   // kBelady: the demand uses to come, in order. Each Use must follow it.
   void SetFuture(const std::vector<ExpertKey>& uses);
 
  private:
-  struct Entry {
+  // What is asked of an expert most often lies in one line of the processor's cache.
+  struct alignas(64) Entry {
     State state = State::kAbsent;
+    bool ordered = false;  // it has a place in the orders
     int slot = -1;
     int pins = 0;
-    uint64_t last_use = 0;    // count of uses at that time, 0 = never
-    uint64_t last_visit = 0;  // visit of all layers at the last use
-    uint64_t uses = 0;
     double rate = 0;  // decayed use rate at layer visit `rate_at`
-    double rate_rank = -std::numeric_limits<double>::infinity();  // of its ByRate
-    bool ordered = false;  // it has a place in the orders, which is:
-    Rank by_policy, by_rate;
     uint64_t rate_at = 0;
+    uint64_t last_use = 0;     // count of uses at that time, 0 = never
+    uint64_t last_visit = 0;   // visit of all layers at the last use
     uint64_t layer_visit = 0;  // visit of its own layer at the last use
+    uint64_t uses = 0;
+    double rate_rank = -std::numeric_limits<double>::infinity();  // of its ByRate
+    Rank by_policy, by_rate;  // its place in the orders, where it has one
+  };
+  // A layer's ready experts, sorted; what nobody has asked for lately is not kept up, and
+  // sorted anew when somebody does.
+  struct Order {
+    std::vector<Rank> ranks;
+    bool kept = true;
+    int changes = 0;  // since it was asked for last
   };
   const Entry& Of(ExpertKey key) const { return entries_[key.Index(geometry_)]; }
   Entry& Of(ExpertKey key) { return entries_[key.Index(geometry_)]; }
+  static double Decay(uint64_t visits) {
+    return visits < kPowers.size() ? kPowers[visits] : FarDecay(visits);
+  }
+  static double FarDecay(uint64_t visits);
+  static double LogReach(uint64_t visits);
+  std::span<const Rank> Sorted(int layer, std::vector<Order>* orders,
+                               Rank Entry::*rank) const {
+    Order& order = (*orders)[static_cast<size_t>(layer)];
+    order.changes = 0;
+    if (!order.kept) Sort(layer, rank, &order);
+    return order.ranks;
+  }
+  void Sort(int layer, Rank Entry::*rank, Order* order) const;
   uint64_t NextUse(int key_index) const;
   Rank ByPolicy(ExpertKey key) const;
   Rank ByRate(ExpertKey key) const;
@@ -139,18 +169,20 @@ class ExpertCache {
   // pinned, and leaves with its slot.
   void Enter(ExpertKey key);
   void Leave(ExpertKey key);
+  static bool KeptUp(Order* order);  // counts a change
   int LayerDistance(int layer) const;
   int PhaseTurn(int layer) const;
 
+  static const std::array<double, 512> kPowers;  // of the decay of rates a visit
   MoeGeometry geometry_;
   Eviction eviction_;
   std::vector<Entry> entries_;  // by key index
   std::vector<int> in_slot_;    // slot -> key index, -1 free
   std::vector<int> free_, retired_;
-  // Ready experts by layer, sorted. Within a layer both orders stand still between an
-  // expert's own uses: its policy's (kLfru has none), and that of rates, which all fall
-  // alike. Moving some hundred bytes costs less than a tree's nodes.
-  std::vector<std::vector<Rank>> by_policy_, by_rate_;
+  // By layer. Within a layer both orders stand still between an expert's own uses: its
+  // policy's (kLfru has none), and that of rates, which all fall alike. Moving some
+  // hundred bytes costs less than a tree's nodes. To ask for one may sort it.
+  mutable std::vector<Order> by_policy_, by_rate_;
   int num_pinned_ = 0;
   int layer_ = -1;       // running now
   uint64_t visits_ = 0;  // of any layer

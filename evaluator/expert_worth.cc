@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace routecast {
 namespace {
@@ -44,17 +45,20 @@ double ExpertWorth::Power(int visits) const {
 void ExpertWorth::Look() {
   stale_ = false;
   const MoeGeometry& g = cache_->geometry();
-  for (Outlook& outlook : outlooks_) {
+  for (const int seen : seen_) {
+    Outlook& outlook = outlooks_[static_cast<size_t>(seen)];
     outlook.returns = false;
     outlook.floor = 0;
     outlook.foreseen.clear();
   }
+  seen_.clear();
   const auto cycle_of = [&](int layer) { return g.layers(g.StackOf(layer)); };
   int layer = timeline_->LayerAt(1);
   for (int distance = 1; distance <= g.num_layers() && layer >= 0; ++distance) {
     Outlook& outlook = outlooks_[static_cast<size_t>(layer)];
     if (!outlook.returns) {  // a layer may come round before the others have
       outlook.returns = true;
+      seen_.push_back(layer);
       outlook.after = Power(distance);
       outlook.cycle = Power(cycle_of(layer));
     }
@@ -64,14 +68,17 @@ void ExpertWorth::Look() {
     const VisitForecast* forecast = forecasts_->Find(timeline_->visit() + distance);
     if (!forecast || !forecast->trusted) continue;
     Outlook& outlook = outlooks_[static_cast<size_t>(forecast->layer)];
+    if (!outlook.returns && outlook.foreseen.empty()) seen_.push_back(forecast->layer);
     outlook.foreseen.emplace_back(forecast, Power(distance));
     outlook.after = Power(distance + cycle_of(forecast->layer));
   }
-  for (int l = 0; l < g.num_layers(); ++l) {
-    Outlook& outlook = outlooks_[static_cast<size_t>(l)];
+  for (const int seen : seen_) {
+    Outlook& outlook = outlooks_[static_cast<size_t>(seen)];
     if (outlook.returns) outlook.floor = Tail(outlook, least_rate_);
-    outlook.later = later_->Find(l, timeline_->visit());
   }
+  const bool later = std::exchange(heeds_later_, later_->any());
+  for (int l = 0; l < g.num_layers() && (later || heeds_later_); ++l)
+    outlooks_[static_cast<size_t>(l)].later = later_->Find(l, timeline_->visit());
 }
 
 // The layer comes round again, and uses the key at its usual rate.

@@ -65,6 +65,8 @@ class ExpertWorth {
   double least_rate_, log_least_rate_;  // that counts
   std::vector<double> powers_;          // of g
   std::vector<Outlook> outlooks_;
+  std::vector<int> seen_;     // layers that return or are foreseen; each once
+  bool heeds_later_ = false;  // some outlook has a `later`
   bool stale_ = true;
 };
 

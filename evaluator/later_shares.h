@@ -27,6 +27,7 @@ class LaterShares {
   // `layer` runs: what was said of the other stack was of another sequence.
   void Begin(int layer);
   void Forget();
+  bool any() const { return any_; }  // whether anything was said since it was forgotten
 
  private:
   const ExpertCache* cache_;

@@ -57,7 +57,7 @@ double MeasurePeak(LinkEngine* engine, std::span<const ExpertKey> keys, int num_
   ThrowIfStopped("while measuring the link");
   if (failed) {
     throw EnvironmentError(ErrorText("experts cannot be brought",
-                                     OneLine(engine->last_error()),
+                                     JoinedLines(engine->last_error()),
                                      "check the disk; remove the expert file to write it "
                                      "anew"));
   }

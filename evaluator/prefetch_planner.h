@@ -211,6 +211,7 @@ class PrefetchPlanner {
   };
   // When the link is free, and how long the model will have waited by then.
   struct LinkOutlook {
+    bool known = false;
     double now = 0, free = 0, stall = 0;
   };
   void FitCapacity(PlannerActions* actions);

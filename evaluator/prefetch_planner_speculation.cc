@@ -74,12 +74,12 @@ bool PrefetchPlanner::Outdone(const Flight& flight) {
           ? Score(forecast->ProbabilityOf(flight.order.key.expert), flight.visit) / left
           : 0;
   if (kSwitchGain * own >= 1) return false;  // no score is above 1
-  std::optional<LinkOutlook> link;
+  LinkOutlook link;
   bool outdone = false;
   EachCandidate([&](const Candidate& candidate) {
     if (candidate.score <= kSwitchGain * own) return false;  // best first
-    if (!link) link = OutlookOfLink();
-    outdone = ArrivesInTime(candidate, *link);
+    if (!link.known) link = OutlookOfLink();
+    outdone = ArrivesInTime(candidate, link);
     return !outdone;
   });
   return outdone;
@@ -145,7 +145,7 @@ PrefetchPlanner::LinkOutlook PrefetchPlanner::OutlookOfLink() const {
   // While the model waits for its demands, what comes after them is needed later.
   double stall = stall_;
   if (served > now) stall = std::max(stall, served - timeline_.visit_start());
-  return {now, link_free, stall};
+  return {true, now, link_free, stall};
 }
 
 bool PrefetchPlanner::ArrivesInTime(const Candidate& candidate,
@@ -191,18 +191,18 @@ void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
            in_flight() >= options_.max_in_flight || UnderPressure();
   };
   if (full()) return;
-  std::optional<LinkOutlook> link;
+  LinkOutlook link;
   const size_t evicted_before = evicted_.size();
   EachCandidate([&](const Candidate& candidate) {
     // What has just left for a better one stays away.
     const bool left = std::find(evicted_.begin() + static_cast<long>(evicted_before),
                                 evicted_.end(), candidate.key) != evicted_.end();
     if (left || cache_->state(candidate.key) != ExpertCache::State::kAbsent) return true;
-    if (!link) link = OutlookOfLink();
-    if (!ArrivesInTime(candidate, *link) || !MakeRoomFor(candidate)) return true;
+    if (!link.known) link = OutlookOfLink();
+    if (!ArrivesInTime(candidate, link) || !MakeRoomFor(candidate)) return true;
     actions->start.push_back(Launch(candidate.key, false, candidate.visit));
     flights_.back().lead = candidate.lead;
-    link.reset();
+    link.known = false;
     ++speculating;
     return !full();
   });

@@ -189,7 +189,7 @@ ExpertLease PrefetchRuntime::Next() {
         throw EnvironmentError(
             ErrorText("expert " + std::to_string(failed->expert) + " of MoE layer " +
                           std::to_string(failed->layer) + " cannot be brought",
-                      OneLine(engine_->last_error()),
+                      JoinedLines(engine_->last_error()),
                       "check the disk; remove the expert file to write it anew"));
       }
       Wait(&lock);
@@ -338,7 +338,8 @@ void PrefetchRuntime::Resume() {
   while (!restoring_.empty()) Wait(&lock);
   if (restore_failed_) {
     throw EnvironmentError(ErrorText("held experts cannot be read again",
-                                     OneLine(engine_->last_error()), "check the disk"));
+                                     JoinedLines(engine_->last_error()),
+                                     "check the disk"));
   }
   active_ = true;
 }

@@ -102,7 +102,7 @@ class Simulation {
 // wait for memory.
 void FetchAhead(const RankedVisits& ranked, size_t at, const ExpertCache& cache) {
 #if defined(__GNUC__)
-  constexpr size_t kAhead = 2, kExperts = 6;
+  constexpr size_t kAhead = 3, kExperts = 3;
   if (at + kAhead >= ranked.visits().size()) return;
   __builtin_prefetch(ranked.visits()[at + kAhead].experts.data());
   for (const RankedForecast& f : ranked.At(at + kAhead, RankedVisits::kLayer)) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <span>
 #include <vector>
 
@@ -42,8 +43,9 @@ class VisitForecasts {
  public:
   // Of visits up to `max_lead` ahead of the present one.
   explicit VisitForecasts(int max_lead)
-      : entries_(static_cast<size_t>(std::max(max_lead, 0)) + 1) {}
-  int max_lead() const { return static_cast<int>(entries_.size()) - 1; }
+      : max_lead_(std::max(max_lead, 0)),
+        entries_(std::bit_ceil(static_cast<size_t>(max_lead_) + 1)) {}
+  int max_lead() const { return max_lead_; }
   // The entry of a visit, with what was said of it before, or of one long past. REQUIRES
   // now < visit <= now + max_lead().
   VisitForecast& Say(long visit) {
@@ -71,12 +73,13 @@ class VisitForecasts {
 
  private:
   VisitForecast& At(long visit) {
-    return entries_[static_cast<size_t>(visit) % entries_.size()];
+    return entries_[static_cast<size_t>(visit) & (entries_.size() - 1)];
   }
   const VisitForecast& At(long visit) const {
-    return entries_[static_cast<size_t>(visit) % entries_.size()];
+    return entries_[static_cast<size_t>(visit) & (entries_.size() - 1)];
   }
-  std::vector<VisitForecast> entries_;  // visit v at v % size
+  int max_lead_;
+  std::vector<VisitForecast> entries_;  // visit v at v % size, a power of two
   long last_ = 0;                       // the farthest visit of which something was said
 };
 

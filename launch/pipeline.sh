@@ -12,7 +12,7 @@ Usage: launch/pipeline.sh [--dry_run] [--only=STEPS] [--again=STEPS] CONFIG
   --only=STEPS   of these steps alone, comma-separated: pretrain, collect, train-NAME,
                  leaderboard-NAME, evaluate-NAME, pack
   --again=STEPS  do these anew and all behind them: what they left is removed first (collect: the
-                 store)
+                 store), also where --only leaves a step behind them out
 CONFIG has sections of flags, a flag a line; `#` begins a comment line:
   [pipeline]           out=FOLDER (default: out/pipeline) and ranks=N (default: 1)
   [pretrain]           flags of routecast-pretrain but --out, which is FOLDER/model
@@ -143,8 +143,14 @@ forget_steps() {
     ! among "$again" "$name" || anew=yes
     [ "$anew" = yes ] || continue
     rm -f "$out/done/$name"
-    case $name in pretrain) folder=model ;; collect) folder=store ;; *) folder=$name ;; esac
-    ! selected "$name" || [ "$name" = pack ] || rm -rf "${out:?}/$folder"
+    # Also of steps that --only leaves out: what they made stands on what is made anew.
+    case $name in
+      pretrain) folder=model ;;
+      collect) folder=store ;;
+      pack) folder=pipeline.tar.gz ;;
+      *) folder=$name ;;
+    esac
+    rm -rf "${out:?}/$folder"
   done
 }
 

@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include "collector/expert_parallel.h"
+#include "comm/communicator.h"
 #include "comm/mpi_session.h"
+#include "common/errors.h"
 #include "models/expert_execution.h"
 
 namespace routecast {
@@ -112,6 +114,22 @@ TEST_F(ExpertParallelTest, NoTokensAtAll) {
   const at::Tensor out = group_.Run(0, at::empty({0, kWidth}), at::empty({0}, at::kLong));
   EXPECT_EQ(out.sizes(), (std::vector<int64_t>{0, kWidth}));
   Leave();
+}
+
+// Before anything is loaded, and every rank says so.
+TEST(ExpertParallelDevices, TwoRanksOfAGroupOnOneAreNamedOnAllRanks) {
+  const RankInfo rank = session->rank_info();
+  const std::string own = "host GPU-" + std::to_string(rank.rank);
+  EXPECT_NO_THROW(RequireGroupDevices(rank, rank.world, own));
+  EXPECT_NO_THROW(RequireGroupDevices(rank, 1, "host GPU-0"));
+  try {
+    RequireGroupDevices(rank, rank.world, rank.rank == 1 ? own : "host GPU-0");
+    FAIL() << "nothing was thrown";
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("ranks 0 and 2 have host GPU-0"),
+              std::string::npos)
+        << e.what();
+  }
 }
 
 }  // namespace

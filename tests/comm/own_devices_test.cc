@@ -24,5 +24,18 @@ TEST(OwnDevices, ASharedOneIsNamedWithItsRanks) {
   }
 }
 
+TEST(OwnDevices, GroupsMayShareOneButNotARankWithItsNeighbours) {
+  const std::vector<std::string> apart = {"a GPU-01", "a GPU-02", "a GPU-01", "a GPU-02"};
+  EXPECT_NO_THROW(RequireOwnDevices(apart, 2));
+  const std::vector<std::string> shared = {"a GPU-01", "a GPU-02", "a GPU-03",
+                                           "a GPU-03"};
+  try {
+    RequireOwnDevices(shared, 2);
+    FAIL() << "nothing was thrown";
+  } catch (const UsageError& e) {
+    EXPECT_THAT(e.what(), testing::HasSubstr("ranks 2 and 3 have a GPU-03"));
+  }
+}
+
 }  // namespace
 }  // namespace routecast

@@ -20,6 +20,28 @@ TEST(BenefitGaugeTest, KeepsWhatHelpsThroughADriftingMachine) {
   EXPECT_TRUE(gauge.Speculate());
 }
 
+// Each mode first, then each last: a rise is not taken for what speculation saves.
+TEST(BenefitGaugeTest, ARisingCostIsNoGain) {
+  BenefitGauge gauge;
+  for (double drift = 1; gauge.in_trial(); drift *= 1.01)
+    gauge.Record(drift * (gauge.Speculate() ? 0.98 : 1.0));
+  EXPECT_FALSE(gauge.helps());
+}
+
+TEST(BenefitGaugeTest, ASmallGainIsNotWorthTheBandwidth) {
+  BenefitGauge gauge;
+  while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 0.97 : 1.0);
+  EXPECT_FALSE(gauge.helps());
+}
+
+// It still pays for what the other mode left in the cache.
+TEST(BenefitGaugeTest, TheFirstStepOfABlockDoesNotCount) {
+  BenefitGauge gauge;
+  for (int step = 0; gauge.in_trial(); ++step)
+    gauge.Record(gauge.Speculate() ? (step % 4 == 0 ? 5 : 0.8) : 1.0);
+  EXPECT_TRUE(gauge.helps());
+}
+
 // Every 13th step begins a sequence and waits long in either mode: one trial of 48 steps
 // may hold twice as many of them in one mode as in the other.
 TEST(BenefitGaugeTest, AFewLongWaitsDoNotDecide) {
@@ -74,6 +96,16 @@ TEST(BenefitGaugeTest, TriesAgainAfterASpell) {
   ASSERT_TRUE(gauge.in_trial());
   while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 1 : 2);
   EXPECT_TRUE(gauge.helps());
+}
+
+TEST(BenefitGaugeTest, SpellsGrowUpToTheLongest) {
+  BenefitGauge gauge({4, 4, 10, 30});
+  for (const int expected : {10, 20, 30, 30}) {
+    while (gauge.in_trial()) gauge.Record(gauge.Speculate() ? 2 : 1);
+    int spell = 0;
+    for (; !gauge.in_trial(); ++spell) gauge.Record(1);
+    EXPECT_EQ(spell, expected);
+  }
 }
 
 TEST(BenefitGaugeTest, ATrialThatIsDueWaitsForAStepThatMayBeginIt) {

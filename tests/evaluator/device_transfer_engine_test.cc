@@ -197,6 +197,17 @@ TEST_F(DeviceEngineTest, EachTransferIsFencedBeforeItsFirstChunk) {
             (std::vector<size_t>{0, kChunksAnExpert, 2 * kChunksAnExpert}));
 }
 
+TEST_F(DeviceEngineTest, TwoTransfersOfOneExpertReadItOnce) {
+  Open(4, 2);
+  Start(0, 5, 0, true);
+  Start(1, 5, 1, true);
+  for (const int slot : {0, 1}) {
+    EXPECT_EQ(Wait(static_cast<uint64_t>(slot)), TransferOutcome::kArrived);
+    ExpectWhole(5, slot);
+  }
+  EXPECT_EQ(engine_->disk_bytes(), file_->spec().blob_bytes());
+}
+
 TEST_F(DeviceEngineTest, WhatTheHostHoldsNeedsNoDisk) {
   Open(2, 3);
   Start(0, 5, 0, true);

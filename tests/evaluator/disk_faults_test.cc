@@ -15,6 +15,7 @@
 
 #include "common/errors.h"
 #include "common/files.h"
+#include "common/recorded_run.h"
 #include "evaluator/disk_transfer_engine.h"
 
 namespace {
@@ -80,6 +81,18 @@ TEST_F(DiskFaultsTest, AReadThatDoesNotComeBackEndsTheProcessByName) {
   EXPECT_EXIT(Read(Disk::kHangs, 60, 0.1, &error),
               testing::ExitedWithCode(kExitEnvironment),
               "does not come to an end: .*experts.bin\n.* bytes at .*\n.*the disk hangs");
+}
+
+TEST_F(DiskFaultsTest, TheRecordSaysHowSuchARunEnded) {
+  RecordedRun run(folder_ / "out", "test", Json::object());
+  run.Start();
+  EXPECT_TRUE(ReadJsonFile(folder_ / "out" / "run.json")["exit_status"].is_null());
+  std::string error;
+  EXPECT_EXIT(Read(Disk::kHangs, 60, 0.1, &error),
+              testing::ExitedWithCode(kExitEnvironment), "");
+  const Json record = ReadJsonFile(folder_ / "out" / "run.json");
+  EXPECT_EQ(record["exit_status"], kExitEnvironment);
+  EXPECT_FALSE(record["end"].is_null());
 }
 
 TEST_F(DiskFaultsTest, ASlowReadIsWaitedFor) {

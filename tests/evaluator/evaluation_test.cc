@@ -436,13 +436,15 @@ TEST_F(EvaluationTest, AWarmStartThatCannotBeCountedIsUsage) {
 
 TEST_F(EvaluationTest, ATooSmallBudgetIsRefusedBeforeAnythingIsWritten) {
   EvaluationOptions options = Options();
-  options.model = folder_ / "model";
   options.cache = folder_ / "untouched";
   options.budgets = {"50%", "1KiB"};
-  for (const bool dry : {true, false}) {
-    options.dry_run = dry;
-    EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
-    EXPECT_FALSE(fs::exists(options.cache));
+  for (const fs::path& model : {fs::path(), folder_ / "model"}) {  // a replay, generation
+    options.model = model;
+    for (const bool dry : {true, false}) {
+      options.dry_run = dry;
+      EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
+      EXPECT_FALSE(fs::exists(options.cache));
+    }
   }
   options.budgets = {"50%"};
   options.dry_run = true;

@@ -53,6 +53,84 @@ TEST(ExpertCacheTest, LruAgreesWithANaiveList) {
   }
 }
 
+// The rules as they are said, from a list of all uses.
+class NaiveCache {
+ public:
+  NaiveCache(const MoeGeometry& g, size_t slots, Eviction eviction)
+      : g_(g), slots_(slots), eviction_(eviction) {}
+  bool Access(ExpertKey key) {
+    layers_.push_back(key.layer);
+    const bool hit = std::find(held_.begin(), held_.end(), key) != held_.end();
+    if (!hit && held_.size() == slots_) {
+      held_.erase(std::min_element(
+          held_.begin(), held_.end(),
+          [this](ExpertKey a, ExpertKey b) { return PlaceOf(a) < PlaceOf(b); }));
+    }
+    if (!hit) held_.push_back(key);
+    uses_.emplace_back(layers_.size(), key);
+    return hit;
+  }
+
+ private:
+  struct Place {  // the lower, the sooner it leaves
+    double first = 0, second = 0;
+    size_t last_use = 0;
+    ExpertKey key;
+    auto operator<=>(const Place&) const = default;
+  };
+  Place PlaceOf(ExpertKey key) const {
+    Place place{0, 0, 0, key};
+    double uses = 0;
+    size_t visit = 0;
+    for (size_t i = 0; i < uses_.size(); ++i) {
+      if (uses_[i].second != key) continue;
+      ++uses;
+      place.last_use = i;
+      visit = uses_[i].first;
+    }
+    const int running = layers_.back();
+    const bool same_stack = g_.StackOf(key.layer) == g_.StackOf(running);
+    if (eviction_ == Eviction::kLfu) place.first = uses;
+    if (eviction_ == Eviction::kLfru)
+      place.first = uses / static_cast<double>(layers_.size() - visit + 1);
+    if (eviction_ == Eviction::kLeastStale) {
+      const auto latest = std::find(layers_.rbegin(), layers_.rend(), key.layer);
+      place.first = visit == static_cast<size_t>(layers_.rend() - latest);
+      int ahead = 1;  // its turn, where the stack's layers run round and round
+      const int layers = g_.layers(g_.StackOf(key.layer));
+      while ((g_.LayerInStack(running) + ahead) % layers != g_.LayerInStack(key.layer))
+        ++ahead;
+      place.second = same_stack ? -ahead : -1000;
+    }
+    if (eviction_ == Eviction::kPhaseAware) {
+      const bool encoder = g_.StackOf(key.layer) == Stack::kEncoder;
+      place.first = encoder && key.layer <= running ? 0 : !same_stack ? 1 : 2;
+    }
+    return place;
+  }
+  MoeGeometry g_;
+  size_t slots_;
+  Eviction eviction_;
+  std::vector<int> layers_;  // by visit, which count from 1
+  std::vector<std::pair<size_t, ExpertKey>> uses_;
+  std::vector<ExpertKey> held_;
+};
+
+TEST(ExpertCacheTest, TheOtherRulesAgreeWithAListOfAllUses) {
+  const MoeGeometry g = Geometry(2, 3, 9);
+  for (Eviction eviction : {Eviction::kLru, Eviction::kLfu, Eviction::kLfru,
+                            Eviction::kLeastStale, Eviction::kPhaseAware}) {
+    for (uint64_t seed = 0; seed < 10; ++seed) {
+      ExpertCache cache(g, 9, eviction);
+      NaiveCache naive(g, 9, eviction);
+      for (ExpertKey key : RandomUses(g, seed, 600)) {
+        cache.BeginLayer(key.layer);
+        ASSERT_EQ(Access(&cache, key), naive.Access(key)) << EvictionName(eviction);
+      }
+    }
+  }
+}
+
 int Misses(const MoeGeometry& g, const std::vector<ExpertKey>& uses, Eviction eviction,
            int slots) {
   ExpertCache cache(g, slots, eviction);

@@ -201,6 +201,19 @@ TEST_F(ExpertFileTest, PacedDemandOvertakesSpeculation) {
   EXPECT_EQ(reports.order, (std::vector<uint64_t>{2, 1}));
 }
 
+TEST_F(ExpertFileTest, APromotedSpeculationOvertakesTheOneBeforeIt) {
+  const auto file = std::make_shared<ExpertFile>(path());
+  Reports reports;
+  DiskTransferEngine engine(file, 2, {1, 4096, 4096 / 0.01, false});
+  reports.Listen(&engine);
+  engine.Start({1, {1, 0}, 0, false});
+  engine.Start({2, {1, 1}, 1, false});
+  engine.Promote(2);
+  reports.Wait(1);
+  reports.Wait(2);
+  EXPECT_EQ(reports.order, (std::vector<uint64_t>{2, 1}));
+}
+
 TEST_F(ExpertFileTest, CancelledSpeculationGivesTheLinkBack) {
   const auto file = std::make_shared<ExpertFile>(path());
   Reports reports;

@@ -142,13 +142,17 @@ class Life {
   uint64_t seed_;
 };
 
+// Long enough that an order is not kept up, and has to be sorted when it is asked for.
+bool NobodyAsks(uint64_t step) { return step / 500 % 2 == 1; }
+
 TEST(ExpertOrderTest, TheVictimIsThatOfALookAtEverySlot) {
   for (const Eviction eviction :
        {Eviction::kNone, Eviction::kLru, Eviction::kLfu, Eviction::kLfru,
         Eviction::kLeastStale, Eviction::kPhaseAware, Eviction::kBelady}) {
     Life life(eviction, 17, 5);
-    for (uint64_t step = 0; step < 2000; ++step) {
+    for (uint64_t step = 0; step < 2600; ++step) {
       life.Step(step);
+      if (NobodyAsks(step)) continue;
       std::vector<ExpertKey> kept;
       EXPECT_EQ(life.cache.Victim(), life.SlowVictim({}));
       if (life.cache.Victim()) kept.push_back(*life.cache.Victim());
@@ -171,8 +175,9 @@ TEST(ExpertWorthTest, ValuesAreThoseOfTheDefinition) {
 TEST(ExpertWorthTest, TheLeastIsThatOfALookAtEverySlot) {
   for (const Eviction eviction : {Eviction::kLru, Eviction::kLfu}) {
     Life life(eviction, 17, 7);
-    for (uint64_t step = 0; step < 3000; ++step) {
+    for (uint64_t step = 0; step < 3600; ++step) {
       life.Step(step);
+      if (NobodyAsks(step)) continue;
       const std::vector<ExpertKey> kept = life.Asked(step);
       std::optional<ExpertKey> slow;
       double least = 0;

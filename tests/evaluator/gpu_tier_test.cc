@@ -157,6 +157,23 @@ TEST_F(GpuTierTest, SharesOfTheMemoriesAreSizes) {
   EXPECT_GT(log_->decoded, 0);
 }
 
+// To open one takes a context of its own on a card, and seconds.
+TEST_F(GpuTierTest, AShareOpensTheDeviceOnceToLookAtItsMemory) {
+  EvaluationOptions options = Options(false);
+  options.budget_given = false;
+  options.dry_run = true;
+  log_->memory_bytes = 20 * 16384;
+  options.tier = "gpu:30%,host:50%,disk";
+  int opened = 0;
+  options.open_device = [&] {
+    ++opened;
+    return std::make_unique<FakeDevice>(log_, 1e9);
+  };
+  ValidateEvaluation(options);
+  Evaluate(options, Json::object());
+  EXPECT_EQ(opened, 1);
+}
+
 // A machine's own link is shown as it is, unless pacing is asked for.
 TEST_F(GpuTierTest, OnlyAnEmulatedLinkIsPaced) {
   EvaluationOptions options = Options(false);

@@ -105,6 +105,27 @@ TEST(PhaseAwareTest, WhatACountSaysIsWarmedBeforeAnyUse) {
   EXPECT_EQ(rig.planner.ledger().speculations, 1u);
 }
 
+TEST(PhaseAwareTest, WarmingTakesTheSlotsOfWhatHasPassedAlone) {
+  Rig rig = MakeRig(3);
+  std::vector<double> shares(16, 0.0);
+  shares[3 * 4 + 1] = .7;  // layer 3, expert 1
+  rig.cache.SetPrior(shares);
+  rig.Layer(2, {0}, 2);
+  rig.Layer(3, {0}, 2);
+  rig.planner.BeginLayer(0, std::vector<int>{0});
+  rig.Drive();
+  rig.link.AdvanceTo(rig.clock.Now() + 1);
+  const auto leased = rig.planner.TakeReady();
+  ASSERT_TRUE(leased);
+  rig.Drive();  // every slot is held, and the link is idle
+  EXPECT_TRUE(Held(rig, {2, 0}) && Held(rig, {3, 0}));
+  EXPECT_EQ(rig.planner.ledger().speculations, 0u);
+  rig.planner.Release(*leased);
+  rig.Drive();
+  EXPECT_EQ(rig.started.back().key, (ExpertKey{3, 1}));
+  EXPECT_TRUE(Held(rig, {2, 0}) && Held(rig, {3, 0}));
+}
+
 // The same life under another eviction or policy: nothing is brought unasked.
 TEST(PhaseAwareTest, NobodyElseWarms) {
   for (const bool on_demand : {false, true}) {

@@ -51,6 +51,13 @@ class SlowReference {
     const std::pair<int, int> key{order.key.layer, order.key.expert};
     ASSERT_EQ(Holding(key), nullptr) << "one expert twice";
     ASSERT_EQ(order.demand, wanted_.count(key) > 0);
+    if (!order.demand) {
+      // A cancelled one is there until it has ended; what failed is not tried again.
+      for (const auto& wanted : wanted_)
+        ASSERT_TRUE(Holding(wanted) || failed_.count(wanted))
+            << "a speculation while a demand waits";
+      ASSERT_EQ(Speculations(), 0) << "the demands' place is taken";
+    }
     transfers_.push_back({order.id, key, order.demand});
     std::set<int> in_use = {order.slot};
     for (Transfer& t : transfers_) {
@@ -67,6 +74,7 @@ class SlowReference {
     ASSERT_FALSE(t->over || t->gone) << "two ends of one transfer";
     const bool needed = wanted_.count(t->key) > 0;
     if (outcome != TransferOutcome::kArrived) {
+      if (outcome == TransferOutcome::kFailed) failed_.insert(t->key);
       counts.bytes_wasted += bytes;
       counts.speculations_unused += !t->demand;
       t->gone = true;
@@ -134,6 +142,12 @@ class SlowReference {
     }
     throw std::logic_error("unknown transfer");
   }
+  // Under way, and nobody waits for them.
+  int Speculations() const {
+    return static_cast<int>(std::count_if(
+        transfers_.begin(), transfers_.end(),
+        [](const Transfer& t) { return !t.demand && !t.joined && !t.over && !t.gone; }));
+  }
   void Gone(Transfer* t) {
     t->gone = true;
     if (t->demand || t->used) return;
@@ -143,7 +157,7 @@ class SlowReference {
   int slots_;
   TransferLedger counts;
   std::vector<Transfer> transfers_;
-  std::set<std::pair<int, int>> wanted_, leased_;
+  std::set<std::pair<int, int>> wanted_, leased_, failed_;
 };
 
 // One random schedule: random sizes, needs, predictions (nonsense among them), holding

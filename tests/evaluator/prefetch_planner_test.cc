@@ -49,6 +49,15 @@ TEST(PrefetchPlannerTest, DemandJoinsTheTransferUnderWay) {
   EXPECT_EQ(rig.planner.ledger().bytes_late, 1000u);
 }
 
+TEST(PrefetchPlannerTest, AJoinedTransferIsPromotedOnce) {
+  Rig rig(4);
+  Teach(&rig);
+  rig.Predict(1, 1, {0, 0, .9f, 0});
+  rig.planner.BeginLayer(1, std::vector<int>{2});
+  EXPECT_EQ(rig.planner.Poll().promote, std::vector<uint64_t>{rig.started.back().id});
+  EXPECT_TRUE(rig.planner.Poll().promote.empty());
+}
+
 TEST(PrefetchPlannerTest, DemandOvertakesASpeculationUnderWay) {
   Rig rig(4, Eager(), /*can_cancel=*/false);
   Teach(&rig);
@@ -56,6 +65,25 @@ TEST(PrefetchPlannerTest, DemandOvertakesASpeculationUnderWay) {
   rig.link.AdvanceTo(rig.clock.Now() + 0.3);
   // The chunk under way ends at 0.5, then the demand has the link for itself.
   EXPECT_NEAR(rig.Layer(1, {3}), 0.2 + 1, 1e-9);
+}
+
+TEST(PrefetchPlannerTest, WhatIsNeededSoonerGoesBeforeWhatIsALittleLikelier) {
+  Rig rig(4);
+  Teach(&rig);
+  rig.planner.Predict(1, 1, std::vector<float>{0, .5f, 0, 0});
+  rig.planner.Predict(0, 2, std::vector<float>{0, .7f, 0, 0});
+  rig.Drive();
+  EXPECT_EQ(rig.started.back().key, (ExpertKey{1, 1}));
+}
+
+// Two may be under way; the other place is the demands'.
+TEST(PrefetchPlannerTest, OneSpeculationIsUnderWayAtATime) {
+  Rig rig(4);
+  Teach(&rig);
+  rig.planner.Predict(1, 1, std::vector<float>{0, .9f, .8f, 0});
+  const size_t before = rig.started.size();
+  rig.Drive();
+  EXPECT_EQ(rig.started.size(), before + 1);
 }
 
 TEST(PrefetchPlannerTest, WrongSpeculationIsCancelledWhenItsLayerIsKnown) {
@@ -146,7 +174,8 @@ TEST(PrefetchPlannerTest, SpeculationTakesTheSlotOfWhatIsNeededLater) {
 
 // Experts 0, 1 and 2 of layer 0 are used in turn, 0 last; layer 1's first is foretold, so
 // that predictions say who leaves for it.
-std::optional<ExpertKey> WhoLeaves(std::vector<float> later_shares) {
+std::optional<ExpertKey> WhoLeaves(std::vector<float> later_shares,
+                                   bool forgotten = false) {
   Rig rig(4);
   for (int expert : {2, 1, 0}) {
     rig.Layer(0, {expert}, 5);
@@ -156,6 +185,7 @@ std::optional<ExpertKey> WhoLeaves(std::vector<float> later_shares) {
   rig.Drive();
   rig.planner.Release(*rig.planner.TakeReady());
   if (!later_shares.empty()) rig.planner.PredictLater(0, later_shares);
+  if (forgotten) rig.planner.ForgetPredictions();
   rig.planner.Predict(1, 1, std::vector<float>{1, 0, 0, 0});
   const PlannerActions& actions = rig.planner.Poll();
   if (actions.evicted.size() != 1) return std::nullopt;
@@ -166,6 +196,7 @@ TEST(PrefetchPlannerTest, WhatIsSaidOfLaterUseSaysWhoLeaves) {
   const ExpertKey by_use = {0, 2}, said = {0, 1};
   EXPECT_EQ(WhoLeaves({}), by_use) << "the use rate's least, used first";
   EXPECT_EQ(WhoLeaves({.4f, .01f, .6f, 0}), said);
+  EXPECT_EQ(WhoLeaves({.4f, .01f, .6f, 0}, /*forgotten=*/true), by_use);
 }
 
 TEST(PrefetchPlannerTest, OnDemandPolicyIgnoresPredictions) {

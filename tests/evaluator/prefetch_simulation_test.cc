@@ -62,11 +62,44 @@ TEST(PrefetchSimulationTest, OnDemandWaitsATransferAMiss) {
   EXPECT_NEAR(r.link_seconds, misses * kTransfer, 1e-9);
 }
 
+TEST(PrefetchSimulationTest, TheFixedCostIsPaidOnceATransferHoweverManyChunksItHas) {
+  SimulatedLinkOptions link = Link();
+  link.fixed_seconds = 0.002;
+  const auto r = SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("on_demand"),
+                                  link, Visits(0.008), 0);
+  const double misses = static_cast<double>(r.ledger.uses - r.ledger.hits);
+  EXPECT_NEAR(r.stall_seconds, misses * (kTransfer + 0.002), 1e-9);
+}
+
 TEST(PrefetchSimulationTest, AKnownFutureHidesEveryTransferThatFits) {
   const auto r = SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("auto"), Link(),
                                   Visits(0.012), 10);
   EXPECT_NEAR(r.stall_seconds, 0, 1e-9);
   EXPECT_EQ(r.stalls.size(), 190u);
+  EXPECT_EQ(r.ledger.uses, 190u);
+  EXPECT_NEAR(r.seconds, 190 * 0.013, 1e-9);
+}
+
+// Told when the experts are computed, or when the next pass begins: either way before the
+// work that hides the transfer.
+TEST(PrefetchSimulationTest, WhatIsToldAroundAPassIsHeeded) {
+  const auto run = [](const std::vector<SimulatedVisit>& visits) {
+    const auto r = SimulatePrefetch(kGeometry, 6, Eviction::kLru, Planner("auto"), Link(),
+                                    visits, 10);
+    EXPECT_NEAR(r.stall_seconds, 0, 1e-9);
+    EXPECT_NEAR(r.seconds, 190 * 0.013, 1e-9);
+  };
+  auto at_end = Visits(0.012);
+  for (SimulatedVisit& visit : at_end) visit.at_pass_end.swap(visit.at_layer);
+  run(at_end);
+  auto at_begin = Visits(0.012);
+  for (size_t i = at_begin.size() - 1; i > 0; --i) {
+    at_begin[i].at_pass_begin.swap(at_begin[i - 1].at_layer);
+    at_begin[i].begins_pass = true;
+    std::swap(at_begin[i].seconds_before, at_begin[i].seconds_in_pass);
+  }
+  at_begin.back().at_layer.clear();
+  run(at_begin);
 }
 
 TEST(PrefetchSimulationTest, ASlowLinkLeavesWaiting) {

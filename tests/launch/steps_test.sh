@@ -67,10 +67,14 @@ check "all done before" "" "$(calls)"
 check "selected, done before" "" "$(calls)"
 grep -q "collect: left out" "$folder/log" || fail "what is left out is not said: $(cat "$folder/log")"
 check "a plan of one step" 1 "$("$pipeline" --dry_run --only=collect "$folder/config" | wc -l)"
-mkdir -p "$out/store" && touch "$out/store/old"
+mkdir -p "$out/store" && touch "$out/store/old" "$out/pipeline.tar.gz"
 "$pipeline" --only=collect --again=collect "$folder/config" >"$folder/log" 2>&1
 check "collected again, alone" "collect " "$(calls)"
 [ ! -e "$out/store/old" ] || fail "the old store is still there"
+for stale in train-hidden train-second evaluate-replay evaluate-own; do
+  [ ! -e "$out/$stale" ] || fail "$stale stood on the old store, and is still there"
+done
+[ -e "$out/pipeline.tar.gz" ] || fail "without a [pack] the archive is not the pipeline's to remove"
 "$pipeline" "$folder/config" >"$folder/log" 2>&1
 check "what stood on the old store" "train train evaluate evaluate " "$(calls)"
 echo 75 >"$folder/stop-evaluate"
