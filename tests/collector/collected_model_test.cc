@@ -46,7 +46,7 @@ TEST(CollectedModel, ADryRunKnowsTheFingerprintOfFilesThatTheStoresLastRunSaw) {
   const fs::path folder = WriteCheckpoint(TestFolder("planned-model"), 1);
   const fs::path store = TestFolder("planned-store");
   const auto fingerprint = [&] {
-    return PlannedModel(folder, RankInfo{}, 1, store).fingerprint;
+    return PlannedModel(folder, at::kCPU, RankInfo{}, 1, store).fingerprint;
   };
   EXPECT_EQ(fingerprint(), "");
   WriteFileAtomic(store / "store.json", "{}");
