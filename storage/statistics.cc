@@ -51,7 +51,7 @@ struct LayerCounters {
   std::unordered_map<uint64_t, uint64_t> by_token;  // token id << 16 | expert
   std::vector<uint64_t> slots;
   uint64_t followers = 0, repeats = 0;  // experts of tokens with one before; used before
-  uint64_t dropped = 0, tokens = 0;
+  uint64_t dropped = 0, drops_known = 0, tokens = 0;
   Bf16Histogram probs, margins;
 };
 
@@ -112,7 +112,7 @@ void Count(const RoutingSpan& s, int experts_per_token,
       if (!s.token_ids.empty()) {
         ++c.by_token[uint64_t{s.token_ids[i - at]} << 16 | s.expert_ids[i]];
       }
-      if (!s.dropped.empty()) c.dropped += s.dropped[i];
+      if (!s.dropped.empty()) c.dropped += s.dropped[i], ++c.drops_known;
       if (!s.gate_probs.empty()) c.probs.Add(s.gate_probs[i]);
       if (!s.margins.empty()) c.margins.Add(s.margins[i]);
     }
@@ -143,8 +143,9 @@ LayerStatistics Finish(const LayerCounters& c, const LayerCounters* previous) {
         static_cast<double>(c.repeats) / static_cast<double>(c.followers);
   }
   s.entropy_bits = Entropy(c.counts);
-  s.dropped =
-      c.tokens ? static_cast<double>(c.dropped) / static_cast<double>(c.tokens) : 0;
+  if (c.drops_known > 0) {
+    s.dropped = static_cast<double>(c.dropped) / static_cast<double>(c.drops_known);
+  }
   s.gate_probs = c.probs.Percentiles();
   s.margins = c.margins.Percentiles();
   if (!c.by_token.empty()) s.token_entropy_bits = TokenEntropy(c.by_token);
@@ -225,7 +226,7 @@ Json StoreStatistics::ToJson() const {
                   {"layer_id", s.global_layer},
                   {"tokens", s.tokens},
                   {"entropy_bits", s.entropy_bits}};
-    const auto known = [](double bits) { return bits < 0 ? Json(nullptr) : Json(bits); };
+    const auto known = [](double v) { return v < 0 ? Json(nullptr) : Json(v); };
     layer["conditional_entropy_bits"] = known(s.conditional_entropy_bits);
     layer["token_entropy_bits"] = known(s.token_entropy_bits);
     layer["held_out_entropy_bits"] = known(s.held_out_entropy_bits);
@@ -245,9 +246,8 @@ Json StoreStatistics::ToJson() const {
       layer["slots"] = uses;
       layer["slot_load"] = slot_load;
     }
-    layer["previous_token_recall"] =
-        s.previous_token_recall < 0 ? Json(nullptr) : Json(s.previous_token_recall);
-    layer["dropped"] = s.dropped;
+    layer["previous_token_recall"] = known(s.previous_token_recall);
+    layer["dropped"] = known(s.dropped);
     layer["percentiles"] = {{"gate_probs", Percentiles(s.gate_probs)},
                             {"margins", Percentiles(s.margins)}};
     json["layers"].push_back(layer);

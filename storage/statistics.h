@@ -28,7 +28,7 @@ struct LayerStatistics {
   // estimate has not seen (held_out_entropy.h). Negative where it was not asked for, and
   // where experts are too many (kMaxCodedExperts).
   double held_out_entropy_bits = -1;
-  double dropped = 0;  // share that capacity dropped
+  double dropped = -1;  // share that capacity dropped; negative where not recorded
   // Of models that route to k experts a token, where the store has them all: [E] uses of
   // each expert in any of a token's k slots. Empty where k is 1 or only one is known.
   std::vector<uint64_t> slot_counts;
