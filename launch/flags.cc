@@ -217,6 +217,23 @@ std::vector<std::string> FlagValues(const std::string& name) {
   return {info.current_value};
 }
 
+void RefuseUnheeded(const HeededFlags& heeded, const std::string& prefix,
+                    const std::string& mode) {
+  const auto heeds = [](const std::vector<std::string>& flags, const std::string& flag) {
+    return std::find(flags.begin(), flags.end(), flag) != flags.end();
+  };
+  const auto here = std::find_if(heeded.begin(), heeded.end(),
+                                 [&](const auto& one) { return one.first == mode; });
+  for (const auto& [other, flags] : heeded) {
+    for (const std::string& flag : flags) {
+      const bool given = !gflags::GetCommandLineFlagInfoOrDie(flag.c_str()).is_default;
+      if (!given || heeds(here->second, flag)) continue;
+      throw UsageError(ErrorText("--" + flag + " is of " + prefix + other, prefix + mode,
+                                 "leave one of them out"));
+    }
+  }
+}
+
 Json EffectiveFlags() {
   Json all = Json::object();
   for (const FlagInfo& flag : OurFlags()) {

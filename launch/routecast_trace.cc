@@ -5,6 +5,7 @@
 
 #include "common/errors.h"
 #include "common/recorded_run.h"
+#include "launch/flags.h"
 #include "launch/main.h"
 #include "report/routing_report.h"
 #include "storage/export.h"
@@ -144,10 +145,12 @@ Json StatsInto(const std::string& out) {
     };
     const std::string prob =
         s.gate_probs.empty() ? "-" : std::to_string(s.gate_probs[3]).substr(0, 5);
-    std::printf("%-8s %5d  %7.3f  %14s  %11s  %8s  %6.2f%%  %11s\n", StackName(s.stack),
+    char dropped[16] = "-";
+    if (s.dropped >= 0) std::snprintf(dropped, sizeof dropped, "%.2f%%", 100 * s.dropped);
+    std::printf("%-8s %5d  %7.3f  %14s  %11s  %8s  %7s  %11s\n", StackName(s.stack),
                 s.layer, s.entropy_bits, bits(s.conditional_entropy_bits).c_str(),
                 bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
-                100 * s.dropped, prob.c_str());
+                dropped, prob.c_str());
   }
   if (FLAGS_dry_run) return {};
   const RoutingStatistics routing =
@@ -303,6 +306,20 @@ constexpr Verb kVerbs[] = {
     {"salvage", SalvageVerb},
 };
 
+// What a verb does not heed would pass unseen. Flags of all programs are not named.
+const HeededFlags kHeeded = {
+    {"info", {"store"}},
+    {"verify", {"store"}},
+    {"stats", {"store", "out"}},
+    {"export", {"store", "out", "format"}},
+    {"merge", {"store", "out", "compression", "renumber"}},
+    {"subset", {"store", "out", "compression", "share"}},
+    {"import",
+     {"in", "out", "format", "model", "task", "num_experts", "layers",
+      "experts_per_token", "compression"}},
+    {"salvage", {"store", "out"}},
+};
+
 void Run() {
   std::vector<std::string> names;
   for (const Verb& verb : kVerbs) names.push_back(verb.name);
@@ -322,6 +339,7 @@ void Run() {
                                std::to_string(stores) + " were given",
                                "merge them first, or look at each"));
   }
+  RefuseUnheeded(kHeeded, "routecast-trace ", verb.name);
   verb.run();
 }
 
