@@ -303,8 +303,10 @@ TEST_F(ImportTest, AnExportWithoutTokenIdsComesBack) {
 TEST_F(ImportTest, RowsOfTextWithoutTokenIdsLeaveThemOut) {
   WritePacked();
   Import("index_x.csv", packed_);
-  EXPECT_NE(Exported(store(), "csv").find("0,0,decoder,0,1,,5,,,,5 6 7 8,5 6 7 8,\n"),
-            std::string::npos);
+  const uint64_t group = Read(store()).at(0).group_id;
+  const std::string row = "0,0,decoder,0,1,,5,,,,5 6 7 8,5 6 7 8,," +
+                          std::to_string(group) + "," + SplitPartName(SplitOf(group));
+  EXPECT_NE(Exported(store(), "csv").find(row + "\n"), std::string::npos);
   const std::string lines = Exported(store(), "jsonl");
   const Json first = ParseJson(lines.substr(0, lines.find('\n')), "line");
   EXPECT_TRUE(first["decoder"].contains("expert_ids"));
@@ -332,6 +334,13 @@ TEST_F(ImportTest, StatisticsCountAllExpertsOfAToken) {
   EXPECT_EQ(stats.layers.at(0).slot_counts, (std::vector<uint64_t>{3, 3, 1, 1}));
   EXPECT_EQ(stats.layers[0].counts, (std::vector<uint64_t>{1, 2, 0, 1}));
   EXPECT_DOUBLE_EQ(stats.layers[0].previous_token_recall, 2.0 / 4);
+}
+
+TEST_F(ImportTest, DropsThatWereNotRecordedAreNotKnown) {
+  WriteFileAtomic(At("in.jsonl"), "{\"routing\": [[[0,1]],[[1,2]]]}\n");
+  Import("in.jsonl", {.format = "jsonl"});
+  const auto stats = ComputeStatistics(TraceReader(store(), NeedTokens::kNo));
+  EXPECT_TRUE(stats.ToJson().at("layers").at(0).at("dropped").is_null());
 }
 
 }  // namespace
