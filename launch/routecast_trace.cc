@@ -31,8 +31,12 @@ DEFINE_string(model, "imported", "Of import: name of the model that was traced")
 DEFINE_string(task, "generate",
               "Of import: encode, denoise or generate, where the input does not say it");
 DEFINE_int32(num_experts, 0, "Of import: experts a MoE layer; 0 = the largest id + 1");
-DEFINE_int32(layers, 0, "Of import, packed: MoE layers");
-DEFINE_int32(experts_per_token, 0, "Of import, packed: experts a token uses");
+DEFINE_int32(layers, 0,
+             "Of import: MoE layers; needed by packed, a check of arrays and jsonl (0 = "
+             "none)");
+DEFINE_int32(experts_per_token, 0,
+             "Of import: experts a token uses; needed by packed, a check of arrays and "
+             "jsonl (0 = none)");
 DEFINE_string(out, "",
               "Folder for what stats and export write; the new store of merge, subset "
               "and import");
@@ -264,6 +268,14 @@ Json ImportInto(const std::string& out) {
     return {};
   }
   const ImportReport report = ImportTraces(FLAGS_in, out, options);
+  const bool own = FLAGS_format == "arrays" || FLAGS_format == "jsonl";
+  if (report.flat_sequences > 0 && own && FLAGS_layers == 0) {
+    std::fprintf(stderr,
+                 "%llu of %llu requests have more layers than tokens: are the axes "
+                 "[tokens, layers, experts a token]? --layers=N checks it\n",
+                 (unsigned long long)report.flat_sequences,
+                 (unsigned long long)report.sequences);
+  }
   if (!FLAGS_quiet) {
     std::printf("%llu sequences, %llu tokens, %d layers of %d experts, %d a token\n",
                 (unsigned long long)report.sequences, (unsigned long long)report.tokens,

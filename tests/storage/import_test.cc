@@ -42,6 +42,17 @@ class ActiveImport : public ImportTest {
   const int64_t none_[2] = {0, 0}, one_[2] = {0, 1};
 };
 
+TEST_F(ActiveImport, OfADecoderAloneNeedsNoArraysOfAnEncoder) {
+  const uint16_t expert = 5;
+  WriteNpz(At("in.npz"), {{"sequence_ids", "<u8", {1}, &id_, 8},
+                          {"document_ids", "<u8", {1}, &id_, 8},
+                          {"decoder_offsets", "<i8", {2}, one_, 16},
+                          {"decoder_expert_ids", "<u2", {1, 1}, &expert, 2}});
+  const MoeGeometry geometry = Import("in.npz", {}).config.geometry;
+  EXPECT_EQ(geometry.encoder_layers, 0);
+  EXPECT_EQ(geometry.decoder_layers, 1);
+}
+
 TEST_F(ActiveImport, SaysHowManyExpertsATokenHas) {
   Write({5, 3}, {5, 3, 8});
   const StoreConfig config = Import("in.npz", {}).config;
