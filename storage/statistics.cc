@@ -168,6 +168,13 @@ Json Percentiles(const std::vector<double>& values) {
   return json;
 }
 
+void AddCounts(int layer, const std::vector<uint64_t>& counts, std::string* csv) {
+  for (size_t e = 0; e < counts.size(); ++e) {
+    *csv += std::to_string(layer) + "," + std::to_string(e) + "," +
+            std::to_string(counts[e]) + "\n";
+  }
+}
+
 }  // namespace
 
 StoreStatistics ComputeStatistics(const TraceReader& reader) {
@@ -175,9 +182,13 @@ StoreStatistics ComputeStatistics(const TraceReader& reader) {
   std::vector<LayerCounters> counters(static_cast<size_t>(g.num_layers()));
   for (LayerCounters& c : counters) c.counts.resize(static_cast<size_t>(g.num_experts));
   StoreStatistics stats;
+  stats.model = reader.config().model;
+  stats.num_experts = g.num_experts;
+  stats.experts_per_token = g.experts_per_token;
   std::vector<uint32_t> lengths;
   for (const SequenceInfo& info : reader.sequences()) {
     ++stats.sequences;
+    ++stats.parts[static_cast<size_t>(SplitOf(info.group_id))];
     stats.encoder_tokens += info.encoder_tokens;
     stats.decoder_tokens += info.decoder_tokens;
     stats.hidden_sequences += info.has_hidden;
@@ -213,10 +224,18 @@ StoreStatistics ComputeStatistics(const TraceReader& reader) {
 }
 
 Json StoreStatistics::ToJson() const {
-  Json json = {{"sequences", sequences},
+  Json json = {{"model", model},
+               {"num_experts", num_experts},
+               {"experts_per_token", experts_per_token},
+               {"split", Json::object()},
+               {"sequences", sequences},
                {"encoder_tokens", encoder_tokens},
                {"decoder_tokens", decoder_tokens},
                {"hidden_sequences", hidden_sequences}};
+  for (const SplitPart part :
+       {SplitPart::kTrain, SplitPart::kValidation, SplitPart::kTest}) {
+    json["split"][SplitPartName(part)] = parts[static_cast<size_t>(part)];
+  }
   json["sequence_tokens"] =
       Percentiles(std::vector<double>(sequence_tokens.begin(), sequence_tokens.end()));
   json["layers"] = Json::array();
@@ -257,14 +276,16 @@ Json StoreStatistics::ToJson() const {
 
 void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder) {
   MakeFolder(folder);
-  std::string csv = "layer_id,expert_id,count\n";
+  std::string load = "layer_id,expert_id,count\n", slots = load;
+  bool several = false;
   for (const LayerStatistics& s : statistics.layers) {
-    for (size_t e = 0; e < s.counts.size(); ++e) {
-      csv += std::to_string(s.global_layer) + "," + std::to_string(e) + "," +
-             std::to_string(s.counts[e]) + "\n";
-    }
+    AddCounts(s.global_layer, s.counts, &load);
+    AddCounts(s.global_layer, s.slot_counts, &slots);
+    several = several || !s.slot_counts.empty();
   }
-  WriteFileAtomic(folder / "load.csv", csv);
+  WriteFileAtomic(folder / "load.csv", load);
+  fs::remove(folder / "slot_load.csv");  // of another store
+  if (several) WriteFileAtomic(folder / "slot_load.csv", slots);
   WriteFileAtomic(folder / "stats.json", statistics.ToJson().dump(2) + "\n");
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <array>
+#include <string>
 #include <vector>
 
 #include "storage/trace_reader.h"
@@ -40,6 +41,9 @@ struct LayerStatistics {
 };
 
 struct StoreStatistics {
+  std::string model;  // its name in store.json
+  int num_experts = 0, experts_per_token = 1;
+  std::array<uint64_t, 3> parts = {};  // sequences, by SplitPart
   uint64_t sequences = 0, encoder_tokens = 0, decoder_tokens = 0, hidden_sequences = 0;
   std::vector<uint32_t> sequence_tokens;  // of both stacks, at kPercentiles
   std::vector<LayerStatistics> layers;    // by global layer
@@ -48,7 +52,8 @@ struct StoreStatistics {
 
 // Reads the whole store once.
 StoreStatistics ComputeStatistics(const TraceReader& reader);
-// stats.json and load.csv (`layer_id,expert_id,count`).
+// stats.json, load.csv (`layer_id,expert_id,count`, of the first choice) and, where a
+// token has several experts that are all stored, slot_load.csv, the same of all of them.
 void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder);
 
 }  // namespace routecast

@@ -31,6 +31,10 @@ expect 0 verify --store=a
 expect 0 stats --store=a --out=stats
 says "^decoder .* -  *-$"  # neither drops nor probabilities were recorded
 grep -q '"slot_load"' stats/stats.json || fail "stats say nothing of slots"
+[ "$(awk -F, 'NR > 1 { n += $3 } END { print n }' stats/slot_load.csv)" -eq 96 ] ||
+  fail "slot_load.csv: not 24 tokens x 2 layers x 2 experts"
+grep -q "<p>Model m. All parts of the split are counted: " stats/report.html ||
+  fail "the page does not name its model"
 grep -q '"nmi_previous"' stats/stats.json || fail "stats say nothing of information"
 [ "$(head -1 stats/transitions.csv)" = layer_id,previous_expert_id,expert_id,count ] ||
   fail "no transitions"
