@@ -19,9 +19,10 @@ constexpr uint64_t kMaxComment = 65535, kMaxDirectoryBytes = uint64_t{128} << 20
 constexpr uint64_t kMaxEntries = 1'000'000;
 constexpr uint16_t kEncrypted = 1 | 1 << 6 | 1 << 13, kSizesFollow = 1 << 3;
 
-[[noreturn]] void Bad(const ByteFile& file, const std::string& rule) {
-  throw DataError(ErrorText(file.path().string() + " is not a usable zip archive", rule,
-                            "fetch or write the file again"));
+[[noreturn]] void Bad(const ByteFile& file, const std::string& rule,
+                      const char* fix = "fetch or write the file again") {
+  throw DataError(
+      ErrorText(file.path().string() + " is not a usable zip archive", rule, fix));
 }
 
 template <typename T>
@@ -168,9 +169,12 @@ Listed ReadListed(const ByteFile& file, const std::string& directory, size_t* at
   listed.entry.size_bytes = At<uint32_t>(directory, from + 24);
   listed.header_offset = At<uint32_t>(directory, from + 42);
   if ((listed.flags & kEncrypted) != 0) refuse("it is encrypted");
-  if (method != 0)
-    refuse("it is compressed (method " + std::to_string(method) +
-           "): write it plain, as numpy.savez does");
+  if (method != 0) {
+    Bad(file,
+        "entry " + Quoted(listed.entry.name) + ": it is compressed (method " +
+            std::to_string(method) + ")",
+        "write it without compression; of NumPy arrays, with numpy.savez");
+  }
   Read64BitFields(file, directory.substr(from + kEntryBytes + name, extra), &listed);
   if (listed.packed_bytes != listed.entry.size_bytes) {
     refuse("stored as " + std::to_string(listed.packed_bytes) + " bytes, of " +

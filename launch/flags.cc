@@ -3,6 +3,7 @@
 #include <gflags/gflags.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
 #include <map>
 #include <sstream>
@@ -160,6 +161,16 @@ void Apply(const std::vector<GivenFlag>& given) {
   }
 }
 
+// gflags prints a double with 17 digits: 0.10000000000000001.
+std::string DefaultText(const FlagInfo& flag) {
+  if (flag.type == "string") return "\"" + flag.default_value + "\"";
+  if (flag.type != "double") return flag.default_value;
+  char shortest[32];
+  const auto end = std::to_chars(shortest, std::end(shortest),
+                                 std::strtod(flag.default_value.c_str(), nullptr));
+  return std::string(shortest, end.ptr);
+}
+
 Json Typed(const FlagInfo& flag) {
   const std::string& text = flag.current_value;
   if (flag.type == "bool") return text == "true";
@@ -217,6 +228,23 @@ std::vector<std::string> FlagValues(const std::string& name) {
   return {info.current_value};
 }
 
+void RefuseUnheeded(const HeededFlags& heeded, const std::string& prefix,
+                    const std::string& mode) {
+  const auto heeds = [](const std::vector<std::string>& flags, const std::string& flag) {
+    return std::find(flags.begin(), flags.end(), flag) != flags.end();
+  };
+  const auto here = std::find_if(heeded.begin(), heeded.end(),
+                                 [&](const auto& one) { return one.first == mode; });
+  for (const auto& [other, flags] : heeded) {
+    for (const std::string& flag : flags) {
+      const bool given = !gflags::GetCommandLineFlagInfoOrDie(flag.c_str()).is_default;
+      if (!given || heeds(here->second, flag)) continue;
+      throw UsageError(ErrorText("--" + flag + " is of " + prefix + other, prefix + mode,
+                                 "leave one of them out"));
+    }
+  }
+}
+
 Json EffectiveFlags() {
   Json all = Json::object();
   for (const FlagInfo& flag : OurFlags()) {
@@ -230,10 +258,8 @@ Json EffectiveFlags() {
 std::string HelpText(const std::string& program, const std::string& usage) {
   std::string text = program + " " + Version() + "\n" + usage + "\n\nFlags:\n";
   for (const FlagInfo& flag : OurFlags()) {
-    const std::string value =
-        flag.type == "string" ? "\"" + flag.default_value + "\"" : flag.default_value;
-    text += "  --" + flag.name + "=" + value + "  (" + flag.type + ")\n      " +
-            flag.description + "\n";
+    text += "  --" + flag.name + "=" + DefaultText(flag) + "  (" + flag.type +
+            ")\n      " + flag.description + "\n";
   }
   return text +
          "  --flagfile=PATH  flags from a file, one a line; the command line wins\n"

@@ -12,6 +12,7 @@
 
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/run_record.h"
@@ -37,6 +38,15 @@ void WithFlagFile(const fs::path& path, const std::function<void()>& body);
 // any, else those of the flag files); the default, where it is not empty, if none was
 // given.
 std::vector<std::string> FlagValues(const std::string& name);
+
+// Of each mode of a program the flags that it heeds, of those that are of some modes
+// only.
+using HeededFlags = std::vector<std::pair<std::string, std::vector<std::string>>>;
+// Throws UsageError where a flag was given that `mode` does not heed and another one
+// does; `prefix` stands before a mode's name ("--mode="). REQUIRES that `heeded` names
+// `mode`.
+void RefuseUnheeded(const HeededFlags& heeded, const std::string& prefix,
+                    const std::string& mode);
 
 // The full effective configuration for run.json: this program's flags, typed.
 Json EffectiveFlags();

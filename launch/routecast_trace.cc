@@ -6,6 +6,7 @@
 #include "common/errors.h"
 #include "common/output_folder.h"
 #include "common/recorded_run.h"
+#include "launch/flags.h"
 #include "launch/main.h"
 #include "report/routing_report.h"
 #include "storage/export.h"
@@ -31,8 +32,12 @@ DEFINE_string(model, "imported", "Of import: name of the model that was traced")
 DEFINE_string(task, "generate",
               "Of import: encode, denoise or generate, where the input does not say it");
 DEFINE_int32(num_experts, 0, "Of import: experts a MoE layer; 0 = the largest id + 1");
-DEFINE_int32(layers, 0, "Of import, packed: MoE layers");
-DEFINE_int32(experts_per_token, 0, "Of import, packed: experts a token uses");
+DEFINE_int32(layers, 0,
+             "Of import: MoE layers; needed by packed, a check of arrays and jsonl (0 = "
+             "none)");
+DEFINE_int32(experts_per_token, 0,
+             "Of import: experts a token uses; needed by packed, a check of arrays and "
+             "jsonl (0 = none)");
 DEFINE_string(out, "",
               "Folder for what stats and export write; the new store of merge, subset "
               "and import");
@@ -180,10 +185,12 @@ Json StatsInto(const std::string& out) {
     };
     const std::string prob =
         s.gate_probs.empty() ? "-" : std::to_string(s.gate_probs[3]).substr(0, 5);
-    std::printf("%-8s %5d  %7.3f  %14s  %11s  %8s  %6.2f%%  %11s\n", StackName(s.stack),
+    char dropped[16] = "-";
+    if (s.dropped >= 0) std::snprintf(dropped, sizeof dropped, "%.2f%%", 100 * s.dropped);
+    std::printf("%-8s %5d  %7.3f  %14s  %11s  %8s  %7s  %11s\n", StackName(s.stack),
                 s.layer, s.entropy_bits, bits(s.conditional_entropy_bits).c_str(),
                 bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
-                100 * s.dropped, prob.c_str());
+                dropped, prob.c_str());
   }
   const RoutingStatistics routing =
       ComputeRoutingStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
@@ -338,6 +345,14 @@ Json ImportInto(const std::string& out) {
     return {};
   }
   const ImportReport report = ImportTraces(FLAGS_in, out, options);
+  const bool own = FLAGS_format == "arrays" || FLAGS_format == "jsonl";
+  if (report.flat_sequences > 0 && own && FLAGS_layers == 0) {
+    std::fprintf(stderr,
+                 "%llu of %llu requests have more layers than tokens: are the axes "
+                 "[tokens, layers, experts a token]? --layers=N checks it\n",
+                 (unsigned long long)report.flat_sequences,
+                 (unsigned long long)report.sequences);
+  }
   if (!FLAGS_quiet) PrintImported(report);
   return {{"sequences", report.sequences}, {"tokens", report.tokens}};
 }
@@ -375,6 +390,20 @@ constexpr Verb kVerbs[] = {
     {"salvage", SalvageVerb},
 };
 
+// What a verb does not heed would pass unseen. Flags of all programs are not named.
+const HeededFlags kHeeded = {
+    {"info", {"store"}},
+    {"verify", {"store"}},
+    {"stats", {"store", "out"}},
+    {"export", {"store", "out", "format"}},
+    {"merge", {"store", "out", "compression", "renumber"}},
+    {"subset", {"store", "out", "compression", "share"}},
+    {"import",
+     {"in", "out", "format", "model", "task", "num_experts", "layers",
+      "experts_per_token", "compression"}},
+    {"salvage", {"store", "out"}},
+};
+
 void Run() {
   std::vector<std::string> names;
   for (const Verb& verb : kVerbs) names.push_back(verb.name);
@@ -394,6 +423,7 @@ void Run() {
                                std::to_string(stores) + " were given",
                                "merge them first, or look at each"));
   }
+  RefuseUnheeded(kHeeded, "routecast-trace ", verb.name);
   verb.run();
 }
 

@@ -15,13 +15,16 @@ DEFINE_int32(epochs, 8, "Epochs at most; early stopping may end before");
 DEFINE_int64(steps, 0, "Training steps at most, instead of --epochs; 0 = by --epochs");
 DEFINE_int32(global_batch, 64, "Windows a step over all ranks");
 DEFINE_int32(micro_batch, 16, "Windows a forward pass");
-DEFINE_double(learning_rate, 0, "Peak learning rate; 0 = the kind's");
-DEFINE_int32(width, 0, "Width of the model; 0 = the kind's, as the next five");
-DEFINE_int32(heads, 0, "Attention heads");
-DEFINE_int32(ff, 0, "Inner width; follows --width where it is not said");
-DEFINE_int32(layers, 0, "Layers or blocks");
-DEFINE_int32(context, 0, "Newest layers of a token whose experts are seen");
-DEFINE_double(dropout, -1, "Share of activations; below 0 = the kind's");
+DEFINE_double(learning_rate, 0, "Peak learning rate; 0 = the kind's own");
+DEFINE_int32(width, 0, "Width of the model; 0 = the kind's own");
+DEFINE_int32(heads, 0, "Attention heads of the model; 0 = the kind's own");
+DEFINE_int32(ff, 0,
+             "Inner width of the model's blocks; 0 = by --width, or the kind's own");
+DEFINE_int32(layers, 0, "Layers or blocks of the model; 0 = the kind's own");
+DEFINE_int32(context, 0,
+             "Newest layers of a token whose experts the model sees; 0 = the kind's own");
+DEFINE_double(dropout, -1,
+              "Share of activations set to zero in training; below 0 = the kind's own");
 DEFINE_string(
     members, "",
     "Members of an ensemble, e.g. interlayer:width=512,heads=16,lr=5e-5;hidden*2");
@@ -34,20 +37,28 @@ DEFINE_bool(
 DEFINE_int32(freeze_layers, 0,
              "Lowest layers of --start_from that stay as they are at first");
 DEFINE_int32(freeze_epochs, 1,
-             "Epochs until the top one of them is trained, and from each to the next");
+             "Epochs until the top layer of --freeze_layers is trained, and from each to "
+             "the next below");
 DEFINE_string(combine, "probabilities",
               "How an ensemble mixes: probabilities, logits, vote, or stack (weights a "
               "source layer and lead, learnt on validation documents)");
 DEFINE_string(schedule, "cosine",
               "Learning rate: cosine, restarts, plateau, constant, one_cycle");
-DEFINE_int32(warmup_steps, 100, "Linear warm-up, at most a tenth of the run");
+DEFINE_int32(warmup_steps, 100,
+             "Steps of linear warm-up of the rate, at most a tenth of the run");
 DEFINE_double(last_rate, 0.02, "Share of the peak rate where a schedule ends");
-DEFINE_int64(restart_steps, 0, "First wave of --schedule=restarts; 0 = a fifth");
-DEFINE_int32(restart_epochs, 0, "The same in epochs, instead of --restart_steps");
-DEFINE_double(restart_growth, 2, "Each wave is so many times as long as the last");
+DEFINE_int64(restart_steps, 0,
+             "Steps of the first wave of --schedule=restarts; 0 = a fifth of the run");
+DEFINE_int32(restart_epochs, 0,
+             "Epochs of the first wave of --schedule=restarts, instead of "
+             "--restart_steps; 0 = by --restart_steps");
+DEFINE_double(restart_growth, 2,
+              "Each wave of --schedule=restarts is so many times as long as the last");
 DEFINE_double(plateau_factor, 0.5, "What --schedule=plateau multiplies the rate by");
-DEFINE_int32(plateau_patience, 2, "After so many validations without a better one");
-DEFINE_double(weight_decay, 0.01, "Of matrices, decoupled");
+DEFINE_int32(
+    plateau_patience, 2,
+    "Validations without a better one after which --schedule=plateau lowers the rate");
+DEFINE_double(weight_decay, 0.01, "Decoupled weight decay (AdamW), of matrices");
 DEFINE_double(clip_norm, 1, "Largest norm of a member's gradient");
 DEFINE_double(beta1, 0.9, "Decay of AdamW's first moment");
 DEFINE_bool(
@@ -59,24 +70,26 @@ DEFINE_double(label_smoothing, 0, "Share of a label that all experts get");
 DEFINE_double(ema, 0, "Decay of averaged parameters, which are then kept; 0 = none");
 DEFINE_string(
     loss, "cross_entropy",
-    "Of the routing: cross_entropy, or focal, .25 (1 - p)^2 times that (published "
+    "Loss of the routing: cross_entropy, or focal, .25 (1 - p)^2 times that (published "
     "with the baseline)");
-DEFINE_double(confidence_weight, 0.1, "Of the loss of 'my top-1 is right'");
+DEFINE_double(confidence_weight, 0.1, "Weight of the loss of 'my top-1 is right'");
 DEFINE_string(confidence_loss, "cross_entropy",
               "What a confidence c costs: cross_entropy or squared, against 'my top-1 is "
               "right'; or half, (c - .5)^2, as it is published with two models");
 DEFINE_double(pattern_entropy, 0,
               "What the entropy of the pattern memory's weights takes off the loss "
               "(published: .01); interlayer and moe");
-DEFINE_double(set_weight, 0, "Of the encoder's set prediction in the loss");
+DEFINE_double(set_weight, 0, "Weight of the encoder's set prediction in the loss");
 DEFINE_double(distill_weight, 0,
               "Share of the loss towards the routers' own top-k (--record=topk)");
-DEFINE_double(distill_temperature, 1, "Of --distill_weight");
-DEFINE_double(consistency_weight, 0,
-              "Of 'neighbouring tokens are as alike as their experts' in the loss");
-DEFINE_double(diversity_weight, 0, "Of 'all experts are named' in the loss");
+DEFINE_double(distill_temperature, 1,
+              "Temperature of the distillation of --distill_weight");
+DEFINE_double(
+    consistency_weight, 0,
+    "Weight of 'neighbouring tokens are as alike as their experts' in the loss");
+DEFINE_double(diversity_weight, 0, "Weight of 'all experts are named' in the loss");
 DEFINE_double(contrastive_weight, 0,
-              "Of InfoNCE between a lead and the experts' embeddings in the loss");
+              "Weight of InfoNCE between a lead and the experts' embeddings in the loss");
 DEFINE_bool(encoder_attention, false,
             "The encoder's tokens see each other in `hidden`: more right, and slower");
 DEFINE_bool(later_use, false,
@@ -94,7 +107,8 @@ DEFINE_bool(token_inputs, false,
             "A token's id is an input of kinds of expert ids: interlayer, moe, "
             "autoregressive, multiscale, ensembles of them");
 DEFINE_bool(router_inputs, false,
-            "The router's input at the source layer is an input of the same kinds "
+            "The router's input at the source layer is an input of kinds of expert ids: "
+            "interlayer, moe, autoregressive, multiscale, ensembles of them "
             "(--record=ids,hidden)");
 DEFINE_bool(topk_inputs, false,
             "The probabilities of the router's likeliest experts at the source layer are "
@@ -102,7 +116,8 @@ DEFINE_bool(topk_inputs, false,
 DEFINE_int32(backup_experts, 0,
              "Heads for the router's second, third .. choice (published: 3); needs "
              "--record=topk, kinds interlayer and moe");
-DEFINE_double(backup_weight, 0.3, "Of the mean of their cross-entropies in the loss");
+DEFINE_double(backup_weight, 0.3,
+              "Weight of the mean cross-entropy of --backup_experts' heads in the loss");
 DEFINE_double(augment_layers, 0, "Chance that a known layer is hidden in training");
 DEFINE_double(augment_parts, 0, "Chance that a part of a sequence is taken");
 DEFINE_double(augment_permutation, 0, "Chance that experts are relabelled (ablation)");
@@ -120,7 +135,9 @@ DEFINE_double(augment_mask, 0, "Share of tokens whose routing is hidden in train
 DEFINE_string(augment_mask_mode, "tokens",
               "What --augment_mask hides: tokens, each by itself; block, as many in one "
               "run; or layer, one whole context layer of that share of the sequences");
-DEFINE_double(augment_unmasked, 1, "Weight of the other tokens' labels then");
+DEFINE_double(
+    augment_unmasked, 1,
+    "With --augment_mask, weight of the labels of tokens that it does not hide");
 DEFINE_int32(
     curriculum_epochs, 0,
     "Epochs until all targets count, those that a Markov table finds easy first; "
@@ -130,12 +147,11 @@ DEFINE_string(monitor, "loss",
               "token: recall of them)");
 DEFINE_int32(patience, 5, "Validations without a better one before it stops; 0 = never");
 DEFINE_int32(validate_every, 0, "Steps between validations; 0 = eight a run or more");
-DEFINE_uint64(validation_sequences, 256, "Sequences a source layer; 0 = all");
-DEFINE_uint64(test_sequences, 0, "Sequences a source layer; 0 = all");
-DEFINE_string(
-    dtype, "fp32",
-    "Of a training pass' products: fp32, or bf16 (autocast); parameters, losses "
-    "and scores are fp32");
+DEFINE_uint64(validation_sequences, 256, "Validation sequences a source layer; 0 = all");
+DEFINE_uint64(test_sequences, 0, "Test sequences a source layer; 0 = all");
+DEFINE_string(dtype, "fp32",
+              "Number type of a training pass' products: fp32, or bf16 (autocast); "
+              "parameters, losses and scores are fp32");
 
 namespace routecast {
 

@@ -12,9 +12,10 @@
 namespace routecast {
 namespace {
 
-constexpr size_t kMostCells = 128;       // a side of a transition map
-constexpr size_t kMostLoadCells = 4500;  // of the load map, 90 bytes each
-constexpr size_t kDrawnPaths = 7;        // a colour and dash of its own each
+constexpr size_t kMostCells = 128;                     // a side of a transition map
+constexpr size_t kMostLoadCells = 4500;                // of the load map, 90 bytes each
+constexpr double kLeastLoadEnd = 2, kMostLoadEnd = 8;  // of its colours, even shares
+constexpr size_t kDrawnPaths = 7;  // a colour and dash of its own each
 constexpr size_t kTablePaths = 15;
 
 std::string LayerName(const Json& layer) {
@@ -53,12 +54,42 @@ void AddKeyFigures(const Json& stats, const std::vector<Json>& layers, HtmlRepor
         Fixed(entropy / static_cast<double>(std::max<size_t>(1, layers.size())), 2)}});
 }
 
+// What is counted, and of which choices of the router.
+void AddAbout(const Json& stats, HtmlReport* page) {
+  const Json split = stats.value("split", Json::object());
+  std::string text = TextOf(stats, "model");
+  if (!text.empty()) text = "Model " + text + ". ";
+  if (!split.empty()) {
+    text += "All parts of the split are counted: ";
+    const char* comma = "";
+    for (const char* part : {"train", "validation", "test"}) {
+      text += comma + ShortNumber(NumberOf(split, part)) + " " + part;
+      comma = ", ";
+    }
+    text += " sequences. ";
+  }
+  const double k = NumberOf(stats, "experts_per_token");
+  if (k > 1) {
+    text += "A token uses " + Fixed(k, 0) +
+            " experts: the picture of the load and what the token before used count all "
+            "of them where all are stored; all else is of the first choice, the most "
+            "probable one.";
+  }
+  if (!text.empty()) page->Paragraph(text);
+}
+
 void AddLoad(const std::vector<Json>& layers, HtmlReport* page) {
-  HeatMap map{"Tokens an expert gets", "expert", "1 = even share", {}, {}, 0, 2};
+  HeatMap map{"Tokens an expert gets", "expert", "", {}, {}, 0, kLeastLoadEnd};
+  double largest = 0;
   for (const Json& layer : layers) {
-    std::vector<double> load = NumbersOf(layer, "load");
+    std::vector<double> load = NumbersOf(layer, "slot_load");
+    if (!load.empty()) map.title = "Uses of an expert, by all experts of a token";
+    if (load.empty()) load = NumbersOf(layer, "load");
     if (load.empty()) continue;
-    for (double& v : load) v *= static_cast<double>(load.size());
+    for (double& v : load) {
+      v *= static_cast<double>(load.size());
+      largest = std::max(largest, v);
+    }
     map.rows.push_back(LayerName(layer));
     map.values.push_back(std::move(load));
   }
@@ -76,6 +107,9 @@ void AddLoad(const std::vector<Json>& layers, HtmlReport* page) {
     }
     row = std::move(joined);
   }
+  // One expert that takes all would leave the others without a colour to tell apart.
+  map.high = std::clamp(std::ceil(largest), kLeastLoadEnd, kMostLoadEnd);
+  map.legend = "1 = even share, most " + Fixed(largest, 1);
   if (join > 1) map.x_label = "experts, " + std::to_string(join) + " a column";
   page->Section("Load");
   page->Charts({HeatMapSvg(map)});
@@ -128,9 +162,17 @@ void AddSpread(const std::vector<Json>& layers, HtmlReport* page) {
   page->Charts({LineChartSvg(AcrossLayers(
                     layers, "Entropy of the experts", "bits",
                     {{"entropy_bits", "alone"},
-                     {"conditional_entropy_bits", "given the layer before"}})),
+                     {"conditional_entropy_bits", "given the layer before"},
+                     {"held_out_entropy_bits", "given token and layer, held out"}})),
                 LineChartSvg(AcrossLayers(layers, "Unevenness", "deviation / mean",
-                                          {{"cv", "CV"}}))});
+                                          {{"cv", "CV"}})),
+                LineChartSvg(AcrossLayers(
+                    layers, "Experts that the token before used too", "share",
+                    {{"previous_token_recall", "of a token's experts"}}))});
+  page->Paragraph(
+      "Held out: what a model of four fifths of the documents needs for the others, "
+      "given "
+      "the token id and the expert of the layer before.");
   page->AddTable(table, "Tokens an expert gets, by MoE layer");
 }
 
@@ -230,10 +272,15 @@ void AddTransitions(const std::vector<TransitionMap>& maps, HtmlReport* page) {
     charts.push_back(HeatImageSvg(map));
   }
   page->Section("Transitions from layer to layer");
-  page->Paragraph(
+  std::string text =
       "Where the tokens of an expert go in the next MoE layer. A row without colour is "
       "an "
-      "expert that no token chose.");
+      "expert that no token chose.";
+  if (shown < maps.size()) {
+    text += " " + std::to_string(shown) + " of " + std::to_string(maps.size()) +
+            " maps are shown, evenly chosen; transitions.csv has all.";
+  }
+  page->Paragraph(text);
   page->Charts(charts);
 }
 
@@ -326,6 +373,7 @@ std::string RoutingReportHtml(const RoutingPage& in) {
   HtmlReport page("Routing statistics", in.store);
   const std::vector<Json> layers = EntriesWith(in.stats, "load");
   AddKeyFigures(in.stats, layers, &page);
+  AddAbout(in.stats, &page);
   AddLoad(layers, &page);
   AddSpread(layers, &page);
   AddInformation(layers, &page);

@@ -126,6 +126,7 @@ class Part {
     sequence_ids_.push_back(trace.sequence_id);
     document_ids_.push_back(trace.document_id);
     group_ids_.push_back(trace.group_id);
+    splits_.push_back(static_cast<uint8_t>(SplitOf(trace.group_id)));
     tasks_.push_back(static_cast<uint8_t>(trace.task));
     encoder_.Add(trace.encoder);
     decoder_.Add(trace.decoder);
@@ -137,6 +138,7 @@ class Part {
     Name("sequence_ids", sequence_ids_, {n});
     Name("document_ids", document_ids_, {n});
     Name("group_ids", group_ids_, {n});
+    Name("split", splits_, {n});
     Name("tasks", tasks_, {n});
     Name("geometry", geometry_, {static_cast<int64_t>(geometry_.size())});
     if (format == "npz") {
@@ -226,7 +228,7 @@ class Part {
   const StoreConfig& config_;
   StackArrays encoder_, decoder_;
   std::vector<uint64_t> sequence_ids_, document_ids_, group_ids_;
-  std::vector<uint8_t> tasks_;
+  std::vector<uint8_t> splits_, tasks_;
   const std::vector<int64_t> geometry_;
   std::map<std::string, std::vector<uint16_t>> shorts_;
   std::map<std::string, std::vector<uint8_t>> bytes_;

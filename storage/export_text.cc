@@ -48,10 +48,12 @@ Json SpanJson(const RoutingSpan& span, int active) {
   return json;
 }
 
+// A group's id is a hash of 64 bits: as a number, readers that keep doubles change it.
 void WriteJsonLine(const RoutingTrace& trace, int active, std::ostream* out) {
   Json json = {{"sequence_id", trace.sequence_id},
                {"document_id", trace.document_id},
-               {"group_id", trace.group_id},
+               {"group_id", std::to_string(trace.group_id)},
+               {"split", SplitPartName(SplitOf(trace.group_id))},
                {"task", TaskName(trace.task)},
                {"encoder", SpanJson(trace.encoder, active)},
                {"decoder", SpanJson(trace.decoder, active)}};
@@ -69,6 +71,7 @@ void WriteCsvList(const std::vector<T>& plane, size_t i, int each, int shown,
 }
 
 void WriteCsvRows(const RoutingTrace& trace, int active, std::ostream* out) {
+  const char* const part = SplitPartName(SplitOf(trace.group_id));
   for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
     const RoutingSpan& s = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
     for (int l = 0; l < s.num_layers; ++l) {
@@ -86,7 +89,7 @@ void WriteCsvRows(const RoutingTrace& trace, int active, std::ostream* out) {
         WriteCsvList(s.topk_ids, i, s.top_k, active, out);
         WriteCsvList(s.topk_ids, i, s.top_k, s.top_k, out);
         WriteCsvList(s.topk_probs, i, s.top_k, s.top_k, out);
-        *out << '\n';
+        *out << ',' << trace.group_id << ',' << part << '\n';
       }
     }
   }
@@ -121,7 +124,7 @@ std::vector<fs::path> ExportText(const TraceReader& reader, const fs::path& fold
   };
   if (format == "csv") {
     text << "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,"
-            "dropped,margin,active_ids,topk_ids,topk_probs\n";
+            "dropped,margin,active_ids,topk_ids,topk_probs,group_id,split\n";
   }
   const int active = ActiveExperts(reader.config());
   reader.Scan(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "common/byte_file.h"
 #include "common/errors.h"
@@ -18,13 +19,26 @@ constexpr int kShards = 4;
 
 // Sizes that are given and not heeded would pass unseen.
 void RequireNoSizes(const ImportOptions& options) {
-  if (options.format == "packed") return;
   for (const auto& [flag, value] : {std::pair("--layers", options.layers),
                                     {"--experts_per_token", options.experts_per_token}}) {
-    if (value == 0) continue;
+    if (value == 0 || options.format != "npz") continue;
     throw UsageError(ErrorText(std::string(flag) + "=" + std::to_string(value),
-                               "--format=" + options.format + " says its own sizes",
-                               "leave the flag out; it is of --format=packed"));
+                               "--format=npz says its own sizes", "leave the flag out"));
+  }
+}
+
+// Of requests that say their own shape, the flags are a check: axes in the wrong order
+// make a shape like any other.
+void RequireSizes(const ImportOptions& options, const MoeGeometry& found) {
+  for (const auto& [flag, given, is] :
+       {std::tuple("--layers", options.layers, found.decoder_layers),
+        {"--experts_per_token", options.experts_per_token, found.experts_per_token}}) {
+    if (given == 0 || given == is) continue;
+    throw UsageError(ErrorText(
+        std::string(flag) + "=" + std::to_string(given) + " is not the input's",
+        std::to_string(found.decoder_layers) + " layers, " +
+            std::to_string(found.experts_per_token) + " experts a token are there",
+        "are the axes [tokens, layers, experts a token]?"));
   }
 }
 
@@ -145,6 +159,7 @@ class Survey {
   }
   uint64_t sequences() const { return sequences_; }
   uint64_t tokens() const { return tokens_; }
+  uint64_t flat_sequences() const { return flat_; }
 
  private:
   [[noreturn]] static void Refuse(const RoutingTrace& trace, const std::string& why) {
@@ -184,6 +199,7 @@ class Survey {
       for (const uint16_t id : *ids) largest_id_ = std::max<int>(largest_id_, id);
     }
     tokens_ += static_cast<uint64_t>(s.num_tokens);
+    flat_ += s.num_layers > s.num_tokens;
   }
 
   // What the input states must be what it holds.
@@ -206,7 +222,7 @@ class Survey {
   int heads_ = -1;  // of the attention; -1 = no router inputs so far
   int layers_[2] = {0, 0};
   int largest_id_ = 0, width_ = 0;
-  uint64_t sequences_ = 0, last_id_ = 0, tokens_ = 0, hidden_ = 0;
+  uint64_t sequences_ = 0, last_id_ = 0, tokens_ = 0, hidden_ = 0, flat_ = 0;
   Task task_ = Task::kGenerate;
 };
 
@@ -226,6 +242,8 @@ ImportReport Look(ImportSource& source, const ImportOptions& options) {
                       survey.Config(source, options)};
   report.config.compression = options.compression;
   RequireCompression(options.compression, report.config.geometry);
+  if (options.format != "npz") RequireSizes(options, report.config.geometry);
+  report.flat_sequences = survey.flat_sequences();
   return report;
 }
 

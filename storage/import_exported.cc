@@ -31,6 +31,10 @@ class StackReader {
  public:
   StackReader(const NpyFile& file, Stack stack, uint64_t sequences)
       : file_(file), prefix_(std::string(StackName(stack)) + "_") {
+    if (IsAbsent(stack)) {
+      offsets_.assign(sequences + 1, 0);
+      return;
+    }
     offsets_ = file.Read<int64_t>(Need("offsets", 1), 0, sequences + 1);
     const NpyArray& ids = Need("expert_ids", 2);
     layers_ = ids.shape[0];
@@ -124,6 +128,13 @@ class StackReader {
   }
 
  private:
+  // A model of one stack: the file has nothing of the other.
+  bool IsAbsent(Stack stack) const {
+    const Stack other = stack == Stack::kEncoder ? Stack::kDecoder : Stack::kEncoder;
+    return file_.Find(std::string(StackName(other)) + "_offsets") != nullptr &&
+           std::none_of(file_.arrays().begin(), file_.arrays().end(),
+                        [&](const NpyArray& a) { return a.name.starts_with(prefix_); });
+  }
   const NpyArray* Find(const char* name) const { return file_.Find(prefix_ + name); }
   const NpyArray& Need(const char* name, size_t dims) const {
     const NpyArray* array = Find(name);

@@ -20,6 +20,8 @@ constexpr uint64_t kBlockBytes = 1 << 20;
 constexpr size_t kMaxDims = 8;
 constexpr const char* kMagic = "\x93NUMPY";
 constexpr size_t kMagicBytes = 6;
+// Around elements that lie apart: so many are read for each that is wanted, at most.
+constexpr uint64_t kMostBlockItems = 256;
 
 [[noreturn]] void Bad(const std::string& where, const std::string& rule) {
   throw DataError(ErrorText(where + " is not a usable NumPy array", rule,
@@ -94,6 +96,19 @@ uint64_t ItemBytes(const std::string& type, const std::string& where) {
     Bad(where, "elements of type " + Quoted(type, 40) + ", not plain numbers");
   }
   return static_cast<uint64_t>(type[2] - '0');
+}
+
+// Where the element that is number `item` in C order lies in Fortran order.
+uint64_t FortranPlace(const std::vector<int64_t>& shape, uint64_t item) {
+  uint64_t stride = 1, place = 0;
+  for (const int64_t dim : shape) stride *= static_cast<uint64_t>(dim);
+  for (size_t d = shape.size(); d-- > 0;) {
+    const auto dim = static_cast<uint64_t>(shape[d]);
+    stride /= dim;
+    place += item % dim * stride;
+    item /= dim;
+  }
+  return place;
 }
 
 template <typename T>
@@ -234,9 +249,7 @@ NpyArray NpyFile::ReadHeader(const std::string& name, uint64_t offset,
   array.type = header.type;
   array.item_bytes = ItemBytes(header.type, where);
   array.shape = std::move(header.shape);
-  if (header.fortran_order && array.shape.size() > 1) {
-    Bad(where, "Fortran order; numpy.ascontiguousarray makes the other");
-  }
+  array.fortran = header.fortran_order && array.shape.size() > 1;
   array.offset = offset + begin + length;
   array.num_items = 1;
   const uint64_t left = size - begin - length;
@@ -288,6 +301,31 @@ void NpyFile::CheckRange(const NpyArray& array, uint64_t first, uint64_t count) 
                         std::to_string(first) + " on");
 }
 
+std::string NpyFile::ReadBytes(const NpyArray& array, uint64_t first,
+                               uint64_t count) const {
+  const uint64_t each = array.item_bytes;
+  if (!array.fortran || count == 0) {
+    return file_.Read(array.offset + first * each, count * each);
+  }
+  std::vector<uint64_t> places(count);
+  for (uint64_t i = 0; i < count; ++i) places[i] = FortranPlace(array.shape, first + i);
+  const auto [low, high] = std::minmax_element(places.begin(), places.end());
+  const uint64_t from = *low, span = *high - from + 1;
+  const bool block = span / count <= kMostBlockItems;
+  const std::string around =
+      block ? file_.Read(array.offset + from * each, span * each) : "";
+  std::string bytes(count * each, '\0');
+  for (uint64_t i = 0; i < count; ++i) {
+    char* const to = bytes.data() + i * each;
+    if (block) {
+      std::memcpy(to, around.data() + (places[i] - from) * each, each);
+    } else {
+      file_.Read(array.offset + places[i] * each, to, each);
+    }
+  }
+  return bytes;
+}
+
 template <typename T>
 std::vector<T> NpyFile::Read(const NpyArray& array, uint64_t first,
                              uint64_t count) const {
@@ -296,8 +334,12 @@ std::vector<T> NpyFile::Read(const NpyArray& array, uint64_t first,
   }
   CheckRange(array, first, count);
   std::vector<T> values(count);
-  if (count > 0)
+  if (array.fortran) {
+    const std::string bytes = ReadBytes(array, first, count);
+    if (count > 0) std::memcpy(values.data(), bytes.data(), bytes.size());
+  } else if (count > 0) {
     file_.Read(array.offset + first * sizeof(T), values.data(), count * sizeof(T));
+  }
   return values;
 }
 template std::vector<uint8_t> NpyFile::Read(const NpyArray&, uint64_t, uint64_t) const;
@@ -314,8 +356,7 @@ std::vector<T> NpyFile::ReadIntegers(const NpyArray& array, uint64_t first,
     Bad(Where(array), "elements of type " + array.type + ", not integers");
   }
   CheckRange(array, first, count);
-  const std::string bytes =
-      file_.Read(array.offset + first * array.item_bytes, count * array.item_bytes);
+  const std::string bytes = ReadBytes(array, first, count);
   std::vector<T> values(count);
   const uint64_t fitting = NarrowAny(array.type, bytes, &values);
   if (fitting < count) {

@@ -51,7 +51,7 @@ struct LayerCounters {
   std::unordered_map<uint64_t, uint64_t> by_token;  // token id << 16 | expert
   std::vector<uint64_t> slots;
   uint64_t followers = 0, repeats = 0;  // experts of tokens with one before; used before
-  uint64_t dropped = 0, tokens = 0;
+  uint64_t dropped = 0, drops_known = 0, tokens = 0;
   Bf16Histogram probs, margins;
 };
 
@@ -112,7 +112,7 @@ void Count(const RoutingSpan& s, int experts_per_token,
       if (!s.token_ids.empty()) {
         ++c.by_token[uint64_t{s.token_ids[i - at]} << 16 | s.expert_ids[i]];
       }
-      if (!s.dropped.empty()) c.dropped += s.dropped[i];
+      if (!s.dropped.empty()) c.dropped += s.dropped[i], ++c.drops_known;
       if (!s.gate_probs.empty()) c.probs.Add(s.gate_probs[i]);
       if (!s.margins.empty()) c.margins.Add(s.margins[i]);
     }
@@ -143,8 +143,9 @@ LayerStatistics Finish(const LayerCounters& c, const LayerCounters* previous) {
         static_cast<double>(c.repeats) / static_cast<double>(c.followers);
   }
   s.entropy_bits = Entropy(c.counts);
-  s.dropped =
-      c.tokens ? static_cast<double>(c.dropped) / static_cast<double>(c.tokens) : 0;
+  if (c.drops_known > 0) {
+    s.dropped = static_cast<double>(c.dropped) / static_cast<double>(c.drops_known);
+  }
   s.gate_probs = c.probs.Percentiles();
   s.margins = c.margins.Percentiles();
   if (!c.by_token.empty()) s.token_entropy_bits = TokenEntropy(c.by_token);
@@ -167,6 +168,13 @@ Json Percentiles(const std::vector<double>& values) {
   return json;
 }
 
+void AddCounts(int layer, const std::vector<uint64_t>& counts, std::string* csv) {
+  for (size_t e = 0; e < counts.size(); ++e) {
+    *csv += std::to_string(layer) + "," + std::to_string(e) + "," +
+            std::to_string(counts[e]) + "\n";
+  }
+}
+
 }  // namespace
 
 StoreStatistics ComputeStatistics(const TraceReader& reader) {
@@ -174,9 +182,13 @@ StoreStatistics ComputeStatistics(const TraceReader& reader) {
   std::vector<LayerCounters> counters(static_cast<size_t>(g.num_layers()));
   for (LayerCounters& c : counters) c.counts.resize(static_cast<size_t>(g.num_experts));
   StoreStatistics stats;
+  stats.model = reader.config().model;
+  stats.num_experts = g.num_experts;
+  stats.experts_per_token = g.experts_per_token;
   std::vector<uint32_t> lengths;
   for (const SequenceInfo& info : reader.sequences()) {
     ++stats.sequences;
+    ++stats.parts[static_cast<size_t>(SplitOf(info.group_id))];
     stats.encoder_tokens += info.encoder_tokens;
     stats.decoder_tokens += info.decoder_tokens;
     stats.hidden_sequences += info.has_hidden;
@@ -212,10 +224,18 @@ StoreStatistics ComputeStatistics(const TraceReader& reader) {
 }
 
 Json StoreStatistics::ToJson() const {
-  Json json = {{"sequences", sequences},
+  Json json = {{"model", model},
+               {"num_experts", num_experts},
+               {"experts_per_token", experts_per_token},
+               {"split", Json::object()},
+               {"sequences", sequences},
                {"encoder_tokens", encoder_tokens},
                {"decoder_tokens", decoder_tokens},
                {"hidden_sequences", hidden_sequences}};
+  for (const SplitPart part :
+       {SplitPart::kTrain, SplitPart::kValidation, SplitPart::kTest}) {
+    json["split"][SplitPartName(part)] = parts[static_cast<size_t>(part)];
+  }
   json["sequence_tokens"] =
       Percentiles(std::vector<double>(sequence_tokens.begin(), sequence_tokens.end()));
   json["layers"] = Json::array();
@@ -225,7 +245,7 @@ Json StoreStatistics::ToJson() const {
                   {"layer_id", s.global_layer},
                   {"tokens", s.tokens},
                   {"entropy_bits", s.entropy_bits}};
-    const auto known = [](double bits) { return bits < 0 ? Json(nullptr) : Json(bits); };
+    const auto known = [](double v) { return v < 0 ? Json(nullptr) : Json(v); };
     layer["conditional_entropy_bits"] = known(s.conditional_entropy_bits);
     layer["token_entropy_bits"] = known(s.token_entropy_bits);
     layer["held_out_entropy_bits"] = known(s.held_out_entropy_bits);
@@ -245,9 +265,8 @@ Json StoreStatistics::ToJson() const {
       layer["slots"] = uses;
       layer["slot_load"] = slot_load;
     }
-    layer["previous_token_recall"] =
-        s.previous_token_recall < 0 ? Json(nullptr) : Json(s.previous_token_recall);
-    layer["dropped"] = s.dropped;
+    layer["previous_token_recall"] = known(s.previous_token_recall);
+    layer["dropped"] = known(s.dropped);
     layer["percentiles"] = {{"gate_probs", Percentiles(s.gate_probs)},
                             {"margins", Percentiles(s.margins)}};
     json["layers"].push_back(layer);
@@ -257,14 +276,16 @@ Json StoreStatistics::ToJson() const {
 
 void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder) {
   MakeFolder(folder);
-  std::string csv = "layer_id,expert_id,count\n";
+  std::string load = "layer_id,expert_id,count\n", slots = load;
+  bool several = false;
   for (const LayerStatistics& s : statistics.layers) {
-    for (size_t e = 0; e < s.counts.size(); ++e) {
-      csv += std::to_string(s.global_layer) + "," + std::to_string(e) + "," +
-             std::to_string(s.counts[e]) + "\n";
-    }
+    AddCounts(s.global_layer, s.counts, &load);
+    AddCounts(s.global_layer, s.slot_counts, &slots);
+    several = several || !s.slot_counts.empty();
   }
-  WriteFileAtomic(folder / "load.csv", csv);
+  WriteFileAtomic(folder / "load.csv", load);
+  fs::remove(folder / "slot_load.csv");  // of another store
+  if (several) WriteFileAtomic(folder / "slot_load.csv", slots);
   WriteFileAtomic(folder / "stats.json", statistics.ToJson().dump(2) + "\n");
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <array>
+#include <string>
 #include <vector>
 
 #include "storage/trace_reader.h"
@@ -28,7 +29,7 @@ struct LayerStatistics {
   // estimate has not seen (held_out_entropy.h). Negative where it was not asked for, and
   // where experts are too many (kMaxCodedExperts).
   double held_out_entropy_bits = -1;
-  double dropped = 0;  // share that capacity dropped
+  double dropped = -1;  // share that capacity dropped; negative where not recorded
   // Of models that route to k experts a token, where the store has them all: [E] uses of
   // each expert in any of a token's k slots. Empty where k is 1 or only one is known.
   std::vector<uint64_t> slot_counts;
@@ -40,6 +41,9 @@ struct LayerStatistics {
 };
 
 struct StoreStatistics {
+  std::string model;  // its name in store.json
+  int num_experts = 0, experts_per_token = 1;
+  std::array<uint64_t, 3> parts = {};  // sequences, by SplitPart
   uint64_t sequences = 0, encoder_tokens = 0, decoder_tokens = 0, hidden_sequences = 0;
   std::vector<uint32_t> sequence_tokens;  // of both stacks, at kPercentiles
   std::vector<LayerStatistics> layers;    // by global layer
@@ -48,7 +52,8 @@ struct StoreStatistics {
 
 // Reads the whole store once.
 StoreStatistics ComputeStatistics(const TraceReader& reader);
-// stats.json and load.csv (`layer_id,expert_id,count`).
+// stats.json, load.csv (`layer_id,expert_id,count`, of the first choice) and, where a
+// token has several experts that are all stored, slot_load.csv, the same of all of them.
 void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder);
 
 }  // namespace routecast

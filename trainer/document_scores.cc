@@ -219,6 +219,7 @@ void AddDifferences(const std::vector<ScoresBySeed>& by_seed, const std::string&
     if (by_seed.at(i).empty()) {
       (*board)["without_document_scores"].push_back(rows[i].at("kind"));
     }
+    if (rows[i].value("fewer_places", false)) continue;  // its mean is over other places
     if (best == rows.size() || rows[i].at(key) > rows[best].at(key)) best = i;
   }
   if (best < rows.size()) (*board)["best"] = rows[best].at("kind");

@@ -38,7 +38,8 @@ std::optional<PairedDifference> DifferenceOf(const ScoresBySeed& a, const Scores
                                              uint64_t seed, int resamples = 1000);
 
 // Adds `best`, `without_document_scores` where there are such rows, and each row's
-// `to_best` to a leaderboard with a row for each of `by_seed`; `key` ranks.
+// `to_best` to a leaderboard with a row for each of `by_seed`; `key` ranks, but a row
+// of `fewer_places` is not the best one.
 void AddDifferences(const std::vector<ScoresBySeed>& by_seed, const std::string& key,
                     uint64_t seed, Json* board);
 

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 
 #include "common/errors.h"
 #include "trainer/document_scores.h"
 #include "trainer/domain_shift.h"
 #include "trainer/leaderboard_rows.h"
+#include "trainer/model_setup.h"
 #include "trainer/question_timing.h"
 #include "trainer/run_plan.h"
 #include "trainer/training_checks.h"
@@ -19,17 +21,26 @@ bool IsKind(const std::string& name) {
   return std::find(kinds.begin(), kinds.end(), name) != kinds.end();
 }
 
+// What a kind reads and the store has not; empty = it has all.
+std::string LackOf(const std::string& kind, TraceDataset* dataset, bool routers) {
+  const bool reads = KindOf(kind).router_inputs != RouterInputs::kNever;
+  if (reads && !dataset->any_hidden()) return "router inputs";
+  if (kind == "stale_correction" && !routers) return "the routers' weights";
+  if (KindOf(kind).token_ids && dataset->vocab_size() == 0) return "token ids";
+  return "";
+}
+
+bool IsAll(const LeaderboardJob& job) {
+  return job.entries == std::vector<std::string>{"all"};
+}
+
 std::vector<std::string> NamesOf(const LeaderboardJob& job, TraceDataset* dataset,
                                  bool routers) {
-  if (job.entries != std::vector<std::string>{"all"}) return job.entries;
-  std::vector<std::string> kinds;
-  for (const std::string& kind : SpeculationKinds()) {
-    const bool reads = KindOf(kind).router_inputs != RouterInputs::kNever;
-    if (reads && !dataset->any_hidden()) continue;
-    if (kind == "stale_correction" && !routers) continue;
-    if (KindOf(kind).token_ids && dataset->vocab_size() == 0) continue;
-    kinds.push_back(kind);
-  }
+  if (!IsAll(job)) return job.entries;
+  std::vector<std::string> kinds = SpeculationKinds();
+  std::erase_if(kinds, [&](const std::string& kind) {
+    return !LackOf(kind, dataset, routers).empty();
+  });
   return kinds;
 }
 
@@ -59,6 +70,21 @@ Json ReadResults(const fs::path& folder, const TraceDataset& dataset) {
   return results;
 }
 
+// What a training would refuse, of every run that is still to be trained.
+void CheckEntries(const LeaderboardJob& job, const std::vector<LeaderboardEntry>& entries,
+                  TraceDataset* dataset, int world) {
+  for (const LeaderboardEntry& entry : entries) {
+    for (size_t i = 0; entry.trained && i < entry.folders.size(); ++i) {
+      const SpeculationJob run = RunOf(job, entry, i);
+      if (IsFinished(run, *dataset)) continue;
+      const SpeculationConfig config = ConfigsOf(run.options, {dataset})[0];
+      RequireWork(run.options, world);
+      RequireShift(run.shift.dataset, *dataset, HiddenOf(config), ReadsTopK(config));
+      break;  // seeds differ in nothing else
+    }
+  }
+}
+
 void TrainEntry(const LeaderboardJob& job, const LeaderboardEntry& entry,
                 TraceDataset* dataset, const std::vector<RouterWeights>& routers,
                 Communicator* comm) {
@@ -69,6 +95,29 @@ void TrainEntry(const LeaderboardJob& job, const LeaderboardEntry& entry,
 }
 
 }  // namespace
+
+Json KindsLeftOut(const LeaderboardJob& job, TraceDataset* dataset, bool routers) {
+  Json lacks = Json::object();
+  if (!IsAll(job)) return lacks;
+  for (const std::string& kind : SpeculationKinds()) {
+    const std::string lack = LackOf(kind, dataset, routers);
+    if (!lack.empty()) lacks[lack].push_back(kind);
+  }
+  return lacks;
+}
+
+std::string LeftOutText(const Json& left_out) {
+  std::string text;
+  for (const auto& [lack, kinds] : left_out.items()) {
+    std::string names;
+    for (const Json& kind : kinds) {
+      names += (names.empty() ? "" : ", ") + kind.get<std::string>();
+    }
+    text += (text.empty() ? "left out, as the store has no " : "; has no ") + lack +
+            ": " + names;
+  }
+  return text;
+}
 
 std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset* dataset,
                                         bool routers) {
@@ -124,8 +173,13 @@ SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
 Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
                      const std::vector<RouterWeights>& routers, Communicator* comm) {
   const Json split = dataset->SplitJson();
-  // What is wrong with folders and checkpoint is said before anything is trained.
+  // What is wrong with an entry or the checkpoint is said before anything is trained.
   const std::vector<LeaderboardEntry> entries = EntriesOf(job, dataset, !routers.empty());
+  CheckEntries(job, entries, dataset, comm->rank_info().world);
+  const Json left_out = KindsLeftOut(job, dataset, !routers.empty());
+  if (!left_out.empty() && !job.run.quiet && comm->rank_info().is_root()) {
+    std::fprintf(stderr, "%s\n", LeftOutText(left_out).c_str());
+  }
   if (!job.checkpoint.empty()) RequireTracedModel(job.checkpoint, dataset->geometry());
   std::vector<fs::path> timed;
   for (const LeaderboardEntry& entry : entries) {
@@ -142,6 +196,7 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
   }
   Json board = {{"store", job.run.store}, {"split", split}, {"rows", Json::array()}};
   if (job.run.shift.dataset != nullptr) board["shift_store"] = job.run.shift.name;
+  if (!left_out.empty()) board["left_out"] = left_out;
   if (times.pass_us > 0) board["pass_us"] = times.pass_us;
   if (!job.checkpoint.empty()) board["pass_model"] = job.checkpoint.string();
   const MoeGeometry& g = dataset->geometry();
@@ -179,15 +234,11 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
                           : ReadDocumentScores(entries.back().folders, last,
                                                row.at("kind").get<std::string>()));
   }
+  MarkFewerPlaces(g, &board);
   AddDifferences(by_seed, key, job.run.options.seed, &board);
   std::vector<Json> rows = board["rows"];
   for (Json& row : rows) AddRates(g, &row);
-  std::stable_sort(rows.begin(), rows.end(), [&](const Json& a, const Json& b) {
-    const auto value = [&](const Json& r) {
-      return r[key].is_number() ? r[key].get<double>() : -1;
-    };
-    return value(a) > value(b);
-  });
+  RankRows(key, &rows);
   board["rows"] = rows;
   if (comm->rank_info().is_root()) {
     WriteFileAtomic(job.run.out / "leaderboard.csv", LeaderboardCsv(board));

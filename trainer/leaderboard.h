@@ -35,6 +35,9 @@ struct LeaderboardEntry {
   bool trained = false;  // here; else a finished run
   std::vector<fs::path> folders;
 };
+// Of entries "all": what the store lacks, with the kinds left out for it; else empty.
+Json KindsLeftOut(const LeaderboardJob& job, TraceDataset* dataset, bool routers);
+std::string LeftOutText(const Json& left_out);  // of the same, a line for people
 // Throws UsageError where a folder holds no finished run or one of another store, or
 // where settings ask for what the traces have not.
 std::vector<LeaderboardEntry> EntriesOf(const LeaderboardJob& job, TraceDataset* dataset,
@@ -45,7 +48,8 @@ SpeculationJob RunOf(const LeaderboardJob& job, const LeaderboardEntry& entry,
 
 // A finished run of the same options is not trained again, an unfinished one goes on.
 // Returns leaderboard.json's content. Throws what TrainSpeculation throws; UsageError
-// where a folder holds no finished run or one of another store.
+// where a folder holds no finished run or one of another store, or
+// where a training that is to come would be refused: before the first one.
 Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
                      const std::vector<RouterWeights>& routers, Communicator* comm);
 

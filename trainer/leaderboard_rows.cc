@@ -90,7 +90,19 @@ void AddMeans(const char* from, const std::string& end, Json* row) {
   }
 }
 
-void AddSummary(Json* row) { AddMeans("scores", "", row); }
+// How many places of each phase the means are over.
+void CountPlaces(const Json& scores, Json* row) {
+  for (const char* phase : {"encoder", "decoder"}) {
+    (*row)["places"][phase] =
+        std::count_if(scores.begin(), scores.end(),
+                      [&](const Json& s) { return s.at("phase") == phase; });
+  }
+}
+
+void AddSummary(Json* row) {
+  AddMeans("scores", "", row);
+  CountPlaces(row->at("scores"), row);
+}
 
 // Of the test documents of another domain, and what is lost there.
 void AddShift(const std::vector<const Json*>& lists, Json* row) {
@@ -192,8 +204,35 @@ Json LeaderboardRow(const std::string& name, const std::vector<Json>& results,
   return row;
 }
 
+void MarkFewerPlaces(const MoeGeometry& geometry, Json* board) {
+  Json most = {{"encoder", 0}, {"decoder", 0}};
+  for (const Json& row : board->at("rows")) {
+    if (row.contains("estimate")) continue;
+    for (const auto& [phase, count] : row.at("places").items()) {
+      most[phase] = std::max(most[phase].get<int>(), count.get<int>());
+    }
+  }
+  const char* const ranks = StackName(RankingStack(geometry));
+  for (Json& row : board->at("rows")) {
+    row["fewer_places"] = row.at("places").at(ranks) < most.at(ranks);
+  }
+  (*board)["places"] = most;
+}
+
+void RankRows(const std::string& key, std::vector<Json>* rows) {
+  const auto standing = [&](const Json& r) {
+    const bool all = !r.at("fewer_places").get<bool>();
+    return std::pair(all, r.at(key).is_number() ? r.at(key).get<double>() : -1);
+  };
+  std::stable_sort(rows->begin(), rows->end(), [&](const Json& a, const Json& b) {
+    return standing(a) > standing(b);
+  });
+}
+
 void AddRates(const MoeGeometry& geometry, Json* row) {
-  const Json& score = row->at(RankingKey(geometry));
+  // A mean over fewer places is no score that ranks.
+  const bool fewer = row->value("fewer_places", false);
+  const Json score = fewer ? Json() : row->at(RankingKey(geometry));
   const double chance = double(geometry.experts_per_token) / double(geometry.num_experts);
   const auto over = [&](const char* key, double scale) {
     const Json by = row->value(key, Json());
@@ -244,6 +283,7 @@ void AddEstimates(const std::vector<Json>& results, bool sets, Json* rows) {
       row[phase + ("_next_" + score)] = MeanOf(places, phase, true, key.c_str());
       row[phase + ("_" + score)] = MeanOf(places, phase, false, key.c_str());
     }
+    CountPlaces(places, &row);
     rows->push_back(row);
   }
 }

@@ -62,6 +62,32 @@ std::string ShiftStack(const Json& rows) {
   return "encoder";
 }
 
+// Over how many places a row's means are, where some answer fewer than others.
+bool PlacesDiffer(const Json& board) {
+  const Json& all = board.at("rows");
+  return std::any_of(all.begin(), all.end(),
+                     [&](const Json& r) { return r.at("places") != board.at("places"); });
+}
+std::string PlacesOf(const Json& row, const Json& board) {
+  const auto sum = [](const Json& places) {
+    return places.at("encoder").get<int>() + places.at("decoder").get<int>();
+  };
+  return std::to_string(sum(row.at("places"))) + " of " +
+         std::to_string(sum(board.at("places")));
+}
+
+// What people are to know of such rows; empty = there are none.
+std::string FewerPlaces(const Json& board) {
+  if (!PlacesDiffer(board)) return "";
+  return "places: how many (phase, layer, lead) a row's means are over; rows that answer "
+         "fewer that rank stand last, without x chance and rates, and \"to best\" "
+         "compares them where both answer";
+}
+// Kinds that "all" left out, and why; empty = none.
+std::string KindsLeftOut(const Json& board) {
+  return board.contains("left_out") ? LeftOutText(board.at("left_out")) : "";
+}
+
 // `rates`: with them, which people get as a table of its own.
 Table TableOf(const Json& board, bool rates) {
   const bool sets = Sets(board);
@@ -86,6 +112,8 @@ Table TableOf(const Json& board, bool rates) {
   const bool backups = std::any_of(
       all.begin(), all.end(), [](const Json& r) { return r.contains("backup_recall"); });
   if (backups) columns.insert(columns.end(), {"choices 2+", "by head 1"});
+  const bool places = PlacesDiffer(board);
+  if (places) columns.push_back("places");
   const bool shift = board.contains("shift_store");
   const std::string stack = ShiftStack(all);
   if (shift) {
@@ -120,6 +148,7 @@ Table TableOf(const Json& board, bool rates) {
       row.push_back(Share(r.value("backup_recall", Json())));
       row.push_back(Share(r.value("backup_recall_primary", Json())));
     }
+    if (places) row.push_back(PlacesOf(r, board));
     if (shift) {
       const std::string next = stack + "_next_";
       for (const std::string& key :
@@ -191,8 +220,11 @@ Table RateTable(const Json& board) {
 std::string LeaderboardText(const Json& board) {
   std::string text = TableOf(board, false).ToText() + "\n" + RateTable(board).ToText();
   if (Compared(board)) text += "\n" + DifferenceTable(board).ToText();
-  const std::string note = NotCompared(board);
-  return note.empty() ? text : text + note + "\n";
+  for (const std::string& note :
+       {FewerPlaces(board), NotCompared(board), KindsLeftOut(board)}) {
+    if (!note.empty()) text += note + "\n";
+  }
+  return text;
 }
 std::string LeaderboardCsv(const Json& board) { return TableOf(board, true).ToCsv(); }
 
@@ -215,6 +247,9 @@ std::string LeaderboardHtml(const Json& board) {
                    board.at("shift_store").get<std::string>() +
                    ", and how many points of " + (Sets(board) ? "recall" : "top-1") +
                    " they lose there.");
+  }
+  for (const std::string& note : {FewerPlaces(board), KindsLeftOut(board)}) {
+    if (!note.empty()) page.Paragraph(note + ".");
   }
   page.AddTable(TableOf(board, false), "best first");
   page.Paragraph(

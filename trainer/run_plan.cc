@@ -111,6 +111,8 @@ std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset
                   std::to_string(progress.done), std::to_string(progress.begun)});
   }
   const std::string out = job.run.out.string();
+  std::string left_out = LeftOutText(KindsLeftOut(job, dataset, routers));
+  if (!left_out.empty()) left_out += "\n";
   char limit[64] = "";
   if (job.kind_seconds > 0) {
     std::snprintf(limit, sizeof limit, ", %g s of training each at most",
@@ -120,7 +122,7 @@ std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset
          "/leaderboard.{json,csv,html}; runs: " + out +
          "/KIND/seed-N, one after another on " + std::to_string(world) + " ranks" +
          limit + "\nmemory is before activations and traces\n" + table.ToText() +
-         Summary(all, bytes, job.run.out);
+         left_out + Summary(all, bytes, job.run.out);
 }
 
 std::string DescribeSearch(const SearchJob& job, TraceDataset* dataset, int world) {

@@ -132,7 +132,8 @@ class SpeculationTrainer {
         [this](const MicroBatch& micro) { return windows_.Read(micro); });
     while (at_.step < steps_ && !exhausted_ && !out_of_time_) {
       const double loss = Step(&loader, progress.seconds());
-      progress.Update(static_cast<uint64_t>(at_.step), Note(loss));
+      progress.Update(static_cast<uint64_t>(at_.step),
+                      NoteOf(loss, at_.best, config_.geometry.num_experts));
       if (at_.step % validate_every_ == 0 || at_.step == steps_ || out_of_time_) {
         optimizer_->RequireFinite();  // nothing is kept of what went wrong
         ValidateAndSave();
@@ -314,15 +315,6 @@ class SpeculationTrainer {
         static_cast<double>(at_.step) / static_cast<double>(windows_.steps_per_epoch()),
         at_.meter.samples()};
   }
-  std::string Note(double loss) const {
-    char text[96];
-    // Of top-1 the score is its negative: less is better.
-    std::snprintf(text, sizeof text, "loss %.3f, best %.3f (ln E %.3f)", loss,
-                  std::abs(at_.best.score()),
-                  std::log(double(config_.geometry.num_experts)));
-    return text;
-  }
-
   // Early stopping: the parameters of the best validation are what is kept; of averaged
   // ones where averages are.
   void ValidateAndSave() {

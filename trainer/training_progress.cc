@@ -1,5 +1,8 @@
 #include "trainer/training_progress.h"
 
+#include <cmath>
+#include <cstdio>
+
 #include "common/errors.h"
 
 namespace routecast {
@@ -32,6 +35,17 @@ Json RunConfiguration(const SpeculationOptions& options,
         {{"model", configs[i].ToJson()}, {"traces", stores[i]->fingerprint()}});
   }
   return json;
+}
+
+std::string NoteOf(double loss, const BestParameters& best, int num_experts) {
+  char score[32] = "", text[96];
+  // Of top-1 the score is its negative: less is better.
+  if (best.step() > 0) {
+    std::snprintf(score, sizeof score, ", best %.3f", std::abs(best.score()));
+  }
+  std::snprintf(text, sizeof text, "loss %.3f%s (ln E %.3f)", loss, score,
+                std::log(double(num_experts)));
+  return text;
 }
 
 // The best parameters first, under a name of their own: the state that names them comes

@@ -27,6 +27,10 @@ struct TrainingProgress {
   bool validation_due = false;  // a stop came before the step's validation had ended
 };
 
+// Beside the progress line: the loss, the best validation's score where there was one,
+// and chance's loss.
+std::string NoteOf(double loss, const BestParameters& best, int num_experts);
+
 // Into the folder of a run's checkpoints, which keeps the newest `keep` (>= 1) and the
 // best parameters that each of them names. `seconds`: of training so far, all processes.
 // Rank 0.

@@ -9,6 +9,7 @@
 DECLARE_bool(quiet);
 DECLARE_int32(threads);
 DECLARE_uint64(seed);
+DEFINE_double(test_share, 0.1, "A number that no double holds to the last digit");
 
 namespace routecast {
 namespace {
@@ -119,6 +120,10 @@ TEST_F(FlagsTest, EffectiveFlagsAreTypedAndOurs) {
   EXPECT_EQ(flags["threads"], 3);
   EXPECT_EQ(flags["quiet"], true);
   EXPECT_FALSE(flags.contains("logtostderr"));
+}
+
+TEST_F(FlagsTest, HelpPrintsDefaultsAsTheyAreWritten) {
+  EXPECT_THAT(HelpText("program", "usage"), HasSubstr("--test_share=0.1  (double)"));
 }
 
 }  // namespace

@@ -100,6 +100,7 @@ wrong 2 "npz" trace export --store=store --out=exported --format=npy
 wrong 2 "--out" trace export --store=store
 wrong 2 "--share" trace subset --store=store --out=part --share=0
 wrong 2 "--in" trace import --out=imported
+wrong 2 "--share is of" trace verify --store=store --share=.3
 wrong 2 "exist|name" trace subset --store=store --out=plain/../store --share=.5
 
 train=(train --store=store --out=run)

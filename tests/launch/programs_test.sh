@@ -12,6 +12,10 @@ for program in "$ROUTECAST_BIN_DIR"/routecast-*; do
   for flag in --quiet --dry_run --threads --seed --flagfile --version; do
     grep -q -- "$flag" <<<"$help" || fail "$name --help does not name $flag"
   done
+  # Flags are sorted by name: no description leans on the one before it.
+  grep -E "as the next|The same in|of the same kinds|labels then$|one of them is|of their " <<<"$help" &&
+    fail "$name --help: a description that does not stand alone"
+  grep -E "=[0-9]+\.[0-9]{12}" <<<"$help" && fail "$name --help: a default of too many digits"
   grep -q logtostderr <<<"$help" && fail "$name --help lists flags of a library"
   "$program" --version | grep -Eq "^$name [0-9]+\.[0-9]+\.[0-9]+ " || fail "$name --version"
   error=$("$program" --treads=1 2>&1)

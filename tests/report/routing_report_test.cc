@@ -135,10 +135,39 @@ TEST(RoutingReportTest, HasEverySection) {
   EXPECT_THAT(html, Not(HasSubstr("<script")));
 }
 
+TEST(RoutingReportTest, OfSeveralExpertsATokenTheLoadIsOfAll) {
+  RoutingPage page = PageOf(2, 16);
+  page.stats.update({{"model", "some model"},
+                     {"experts_per_token", 4},
+                     {"split", {{"train", 7}, {"validation", 2}, {"test", 3}}}});
+  EXPECT_THAT(RoutingReportHtml(page), HasSubstr("1 = even share, most 1.0"));
+  for (Json& layer : page.stats["layers"]) {
+    std::vector<double> slots(16, .5 / 15);
+    slots[3] = .5;  // eight even shares
+    layer["slot_load"] = slots;
+    layer["previous_token_recall"] = .4;
+    layer["held_out_entropy_bits"] = 2.5;
+  }
+  const std::string html = RoutingReportHtml(page);
+  for (const char* text :
+       {"Model some model", "7 train, 2 validation, 3 test", "A token uses 4 experts",
+        "Uses of an expert", "1 = even share, most 8.0", "the token before used too",
+        "held out"}) {
+    EXPECT_THAT(html, HasSubstr(text));
+  }
+}
+
+TEST(RoutingReportTest, WhatIsNotRecordedIsADash) {
+  RoutingPage page = PageOf(2, 16);
+  for (Json& layer : page.stats["layers"]) layer["dropped"] = nullptr;
+  EXPECT_THAT(RoutingReportHtml(page), Not(HasSubstr("0.00")));
+}
+
 TEST(RoutingReportTest, LargeModelsFit) {
   const std::string html = RoutingReportHtml(PageOf(58, 256));
   EXPECT_LT(html.size(), HtmlReport::kMaxBytes);
   EXPECT_EQ(Count(html, "data:image/png;base64,"), kMapsShown + 1);
+  EXPECT_THAT(html, HasSubstr("12 of 57 maps are shown"));
 }
 
 TEST(RoutingReportTest, LeavesOutWhatIsNotThere) {

@@ -32,6 +32,7 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
   out["sequence_ids"] = {"<u8", n, ""};
   out["document_ids"] = {"<u8", n, ""};
   out["group_ids"] = {"<u8", n, ""};
+  out["split"] = {"|u1", n, ""};
   out["tasks"] = {"|u1", n, ""};
   out["geometry"] = {"<i8", "5", ""};
   for (const int number :
@@ -42,6 +43,7 @@ std::map<std::string, Expected> Reference(const std::map<uint64_t, RoutingTrace>
     Put(&out["sequence_ids"].bytes, trace.sequence_id);
     Put(&out["document_ids"].bytes, trace.document_id);
     Put(&out["group_ids"].bytes, trace.group_id);
+    Put(&out["split"].bytes, static_cast<uint8_t>(SplitOf(trace.group_id)));
     Put(&out["tasks"].bytes, static_cast<uint8_t>(trace.task));
   }
   for (const std::string stack : {"encoder", "decoder"}) {
@@ -213,6 +215,9 @@ TEST_F(TraceStoreTest, JsonLinesHoldEverySequence) {
     ASSERT_NE(expected, all.end());
     const RoutingSpan& s = expected->second.decoder;
     EXPECT_EQ(json["sequence_id"], expected->first);
+    const uint64_t group = expected->second.group_id;
+    EXPECT_EQ(json["group_id"], std::to_string(group)) << "beyond a double's 53 bits";
+    EXPECT_EQ(json["split"], SplitPartName(SplitOf(group)));
     EXPECT_EQ(json["decoder"]["token_ids"].get<std::vector<uint32_t>>(), s.token_ids);
     EXPECT_EQ(json["decoder"]["expert_ids"][1][0], s.expert_ids[s.num_tokens]);
     EXPECT_EQ(json["decoder"]["gate_probs"][2][0].get<float>(),
@@ -260,7 +265,7 @@ TEST_F(SeveralActive, JsonLinesHoldAllExpertsOfAToken) {
 std::string CsvOf(const std::map<uint64_t, RoutingTrace>& all, int active) {
   std::string text =
       "sequence_id,document_id,stack,layer,position,token_id,expert_id,gate_prob,dropped,"
-      "margin,active_ids,topk_ids,topk_probs\n";
+      "margin,active_ids,topk_ids,topk_probs,group_id,split\n";
   const auto real = [](float value) {
     char digits[32];
     std::snprintf(digits, sizeof digits, "%.9g", double{value});
@@ -285,7 +290,9 @@ std::string CsvOf(const std::map<uint64_t, RoutingTrace>& all, int active) {
             topk_ids += space + expert;
             topk_probs += space + real(s.topk_probs[i * s.top_k + k]);
           }
-          text += active_ids + "," + topk_ids + "," + topk_probs + "\n";
+          text += active_ids + "," + topk_ids + "," + topk_probs + "," +
+                  std::to_string(trace.group_id) + "," +
+                  SplitPartName(SplitOf(trace.group_id)) + "\n";
         }
       }
     }
@@ -312,6 +319,34 @@ TEST_F(SeveralActive, CsvHoldsAllExpertsOfAToken) {
   const auto files =
       ExportTraces(TraceReader(store()), folder_.path() / "out", {.format = "csv"});
   EXPECT_TRUE(ReadFile(files.at(0)) == CsvOf(All(), 2));
+}
+
+// "layer expert tokens" of the decoder's train part, as docs/examples print it.
+std::string TrainedExperts(const std::map<uint64_t, RoutingTrace>& all) {
+  std::map<std::pair<int, int>, int> counts;
+  for (const auto& [id, trace] : all) {
+    if (SplitOf(trace.group_id) != SplitPart::kTrain) continue;
+    const RoutingSpan& s = trace.decoder;
+    for (size_t i = 0; i < s.expert_ids.size(); ++i) {
+      ++counts[{static_cast<int>(i) / s.num_tokens, s.expert_ids[i]}];
+    }
+  }
+  std::string lines;
+  for (const auto& [place, count] : counts) {
+    lines += std::to_string(place.first) + " " + std::to_string(place.second) + " " +
+             std::to_string(count) + "\n";
+  }
+  return lines;
+}
+
+TEST_F(TraceStoreTest, TheReadersExampleCountsWhatIsThere) {
+  Fill();
+  const auto files = ExportTraces(TraceReader(store()), folder_.path() / "out", {});
+  const std::string printed = (folder_.path() / "printed").string();
+  ASSERT_EQ(RunReference("../../docs/examples/count_experts_numpy.py",
+                         files.at(0).string() + " >" + printed),
+            0);
+  EXPECT_EQ(ReadFile(printed), TrainedExperts(All()));
 }
 
 TEST(LeftOutOfText, IsNamedWhereItIsRecorded) {

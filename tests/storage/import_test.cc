@@ -42,6 +42,17 @@ class ActiveImport : public ImportTest {
   const int64_t none_[2] = {0, 0}, one_[2] = {0, 1};
 };
 
+TEST_F(ActiveImport, OfADecoderAloneNeedsNoArraysOfAnEncoder) {
+  const uint16_t expert = 5;
+  WriteNpz(At("in.npz"), {{"sequence_ids", "<u8", {1}, &id_, 8},
+                          {"document_ids", "<u8", {1}, &id_, 8},
+                          {"decoder_offsets", "<i8", {2}, one_, 16},
+                          {"decoder_expert_ids", "<u2", {1, 1}, &expert, 2}});
+  const MoeGeometry geometry = Import("in.npz", {}).config.geometry;
+  EXPECT_EQ(geometry.encoder_layers, 0);
+  EXPECT_EQ(geometry.decoder_layers, 1);
+}
+
 TEST_F(ActiveImport, SaysHowManyExpertsATokenHas) {
   Write({5, 3}, {5, 3, 8});
   const StoreConfig config = Import("in.npz", {}).config;
@@ -316,8 +327,10 @@ TEST_F(ImportTest, AnExportWithoutTokenIdsComesBack) {
 TEST_F(ImportTest, RowsOfTextWithoutTokenIdsLeaveThemOut) {
   WritePacked();
   Import("index_x.csv", packed_);
-  EXPECT_NE(Exported(store(), "csv").find("0,0,decoder,0,1,,5,,,,5 6 7 8,5 6 7 8,\n"),
-            std::string::npos);
+  const uint64_t group = Read(store()).at(0).group_id;
+  const std::string row = "0,0,decoder,0,1,,5,,,,5 6 7 8,5 6 7 8,," +
+                          std::to_string(group) + "," + SplitPartName(SplitOf(group));
+  EXPECT_NE(Exported(store(), "csv").find(row + "\n"), std::string::npos);
   const std::string lines = Exported(store(), "jsonl");
   const Json first = ParseJson(lines.substr(0, lines.find('\n')), "line");
   EXPECT_TRUE(first["decoder"].contains("expert_ids"));
@@ -345,6 +358,13 @@ TEST_F(ImportTest, StatisticsCountAllExpertsOfAToken) {
   EXPECT_EQ(stats.layers.at(0).slot_counts, (std::vector<uint64_t>{3, 3, 1, 1}));
   EXPECT_EQ(stats.layers[0].counts, (std::vector<uint64_t>{1, 2, 0, 1}));
   EXPECT_DOUBLE_EQ(stats.layers[0].previous_token_recall, 2.0 / 4);
+}
+
+TEST_F(ImportTest, DropsThatWereNotRecordedAreNotKnown) {
+  WriteFileAtomic(At("in.jsonl"), "{\"routing\": [[[0,1]],[[1,2]]]}\n");
+  Import("in.jsonl", {.format = "jsonl"});
+  const auto stats = ComputeStatistics(TraceReader(store(), NeedTokens::kNo));
+  EXPECT_TRUE(stats.ToJson().at("layers").at(0).at("dropped").is_null());
 }
 
 }  // namespace

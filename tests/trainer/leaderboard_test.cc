@@ -7,6 +7,7 @@
 #include "common/errors.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/trainer/training_in_memory.h"
+#include "trainer/document_scores.h"
 #include "trainer/leaderboard_rows.h"
 #include "trainer/run_plan.h"
 
@@ -70,6 +71,35 @@ TEST(LeaderboardRates, SecondsAreTheMeanOverSeedsThatAllSayThem) {
   EXPECT_EQ(row["stopped_by_time"], 1);
 }
 
+Json RowOver(const char* kind, double top1, int decoder_places) {
+  return {{"kind", kind},
+          {"decoder_top1", top1},
+          {"parameters", 100},
+          {"predict_us", nullptr},
+          {"training_seconds", 2.0},
+          {"places", {{"encoder", 3}, {"decoder", decoder_places}}}};
+}
+
+TEST(LeaderboardPlaces, AMeanOverFewerPlacesNeverLeads) {
+  const MoeGeometry geometry = {3, 3, 8, 1, 24};
+  Json board = {
+      {"rows",
+       {RowOver("fewer", .9, 3), RowOver("low", .3, 12), RowOver("high", .5, 12)}}};
+  MarkFewerPlaces(geometry, &board);
+  EXPECT_EQ(board["places"], Json({{"encoder", 3}, {"decoder", 12}}));
+  AddDifferences({{}, {}, {}}, "decoder_top1", 1, &board);
+  EXPECT_EQ(board["best"], "high");
+  std::vector<Json> rows = board["rows"];
+  RankRows("decoder_top1", &rows);
+  EXPECT_EQ(rows[0]["kind"], "high");
+  EXPECT_EQ(rows[1]["kind"], "low");
+  EXPECT_EQ(rows[2]["kind"], "fewer");
+  for (Json& row : rows) AddRates(geometry, &row);
+  EXPECT_DOUBLE_EQ(rows[1]["times_chance"], .3 * 8);
+  EXPECT_TRUE(rows[2]["times_chance"].is_null());
+  EXPECT_TRUE(rows[2]["points_per_second"].is_null());
+}
+
 class KindSeconds : public testing::Test {
  protected:
   KindSeconds() : traces_(TraceSynthesizer(2, 8, 16, 60, 5).Make(40, 6, 12, true)) {
@@ -87,6 +117,14 @@ class KindSeconds : public testing::Test {
     TraceDataset dataset(traces_.traces, traces_.geometry);
     LocalCommunicator comm;
     return MakeLeaderboard(job_, &dataset, traces_.routers, &comm);
+  }
+  void DropHidden() {
+    for (RoutingTrace& trace : traces_.traces) {
+      for (RoutingSpan* span : {&trace.encoder, &trace.decoder}) {
+        span->hidden.clear();
+        span->hidden_width = 0;
+      }
+    }
   }
   static Json RowOf(const Json& board, const std::string& kind) {
     for (const Json& row : board["rows"]) {
@@ -147,6 +185,42 @@ TEST_F(KindSeconds, SettingsThatTheTracesCannotServeAreRefusedBeforeAnyTraining)
   job_.settings["distilled.flags"].distill_weight = .5;  // no top-k was recorded
   EXPECT_THROW(Make(), UsageError);
   EXPECT_FALSE(fs::exists(job_.run.out));
+}
+
+// The stale gate answers where a router input was and there is a router for it.
+TEST_F(KindSeconds, TheTableSaysWhoseMeansAreOverFewerPlaces) {
+  job_.seeds = 1;
+  const Json board = Make();
+  const Json gate = RowOf(board, "stale_gate"), simple = RowOf(board, "simple");
+  EXPECT_LT(gate["places"]["decoder"], simple["places"]["decoder"]);
+  EXPECT_EQ(gate["fewer_places"], true);
+  EXPECT_EQ(simple["fewer_places"], false);
+  bool fewer = false;
+  for (const Json& row : board["rows"]) {
+    EXPECT_TRUE(row["fewer_places"] == true || !fewer) << row["kind"];
+    fewer = row["fewer_places"].get<bool>();
+  }
+  EXPECT_THAT(LeaderboardText(board), testing::HasSubstr("rows that answer fewer"));
+  EXPECT_THAT(ReadFile(job_.run.out / "leaderboard.csv"), testing::HasSubstr(",places,"));
+}
+
+TEST_F(KindSeconds, AKindThatTheStoreCannotServeIsRefusedBeforeAnyTraining) {
+  DropHidden();
+  job_.entries = {"simple", "hidden"};
+  EXPECT_THROW(Make(), UsageError);
+  EXPECT_FALSE(fs::exists(job_.run.out));
+}
+
+TEST_F(KindSeconds, AllSaysWhatItLeavesOutAndWhy) {
+  DropHidden();
+  job_.entries = {"all"};
+  TraceDataset dataset(traces_.traces, traces_.geometry);
+  const Json left_out = KindsLeftOut(job_, &dataset, true);
+  ASSERT_TRUE(left_out.contains("router inputs")) << left_out;
+  EXPECT_THAT(DescribeLeaderboard(job_, &dataset, true, 1),
+              testing::HasSubstr("left out, as the store has no router inputs: hidden"));
+  job_.entries = {"hidden"};
+  EXPECT_TRUE(KindsLeftOut(job_, &dataset, true).empty());
 }
 
 TEST_F(KindSeconds, EnoughTimeChangesNothing) {

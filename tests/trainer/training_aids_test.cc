@@ -14,6 +14,7 @@
 #include "trainer/curriculum.h"
 #include "trainer/speculation_loss.h"
 #include "trainer/speculation_trainer.h"
+#include "trainer/training_progress.h"
 
 namespace routecast {
 namespace {
@@ -341,6 +342,13 @@ TEST(FineTuning, NeedsARunToStartFrom) {
   EXPECT_THROW(options.Validate(), UsageError);
   options.start_from = "somewhere";
   options.Validate();
+}
+
+TEST(ProgressNote, NamesABestOnlyOnceAValidationGaveOne) {
+  BestParameters best;
+  EXPECT_EQ(NoteOf(1.25, best, 8), "loss 1.250 (ln E 2.079)");
+  best.Offer(-.5, 3, Parameters(), 1);  // of top-1: less is better
+  EXPECT_EQ(NoteOf(1.25, best, 8), "loss 1.250, best 0.500 (ln E 2.079)");
 }
 
 }  // namespace
