@@ -238,8 +238,10 @@ ImportReport Look(ImportSource& source, const ImportOptions& options) {
     throw UsageError(ErrorText("the new store would be empty",
                                "the input has no sequence", "give another --in"));
   }
-  ImportReport report{survey.sequences(), survey.tokens(),
-                      survey.Config(source, options)};
+  ImportReport report;
+  report.sequences = survey.sequences();
+  report.tokens = survey.tokens();
+  report.config = survey.Config(source, options);
   report.config.compression = options.compression;
   RequireCompression(options.compression, report.config.geometry);
   if (options.format != "npz") RequireSizes(options, report.config.geometry);
