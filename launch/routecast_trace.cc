@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "common/errors.h"
+#include "common/progress.h"
 #include "common/recorded_run.h"
 #include "launch/flags.h"
 #include "launch/main.h"
@@ -138,8 +139,12 @@ std::string PageOf(const StoreStatistics& stats, const RoutingStatistics& routin
 }
 
 Json StatsInto(const std::string& out) {
+  const TraceReader reader(FLAGS_store, NeedTokens::kNo);
+  const uint64_t sequences = reader.sequences().size();
+  Progress counting("stats, pass 1 of 2", "sequences", sequences, FLAGS_quiet);
   const StoreStatistics stats =
-      ComputeStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
+      ComputeStatistics(reader, [&](uint64_t done) { counting.Update(done); });
+  counting.Finish();
   std::printf(
       "phase    layer  entropy  given previous  given token  held out  dropped  "
       "median prob\n");
@@ -157,8 +162,10 @@ Json StatsInto(const std::string& out) {
                 dropped, prob.c_str());
   }
   if (FLAGS_dry_run) return {};
+  Progress relating("stats, pass 2 of 2", "sequences", sequences, FLAGS_quiet);
   const RoutingStatistics routing =
-      ComputeRoutingStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
+      ComputeRoutingStatistics(reader, [&](uint64_t done) { relating.Update(done); });
+  relating.Finish();
   WriteAllStatistics(stats, routing, out);
   WriteFileAtomic(fs::path(out) / "report.html", PageOf(stats, routing));
   if (!FLAGS_quiet) std::printf("%s\n", (fs::path(out) / "report.html").c_str());
