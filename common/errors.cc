@@ -42,27 +42,45 @@ void ThrowErrno(int error, const std::string& operation, const std::string& path
   }
 }
 
+namespace {
+
+// Letters to insert, remove or replace.
+size_t EditDistance(const std::string& name, const std::string& candidate) {
+  std::vector<size_t> row(candidate.size() + 1);
+  std::iota(row.begin(), row.end(), 0);
+  for (size_t i = 1; i <= name.size(); ++i) {
+    size_t diagonal = row[0];
+    row[0] = i;
+    for (size_t j = 1; j <= candidate.size(); ++j) {
+      const size_t substitute = diagonal + (name[i - 1] != candidate[j - 1]);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substitute});
+    }
+  }
+  return row.back();
+}
+
+}  // namespace
+
 std::string NearestName(const std::string& name, const std::vector<std::string>& valid) {
   std::string best;
   size_t best_distance = SIZE_MAX;
   for (const std::string& candidate : valid) {
-    std::vector<size_t> row(candidate.size() + 1);
-    std::iota(row.begin(), row.end(), 0);
-    for (size_t i = 1; i <= name.size(); ++i) {
-      size_t diagonal = row[0];
-      row[0] = i;
-      for (size_t j = 1; j <= candidate.size(); ++j) {
-        const size_t substitute = diagonal + (name[i - 1] != candidate[j - 1]);
-        diagonal = row[j];
-        row[j] = std::min({row[j] + 1, row[j - 1] + 1, substitute});
-      }
-    }
-    if (row.back() < best_distance) {
-      best_distance = row.back();
-      best = candidate;
-    }
+    const size_t distance = EditDistance(name, candidate);
+    if (distance >= best_distance) continue;
+    best_distance = distance;
+    best = candidate;
   }
   return best;
+}
+
+std::string DidYouMean(const std::string& name, const std::vector<std::string>& valid,
+                       const std::string& prefix) {
+  const std::string best = NearestName(name, valid);
+  if (best.empty() || EditDistance(name, best) * 2 > std::max(name.size(), best.size())) {
+    return "";
+  }
+  return "did you mean " + prefix + best + "?";
 }
 
 int ParseChoice(const std::string& flag, const std::string& value,
@@ -71,8 +89,9 @@ int ParseChoice(const std::string& flag, const std::string& value,
   if (it != valid.end()) return static_cast<int>(it - valid.begin());
   std::string all;
   for (const std::string& name : valid) all += (all.empty() ? "" : ", ") + name;
+  const std::string meant = DidYouMean(value, valid);
   throw UsageError(ErrorText(flag + "=" + value + " is not known", "valid: " + all,
-                             "did you mean " + NearestName(value, valid) + "?"));
+                             meant.empty() ? "use one of these" : meant));
 }
 
 }  // namespace routecast

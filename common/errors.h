@@ -43,7 +43,11 @@ std::string ErrorText(const std::string& what, const std::string& values,
 
 // The nearest valid name by edit distance, for "did you mean"; empty list gives "".
 std::string NearestName(const std::string& name, const std::vector<std::string>& valid);
-// Index of `value` in `valid`, or UsageError naming the nearest.
+// "did you mean PREFIXname?" of the nearest valid name; "" where none looks like a slip
+// of `name`: more than half of the longer one would have to change.
+std::string DidYouMean(const std::string& name, const std::vector<std::string>& valid,
+                       const std::string& prefix = "");
+// Index of `value` in `valid`, or UsageError naming all, and the one that was meant.
 int ParseChoice(const std::string& flag, const std::string& value,
                 const std::vector<std::string>& valid);
 

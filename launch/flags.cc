@@ -60,8 +60,7 @@ const FlagInfo* Find(const std::vector<FlagInfo>& flags, const std::string& name
                                const std::vector<FlagInfo>& flags) {
   std::vector<std::string> names = {"flagfile", "help", "version"};
   for (const FlagInfo& flag : flags) names.push_back(flag.name);
-  throw UsageError(ErrorText("unknown flag " + text,
-                             "did you mean --" + NearestName(name, names) + "?",
+  throw UsageError(ErrorText("unknown flag " + text, DidYouMean(name, names, "--"),
                              "--help lists all flags"));
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/errors.h"
 #include "common/output_folder.h"
+#include "common/progress.h"
 #include "common/recorded_run.h"
 #include "launch/flags.h"
 #include "launch/main.h"
@@ -169,13 +170,16 @@ std::string PageOf(const StoreStatistics& stats, const RoutingStatistics& routin
 }
 
 Json StatsInto(const std::string& out) {
+  const TraceReader reader(FLAGS_store, NeedTokens::kNo);
+  const uint64_t sequences = reader.sequences().size();
   if (FLAGS_dry_run) {
-    const TraceReader reader(FLAGS_store, NeedTokens::kNo);
-    WouldWrite("statistics of " + Sequences(reader.sequences().size()), kPageBytes);
+    WouldWrite("statistics of " + Sequences(sequences), kPageBytes);
     return {};
   }
+  Progress counting("stats, pass 1 of 2", "sequences", sequences, FLAGS_quiet);
   const StoreStatistics stats =
-      ComputeStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
+      ComputeStatistics(reader, [&](uint64_t done) { counting.Update(done); });
+  counting.Finish();
   std::printf(
       "phase    layer  entropy  given previous  given token  held out  dropped  "
       "median prob\n");
@@ -192,8 +196,10 @@ Json StatsInto(const std::string& out) {
                 bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
                 dropped, prob.c_str());
   }
+  Progress relating("stats, pass 2 of 2", "sequences", sequences, FLAGS_quiet);
   const RoutingStatistics routing =
-      ComputeRoutingStatistics(TraceReader(FLAGS_store, NeedTokens::kNo));
+      ComputeRoutingStatistics(reader, [&](uint64_t done) { relating.Update(done); });
+  relating.Finish();
   WriteAllStatistics(stats, routing, out);
   WriteFileAtomic(fs::path(out) / "report.html", PageOf(stats, routing));
   if (!FLAGS_quiet) std::printf("%s\n", (fs::path(out) / "report.html").c_str());

@@ -177,7 +177,8 @@ void AddCounts(int layer, const std::vector<uint64_t>& counts, std::string* csv)
 
 }  // namespace
 
-StoreStatistics ComputeStatistics(const TraceReader& reader) {
+StoreStatistics ComputeStatistics(const TraceReader& reader,
+                                  const CountObserver& on_count) {
   const MoeGeometry& g = reader.config().geometry;
   std::vector<LayerCounters> counters(static_cast<size_t>(g.num_layers()));
   for (LayerCounters& c : counters) c.counts.resize(static_cast<size_t>(g.num_experts));
@@ -201,12 +202,14 @@ StoreStatistics ComputeStatistics(const TraceReader& reader) {
   }
   const double share = TrainedShare(reader.sequences(), g);
   HeldOutEntropy held_out(g);
+  uint64_t counted = 0;
   reader.Scan(
       [&](RoutingTrace&& trace) {
         ThrowIfStopped("while counting");
         if (InTrainedShare(trace.sequence_id, share)) held_out.Add(trace);
         Count(trace.encoder, g.experts_per_token, counters.begin());
         Count(trace.decoder, g.experts_per_token, counters.begin() + g.encoder_layers);
+        if (on_count) on_count(++counted);
       },
       WithHidden::kNo);
   std::vector<double> held_out_bits(counters.size(), -1.0);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -50,8 +51,11 @@ struct StoreStatistics {
   Json ToJson() const;
 };
 
+// Told how many sequences are counted, after each.
+using CountObserver = std::function<void(uint64_t sequences)>;
 // Reads the whole store once.
-StoreStatistics ComputeStatistics(const TraceReader& reader);
+StoreStatistics ComputeStatistics(const TraceReader& reader,
+                                  const CountObserver& on_count = {});
 // stats.json, load.csv (`layer_id,expert_id,count`, of the first choice) and, where a
 // token has several experts that are all stored, slot_load.csv, the same of all of them.
 void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder);

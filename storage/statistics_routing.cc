@@ -249,7 +249,8 @@ LoadSpread SpreadOf(const std::vector<uint64_t>& counts) {
   return s;
 }
 
-RoutingStatistics ComputeRoutingStatistics(const TraceReader& reader) {
+RoutingStatistics ComputeRoutingStatistics(const TraceReader& reader,
+                                           const CountObserver& on_count) {
   const MoeGeometry& g = reader.config().geometry;
   std::vector<LayerCounts> counts(static_cast<size_t>(g.num_layers()));
   for (int l = 0; l < g.num_layers(); ++l) {
@@ -272,6 +273,7 @@ RoutingStatistics ComputeRoutingStatistics(const TraceReader& reader) {
         CountSpan(trace.decoder, counts.begin() + g.encoder_layers);
         encoder.Add(trace.encoder);
         decoder.Add(trace.decoder);
+        if (on_count) on_count(index + 1);
         if (index++ % every != 0) return;
         for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
           const bool is_encoder = stack == Stack::kEncoder;

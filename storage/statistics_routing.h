@@ -71,7 +71,8 @@ struct RoutingStatistics {
 };
 
 // Reads the whole store once.
-RoutingStatistics ComputeRoutingStatistics(const TraceReader& reader);
+RoutingStatistics ComputeRoutingStatistics(const TraceReader& reader,
+                                           const CountObserver& on_count = {});
 // `stats` (StoreStatistics::ToJson) with what RoutingStatistics adds.
 Json AllStatistics(Json stats, const RoutingStatistics& routing);
 // stats.json with both, load.csv, and transitions.csv

@@ -107,15 +107,34 @@ void RequireNothingElse(const fs::path& path) {
   }
 }
 
+// Says what is there instead: a file, or what a run that failed has left.
+[[noreturn]] void ThrowNoStore(const fs::path& path) {
+  std::string why = "no store.json in it";
+  std::string fix = "check --store, or make one with routecast-collect";
+  const fs::path run = path / "run.json";
+  if (fs::is_regular_file(path)) {
+    why = "it is a file, a store is a folder";
+    if (fs::exists(path.parent_path() / "store.json")) {
+      fix = "give its folder: --store=" + path.parent_path().string();
+    }
+  } else if (fs::exists(run)) {
+    const Json json = ReadJsonFile(run);
+    const bool text =
+        json.is_object() && json.contains("program") && json["program"].is_string();
+    if (text) {
+      why = "no store.json in it; " + json["program"].get<std::string>() +
+            " wrote its run.json and made no store there";
+      fix = "see what that run has said, mend it and start it again";
+    }
+  }
+  throw UsageError(ErrorText(path.string() + " is not a trace store", why, fix));
+}
+
 }  // namespace
 
 StoreConfig TraceStore::Open(const fs::path& path) {
   const fs::path file = path / "store.json";
-  if (!fs::exists(file)) {
-    throw UsageError(ErrorText(path.string() + " is not a trace store",
-                               "no store.json in it",
-                               "check --store, or make one with routecast-collect"));
-  }
+  if (!fs::exists(file)) ThrowNoStore(path);
   return StoreConfig::FromJson(ReadJsonFile(file), file.string());
 }
 

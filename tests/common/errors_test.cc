@@ -22,6 +22,15 @@ TEST(ThrowErrno, WhoCanMendItDecidesTheType) {
   EXPECT_THROW(ThrowErrno(EMFILE, "open", "p"), EnvironmentError);
 }
 
+TEST(DidYouMean, NamesOnlyWhatLooksLikeIt) {
+  EXPECT_EQ(DidYouMean("oracel", {"oracle", "top_k"}), "did you mean oracle?");
+  EXPECT_EQ(DidYouMean("treads", {"threads", "seed"}, "--"), "did you mean --threads?");
+  EXPECT_EQ(DidYouMean("npy", {"npz", "csv"}), "did you mean npz?");
+  EXPECT_EQ(DidYouMean("greedy", {"on_demand", "top_k"}), "");
+  EXPECT_EQ(DidYouMean("parquet", {"npz", "jsonl", "csv", "safetensors"}), "");
+  EXPECT_EQ(DidYouMean("x", {}), "");
+}
+
 TEST(NearestName, SmallestEditDistance) {
   EXPECT_EQ(NearestName("hiden", {"interlayer", "hidden", "ensemble"}), "hidden");
   EXPECT_EQ(NearestName("", {"abc", "a"}), "a");

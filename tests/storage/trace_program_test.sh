@@ -88,6 +88,12 @@ expect 3 import --format=jsonl --in=bad.jsonl --out=e
 says "bad.jsonl: line 1"
 [ "$(ls -A e)" = run.json ] || fail "a refused import leaves $(ls -A e)"
 grep -q '"exit_status": 3' e/run.json || fail "a refused import does not say how it ended"
+expect 2 info --store=e
+says "routecast-trace import wrote its run.json and made no store there"
+expect 2 info --store=a/store.json
+says "give its folder: --store=a$"
+expect 2 export --store=a --out=exported --format=parquet
+says "use one of these"
 expect 0 import --format=jsonl --in=b.jsonl --out=e
 grep -q '"exit_status": 0' e/run.json || fail "an import after a refused one: $(cat e/run.json)"
 expect 0 verify --store=e

@@ -7,6 +7,7 @@
 #include "common/errors.h"
 #include "storage/shard_db.h"
 #include "storage/statistics.h"
+#include "storage/statistics_routing.h"
 #include "tests/storage/store_fixture.h"
 
 namespace routecast {
@@ -153,6 +154,20 @@ TEST_F(TraceStoreTest, StatisticsAreWritten) {
   EXPECT_EQ(json["layers"][0]["phase"], "encoder");
   EXPECT_TRUE(json["layers"][0]["conditional_entropy_bits"].is_null());
   EXPECT_EQ(ReadFile(out / "load.csv").substr(0, 25), "layer_id,expert_id,count\n");
+}
+
+TEST_F(TraceStoreTest, StatisticsTellHowFarTheyAre) {
+  Fill();
+  const TraceReader reader(store());
+  const uint64_t all = reader.sequences().size();
+  uint64_t told = 0, last = 0;
+  const auto tell = [&](uint64_t done) { ++told, last = done; };
+  ComputeStatistics(reader, tell);
+  EXPECT_EQ(told, all);
+  EXPECT_EQ(last, all);
+  ComputeRoutingStatistics(reader, tell);
+  EXPECT_EQ(told, 2 * all);
+  EXPECT_EQ(last, all);
 }
 
 }  // namespace
