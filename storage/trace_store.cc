@@ -115,7 +115,8 @@ void RequireNothingElse(const fs::path& path) {
   if (fs::is_regular_file(path)) {
     why = "it is a file, a store is a folder";
     if (fs::exists(path.parent_path() / "store.json")) {
-      fix = "give its folder: --store=" + path.parent_path().string();
+      const fs::path folder = path.has_parent_path() ? path.parent_path() : ".";
+      fix = "give its folder: --store=" + folder.string();
     }
   } else if (fs::exists(run)) {
     const Json json = ReadJsonFile(run);

@@ -92,6 +92,8 @@ expect 2 info --store=e
 says "routecast-trace import wrote its run.json and made no store there"
 expect 2 info --store=a/store.json
 says "give its folder: --store=a$"
+(cd a && "$trace" info --store=store.json >../log 2>&1)
+says "give its folder: --store=.$"
 expect 2 export --store=a --out=exported --format=parquet
 says "use one of these"
 expect 0 import --format=jsonl --in=b.jsonl --out=e
