@@ -196,8 +196,7 @@ std::string ToldApart(const RowResult& row) {
 }
 
 // The fastest over on-demand LRU of the rows that a user could choose: within the budget,
-// lossless, without the future; one a stack of each comparison. The same choice as the
-// report's.
+// lossless, without the future; one a stack of each comparison.
 std::string FastestText(const ComparisonResult& result) {
   std::vector<const RowResult*> fastest;
   for (const RowResult& row : result.rows) {

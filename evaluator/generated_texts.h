@@ -1,5 +1,5 @@
-// outputs.jsonl: what generation put out, a line a prompt, to be read. Thread rule: one
-// thread.
+// outputs.jsonl: what generation put out, a line a prompt that was run, to be read.
+// Thread rule: one thread.
 #pragma once
 
 #include <string>

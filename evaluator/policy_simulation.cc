@@ -42,7 +42,8 @@ std::vector<uint64_t> SequencesOf(const TraceReader& reader,
                       std::string(hidden ? " with router inputs" : "") + " in this part",
                   std::to_string(ids.size()) + " found, more than " +
                       std::to_string(options.warmup_sequences) + " are needed",
-                  "collect more, with --record=ids,probs,hidden"));
+                  hidden ? "collect more, with --record=ids,probs,hidden"
+                         : "collect or import more; --phase=both wants encoder records"));
   }
   return ids;
 }
@@ -193,21 +194,23 @@ bool AsksPredictors(const StoreConfig& config) {
   return config.token_ids && config.geometry.experts_per_token == 1;
 }
 
+void RequireAskable(const StoreConfig& config) {
+  if (AsksPredictors(config)) return;
+  throw UsageError(ErrorText(
+      "no predictor is asked in a simulation of this store",
+      config.token_ids
+          ? "its model takes " + std::to_string(config.geometry.experts_per_token) +
+                " experts a token"
+          : "it has no token ids",
+      "leave --predictor out: caches on demand and the oracle are simulated"));
+}
+
 PolicySimulationResult SimulatePolicies(
     const TraceReader& reader,
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
     const DeviceProfile& profile, const PolicySimulationOptions& options) {
   const c10::NoGradGuard no_grad;
-  if (!predictors.empty() && !AsksPredictors(reader.config())) {
-    throw UsageError(ErrorText(
-        "no predictor is asked in a simulation of this store",
-        reader.config().token_ids
-            ? "its model takes " +
-                  std::to_string(reader.config().geometry.experts_per_token) +
-                  " experts a token"
-            : "it has no token ids",
-        "leave --predictor out: caches on demand and the oracle are simulated"));
-  }
+  if (!predictors.empty()) RequireAskable(reader.config());
   const bool hidden = std::any_of(predictors.begin(), predictors.end(),
                                   [](const auto& p) { return p->needs_hidden(); });
   const Playground ground(reader, profile, options, hidden);
@@ -249,6 +252,7 @@ PolicySimulationResult SimulatePolicies(
   }
   SpeculationPolicy far = ParsePolicy("auto");
   far.auto_off = false;
+  far.top_k = ground.geometry().num_experts;  // a visit may need many
   far.max_lead = static_cast<int>(kOracleHorizon);
   Recording oracle = plain;
   oracle.visits =
@@ -327,9 +331,9 @@ std::string PolicyTable(const PolicySimulationResult& result) {
   return table.ToText() + failures + warm + "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
          std::to_string(result.slots) + " slots (" + mib(result.budget_bytes) +
-         " MiB), " + std::to_string(result.tokens) + " tokens, " +
-         Fixed(result.question_us, 0) + " us a question; the simulator played up to " +
-         Fixed(visits / 1e3, 0) +
+         " MiB of the imagined model's experts), " + std::to_string(result.tokens) +
+         " tokens, " + Fixed(result.question_us, 0) +
+         " us a question; the simulator played up to " + Fixed(visits / 1e3, 0) +
          " thousand layer visits a second\n"
          "bound: what prefetching alone can gain over on-demand LRU, with LRU's misses; "
          "a "

@@ -60,6 +60,8 @@ struct PolicySimulationResult {
 // Whether predictors can be asked on a store in a simulation: of one expert a token, with
 // token ids. On others every row on demand and the oracle are played.
 bool AsksPredictors(const StoreConfig& config);
+// UsageError where it denies them.
+void RequireAskable(const StoreConfig& config);
 
 // UsageError where no sequence of the part serves, and where predictors are given to a
 // store that AsksPredictors denies. On-demand with every eviction, every

@@ -8,6 +8,7 @@
 
 #include "common/errors.h"
 #include "common/stop.h"
+#include "evaluator/recorded_visits.h"
 #include "models/checkpoint.h"
 #include "models/predictor_factory.h"
 #include "models/serving_strategies.h"
@@ -135,8 +136,11 @@ UseShares CountUses(const TraceReader& reader, const MoeGeometry& geometry) {
       const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
       for (size_t i = 0; i < span.expert_ids.size(); ++i) {
         const auto layer = static_cast<int>(i / static_cast<size_t>(span.num_tokens));
-        const ExpertKey key{g.GlobalLayer(stack, layer), span.expert_ids[i]};
-        ++counts[static_cast<size_t>(key.Index(g))];
+        const auto token = static_cast<int>(i % static_cast<size_t>(span.num_tokens));
+        for (const int expert : ChoicesOf(span, g, layer, token)) {
+          const ExpertKey key{g.GlobalLayer(stack, layer), expert};
+          ++counts[static_cast<size_t>(key.Index(g))];
+        }
       }
     }
   });

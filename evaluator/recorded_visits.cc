@@ -22,7 +22,14 @@ std::vector<int> ChoicesOf(const RoutingSpan& span, const MoeGeometry& g, int la
   const size_t at = static_cast<size_t>(layer) * static_cast<size_t>(span.num_tokens) +
                     static_cast<size_t>(t);
   if (g.experts_per_token == 1) return {span.expert_ids[at]};
-  const size_t row = span.topk_ids.size() / span.expert_ids.size();
+  const auto row = static_cast<size_t>(span.top_k);
+  if (span.top_k < g.experts_per_token ||
+      span.topk_ids.size() != row * span.expert_ids.size()) {
+    throw DataError(ErrorText(
+        "a trace does not hold every expert of a token",
+        std::to_string(span.top_k) + " of " + std::to_string(g.experts_per_token),
+        "import it with all of them"));
+  }
   const auto first = span.topk_ids.begin() + static_cast<ptrdiff_t>(at * row);
   std::vector<int> experts(first, first + g.experts_per_token);
   std::sort(experts.begin(), experts.end());

@@ -23,7 +23,7 @@ struct StepCosts {
 };
 
 // The experts [K, or fewer: distinct] that token `t` of `span` takes at MoE layer `layer`
-// of its stack.
+// of its stack. DataError where the trace does not hold all of them.
 std::vector<int> ChoicesOf(const RoutingSpan& span, const MoeGeometry& geometry,
                            int layer, int t);
 // The visits of the decoder's steps over one sequence, with what `foresight` (null =

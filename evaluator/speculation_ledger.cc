@@ -9,11 +9,12 @@ constexpr double kFading = 0.98;      // of the evidence, an event
 constexpr double kPriorEvents = 16;   // that the policy's own threshold counts as
 constexpr double kPriorForetold = 4;  // probability that is believed before any is judged
 constexpr double kMostTrust = 2;
-// A link that is busy for so much of the time has the full price, and .35 of
-// it where it is idle for the rest: enough to shut a lead that is always wrong. Chosen by
-// planner_bench on validation sequences (docs/results/runtime.md).
-constexpr double kIdle = 0.3, kBusy = 0.8, kLeastPrice = 0.35;
-constexpr double kLeastShare = 0.2;  // of the policy's threshold, on an idle link
+// Price of bytes by the share of time in which transfers have the link: full from kBusy
+// on, falling with it towards nothing at kFree, but never below kLeastPrice, which is
+// enough to shut a lead that is always wrong. Chosen by planner_bench on validation
+// sequences (docs/results/runtime.md).
+constexpr double kFree = 0.3, kBusy = 0.8, kLeastPrice = 0.35;
+constexpr double kLeastShare = 0.2;  // of the policy's threshold, at the least price
 
 }  // namespace
 
@@ -26,7 +27,7 @@ SpeculationLedger::SpeculationLedger(int max_lead, double threshold)
 
 void SpeculationLedger::SetLinkUse(Stack stack, double share) {
   price_[static_cast<int>(stack)] =
-      std::clamp((share - kIdle) / (kBusy - kIdle), kLeastPrice, 1.0);
+      std::clamp((share - kFree) / (kBusy - kFree), kLeastPrice, 1.0);
 }
 
 double SpeculationLedger::PaysFrom(const Entry& entry, double byte_cost) const {

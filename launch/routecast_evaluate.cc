@@ -277,8 +277,9 @@ void Simulate() {
     const TraceReader reader = OpenStore(NeedTokens::kNo);
     std::vector<std::unique_ptr<ExpertPredictor>> predictors;
     const bool asks = AsksPredictors(reader.config());
-    if (asks || !FLAGS_predictor.empty()) predictors = Predictors(reader);
-    if (!asks && predictors.empty() && !FLAGS_quiet) {
+    if (!FLAGS_predictor.empty()) RequireAskable(reader.config());
+    if (asks) predictors = Predictors(reader);
+    if (!asks && !FLAGS_quiet) {
       std::fprintf(stderr,
                    "several experts a token, or no token ids: caches on demand and the "
                    "oracle are simulated, no predictor is asked\n");

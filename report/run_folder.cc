@@ -26,7 +26,10 @@ RunFolder LoadRunFolder(const fs::path& path) {
   if (fs::exists(path / "stats.json")) folder.stats = ReadJsonFile(path / "stats.json");
   if (fs::exists(path / "pretrain.json"))
     folder.pretrain = ReadJsonFile(path / "pretrain.json");
-  if (fs::exists(path / "run.json")) folder.run = ReadJsonFile(path / "run.json");
+  try {  // for a subtitle: a damaged one takes nothing else away
+    if (fs::exists(path / "run.json")) folder.run = ReadJsonFile(path / "run.json");
+  } catch (const DataError&) {
+  }
   if (!fs::exists(path / "metrics.jsonl")) return folder;
   std::istringstream lines(ReadFile(path / "metrics.jsonl"));
   std::string line;
