@@ -381,6 +381,8 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
                         {"exact_duplicates", corpus.stats().exact_duplicates},
                         {"binary_documents", corpus.stats().binary_documents},
                         {"replaced_bytes", corpus.stats().replaced_bytes},
+                        {"skipped_files", corpus.stats().skipped.count},
+                        {"first_skipped_file", corpus.stats().skipped.first},
                         {"intake_ends", corpus.intake_ends()}});
     run->Start();
     if (!options.quiet) SayDamage(corpus);
