@@ -1,6 +1,7 @@
 #include "collector/collected_model.h"
 
 #include <ATen/ATen.h>
+#include <sys/stat.h>
 
 #include "comm/nccl_communicator.h"
 #include "common/errors.h"
@@ -63,15 +64,31 @@ void RequireMemoryFor(uint64_t bytes, int local_ranks, uint64_t total) {
       "use --dtype=bf16, fewer ranks a machine, or --expert_parallel over machines"));
 }
 
-Json CheckpointRecord(const fs::path& folder, const std::string& fingerprint) {
-  std::vector<fs::path> files = WeightFiles(folder).files();
-  files.push_back(folder / "config.json");
-  Json record = {{"fingerprint", fingerprint}, {"files", Json::object()}};
-  for (const fs::path& file : files) {
-    const int64_t time = fs::last_write_time(file).time_since_epoch().count();
-    record["files"][file.filename().string()] = {fs::file_size(file), time};
+Json CheckpointFiles(const fs::path& folder) {
+  const auto nanoseconds = [](const timespec& t) {
+    return int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
+  };
+  try {
+    std::vector<fs::path> paths = WeightFiles(folder).files();
+    paths.push_back(folder / "config.json");
+    Json files = Json::object();
+    for (const fs::path& path : paths) {
+      struct stat info;
+      if (::stat(path.c_str(), &info) != 0) return {};
+      files[fs::absolute(path).lexically_normal().string()] = {info.st_size, info.st_ino,
+                                                               nanoseconds(info.st_mtim),
+                                                               nanoseconds(info.st_ctim)};
+    }
+    return files;
+  } catch (const std::exception&) {
+    return {};  // reading the checkpoint says it, where it is read at all
   }
-  return record;
+}
+
+Json CheckpointRecord(const fs::path& folder, const std::string& fingerprint,
+                      const Json& before) {
+  if (before.is_null() || CheckpointFiles(folder) != before) return {};
+  return {{"fingerprint", fingerprint}, {"files", before}};
 }
 
 namespace {
@@ -81,7 +98,8 @@ std::string KnownFingerprint(const fs::path& store, const fs::path& folder) {
   try {
     const Json known = ReadJsonFile(store / "run.json").value("checkpoint", Json());
     const std::string fingerprint = known.value("fingerprint", "");
-    return known == CheckpointRecord(folder, fingerprint) ? fingerprint : "";
+    const Json files = known.value("files", Json());
+    return CheckpointRecord(folder, fingerprint, files) == known ? fingerprint : "";
   } catch (const std::exception&) {
     return "";  // no run.json, or a damaged one: the bytes tell
   }

@@ -13,14 +13,20 @@ namespace routecast {
 // Throws UsageError where a group would lack ranks.
 void RequireWholeGroups(int expert_parallel, int world);
 
-// What run.json keeps of a checkpoint: its fingerprint, and names, sizes and times of the
-// files that it is of.
-Json CheckpointRecord(const fs::path& folder, const std::string& fingerprint);
+// The files of a checkpoint by absolute path: size, inode, and the times of the last
+// change of contents and of anything at all, which no program can set back. Null where
+// one cannot be looked at. Taken before a checkpoint is read, and compared afterwards.
+Json CheckpointFiles(const fs::path& folder);
+// What run.json keeps of a checkpoint: the fingerprint of what was read, and `before`,
+// its files then. Null where they are others now: nothing says which of them was read.
+Json CheckpointRecord(const fs::path& folder, const std::string& fingerprint,
+                      const Json& before);
 
 // A dry run's part of a checkpoint: its configuration; names and shapes of the weights
 // are looked at as CollectedModel looks at them, and none is read. Where there is a
-// `store`, the fingerprint is that of its last run whose files these are, by size and
-// time; else every byte passes through a small buffer. Throws as CollectedModel does.
+// `store`, the fingerprint is that of its last run whose files these are, by
+// CheckpointFiles; else every byte passes through a small buffer. Throws as
+// CollectedModel does.
 Checkpoint PlannedModel(const fs::path& folder, at::Device device, const RankInfo& rank,
                         int expert_parallel, const fs::path& store);
 

@@ -19,7 +19,6 @@
 #include "collector/store_estimate.h"
 #include "common/errors.h"
 #include "common/exit_code.h"
-#include "common/open_files.h"
 #include "common/recorded_run.h"
 #include "common/safetensors.h"
 #include "common/stop.h"
@@ -299,7 +298,14 @@ void RecordEarlyEnd(const fs::path& store, int code, Rooted* root) {
         fs::exists(store / "store.json") || fs::exists(store / "lock.guard");
     if (!root->lock && others) root->lock = std::make_unique<StoreLock>(store, EndJob);
     root->run->ReadEarlier();
-    root->run->Finish(code, Json::object());
+    // What this run has not come to say of the store stays said.
+    const Json earlier =
+        fs::exists(store / "store.json") ? root->run->Earlier() : Json::object();
+    for (const auto& [key, value] : earlier.items()) root->run->SetMissing(key, value);
+    Json results = Json::object();
+    const Json before = earlier.value("results", Json::object());
+    if (before.contains("left_out")) results["left_out"] = before["left_out"];
+    root->run->Finish(code, results);
   } catch (const std::exception&) {
     // Another job has the store, or the disk is full: the end itself says more.
   }
@@ -315,10 +321,13 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   const at::ScalarType dtype = ParseDtype("--dtype", options.dtype);
   std::optional<CollectedModel> model;
   Checkpoint planned;
+  Json record;  // of the checkpoint, while its files are those that were read
   if (options.dry_run) {
     planned = PlannedModel(options.model, device, rank, options.expert_parallel, store);
   } else {
+    const Json files = rank.is_root() ? CheckpointFiles(options.model) : Json();
     model.emplace(options.model, dtype, device, rank, options.expert_parallel);
+    record = CheckpointRecord(options.model, model->checkpoint().fingerprint, files);
   }
   const Checkpoint& checkpoint = model ? model->checkpoint() : planned;
   if (tokenizer.vocab_size() > checkpoint.config.vocab_size) {
@@ -334,8 +343,8 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   const ChunkPlan& plan = sources->plan;
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
   config.SetIntakes(sources->intakes);
-  RequireOpenFiles(EstimatedOpenFiles(config, rank.world), options.store,
-                   "collect parts into stores of their own and merge them");
+  // Of a store that is there nothing may be left to do: it is looked at first.
+  if (!fs::exists(store / "store.json")) RequireTableFiles(store, config, rank.world);
   if (rank.is_root() && !options.quiet && config.top_k > 0 &&
       config.top_k < options.top_k) {
     std::fprintf(stderr,
@@ -366,12 +375,14 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
     run->Set("threads", threads);
     run->Set("seed", options.seed);
     run->Set("libraries", LibraryVersions());
-    run->Set("checkpoint", CheckpointRecord(options.model, checkpoint.fingerprint));
+    if (!record.is_null()) run->Set("checkpoint", record);
     run->Set("corpus", {{"documents", corpus.stats().documents},
                         {"groups", corpus.stats().groups},
                         {"exact_duplicates", corpus.stats().exact_duplicates},
                         {"binary_documents", corpus.stats().binary_documents},
                         {"replaced_bytes", corpus.stats().replaced_bytes},
+                        {"skipped_files", corpus.stats().skipped.count},
+                        {"first_skipped_file", corpus.stats().skipped.first},
                         {"intake_ends", corpus.intake_ends()}});
     run->Start();
     if (!options.quiet) SayDamage(corpus);
@@ -389,6 +400,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   }
   spans.Write("open", opened, {{"rank", rank.rank}, {"ranks", rank.world}});
 
+  if (!todo.empty()) RequireTableFiles(store, config, rank.world);
   if (rank.is_root() && !todo.empty()) {
     const TextTokens tokens = EstimatedTokens(config, corpus, plan, tokenizer);
     RequireFreeBytes(

@@ -5,6 +5,8 @@
 #include <set>
 #include <string_view>
 
+#include "common/open_files.h"
+
 namespace routecast {
 namespace {
 
@@ -103,6 +105,11 @@ uint64_t EstimatedOpenFiles(const StoreConfig& config, int world) {
   const auto ranks = static_cast<uint64_t>(world);
   const uint64_t own = (tables + kOfAShard * shards + ranks - 1) / ranks;
   return own + tables + kOfAShard * shards + kOfAProcess;
+}
+
+void RequireTableFiles(const fs::path& store, const StoreConfig& config, int world) {
+  RequireOpenFiles(EstimatedOpenFiles(config, world), store.string(),
+                   "collect parts into stores of their own and merge them");
 }
 
 }  // namespace routecast

@@ -1,10 +1,11 @@
 // What a store will take on the disk, before anything is computed: for the dry run, and
-// for the look at the disk at a job's start. Thread rule: pure functions.
+// for the look at the disk at a job's start. Thread rule: free functions.
 #pragma once
 
 #include <cstdint>
 
 #include "collector/chunk_plan.h"
+#include "common/files.h"
 #include "common/routing.h"
 #include "corpus/corpus.h"
 #include "corpus/tokenizer.h"
@@ -31,6 +32,9 @@ uint64_t EstimatedBytesBesideIds(const StoreConfig& config, const TextTokens& to
 // Files that rank 0 of a job of `world` ranks holds open at most, at its end: table files
 // of its own shards, and of all where it looks at the whole store.
 uint64_t EstimatedOpenFiles(const StoreConfig& config, int world);
+// EnvironmentError where these are more than this process may hold open. Not for a store
+// whose chunks are all in: it has few.
+void RequireTableFiles(const fs::path& store, const StoreConfig& config, int world);
 // Of a sequence with router inputs: bytes a token of `stack` beside its ids (the inputs,
 // the decoder's output, attention). 0 where none are recorded, or the stack is not run.
 uint64_t BytesBesideIds(const StoreConfig& config, Stack stack);

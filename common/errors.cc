@@ -22,6 +22,8 @@ void ThrowErrno(int error, const std::string& operation, const std::string& path
     case ENOENT:
     case ENOTDIR:
     case EISDIR:
+    case ELOOP:
+    case ENAMETOOLONG:
       throw UsageError(ErrorText(what, reason, "check the path"));
     case EACCES:
     case EPERM:

@@ -88,7 +88,8 @@ void MakeFolder(const fs::path& path) {
 
 uint64_t FreeBytes(const fs::path& path) {
   fs::path existing = fs::absolute(path);
-  while (!fs::exists(existing) && existing.has_relative_path()) {
+  std::error_code ignored;  // of what cannot be looked at: its parent is on the same disk
+  while (!fs::exists(existing, ignored) && existing.has_relative_path()) {
     existing = existing.parent_path();
   }
   struct statvfs info;

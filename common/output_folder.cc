@@ -8,6 +8,13 @@
 
 namespace routecast {
 
+bool IsThere(const fs::path& path) {
+  std::error_code error;
+  const fs::file_status status = fs::status(path, error);
+  if (status.type() == fs::file_type::none) ThrowErrno(error.value(), "look at", path);
+  return fs::exists(status);
+}
+
 void RequireWritable(const fs::path& folder) {
   fs::path existing = fs::absolute(folder);
   std::error_code ignored;  // of what lies below a file: it is not there

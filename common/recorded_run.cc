@@ -44,6 +44,11 @@ void RecordedRun::ReadEarlier() {
   if (earlier_.empty() && fs::exists(file)) earlier_ = ReadFile(file);
 }
 
+Json RecordedRun::Earlier() const {
+  const Json earlier = Json::parse(earlier_, nullptr, /*allow_exceptions=*/false);
+  return earlier.is_object() ? earlier : Json::object();
+}
+
 void RecordedRun::Start() {
   ReadEarlier();
   record_.WriteStart();

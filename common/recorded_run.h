@@ -20,10 +20,15 @@ class RecordedRun {
   RecordedRun(const RecordedRun&) = delete;
   RecordedRun& operator=(const RecordedRun&) = delete;
   void Set(const std::string& key, Json value) { record_.Set(key, std::move(value)); }
+  void SetMissing(const std::string& key, Json value) {
+    record_.SetMissing(key, std::move(value));
+  }
   // What the run writes: those of an earlier run go at Begin, or at an end before it.
   void Replaces(std::vector<std::string> files) { files_ = std::move(files); }
   // Keeps what run.json says now as an earlier run's; Start does it, too.
   void ReadEarlier();
+  // What it said; an empty object where there was none, or a damaged one.
+  Json Earlier() const;
   void Start();
   // The inputs were read and fit: from here on the folder is this run's.
   void Begin();

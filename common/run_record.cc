@@ -74,6 +74,10 @@ void RunRecord::Set(const std::string& key, Json value) {
   record_[key] = std::move(value);
 }
 
+void RunRecord::SetMissing(const std::string& key, Json value) {
+  if (!record_.contains(key)) record_[key] = std::move(value);
+}
+
 void RunRecord::WriteStart() { Write(); }
 
 void RunRecord::Finish(int exit_status, Json headline) {
@@ -94,7 +98,9 @@ void RunRecord::FinishOnDisk(const fs::path& file, int exit_status) {
 
 void RunRecord::Write() {
   MakeFolder(folder_);
-  WriteFileAtomic(folder_ / "run.json", record_.dump(2) + "\n");
+  // Names of files may be no UTF-8.
+  const std::string text = record_.dump(2, ' ', false, Json::error_handler_t::replace);
+  WriteFileAtomic(folder_ / "run.json", text + "\n");
 }
 
 void TruncateJsonLines(const fs::path& path, const std::string& key, int64_t last) {

@@ -27,6 +27,7 @@ class RunRecord {
   // `configuration`: the full effective configuration. `libraries`: name -> version.
   RunRecord(fs::path folder, std::string program, Json configuration);
   void Set(const std::string& key, Json value);  // devices, hosts, ranks, seeds, ...
+  void SetMissing(const std::string& key, Json value);  // where nothing is set yet
   void WriteStart();
   // headline results; adds this process's peak memory (in bytes, resident).
   void Finish(int exit_status, Json headline);

@@ -8,11 +8,13 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cstdio>
 #include <fstream>
 #include <optional>
 #include <unordered_set>
 
 #include "common/errors.h"
+#include "common/foreign_text.h"
 #include "common/random.h"
 #include "corpus/index_pass.h"
 #include "corpus/mapped_file.h"
@@ -62,6 +64,7 @@ class FileLock {
 struct SourceList {
   std::vector<SourceFiles> sources;
   std::vector<uint64_t> file_ends;
+  SkippedFiles skipped;
 };
 
 SourceList ListSources(const std::vector<std::vector<std::string>>& intakes) {
@@ -74,12 +77,21 @@ SourceList ListSources(const std::vector<std::vector<std::string>>& intakes) {
     }
     for (const std::string& text : specs) {
       SourceSpec spec = ParseSourceSpec(text);
-      list.sources.push_back({spec, ListFiles(spec)});
+      list.sources.push_back({spec, ListFiles(spec, &list.skipped)});
       files += list.sources.back().files.size();
     }
     list.file_ends.push_back(files);
   }
   return list;
+}
+
+void SaySkipped(const SkippedFiles& skipped) {
+  if (skipped.count == 0) return;
+  std::fprintf(stderr,
+               "corpus: %llu files of other names were skipped, the first is %s: a "
+               "pattern takes any name\n",
+               static_cast<unsigned long long>(skipped.count),
+               OneLine(skipped.first).c_str());
 }
 
 // Documents lie in the order of the files.
@@ -202,6 +214,7 @@ Corpus Corpus::OpenIntakes(const std::vector<std::vector<std::string>>& intakes,
                            const fs::path& cache_folder, int threads, bool quiet) {
   const auto start = std::chrono::steady_clock::now();
   const SourceList sources = ListSources(intakes);
+  if (!quiet) SaySkipped(sources.skipped);
   std::optional<Corpus> corpus;
   bool from_cache = false;
   uint64_t binary = 0;
@@ -233,6 +246,7 @@ Corpus Corpus::OpenIntakes(const std::vector<std::vector<std::string>>& intakes,
   }
   corpus->intake_ends_ = DocumentEnds(sources.file_ends, corpus->contents_.entries);
   corpus->Finish();
+  corpus->stats_.skipped = sources.skipped;
   corpus->stats_.from_cache = from_cache;
   corpus->stats_.seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

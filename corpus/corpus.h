@@ -14,6 +14,7 @@
 
 #include "common/routing.h"
 #include "corpus/index_file.h"
+#include "corpus/source.h"
 
 namespace routecast {
 
@@ -32,6 +33,7 @@ struct CorpusStats {
   uint64_t exact_duplicates = 0;             // dropped
   uint64_t binary_documents = 0;             // dropped: IsBinary of readers.h
   uint64_t replaced_bytes = 0;               // not UTF-8, or NUL
+  SkippedFiles skipped;                      // of folders, by their names
   std::array<uint64_t, 3> part_documents{};  // by SplitPart
   std::array<uint64_t, 3> part_bytes{};
   double seconds = 0;  // of Open
@@ -45,7 +47,8 @@ class Corpus {
   // memory. Several processes may open the same corpus at once: one indexes, the others
   // wait and share it. A damaged cache is made again. Throws UsageError (unknown kind,
   // missing path, no document), DataError (damaged source, with path and offset),
-  // EnvironmentError (disk full), StoppedError.
+  // EnvironmentError (disk full), StoppedError. Unless `quiet`, says on stderr which
+  // files of folders were skipped by their names.
   static Corpus Open(const std::vector<std::string>& specs, const fs::path& cache_folder,
                      int threads, bool quiet);
   // The same for sources that came in one list after the other, the intakes. Documents of

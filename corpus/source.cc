@@ -142,25 +142,42 @@ std::vector<std::string> NamesOf(SourceKind kind) {
   }
 }
 
+std::string LowerExtension(const fs::path& path) {
+  std::string name = path.extension().string();
+  for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  return name;
+}
+
 bool IsPacked(const fs::path& path) {
-  return path.extension() == ".zst" || path.extension() == ".gz";
+  return LowerExtension(path) == ".zst" || LowerExtension(path) == ".gz";
 }
 
 bool IsOfKind(const fs::path& path, SourceKind kind) {
   const std::vector<std::string> names = NamesOf(kind);
-  const std::string name = (IsPacked(path) ? path.stem() : path).extension().string();
+  const std::string name = LowerExtension(IsPacked(path) ? path.stem() : path);
   return names.empty() || std::find(names.begin(), names.end(), name) != names.end();
 }
 
-std::vector<fs::path> FolderFiles(const fs::path& folder, SourceKind kind) {
+void Skip(const fs::path& path, SkippedFiles* skipped) {
+  ++skipped->count;
+  if (skipped->first.empty() || path.string() < skipped->first) {
+    skipped->first = path.string();
+  }
+}
+
+std::vector<fs::path> FolderFiles(const fs::path& folder, SourceKind kind,
+                                  SkippedFiles* skipped) {
   std::vector<fs::path> files;
   std::error_code error, none;  // none: of a link in a circle, which is no file
   fs::recursive_directory_iterator it(folder, error), end;
   for (; !error && it != end; it.increment(error)) {
     const bool hidden = it->path().filename().string().starts_with('.');
     if (hidden && it->is_directory(none)) it.disable_recursion_pending();
-    if (!hidden && it->is_regular_file(none) && IsOfKind(it->path(), kind)) {
+    if (hidden || !it->is_regular_file(none)) continue;
+    if (IsOfKind(it->path(), kind)) {
       files.push_back(it->path());
+    } else {
+      Skip(it->path(), skipped);
     }
   }
   if (error) ThrowErrno(error.value(), "list", folder);
@@ -224,14 +241,15 @@ SourceSpec ParseSourceSpec(const std::string& text) {
   return spec;
 }
 
-std::vector<fs::path> ListFiles(const SourceSpec& spec) {
+std::vector<fs::path> ListFiles(const SourceSpec& spec, SkippedFiles* skipped) {
+  SkippedFiles unheeded;
   std::vector<fs::path> files;
   std::error_code error;  // of a link in a circle: there is nothing
   const fs::file_status at = fs::status(spec.path, error);
   if (fs::is_regular_file(at)) {
     files.emplace_back(spec.path);
   } else if (fs::is_directory(at)) {
-    files = FolderFiles(spec.path, spec.kind);
+    files = FolderFiles(spec.path, spec.kind, skipped ? skipped : &unheeded);
   } else if (fs::exists(at)) {
     throw UsageError(ErrorText(spec.path + " is neither a file nor a folder",
                                "a pipe or a device cannot be read twice",
@@ -248,7 +266,7 @@ SourceFile::SourceFile(const fs::path& path) : file_(path) {
   packed_ = IsPacked(path);
   if (!packed_) return;
   if (file_.size() == 0) ThrowArchive(path, 0, "the file is empty");
-  unpacked_ = path.extension() == ".zst" ? UnpackZstd(file_) : UnpackGzip(file_);
+  unpacked_ = LowerExtension(path) == ".zst" ? UnpackZstd(file_) : UnpackGzip(file_);
 }
 
 std::string SourceFile::Read(uint64_t offset, size_t count) const {

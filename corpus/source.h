@@ -26,10 +26,17 @@ struct SourceSpec {
 // nearest kind.
 SourceSpec ParseSourceSpec(const std::string& text);
 
+// Files of a folder that are called otherwise than files of the kind, hidden ones apart.
+struct SkippedFiles {
+  uint64_t count = 0;
+  std::string first;  // in the order of paths
+};
+
 // The regular files of a source, sorted by path: a file itself, a folder's files
 // (recursively, hidden ones left out; of a kind with a format of its own those that are
-// called so: docs/corpus.md) or a glob's matches. UsageError where there is none.
-std::vector<fs::path> ListFiles(const SourceSpec& spec);
+// called so, in small or capital letters: docs/corpus.md) or a glob's matches. UsageError
+// where there is none. What a folder holds beside is added to `skipped`.
+std::vector<fs::path> ListFiles(const SourceSpec& spec, SkippedFiles* skipped = nullptr);
 
 // A file of text. One that ends in .zst or .gz is unpacked into memory (at most 8 GiB,
 // and 256 times the packed size and 16 MiB, so that a small file cannot fill the memory);

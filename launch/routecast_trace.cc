@@ -80,19 +80,27 @@ uint64_t StoreBytes(const fs::path& store) {
                                "no shards in it", "check --store"));
   }
   uint64_t bytes = 0;
-  for (const auto& entry : fs::recursive_directory_iterator(store / "shards")) {
-    if (entry.is_regular_file()) bytes += entry.file_size();
+  std::error_code error, gone;  // gone: a writer of the store removes files meanwhile
+  fs::recursive_directory_iterator it(store / "shards", error), end;
+  for (; !error && it != end; it.increment(error)) {
+    const uint64_t size = it->is_regular_file(gone) ? it->file_size(gone) : 0;
+    if (!gone) bytes += size;
   }
   return bytes;
 }
 
-// Of a dry run: refused where there is no room, or this user may not write.
+// Of a dry run: refused where this user may not write. How much it would be is a guess,
+// so lack of room is only said.
 void WouldWrite(const std::string& what, uint64_t bytes) {
   const std::string out = RequireOut();
-  std::printf("%s would be written to %s: about %s; %s free\n", what.c_str(), out.c_str(),
-              FormatBytes(bytes).c_str(), FormatBytes(FreeBytes(out)).c_str());
   RequireWritable(out);
-  RequireFreeBytes(out, bytes);
+  const uint64_t free_bytes = FreeBytes(out);
+  std::printf("%s would be written to %s: about %s; %s free\n", what.c_str(), out.c_str(),
+              FormatBytes(bytes).c_str(), FormatBytes(free_bytes).c_str());
+  if (bytes > free_bytes) {
+    std::fprintf(stderr, "there may be no room for %s: free some space first\n",
+                 out.c_str());
+  }
 }
 
 std::string Sequences(uint64_t count) { return std::to_string(count) + " sequences"; }
@@ -237,7 +245,7 @@ void Into(const char* verb, Json (*work)(const std::string& out)) {
 // A store's folder is its own: results in it would replace what it says of its run.
 void IntoFolder(const char* verb, Json (*work)(const std::string& out)) {
   const std::string out = RequireOut();
-  if (fs::exists(fs::path(out) / "store.json")) {
+  if (IsThere(fs::path(out) / "store.json")) {
     throw UsageError(ErrorText(out + " is a trace store",
                                "its run.json would be replaced", "name another --out"));
   }
@@ -324,15 +332,20 @@ void PrintImported(const ImportReport& report) {
               report.config.geometry.experts_per_token);
 }
 
-// At most: every plane in every layer of both stacks, packed.
+// About, rather more than less: every plane in every layer of both stacks, packed.
 uint64_t ImportedBytes(const ImportReport& report) {
   const StoreConfig& c = report.config;
+  uint64_t attention = 0;
+  for (const Stack stack : {Stack::kEncoder, Stack::kDecoder}) {
+    attention += static_cast<uint64_t>(c.geometry.layers(stack)) *
+                 static_cast<uint64_t>(c.AttentionHeads(stack)) * kAttentionBytesPerHead;
+  }
   const uint64_t width =
       c.Records("hidden") ? 2u * static_cast<unsigned>(c.geometry.d_model) : 0;
   const uint64_t layer =
       2 + (c.Records("probs") ? 5 : 0) + 4u * static_cast<unsigned>(c.top_k) + width;
   return report.tokens *
-         (4 + width + layer * static_cast<unsigned>(c.geometry.num_layers()));
+         (4 + width + attention + layer * static_cast<unsigned>(c.geometry.num_layers()));
 }
 
 Json ImportInto(const std::string& out) {

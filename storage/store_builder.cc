@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "common/errors.h"
+#include "common/output_folder.h"
 #include "common/stop.h"
 #include "common/temporary_file.h"
 #include "storage/context_coder.h"
@@ -15,7 +16,7 @@ constexpr const char* kToken = "build";
 
 // Nothing, or what a run that did not come to its end says of itself.
 bool HoldsNoStore(const fs::path& out) {
-  if (!fs::exists(out)) return true;
+  if (!IsThere(out)) return true;
   if (!fs::is_directory(out)) return false;
   return std::all_of(fs::directory_iterator(out), fs::directory_iterator(),
                      [](const fs::directory_entry& entry) {

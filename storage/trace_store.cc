@@ -131,6 +131,17 @@ void RequireNothingElse(const fs::path& path) {
   throw UsageError(ErrorText(path.string() + " is not a trace store", why, fix));
 }
 
+// Of other documents under the same names; empty where these are the same.
+std::string CauseOf(const StoreConfig& stored, const StoreConfig& wanted) {
+  const std::vector<StoreIntake> had = stored.AllIntakes(), has = wanted.AllIntakes();
+  for (size_t i = 0; i < std::min(had.size(), has.size()); ++i) {
+    if (had[i].corpus_fingerprint == has[i].corpus_fingerprint) continue;
+    return "; other documents: texts were changed, or a folder gives other files, which "
+           "are taken by their names (docs/corpus.md)";
+  }
+  return "";
+}
+
 }  // namespace
 
 StoreConfig TraceStore::Open(const fs::path& path) {
@@ -148,7 +159,7 @@ void TraceStore::RequireGoesOn(const fs::path& path, const StoreConfig& stored,
   const std::vector<std::string> differences = Differences(stored, before);
   if (differences.empty()) return;
   throw UsageError(ErrorText(path.string() + " was made with another configuration",
-                             Join(differences),
+                             Join(differences) + CauseOf(stored, before),
                              "go on with the store's values, or name another --store"));
 }
 

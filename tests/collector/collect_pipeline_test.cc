@@ -157,6 +157,38 @@ TEST_F(CollectTest, AFinishedStoreIsLeftAlone) {
   EXPECT_TRUE(Export("golden") == Golden());
 }
 
+// Tables are open where chunks are collected: nothing is left to do here.
+TEST_F(CollectTest, AFinishedStoreNeedsFewOpenFiles) {
+  Golden();
+  const auto with_few = [](const std::vector<std::string>& more) {
+    std::vector<std::string> command = {"bash", "-c", "ulimit -n 140; exec \"$@\"", "-"};
+    const std::vector<std::string> collect = Program("golden", more);
+    command.insert(command.end(), collect.begin(), collect.end());
+    return RunProgram(command);
+  };
+  EXPECT_EQ(with_few({}), 0);
+  EXPECT_EQ(with_few({"--dry_run"}), 0);
+  EXPECT_EQ(with_few({"--store=" + (folder_ / "new").string()}), kExitEnvironment);
+}
+
+TEST_F(CollectTest, AnEarlyEndKeepsWhatTheFinishedRunSaid) {
+  Golden();
+  const fs::path file = folder_ / "golden" / "run.json";
+  Json before = ReadJsonFile(file);
+  before["results"]["left_out"] = {{"sequences", 1}, {"ids", {7}}};
+  WriteFileAtomic(file, before.dump());
+  WriteCheckpoint(folder_ / "cut", 1);
+  fs::resize_file(folder_ / "cut" / "model.safetensors", 5000);
+  ASSERT_EQ(Collect(1, "golden", {"--model=" + (folder_ / "cut").string()}),
+            kExitBadData);
+  const Json after = ReadJsonFile(file);
+  EXPECT_EQ(after["exit_status"], kExitBadData);
+  for (const char* key : {"checkpoint", "corpus", "hosts", "libraries"}) {
+    EXPECT_EQ(after.value(key, Json()), before[key]) << key;
+  }
+  EXPECT_EQ(after["results"], Json({{"left_out", before["results"]["left_out"]}}));
+}
+
 TEST_F(CollectTest, OtherTasksFillTheStacksTheyRun) {
   ASSERT_EQ(Collect(2, "encode", {"--task=encode", "--max_sequences=40"}), 0);
   const TraceReader encoded(folder_ / "encode");

@@ -238,6 +238,29 @@ TEST_F(CollectRecordsTest, DryRunNamesTheBytesOfRouterInputs) {
             std::string::npos);
 }
 
+// Of a plan: how much is to be written.
+double SaidBytes(const std::string& plan) {
+  const std::string about = ": about ";
+  std::istringstream said(plan.substr(plan.find(about) + about.size()));
+  double number = 0;
+  std::string unit;
+  said >> number >> unit;
+  EXPECT_TRUE(unit == "MiB;" || unit == "KiB;") << plan;
+  return number * (unit == "MiB;" ? 1 << 20 : 1 << 10);
+}
+
+TEST_F(CollectRecordsTest, DryRunOfAnImportCountsAttention) {
+  const auto planned = [](const std::string& store, const std::string& record) {
+    EXPECT_EQ(Collect(1, store, {"--max_sequences=24", "--hidden_share=1", record}), 0);
+    Export(store);
+    return SaidBytes(Printed({Bin("routecast-trace"), "import", "--dry_run",
+                              "--in=" + (folder_ / ("export-" + store)).string(),
+                              "--out=" + (folder_ / "imported").string()}));
+  };
+  EXPECT_GT(planned("with-heads", "--record=ids,hidden,attention"),
+            1.2 * planned("without-heads", "--record=ids,hidden"));
+}
+
 // One document: its group is drawn or forced, so all of the text has router inputs.
 TEST_F(CollectRecordsTest, DryRunEstimatesAStoreOfFewDocuments) {
   WriteFileAtomic(folder_ / "long.txt", RandomText(9, 20'000));
@@ -256,13 +279,7 @@ TEST_F(CollectRecordsTest, DryRunEstimatesAStoreOfFewDocuments) {
     for (const auto& file : fs::recursive_directory_iterator(folder_ / name)) {
       if (file.path().extension() == ".sst") bytes += double(file.file_size());
     }
-    const std::string about = ": about ";
-    std::istringstream said(plan.substr(plan.find(about) + about.size()));
-    double number = 0;
-    std::string unit;
-    said >> number >> unit;
-    ASSERT_TRUE(unit == "MiB;" || unit == "KiB;") << plan;
-    const double estimate = number * (unit == "MiB;" ? 1 << 20 : 1 << 10);
+    const double estimate = SaidBytes(plan);
     EXPECT_GT(estimate, 0.8 * bytes) << plan;
     EXPECT_LT(estimate, 1.3 * bytes) << plan;
   }
@@ -304,6 +321,24 @@ TEST_F(CollectRecordsTest, DroppedAndReplacedTextIsSaidAndKept) {
   const Json corpus = ReadJsonFile(folder_ / "mixed-store" / "run.json")["corpus"];
   EXPECT_EQ(corpus["binary_documents"], 1);
   EXPECT_EQ(corpus["replaced_bytes"], 2);
+}
+
+TEST_F(CollectRecordsTest, FilesOfOtherNamesAreKeptInItsRecordAndNamedAsACause) {
+  const fs::path texts = folder_ / "named";
+  MakeFolder(texts);
+  fs::copy_file(folder_ / "corpus.jsonl", texts / "a.jsonl");
+  WriteFileAtomic(texts / "part-0001", "{\"text\": \"one more\"}\n");
+  const std::string data = "--data=jsonl:" + texts.string() + "#text";
+  const auto command =
+      OnlyData(Program("named-store", {data, "--max_sequences=20"}), data);
+  ASSERT_EQ(RunProgram(command), 0);
+  const Json corpus = ReadJsonFile(folder_ / "named-store" / "run.json")["corpus"];
+  EXPECT_EQ(corpus.value("skipped_files", 0), 1);
+  EXPECT_EQ(corpus.value("first_skipped_file", ""), (texts / "part-0001").string());
+  fs::rename(texts / "part-0001", texts / "part-0001.jsonl");
+  const fs::path errors = folder_ / "named-errors";
+  EXPECT_EQ(Wait(Start(command, errors)), kExitUsage);
+  EXPECT_NE(ReadFile(errors).find("are taken by their names"), std::string::npos);
 }
 
 TEST_F(CollectRecordsTest, SamplingFlagsThatDoNothingAreRefused) {

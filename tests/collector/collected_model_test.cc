@@ -3,6 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <thread>
+
 #include "common/errors.h"
 #include "tests/support/reference.h"
 #include "tests/support/tiny_checkpoint.h"
@@ -52,7 +55,8 @@ TEST(CollectedModel, ADryRunKnowsTheFingerprintOfFilesThatTheStoresLastRunSaw) {
   WriteFileAtomic(store / "store.json", "{}");
   const std::string real = fingerprint();
   EXPECT_EQ(real, LoadCheckpoint(folder, at::kFloat, at::kCPU).fingerprint);
-  const Json run = {{"checkpoint", CheckpointRecord(folder, "as the last run saw it")}};
+  const Json run = {{"checkpoint", CheckpointRecord(folder, "as the last run saw it",
+                                                    CheckpointFiles(folder))}};
   WriteFileAtomic(store / "run.json", run.dump());
   EXPECT_EQ(fingerprint(), "as the last run saw it");
   const fs::path weights = folder / "model.safetensors";
@@ -60,6 +64,36 @@ TEST(CollectedModel, ADryRunKnowsTheFingerprintOfFilesThatTheStoresLastRunSaw) {
   EXPECT_EQ(fingerprint(), real);
   WriteFileAtomic(store / "run.json", "{\"checkpoint\": [1]}");
   EXPECT_EQ(fingerprint(), real);
+}
+
+// Contents and time of the last change can be set, the change itself is on record.
+TEST(CollectedModel, ADryRunIsNotMisledByATimeThatWasPutBack) {
+  const fs::path folder = WriteCheckpoint(TestFolder("touched-model"), 1);
+  const fs::path store = TestFolder("touched-store");
+  WriteFileAtomic(store / "store.json", "{}");
+  const Json run = {
+      {"checkpoint", CheckpointRecord(folder, "before", CheckpointFiles(folder))}};
+  WriteFileAtomic(store / "run.json", run.dump());
+  const fs::path weights = folder / "model.safetensors";
+  const auto time = fs::last_write_time(weights);
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));  // file times have ticks
+  std::string bytes = ReadFile(weights);
+  bytes.back() = static_cast<char>(bytes.back() ^ 1);
+  std::ofstream(weights, std::ios::binary) << bytes;
+  fs::last_write_time(weights, time);
+  EXPECT_EQ(PlannedModel(folder, at::kCPU, RankInfo{}, 1, store).fingerprint,
+            CheckpointReader(folder).Fingerprint());
+}
+
+TEST(CollectedModel, FilesThatChangedWhileTheyWereReadLeaveNoRecord) {
+  const fs::path folder = WriteCheckpoint(TestFolder("rewritten-model"), 1);
+  const Json before = CheckpointFiles(folder);
+  const fs::path weights = folder / "model.safetensors";
+  EXPECT_FALSE(CheckpointRecord(folder, "read", before).is_null());
+  fs::last_write_time(weights, fs::last_write_time(weights) + std::chrono::seconds(1));
+  EXPECT_TRUE(CheckpointRecord(folder, "read", before).is_null());
+  fs::remove_all(folder);
+  EXPECT_TRUE(CheckpointRecord(folder, "read", before).is_null());
 }
 
 }  // namespace

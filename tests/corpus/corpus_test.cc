@@ -93,6 +93,27 @@ TEST_F(CorpusTest, WhatLiesBesideDataOfAKindIsNoTextOfIt) {
               HasSubstr(".tsv (or these with .gz, .zst)"));
 }
 
+TEST_F(CorpusTest, FilesOfOtherNamesAreCountedAndTheFirstIsNamed) {
+  Write("f/a.jsonl", "{\"text\": \"one\"}\n");
+  Write("f/part-0002", "{\"text\": \"two\"}\n");
+  Write("f/part-0001", "{\"text\": \"three\"}\n");
+  Write("f/.hidden", "not seen");
+  const std::string spec = "jsonl:" + (folder_ / "f").string();
+  testing::internal::CaptureStderr();
+  const Corpus corpus = Corpus::Open({spec}, "", 1, false);
+  EXPECT_THAT(testing::internal::GetCapturedStderr(),
+              HasSubstr("2 files of other names were skipped, the first is " +
+                        (folder_ / "f" / "part-0001").string()));
+  EXPECT_EQ(corpus.stats().skipped.count, 2u);
+  EXPECT_EQ(OpenInMemory(spec + "/*").stats().skipped.count, 0u);
+}
+
+TEST_F(CorpusTest, NamesMayHaveCapitalLetters) {
+  Write("f/A.JSONL", "{\"text\": \"one\"}\n");
+  EXPECT_THAT(Texts(OpenInMemory("jsonl:" + (folder_ / "f").string())),
+              ElementsAre("one"));
+}
+
 TEST_F(CorpusTest, ALinkInACircleIsNoText) {
   Write("f/a.txt", "first");
   fs::create_symlink("loop", folder_ / "f" / "loop");

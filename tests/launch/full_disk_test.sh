@@ -56,4 +56,9 @@ ends 4 "space|room" "${collect[@]}" --store="$store"
 rm "$folder/disk/ballast"
 ends 0 "" "${collect[@]}" --store="$store"
 ends 0 "" "$ROUTECAST_BIN_DIR/routecast-trace" verify --quiet --store="$store"
+
+# What a verb would write is a guess: lack of room is said, and refuses nothing.
+fill 160M
+ends 0 "there may be no room for" "$ROUTECAST_BIN_DIR/routecast-trace" export --dry_run \
+  --store="$store" --out="$folder/disk/out"
 exit $failed

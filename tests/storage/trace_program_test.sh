@@ -136,8 +136,15 @@ for verb in export stats; do
   says "12 sequences would be written to dry: about .* free"
   expect 2 $verb --dry_run --store=a --out=a.jsonl/dry
   says "Not a directory"
+  grep -q "would be written" log && fail "a dry run plans what it refuses"
   expect 2 $verb --store=a --out=a
   says "a is a trace store"
+done
+ln -s loop loop
+for verb in stats export merge; do
+  expect 2 $verb --store=a --out=loop/below
+  says "look at failed: loop/below"
+  [ "$(wc -l <log)" -le 3 ] || fail "$verb into a circle of links: $(cat log)"
 done
 grep -q '"program": "routecast-trace import"' a/run.json || fail "the store's run.json is replaced"
 expect 0 verify --dry_run --store=damaged
