@@ -25,7 +25,7 @@ printf '{"text": \x1b[31m\x7f\xc2\x9b}\n' >junk.jsonl
 echo '{"title": "no body"}' >fields.jsonl
 cp -r "$model" cut
 head -c 100000 "$model/model.safetensors" >cut/model.safetensors
-mkdir -p no_config git_lfs plain
+mkdir -p no_config git_lfs plain half/state
 printf 'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n' >git_lfs/model.safetensors
 cp "$model"/*.json "$model/spiece.model" git_lfs/
 cp "$model/model.safetensors" no_config/
@@ -138,7 +138,6 @@ wrong 2 "--mode=quality" "${evaluate[@]}" --sequences=3
 wrong 2 "--batch is of --mode=generate" evaluate --mode=simulate --store=store --batch=4
 wrong 2 "--policy is of --mode=generate, simulate" evaluate --mode=quality --store=store --policy=top_k
 wrong 2 "is a checkpoint" "${evaluate[@]}" --predictor="$model"
-mkdir -p half/state
 wrong 2 "unfinished training" "${evaluate[@]}" --predictor=half
 wrong 2 "--expert_budget" evaluate --mode=transfer --expert_budget=25% --cache=cache
 wrong 2 "--threads" "${evaluate[@]}" --threads=-3
