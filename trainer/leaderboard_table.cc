@@ -38,6 +38,7 @@ std::vector<std::string> RatesOf(const Json& row) {
 }
 
 bool Compared(const Json& board) {
+  if (!board.contains("places")) return false;  // of single rows
   const Json& all = board.at("rows");
   return std::any_of(all.begin(), all.end(), [](const Json& r) {
     return r.value("to_best", Json()).is_object();

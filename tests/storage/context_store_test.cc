@@ -101,7 +101,7 @@ TEST_F(ContextStore, SaysASchemaThatOlderProgramsRefuse) {
   Json json = config_.ToJson();
   json["schema"] = kStoreSchema;  // a coder under the old schema would not be refused
   EXPECT_THROW(StoreConfig::FromJson(json, "test"), DataError);
-  json["schema"] = kCodedTopkSchema + 1;
+  json["schema"] = kLeftOutSchema + 1;
   EXPECT_THROW(StoreConfig::FromJson(json, "test"), UsageError);
 }
 
