@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <ctime>
 
 #include "common/errors.h"
@@ -71,6 +72,10 @@ class Guard {
 std::string LivingHolder(const fs::path& path, std::time_t now) {
   struct stat info;
   if (::stat(path.c_str(), &info) != 0) {
+    if (errno == ELOOP) {  // nobody named this file: the path is not what is wrong
+      throw EnvironmentError(ErrorText("stat failed: " + path.string(),
+                                       std::strerror(errno), "look at that file"));
+    }
     if (errno != ENOENT) ThrowErrno(errno, "stat", path);
     return "";
   }
