@@ -38,7 +38,6 @@ std::vector<std::string> RatesOf(const Json& row) {
 }
 
 bool Compared(const Json& board) {
-  if (!board.contains("places")) return false;  // of single rows
   const Json& all = board.at("rows");
   return std::any_of(all.begin(), all.end(), [](const Json& r) {
     return r.value("to_best", Json()).is_object();
@@ -65,6 +64,7 @@ std::string ShiftStack(const Json& rows) {
 
 // Over how many places a row's means are, where some answer fewer than others.
 bool PlacesDiffer(const Json& board) {
+  if (!board.contains("places")) return false;  // of single rows
   const Json& all = board.at("rows");
   return std::any_of(all.begin(), all.end(),
                      [&](const Json& r) { return r.at("places") != board.at("places"); });
