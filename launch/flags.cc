@@ -234,12 +234,16 @@ void RefuseUnheeded(const HeededFlags& heeded, const std::string& prefix,
   };
   const auto here = std::find_if(heeded.begin(), heeded.end(),
                                  [&](const auto& one) { return one.first == mode; });
-  for (const auto& [other, flags] : heeded) {
+  for (const auto& [_, flags] : heeded) {
     for (const std::string& flag : flags) {
       const bool given = !gflags::GetCommandLineFlagInfoOrDie(flag.c_str()).is_default;
       if (!given || heeds(here->second, flag)) continue;
-      throw UsageError(ErrorText("--" + flag + " is of " + prefix + other, prefix + mode,
-                                 "leave one of them out"));
+      std::string modes;  // all that heed it
+      for (const auto& [name, its_flags] : heeded) {
+        if (heeds(its_flags, flag)) modes += (modes.empty() ? "" : ", ") + name;
+      }
+      throw UsageError(ErrorText("--" + flag + " is of " + prefix + modes,
+                                 "this is " + prefix + mode, "leave --" + flag + " out"));
     }
   }
 }

@@ -350,8 +350,8 @@ void Status() {
 
 // A flag that another mode heeds would do nothing here. What names inputs, --device and
 // --cache may be handed to all: scripts do.
-void RefuseUnheeded() {
-  static const std::vector<std::pair<std::string, std::vector<std::string>>> kHeeded = {
+void RefuseOtherModesFlags() {
+  static const HeededFlags kHeeded = {
       {"generate", {"prompts",       "policy",   "eviction",       "expert_budget",
                     "kv_in_budget",  "tier",     "copies",         "warm_start",
                     "profile",       "phase",    "link",           "guess_next_token",
@@ -364,26 +364,7 @@ void RefuseUnheeded() {
         "question_us", "phase", "max_new_tokens", "baselines"}},
       {"transfer", {}},
       {"status", {"in"}}};
-  const auto heeds = [](const std::vector<std::string>& flags, const std::string& flag) {
-    return std::find(flags.begin(), flags.end(), flag) != flags.end();
-  };
-  const auto here = std::find_if(kHeeded.begin(), kHeeded.end(), [](const auto& mode) {
-    return mode.first == FLAGS_mode;
-  });
-  for (const auto& [mode, flags] : kHeeded) {
-    for (const std::string& flag : flags) {
-      if (heeds(here->second, flag) ||
-          gflags::GetCommandLineFlagInfoOrDie(flag.c_str()).is_default)
-        continue;
-      std::string modes;
-      for (const auto& [other, its_flags] : kHeeded) {
-        if (heeds(its_flags, flag)) modes += (modes.empty() ? "" : ", ") + other;
-      }
-      throw UsageError(ErrorText("--" + flag + " is of --mode=" + modes,
-                                 "this is --mode=" + FLAGS_mode,
-                                 "leave --" + flag + " out"));
-    }
-  }
+  RefuseUnheeded(kHeeded, "--mode=", FLAGS_mode);
 }
 
 void Generate() {
@@ -396,7 +377,7 @@ void Run() {
   constexpr void (*kModes[])() = {Generate, Quality, Simulate, Transfer, Status};
   const int mode = ParseChoice("--mode", FLAGS_mode,
                                {"generate", "quality", "simulate", "transfer", "status"});
-  RefuseUnheeded();
+  RefuseOtherModesFlags();
   // Where nothing is said, one core is left to the threads that bring experts.
   const int threads = ThreadsPerRank(1);
   at::set_num_threads(FLAGS_threads > 0 ? threads : std::max(1, threads - 1));
