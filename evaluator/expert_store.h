@@ -9,9 +9,8 @@
 
 namespace routecast {
 
-// The folder for expert files: `flag` where given, else $ROUTECAST_CACHE, $XDG_CACHE_HOME
-// or
-// ~/.cache, each with routecast/experts below it.
+// The folder for expert files: `flag` where given, else $ROUTECAST_CACHE,
+// $XDG_CACHE_HOME or ~/.cache, each with routecast/experts below it.
 fs::path ExpertCacheFolder(const std::string& flag);
 
 // Of fp32, bf16 and fp16.

@@ -5,21 +5,18 @@
 //
 // Rules it keeps:
 // - demand (the model waits) goes before speculation; one of the two places in flight is
-// closed
-//   to speculation, so a demand never stands behind a speculation that has not started;
+//   closed to speculation, so a demand never stands behind a speculation that has not
+//   started;
 // - at most max_in_flight transfers are under way, and each expert at most once: a demand
-// for an
-//   expert that is under way joins its transfer;
+//   for an expert that is under way joins its transfer;
 // - a speculation that cannot arrive before its deadline is not started;
 // - speculation takes the slot of an expert only when that expert is worth less, by
-// probability
-//   and by when it is next expected, than the one it brings; what the running layer needs
-//   is never evicted;
+//   probability and by when it is next expected, than the one it brings; what the running
+//   layer needs is never evicted;
 // - where the cache is phase-aware, what the encoder has passed leaves before all else,
-// and on
-//   a link that is idle while the encoder runs the decoder's most used experts are warmed
-//   into free slots and those, if they can be there before the decoder begins; whatever
-//   is demanded or foretold with some certainty goes before that;
+//   and on a link that is idle while the encoder runs the decoder's most used experts are
+//   warmed into free slots and those, if they can be there before the decoder begins;
+//   whatever is demanded or foretold with some certainty goes before that;
 // - no more slots are in service than SetCapacity allows, as soon as experts that are not
 //   leased, needed or on their way leave enough of them.
 #pragma once

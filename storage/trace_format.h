@@ -1,11 +1,10 @@
 // The bytes of a trace store's records. docs/trace_format.md says the same in prose.
 //
-// Keys:   u8 kind | u64be id.  Byte order is logical order: all encoder records by
-// sequence id,
-//         then all decoder records, then the chunk marks (written last).
+// Keys: u8 kind | u64be id. Byte order is logical order: all encoder records by sequence
+// id, then all decoder records, then the chunk marks (written last).
 // Values: described at each function; varints are LEB128, fixed-width numbers
-// little-endian, and
-//         the last 8 bytes are XXH3-64 over the key followed by the value before them.
+// little-endian, and the last 8 bytes are XXH3-64 over the key followed by the value
+// before them.
 // Thread rule: pure functions.
 // Shape letters: T tokens, L MoE layers of one stack, E experts, K stored top-k, D model
 // width.

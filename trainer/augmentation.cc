@@ -185,9 +185,8 @@ void Mask(const AugmentOptions& options, uint64_t key, int context,
   MaskTokens(options.mask, key, batch);
 }
 
-// Beta(a, a) by Joehnk's rejection: u^(1/a) / (u^(1/a) + v^(1/a)) where the sum is at
-// most
-// 1. About half the tries are kept.
+// Beta(a, a) by Joehnk's rejection: u^(1/a) / (u^(1/a) + v^(1/a)) where the sum is 1 at
+// most. About half the tries are kept.
 double DrawBeta(double a, uint64_t key, int64_t b) {
   for (uint64_t i = 0;; ++i) {
     const double x = std::pow(Draw(key, kMix, b, 2, i), 1 / a);

@@ -44,9 +44,8 @@ struct PretrainOptions {
 };
 
 // demo (<= 3 min on 2 cores), small (about 10 min), small128 (128 experts, 3 + 3 MoE
-// layers,
-// <= 60 min), base128 (128 experts, 6 + 6 MoE layers, for a GPU). UsageError names the
-// nearest.
+// layers, <= 60 min), base128 (128 experts, 6 + 6 MoE layers, for a GPU). UsageError
+// names the nearest.
 PretrainOptions PretrainPreset(const std::string& name);
 const std::vector<std::string>& PretrainPresetNames();
 
