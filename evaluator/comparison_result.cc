@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <map>
 
 #include "common/files.h"
+#include "report/result_values.h"
 #include "report/table.h"
 
 namespace routecast {
@@ -136,35 +136,9 @@ Json ComparisonResult::ToJson() const {
 }
 
 std::string ComparisonResult::ToCsv() const {
-  static const std::array<const char*, 5> kFive = {"_min", "_q1", "_median", "_q3",
-                                                   "_max"};
-  const auto text = [](const Json& value) {
-    return value.is_string() ? value.get<std::string>() : value.dump();
-  };
-  std::vector<std::string> columns;  // in the order of their first appearance
-  std::vector<std::map<std::string, std::string>> cells;
-  const Json json = ToJson();
-  for (const Json& row : json.at("rows")) {
-    auto& line = cells.emplace_back();
-    const auto put = [&](const std::string& column, const Json& value) {
-      if (std::find(columns.begin(), columns.end(), column) == columns.end())
-        columns.push_back(column);
-      line[column] = text(value);
-    };
-    for (const auto& [key, value] : row.items()) {
-      if (key == "speculation") continue;  // a table of its own: results.json has it
-      if (!value.is_array()) put(key, value);
-      for (size_t i = 0; value.is_array() && i < value.size(); ++i)
-        put(key + kFive.at(i), value[i]);
-    }
-  }
-  Table table(columns);
-  for (auto& line : cells) {
-    std::vector<std::string> row;
-    for (const std::string& column : columns) row.push_back(line[column]);
-    table.AddRow(std::move(row));
-  }
-  return table.ToCsv();
+  Json rows = ToJson().at("rows");
+  for (Json& row : rows) row.erase("speculation");  // a table of its own: results.json
+  return RowsCsv(rows);
 }
 
 namespace {

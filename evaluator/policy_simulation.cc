@@ -5,10 +5,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <span>
 
 #include "common/errors.h"
 #include "common/stop.h"
 #include "evaluator/question_guard.h"
+#include "report/result_values.h"
+#include "report/svg_chart.h"
 #include "report/table.h"
 
 namespace routecast {
@@ -58,16 +61,7 @@ class Playground {
         costs_(CostsOf(profile, options)),
         ids_(SequencesOf(reader, options, hidden)),
         hidden_(hidden) {
-    const int layers = g_.decoder_layers + (options.encoder ? g_.encoder_layers : 0);
-    const int experts = layers * g_.num_experts;
-    slots_ = static_cast<int>(options.budget_share * experts);
-    if (slots_ < 2) {
-      throw UsageError(ErrorText(
-          "--expert_budget is smaller than one step needs",
-          Percent(options.budget_share) + " of " + std::to_string(experts) +
-              " experts; two are needed: one runs, one arrives",
-          "use --expert_budget=" + std::to_string(200 / experts + 1) + "% or more"));
-    }
+    for (const double share : options.budget_shares) RequireTwoSlots(share);
     planner_.expert_bytes = static_cast<uint64_t>(2 * kBytesAWeight * options.d_model *
                                                   static_cast<double>(options.d_ff));
     planner_.engine_can_cancel = true;
@@ -113,19 +107,21 @@ class Playground {
     return recording;
   }
 
-  SimulatedRow Run(const std::string& predictor, const std::string& policy,
-                   const std::string& eviction, const Recording& recording,
-                   const RankedVisits& ranked, SpeculationPolicy settings) const {
+  // One budget's row.
+  SimulatedRow Run(double budget_share, const std::string& predictor,
+                   const std::string& policy, const std::string& eviction,
+                   const Recording& recording, const RankedVisits& ranked,
+                   const SpeculationPolicy& settings) const {
     ThrowIfStopped("between two simulations");
+    SimulatedRow row = BudgetRow(budget_share, SlotsOf(budget_share));
     PlannerOptions planner = planner_;
     planner.policy = settings;
     const auto start = std::chrono::steady_clock::now();
     const SimulationResult r =
-        SimulatePrefetch(g_, slots_, ParseEviction(eviction), planner, link_, ranked,
+        SimulatePrefetch(g_, row.slots, ParseEviction(eviction), planner, link_, ranked,
                          recording.counted_from, options_.warm_start.get());
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
     const TransferLedger& l = r.ledger;
-    SimulatedRow row;
     row.predictor = predictor;
     row.policy = policy;
     row.eviction = eviction;
@@ -154,22 +150,56 @@ class Playground {
     }
     return seconds;
   }
-  int slots() const { return slots_; }
-  uint64_t expert_bytes() const { return link_.expert_bytes; }
-  double TransferSeconds() const {
-    return link_.fixed_seconds +
-           static_cast<double>(link_.expert_bytes) / link_.bytes_per_second;
+  // Every expert stays: nothing is moved, nobody waits.
+  SimulatedRow Resident(double budget_share, const Recording& recording) const {
+    SimulatedRow row = BudgetRow(budget_share, num_experts());
+    row.predictor = "none";
+    row.policy = "resident";
+    row.eviction = "none";
+    row.seconds = ComputeSeconds(recording);
+    row.tokens_per_second = static_cast<double>(recording.tokens) / row.seconds;
+    row.hit_rate = 1;
+    return row;
   }
   const MoeGeometry& geometry() const { return g_; }
 
  private:
+  int num_experts() const {
+    return (g_.decoder_layers + (options_.encoder ? g_.encoder_layers : 0)) *
+           g_.num_experts;
+  }
+  int SlotsOf(double budget_share) const {
+    return static_cast<int>(budget_share * num_experts());
+  }
+  void RequireTwoSlots(double budget_share) const {
+    if (SlotsOf(budget_share) >= 2) return;
+    const int experts = num_experts();
+    throw UsageError(ErrorText(
+        "--expert_budget is smaller than one step needs",
+        Percent(budget_share) + " of " + std::to_string(experts) +
+            " experts; two are needed: one runs, one arrives",
+        "use --expert_budget=" + std::to_string(200 / experts + 1) + "% or more"));
+  }
+  SimulatedRow BudgetRow(double budget_share, int slots) const {
+    SimulatedRow row;
+    if (options_.budget_shares.size() > 1)
+      row.budget = ShortNumber(100 * budget_share) + "%";
+    row.slots = slots;
+    row.budget_bytes = static_cast<uint64_t>(slots) * link_.expert_bytes;
+    if (options_.warm_start) {
+      row.warm_start_seconds =
+          slots * (link_.fixed_seconds +
+                   static_cast<double>(link_.expert_bytes) / link_.bytes_per_second);
+    }
+    return row;
+  }
+
   const TraceReader& reader_;
   const PolicySimulationOptions& options_;
   MoeGeometry g_;
   StepCosts costs_;
   std::vector<uint64_t> ids_;
   bool hidden_;
-  int slots_ = 2;
   PlannerOptions planner_;
   SimulatedLinkOptions link_;
   std::shared_ptr<const NextTokenGuess> next_token_;  // null: no head, or no outputs
@@ -216,23 +246,25 @@ PolicySimulationResult SimulatePolicies(
   const Playground ground(reader, profile, options, hidden);
   PolicySimulationResult result;
   result.profile = profile;
-  result.slots = ground.slots();
-  result.budget_bytes = static_cast<uint64_t>(result.slots) * ground.expert_bytes();
   result.question_us = 1e6 * options.question_seconds;
+  if (options.warm_start) result.warm_start = options.warm_start->source;
   const Recording plain = ground.Record(nullptr, 0);
-  if (options.warm_start) {
-    result.warm_start = options.warm_start->source;
-    result.warm_start_seconds = result.slots * ground.TransferSeconds();
-  }
   result.tokens = plain.tokens;
+  // A predictor is asked once, and what it said played with every budget and eviction.
+  std::vector<std::vector<SimulatedRow>> rows(options.budget_shares.size());
+  const auto play = [&](const std::string& predictor, const std::string& policy,
+                        const std::string& eviction, const Recording& recording,
+                        const RankedVisits& ranked, const SpeculationPolicy& settings) {
+    for (size_t b = 0; b < rows.size(); ++b) {
+      rows[b].push_back(ground.Run(options.budget_shares[b], predictor, policy, eviction,
+                                   recording, ranked, settings));
+    }
+  };
   const SpeculationPolicy demand = ParsePolicy("on_demand");
   const RankedVisits unforeseen(plain.visits);
-  result.rows.push_back(
-      ground.Run("none", "on_demand", "lru", plain, unforeseen, demand));
+  play("none", "on_demand", "lru", plain, unforeseen, demand);
   for (const std::string& eviction : options.evictions) {
-    if (eviction == "lru") continue;
-    result.rows.push_back(
-        ground.Run("none", "on_demand", eviction, plain, unforeseen, demand));
+    if (eviction != "lru") play("none", "on_demand", eviction, plain, unforeseen, demand);
   }
   for (const auto& predictor : predictors) {
     for (const std::string& policy : options.policies) {
@@ -245,37 +277,42 @@ PolicySimulationResult SimulatePolicies(
       const RankedVisits ranked(told.visits);
       for (const std::string& eviction : options.evictions) {
         if (eviction == "belady") continue;  // a row on demand alone: what is least
-        result.rows.push_back(
-            ground.Run(predictor->name(), policy, eviction, told, ranked, settings));
+        play(predictor->name(), policy, eviction, told, ranked, settings);
       }
     }
   }
   SpeculationPolicy far = ParsePolicy("auto");
   far.auto_off = false;
-  far.top_k = ground.geometry().num_experts;  // a visit may need many
+  far.top_k = ground.geometry().num_experts;  // a visit may need all
   far.max_lead = static_cast<int>(kOracleHorizon);
   Recording oracle = plain;
   oracle.visits =
       WithOracle(std::move(oracle.visits), ground.geometry().num_experts, kOracleHorizon);
-  result.rows.push_back(
-      ground.Run("oracle", "auto", "lru", oracle, RankedVisits(oracle.visits), far));
+  play("oracle", "auto", "lru", oracle, RankedVisits(oracle.visits), far);
   const double compute = ground.ComputeSeconds(plain);
-  for (SimulatedRow& row : result.rows) {
-    const double transfer = result.rows[0].seconds - compute;  // of on-demand LRU
-    row.bound = (compute + transfer) / std::max(compute, transfer);
-    row.speed_up = result.rows[0].seconds / row.seconds;
+  for (size_t b = 0; b < rows.size(); ++b) {
+    rows[b].push_back(ground.Resident(options.budget_shares[b], plain));
+    const double lru = rows[b][0].seconds;
+    for (SimulatedRow& row : rows[b]) {
+      row.bound = lru / std::max(compute, lru - compute);
+      row.speed_up = lru / row.seconds;
+      result.rows.push_back(std::move(row));
+    }
   }
   return result;
 }
 
 Json SimulatedRow::ToJson() const {
   Json json = {{"predictor", predictor},       {"policy", policy},
-               {"eviction", eviction},         {"tokens_per_second", tokens_per_second},
+               {"eviction", eviction},         {"slots", slots},
+               {"budget_bytes", budget_bytes}, {"tokens_per_second", tokens_per_second},
                {"speed_up", speed_up},         {"bound", bound},
                {"hit_rate", hit_rate},         {"stall_seconds", stall_seconds},
                {"seconds", seconds},           {"question_seconds", question_seconds},
                {"bytes_useful", bytes_useful}, {"bytes_late", bytes_late},
                {"bytes_wasted", bytes_wasted}, {"simulated", true}};
+  if (!budget.empty()) json["budget"] = budget;
+  if (warm_start_seconds > 0) json["warm_start_seconds"] = warm_start_seconds;
   if (memory_manager) {
     json["memory_regime"] = memory_manager->regime;
     json["most_experts"] = memory_manager->most_experts;
@@ -289,50 +326,76 @@ Json SimulatedRow::ToJson() const {
 }
 
 Json PolicySimulationResult::ToJson() const {
-  Json json = {
-      {"profile", profile.ToJson()}, {"slots", slots},   {"budget_bytes", budget_bytes},
-      {"question_us", question_us},  {"tokens", tokens}, {"rows", Json::array()}};
-  if (!warm_start.empty()) {
-    json["warm_start"] = warm_start;
-    json["warm_start_seconds"] = warm_start_seconds;
-  }
+  Json json = {{"profile", profile.ToJson()},
+               {"question_us", question_us},
+               {"tokens", tokens},
+               {"rows", Json::array()}};
+  if (!warm_start.empty()) json["warm_start"] = warm_start;
   for (const SimulatedRow& row : rows) json["rows"].push_back(row.ToJson());
   return json;
 }
 
-std::string PolicyTable(const PolicySimulationResult& result) {
+std::string PolicySimulationResult::ToCsv() const { return RowsCsv(ToJson().at("rows")); }
+
+namespace {
+
+std::string Mebibytes(uint64_t bytes) {
+  return Fixed(static_cast<double>(bytes) / (1 << 20), 0);
+}
+
+Table TableOf(std::span<const SimulatedRow> rows) {
   Table table({"<policy", "<predictor", "<evict", "tokens/s", "speed", "hits",
                "useful MiB", "late", "wasted", "stall s", "asking s", "bound"});
-  const auto mib = [](uint64_t bytes) {
-    return Fixed(static_cast<double>(bytes) / (1 << 20), 0);
-  };
-  double visits = 0;
-  std::string failures;
-  for (const SimulatedRow& r : result.rows) {
-    const std::string failure =
-        r.failed_questions == 0
-            ? ""
-            : FailureText(r.predictor + ", " + r.policy, r.failed_questions,
-                          "were left out", r.first_failure) +
-                  "\n";
-    if (failures.find(failure) == std::string::npos) failures += failure;  // once
+  for (const SimulatedRow& r : rows) {
     table.AddRow({r.policy, r.predictor, r.eviction, Fixed(r.tokens_per_second, 1),
-                  Fixed(r.speed_up, 2) + "x", Percent(r.hit_rate), mib(r.bytes_useful),
-                  mib(r.bytes_late), mib(r.bytes_wasted), Fixed(r.stall_seconds, 2),
+                  Fixed(r.speed_up, 2) + "x", Percent(r.hit_rate),
+                  Mebibytes(r.bytes_useful), Mebibytes(r.bytes_late),
+                  Mebibytes(r.bytes_wasted), Fixed(r.stall_seconds, 2),
                   Fixed(r.question_seconds, 2), Fixed(r.bound, 2)});
-    visits = std::max(visits, r.visits_per_second);
   }
-  const std::string warm = result.warm_start.empty()
-                               ? ""
-                               : "slots begin with the most used experts (" +
-                                     result.warm_start +
-                                     "): " + Fixed(result.warm_start_seconds, 2) +
-                                     " s before the first step\n";
-  return table.ToText() + failures + warm + "simulated: " + result.profile.name +
+  return table;
+}
+
+// The slots of a table's rows, which are of one budget.
+std::string BudgetText(const SimulatedRow& row) {
+  return (row.budget.empty() ? "" : row.budget + ": ") + std::to_string(row.slots) +
+         " slots (" + Mebibytes(row.budget_bytes) +
+         " MiB of the imagined model's experts)" +
+         (row.warm_start_seconds > 0
+              ? ", filled in " + Fixed(row.warm_start_seconds, 2) + " s"
+              : "") +
+         "\n";
+}
+
+}  // namespace
+
+std::string PolicyTable(const PolicySimulationResult& result) {
+  std::string text, failures;
+  double visits = 0;
+  for (size_t begin = 0, end; begin < result.rows.size(); begin = end) {
+    end = begin + 1;
+    while (end < result.rows.size() &&
+           result.rows[end].budget == result.rows[begin].budget)
+      ++end;
+    text += BudgetText(result.rows[begin]);
+    text += TableOf({result.rows.data() + begin, end - begin}).ToText();
+  }
+  for (const SimulatedRow& r : result.rows) {
+    visits = std::max(visits, r.visits_per_second);
+    if (r.failed_questions == 0) continue;
+    const std::string failure =
+        FailureText(r.predictor + ", " + r.policy, r.failed_questions, "were left out",
+                    r.first_failure) +
+        "\n";
+    if (failures.find(failure) == std::string::npos) failures += failure;  // once
+  }
+  const std::string warm =
+      result.warm_start.empty()
+          ? ""
+          : "slots begin with the most used experts (" + result.warm_start + ")\n";
+  return text + failures + warm + "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
-         std::to_string(result.slots) + " slots (" + mib(result.budget_bytes) +
-         " MiB of the imagined model's experts), " + std::to_string(result.tokens) +
-         " tokens, " + Fixed(result.question_us, 0) +
+         std::to_string(result.tokens) + " tokens, " + Fixed(result.question_us, 0) +
          " us a question; the simulator played up to " + Fixed(visits / 1e3, 0) +
          " thousand layer visits a second\n"
          "bound: what prefetching alone can gain over on-demand LRU, with LRU's misses; "

@@ -17,7 +17,8 @@ namespace routecast {
 
 struct PolicySimulationOptions {
   int d_model = 768, d_ff = 3072, vocab_size = 32128;  // of the model that is imagined
-  double budget_share = 0.25;                          // of the expert bytes
+  // Of the expert bytes; every row is played with each.
+  std::vector<double> budget_shares = {0.25};
   int sequences = 200, warmup_sequences = 4, tokens = 16;
   bool encoder =
       false;  // its pass before each sequence's steps; its experts in the budget
@@ -35,6 +36,10 @@ StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o
 
 struct SimulatedRow {
   std::string predictor, policy, eviction;
+  std::string budget;  // its share as text, where rows of several are played
+  int slots = 0;
+  uint64_t budget_bytes = 0;
+  double warm_start_seconds = 0;  // what bringing the first slots' experts takes
   double tokens_per_second = 0, speed_up = 0, hit_rate = 0, bound = 0;
   double stall_seconds = 0, seconds = 0, question_seconds = 0;  // asking: of `seconds`
   uint64_t bytes_useful = 0, bytes_late = 0, bytes_wasted = 0;
@@ -46,15 +51,14 @@ struct SimulatedRow {
 };
 struct PolicySimulationResult {
   DeviceProfile profile;
-  int slots = 0;
-  uint64_t budget_bytes = 0;
   double question_us = 0;  // what each question was charged
   size_t tokens = 0;
-  // Where slots began filled: what was counted, and what bringing it takes.
-  std::string warm_start;
-  double warm_start_seconds = 0;
-  std::vector<SimulatedRow> rows;  // on-demand LRU first
+  std::string warm_start;  // where slots began filled: what was counted
+  // Of each budget: on-demand LRU first, resident last.
+  std::vector<SimulatedRow> rows;
   Json ToJson() const;
+  // rows.csv: the same rows and keys.
+  std::string ToCsv() const;
 };
 
 // Whether predictors can be asked on a store in a simulation: of one expert a token, with

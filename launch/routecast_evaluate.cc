@@ -23,6 +23,7 @@
 #include "evaluator/status.h"
 #include "launch/flags.h"
 #include "launch/main.h"
+#include "report/evaluation_report.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
@@ -104,8 +105,10 @@ DEFINE_string(baselines, "all",
               "simple (frequency, token_table, markov, stale_gate) or none");
 DEFINE_bool(timeline, false,
             "writes timeline.json for Perfetto: one more round of every row");
-DEFINE_string(out, "",
-              "folder for results.json, rows.csv, run.json, table.txt and report.html");
+DEFINE_string(
+    out, "",
+    "folder for results.json (quality.json, simulation.json, .. of other modes), "
+    "table.txt and run.json; where there are rows also rows.csv and report.html");
 DEFINE_string(report_with, "",
               "comma list of other output folders that report.html shows");
 DEFINE_string(cache, "", "folder of expert files; default: the user's cache folder");
@@ -176,20 +179,29 @@ EvaluationOptions OptionsFromFlags() {
 struct Findings {
   std::string text;
   Json json;
+  std::string csv{};  // of rows that report.html shows as well; empty: no rows
 };
 
-// Prints what `work` finds and, where there is an --out, keeps it in `file`. `work` reads
-// its inputs, says that they are sound and finds; a dry run's prints a plan before that
-// and returns, and nothing is kept.
+// Prints what `work` finds and, where there is an --out, keeps it in `file`, and rows in
+// rows.csv and report.html. `work` reads its inputs, says that they are sound and finds;
+// a dry run's prints a plan before that and returns, and nothing is kept.
 void Report(const std::string& file,
             const std::function<Findings(const BeginRun& begin)>& work) {
   if (FLAGS_dry_run) return (void)work([] {});
   const fs::path out = FLAGS_out;
-  Recorded(out, {file}, EffectiveFlags(), [&](const BeginRun& begin) -> Json {
+  const std::vector<std::string> outputs = {file, "table.txt", "rows.csv", "report.html"};
+  Recorded(out, outputs, EffectiveFlags(), [&](const BeginRun& begin) -> Json {
     const Findings found = work(begin);
     std::printf("%s", found.text.c_str());
-    if (!out.empty()) WriteFileAtomic(out / file, found.json.dump(1) + "\n");
-    return {{"mode", FLAGS_mode}};
+    if (out.empty()) return {{"mode", FLAGS_mode}};
+    WriteFileAtomic(out / file, found.json.dump(1) + "\n");
+    WriteFileAtomic(out / "table.txt", found.text);
+    if (found.csv.empty()) return {{"mode", FLAGS_mode}};
+    WriteFileAtomic(out / "rows.csv", found.csv);
+    std::vector<fs::path> folders = {out};
+    for (const std::string& folder : List(FLAGS_report_with))
+      folders.emplace_back(folder);
+    WriteEvaluationReport(out / "report.html", folders);
   });
 }
 
@@ -253,6 +265,22 @@ void Quality() {
   Report("quality.json", AskPredictors);
 }
 
+// Of a simulation, which imagines the experts: shares alone, in the order given.
+std::vector<double> BudgetShares() {
+  constexpr uint64_t kWhole = 1'000'000;
+  std::vector<double> shares;
+  for (const std::string& text : List(FLAGS_expert_budget)) {
+    const double share = static_cast<double>(ParseBudget(text, kWhole)) / kWhole;
+    if (!(share <= 1) || std::find(shares.begin(), shares.end(), share) != shares.end()) {
+      throw UsageError(
+          ErrorText("--mode=simulate takes different shares as --expert_budget",
+                    FLAGS_expert_budget, "e.g. --expert_budget=25%, or 10%,25%,50%"));
+    }
+    shares.push_back(share);
+  }
+  return shares;
+}
+
 void Simulate() {
   RequireSequences();
   PolicySimulationOptions options;
@@ -263,14 +291,11 @@ void Simulate() {
   options.tokens = FLAGS_max_new_tokens;
   options.question_seconds = FLAGS_question_us * 1e-6;
   options.encoder = ParseChoice("--phase", FLAGS_phase, {"decoder", "both"}) == 1;
-  constexpr uint64_t kWhole = 1'000'000;  // of a share
-  options.budget_share =
-      static_cast<double>(ParseBudget(FLAGS_expert_budget, kWhole)) / kWhole;
-  if (!(options.budget_share <= 1) || !(FLAGS_question_us >= 0)) {
-    throw UsageError(
-        ErrorText("--mode=simulate takes a share as --expert_budget and "
-                  "--question_us of 0 or more",
-                  FLAGS_expert_budget, "e.g. --expert_budget=25%"));
+  options.budget_shares = BudgetShares();
+  if (!(FLAGS_question_us >= 0)) {
+    throw UsageError(ErrorText("--question_us is 0 or more",
+                               std::to_string(FLAGS_question_us),
+                               "e.g. --question_us=200"));
   }
   Report("simulation.json", [&](const BeginRun& begin) -> Findings {
     const DeviceProfile profile = FindProfile(FLAGS_profile);
@@ -286,14 +311,15 @@ void Simulate() {
     }
     options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
     if (FLAGS_dry_run) {
-      std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",
-                  predictors.size(), options.policies.size(), options.evictions.size(),
-                  profile.name.c_str());
+      std::printf(
+          "simulate: %zu predictors x %zu policies x %zu evictions x %zu budgets on %s\n",
+          predictors.size(), options.policies.size(), options.evictions.size(),
+          options.budget_shares.size(), profile.name.c_str());
       return {};
     }
     begin();
     const auto result = SimulatePolicies(reader, predictors, profile, options);
-    return {PolicyTable(result), result.ToJson()};
+    return {PolicyTable(result), result.ToJson(), result.ToCsv()};
   });
 }
 
@@ -361,7 +387,7 @@ void RefuseOtherModesFlags() {
       {"quality", {"sequences", "shift_store", "max_new_tokens", "baselines"}},
       {"simulate",
        {"policy", "eviction", "expert_budget", "warm_start", "profile", "sequences",
-        "question_us", "phase", "max_new_tokens", "baselines"}},
+        "question_us", "phase", "max_new_tokens", "baselines", "report_with"}},
       {"transfer", {}},
       {"status", {"in"}}};
   RefuseUnheeded(kHeeded, "--mode=", FLAGS_mode);

@@ -9,6 +9,7 @@
 #include "report/result_values.h"
 #include "report/row_charts.h"
 #include "report/rows_section.h"
+#include "report/simulation_section.h"
 #include "report/svg_chart.h"
 
 namespace routecast {
@@ -112,6 +113,7 @@ void AddSummary(const std::vector<RunFolder>& folders, HtmlReport* page) {
   SummariseAccuracy(folders, &figures);
   for (const RunFolder& f : folders) {
     if (IsEvaluation(f)) SummariseRows(f, &figures);
+    if (IsSimulation(f)) SummariseSimulation(f, &figures);
   }
   if (!figures.empty()) page->KeyFigures(figures);
 }
@@ -119,17 +121,20 @@ void AddSummary(const std::vector<RunFolder>& folders, HtmlReport* page) {
 // What the first evaluation ran, on what.
 std::string Subtitle(const std::vector<RunFolder>& folders) {
   for (const RunFolder& f : folders) {
-    std::string text = TextOf(f.results, "device");
-    if (text.empty()) continue;
-    text = "device " + text;
+    const std::string device = TextOf(f.results, "device");
+    const bool simulation = device.empty() && IsSimulation(f);
+    if (device.empty() && !simulation) continue;
+    std::string text = simulation ? "simulated" : "device " + device;
     if (!f.run.is_object() || !f.run.contains("configuration")) return text;
     const Json& flags = f.run["configuration"];
-    for (const char* flag : {"model", "store", "predictor", "dtype", "link"}) {
+    std::vector<const char*> told = {"model", "store", "predictor", "dtype", "link"};
+    if (simulation) told = {"profile", "store", "predictor"};
+    for (const char* flag : told) {
       const std::string value = TextOf(flags, flag);
       if (!value.empty()) text += std::string(", ") + flag + " " + value;
     }
     const double rounds = NumberOf(flags, "rounds");
-    if (std::isfinite(rounds)) text += ", " + Fixed(rounds, 0) + " rounds";
+    if (!simulation && std::isfinite(rounds)) text += ", " + Fixed(rounds, 0) + " rounds";
     return text;
   }
   return "routing, prediction, prefetching";
@@ -142,6 +147,7 @@ std::string EvaluationReportHtml(const std::vector<RunFolder>& folders) {
   AddSummary(folders, &page);
   for (const RunFolder& f : folders) {
     if (IsEvaluation(f)) AddRows(f, &page);
+    if (IsSimulation(f)) AddSimulation(f, &page);
   }
   if (const auto charts = MemoryCharts(folders); !charts.empty()) {
     page.Section("Speed against memory");

@@ -12,8 +12,8 @@
 
 namespace routecast {
 
-// The page's text. Sections: summary, accuracy by layer and lead, expert load, loss
-// curves, rows. Throws std::length_error beyond HtmlReport::kMaxBytes.
+// The page's text. Sections: summary, rows, simulated rows, accuracy by layer and
+// lead, expert load, loss curves. Throws std::length_error beyond HtmlReport::kMaxBytes.
 std::string EvaluationReportHtml(const std::vector<RunFolder>& folders);
 
 // Loads `folders` (those that exist) and writes the page to `html`, atomically.

@@ -1,9 +1,13 @@
 #include "report/result_values.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <map>
 
 #include "common/files.h"
+#include "report/table.h"
 
 namespace routecast {
 namespace {
@@ -56,6 +60,36 @@ std::vector<Json> EntriesWith(const Json& value, const std::string& key) {
     if (!found.empty()) return found;
   }
   return found;
+}
+
+std::string RowsCsv(const Json& rows) {
+  static const std::array<const char*, 5> kFive = {"_min", "_q1", "_median", "_q3",
+                                                   "_max"};
+  const auto text = [](const Json& value) {
+    return value.is_string() ? value.get<std::string>() : value.dump();
+  };
+  std::vector<std::string> columns;
+  std::vector<std::map<std::string, std::string>> cells;
+  for (const Json& row : rows) {
+    auto& line = cells.emplace_back();
+    const auto put = [&](const std::string& column, const Json& value) {
+      if (std::find(columns.begin(), columns.end(), column) == columns.end())
+        columns.push_back(column);
+      line[column] = text(value);
+    };
+    for (const auto& [key, value] : row.items()) {
+      if (!value.is_array()) put(key, value);
+      for (size_t i = 0; value.is_array() && i < value.size(); ++i)
+        put(key + kFive.at(i), value[i]);
+    }
+  }
+  Table table(columns);
+  for (auto& line : cells) {
+    std::vector<std::string> row;
+    for (const std::string& column : columns) row.push_back(line[column]);
+    table.AddRow(std::move(row));
+  }
+  return table.ToCsv();
 }
 
 std::string RowName(const Json& row) {

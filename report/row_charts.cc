@@ -124,11 +124,13 @@ class Lines {
 std::string GroupText(const Json& row, const std::string& without = "") {
   const double batch = NumberOf(row, "batch");
   std::string name = TextOf(row, "phase");
-  if (without != "batch" && std::isfinite(batch))
-    name += (name.empty() ? "" : ", ") + std::string("batch ") + ShortNumber(batch);
+  const auto add = [&](const std::string& part) {
+    name += (name.empty() ? "" : ", ") + part;
+  };
+  if (without != "batch" && std::isfinite(batch)) add("batch " + ShortNumber(batch));
   for (const char* key : {"prompts", "schedule", "budget"}) {
     const std::string value = TextOf(row, key);
-    if (key != without && !value.empty() && value != "in_order") name += ", " + value;
+    if (key != without && !value.empty() && value != "in_order") add(value);
   }
   return name;
 }
@@ -136,8 +138,12 @@ std::string GroupText(const Json& row, const std::string& without = "") {
 }  // namespace
 
 std::vector<RowGroup> GroupsOf(const RunFolder& folder) {
+  return GroupsOf(EntriesWith(folder.results, "policy"));
+}
+
+std::vector<RowGroup> GroupsOf(const std::vector<Json>& rows) {
   std::vector<RowGroup> groups;
-  for (const Json& row : EntriesWith(folder.results, "policy")) {
+  for (const Json& row : rows) {
     const std::string name = GroupText(row);
     auto it = std::find_if(groups.begin(), groups.end(),
                            [&](const RowGroup& g) { return g.name == name; });
@@ -157,7 +163,11 @@ std::string Labelled(const Json& row) {
   const std::string policy = TextOf(row, "policy"), predictor = TextOf(row, "predictor");
   const bool named =
       !predictor.empty() && predictor != "none" && !policy.empty() && policy != "auto";
-  return RowName(row) + (named ? ", " + policy : "") +
+  // Nor has a simulation's one eviction alone.
+  const std::string eviction = TextOf(row, "eviction");
+  const bool kept = FlagOf(row, "simulated") && !predictor.empty() &&
+                    predictor != "none" && !eviction.empty() && eviction != "lru";
+  return RowName(row) + (named ? ", " + policy : "") + (kept ? ", " + eviction : "") +
          (IsLossy(row) ? ", LOSSY " + TextOf(row, "copies") : "");
 }
 
@@ -268,6 +278,41 @@ std::vector<std::string> MemoryCharts(const std::vector<RunFolder>& folders) {
         charts.speed.Svg(Titled("Speed by memory", name), "MiB", "tokens/s", false));
     svg.push_back(charts.hits.Svg(Titled("Hits by memory", name), "MiB", "%", false));
   }
+  return svg;
+}
+
+std::vector<std::string> SimulationCharts(const std::vector<RowGroup>& budgets) {
+  std::vector<std::string> svg;
+  if (budgets.size() == 1) {
+    AddBars(budgets[0], "Simulated rate over on-demand LRU", "ratio",
+            {{"simulated", "speed_up"}}, &svg);
+    AddBars(budgets[0], "What was moved", "MiB",
+            {{"useful", "bytes_useful", 1.0 / (1 << 20)},
+             {"late", "bytes_late", 1.0 / (1 << 20)},
+             {"wasted", "bytes_wasted", 1.0 / (1 << 20)}},
+            &svg);
+    return svg;
+  }
+  Lines speed, hits, bytes;
+  for (const RowGroup& budget : budgets) {
+    // Its own memory holds all experts where everything stays.
+    const double mebibytes = NumberOf(budget.rows[0], "budget_bytes") / (1 << 20);
+    for (const Json& row : budget.rows) {
+      const std::string name = Labelled(row);
+      speed.Add(name, mebibytes, NumberOf(row, "speed_up"));
+      if (TextOf(row, "policy") == "resident") continue;
+      hits.Add(name, mebibytes, NumberOf(row, "hit_rate") * 100);
+      bytes.Add(name, mebibytes,
+                (NumberOf(row, "bytes_useful") + NumberOf(row, "bytes_late") +
+                 NumberOf(row, "bytes_wasted")) /
+                    (1 << 30));
+    }
+  }
+  const char* const memory = "MiB of experts";
+  svg.push_back(
+      speed.Svg("Simulated rate over on-demand LRU by memory", memory, "ratio", false));
+  svg.push_back(hits.Svg("Simulated hits by memory", memory, "%", false));
+  svg.push_back(bytes.Svg("Bytes moved by memory", memory, "GiB", false));
   return svg;
 }
 

@@ -13,7 +13,9 @@ struct RowGroup {  // rows that may be compared with each other
   std::string name;
   std::vector<Json> rows;
 };
-// The rows of a folder by phase, batch size, prompts and schedule.
+// Rows by phase, batch size, prompts, schedule and budget, in the order of their first.
+std::vector<RowGroup> GroupsOf(const std::vector<Json>& rows);
+// Those of an evaluation's folder.
 std::vector<RowGroup> GroupsOf(const RunFolder& folder);
 
 // Rows of compressed experts, which put out something else and say so.
@@ -32,5 +34,8 @@ std::vector<std::string> BatchCharts(const RunFolder& folder);
 // Tokens a second, with the best of all rows by memory, and hit rate against the expert
 // memory, of runs with several budgets.
 std::vector<std::string> MemoryCharts(const std::vector<RunFolder>& folders);
+// The ratio to on-demand LRU, hit rate and bytes moved of rows that were played: against
+// the expert memory where there are several budgets, else a bar each.
+std::vector<std::string> SimulationCharts(const std::vector<RowGroup>& budgets);
 
 }  // namespace routecast

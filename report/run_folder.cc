@@ -10,6 +10,9 @@ namespace routecast {
 bool IsEvaluation(const RunFolder& f) {
   return !EntriesWith(f.results, "policy").empty();
 }
+bool IsSimulation(const RunFolder& f) {
+  return !EntriesWith(f.simulation, "policy").empty();
+}
 bool IsTraining(const RunFolder& f) {
   return f.results.is_object() && f.results.contains("scores");
 }
@@ -23,6 +26,8 @@ RunFolder LoadRunFolder(const fs::path& path) {
   folder.name = (whole.has_filename() ? whole : whole.parent_path()).filename().string();
   if (fs::exists(path / "results.json"))
     folder.results = ReadJsonFile(path / "results.json");
+  if (fs::exists(path / "simulation.json"))
+    folder.simulation = ReadJsonFile(path / "simulation.json");
   if (fs::exists(path / "stats.json")) folder.stats = ReadJsonFile(path / "stats.json");
   if (fs::exists(path / "pretrain.json"))
     folder.pretrain = ReadJsonFile(path / "pretrain.json");

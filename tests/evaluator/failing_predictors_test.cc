@@ -89,7 +89,7 @@ TEST_F(FailingPredictorsTest, AFailedQuestionIsLeftOutOfASimulationAndSaid) {
   profile.memory_bytes_per_second = 10e9;
   for (const auto mode : kFailing) {
     const auto result = SimulatePolicies(*reader_, Strange(mode), profile, options);
-    ASSERT_EQ(result.rows.size(), 3u);  // on demand, strange, the oracle
+    ASSERT_EQ(result.rows.size(), 4u);  // on demand, strange, the oracle, resident
     const std::string failure = StrangePredictor::FailureOf(mode);
     const SimulatedRow& demand = result.rows[0];
     const SimulatedRow& strange = result.rows[1];

@@ -157,7 +157,7 @@ TEST_F(ModesTest, SimulatedLruHitsAreThoseOfTheCache) {
         SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
     const MoeGeometry g = reader_->config().geometry;
     const int layers = g.decoder_layers + (encoder ? g.encoder_layers : 0);
-    EXPECT_EQ(result.slots, layers * g.num_experts / 4);
+    EXPECT_EQ(result.rows[0].slots, layers * g.num_experts / 4);
     std::vector<SimulatedVisit> visits;
     size_t counted = 0, sequences = 0;
     for (const SequenceInfo& info : reader_->sequences()) {
@@ -169,7 +169,8 @@ TEST_F(ModesTest, SimulatedLruHitsAreThoseOfTheCache) {
     }
     std::vector<OracleForesight::Visit> plain;
     for (const SimulatedVisit& v : visits) plain.push_back({v.layer, v.experts});
-    const MissCount misses = CountMisses(g, result.slots, Eviction::kLru, plain, counted);
+    const MissCount misses =
+        CountMisses(g, result.rows[0].slots, Eviction::kLru, plain, counted);
     double uses = 0;
     for (size_t i = counted; i < visits.size(); ++i)
       uses += static_cast<double>(visits[i].experts.size());
@@ -181,7 +182,7 @@ TEST_F(ModesTest, SimulatedLruHitsAreThoseOfTheCache) {
 
 TEST_F(ModesTest, ASimulatedBudgetOfOneExpertIsRefused) {
   PolicySimulationOptions options;
-  options.budget_share = 0.001;
+  options.budget_shares = {0.5, 0.001};
   try {
     SimulatePolicies(*reader_, {}, SomeProfile(2e9), options);
     FAIL() << "was raised to two";
@@ -190,8 +191,8 @@ TEST_F(ModesTest, ASimulatedBudgetOfOneExpertIsRefused) {
     const MoeGeometry g = reader_->config().geometry;
     const int least = 200 / (g.decoder_layers * g.num_experts) + 1;
     EXPECT_THAT(e.what(), HasSubstr("=" + std::to_string(least) + "%"));
-    options.budget_share = least / 100.;
-    EXPECT_GE(SimulatePolicies(*reader_, {}, SomeProfile(2e9), options).slots, 2);
+    options.budget_shares = {least / 100.};
+    EXPECT_GE(SimulatePolicies(*reader_, {}, SomeProfile(2e9), options).rows[0].slots, 2);
   }
 }
 
@@ -219,7 +220,8 @@ TEST_F(ModesTest, BeladyHasARowOnDemandInASimulation) {
   options.policies = {"on_demand", "auto"};  // nobody is asked on demand: no row
   const auto result =
       SimulatePolicies(*reader_, Predictors({"markov"}), SomeProfile(2e9), options);
-  ASSERT_EQ(result.rows.size(), 2u + 1 + 1);  // on demand twice, markov, the oracle
+  // On demand twice, markov, the oracle, resident.
+  ASSERT_EQ(result.rows.size(), 2u + 1 + 1 + 1);
   EXPECT_EQ(result.rows[1].eviction, "belady");
   EXPECT_EQ(result.rows[1].question_seconds, 0);
   EXPECT_GT(result.rows[2].question_seconds, 0);
@@ -236,7 +238,8 @@ TEST_F(ModesTest, BeladyHasARowOnDemandInASimulation) {
     plain.push_back({v.layer, v.experts});
     uses += static_cast<double>(v.experts.size());
   }
-  const MissCount misses = CountMisses(g, result.slots, Eviction::kBelady, plain, 0);
+  const MissCount misses =
+      CountMisses(g, result.rows[0].slots, Eviction::kBelady, plain, 0);
   EXPECT_NEAR(result.rows[1].hit_rate, 1 - static_cast<double>(misses.misses[1]) / uses,
               1e-9);
   EXPECT_GT(result.rows[1].hit_rate, result.rows[0].hit_rate);
@@ -268,8 +271,8 @@ TEST_F(ModesTest, ASimulationMayBeginWarmAndSaysWhatThatTakes) {
   const auto warm = simulate();
   EXPECT_LT(warm.rows[0].stall_seconds, cold.rows[0].stall_seconds);
   const double transfer = 8.0 * options.d_model * options.d_ff / 2e9;
-  EXPECT_NEAR(warm.ToJson()["warm_start_seconds"].get<double>(), warm.slots * transfer,
-              1e-9);
+  EXPECT_NEAR(warm.rows[0].ToJson()["warm_start_seconds"].get<double>(),
+              warm.rows[0].slots * transfer, 1e-9);
 }
 
 TEST_F(ModesTest, ASimulatedPhaseAwareCacheKnowsTheEncoder) {
@@ -299,11 +302,15 @@ TEST_F(ModesTest, SimulationIsDeterministicAndTheOracleIsBest) {
   };
   const Json rows = simulate();
   EXPECT_EQ(rows, simulate());
-  // LRU and LFU on demand, two predictors x two policies x two evictions, the oracle.
-  ASSERT_EQ(rows.size(), 2u + 8 + 1);
-  const Json oracle = rows.back();
+  // LRU and LFU on demand, two predictors x two policies x two evictions, the oracle,
+  // resident.
+  ASSERT_EQ(rows.size(), 2u + 8 + 1 + 1);
+  const Json oracle = rows[10], resident = rows.back();
   EXPECT_EQ(oracle["predictor"], "oracle");
+  EXPECT_EQ(resident["policy"], "resident");
+  EXPECT_GE(resident["speed_up"].get<double>(), oracle["speed_up"].get<double>() - 1e-9);
   for (const Json& row : rows) {
+    if (row == resident) continue;  // it waits for nothing, and nothing bounds it
     EXPECT_LE(row["speed_up"].get<double>(), oracle["speed_up"].get<double>() + 1e-9);
     EXPECT_LE(row["speed_up"].get<double>(), row["bound"].get<double>() + 1e-9);
     EXPECT_TRUE(row["simulated"].get<bool>());
