@@ -72,6 +72,9 @@ Json ComparisonResult::ToJson() const {
     entry["speed_up"] = row.speed_up;
     entry["speed_up_spread"] = row.speed_up_spread;
     entry["effect_size"] = row.effect_size;
+    entry["rounds"] = {{"tokens_per_second", row.round_rates},
+                       {"speed_up", row.round_speed_ups}};
+    entry["switched_off"] = row.switched_off;
     entry["compute_ms_spread"] = row.compute_ms_spread;
     entry["stall_ms_spread"] = row.stall_ms_spread;
     entry["p50_ms"] = row.p50_ms;
@@ -137,7 +140,10 @@ Json ComparisonResult::ToJson() const {
 
 std::string ComparisonResult::ToCsv() const {
   Json rows = ToJson().at("rows");
-  for (Json& row : rows) row.erase("speculation");  // a table of its own: results.json
+  for (Json& row : rows) {  // tables of their own: results.json has them
+    row.erase("speculation");
+    row.erase("rounds");
+  }
   return RowsCsv(rows);
 }
 
@@ -145,7 +151,8 @@ namespace {
 
 // What the table says behind a row.
 std::string Verdict(const RowResult& row) {
-  if (row.copies == "lossless") return row.lossless ? "" : "  OUTPUT DIFFERS";
+  if (row.copies == "lossless")
+    return !row.lossless ? "  OUTPUT DIFFERS" : row.switched_off ? "  off" : "";
   if (row.phase == Stack::kEncoder) return "  LOSSY " + row.copies;
   char text[200];
   std::snprintf(
@@ -170,11 +177,13 @@ std::string ToldApart(const RowResult& row) {
 }
 
 // The fastest over on-demand LRU of the rows that a user could choose: within the budget,
-// lossless, without the future; one a stack of each comparison.
+// lossless, without the future, and not off, which is on-demand LRU under another name;
+// one a stack of each comparison.
 std::string FastestText(const ComparisonResult& result) {
   std::vector<const RowResult*> fastest;
   for (const RowResult& row : result.rows) {
-    if (row.policy == "resident" || row.predictor == "oracle" || row.copies != "lossless")
+    if (row.policy == "resident" || row.predictor == "oracle" ||
+        row.copies != "lossless" || row.switched_off)
       continue;
     const auto same =
         std::find_if(fastest.begin(), fastest.end(), [&](const auto* other) {

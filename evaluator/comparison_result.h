@@ -68,6 +68,8 @@ struct RowResult {
   double effect_size = 0;     // (mean - 1) / deviation of those ratios; 0 where unknown
   // Over rounds: those ratios, and a token's share of computing and of waiting.
   FiveNumbers speed_up_spread{}, compute_ms_spread{}, stall_ms_spread{};
+  // A round each: tokens a second, and its ratio to on-demand LRU's in the same round.
+  std::vector<double> round_rates, round_speed_ups;
   // Of what was prefetched: used, and used and there in time; of what was needed:
   // prefetched.
   double prefetch_precision = 0, prefetch_timely = 0, prefetch_recall = 0;

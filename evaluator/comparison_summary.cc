@@ -229,6 +229,8 @@ ComparisonResult Comparison::Result() {
       summary.speed_up = Quantile(ratios, 0.5);
       summary.speed_up_spread = Spread(ratios);
       summary.effect_size = EffectSize(ratios);
+      summary.round_rates = row->rates[static_cast<int>(phase)];
+      summary.round_speed_ups = std::move(ratios);
       result.lossless = result.lossless && (summary.lossless || row->is_lossy);
       result.rows.push_back(std::move(summary));
     }

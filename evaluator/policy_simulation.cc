@@ -396,7 +396,9 @@ std::string PolicyTable(const PolicySimulationResult& result) {
   return text + failures + warm + "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
          std::to_string(result.tokens) + " tokens, " + Fixed(result.question_us, 0) +
-         " us a question; the simulator played up to " + Fixed(visits / 1e3, 0) +
+         " us a question (--question_us, whatever the predictor); the simulator played "
+         "up to " +
+         Fixed(visits / 1e3, 0) +
          " thousand layer visits a second\n"
          "bound: what prefetching alone can gain over on-demand LRU, with LRU's misses; "
          "a "

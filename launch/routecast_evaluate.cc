@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <sstream>
 #include <utility>
 
@@ -95,7 +96,9 @@ DEFINE_string(batch, "1", "sequences decoded together; a list gives rows for eac
 DEFINE_string(schedule, "in_order",
               "how requests are batched: in_order, by_route (foretold experts overlap), "
               "or a list of the two");
-DEFINE_int32(max_new_tokens, 16, "decoder steps of a round, at most");
+DEFINE_int32(max_new_tokens, 16,
+             "decoder steps of a round, at most; --mode=quality and simulate: decoder "
+             "tokens of a sequence, all where it is not given");
 DEFINE_int32(rounds, 20, "interleaved measured rounds");
 DEFINE_int32(warmup_rounds, 3, "rounds before them that are not measured");
 DEFINE_bool(compare, false,
@@ -220,6 +223,12 @@ std::vector<std::unique_ptr<ExpertPredictor>> Predictors(const TraceReader& read
                         FLAGS_quiet);
 }
 
+// Of a recorded sequence, in quality and simulation.
+int DecoderTokens() {
+  const bool given = !gflags::GetCommandLineFlagInfoOrDie("max_new_tokens").is_default;
+  return given ? FLAGS_max_new_tokens : std::numeric_limits<int>::max();
+}
+
 void RequireSequences() {
   if (FLAGS_sequences < 1 || FLAGS_max_new_tokens < 1) {
     throw UsageError(
@@ -240,7 +249,7 @@ Findings AskPredictors(const BeginRun& begin) {
   begin();
   QualityOptions options;
   options.sequences = FLAGS_sequences;
-  options.tokens = FLAGS_max_new_tokens;
+  options.tokens = DecoderTokens();
   options.seed = FLAGS_seed;
   options.quiet = FLAGS_quiet;
   Json json = {{"store", FLAGS_store}, {"predictors", Json::array()}};
@@ -288,7 +297,7 @@ void Simulate() {
   options.evictions = List(FLAGS_eviction);
   for (const auto& eviction : options.evictions) ParseEviction(eviction);
   options.sequences = FLAGS_sequences;
-  options.tokens = FLAGS_max_new_tokens;
+  options.tokens = DecoderTokens();
   options.question_seconds = FLAGS_question_us * 1e-6;
   options.encoder = ParseChoice("--phase", FLAGS_phase, {"decoder", "both"}) == 1;
   options.budget_shares = BudgetShares();

@@ -172,7 +172,8 @@ void SummariseRows(const RunFolder& f,
       const std::string predictor = TextOf(row, "predictor");
       // What fetched nothing ahead, or was off, differs from on-demand LRU by chance.
       const bool counts = !predictor.empty() && predictor != "none" &&
-                          predictor != "oracle" && NumberOf(row, "prefetch_recall") != 0;
+                          predictor != "oracle" && !FlagOf(row, "switched_off") &&
+                          NumberOf(row, "prefetch_recall") != 0;
       if (counts && !IsLossy(row) &&
           (best == nullptr || NumberOf(row, "speed_up") > NumberOf(*best, "speed_up"))) {
         best = &row;

@@ -409,6 +409,8 @@ TEST_F(ComparisonTest, ResultFileHasExactlyTheDocumentedKeys) {
                                              "speed_up",
                                              "speed_up_spread",
                                              "effect_size",
+                                             "rounds",
+                                             "switched_off",
                                              "compute_ms_spread",
                                              "stall_ms_spread",
                                              "p50_ms",
