@@ -23,7 +23,8 @@ ExpertWorth::ExpertWorth(const ExpertCache* cache, const LayerTimeline* timeline
       timeline_(timeline),
       forecasts_(forecasts),
       later_(later),
-      least_rate_(kRateFloor / cache->geometry().num_experts),
+      least_rate_(kRateFloor * cache->geometry().experts_per_token /
+                  cache->geometry().num_experts),
       log_least_rate_(std::log(least_rate_)),
       outlooks_(static_cast<size_t>(cache->geometry().num_layers())) {
   SetSlots(cache->num_slots());
