@@ -229,7 +229,7 @@ PolicySimulationResult SimulatePolicies(
   }
   for (const auto& predictor : predictors) {
     for (const std::string& policy : options.policies) {
-      SpeculationPolicy settings = ParsePolicy(policy);
+      SpeculationPolicy settings = PolicyFor(policy, ground.geometry());
       if (!settings.speculate) continue;  // a row of no predictor, above
       settings.auto_off = false;          // the gauge compares measured times
       settings.most_experts = PresetOf(profile).most_experts;
@@ -243,13 +243,13 @@ PolicySimulationResult SimulatePolicies(
       }
     }
   }
-  SpeculationPolicy far = ParsePolicy("auto");
+  SpeculationPolicy far = PolicyFor("auto", ground.geometry());
   far.auto_off = false;
   far.top_k = ground.geometry().num_experts;  // a visit may need all
-  far.max_lead = static_cast<int>(kOracleHorizon);
+  far.max_lead = std::max(far.max_lead, static_cast<int>(kOracleHorizon));
   Recording oracle = plain;
-  oracle.visits =
-      WithOracle(std::move(oracle.visits), ground.geometry().num_experts, kOracleHorizon);
+  oracle.visits = WithOracle(std::move(oracle.visits), ground.geometry().num_experts,
+                             static_cast<size_t>(far.max_lead));
   result.rows.push_back(
       ground.Run("oracle", "auto", "lru", oracle, RankedVisits(oracle.visits), far));
   const double compute = ground.ComputeSeconds(plain);

@@ -15,6 +15,7 @@ constexpr double kLinkSmoothing =
 // The published adaptive k: 95 % of the uses in time, two points to either side.
 constexpr int kBandWindow = 100, kBandLow = 93, kBandHigh = 97;  // uses
 constexpr double kLeastOfBand = 8;
+constexpr int kMostLeads = 48;  // more would fill memory with recordings
 
 bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
   return std::find(keys.begin(), keys.end(), key) != keys.end();
@@ -47,6 +48,15 @@ SpeculationPolicy ParsePolicy(const std::string& name) {
   std::vector<std::string> names;
   for (const auto& policy : Policies()) names.push_back(policy.name);
   return Policies()[static_cast<size_t>(ParseChoice("--policy", name, names))];
+}
+
+SpeculationPolicy PolicyFor(const std::string& name, const MoeGeometry& geometry) {
+  SpeculationPolicy policy = ParsePolicy(name);
+  if (policy.adapt_threshold && geometry.experts_per_token > 1) {
+    const int turn = std::max(geometry.encoder_layers, geometry.decoder_layers);
+    policy.max_lead = std::clamp(turn, policy.max_lead, kMostLeads);
+  }
+  return policy;
 }
 
 std::vector<std::string> ParsePolicies(const std::vector<std::string>& names) {

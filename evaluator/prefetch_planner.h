@@ -69,6 +69,9 @@ struct SpeculationPolicy {
 // on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, memory_manager,
 // auto; UsageError naming the nearest.
 SpeculationPolicy ParsePolicy(const std::string& name);
+// The same for a model of this geometry: where tokens take several experts, auto looks
+// ahead to a layer's next turn, as who stays till then decides more than what is fetched.
+SpeculationPolicy PolicyFor(const std::string& name, const MoeGeometry& geometry);
 // The names of a list, `all` being every policy that speculates. UsageError also where
 // there is none, or one twice.
 std::vector<std::string> ParsePolicies(const std::vector<std::string>& names);

@@ -107,7 +107,7 @@ TEST(MemoryManagerTest, OfSeveralExpertsATokenTheSetsConfidenceCounts) {
     Rig rig(12, Managed(2), true, 1, {0, 2, 8, 2, 8});
     rig.Layer(0, {0, 1});
     const size_t demands = rig.started.size();
-    rig.Predict(1, 1, {first, second, 0.4f, 0.3f, 0.2f, 0.1f, 0.1f, 0.1f});
+    rig.Predict(1, 1, {first, second, 0.04f, 0.04f, 0.04f, 0.04f, 0.04f, 0.04f});
     rig.link.AdvanceTo(rig.clock.Now() + 20);
     return rig.started.size() - demands;
   };
