@@ -322,6 +322,8 @@ TEST_F(SeveralExperts, WhatTheStoreCannotTeachIsRefused) {
               HasSubstr("--topk_inputs needs the routers' top-k"));
   EXPECT_THAT(refusal("interlayer", [](auto* o) { o->backup_experts = 1; }),
               HasSubstr("all of them are labels already"));
+  EXPECT_THAT(refusal("hidden", [](auto* o) { o->later_use = true; }),
+              HasSubstr("--later_use is of models that route to one expert a token"));
   EXPECT_THAT(refusal("interlayer", [](auto* o) { o->set_weight = 1; }),
               HasSubstr("a decoder alone"));
   EXPECT_THAT(refusal("ensemble", [](auto* o) { o->members = "interlayer;hidden"; }),
