@@ -234,7 +234,7 @@ void Comparison::AddSpeculatingRows(LinkEngine* link) {
   for (size_t i = 0; i < predictors_.size(); ++i) {
     const std::string& policy = options_.policies[i / count];
     ExpertPredictor* predictor = predictors_[i];
-    AddRow(policy, predictor->name(), options_.eviction,
+    AddRow(policy, predictor->label(), options_.eviction,
            std::make_unique<PredictorForesight>(predictor, workload_->geometry(),
                                                 ParsePolicy(policy).max_lead,
                                                 options_.next_token),

@@ -212,9 +212,12 @@ std::string ComparisonTable(const ComparisonResult& result) {
   std::string text;
   char line[512];
   const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
+  int width = 18;  // of the predictors' column: labels of one kind differ at their ends
+  for (const RowResult& row : result.rows)
+    width = std::clamp(static_cast<int>(row.predictor.size()), width, 48);
   std::snprintf(line, sizeof line,
-                "%-8s %-14s %-18s %-7s %9s %7s %6s %8s %8s %8s %7s %7s %7s %6s\n",
-                "phase", "policy", "predictor", "evict", "tokens/s", "speed", "hits",
+                "%-8s %-14s %-*s %-7s %9s %7s %6s %8s %8s %8s %7s %7s %7s %6s\n", "phase",
+                "policy", width, "predictor", "evict", "tokens/s", "speed", "hits",
                 "useful", "late", "wasted", "stall s", "Tc s", "Tx s", "bound");
   text += line;
   std::string group;
@@ -223,15 +226,15 @@ std::string ComparisonTable(const ComparisonResult& result) {
       group = GroupName(row);
       text += group + "\n";
     }
-    std::snprintf(
-        line, sizeof line,
-        "%-8s %-14s %-18.18s %-7.7s %9.1f %6.2fx %5.1f%% %8.0f %8.0f %8.0f %7.2f "
-        "%7.2f %7.2f %6.2f%s\n",
-        StackName(row.phase), row.policy.c_str(), row.predictor.c_str(),
-        row.eviction.c_str(), row.tokens_per_second, row.speed_up, 100 * row.hit_rate,
-        mib(row.bytes_useful), mib(row.bytes_late), mib(row.bytes_wasted),
-        row.stall_seconds, row.compute_seconds, row.transfer_seconds, row.bound,
-        Verdict(row).c_str());
+    std::snprintf(line, sizeof line,
+                  "%-8s %-14s %-*.*s %-7.7s %9.1f %6.2fx %5.1f%% %8.0f %8.0f %8.0f %7.2f "
+                  "%7.2f %7.2f %6.2f%s\n",
+                  StackName(row.phase), row.policy.c_str(), width, width,
+                  row.predictor.c_str(), row.eviction.c_str(), row.tokens_per_second,
+                  row.speed_up, 100 * row.hit_rate, mib(row.bytes_useful),
+                  mib(row.bytes_late), mib(row.bytes_wasted), row.stall_seconds,
+                  row.compute_seconds, row.transfer_seconds, row.bound,
+                  Verdict(row).c_str());
     text += line;
   }
   text += "speed: median over rounds of the rate over on-demand LRU's; bytes in MiB\n" +

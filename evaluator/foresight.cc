@@ -122,7 +122,7 @@ PredictorForesight::PredictorForesight(ExpertPredictor* predictor,
       max_lead_(max_lead),
       next_token_(std::move(next_token)) {}
 
-std::string PredictorForesight::name() const { return predictor_->name(); }
+std::string PredictorForesight::name() const { return predictor_->label(); }
 
 std::vector<LayerForecast> PredictorForesight::AtPassBegin(const PassInfo& pass) {
   const at::Tensor guessed = std::exchange(guessed_B1_, at::Tensor());

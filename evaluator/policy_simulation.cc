@@ -270,7 +270,7 @@ PolicySimulationResult SimulatePolicies(
       const RankedVisits ranked(told.visits);
       for (const std::string& eviction : options.evictions) {
         if (eviction == "belady") continue;  // a row on demand alone: what is least
-        play(predictor->name(), policy, eviction, told, ranked, settings);
+        play(predictor->label(), policy, eviction, told, ranked, settings);
       }
     }
   }

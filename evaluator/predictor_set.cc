@@ -106,6 +106,25 @@ std::unique_ptr<ExpertPredictor> EmptyBaseline(const std::string& name,
   return MakeBaseline(name, std::make_shared<BaselineTables>(geometry, 0), geometry, {});
 }
 
+// Trained runs of one kind get their folders' names behind it, and a number where these
+// are equal too. `given[i]`: how the user named predictors[i].
+void TellApart(const std::vector<std::string>& given,
+               const std::vector<std::unique_ptr<ExpertPredictor>>& predictors) {
+  std::map<std::string, int> named, labelled;
+  for (const auto& predictor : predictors) ++named[predictor->name()];
+  for (size_t i = 0; i < predictors.size(); ++i) {
+    const std::string name = predictors[i]->name();
+    if (named[name] == 1) continue;
+    const fs::path folder = fs::path(given[i]).lexically_normal();
+    const std::string last =
+        (folder.has_filename() ? folder : folder.parent_path()).filename().string();
+    const int before = labelled[name + " " + last]++;
+    predictors[i]->SetLabel(
+        name + " (" + last +
+        (before > 0 ? ", " + std::to_string(before + 1) : std::string()) + ")");
+  }
+}
+
 // The names without those that cannot be served.
 std::vector<std::string> Servable(
     const std::vector<std::string>& names, const std::vector<std::string>& asked,
@@ -147,9 +166,11 @@ std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     return Lacking(*EmptyBaseline(name, geometry), told);
   };
   std::vector<std::unique_ptr<ExpertPredictor>> predictors;
+  std::vector<std::string> given;
   std::shared_ptr<const BaselineTables> tables;
   for (const std::string& name : Servable(names, asked, lacking, quiet)) {
     if (name == "stale_gate" && routers.empty() && !Has(asked, name)) continue;
+    given.push_back(name);
     if (!Has(BaselineNames(), name)) {
       auto& predictor = loaded[name];
       predictors.push_back(predictor ? std::move(predictor)
@@ -166,6 +187,7 @@ std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     }
     predictors.push_back(MakeBaseline(name, tables, geometry, routers));
   }
+  TellApart(given, predictors);
   return predictors;
 }
 

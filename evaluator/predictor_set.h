@@ -26,9 +26,9 @@ struct ToldInputs {
 ToldInputs ToldBy(const TraceReader& records);
 
 // `asked`: what the user named, which must be there: UsageError where it needs what is
-// not told. Others are left out where the store or the model cannot serve them. Baselines
-// are counted over the train part of `reader` (may be null: UsageError where one is asked
-// for).
+// not told. Runs of one kind get labels with their folders' names. Others are left out
+// where the store or the model cannot serve them. Baselines are counted over the train
+// part of `reader` (may be null: UsageError where one is asked for).
 std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     const std::vector<std::string>& names, const std::vector<std::string>& asked,
     const MoeGeometry& geometry, const std::vector<RouterWeights>& routers,

@@ -369,7 +369,7 @@ std::vector<PredictorQuality> MeasureQuality(const TraceReader& reader,
   std::vector<PredictorQuality> all;
   const int choices = reader.config().geometry.experts_per_token;
   for (size_t p = 0; p < predictors.size(); ++p) {
-    all.push_back(Summary(predictors[p]->name(), asked[p], choices, options.seed));
+    all.push_back(Summary(predictors[p]->label(), asked[p], choices, options.seed));
   }
   return all;
 }
@@ -384,7 +384,7 @@ ShiftedQuality MeasureShift(const TraceReader& from, const TraceReader& to,
   ShiftedQuality shifted;
   const int choices = from.config().geometry.experts_per_token;
   for (size_t p = 0; p < predictors.size(); ++p) {
-    const std::string name = predictors[p]->name();
+    const std::string name = predictors[p]->label();
     shifted.before.push_back(Summary(name, before[p], choices, options.seed));
     shifted.after.push_back(Summary(name, after[p], choices, options.seed));
     shifted.after.back().adaptation = AdaptationOf(before[p].right, after[p].right);

@@ -55,6 +55,13 @@ class ExpertPredictor {
   // after the foretold ones that will use each expert, [B,L,E] float32 in [0, 1];
   // nullopt = nothing.
   virtual std::optional<at::Tensor> LaterUse() const { return std::nullopt; }
+  // How rows and messages call it: its name, unless another has the same and the owner of
+  // both has told them apart.
+  std::string label() const { return label_.empty() ? name() : label_; }
+  void SetLabel(std::string label) { label_ = std::move(label); }
+
+ private:
+  std::string label_;
 };
 
 // The chance that a token takes an expert which has the share `p` of its K choices.
