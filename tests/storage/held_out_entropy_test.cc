@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 
@@ -14,7 +15,8 @@ constexpr int kExperts = 8, kTokens = 50;
 
 // Two decoder layers whose experts `choose(token, expert before, draw)` gives.
 std::vector<double> BitsOf(
-    const std::function<uint64_t(uint64_t, uint64_t, uint64_t)>& choose) {
+    const std::function<uint64_t(uint64_t, uint64_t, uint64_t)>& choose,
+    const WorkObserver& on_work = {}) {
   HeldOutEntropy entropy({0, 2, kExperts, 1, 0});
   for (uint64_t i = 0; i < 400; ++i) {
     RoutingTrace trace;
@@ -34,7 +36,7 @@ std::vector<double> BitsOf(
     }
     entropy.Add(trace);
   }
-  return entropy.Bits();
+  return entropy.Bits(on_work);
 }
 
 TEST(HeldOutEntropy, IsThreeBitsOfEightExpertsDrawnAtRandom) {
@@ -55,6 +57,21 @@ TEST(HeldOutEntropy, IsOneBitWhereTwoExpertsAreLeft) {
     return Mix(token, before % 2) + draw % 2;
   });
   EXPECT_NEAR(bits[1], 1, 0.05);
+}
+
+// Of a large store it takes minutes, in each fold.
+TEST(HeldOutEntropy, SaysHowFarItIs) {
+  std::vector<double> shares;
+  BitsOf([](auto, auto, auto draw) { return draw; },
+         [&](double share) { shares.push_back(share); });
+  ASSERT_FALSE(shares.empty());
+  EXPECT_EQ(shares.front(), 0);
+  EXPECT_EQ(shares.back(), 1);
+  EXPECT_TRUE(std::is_sorted(shares.begin(), shares.end()));
+  double largest = 0;
+  for (size_t i = 1; i < shares.size(); ++i)
+    largest = std::max(largest, shares[i] - shares[i - 1]);
+  EXPECT_LT(largest, 0.05) << "between two looks";
 }
 
 TEST(HeldOutEntropy, OfALayerWithoutIdsIsNotKnown) {
