@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "common/errors.h"
 #include "common/random.h"
 #include "common/stop.h"
 
@@ -50,6 +51,14 @@ ContextModel HeldOutEntropy::ModelWithout(int fold, const WorkObserver& on_work)
 }
 
 std::vector<double> HeldOutEntropy::Bits(const WorkObserver& on_work) const {
+  try {
+    return Estimate(on_work);
+  } catch (const DataError&) {  // more contexts than a model may have
+    return std::vector<double>(static_cast<size_t>(geometry_.num_layers()), -1.0);
+  }
+}
+
+std::vector<double> HeldOutEntropy::Estimate(const WorkObserver& on_work) const {
   const auto layers = static_cast<size_t>(geometry_.num_layers());
   std::vector<double> bits(layers, 0.0), ids(layers, 0.0);
   for (int fold = 0; fold < kFolds; ++fold) {

@@ -21,10 +21,12 @@ class HeldOutEntropy {
   explicit HeldOutEntropy(const MoeGeometry& geometry) : geometry_(geometry) {}
   // Documents go to folds by their group, so that near-duplicates stay together.
   void Add(const RoutingTrace& trace);
-  // Bits an id, by global layer; negative for layers without ids.
+  // Bits an id, by global layer; negative for layers without ids, and for all where a
+  // model of them would be larger than a coder's may be.
   std::vector<double> Bits(const WorkObserver& on_work = {}) const;
 
  private:
+  std::vector<double> Estimate(const WorkObserver& on_work) const;
   static int FoldOf(const RoutingTrace& trace);
   // A model of all folds but this one.
   ContextModel ModelWithout(int fold, const WorkObserver& on_work) const;

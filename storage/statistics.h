@@ -30,7 +30,7 @@ struct LayerStatistics {
   // Of the expert given token id (else the layer's expert of the token before) and the
   // layer before's expert, of documents that the estimate has not seen
   // (held_out_entropy.h). Negative where it was not asked for, and
-  // where experts are too many (kMaxCodedExperts).
+  // where experts (kMaxCodedExperts) or contexts are too many.
   double held_out_entropy_bits = -1;
   double dropped = -1;  // share that capacity dropped; negative where not recorded
   // Of models that route to k experts a token, where the store has them all: [E] uses of

@@ -74,6 +74,31 @@ TEST(HeldOutEntropy, SaysHowFarItIs) {
   EXPECT_LT(largest, 0.05) << "between two looks";
 }
 
+// Each token has half of the experts for itself, and with each of them another one in the
+// layer behind: more contexts, of more factors, than a coder's model may have.
+TEST(HeldOutEntropy, OfTooManyContextsIsNotKnown) {
+  constexpr uint64_t kMany = 1024, kIds = 48, kRounds = 3;
+  HeldOutEntropy entropy({0, 2, static_cast<int>(kMany), 1, 0});
+  for (uint64_t i = 0; i < kIds * kRounds; ++i) {
+    const uint64_t token = i % kIds;
+    std::vector<uint16_t> own;
+    for (uint64_t e = 0; e < kMany; ++e) {
+      if (Mix(token, e) % 2 == 0) own.push_back(static_cast<uint16_t>(e));
+    }
+    RoutingTrace trace;
+    trace.group_id = Mix(i);
+    RoutingSpan& s = trace.decoder;
+    s.num_tokens = static_cast<int>(own.size());
+    s.num_layers = 2;
+    s.token_ids.assign(own.size(), static_cast<uint32_t>(token));
+    s.expert_ids = own;
+    std::rotate(own.begin(), own.begin() + 1, own.end());
+    s.expert_ids.insert(s.expert_ids.end(), own.begin(), own.end());
+    entropy.Add(trace);
+  }
+  for (const double bits : entropy.Bits()) EXPECT_LT(bits, 0);
+}
+
 TEST(HeldOutEntropy, OfALayerWithoutIdsIsNotKnown) {
   EXPECT_LT(HeldOutEntropy({1, 0, kExperts, 1, 0}).Bits()[0], 0);
 }
