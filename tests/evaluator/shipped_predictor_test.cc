@@ -3,12 +3,14 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <map>
 
 #include "corpus/tokenizer.h"
 #include "evaluator/foresight.h"
+#include "evaluator/predictor_set.h"
 #include "models/checkpoint.h"
 #include "models/generation.h"
 #include "models/predictor_factory.h"
@@ -69,6 +71,34 @@ TEST(ShippedPredictorTest, NamesWhatTheShippedCheckpointTakes) {
   }
   EXPECT_EQ(scores.asked, 2 * 16 * geometry.decoder_layers);
   EXPECT_GE(scores.right, 0.6 * scores.asked);
+}
+
+// In a table of two checkpoints of one kind both were called by it.
+TEST(ShippedPredictorTest, TwoRunsOfOneKindAreToldApartByTheirFolders) {
+  const fs::path configs = fs::path(EnvOr("ROUTECAST_SOURCE_DIR", ".")) / "configs";
+  const MoeGeometry geometry =
+      SwitchConfig::Load(configs / "checkpoints/small-16").geometry();
+  const fs::path folder = fs::temp_directory_path() /
+                          ("shipped_predictor_test." + std::to_string(::getpid()));
+  const auto labels = [&](std::vector<std::string> names) {
+    for (std::string& name : names) {
+      fs::create_directories((folder / name).parent_path());
+      if (!fs::exists(folder / name))
+        fs::create_directory_symlink(configs / "predictors/small-16-hidden",
+                                     folder / name);
+      name = (folder / name).string();
+    }
+    std::vector<std::string> all;
+    for (const auto& p : MakePredictors(names, names, geometry, {}, nullptr, true))
+      all.push_back(p->label());
+    return all;
+  };
+  EXPECT_EQ(labels({"one"}), (std::vector<std::string>{"hidden"}));
+  EXPECT_EQ(labels({"one", "other/"}),
+            (std::vector<std::string>{"hidden (one)", "hidden (other)"}));
+  EXPECT_EQ(labels({"a/run", "b/run"}),
+            (std::vector<std::string>{"hidden (run)", "hidden (run, 2)"}));
+  fs::remove_all(folder);
 }
 
 }  // namespace
