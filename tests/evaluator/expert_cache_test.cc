@@ -36,6 +36,20 @@ std::vector<ExpertKey> RandomUses(const MoeGeometry& g, uint64_t seed, int count
   return uses;
 }
 
+// Used at a hundred visits, then at 32 no more.
+TEST(ExpertCacheTest, UseRatesReachBackLessWhereTokensTakeSeveralExperts) {
+  const auto rate = [](int chosen) {
+    ExpertCache cache({0, 1, 4, chosen, 8}, 4, Eviction::kLru);
+    for (int visit = 0; visit < 132; ++visit) {
+      cache.BeginLayer(0);
+      if (visit < 100) cache.Use({0, 1});
+    }
+    return cache.UseRate({0, 1});
+  };
+  EXPECT_NEAR(rate(1), 0.709, 0.001);  // of the last 256 or so
+  EXPECT_NEAR(rate(2), 0.127, 0.001);  // of the last 16
+}
+
 TEST(ExpertCacheTest, LruAgreesWithANaiveList) {
   const MoeGeometry g = Geometry(1, 2, 9);
   for (uint64_t seed = 0; seed < 20; ++seed) {
