@@ -243,6 +243,7 @@ PolicySimulationResult SimulatePolicies(
   if (options.warm_start) result.warm_start = options.warm_start->source;
   const Recording plain = ground.Record(nullptr, 0);
   result.tokens = plain.tokens;
+  result.sequence_tokens = options.tokens;
   // A predictor is asked once, and what it said played with every budget and eviction.
   std::vector<std::vector<SimulatedRow>> rows(options.budget_shares.size());
   const auto play = [&](const std::string& predictor, const std::string& policy,
@@ -322,6 +323,7 @@ Json PolicySimulationResult::ToJson() const {
   Json json = {{"profile", profile.ToJson()},
                {"question_us", question_us},
                {"tokens", tokens},
+               {"sequence_tokens", sequence_tokens},
                {"rows", Json::array()}};
   if (!warm_start.empty()) json["warm_start"] = warm_start;
   for (const SimulatedRow& row : rows) json["rows"].push_back(row.ToJson());
@@ -388,7 +390,9 @@ std::string PolicyTable(const PolicySimulationResult& result) {
           : "slots begin with the most used experts (" + result.warm_start + ")\n";
   return text + failures + warm + "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
-         std::to_string(result.tokens) + " tokens, " + Fixed(result.question_us, 0) +
+         std::to_string(result.tokens) + " tokens, the first " +
+         std::to_string(result.sequence_tokens) +
+         " of a sequence at most (--max_new_tokens), " + Fixed(result.question_us, 0) +
          " us a question (--question_us, whatever the predictor); the simulator played "
          "up to " +
          Fixed(visits / 1e3, 0) +

@@ -53,6 +53,7 @@ struct PolicySimulationResult {
   DeviceProfile profile;
   double question_us = 0;  // what each question was charged
   size_t tokens = 0;
+  int sequence_tokens = 0;  // played of each sequence, from its first on, at most
   std::string warm_start;  // where slots began filled: what was counted
   // Of each budget: on-demand LRU first, resident last.
   std::vector<SimulatedRow> rows;

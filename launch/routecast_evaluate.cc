@@ -97,8 +97,8 @@ DEFINE_string(schedule, "in_order",
               "how requests are batched: in_order, by_route (foretold experts overlap), "
               "or a list of the two");
 DEFINE_int32(max_new_tokens, 16,
-             "decoder steps of a round, at most; --mode=quality and simulate: decoder "
-             "tokens of a sequence, all where it is not given");
+             "decoder steps of a round, at most; --mode=simulate: decoder tokens of a "
+             "sequence, at most; quality: the same, but all where it is not given");
 DEFINE_int32(rounds, 20, "interleaved measured rounds");
 DEFINE_int32(warmup_rounds, 3, "rounds before them that are not measured");
 DEFINE_bool(compare, false,
@@ -225,8 +225,9 @@ std::vector<std::unique_ptr<ExpertPredictor>> Predictors(const TraceReader& read
                         FLAGS_quiet, told);
 }
 
-// Of a recorded sequence, in quality and simulation.
-int DecoderTokens() {
+// Of a recorded sequence whose answers are scored. A simulation keeps all answers in
+// memory, so there the default stands.
+int ScoredTokens() {
   const bool given = !gflags::GetCommandLineFlagInfoOrDie("max_new_tokens").is_default;
   return given ? FLAGS_max_new_tokens : std::numeric_limits<int>::max();
 }
@@ -256,7 +257,7 @@ Findings AskPredictors(const BeginRun& begin) {
   begin();
   QualityOptions options;
   options.sequences = FLAGS_sequences;
-  options.tokens = DecoderTokens();
+  options.tokens = ScoredTokens();
   options.seed = FLAGS_seed;
   options.quiet = FLAGS_quiet;
   Json json = {{"store", FLAGS_store}, {"predictors", Json::array()}};
@@ -304,7 +305,7 @@ void Simulate() {
   options.evictions = List(FLAGS_eviction);
   for (const auto& eviction : options.evictions) ParseEviction(eviction);
   options.sequences = FLAGS_sequences;
-  options.tokens = DecoderTokens();
+  options.tokens = FLAGS_max_new_tokens;
   options.question_seconds = FLAGS_question_us * 1e-6;
   options.encoder = ParseChoice("--phase", FLAGS_phase, {"decoder", "both"}) == 1;
   options.budget_shares = BudgetShares();

@@ -76,8 +76,9 @@ TEST(ShippedPredictorTest, NamesWhatTheShippedCheckpointTakes) {
 // In a table of two checkpoints of one kind both were called by it.
 TEST(ShippedPredictorTest, TwoRunsOfOneKindAreToldApartByTheirFolders) {
   const fs::path configs = fs::path(EnvOr("ROUTECAST_SOURCE_DIR", ".")) / "configs";
+  const fs::path config = configs / "checkpoints/small-16/config.json";
   const MoeGeometry geometry =
-      SwitchConfig::Load(configs / "checkpoints/small-16").geometry();
+      SwitchConfig::FromJson(ReadJsonFile(config), config.string()).geometry();
   const fs::path folder = fs::temp_directory_path() /
                           ("shipped_predictor_test." + std::to_string(::getpid()));
   const auto labels = [&](std::vector<std::string> names) {
