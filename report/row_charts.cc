@@ -293,14 +293,16 @@ std::vector<std::string> SimulationCharts(const std::vector<RowGroup>& budgets) 
             &svg);
     return svg;
   }
-  Lines speed, hits, bytes;
+  Lines rates, speed, hits, bytes;
   for (const RowGroup& budget : budgets) {
     // Its own memory holds all experts where everything stays.
     const double mebibytes = NumberOf(budget.rows[0], "budget_bytes") / (1 << 20);
     for (const Json& row : budget.rows) {
       const std::string name = Labelled(row);
-      speed.Add(name, mebibytes, NumberOf(row, "speed_up"));
+      rates.Add(name, mebibytes, NumberOf(row, "tokens_per_second"));
+      // Far above all others where little memory is left.
       if (TextOf(row, "policy") == "resident") continue;
+      speed.Add(name, mebibytes, NumberOf(row, "speed_up"));
       hits.Add(name, mebibytes, NumberOf(row, "hit_rate") * 100);
       bytes.Add(name, mebibytes,
                 (NumberOf(row, "bytes_useful") + NumberOf(row, "bytes_late") +
@@ -309,6 +311,8 @@ std::vector<std::string> SimulationCharts(const std::vector<RowGroup>& budgets) 
     }
   }
   const char* const memory = "MiB of experts";
+  svg.push_back(
+      rates.Svg("Simulated tokens a second by memory", memory, "tokens/s", false));
   svg.push_back(
       speed.Svg("Simulated rate over on-demand LRU by memory", memory, "ratio", false));
   svg.push_back(hits.Svg("Simulated hits by memory", memory, "%", false));

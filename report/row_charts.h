@@ -34,8 +34,9 @@ std::vector<std::string> BatchCharts(const RunFolder& folder);
 // Tokens a second, with the best of all rows by memory, and hit rate against the expert
 // memory, of runs with several budgets.
 std::vector<std::string> MemoryCharts(const std::vector<RunFolder>& folders);
-// The ratio to on-demand LRU, hit rate and bytes moved of rows that were played: against
-// the expert memory where there are several budgets, else a bar each.
+// Tokens a second, their ratio to on-demand LRU, hit rate and bytes moved of rows that
+// were played: against the expert memory where there are several budgets, else a bar
+// each.
 std::vector<std::string> SimulationCharts(const std::vector<RowGroup>& budgets);
 
 }  // namespace routecast

@@ -113,8 +113,8 @@ TEST_P(SetSizes, MarkovBringsWhatItKnows) {
   options.question_seconds = 0;
   const auto result = SimulatePolicies(
       reader, Make(reader, {"frequency", "markov"}, {"markov"}), FastLink(), options);
-  ASSERT_EQ(result.rows.size(), 5u);
-  EXPECT_EQ(result.slots, kLayers * chain.experts() / 4);
+  ASSERT_EQ(result.rows.size(), 6u);
+  EXPECT_EQ(result.rows[0].slots, kLayers * chain.experts() / 4);
   const SimulatedRow &lru = result.rows[0], &belady = result.rows[1],
                      &frequency = result.rows[2], &markov = result.rows[3],
                      &oracle = result.rows[4];

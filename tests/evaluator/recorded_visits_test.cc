@@ -94,11 +94,11 @@ TEST(RecordedVisitsTest, AnOracleForetellsEveryExpertOfAToken) {
   profile.link_bytes_per_second = 1e15;
   profile.memory_bytes_per_second = 1e11;
   PolicySimulationOptions options;
-  options.budget_share = 0.75;
+  options.budget_shares = {0.75};
   const auto result = SimulatePolicies(TraceReader(folder / "store", NeedTokens::kNo), {},
                                        profile, options);
   fs::remove_all(folder);
-  ASSERT_EQ(result.rows.size(), 2u);
+  ASSERT_EQ(result.rows.size(), 3u);
   EXPECT_LT(result.rows[0].hit_rate, 0.99);
   EXPECT_EQ(result.rows[1].predictor, "oracle");
   EXPECT_GT(result.rows[1].hit_rate, 0.999);

@@ -83,10 +83,11 @@ TEST(ShippedPredictorTest, TwoRunsOfOneKindAreToldApartByTheirFolders) {
                           ("shipped_predictor_test." + std::to_string(::getpid()));
   const auto labels = [&](std::vector<std::string> names) {
     for (std::string& name : names) {
-      fs::create_directories((folder / name).parent_path());
-      if (!fs::exists(folder / name))
-        fs::create_directory_symlink(configs / "predictors/small-16-hidden",
-                                     folder / name);
+      const fs::path link =
+          folder / fs::path(name + "/.").lexically_normal().parent_path();
+      fs::create_directories(link.parent_path());
+      if (!fs::exists(link))
+        fs::create_directory_symlink(configs / "predictors/small-16-hidden", link);
       name = (folder / name).string();
     }
     std::vector<std::string> all;
