@@ -15,6 +15,7 @@
 #include "common/temporary_file.h"
 #include "rocksdb/sst_file_writer.h"
 #include "storage/context_coder.h"
+#include "storage/lost_chunks.h"
 #include "storage/shard_db.h"
 
 namespace routecast {
@@ -284,6 +285,10 @@ ShardOwner::ShardOwner(fs::path store, const StoreConfig& config, int first, int
     TakeSeal(shard);
     shards_[shard] =
         std::make_unique<ShardDb>(store_, shard, config_, ShardDb::Mode::kWrite);
+    if (shards_[shard]->WentBack()) {
+      seals_.erase(shard);  // names of lost files may be used again
+      RemoveMarksOfLostChunks(shards_[shard].get(), config_, on_step_);
+    }
   }
 }
 
