@@ -12,13 +12,14 @@
 #include "common/errors.h"
 
 namespace routecast {
-namespace {
 
 bool HasName(int fd, const fs::path& path) {
   struct stat open_file, named;
   return ::fstat(fd, &open_file) == 0 && ::stat(path.c_str(), &named) == 0 &&
          open_file.st_dev == named.st_dev && open_file.st_ino == named.st_ino;
 }
+
+namespace {
 
 void RemoveUnlessLocked(const fs::path& temporary) {
   const int fd = ::open(temporary.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
