@@ -282,6 +282,7 @@ ShardOwner::ShardOwner(fs::path store, const StoreConfig& config, int first, int
                        StepObserver on_step)
     : store_(std::move(store)), config_(config), on_step_(std::move(on_step)) {
   for (int shard = first; shard < config_.num_shards; shard += step) {
+    Step("open shard");
     TakeSeal(shard);
     shards_[shard] =
         std::make_unique<ShardDb>(store_, shard, config_, ShardDb::Mode::kWrite);
@@ -389,7 +390,8 @@ void ShardOwner::Finish() {
     Step("seal");
     const auto before = seals_.find(shard);
     WriteShardSeal(store_, shard, marks,
-                   before == seals_.end() ? std::nullopt : std::optional(before->second));
+                   before == seals_.end() ? std::nullopt : std::optional(before->second),
+                   [this] { Step(kHashStep); });
   }
 }
 

@@ -157,6 +157,14 @@ TEST_F(FilesTest, SealedFolderReplacesAndDropsWhatAnEarlierRunLeft) {
   EXPECT_EQ(NumEntries(), 1u);
 }
 
+TEST_F(FilesTest, HashFileSaysEachMiB) {
+  const std::string bytes((size_t{5} << 20) / 2, 'x');
+  WriteFileAtomic(folder_ / "f", bytes);
+  int blocks = 0;
+  EXPECT_EQ(HashFile(folder_ / "f", 3, [&] { ++blocks; }), Hash64(bytes, 3));
+  EXPECT_EQ(blocks, 3);
+}
+
 TEST(ParseBytes, UnitsAndNonsense) {
   EXPECT_EQ(ParseBytes("--b", "1000"), 1000u);
   EXPECT_EQ(ParseBytes("--b", "1.5KiB"), 1536u);

@@ -43,6 +43,16 @@ TEST_F(TraceStoreTest, CompactionKeepsEverything) {
   ExpectEverything();
 }
 
+// Whoever watches a job sees that it goes on: disks may be slow.
+TEST_F(TraceStoreTest, OpeningAndSealingShardsAreManySteps) {
+  Fill();
+  std::map<std::string, int> steps;
+  ShardOwner owner(store(), config_, 0, 1, [&](const char* step) { ++steps[step]; });
+  EXPECT_EQ(steps["open shard"], config_.num_shards);
+  owner.Finish();
+  EXPECT_GT(steps[kHashStep], config_.num_shards);
+}
+
 TEST_F(TraceStoreTest, IngestingTwiceChangesNothing) {
   Fill();
   ShardOwner owner(store(), config_, 0, 1);
