@@ -3,9 +3,13 @@
 #include "corpus/readers.h"
 
 #include <gtest/gtest.h>
+#include <pthread.h>
+
+#include <atomic>
 
 #include "common/errors.h"
 #include "common/random.h"
+#include "corpus/parallel.h"
 #include "tests/corpus/test_folder.h"
 
 namespace routecast {
@@ -104,6 +108,21 @@ TEST_F(ReadersTest, AFileThatIsCutWhileItIsReadIsDataErrorByName) {
   }
   EXPECT_GT(records, 100);  // of the first window
   EXPECT_LT(records, 1000);
+}
+
+// The system gives no thread a stack as large as its address space.
+TEST(ParallelForTest, WorksWithTheThreadsThatItGets) {
+  pthread_attr_t before, huge;
+  ASSERT_EQ(::pthread_getattr_default_np(&before), 0);
+  ASSERT_EQ(::pthread_getattr_default_np(&huge), 0);
+  ASSERT_EQ(::pthread_attr_setstacksize(&huge, size_t{1} << 47), 0);
+  ASSERT_EQ(::pthread_setattr_default_np(&huge), 0);
+  std::atomic<int> sum{0};
+  ParallelFor(100, 4, [&](size_t i) { sum += static_cast<int>(i); });
+  ASSERT_EQ(::pthread_setattr_default_np(&before), 0);
+  ::pthread_attr_destroy(&before);
+  ::pthread_attr_destroy(&huge);
+  EXPECT_EQ(sum, 4950);
 }
 
 }  // namespace
