@@ -110,6 +110,33 @@ TEST_F(ReadersTest, AFileThatIsCutWhileItIsReadIsDataErrorByName) {
   EXPECT_LT(records, 1000);
 }
 
+// An object that is searched for each of its keys takes minutes here.
+std::string ManyKeys() {
+  std::string json = "{";
+  for (int k = 0; k < 200'000; ++k) json += "\"" + std::to_string(k) + "\":0,";
+  return json;
+}
+
+TEST_F(ReadersTest, ARecordOfManyKeysIsRead) {
+  const std::string record = ManyKeys() + "\"text\": \"x\"}";
+  EXPECT_EQ(RecordText({SourceKind::kJsonl, "", "text"}, {record, 0}, "keys"), "x");
+}
+
+TEST_F(ReadersTest, SquadOfManyKeysIsRead) {
+  const std::string json =
+      ManyKeys() + R"("data":[{"paragraphs":[{"context":"c","qas":[]}]}]})";
+  std::vector<std::string> texts;
+  ReadRecords({SourceKind::kSquad, "", ""}, json, "keys",
+              [&](const RawRecord& r) { texts.emplace_back(r.raw); });
+  EXPECT_EQ(texts, std::vector<std::string>{"c"});
+}
+
+TEST_F(ReadersTest, ARecordThatSaysAKeyTwiceIsRefused) {
+  const std::string record = R"({"text": "one", "text": "two"})";
+  EXPECT_THROW(RecordText({SourceKind::kJsonl, "", "text"}, {record, 0}, "keys"),
+               DataError);
+}
+
 // The system gives no thread a stack as large as its address space.
 TEST(ParallelForTest, WorksWithTheThreadsThatItGets) {
   pthread_attr_t before, huge;
