@@ -106,6 +106,12 @@ TEST_F(FilesTest, ALivingWritersFileIsNotTakenForALeftover) {
   EXPECT_EQ(NumEntries(), 1u);
 }
 
+// Nobody writes into it: an open that waits would wait for ever.
+TEST_F(FilesTest, ANamedPipeIsNoFileToRead) {
+  ASSERT_EQ(::mkfifo((folder_ / "pipe").c_str(), 0600), 0);
+  EXPECT_THROW(ReadFile(folder_ / "pipe"), UsageError);
+}
+
 TEST_F(FilesTest, NamesOfTemporaryFiles) {
   EXPECT_EQ(PathOfTemporary("a/traces.npz.12.tmp"), "a/traces.npz");
   EXPECT_EQ(PathOfTemporary("f.1.tmp"), "f");

@@ -4,11 +4,13 @@
 
 #include <gtest/gtest.h>
 #include <pthread.h>
+#include <sys/stat.h>
 
 #include <atomic>
 
 #include "common/errors.h"
 #include "common/random.h"
+#include "corpus/mapped_file.h"
 #include "corpus/parallel.h"
 #include "tests/corpus/test_folder.h"
 
@@ -108,6 +110,12 @@ TEST_F(ReadersTest, AFileThatIsCutWhileItIsReadIsDataErrorByName) {
   }
   EXPECT_GT(records, 100);  // of the first window
   EXPECT_LT(records, 1000);
+}
+
+// Nobody writes into it: an open that waits would wait for ever.
+TEST_F(ReadersTest, ANamedPipeIsNotMapped) {
+  ASSERT_EQ(::mkfifo((folder_ / "pipe").c_str(), 0600), 0);
+  EXPECT_THROW(MappedFile(folder_ / "pipe"), UsageError);
 }
 
 // An object that is searched for each of its keys takes minutes here.
