@@ -106,6 +106,15 @@ TEST_F(FilesTest, ALivingWritersFileIsNotTakenForALeftover) {
   EXPECT_EQ(NumEntries(), 1u);
 }
 
+// Laid under the name that this process will use: what it leads to stays as it is.
+TEST_F(FilesTest, ALinkUnderATemporaryNameIsNotWrittenThrough) {
+  const fs::path path = folder_ / "f", victim = folder_ / "victim";
+  WriteFileAtomic(victim, "theirs");
+  fs::create_symlink(victim, path.string() + "." + std::to_string(::getpid()) + ".tmp");
+  EXPECT_THROW(WriteFileAtomic(path, "ours"), UsageError);
+  EXPECT_EQ(ReadFile(victim), "theirs");
+}
+
 // Nobody writes into it: an open that waits would wait for ever.
 TEST_F(FilesTest, ANamedPipeIsNoFileToRead) {
   ASSERT_EQ(::mkfifo((folder_ / "pipe").c_str(), 0600), 0);
