@@ -344,8 +344,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   const ChunkPlan& plan = sources->plan;
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);
   config.SetIntakes(sources->intakes);
-  // Of a store that is there nothing may be left to do: it is looked at first.
-  if (!fs::exists(store / "store.json")) RequireTableFiles(store, config, rank.world);
+  RequireShardFiles(store, config, rank.world);
   if (rank.is_root() && !options.quiet && config.top_k > 0 &&
       config.top_k < options.top_k) {
     std::fprintf(stderr,
@@ -405,7 +404,6 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   }
   spans.Write("open", opened, {{"rank", rank.rank}, {"ranks", rank.world}});
 
-  if (!todo.empty()) RequireTableFiles(store, config, rank.world);
   if (rank.is_root() && !todo.empty()) {
     const TextTokens tokens = EstimatedTokens(config, corpus, plan, tokenizer);
     RequireFreeBytes(

@@ -94,7 +94,6 @@ void DryRun(const CollectOptions& options, const StoreConfig& config,
   PrintPlan(options, config, corpus, plan, weights, rank, tokens, completed);
   RequireWritable(store);
   const uint64_t chunks = std::max<uint64_t>(plan.chunks.size(), 1);
-  if (completed < chunks) RequireTableFiles(store, config, rank.world);
   RequireFreeBytes(store, EstimatedStoreBytes(config, tokens) / chunks *
                               (chunks - std::min(completed, chunks)));
 }

@@ -97,19 +97,17 @@ uint64_t EstimatedStoreBytes(const StoreConfig& config, const TextTokens& tokens
 }
 
 uint64_t EstimatedOpenFiles(const StoreConfig& config, int world) {
-  constexpr uint64_t kOfAShard = 8, kOfAProcess = 64;
-  const uint64_t families =
-      1 + (config.hidden_share > 0 ? 1 : 0) + (config.Records("attention") ? 1 : 0);
-  const uint64_t tables = static_cast<uint64_t>(config.num_chunks) * families;
+  // RocksDB's own six files and ten tables; a scan's tables of the first level, where
+  // they are merged at 16, and one of each of six others; libraries, MPI, a merge.
+  constexpr uint64_t kOfAnOwnShard = 16, kOfARead = 22, kOfAProcess = 64;
   const auto shards = static_cast<uint64_t>(config.num_shards);
   const auto ranks = static_cast<uint64_t>(world);
-  const uint64_t own = (tables + kOfAShard * shards + ranks - 1) / ranks;
-  return own + tables + kOfAShard * shards + kOfAProcess;
+  return kOfAProcess + kOfAnOwnShard * ((shards + ranks - 1) / ranks) + kOfARead * shards;
 }
 
-void RequireTableFiles(const fs::path& store, const StoreConfig& config, int world) {
+void RequireShardFiles(const fs::path& store, const StoreConfig& config, int world) {
   RequireOpenFiles(EstimatedOpenFiles(config, world), store.string(),
-                   "collect parts into stores of their own and merge them");
+                   "use fewer --num_shards in a new store");
 }
 
 }  // namespace routecast

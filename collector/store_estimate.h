@@ -29,12 +29,11 @@ TextTokens EstimatedTokens(const StoreConfig& config, const Corpus& corpus,
 uint64_t EstimatedStoreBytes(const StoreConfig& config, const TextTokens& tokens);
 // What of the estimate lies beside the ids.
 uint64_t EstimatedBytesBesideIds(const StoreConfig& config, const TextTokens& tokens);
-// Files that rank 0 of a job of `world` ranks holds open at most, at its end: table files
-// of its own shards, and of all where it looks at the whole store.
+// Files that rank 0 of a job of `world` ranks holds open at most, however many chunks it
+// collects: of its own shards, and of all where it looks at the whole store.
 uint64_t EstimatedOpenFiles(const StoreConfig& config, int world);
-// EnvironmentError where these are more than this process may hold open. Not for a store
-// whose chunks are all in: it has few.
-void RequireTableFiles(const fs::path& store, const StoreConfig& config, int world);
+// EnvironmentError where these are more than this process may hold open.
+void RequireShardFiles(const fs::path& store, const StoreConfig& config, int world);
 // Of a sequence with router inputs: bytes a token of `stack` beside its ids (the inputs,
 // the decoder's output, attention). 0 where none are recorded, or the stack is not run.
 uint64_t BytesBesideIds(const StoreConfig& config, Stack stack);

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <thread>
 
+#include "comm/end_unless_done.h"
 #include "comm/nccl_communicator.h"
 #include "common/errors.h"
 
@@ -19,12 +20,17 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-[[noreturn]] void Fail(const RankInfo& rank, const std::string& call,
-                       const std::string& reason) {
-  throw EnvironmentError(
+EnvironmentError FailureOf(const RankInfo& rank, const std::string& call,
+                           const std::string& reason) {
+  return EnvironmentError(
       ErrorText("rank " + std::to_string(rank.rank) + " of " +
                     std::to_string(rank.world) + ": NCCL " + call + " failed",
                 reason, "set NCCL_DEBUG=INFO and start the same command again"));
+}
+
+[[noreturn]] void Fail(const RankInfo& rank, const std::string& call,
+                       const std::string& reason) {
+  throw FailureOf(rank, call, reason);
 }
 
 class NcclCommunicator;
@@ -69,7 +75,10 @@ class NcclCommunicator final : public Communicator {
     Check(ncclCommInitRankConfig(&comm_, rank_.world, id, rank_.rank, &config), "init");
   }
   ~NcclCommunicator() override {
-    if (comm_) ncclCommAbort(comm_);  // everything waited for is done; nothing to flush
+    if (!comm_) return;
+    // Everything waited for is done; nothing to flush. Where an exception unwinds this,
+    // its text comes too late.
+    AbortWithin(FailureOf(rank_, "release", "the device does not answer"));
   }
   RankInfo rank_info() const override { return rank_; }
 
@@ -142,9 +151,9 @@ class NcclCommunicator final : public Communicator {
         Abort("call " + std::to_string(call), ncclGetErrorString(state));
       }
       if (waited > deadline_) {
-        ncclCommAbort(comm_);
-        comm_ = nullptr;
-        throw watch_->Overdue(call, waited);
+        const EnvironmentError error = watch_->Overdue(call, waited);
+        AbortWithin(error);
+        throw error;
       }
       std::this_thread::yield();
     }
@@ -161,9 +170,15 @@ class NcclCommunicator final : public Communicator {
     }
   }
   [[noreturn]] void Abort(const std::string& call, const std::string& reason) {
-    ncclCommAbort(comm_);
+    const EnvironmentError error = FailureOf(rank_, call, reason);
+    AbortWithin(error);
+    throw error;
+  }
+  // Behind an error of the device, which every later call to it gives again, NCCL may
+  // never come back.
+  void AbortWithin(const EnvironmentError& error) {
+    EndUnlessDone(deadline_, error.what(), [this] { ncclCommAbort(comm_); });
     comm_ = nullptr;
-    Fail(rank_, call, reason);
   }
   // Non-blocking calls answer ncclInProgress: wait until they are through, up to the
   // deadline.

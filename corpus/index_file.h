@@ -13,7 +13,9 @@
 namespace routecast {
 
 constexpr uint32_t kIndexMagic = 0x49584352;  // "RCXI"
-constexpr uint32_t kIndexVersion = 2;
+// Of the format, and of what is read into it: since 3 names in capitals (.GZ, .ZST) are
+// unpacked, too, which were read as they were.
+constexpr uint32_t kIndexVersion = 3;
 
 // One document of the index. Fixed size; written as it lies in memory (little-endian).
 struct IndexEntry {

@@ -55,7 +55,7 @@ step transfer "the link, as it is" "$evaluate" --mode=transfer "${cache_flag[@]}
 step replay "replay at full-size geometry" "$evaluate" --compare "$store" "${flags[@]}" "${of_replay[@]}" --out="$out/replay"
 [ -z "$model" ] ||
   step generate "generation" "$evaluate" --compare "$model" "$store" "${flags[@]}" "${of_generation[@]}" --out="$out/generate"
-pack
+interruptible "packing" pack
 printf '\n%s\n' "${times[@]}"
 printf '\nto send back: %s (%s bytes)\n' "$out/routecast-bundle.tar.gz" \
   "$(stat -c %s "$out/routecast-bundle.tar.gz")"

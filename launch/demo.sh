@@ -111,7 +111,7 @@ run_demo() {
 
 started=$SECONDS
 begin_steps "$out"
-"$root/launch/setup.sh"
+interruptible "set-up" "$root/launch/setup.sh"
 [ "$pretrain" = yes ] || [ -e "${checkpoint:-/none}/config.json" ] ||
   die 2 "no checkpoint is in configs/checkpoints" "launch/demo.sh --pretrain trains one"
 run_demo

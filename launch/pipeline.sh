@@ -159,7 +159,7 @@ job() {
   local section=$1 folder=$2 given=()
   shift 2
   [ -z "${flags[$section]}" ] || mapfile -t given <<<"${flags[$section]%$'\n'}"
-  given=("${given[@]//'{out}'/$out}")
+  given=("${given[@]//'{out}'/"$out"}")  # quoted: & would stand for the match
   if [ "$dry_run" = yes ]; then
     ! selected "$folder" || printf '%s\n' "$(printf '%q ' "$@" "${given[@]}")"
   elif selected "$folder"; then
@@ -237,6 +237,6 @@ fi
 run_pipeline
 if [ -n "$traces" ] && [ "$dry_run" = no ] && selected pack; then
   [ "$traces" -eq 0 ] || [ -d "$out/store" ] || die 2 "[pack] has no traces: there is no $out/store"
-  pack || die 4 "packing failed" "see what is said above"
+  interruptible "packing" pack || die 4 "packing failed" "see what is said above"
 fi
 [ "$dry_run" = yes ] || printf '\n%s\n' "${times[@]}"

@@ -2,6 +2,7 @@
 #include <gflags/gflags.h>
 
 #include <cstdio>
+#include <optional>
 
 #include "common/errors.h"
 #include "common/output_folder.h"
@@ -11,6 +12,7 @@
 #include "launch/main.h"
 #include "report/routing_report.h"
 #include "storage/export.h"
+#include "storage/held_out_entropy.h"
 #include "storage/import.h"
 #include "storage/merge.h"
 #include "storage/salvage.h"
@@ -185,9 +187,18 @@ Json StatsInto(const std::string& out) {
     return {};
   }
   Progress counting("stats, pass 1 of 2", "sequences", sequences, FLAGS_quiet);
-  const StoreStatistics stats =
-      ComputeStatistics(reader, [&](uint64_t done) { counting.Update(done); });
+  std::optional<Progress> folds;  // from the end of the counting
+  const StoreStatistics stats = ComputeStatistics(
+      reader, [&](uint64_t done) { counting.Update(done); },
+      [&](double share) {
+        constexpr int kFolds = HeldOutEntropy::kFolds;
+        counting.Finish();
+        if (!folds)
+          folds.emplace("stats, held-out entropy", "folds", kFolds, FLAGS_quiet);
+        folds->Update(static_cast<uint64_t>(kFolds * share), "", share);
+      });
   counting.Finish();
+  if (folds) folds->Finish();
   std::printf(
       "phase    layer  entropy  given previous  given token  held out  dropped  "
       "median prob\n");

@@ -57,6 +57,19 @@ only_who_died() {
 exec 3> >(only_who_died >&2)
 filter_pid=$!
 
+mpirun_pid="" stopper_pid="" stopping=""
+# Again every second until mpirun is gone: a rank that is still starting ignores it.
+stop() {
+  stopping=yes
+  [ -n "$mpirun_pid" ] && [ -z "$stopper_pid" ] || return
+  (
+    exec 4<> <(:)
+    while kill -USR1 $mpirun_pid 2>/dev/null; do read -rt 1 -u 4; done
+  ) &
+  stopper_pid=$!
+}
+trap stop TERM INT HUP USR1
+
 # A session of its own: Ctrl-C in a terminal reaches whole process groups, and mpirun kills its
 # ranks on INT. USR1 is ignored until mpirun, and later the program, handle it: by default it
 # would end whoever is still starting.
@@ -88,22 +101,13 @@ end_hung_mpirun() {
 }
 end_hung_mpirun &
 watch_pid=$!
-stopper_pid=""
-# Again every second until mpirun is gone: a rank that is still starting ignores it.
-stop() {
-  [ -z "$stopper_pid" ] || return
-  (
-    exec 4<> <(:)
-    while kill -USR1 $mpirun_pid 2>/dev/null; do read -rt 1 -u 4; done
-  ) &
-  stopper_pid=$!
-}
-trap stop TERM INT HUP USR1
+[ -z "$stopping" ] || stop  # it came before there was anybody to tell
 while :; do  # a trapped signal ends wait before mpirun has ended
   wait $mpirun_pid
-  code=$?
   kill -0 $mpirun_pid 2>/dev/null || break
 done
+wait $mpirun_pid  # its own code, where it ended just as a signal came
+code=$?
 kill $watch_pid $stopper_pid 2>/dev/null
 wait $filter_pid
 case $code in

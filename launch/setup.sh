@@ -101,19 +101,23 @@ configure_and_build() {
 # the NVIDIA libraries are those of CUDA builds (torch's Python side needs them all to import),
 # so they are never installed twice.
 make_python() {
-  local torch_site extra_site environment
+  local torch_site extra_site environment=$build/python
   torch_site=$(site_of libtorch-cuda torch-cuda.txt)
   extra_site=$(site_of python-tests python-tests.txt)
   install_site "$torch_site" torch-cuda.txt
   install_site "$extra_site" python-tests.txt
-  environment=$build/python
-  if [ "$(cat "$environment/.sites" 2>/dev/null)" != "$torch_site $extra_site" ]; then
-    rm -rf "$environment"
-    "$(python_for_wheels)" -m venv --without-pip "$environment"
-    printf '%s\n%s\n' "$torch_site" "$extra_site" \
-      >"$(echo "$environment"/lib/python3*/site-packages)/routecast.pth"
-    echo "$torch_site $extra_site" >"$environment/.sites"
-  fi
+  mkdir -p "$build"
+  (
+    flock 9
+    if [ ! -x "$environment/bin/python" ] ||
+       [ "$(cat "$environment/.sites" 2>/dev/null)" != "$torch_site $extra_site" ]; then
+      rm -rf "$environment"
+      "$(python_for_wheels)" -m venv --without-pip "$environment"
+      printf '%s\n%s\n' "$torch_site" "$extra_site" \
+        >"$(echo "$environment"/lib/python3*/site-packages)/routecast.pth"
+      echo "$torch_site $extra_site" >"$environment/.sites"
+    fi
+  ) 9>"$build/.python.lock"
 }
 
 started=$SECONDS

@@ -2,10 +2,40 @@
 # num_steps and call begin_steps FOLDER first.
 # FOLDER/log has a file a step; FOLDER/done says with which arguments a step was done.
 
-# The running step. TERM and INT reach it, and it saves before it ends.
+# The running step. TERM and INT reach it, and it saves before it ends; between steps they are
+# heeded before the next one begins.
 child=
-stop() { [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
+stopping=
+stop() {
+  stopping=yes
+  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
 trap stop TERM INT HUP
+heed_stop() {  # heed_stop WHAT
+  [ -z "$stopping" ] || die 75 "stopped at '$1'; everything is saved" "start the same command again"
+}
+# Waits for the child; what it ended with is in $code. A signal ends wait before the child has, and
+# a child that ends just then has left its own code with the shell: hence once more.
+await_child() {
+  while :; do
+    wait "$child" || true
+    kill -0 "$child" 2>/dev/null || break
+  done
+  code=0
+  wait "$child" || code=$?
+  child=
+}
+# A command that is no step, and saves nothing; one that a stop has ended is not a failure.
+interruptible() {  # interruptible WHAT COMMAND...
+  local what=$1 code
+  shift
+  heed_stop "$what"
+  "$@" &
+  child=$!
+  await_child
+  heed_stop "$what"
+  return "$code"
+}
 
 step_number=0
 chain=
@@ -33,6 +63,7 @@ pass_step() {  # pass_step WHAT COMMAND...: it is not run now; later steps are a
 step() {
   local name=$1 what=$2 begin=$SECONDS code=0 key
   shift 2
+  heed_stop "$what"
   extend_chain "$@"
   key=$chain
   if [ "$(head -1 "$steps_folder/done/$name" 2>/dev/null)" = "$key" ]; then
@@ -48,13 +79,10 @@ step() {
   "$@" >&3 2>&1 3>&- &
   child=$!
   exec 3>&-
-  while :; do
-    code=0
-    wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break
-  done
-  child=
+  await_child
   wait "$log_pid" || true
+  # Scripts without a word of their own on signals.
+  [ -z "$stopping" ] || [ "$code" -lt 128 ] || code=75
   case $code in
     0) ;;
     75) die 75 "stopped at '$what'; everything is saved" "start the same command again" ;;

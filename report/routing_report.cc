@@ -158,12 +158,21 @@ void AddSpread(const std::vector<Json>& layers, HtmlReport* page) {
     cells.push_back(ShortNumber(NumberOf(s, "total")));
     table.AddRow(cells);
   }
+  // Of a store without token ids the token before stands for the token.
+  const bool tokens = std::any_of(layers.begin(), layers.end(), [](const Json& layer) {
+    return std::isfinite(NumberOf(layer, "token_entropy_bits"));
+  });
+  const std::string given = tokens ? "the token id and the expert of the layer before"
+                                   : "the layer's expert of the token before and the "
+                                     "expert of the layer before";
   page->Section("Spread of load across layers");
   page->Charts({LineChartSvg(AcrossLayers(
                     layers, "Entropy of the experts", "bits",
                     {{"entropy_bits", "alone"},
                      {"conditional_entropy_bits", "given the layer before"},
-                     {"held_out_entropy_bits", "given token and layer, held out"}})),
+                     {"held_out_entropy_bits",
+                      tokens ? "given token and layer before, held out"
+                             : "given token before and layer before, held out"}})),
                 LineChartSvg(AcrossLayers(layers, "Unevenness", "deviation / mean",
                                           {{"cv", "CV"}})),
                 LineChartSvg(AcrossLayers(
@@ -171,8 +180,8 @@ void AddSpread(const std::vector<Json>& layers, HtmlReport* page) {
                     {{"previous_token_recall", "of a token's experts"}}))});
   page->Paragraph(
       "Held out: what a model of four fifths of the documents needs for the others, "
-      "given "
-      "the token id and the expert of the layer before.");
+      "given " +
+      given + ".");
   page->AddTable(table, "Tokens an expert gets, by MoE layer");
 }
 

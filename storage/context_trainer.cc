@@ -167,7 +167,8 @@ void ContextTrainer::Add(Stack s, const RoutingSpan& span) {
   }
 }
 
-StackTables ContextTrainer::TrainStack(const Sample& sample) const {
+StackTables ContextTrainer::TrainStack(
+    const Sample& sample, const std::function<void(uint64_t)>& on_work) const {
   const auto experts = static_cast<size_t>(geometry_.num_experts);
   const size_t layers = sample.ids.size(), n = sample.tokens.size();
   StackTables tables;
@@ -205,6 +206,7 @@ StackTables ContextTrainer::TrainStack(const Sample& sample) const {
       while (next < n && places[next].key >> 32 == places[i].key >> 32) ++next;
       fit.FitInner(l, &places[i], places.data() + next);
       i = next;
+      on_work(l * n + i);
     }
     tables.marginal.push_back(std::move(base.marginal()));
     tables.previous.push_back(std::move(base.rows()));
@@ -213,9 +215,20 @@ StackTables ContextTrainer::TrainStack(const Sample& sample) const {
   return tables;
 }
 
-ContextModel ContextTrainer::Train(const std::string& where) const {
-  return ContextModel(geometry_.num_experts, options_.kind, TrainStack(samples_[0]),
-                      TrainStack(samples_[1]), where);
+ContextModel ContextTrainer::Train(const std::string& where,
+                                   const WorkObserver& on_work) const {
+  uint64_t all = 0, before = 0;
+  for (const Sample& s : samples_) all += s.ids.size() * s.tokens.size();
+  const auto train = [&](const Sample& sample) {
+    StackTables tables = TrainStack(sample, [&](uint64_t ids) {
+      if (on_work) on_work(static_cast<double>(before + ids) / static_cast<double>(all));
+    });
+    before += sample.ids.size() * sample.tokens.size();
+    return tables;
+  };
+  StackTables encoder = train(samples_[0]);
+  return ContextModel(geometry_.num_experts, options_.kind, std::move(encoder),
+                      train(samples_[1]), where);
 }
 
 }  // namespace routecast

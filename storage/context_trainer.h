@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,9 @@ struct TrainerOptions {
   double prior = 0.4;
 };
 
+// Told the share of the work that is done, 0 to 1, again and again.
+using WorkObserver = std::function<void(double share)>;
+
 class ContextTrainer {
  public:
   ContextTrainer(const MoeGeometry& geometry, const TrainerOptions& options);
@@ -30,7 +34,7 @@ class ContextTrainer {
   // Spans without tokens are passed over.
   void Add(Stack s, const RoutingSpan& span);
   // The model is a function of the spans and their order.
-  ContextModel Train(const std::string& where) const;
+  ContextModel Train(const std::string& where, const WorkObserver& on_work = {}) const;
 
  private:
   struct Sample {
@@ -39,7 +43,9 @@ class ContextTrainer {
     std::vector<std::vector<uint16_t>> ids;  // [L][tokens]
     bool has_tokens = false;
   };
-  StackTables TrainStack(const Sample& sample) const;
+  // `on_work` is told how many of the sample's ids are fitted.
+  StackTables TrainStack(const Sample& sample,
+                         const std::function<void(uint64_t)>& on_work) const;
 
   MoeGeometry geometry_;
   TrainerOptions options_;

@@ -2,15 +2,16 @@
 
 #include <utility>
 
+#include "common/errors.h"
 #include "common/random.h"
 #include "common/stop.h"
-#include "storage/context_trainer.h"
 
 namespace routecast {
 namespace {
 
 constexpr uint64_t kSalt = 0x666f6c6473000001;
 constexpr const char* kDoing = "while estimating the entropy";
+constexpr double kModelShare = 0.8;  // of a fold's time, roughly: the rest counts bits
 
 RoutingSpan IdsOf(const RoutingSpan& span) {
   RoutingSpan ids;
@@ -34,24 +35,43 @@ void HeldOutEntropy::Add(const RoutingTrace& trace) {
   kept.decoder = IdsOf(trace.decoder);
 }
 
-std::vector<double> HeldOutEntropy::Bits() const {
+ContextModel HeldOutEntropy::ModelWithout(int fold, const WorkObserver& on_work) const {
   // The model's size does not count here, so every difference gets its entry; few
   // observations are distrusted instead.
   const TrainerOptions options{
       .kind = ContextKind::kPair, .entry_bits = 0, .context_bits = 0, .prior = 0.5};
+  ContextTrainer trainer(geometry_, options);
+  for (const RoutingTrace& t : traces_) {
+    ThrowIfStopped(kDoing);
+    if (FoldOf(t) == fold) continue;
+    trainer.Add(Stack::kEncoder, t.encoder);
+    trainer.Add(Stack::kDecoder, t.decoder);
+  }
+  return trainer.Train("held-out entropy", on_work);
+}
+
+std::vector<double> HeldOutEntropy::Bits(const WorkObserver& on_work) const {
+  try {
+    return Estimate(on_work);
+  } catch (const DataError&) {  // more contexts than a model may have
+    return std::vector<double>(static_cast<size_t>(geometry_.num_layers()), -1.0);
+  }
+}
+
+std::vector<double> HeldOutEntropy::Estimate(const WorkObserver& on_work) const {
   const auto layers = static_cast<size_t>(geometry_.num_layers());
   std::vector<double> bits(layers, 0.0), ids(layers, 0.0);
   for (int fold = 0; fold < kFolds; ++fold) {
-    ContextTrainer trainer(geometry_, options);
+    const auto tell = [&](double of_fold) {
+      if (on_work) on_work((fold + of_fold) / kFolds);
+    };
+    tell(0);
+    const ContextModel model =
+        ModelWithout(fold, [&](double share) { tell(kModelShare * share); });
+    uint64_t seen = 0;
     for (const RoutingTrace& t : traces_) {
       ThrowIfStopped(kDoing);
-      if (FoldOf(t) == fold) continue;
-      trainer.Add(Stack::kEncoder, t.encoder);
-      trainer.Add(Stack::kDecoder, t.decoder);
-    }
-    const ContextModel model = trainer.Train("held-out entropy");
-    for (const RoutingTrace& t : traces_) {
-      ThrowIfStopped(kDoing);
+      ++seen;
       if (FoldOf(t) != fold) continue;
       for (const Stack s : {Stack::kEncoder, Stack::kDecoder}) {
         const RoutingSpan& span = s == Stack::kEncoder ? t.encoder : t.decoder;
@@ -64,8 +84,11 @@ std::vector<double> HeldOutEntropy::Bits() const {
           ids[global] += span.num_tokens;
         }
       }
+      tell(kModelShare + (1 - kModelShare) * static_cast<double>(seen) /
+                             static_cast<double>(traces_.size()));
     }
   }
+  if (on_work) on_work(1);
   for (size_t l = 0; l < layers; ++l) bits[l] = ids[l] > 0 ? bits[l] / ids[l] : -1;
   return bits;
 }

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <thread>
 
+#include "common/open_files.h"
 #include "rocksdb/cache.h"
 #include "rocksdb/filter_policy.h"
 #include "rocksdb/table.h"
@@ -21,6 +22,7 @@ constexpr size_t kBlockBytes = 48 << 10;
 constexpr size_t kCacheBytes = 64 << 20;
 constexpr auto kLockPatience = std::chrono::seconds(15);  // mpirun reaps ranks within 2 s
 constexpr std::array<const char*, 3> kFamilyNames = {"default", "hidden", "attention"};
+constexpr int kFewTables = 20;  // RocksDB's least
 constexpr int kReadAttempts = 100;
 constexpr auto kLockRetry = std::chrono::milliseconds(100);
 
@@ -51,6 +53,19 @@ bool HadRecords(const fs::path& shard) {
     if (entry.path().extension() == ".sst") return true;
   }
   return false;
+}
+
+// How many of a shard's tables a reader keeps open. All, as opening one reads its index;
+// only while enough are left for a look through the shards after it, which has all tables
+// of a family that overlap open at once.
+int TablesOfAReader(const fs::path& shard) {
+  uint64_t tables = 0;
+  std::error_code gone;
+  for (fs::directory_iterator it(shard, gone), end; !gone && it != end;
+       it.increment(gone)) {
+    tables += it->path().extension() == ".sst";
+  }
+  return tables <= OpenFilesLeft() / 4 ? -1 : kFewTables;
 }
 
 // Changes with every step that a writer takes: which manifest is current, its size.
@@ -134,7 +149,6 @@ rocksdb::Options FamilyOptions(Family family, const StoreConfig& config) {
   options.level0_slowdown_writes_trigger = 1 << 30;
   options.level0_stop_writes_trigger = 1 << 30;
   options.file_checksum_gen_factory = FileChecksums();
-  options.max_open_files = -1;
   options.info_log = std::make_shared<NoLog>();
   options.write_buffer_size = 1 << 20;  // memtables stay empty
   return options;
@@ -181,6 +195,10 @@ ShardDb::ShardDb(const fs::path& store, int shard, const StoreConfig& config, Mo
                           FamilyOptions(family, config));
   }
   rocksdb::DB* db = nullptr;
+  // A writer adds tables, and goes through them when it is opened and at its end.
+  options.max_open_files = mode == Mode::kRead ? TablesOfAReader(path_) : kFewTables;
+  // Else there would be a table for each of 64 parts of RocksDB's cache of them.
+  if (options.max_open_files == kFewTables) options.table_cache_numshardbits = 0;
   if (mode == Mode::kRead) {
     const rocksdb::Status status = OpenToRead(options, path_, families, &handles_, &db);
     if (status.IsNotFound()) {

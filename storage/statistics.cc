@@ -178,7 +178,8 @@ void AddCounts(int layer, const std::vector<uint64_t>& counts, std::string* csv)
 }  // namespace
 
 StoreStatistics ComputeStatistics(const TraceReader& reader,
-                                  const CountObserver& on_count) {
+                                  const CountObserver& on_count,
+                                  const WorkObserver& on_entropy) {
   const MoeGeometry& g = reader.config().geometry;
   std::vector<LayerCounters> counters(static_cast<size_t>(g.num_layers()));
   for (LayerCounters& c : counters) c.counts.resize(static_cast<size_t>(g.num_experts));
@@ -213,7 +214,7 @@ StoreStatistics ComputeStatistics(const TraceReader& reader,
       },
       WithHidden::kNo);
   std::vector<double> held_out_bits(counters.size(), -1.0);
-  if (g.num_experts <= kMaxCodedExperts) held_out_bits = held_out.Bits();
+  if (g.num_experts <= kMaxCodedExperts) held_out_bits = held_out.Bits(on_entropy);
   for (int l = 0; l < g.num_layers(); ++l) {
     const bool first = g.LayerInStack(l) == 0;
     LayerStatistics s = Finish(counters[l], first ? nullptr : &counters[l - 1]);

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "storage/context_trainer.h"
 #include "storage/trace_reader.h"
 
 namespace routecast {
@@ -26,9 +27,10 @@ struct LayerStatistics {
   double conditional_entropy_bits = -1;
   // Of the expert given the token id: plug-in. Negative where there are no token ids.
   double token_entropy_bits = -1;
-  // Of the expert given token id and the layer before's expert, of documents that the
-  // estimate has not seen (held_out_entropy.h). Negative where it was not asked for, and
-  // where experts are too many (kMaxCodedExperts).
+  // Of the expert given token id (else the layer's expert of the token before) and the
+  // layer before's expert, of documents that the estimate has not seen
+  // (held_out_entropy.h). Negative where it was not asked for, and
+  // where experts (kMaxCodedExperts) or contexts are too many.
   double held_out_entropy_bits = -1;
   double dropped = -1;  // share that capacity dropped; negative where not recorded
   // Of models that route to k experts a token, where the store has them all: [E] uses of
@@ -53,9 +55,11 @@ struct StoreStatistics {
 
 // Told how many sequences are counted, after each.
 using CountObserver = std::function<void(uint64_t sequences)>;
-// Reads the whole store once.
+// Reads the whole store once; `on_entropy` is told how far the held-out entropy is, which
+// comes after it and is slower.
 StoreStatistics ComputeStatistics(const TraceReader& reader,
-                                  const CountObserver& on_count = {});
+                                  const CountObserver& on_count = {},
+                                  const WorkObserver& on_entropy = {});
 // stats.json, load.csv (`layer_id,expert_id,count`, of the first choice) and, where a
 // token has several experts that are all stored, slot_load.csv, the same of all of them.
 void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder);

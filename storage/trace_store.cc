@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "common/errors.h"
+#include "common/open_files.h"
 #include "common/stop.h"
 #include "common/temporary_file.h"
 #include "rocksdb/sst_file_writer.h"
@@ -48,6 +49,22 @@ void ForEachMark(const ShardDb& shard,
     }
   }
   CheckStatus(it->status(), "read", shard.path());
+}
+
+// Routing tables of a shard that are all open where it is read through: those of
+// RocksDB's first level, which overlap. Of every other level one is open.
+uint64_t OverlappingTables(const ShardDb& shard) {
+  std::string tables;
+  shard.db()->GetProperty(shard.family(Family::kRouting),
+                          rocksdb::DB::Properties::kNumFilesAtLevelPrefix + "0", &tables);
+  return std::stoull(tables);
+}
+
+// So that a scan of all shards takes a quarter of the files that this process may open.
+uint64_t MostOverlapping(const StoreConfig& config) {
+  constexpr uint64_t kLeast = 16;
+  const auto shards = static_cast<uint64_t>(config.num_shards);
+  return std::max(kLeast, OpenFileLimit() / (4 * shards));
 }
 
 // Sets a flag when a stop is requested, while RocksDB works for long.
@@ -290,6 +307,8 @@ ShardOwner::ShardOwner(fs::path store, const StoreConfig& config, int first, int
       seals_.erase(shard);  // names of lost files may be used again
       RemoveMarksOfLostChunks(shards_[shard].get(), config_, on_step_);
     }
+    ForEachMark(*shards_[shard],
+                [this](uint32_t chunk, const std::string&) { done_.insert(chunk); });
   }
 }
 
@@ -311,25 +330,11 @@ bool ShardOwner::Owns(uint32_t chunk) const {
   return shards_.contains(TraceStore::ShardOf(config_, chunk));
 }
 
-std::vector<uint32_t> ShardOwner::CompletedChunks() const {
-  std::vector<uint32_t> chunks;
-  for (const auto& [shard, db] : shards_) {
-    ForEachMark(*db,
-                [&](uint32_t chunk, const std::string&) { chunks.push_back(chunk); });
-  }
-  std::sort(chunks.begin(), chunks.end());
-  return chunks;
-}
-
 bool ShardOwner::Ingest(uint32_t chunk, const std::string& token) {
   const ShardDb& shard = *shards_.at(TraceStore::ShardOf(config_, chunk));
   const fs::path folder = TraceStore::StagingFolder(store_, chunk, token);
-  std::string mark;
-  const rocksdb::Status found =
-      shard.db()->Get(rocksdb::ReadOptions(), shard.family(Family::kRouting),
-                      EncodeKey(RecordKind::kChunkMark, chunk), &mark);
-  if (!found.IsNotFound()) CheckStatus(found, "read", shard.path());
-  if (found.IsNotFound()) {
+  const bool is_new = !done_.contains(chunk);
+  if (is_new) {
     rocksdb::IngestExternalFileOptions options;
     options.move_files = true;
     // Rewriting a number inside the file would break its checksum.
@@ -346,12 +351,14 @@ bool ShardOwner::Ingest(uint32_t chunk, const std::string& token) {
     }
     Step("ingest: ingest");
     CheckStatus(shard.db()->IngestExternalFiles(args), "ingest into", shard.path());
+    done_.insert(chunk);
   }
   Step("ingest: remove staging");
   std::error_code error;
   fs::remove_all(folder, error);
   Step("ingest: done");
-  return found.IsNotFound();
+  if (is_new && OverlappingTables(shard) >= MostOverlapping(config_)) Merge(shard);
+  return is_new;
 }
 
 void ShardOwner::Compact() {
@@ -364,15 +371,20 @@ void ShardOwner::Compact() {
     rocksdb::ColumnFamilyMetaData files;
     db->db()->GetColumnFamilyMetaData(db->family(Family::kRouting), &files);
     if (files.file_count <= 1) continue;
-    Step("compact");
-    StopFlag stop;
-    rocksdb::CompactRangeOptions options;
-    options.canceled = stop.get();
-    const rocksdb::Status status =
-        db->db()->CompactRange(options, db->family(Family::kRouting), nullptr, nullptr);
-    if (status.IsIncomplete()) StopIfAsked();
-    CheckStatus(status, "compact", db->path());
+    if (!Merge(*db)) StopIfAsked();
   }
+}
+
+bool ShardOwner::Merge(const ShardDb& shard) const {
+  Step("compact");
+  StopFlag stop;
+  rocksdb::CompactRangeOptions options;
+  options.canceled = stop.get();
+  const rocksdb::Status status =
+      shard.db()->CompactRange(options, shard.family(Family::kRouting), nullptr, nullptr);
+  if (status.IsIncomplete() && StopRequested()) return false;
+  CheckStatus(status, "compact", shard.path());
+  return true;
 }
 
 void ShardOwner::Finish() {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -77,7 +78,9 @@ class ChunkWriter {
 class ShardDb;
 
 // The one writer of the shards it owns in this job.
-// Thread rule: one thread.
+// Thread rule: one thread. Files: 16 a shard stay open, however many chunks are in
+// it; a shard's routing tables are merged where they would be too many to be read at
+// once.
 class ShardOwner {
  public:
   // Opens shards `first`, `first + step`, ... REQUIRES that no other process owns them.
@@ -86,7 +89,7 @@ class ShardOwner {
   ~ShardOwner();
   bool Owns(uint32_t chunk) const;
   // Chunks that are in the shards it owns, ascending.
-  std::vector<uint32_t> CompletedChunks() const;
+  std::vector<uint32_t> CompletedChunks() const { return {done_.begin(), done_.end()}; }
   // Takes a staged chunk into its shard and removes the staging folder. False (and only
   // the removal) when it was there already. REQUIRES Owns(chunk).
   bool Ingest(uint32_t chunk, const std::string& token);
@@ -101,10 +104,13 @@ class ShardOwner {
  private:
   void Step(const char* name) const;
   void TakeSeal(int shard);
+  // Of the routing family, into one sorted run. False where a stop was requested first.
+  bool Merge(const ShardDb& shard) const;
   fs::path store_;
   const StoreConfig config_;
   StepObserver on_step_;
   std::map<int, std::unique_ptr<ShardDb>> shards_;
+  std::set<uint32_t> done_;         // chunks in them
   std::map<int, ShardSeal> seals_;  // of before this job
 };
 

@@ -157,18 +157,23 @@ TEST_F(CollectTest, AFinishedStoreIsLeftAlone) {
   EXPECT_TRUE(Export("golden") == Golden());
 }
 
-// Tables are open where chunks are collected: nothing is left to do here.
-TEST_F(CollectTest, AFinishedStoreNeedsFewOpenFiles) {
+// However many chunks there are; every rank looks, also in a dry run.
+TEST_F(CollectTest, NeedsFewOpenFiles) {
   Golden();
-  const auto with_few = [](const std::vector<std::string>& more) {
-    std::vector<std::string> command = {"bash", "-c", "ulimit -n 140; exec \"$@\"", "-"};
-    const std::vector<std::string> collect = Program("golden", more);
+  const auto with_few = [](int ranks, const std::string& store, const std::string& limit,
+                           const std::vector<std::string>& more) {
+    std::vector<std::string> command = {"bash", "-c", limit + "; exec \"$@\"", "-"};
+    const std::vector<std::string> collect = Program(store, more);
     command.insert(command.end(), collect.begin(), collect.end());
-    return RunProgram(command);
+    return RunProgram(ranks == 1 ? command : UnderMpirun(ranks, command));
   };
-  EXPECT_EQ(with_few({}), 0);
-  EXPECT_EQ(with_few({"--dry_run"}), 0);
-  EXPECT_EQ(with_few({"--store=" + (folder_ / "new").string()}), kExitEnvironment);
+  const std::string few = "ulimit -n 180";
+  EXPECT_EQ(with_few(1, "golden", few, {}), 0);
+  EXPECT_EQ(with_few(1, "golden", few, {"--dry_run"}), 0);
+  EXPECT_EQ(with_few(1, "few", few, {}), 0);
+  EXPECT_TRUE(Export("few") == Golden());
+  const std::string of_rank_1 = "[ $OMPI_COMM_WORLD_RANK = 0 ] || ulimit -n 90";
+  EXPECT_EQ(with_few(2, "golden", of_rank_1, {"--dry_run"}), kExitEnvironment);
 }
 
 TEST_F(CollectTest, AnEarlyEndKeepsWhatTheFinishedRunSaid) {

@@ -3,6 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include "common/errors.h"
+#include "storage/trace_reader.h"
+#include "storage/trace_store.h"
+#include "tests/storage/random_trace.h"
+#include "tests/storage/temp_folder.h"
+#include "tests/support/file_limit.h"
+
 namespace routecast {
 namespace {
 
@@ -43,16 +50,33 @@ TEST(StoreEstimateTest, CountsTheTopK) {
               1e6 * 12 * 8 * (2 + 7.0 / 8), 1e3);
 }
 
-// A table file a chunk and family, of all shards beside a rank's own.
-TEST(StoreEstimateTest, OpenFilesGrowWithTheChunks) {
-  StoreConfig config = Config({"attention", "hidden", "ids"});
-  config.num_chunks = 0;
-  const uint64_t none = EstimatedOpenFiles(config, 4);
-  config.num_chunks = 1000;
-  EXPECT_EQ(EstimatedOpenFiles(config, 4) - none, 3000u + 750u);
-  config = Config({"ids"});
-  config.num_chunks = 1000;
-  EXPECT_EQ(EstimatedOpenFiles(config, 4) - none, 1000u + 250u);
+constexpr int64_t kManyChunks = 480;
+constexpr TraceShape kShape = {.max_tokens = 4, .hidden_share = 1, .heads = 2};
+
+StoreConfig Sharded() { return ConfigOf(kShape, /*shards=*/16, kManyChunks); }
+
+// What rank 0 does with its store, of many chunks, where it may open so many files.
+void CollectWith(uint64_t files) {
+  const TempFolder folder;
+  const StoreConfig config = Sharded();
+  const FileLimit limit(files);
+  TraceStore::CreateOrOpen(folder.path(), config);
+  ShardOwner owner(folder.path(), config, 0, 1);
+  for (uint32_t chunk = 0; chunk < kManyChunks; ++chunk) {
+    StageChunk(folder.path(), config, chunk, 1, kShape, "t");
+    owner.Ingest(chunk, "t");
+  }
+  DeclareLeftOut(folder.path());
+  TraceReader(folder.path()).Scan([](RoutingTrace&&) {}, WithHidden::kNo);
+  owner.Finish();
+}
+
+TEST(StoreEstimateTest, OpenFilesAreEnoughForAJob) {
+  EXPECT_NO_THROW(CollectWith(EstimatedOpenFiles(Sharded(), 1)));
+}
+
+TEST(StoreEstimateTest, OpenFilesAreNotTwiceWhatAJobTakes) {
+  EXPECT_THROW(CollectWith(EstimatedOpenFiles(Sharded(), 1) / 2), EnvironmentError);
 }
 
 TEST(StoreEstimateTest, TheEncoderAloneHasNoDecodersRecords) {

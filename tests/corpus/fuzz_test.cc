@@ -172,6 +172,16 @@ TEST(IndexFuzz, EndsInAnIndexOrDataError) {
   }
 }
 
+// Version 2 took texts that are called .GZ or .ZST as they were, packed.
+TEST(IndexVersion, OfBeforeNamesInCapitalsIsMadeAgain) {
+  std::string bytes = SerializeIndex({});
+  bytes.resize(bytes.size() - sizeof(uint64_t));
+  bytes[sizeof kIndexMagic] = 2;
+  const uint64_t checksum = Hash64(bytes);
+  bytes.append(reinterpret_cast<const char*>(&checksum), sizeof checksum);
+  EXPECT_THROW(ParseIndex(bytes, "index"), DataError);
+}
+
 TEST_F(FileFuzz, DamagedTokenizers) {
   std::vector<std::string> texts;
   for (uint64_t i = 0; i < 200; ++i) {

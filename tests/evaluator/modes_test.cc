@@ -1,5 +1,4 @@
-// What routecast-evaluate does beside generating: quality, simulation, transfers, status,
-// timelines.
+// What routecast-evaluate does beside generating: quality, simulation, status.
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -12,12 +11,10 @@
 
 #include "common/errors.h"
 #include "evaluator/comparison.h"
-#include "evaluator/disk_sweep.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
 #include "evaluator/quality.h"
 #include "evaluator/status.h"
-#include "evaluator/timeline.h"
 #include "tests/evaluator/fake_device.h"
 #include "tests/evaluator/synthetic_store.h"
 #include "tests/models/switch_test_support.h"
@@ -321,72 +318,6 @@ TEST_F(ModesTest, AFreeLinkLeavesNothingToWin) {
   }
 }
 
-TEST(DeviceProfileTest, ALineThroughTransfersGivesRateAndFixedCost) {
-  std::vector<TransferPoint> points;
-  for (const uint64_t bytes :
-       {uint64_t{64} << 10, uint64_t{1} << 20, uint64_t{64} << 20}) {
-    TransferPoint p;
-    p.bytes = bytes;
-    p.seconds = 50e-6 + static_cast<double>(bytes) / 3e9;
-    points.push_back(p);
-  }
-  double fixed = 0, rate = 0;
-  FitLink(points, &fixed, &rate);
-  EXPECT_NEAR(fixed, 50e-6, 1e-9);
-  EXPECT_NEAR(rate, 3e9, 1e3);
-}
-
-TEST(DeviceProfileTest, TheDiskIsMeasuredAndTheScratchFileGoes) {
-  DiskSweepOptions options;
-  options.folder = fs::path(testing::TempDir()) / "transfer_test";
-  options.file_bytes = options.largest = 4 << 20;
-  options.seconds_a_point = 0.005;
-  options.quiet = true;
-  const DeviceProfile profile = MeasureDisk(options);
-  EXPECT_GT(profile.link_bytes_per_second, 1e6);
-  EXPECT_GT(profile.memory_bytes_per_second, 1e8);
-  EXPECT_GE(profile.sweep.size(), 3u * 4 + 1);
-  EXPECT_TRUE(std::any_of(profile.sweep.begin(), profile.sweep.end(),
-                          [](const TransferPoint& p) { return p.both_ways; }));
-  EXPECT_TRUE(fs::is_empty(options.folder));
-  const DeviceProfile read = DeviceProfile::FromJson(profile.ToJson(), "test");
-  EXPECT_DOUBLE_EQ(read.link_bytes_per_second, profile.link_bytes_per_second);
-  EXPECT_FALSE(read.emulated);
-}
-
-// The page cache is eight times as fast as the disk, and says nothing about it.
-TEST(DeviceProfileTest, TheLinkOfADiskIsWhatDirectReadsGet) {
-  DeviceProfile profile;
-  for (const bool direct : {true, false}) {
-    for (const int threads : {1, 2}) {
-      for (const uint64_t bytes : {uint64_t{1} << 20, uint64_t{16} << 20}) {
-        TransferPoint p{bytes, threads, direct};
-        p.seconds =
-            1e-4 + static_cast<double>(bytes) / (1e9 * threads * (direct ? 1 : 8));
-        profile.sweep.push_back(p);
-      }
-    }
-  }
-  ConcludeDisk(&profile);
-  EXPECT_NEAR(profile.link_bytes_per_second, 2e9, 1e3);
-  EXPECT_EQ(profile.bytes_at_90_percent, uint64_t{16} << 20);
-  std::erase_if(profile.sweep, [](const TransferPoint& p) { return p.direct; });
-  ConcludeDisk(&profile);  // a file system without direct reads
-  EXPECT_NEAR(profile.link_bytes_per_second, 16e9, 1e4);
-}
-
-TEST(DeviceProfileTest, WhatIsNoProfileIsRefused) {
-  EXPECT_THROW(FindProfile("rtx4090"), UsageError);
-  EXPECT_TRUE(FindProfile("rtx3090").emulated);
-  for (const char* text : {"[]", "{}", R"({"link_bytes_per_second": 0})",
-                           R"({"link_bytes_per_second": "x", "link_fixed_seconds": 0,
-            "memory_bytes_per_second": 1})",
-                           R"({"link_bytes_per_second": -1, "link_fixed_seconds": 0,
-            "memory_bytes_per_second": 1})"}) {
-    EXPECT_THROW(DeviceProfile::FromJson(Json::parse(text), "test"), DataError) << text;
-  }
-}
-
 TEST_F(ModesTest, StatusNamesWhatThereIs) {
   const fs::path in = folder_ / "status";
   fs::create_directories(in / "model");
@@ -449,45 +380,6 @@ TEST(StatusTest, TellsABuildWithoutCudaFromAMachineWithoutACard) {
   if (machine["cuda_devices"].get<int>() > 0) return;
   EXPECT_THAT(machine["missing"].dump(), HasSubstr(has_body ? "--device=cuda is refused ("
                                                             : "serves the CPU alone"));
-}
-
-TEST(TimelineTest, SpansOfALaneNeverOverlap) {
-  Timeline timeline;
-  timeline.BeginProcess("row");
-  timeline.Span(Timeline::Track::kLink, "a", 10, 13, {{"for", "demand"}});
-  timeline.Span(Timeline::Track::kLink, "b", 11, 12);
-  timeline.Span(Timeline::Track::kLink, "c", 12.5, 14);
-  timeline.Span(Timeline::Track::kModel, "d", 11, 12);
-  timeline.Mark(Timeline::Track::kCache, "evict", 12);
-  const Json json = Json::parse(timeline.ToJson());
-  std::map<std::string, Json> events;
-  std::map<int, std::vector<std::pair<double, double>>> lanes;
-  for (const Json& e : json["traceEvents"]) {
-    if (e["ph"] == "M") continue;
-    events[e["name"]] = e;
-    if (e["ph"] != "X") continue;
-    const double ts = e["ts"], dur = e["dur"];
-    for (const auto& [begin, end] : lanes[e["tid"]])
-      EXPECT_TRUE(ts >= end || ts + dur <= begin);
-    lanes[e["tid"]].emplace_back(ts, ts + dur);
-  }
-  EXPECT_EQ(lanes.size(), 3u);  // two of the link, one of the model
-  EXPECT_DOUBLE_EQ(events["a"]["ts"].get<double>(), 0);  // from the first event on
-  EXPECT_DOUBLE_EQ(events["b"]["ts"].get<double>(), 1e6);
-  EXPECT_EQ(events["a"]["args"]["for"], "demand");
-  EXPECT_EQ(events["evict"]["ph"], "i");
-  EXPECT_NE(events["a"]["tid"], events["b"]["tid"]);
-  EXPECT_EQ(events["b"]["tid"], events["c"]["tid"]);
-}
-
-TEST(TimelineTest, KeepsABoundedNumberOfEventsAndSaysSo) {
-  Timeline timeline;
-  timeline.BeginProcess("row");
-  for (size_t i = 0; i < Timeline::kMostEvents + 5; ++i) {
-    timeline.Mark(Timeline::Track::kCache, "x", static_cast<double>(i));
-  }
-  EXPECT_EQ(timeline.num_events(), Timeline::kMostEvents);
-  EXPECT_EQ(timeline.num_dropped(), 5u);
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ wrong() {
 }
 
 collect=(collect --model="$model" --data=text:text.txt --store=new)
-# Table files stay open until the store is complete: said before days of work, not after.
+# Files of every shard stay open: too many shards are refused before any work.
 (ulimit -n 256 && OMP_NUM_THREADS=1 "$bin/routecast-${collect[0]}" --quiet "${collect[@]:1}" \
   --dry_run --num_shards=256) >/dev/null 2>error
 [ $? -eq 4 ] || fail "few open files: $(cat error)"

@@ -15,6 +15,11 @@ for program in collect train evaluate; do
 #!/usr/bin/env bash
 echo "$program \$*" >>"$folder/calls"
 if [ -e "$folder/stop-$program" ]; then exit "\$(cat "$folder/stop-$program")"; fi
+if [ -e "$folder/deaf-$program" ]; then
+  trap '' TERM USR1
+  touch "$folder/started"
+  sleep .5
+fi
 if [ -e "$folder/slow-$program" ]; then
   trap 'echo it saves; sleep .3; echo saved; exit 75' TERM USR1
   touch "$folder/started"
@@ -101,6 +106,37 @@ sed -i 's/--compare/--compare --quiet/' "$folder/config"
 check "a failed step's exit code" 3 $?
 rm "$folder/stop-evaluate"
 calls >/dev/null
+
+# A signal that the running step does not hear is heeded before the next one.
+sed "s|^out=.*|out=$folder/deaf R\\&D|; s|--kind=hidden|--kind=hidden --cache={out}/c|" "$folder/config" \
+  >"$folder/config-deaf"
+touch "$folder/deaf-collect"
+rm -f "$folder/started"
+"$pipeline" "$folder/config-deaf" >"$folder/log" 2>&1 &
+run=$!
+for _ in $(seq 200); do [ -e "$folder/started" ] && break; sleep .05; done
+kill -TERM $run
+wait $run
+check "a signal that no step hears" 75 $?
+check "nothing after it" "collect " "$(calls)"
+rm "$folder/deaf-collect" "$folder/started"
+"$pipeline" "$folder/config-deaf" >"$folder/log" 2>&1
+check "going on behind it" 0 $?
+grep -q -- "--cache=$folder/deaf R&D/c" "$folder/calls" || fail "{out} is not the folder: $(cat "$folder/calls")"
+calls >/dev/null
+# So is one during what is no step.
+cat >"$folder/no-step" <<SCRIPT
+. "$ROUTECAST_SOURCE_DIR/launch/lib.sh"; . "$ROUTECAST_SOURCE_DIR/launch/steps.sh"
+interruptible "a wait" sh -c 'touch "$folder/waits"; exec sleep 60'
+echo it went on
+SCRIPT
+bash "$folder/no-step" >"$folder/log" 2>&1 &
+run=$!
+for _ in $(seq 200); do [ -e "$folder/waits" ] && break; sleep .05; done
+kill -TERM $run
+wait $run
+check "a signal outside of steps" 75 $?
+! grep -q "it went on" "$folder/log" || fail "it went on"
 
 wrong() {  # wrong NAME TEXT: exit 2, three lines at most, the line is named
   printf '%b' "$2" >"$folder/wrong"

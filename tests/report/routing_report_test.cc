@@ -157,6 +157,19 @@ TEST(RoutingReportTest, OfSeveralExpertsATokenTheLoadIsOfAll) {
   }
 }
 
+TEST(RoutingReportTest, HeldOutEntropyNamesWhatIsGiven) {
+  RoutingPage page = PageOf(2, 16);
+  for (Json& layer : page.stats["layers"]) {
+    layer["held_out_entropy_bits"] = 2.5;
+    layer["token_entropy_bits"] = 2.7;
+  }
+  EXPECT_THAT(RoutingReportHtml(page), HasSubstr("given the token id and"));
+  for (Json& layer : page.stats["layers"]) layer["token_entropy_bits"] = nullptr;
+  const std::string without = RoutingReportHtml(page);
+  EXPECT_THAT(without, Not(HasSubstr("given the token id")));
+  EXPECT_THAT(without, HasSubstr("given token before and layer before, held out"));
+}
+
 TEST(RoutingReportTest, WhatIsNotRecordedIsADash) {
   RoutingPage page = PageOf(2, 16);
   for (Json& layer : page.stats["layers"]) layer["dropped"] = nullptr;

@@ -339,14 +339,27 @@ std::string TrainedExperts(const std::map<uint64_t, RoutingTrace>& all) {
   return lines;
 }
 
-TEST_F(TraceStoreTest, TheReadersExampleCountsWhatIsThere) {
-  Fill();
-  const auto files = ExportTraces(TraceReader(store()), folder_.path() / "out", {});
-  const std::string printed = (folder_.path() / "printed").string();
-  ASSERT_EQ(RunReference("../../docs/examples/count_experts_numpy.py",
-                         files.at(0).string() + " >" + printed),
-            0);
-  EXPECT_EQ(ReadFile(printed), TrainedExperts(All()));
+class ReadersExample : public TraceStoreTest {
+ protected:
+  // What the example of this library prints of an export in `format`.
+  std::string Printed(const std::string& library, const std::string& format) {
+    Fill();
+    const auto files =
+        ExportTraces(TraceReader(store()), folder_.path() / "out", {.format = format});
+    const std::string printed = (folder_.path() / "printed").string();
+    EXPECT_EQ(RunReference("../../docs/examples/count_experts_" + library + ".py",
+                           files.at(0).string() + " >" + printed),
+              0);
+    return ReadFile(printed);
+  }
+};
+
+TEST_F(ReadersExample, OfNumPyCountsWhatIsThere) {
+  EXPECT_EQ(Printed("numpy", "npz"), TrainedExperts(All()));
+}
+
+TEST_F(ReadersExample, OfPandasCountsWhatIsThere) {
+  EXPECT_EQ(Printed("pandas", "csv"), TrainedExperts(All()));
 }
 
 TEST(LeftOutOfText, IsNamedWhereItIsRecorded) {

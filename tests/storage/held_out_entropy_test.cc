@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 
@@ -14,7 +15,8 @@ constexpr int kExperts = 8, kTokens = 50;
 
 // Two decoder layers whose experts `choose(token, expert before, draw)` gives.
 std::vector<double> BitsOf(
-    const std::function<uint64_t(uint64_t, uint64_t, uint64_t)>& choose) {
+    const std::function<uint64_t(uint64_t, uint64_t, uint64_t)>& choose,
+    const WorkObserver& on_work = {}) {
   HeldOutEntropy entropy({0, 2, kExperts, 1, 0});
   for (uint64_t i = 0; i < 400; ++i) {
     RoutingTrace trace;
@@ -34,7 +36,7 @@ std::vector<double> BitsOf(
     }
     entropy.Add(trace);
   }
-  return entropy.Bits();
+  return entropy.Bits(on_work);
 }
 
 TEST(HeldOutEntropy, IsThreeBitsOfEightExpertsDrawnAtRandom) {
@@ -55,6 +57,46 @@ TEST(HeldOutEntropy, IsOneBitWhereTwoExpertsAreLeft) {
     return Mix(token, before % 2) + draw % 2;
   });
   EXPECT_NEAR(bits[1], 1, 0.05);
+}
+
+// Of a large store it takes minutes, in each fold.
+TEST(HeldOutEntropy, SaysHowFarItIs) {
+  std::vector<double> shares;
+  BitsOf([](auto, auto, auto draw) { return draw; },
+         [&](double share) { shares.push_back(share); });
+  ASSERT_FALSE(shares.empty());
+  EXPECT_EQ(shares.front(), 0);
+  EXPECT_EQ(shares.back(), 1);
+  EXPECT_TRUE(std::is_sorted(shares.begin(), shares.end()));
+  double largest = 0;
+  for (size_t i = 1; i < shares.size(); ++i)
+    largest = std::max(largest, shares[i] - shares[i - 1]);
+  EXPECT_LT(largest, 0.05) << "between two looks";
+}
+
+// Each token has half of the experts for itself, and with each of them another one in the
+// layer behind: more contexts, of more factors, than a coder's model may have.
+TEST(HeldOutEntropy, OfTooManyContextsIsNotKnown) {
+  constexpr uint64_t kMany = 1024, kIds = 48, kRounds = 3;
+  HeldOutEntropy entropy({0, 2, static_cast<int>(kMany), 1, 0});
+  for (uint64_t i = 0; i < kIds * kRounds; ++i) {
+    const uint64_t token = i % kIds;
+    std::vector<uint16_t> own;
+    for (uint64_t e = 0; e < kMany; ++e) {
+      if (Mix(token, e) % 2 == 0) own.push_back(static_cast<uint16_t>(e));
+    }
+    RoutingTrace trace;
+    trace.group_id = Mix(i);
+    RoutingSpan& s = trace.decoder;
+    s.num_tokens = static_cast<int>(own.size());
+    s.num_layers = 2;
+    s.token_ids.assign(own.size(), static_cast<uint32_t>(token));
+    s.expert_ids = own;
+    std::rotate(own.begin(), own.begin() + 1, own.end());
+    s.expert_ids.insert(s.expert_ids.end(), own.begin(), own.end());
+    entropy.Add(trace);
+  }
+  for (const double bits : entropy.Bits()) EXPECT_LT(bits, 0);
 }
 
 TEST(HeldOutEntropy, OfALayerWithoutIdsIsNotKnown) {

@@ -291,5 +291,41 @@ TEST_F(KindSeconds, ARunThatItsTimeHadEndedTakesNoMoreSteps) {
   EXPECT_EQ(ResultsOf(1)["steps"], 1);
 }
 
+Json Results(uint64_t seed, double top1) {
+  return {{"kind", "hidden"},
+          {"seed", seed},
+          {"parameters", 100},
+          {"validation", {{"loss", 1.0}}},
+          {"scores",
+           {{{"phase", "decoder"},
+             {"layer", 0},
+             {"lead", 1},
+             {"top1", top1},
+             {"top4", 0.9},
+             {"cross_entropy", 1.5},
+             {"ece", 0.02},
+             {"ci95", {top1 - 0.01, top1 + 0.02}}}}}};
+}
+
+TEST(LeaderboardTest, SeedsAreAveragedAndIntervalsCoverThem) {
+  const Json row =
+      LeaderboardRow("hidden", {Results(1, .5), Results(2, .6)}, 200, 20000, 4);
+  EXPECT_NEAR(row["scores"][0]["top1"].get<double>(), .55, 1e-9);
+  EXPECT_NEAR(row["scores"][0]["ci95"][0].get<double>(), .49, 1e-9);
+  EXPECT_NEAR(row["scores"][0]["ci95"][1].get<double>(), .62, 1e-9);
+  EXPECT_NEAR(row["decoder_next_top1"].get<double>(), .55, 1e-9);
+  EXPECT_TRUE(row["encoder_next_top1"].is_null());
+  EXPECT_FALSE(row["offline_only"].get<bool>());  // 4 x 200 us of 20 ms are 4 %
+}
+
+TEST(LeaderboardTest, SlowKindsAreOfflineOnly) {
+  const auto offline = [](double us, double pass) {
+    return LeaderboardRow("x", {Results(1, .5)}, us, pass, 4)["offline_only"];
+  };
+  EXPECT_TRUE(offline(251, 20000).get<bool>());
+  EXPECT_FALSE(offline(249, 20000).get<bool>());
+  EXPECT_TRUE(offline(251, 0).is_null());  // the pass is not known
+}
+
 }  // namespace
 }  // namespace routecast

@@ -45,27 +45,6 @@ std::vector<double> Losses(const fs::path& out) {
   return losses;
 }
 
-// Of one rank, asked to stop once `lines` are logged.
-int RunPretrainAndStop(const std::string& flags, const fs::path& out, size_t lines) {
-  const std::string command = "exec " + EnvOr("ROUTECAST_BIN_DIR", "build/bin") +
-                              "/routecast-pretrain --quiet --threads=1 " + flags +
-                              " --out=" + out.string() + " 2>/dev/null";
-  const pid_t child = ::fork();
-  if (child == 0) {
-    ::execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
-    ::_exit(127);
-  }
-  for (int i = 0; i < 6000; ++i) {
-    if (fs::exists(out / "metrics.jsonl") && Lines(out).size() >= lines) break;
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  }
-  std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  ::kill(child, SIGUSR1);
-  int status = 0;
-  ::waitpid(child, &status, 0);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
 class Pretraining : public testing::Test {
  protected:
   static void SetUpTestSuite() {
@@ -141,29 +120,6 @@ TEST_F(Pretraining, AStopIsHeardInTheStepItComesIn) {
   ASSERT_TRUE(WIFEXITED(status));
   EXPECT_EQ(WEXITSTATUS(status), 75);
   EXPECT_LE(steps(), before + 3);
-}
-
-// After the last step validation and measuring take a second each here. Cut short by a
-// stop, it is made up for: the lines are those of a run that nobody stopped.
-TEST_F(Pretraining, AStopIsHeardInValidationAndInTheLastMeasuring) {
-  const fs::path text = folder_ / "long.txt";
-  WriteFileAtomic(text, SyntheticText(600, 60, 9));
-  const std::string flags = Data(text) + "--steps=3 --sequence_tokens=128 ";
-  ASSERT_EQ(RunPretrain("", flags + "--out=" + Out("valid")), 0);
-  const fs::path out = Out("unvalidated");
-  ASSERT_EQ(RunPretrainAndStop(flags, out, 2), 75);
-  EXPECT_EQ(Lines(out).size(), 2u);
-  ASSERT_EQ(RunPretrainAndStop(flags, out, 3), 75);
-  EXPECT_FALSE(fs::exists(out / "pretrain.json"));
-  ASSERT_EQ(RunPretrain("", flags + "--out=" + out.string()), 0);
-  std::vector<Json> lines = Lines(out), whole = Lines(Out("valid"));
-  for (auto* all : {&lines, &whole}) {
-    for (Json& line : *all) line.erase("samples_per_second");
-  }
-  EXPECT_EQ(lines, whole);
-  EXPECT_TRUE(lines[2].contains("valid"));
-  EXPECT_EQ(ReadJsonFile(out / "pretrain.json")["test"],
-            ReadJsonFile(fs::path(Out("valid")) / "pretrain.json")["test"]);
 }
 
 // A weight that is no number: the step that meets it is not taken, and nothing is saved.
