@@ -14,6 +14,7 @@
 #include "collector/collect_sources.h"
 #include "collector/collected_model.h"
 #include "collector/dry_run.h"
+#include "collector/life_signs.h"
 #include "collector/rank_watch.h"
 #include "collector/span_log.h"
 #include "collector/store_estimate.h"
@@ -390,7 +391,11 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   const RankWatch watch(store / "staging", token, rank, options.hang_seconds, EndJob);
   SpanLog spans(store, rank);
   const auto opened = SpanLog::Clock::now();
-  ShardOwner owner(store, config, rank.rank, rank.world);
+  const auto step = [&store, &token](std::string_view name) {
+    ShowLife();
+    if (name != kHashStep) StoreLock::RequireHeld(store, token);
+  };
+  ShardOwner owner(store, config, rank.rank, rank.world, step);
   std::vector<uint32_t> done = Gather(owner.CompletedChunks(), rank.world);
   std::sort(done.begin(), done.end());
   std::deque<uint32_t> todo;

@@ -32,14 +32,17 @@ std::string WhoAmI() {
   return std::string("host ") + host + ", process " + std::to_string(::getpid());
 }
 
+constexpr int64_t kUnknown = -1, kGone = -2;
+
 // Opened each time: a network file system then asks its server for the time.
 int64_t BeatOf(const fs::path& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return -1;
+  if (fd < 0) return errno == ENOENT ? kGone : kUnknown;
   struct stat info;
   const bool known = ::fstat(fd, &info) == 0;
   ::close(fd);
-  return known ? int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec : -1;
+  return known ? int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec
+               : kUnknown;
 }
 
 std::string WhoIs(const fs::path& path) {
@@ -79,6 +82,7 @@ RankWatch::~RankWatch() {
   }
   wake_.notify_all();
   thread_.join();
+  if (std::uncaught_exceptions() > exceptions_) return;  // it did not come to its end
   std::error_code ignored;
   fs::remove(FileOf(rank_.rank), ignored);
 }
@@ -117,6 +121,8 @@ void RankWatch::Run() {
 void RankWatch::Look(Clock::time_point now) {
   for (auto& [r, peer] : peers_) {
     const int64_t beat = BeatOf(FileOf(r));
+    // It has come to its end; rank 0 may go on for long.
+    if (beat == kGone && peer.beat_ns >= 0) peer.changed = now;
     if (beat >= 0 && beat != peer.beat_ns) peer = {beat, now};
     const std::chrono::duration<double> silent = now - peer.changed;
     if (silent < limit_ || reported_) continue;

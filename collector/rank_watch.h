@@ -3,11 +3,13 @@
 // of a file of its own as long as it advances: its work shows life (life_signs.h), or the
 // process takes the time of a core, as it does in a long layer, a merge of tables or a
 // spinning wait of MPI. Rank 0 watches all others, the others watch rank 0. What spins
-// without end is not noticed. Thread rule: one owner; looks from a thread of its own.
+// without end is not noticed. A rank that has come to its end removes its file, and is
+// missed by nobody. Thread rule: one owner; looks from a thread of its own.
 #pragma once
 
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -27,7 +29,7 @@ class RankWatch {
   // A world of one does nothing. EnvironmentError where the file cannot be made.
   RankWatch(const fs::path& folder, const std::string& token, const RankInfo& rank,
             double limit_seconds, std::function<void(const std::string&)> on_hang);
-  ~RankWatch();  // removes this rank's file
+  ~RankWatch();  // removes this rank's file, but where an exception ends it
   RankWatch(const RankWatch&) = delete;
   RankWatch& operator=(const RankWatch&) = delete;
 
@@ -49,6 +51,7 @@ class RankWatch {
   std::chrono::duration<double> limit_, period_;
   std::function<void(const std::string&)> on_hang_;
   std::map<int, Peer> peers_;
+  const int exceptions_ = std::uncaught_exceptions();
   uint64_t seen_signs_ = 0;
   double seen_cpu_ = 0;  // seconds of the process without the watching thread's
   std::mutex mutex_;

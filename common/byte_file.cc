@@ -66,7 +66,8 @@ std::string ByteFile::Read(uint64_t offset, size_t count) const {
   return bytes;
 }
 
-uint64_t HashFile(const fs::path& path, uint64_t seed) {
+uint64_t HashFile(const fs::path& path, uint64_t seed,
+                  const std::function<void()>& on_block) {
   const ByteFile file(path);
   const std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(
       XXH3_createState(), XXH3_freeState);
@@ -77,6 +78,7 @@ uint64_t HashFile(const fs::path& path, uint64_t seed) {
     file.Read(at, buffer.data(), count);
     XXH3_64bits_update(state.get(), buffer.data(), count);
     at += count;
+    if (on_block) on_block();
   }
   return XXH3_64bits_digest(state.get());
 }

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "common/files.h"
@@ -32,8 +33,9 @@ class ByteFile {
 };
 
 // Hash64 of the whole file, read through a buffer of a MiB: equal to
-// Hash64(ReadFile(path), seed).
-uint64_t HashFile(const fs::path& path, uint64_t seed = 0);
+// Hash64(ReadFile(path), seed). `on_block` is called after each MiB.
+uint64_t HashFile(const fs::path& path, uint64_t seed = 0,
+                  const std::function<void()>& on_block = {});
 
 // Appends to a temporary file in the same folder; Commit syncs it and renames it to
 // `path`. The destructor removes what was not committed. Throws EnvironmentError where

@@ -26,7 +26,8 @@ struct Descriptor {
 }  // namespace
 
 std::string ReadFile(const fs::path& path, uint64_t max_bytes) {
-  Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  // Without O_NONBLOCK, opening a named pipe would wait for somebody to write.
+  Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   if (file.fd < 0) ThrowErrno(errno, "open", path);
   struct stat info;
   if (::fstat(file.fd, &info) != 0) ThrowErrno(errno, "stat", path);

@@ -12,13 +12,14 @@
 #include "common/errors.h"
 
 namespace routecast {
-namespace {
 
 bool HasName(int fd, const fs::path& path) {
   struct stat open_file, named;
   return ::fstat(fd, &open_file) == 0 && ::stat(path.c_str(), &named) == 0 &&
          open_file.st_dev == named.st_dev && open_file.st_ino == named.st_ino;
 }
+
+namespace {
 
 void RemoveUnlessLocked(const fs::path& temporary) {
   const int fd = ::open(temporary.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
@@ -37,7 +38,9 @@ int OpenTemporary(const fs::path& path, fs::path* temporary) {
   *temporary = path.string() + "." + std::to_string(::getpid()) + ".tmp";
   // Between its making and its locking another writer may take the file for a leftover.
   for (;;) {
-    const int fd = ::open(temporary->c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    // The name can be guessed: a link under it, laid by somebody, is not written through.
+    const int fd =
+        ::open(temporary->c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
     if (fd < 0) ThrowErrno(errno, "create", *temporary);
     while (::flock(fd, LOCK_EX) != 0 && errno == EINTR) {
     }

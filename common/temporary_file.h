@@ -14,6 +14,9 @@ namespace routecast {
 int OpenTemporary(const fs::path& path, fs::path* temporary);
 // Removes them alone.
 void RemoveLeftovers(const fs::path& path);
+// Whether `path` still names the open file: who takes a lock on a file that its holder
+// removes must ask.
+bool HasName(int fd, const fs::path& path);
 // What path's temporary file this is; empty where it is none.
 fs::path PathOfTemporary(const fs::path& temporary);
 

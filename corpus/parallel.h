@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -44,7 +45,11 @@ void ParallelFor(size_t n, int threads, const F& f) {
   };
   const size_t wanted = std::min(workers_wanted, (n + grain - 1) / grain);
   std::vector<std::thread> workers;
-  for (size_t t = 1; t < wanted; ++t) workers.emplace_back(work);
+  workers.reserve(wanted);
+  try {
+    for (size_t t = 1; t < wanted; ++t) workers.emplace_back(work);
+  } catch (const std::system_error&) {  // no room for more: those that are there do it
+  }
   work();
   for (std::thread& worker : workers) worker.join();
   if (error) std::rethrow_exception(error);

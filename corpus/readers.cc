@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common/errors.h"
-#include "common/run_record.h"
+#include "common/foreign_text.h"
 #include "corpus/record_lines.h"
 #include "corpus/task_prompts.h"
 
@@ -105,9 +105,9 @@ bool HasWindows(SourceKind kind) {
 
 std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
                       const std::string& what) {
-  const Json json = ParseJson(CleanText(record.raw),
-                              what + " at byte " + std::to_string(record.offset));
-  if (!json.is_object()) ThrowRecord(what, record.offset, "not a JSON object");
+  const nlohmann::json json =
+      ParseForeignJson(CleanText(record.raw),
+                       what + " at byte " + std::to_string(record.offset), kMaxJsonDepth);
   if (!json.contains(spec.field)) {
     std::vector<std::string> names;
     for (const auto& [key, value] : json.items()) names.push_back(key);
@@ -121,7 +121,7 @@ std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
                   near.empty() ? "repair or leave out the file"
                                : "name it: --data=jsonl:" + what + "#" + near));
   }
-  const Json& value = json[spec.field];
+  const nlohmann::json& value = json[spec.field];
   if (!value.is_string()) {
     ThrowRecord(what, record.offset, "field \"" + spec.field + "\" is not a string");
   }

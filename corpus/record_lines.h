@@ -12,6 +12,7 @@
 namespace routecast {
 
 inline constexpr uint64_t kMaxLineBytes = uint64_t{256} << 20;  // of jsonl and glue
+inline constexpr int kMaxJsonDepth = 100;
 
 [[noreturn]] inline void ThrowRecord(const std::string& what, uint64_t offset,
                                      const std::string& why) {

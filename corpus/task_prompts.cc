@@ -6,11 +6,13 @@
 #include <map>
 
 #include "common/errors.h"
-#include "common/run_record.h"
+#include "common/foreign_text.h"
 #include "corpus/record_lines.h"
 
 namespace routecast {
 namespace {
+
+using Json = nlohmann::json;
 
 constexpr uint64_t kMaxJsonBytes = uint64_t{1} << 30;
 // A context is repeated for each of its questions: prompts may be so many times larger
@@ -187,7 +189,7 @@ const std::vector<std::string>& GlueTasks() {
 
 void ReadSquad(std::string_view bytes, const std::string& what, const RecordSink& sink) {
   if (bytes.size() > kMaxJsonBytes) ThrowRecord(what, 0, "larger than 1 GiB");
-  const Json root = ParseJson(CleanText(bytes), what);
+  const Json root = ParseForeignJson(CleanText(bytes), what, kMaxJsonDepth);
   uint64_t room = bytes.size() * kMaxRatio + kFreeBytes;
   for (const Json& article : Array(root, "data", what)) {
     for (const Json& paragraph : Array(article, "paragraphs", what)) {

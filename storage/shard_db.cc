@@ -112,6 +112,9 @@ bool LacksTable(const rocksdb::Status& status) {
           text.find(".sst") != std::string::npos);
 }
 
+// Beside the shard, as its seal is.
+fs::path WentBackPath(const fs::path& shard) { return shard.string() + ".recovered"; }
+
 std::shared_ptr<rocksdb::Cache> SharedCache() {
   static const std::shared_ptr<rocksdb::Cache> cache = rocksdb::NewLRUCache(kCacheBytes);
   return cache;
@@ -228,6 +231,7 @@ ShardDb::ShardDb(const fs::path& store, int shard, const StoreConfig& config, Mo
     // whose files are all there: chunks after it are not complete, and are made again.
     std::fprintf(stderr, "%s: a table file is missing; going back to before it\n",
                  path_.c_str());
+    WriteFileAtomic(WentBackPath(path_), "");
     options.best_efforts_recovery = true;
     status = rocksdb::DB::Open(options, path_, families, &handles_, &db);
   }
@@ -238,6 +242,15 @@ ShardDb::ShardDb(const fs::path& store, int shard, const StoreConfig& config, Mo
 ShardDb::~ShardDb() {
   for (auto* handle : handles_) db_->DestroyColumnFamilyHandle(handle);
   if (db_) db_->Close().PermitUncheckedError();
+}
+
+bool ShardDb::WentBack() const { return fs::exists(WentBackPath(path_)); }
+
+void ShardDb::ForgetWentBack() {
+  std::error_code error;
+  fs::remove(WentBackPath(path_), error);
+  if (error) ThrowErrno(error.value(), "remove", WentBackPath(path_));
+  SyncPath(path_.parent_path());
 }
 
 }  // namespace routecast

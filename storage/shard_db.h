@@ -41,8 +41,8 @@ class ShardDb {
  public:
   enum class Mode { kRead, kWrite };
   // kWrite creates what is missing, and waits up to 15 s for the lock of a job that is
-  // dying. Where table files are missing it goes back to the last state that has all of
-  // its files. kRead throws ShardMissing.
+  // dying. Where table files are missing each family goes back to the last state that has
+  // all of its files (WentBack). kRead throws ShardMissing.
   ShardDb(const fs::path& store, int shard, const StoreConfig& config, Mode mode);
   ~ShardDb();
   ShardDb(const ShardDb&) = delete;
@@ -54,6 +54,10 @@ class ShardDb {
     return handles_.at(static_cast<size_t>(f));
   }
   const fs::path& path() const { return path_; }
+  // Whether it went back, now or in an earlier job, and nobody has looked yet whether the
+  // families still fit together (RemoveMarksOfLostChunks). Durable.
+  bool WentBack() const;
+  void ForgetWentBack();
 
  private:
   fs::path path_;

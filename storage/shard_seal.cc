@@ -81,7 +81,8 @@ ShardSeal ParseSeal(const Json& json, const fs::path& path) {
 
 void WriteShardSeal(const fs::path& store, int shard,
                     const std::map<uint32_t, std::string>& marks,
-                    const std::optional<ShardSeal>& before) {
+                    const std::optional<ShardSeal>& before,
+                    const std::function<void()>& on_block) {
   Json json = {{"version", kSealVersion}, {"config", ReadFile(store / "store.json")}};
   json["files"] = Json::object();
   for (const auto& [name, path] : FilesToSeal(store, shard)) {
@@ -91,7 +92,7 @@ void WriteShardSeal(const fs::path& store, int shard,
         before ? before->files.find(name) : decltype(before->files.end()){};
     const bool kept = before && path.extension() == ".sst" &&
                       known != before->files.end() && known->second.bytes == bytes;
-    hash = kept ? known->second.hash : HashFile(path);
+    hash = kept ? known->second.hash : HashFile(path, 0, on_block);
     json["files"][name] = {{"bytes", bytes}, {"hash", hash}};
   }
   json["marks"] = Json::object();

@@ -25,10 +25,12 @@ struct ShardSeal {
 
 // Hashes the shard's files, store.json and routers.safetensors, and writes the seal.
 // Table files that `before` knows by name and size keep their hash: they never change,
-// and one that did all the same is to be found.
+// and one that did all the same is to be found. `on_block` is called after each MiB that
+// is hashed.
 void WriteShardSeal(const fs::path& store, int shard,
                     const std::map<uint32_t, std::string>& marks,
-                    const std::optional<ShardSeal>& before);
+                    const std::optional<ShardSeal>& before,
+                    const std::function<void()>& on_block = {});
 // Nothing where the shard is not sealed. DataError where the seal itself is damaged.
 std::optional<ShardSeal> ReadShardSeal(const fs::path& store, int shard);
 // Numbers of the shards that have a seal, ascending: also of those whose folder is gone.

@@ -26,7 +26,8 @@ bool HoldsNoStore(const fs::path& out) {
                      });
 }
 
-// Checked before SealedFolder makes (and empties) its temporary folder.
+// Checked before SealedFolder makes (and empties) its temporary folder, and again once
+// nobody else makes a store there.
 const fs::path& NewStore(const fs::path& out) {
   RequireNewStore(out);
   return out;
@@ -59,7 +60,10 @@ void RequireComplete(const TraceReader& reader) {
 }
 
 StoreBuilder::StoreBuilder(const fs::path& out, StoreConfig config, StepObserver on_step)
-    : config_(std::move(config)), on_step_(std::move(on_step)), folder_(NewStore(out)) {
+    : config_(std::move(config)),
+      on_step_(std::move(on_step)),
+      lock_(NewStore(out)),
+      folder_(NewStore(out)) {
   RequireCompression(config_.compression, config_.geometry);
   MakeFolder(folder_.path() / "shards");
   MakeFolder(folder_.path() / "staging");

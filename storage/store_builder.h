@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "storage/build_lock.h"
 #include "storage/trace_reader.h"
 #include "storage/trace_store.h"
 
@@ -17,7 +18,8 @@ inline constexpr uint64_t kBuiltChunkBytes = uint64_t{8} << 20;
 
 class StoreBuilder {
  public:
-  // `config.num_chunks` is set by Finish. UsageError where `out` is there already.
+  // `config.num_chunks` is set by Finish. UsageError where `out` is there already,
+  // EnvironmentError where another process is making it.
   StoreBuilder(const fs::path& out, StoreConfig config, StepObserver on_step = {});
   ~StoreBuilder();
   // REQUIRES ascending sequence ids (std::logic_error). StoppedError where a stop was
@@ -38,6 +40,7 @@ class StoreBuilder {
 
   StoreConfig config_;
   StepObserver on_step_;
+  BuildLock lock_;  // before the folder, which it guards
   SealedFolder folder_;
   std::unique_ptr<ShardOwner> owner_;
   std::unique_ptr<ChunkWriter> chunk_;

@@ -100,6 +100,30 @@ std::string LivingHolder(const fs::path& path, std::time_t now) {
          "\", heartbeat " + std::to_string(age) + " s ago";
 }
 
+// Whether the lock is that of the job `token`. Not where there is none: whoever took it
+// over has ended since. Throws where that cannot be seen.
+bool IsOf(const fs::path& path, const std::string& token) {
+  for (bool again = false;; again = true) {
+    try {
+      const Json lock = ReadJsonFile(path);
+      return lock.is_object() && lock.value("token", Json()) == token;
+    } catch (const std::exception&) {
+      if (::access(path.c_str(), F_OK) == 0 || errno != ENOENT) throw;
+    }
+    if (again) return false;
+    // A network file system may remember for a while that there was none; of a folder
+    // that is opened it asks its server.
+    ::close(::open(path.parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  }
+}
+
+std::string LostText(const fs::path& store) {
+  return ErrorText(store.string() + " was taken over by another job",
+                   "this one stood still for more than " + std::to_string(kStaleSeconds) +
+                       " s, or lock.json was removed",
+                   "let the other finish, or start this one again after it");
+}
+
 }  // namespace
 
 std::string StoreHolder(const fs::path& store) {
@@ -152,7 +176,11 @@ StoreLock::~StoreLock() {
 }
 
 // A job that stood still for longer than its heartbeat holds may find another's lock.
-bool StoreLock::IsOwn() const { return ReadJsonFile(path_).value("token", "") == token_; }
+bool StoreLock::IsOwn() const { return IsOf(path_, token_); }
+
+void StoreLock::RequireHeld(const fs::path& store, const std::string& token) {
+  if (!IsOf(store / "lock.json", token)) throw EnvironmentError(LostText(store));
+}
 
 void StoreLock::Beat() {
   std::unique_lock lock(mutex_);
@@ -165,12 +193,7 @@ void StoreLock::Beat() {
     } catch (const std::exception&) {  // unreadable: not to be renewed
       continue;
     }
-    if (on_lost_) {
-      on_lost_(ErrorText(
-          path_.parent_path().string() + " was taken over by another job",
-          "this one stood still for more than " + std::to_string(kStaleSeconds) + " s",
-          "let the other finish, or start this one again after it"));
-    }
+    if (on_lost_) on_lost_(LostText(path_.parent_path()));
     return;
   }
 }

@@ -20,8 +20,8 @@ class StoreLock {
   // no longer lives; on another host its heartbeat is older than two minutes, by the
   // clock of the file system. Throws EnvironmentError naming the holder otherwise.
   // `on_lost` is called (on the heartbeat's thread) with what to say where another job
-  // has taken it over, because this one stood still for so long: nothing may be written
-  // then.
+  // has taken it over, because this one stood still for so long, or the lock is gone:
+  // nothing may be written then.
   explicit StoreLock(const fs::path& store,
                      std::function<void(const std::string& error)> on_lost = {},
                      std::chrono::milliseconds heartbeat = std::chrono::seconds(15));
@@ -30,6 +30,9 @@ class StoreLock {
   StoreLock& operator=(const StoreLock&) = delete;
   // Names this job's files in staging/: unique among jobs.
   const std::string& token() const { return token_; }
+  // EnvironmentError where the job `token` no longer holds the store's lock: between two
+  // heartbeats another may have taken it over, and may have ended already. Any process.
+  static void RequireHeld(const fs::path& store, const std::string& token);
 
  private:
   void Beat();

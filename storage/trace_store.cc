@@ -16,6 +16,7 @@
 #include "common/temporary_file.h"
 #include "rocksdb/sst_file_writer.h"
 #include "storage/context_coder.h"
+#include "storage/lost_chunks.h"
 #include "storage/shard_db.h"
 
 namespace routecast {
@@ -298,9 +299,14 @@ ShardOwner::ShardOwner(fs::path store, const StoreConfig& config, int first, int
                        StepObserver on_step)
     : store_(std::move(store)), config_(config), on_step_(std::move(on_step)) {
   for (int shard = first; shard < config_.num_shards; shard += step) {
+    Step("open shard");
     TakeSeal(shard);
     shards_[shard] =
         std::make_unique<ShardDb>(store_, shard, config_, ShardDb::Mode::kWrite);
+    if (shards_[shard]->WentBack()) {
+      seals_.erase(shard);  // names of lost files may be used again
+      RemoveMarksOfLostChunks(shards_[shard].get(), config_, on_step_);
+    }
     ForEachMark(*shards_[shard],
                 [this](uint32_t chunk, const std::string&) { done_.insert(chunk); });
   }
@@ -396,7 +402,8 @@ void ShardOwner::Finish() {
     Step("seal");
     const auto before = seals_.find(shard);
     WriteShardSeal(store_, shard, marks,
-                   before == seals_.end() ? std::nullopt : std::optional(before->second));
+                   before == seals_.end() ? std::nullopt : std::optional(before->second),
+                   [this] { Step(kHashStep); });
   }
 }
 

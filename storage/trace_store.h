@@ -22,6 +22,8 @@ namespace routecast {
 
 // Told the name of each step before it is taken. Tests end the process there.
 using StepObserver = std::function<void(const char* step)>;
+// The step of ShardOwner that is taken for each MiB of a seal.
+inline constexpr const char* kHashStep = "seal: hash";
 
 class TraceStore {
  public:

@@ -9,8 +9,10 @@
 #include "common/safetensors.h"
 #include "models/next_token_guess.h"
 #include "models/routing_window.h"
+#include "storage/shard_db.h"
 #include "storage/trace_format.h"
 #include "storage/trace_reader.h"
+#include "storage/trace_store.h"
 #include "tests/collector/collect_fixture.h"
 
 namespace routecast {
@@ -199,6 +201,28 @@ TEST_F(CollectRecordsTest, RefusesToGoOnWithSomethingElse) {
   EXPECT_EQ(Collect(1, "golden", {"--model=" + (folder_ / "other").string()}),
             kExitUsage);
   EXPECT_EQ(Collect(2, "golden", {"--max_sequences=1199"}), kExitUsage);
+}
+
+// As what refuses the store says: the same command computes the lost chunks anew.
+TEST_F(CollectRecordsTest, ALostTableOfRouterInputsComesBack) {
+  ASSERT_EQ(Collect(1, "lost"), 0);
+  fs::path lost;
+  {
+    const ShardDb shard(folder_ / "lost", 1, TraceStore::Open(folder_ / "lost"),
+                        ShardDb::Mode::kRead);
+    std::vector<rocksdb::LiveFileMetaData> files;
+    shard.db()->GetLiveFilesMetaData(&files);
+    for (const auto& file : files) {
+      if (file.column_family_name == "hidden") lost = file.db_path + file.name;
+    }
+  }
+  ASSERT_TRUE(fs::remove(lost));
+  const std::vector<std::string> verify = {Bin("routecast-trace"), "verify", "--quiet",
+                                           "--store=" + (folder_ / "lost").string()};
+  EXPECT_EQ(RunProgram(verify), kExitBadData);
+  EXPECT_EQ(Collect(1, "lost"), 0);
+  EXPECT_EQ(RunProgram(verify), 0);
+  EXPECT_TRUE(Export("lost") == Golden());
 }
 
 TEST_F(CollectRecordsTest, DryRunWritesNothing) {

@@ -106,6 +106,21 @@ TEST_F(FilesTest, ALivingWritersFileIsNotTakenForALeftover) {
   EXPECT_EQ(NumEntries(), 1u);
 }
 
+// Laid under the name that this process will use: what it leads to stays as it is.
+TEST_F(FilesTest, ALinkUnderATemporaryNameIsNotWrittenThrough) {
+  const fs::path path = folder_ / "f", victim = folder_ / "victim";
+  WriteFileAtomic(victim, "theirs");
+  fs::create_symlink(victim, path.string() + "." + std::to_string(::getpid()) + ".tmp");
+  EXPECT_THROW(WriteFileAtomic(path, "ours"), UsageError);
+  EXPECT_EQ(ReadFile(victim), "theirs");
+}
+
+// Nobody writes into it: an open that waits would wait for ever.
+TEST_F(FilesTest, ANamedPipeIsNoFileToRead) {
+  ASSERT_EQ(::mkfifo((folder_ / "pipe").c_str(), 0600), 0);
+  EXPECT_THROW(ReadFile(folder_ / "pipe"), UsageError);
+}
+
 TEST_F(FilesTest, NamesOfTemporaryFiles) {
   EXPECT_EQ(PathOfTemporary("a/traces.npz.12.tmp"), "a/traces.npz");
   EXPECT_EQ(PathOfTemporary("f.1.tmp"), "f");
@@ -155,6 +170,14 @@ TEST_F(FilesTest, SealedFolderReplacesAndDropsWhatAnEarlierRunLeft) {
   EXPECT_EQ(ReadFile(folder_ / "out" / "f"), "2");
   EXPECT_FALSE(fs::exists(folder_ / "out" / "left"));
   EXPECT_EQ(NumEntries(), 1u);
+}
+
+TEST_F(FilesTest, HashFileSaysEachMiB) {
+  const std::string bytes((size_t{5} << 20) / 2, 'x');
+  WriteFileAtomic(folder_ / "f", bytes);
+  int blocks = 0;
+  EXPECT_EQ(HashFile(folder_ / "f", 3, [&] { ++blocks; }), Hash64(bytes, 3));
+  EXPECT_EQ(blocks, 3);
 }
 
 TEST(ParseBytes, UnitsAndNonsense) {

@@ -3,9 +3,15 @@
 #include "corpus/readers.h"
 
 #include <gtest/gtest.h>
+#include <pthread.h>
+#include <sys/stat.h>
+
+#include <atomic>
 
 #include "common/errors.h"
 #include "common/random.h"
+#include "corpus/mapped_file.h"
+#include "corpus/parallel.h"
 #include "tests/corpus/test_folder.h"
 
 namespace routecast {
@@ -104,6 +110,54 @@ TEST_F(ReadersTest, AFileThatIsCutWhileItIsReadIsDataErrorByName) {
   }
   EXPECT_GT(records, 100);  // of the first window
   EXPECT_LT(records, 1000);
+}
+
+// Nobody writes into it: an open that waits would wait for ever.
+TEST_F(ReadersTest, ANamedPipeIsNotMapped) {
+  ASSERT_EQ(::mkfifo((folder_ / "pipe").c_str(), 0600), 0);
+  EXPECT_THROW(MappedFile(folder_ / "pipe"), UsageError);
+}
+
+// An object that is searched for each of its keys takes minutes here.
+std::string ManyKeys() {
+  std::string json = "{";
+  for (int k = 0; k < 200'000; ++k) json += "\"" + std::to_string(k) + "\":0,";
+  return json;
+}
+
+TEST_F(ReadersTest, ARecordOfManyKeysIsRead) {
+  const std::string record = ManyKeys() + "\"text\": \"x\"}";
+  EXPECT_EQ(RecordText({SourceKind::kJsonl, "", "text"}, {record, 0}, "keys"), "x");
+}
+
+TEST_F(ReadersTest, SquadOfManyKeysIsRead) {
+  const std::string json =
+      ManyKeys() + R"("data":[{"paragraphs":[{"context":"c","qas":[]}]}]})";
+  std::vector<std::string> texts;
+  ReadRecords({SourceKind::kSquad, "", ""}, json, "keys",
+              [&](const RawRecord& r) { texts.emplace_back(r.raw); });
+  EXPECT_EQ(texts, std::vector<std::string>{"c"});
+}
+
+TEST_F(ReadersTest, ARecordThatSaysAKeyTwiceIsRefused) {
+  const std::string record = R"({"text": "one", "text": "two"})";
+  EXPECT_THROW(RecordText({SourceKind::kJsonl, "", "text"}, {record, 0}, "keys"),
+               DataError);
+}
+
+// The system gives no thread a stack as large as its address space.
+TEST(ParallelForTest, WorksWithTheThreadsThatItGets) {
+  pthread_attr_t before, huge;
+  ASSERT_EQ(::pthread_getattr_default_np(&before), 0);
+  ASSERT_EQ(::pthread_getattr_default_np(&huge), 0);
+  ASSERT_EQ(::pthread_attr_setstacksize(&huge, size_t{1} << 47), 0);
+  ASSERT_EQ(::pthread_setattr_default_np(&huge), 0);
+  std::atomic<int> sum{0};
+  ParallelFor(100, 4, [&](size_t i) { sum += static_cast<int>(i); });
+  ASSERT_EQ(::pthread_setattr_default_np(&before), 0);
+  ::pthread_attr_destroy(&before);
+  ::pthread_attr_destroy(&huge);
+  EXPECT_EQ(sum, 4950);
 }
 
 }  // namespace

@@ -83,7 +83,7 @@ wrong 2 "--hidden_share" "${collect[@]}" --hidden_share=2
 wrong 2 "--top_p" "${collect[@]}" --task=generate --temperature=1 --top_p=1.5
 wrong 2 "--noise_density" "${collect[@]}" --task=encode --noise_density=0.3
 wrong 2 "2 binary ones were dropped" collect --model="$model" --data=text:junk --store=new
-wrong 3 "not valid JSON" collect --model="$model" --data=jsonl:junk.jsonl --store=new
+wrong 3 "not usable JSON" collect --model="$model" --data=jsonl:junk.jsonl --store=new
 LC_ALL=C grep -q $'[\x01-\x09\x0b-\x1f\x7f]' error && fail "junk JSON: control bytes in the error"
 wrong 2 "--compression" "${collect[@]}" --compression=lz4
 wrong 2 "store" collect --model="$model" --data=text:text.txt --store=store --max_length=64

@@ -9,6 +9,7 @@
 #include "common/errors.h"
 #include "common/stop.h"
 #include "storage/export.h"
+#include "storage/store_builder.h"
 #include "storage/verify.h"
 #include "tests/storage/store_fixture.h"
 
@@ -80,6 +81,34 @@ TEST_F(MergeTest, HoldsTheSequencesOfAllStoresOnce) {
   EXPECT_EQ(report.repeated, 8u);
   EXPECT_EQ(Read(At("c")), Traces(0, 31));
   EXPECT_TRUE(TraceReader(At("c")).complete());
+}
+
+TEST_F(MergeTest, TwoJobsDoNotBuildInOnePlace) {
+  StoreBuilder first(At("c"), config_);
+  first.Add(RandomTrace(1, shape_));
+  for (const std::string name : {"c", "c/"}) {
+    try {
+      StoreBuilder second(At(name), config_);
+      FAIL() << "two jobs build " << name;
+    } catch (const EnvironmentError& e) {
+      EXPECT_NE(std::string(e.what()).find("is being made by another process"),
+                std::string::npos);
+    }
+  }
+  first.Finish();
+  EXPECT_EQ(Read(At("c")), std::vector<RoutingTrace>{RandomTrace(1, shape_)});
+}
+
+TEST_F(MergeTest, TheLockOfAKilledJobHoldsNobodyAndGoesWithTheNext) {
+  const fs::path lock = At("c.tmp.lock");
+  WriteFileAtomic(lock, "");
+  {
+    StoreBuilder builder(At("c"), config_);
+    builder.Add(RandomTrace(1, shape_));
+    builder.Finish();
+  }
+  EXPECT_TRUE(VerifyStore(At("c")).sound());
+  EXPECT_FALSE(fs::exists(lock));
 }
 
 TEST_F(MergeTest, TheResultIsSound) {

@@ -43,6 +43,16 @@ TEST_F(TraceStoreTest, CompactionKeepsEverything) {
   ExpectEverything();
 }
 
+// Whoever watches a job sees that it goes on: disks may be slow.
+TEST_F(TraceStoreTest, OpeningAndSealingShardsAreManySteps) {
+  Fill();
+  std::map<std::string, int> steps;
+  ShardOwner owner(store(), config_, 0, 1, [&](const char* step) { ++steps[step]; });
+  EXPECT_EQ(steps["open shard"], config_.num_shards);
+  owner.Finish();
+  EXPECT_GT(steps[kHashStep], config_.num_shards);
+}
+
 TEST_F(TraceStoreTest, IngestingTwiceChangesNothing) {
   Fill();
   ShardOwner owner(store(), config_, 0, 1);
@@ -200,6 +210,32 @@ TEST_F(TraceStoreTest, AJobThatLostItsLockIsTold) {
   other["token"] = "of another job";
   WriteFileAtomic(file, other.dump());
   EXPECT_NE(told.get_future().get().find("taken over by another job"), std::string::npos);
+}
+
+// The other one may have ended already, and have taken its lock with it.
+TEST_F(TraceStoreTest, AJobThatLostItsLockIsToldAfterTheOtherHasEnded) {
+  Create();
+  std::promise<std::string> told;
+  const StoreLock lock(
+      store(), [&told](const std::string& error) { told.set_value(error); },
+      std::chrono::milliseconds(5));
+  fs::remove(store() / "lock.json");
+  std::future<std::string> error = told.get_future();
+  ASSERT_EQ(error.wait_for(std::chrono::seconds(10)), std::future_status::ready);
+  EXPECT_NE(error.get().find("taken over by another job"), std::string::npos);
+}
+
+TEST_F(TraceStoreTest, WhoWritesAsksForTheLockBetweenHeartbeats) {
+  Create();
+  const fs::path file = store() / "lock.json";
+  const StoreLock lock(store());
+  EXPECT_NO_THROW(StoreLock::RequireHeld(store(), lock.token()));
+  Json other = ReadJsonFile(file);
+  other["token"] = "of another job";
+  WriteFileAtomic(file, other.dump());
+  EXPECT_THROW(StoreLock::RequireHeld(store(), lock.token()), EnvironmentError);
+  fs::remove(file);
+  EXPECT_THROW(StoreLock::RequireHeld(store(), lock.token()), EnvironmentError);
 }
 
 // Of a process on another host there is only its heartbeat.
