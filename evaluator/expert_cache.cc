@@ -14,21 +14,13 @@ namespace {
 
 // Long: what is used much in the long run says more than what was used just now
 // (docs/results/runtime.md), and still a change of the workload is learned in time.
-constexpr double kRateDecay = 1.0 - 1.0 / 256;
+constexpr double kRateVisits = 256;
+// Where tokens take several experts; chosen on one model's routing.
+constexpr double kRateVisitsOfSets = 16;
 constexpr double kPriorVisits = 64;  // that a prior counts as, a layer
 const std::vector<std::string> kNames = {"none",        "lru",         "lfu",   "lfru",
                                          "least_stale", "phase_aware", "belady"};
 
-const double kFall = -std::log(kRateDecay);  // of a rate's logarithm, a visit
-
-template <typename Value>
-std::array<double, 512> Table(const Value& value) {
-  std::array<double, 512> table;
-  for (size_t i = 0; i < table.size(); ++i)
-    table[i] = value(std::pow(kRateDecay, static_cast<int>(i)));
-  return table;
-}
-const auto kLogReach = Table([](double power) { return std::log(1 - power); });
 constexpr int kUnasked = 64;  // changes of an order that nobody looks at
 
 void Require(bool ok, const char* rule) {
@@ -62,16 +54,27 @@ void Move(Ranks* ranks, const ExpertCache::Rank& from, const ExpertCache::Rank& 
 
 }  // namespace
 
-const std::array<double, 512> ExpertCache::kPowers =
-    Table([](double power) { return power; });
+ExpertCache::Fading::Fading(double visits)
+    : keep(1.0 - 1.0 / visits), fall(-std::log(keep)) {
+  for (size_t i = 0; i < powers.size(); ++i) {
+    powers[i] = std::pow(keep, static_cast<int>(i));
+    log_reach[i] = std::log(1 - powers[i]);
+  }
+}
 
-double ExpertCache::FarDecay(uint64_t visits) {
-  return std::exp(-kFall * static_cast<double>(visits));
+const ExpertCache::Fading& ExpertCache::FadingOf(const MoeGeometry& geometry) {
+  static const Fading kOne(kRateVisits), kSets(kRateVisitsOfSets);
+  return geometry.experts_per_token > 1 ? kSets : kOne;
+}
+
+double ExpertCache::FarDecay(uint64_t visits) const {
+  return std::exp(-fading_.fall * static_cast<double>(visits));
 }
 
 // The logarithm of the weight that a rate can have reached in `visits`.
-double ExpertCache::LogReach(uint64_t visits) {
-  return visits < kLogReach.size() ? kLogReach[visits] : std::log1p(-Decay(visits));
+double ExpertCache::LogReach(uint64_t visits) const {
+  return visits < fading_.log_reach.size() ? fading_.log_reach[visits]
+                                           : std::log1p(-Decay(visits));
 }
 
 Eviction ParseEviction(const std::string& name) {
@@ -84,6 +87,7 @@ const char* EvictionName(Eviction eviction) {
 
 ExpertCache::ExpertCache(const MoeGeometry& geometry, int num_slots, Eviction eviction)
     : geometry_(geometry),
+      fading_(FadingOf(geometry)),
       eviction_(eviction),
       entries_(geometry.num_keys()),
       in_slot_(std::max(num_slots, 0), -1),
@@ -106,10 +110,10 @@ void ExpertCache::Use(ExpertKey key) {
   Entry& entry = Of(key);
   const uint64_t visit = layer_visits_[key.layer];
   entry.rate *= Decay(visit - entry.rate_at);
-  entry.rate += 1 - kRateDecay;
+  entry.rate += 1 - fading_.keep;
   entry.rate_at = visit;
   // log(rate) at visit 0 of the layer, had it fallen since then as it will from now on.
-  entry.rate_rank = std::log(entry.rate) + kFall * static_cast<double>(visit);
+  entry.rate_rank = std::log(entry.rate) + fading_.fall * static_cast<double>(visit);
   entry.last_use = ++num_uses_;
   entry.last_visit = visits_;
   entry.layer_visit = visit;
@@ -325,7 +329,7 @@ double ExpertCache::UseShare(ExpertKey key) const {
 double ExpertCache::ScoreOfRate(int layer, double log_rate) const {
   const uint64_t visits = layer_visits_[static_cast<size_t>(layer)];
   return log_rate + reach_[static_cast<size_t>(layer)].log +
-         kFall * static_cast<double>(visits);
+         fading_.fall * static_cast<double>(visits);
 }
 
 void ExpertCache::SetFuture(const std::vector<ExpertKey>& uses) {

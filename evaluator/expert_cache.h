@@ -91,7 +91,8 @@ class ExpertCache {
   // Share of its layer's visits so far that used the key; before the first one 0, or the
   // prior's.
   double UseShare(ExpertKey key) const;
-  // Share of its layer's recent visits that used the key (decays over about 256 visits).
+  // Share of its layer's recent visits that used the key (decays over about 256 visits,
+  // or 16 where tokens take several experts).
   double UseRate(ExpertKey key) const {
     const auto layer = static_cast<size_t>(key.layer);
     if (layer_visits_[layer] == 0) return 0;
@@ -149,11 +150,18 @@ class ExpertCache {
   };
   const Entry& Of(ExpertKey key) const { return entries_[key.Index(geometry_)]; }
   Entry& Of(ExpertKey key) { return entries_[key.Index(geometry_)]; }
-  static double Decay(uint64_t visits) {
-    return visits < kPowers.size() ? kPowers[visits] : FarDecay(visits);
+  // How use rates fade, by visits of their layer.
+  struct Fading {
+    explicit Fading(double visits);
+    double keep, fall;  // of a rate and of its logarithm, a visit
+    std::array<double, 512> powers, log_reach;
+  };
+  static const Fading& FadingOf(const MoeGeometry& geometry);
+  double Decay(uint64_t visits) const {
+    return visits < fading_.powers.size() ? fading_.powers[visits] : FarDecay(visits);
   }
-  static double FarDecay(uint64_t visits);
-  static double LogReach(uint64_t visits);
+  double FarDecay(uint64_t visits) const;
+  double LogReach(uint64_t visits) const;
   std::span<const Rank> Sorted(int layer, std::vector<Order>* orders,
                                Rank Entry::*rank) const {
     Order& order = (*orders)[static_cast<size_t>(layer)];
@@ -173,8 +181,8 @@ class ExpertCache {
   int LayerDistance(int layer) const;
   int PhaseTurn(int layer) const;
 
-  static const std::array<double, 512> kPowers;  // of the decay of rates a visit
   MoeGeometry geometry_;
+  const Fading& fading_;
   Eviction eviction_;
   std::vector<Entry> entries_;  // by key index
   std::vector<int> in_slot_;    // slot -> key index, -1 free

@@ -8,8 +8,9 @@ namespace routecast {
 namespace {
 
 constexpr double kRateFloor = 0.125;  // of the uniform use rate, for experts never used
-// Visits after which a slot's worth has fallen to 1/e: slots over this, about. Chosen
-// like the lead's discount by planner_bench on validation sequences.
+// Visits after which a slot's worth has fallen to 1/e: slots over this, about, and over
+// the experts that a visit takes. Chosen like the lead's discount by planner_bench on
+// validation sequences.
 constexpr double kWorthSpan = 4;
 constexpr int kPowers = 128;
 constexpr double kBarelyLess = 1 - 1e-12;  // what rounding may take from a worth
@@ -23,14 +24,16 @@ ExpertWorth::ExpertWorth(const ExpertCache* cache, const LayerTimeline* timeline
       timeline_(timeline),
       forecasts_(forecasts),
       later_(later),
-      least_rate_(kRateFloor / cache->geometry().num_experts),
+      least_rate_(kRateFloor * cache->geometry().experts_per_token /
+                  cache->geometry().num_experts),
       log_least_rate_(std::log(least_rate_)),
       outlooks_(static_cast<size_t>(cache->geometry().num_layers())) {
   SetSlots(cache->num_slots());
 }
 
 void ExpertWorth::SetSlots(int slots) {
-  const double discount = 1 - kWorthSpan / (kWorthSpan + slots);
+  const double span = kWorthSpan * cache_->geometry().experts_per_token;
+  const double discount = 1 - span / (span + slots);
   powers_.resize(kPowers);
   for (int i = 0; i < kPowers; ++i)
     powers_[static_cast<size_t>(i)] = std::pow(discount, i);

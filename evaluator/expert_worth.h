@@ -1,8 +1,8 @@
 // What a slot is worth that holds an expert: the expectation of g^(visits until its next
-// use), with g = slots / (4 + slots): a quarter of the time that an expert stays, as what
-// is foretold soon is worth more than a habit. Predictions as far as they reach, beyond
-// them the layer's turn and what was said of its later visits, or else the expert's use
-// rate. In [0, 1]. Thread rule: one thread at a time.
+// use), with g = slots / (4 K + slots), K experts a token: a quarter of the time that an
+// expert stays, as what is foretold soon is worth more than a habit. Predictions as far
+// as they reach, beyond them the layer's turn and what was said of its later visits, or
+// else the expert's use rate. In [0, 1]. Thread rule: one thread at a time.
 #pragma once
 
 #include <optional>

@@ -71,9 +71,30 @@ bool SameIds(const at::Tensor& ids_B1, const PassInfo& pass) {
   return true;
 }
 
-// 1 - prod(1 - p) over the tokens that count, for each expert; probs_BTE is an answer
-// (RequireAnswers) of the newest tokens of valid_BT.
-std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& valid_BT) {
+// Writes the choices of a pass' tokens, one row of numbers each, as those of `layer` from
+// token `from` on: into a copy, as the window handed out before must not change under its
+// reader.
+void PutChoices(const at::Tensor& chosen_BT, int64_t from, int64_t layer,
+                at::Tensor* window_BTL) {
+  const int64_t tokens = window_BTL->size(1), layers = window_BTL->size(2);
+  at::Tensor all = EmptyOfTokens(*window_BTL, tokens);
+  CopyTokens(*window_BTL, 0, tokens, &all, 0);
+  const at::Tensor chosen = PlainRows(chosen_BT, at::kLong);
+  const int64_t fresh = tokens - from,
+                width = all.numel() / (all.size(0) * tokens * layers);
+  for (int64_t row = 0; row * width < chosen.numel(); ++row) {
+    const int64_t b = row / fresh, t = from + row % fresh;
+    std::copy_n(chosen.const_data_ptr<int64_t>() + row * width, width,
+                all.data_ptr<int64_t>() + ((b * tokens + t) * layers + layer) * width);
+  }
+  *window_BTL = std::move(all);
+}
+
+// 1 - prod(1 - p) over the tokens that count, for each expert, p = the chance that the
+// token takes it; probs_BTE is an answer (RequireAnswers) of the newest tokens of
+// valid_BT.
+std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& valid_BT,
+                               int experts_per_token) {
   const at::Tensor probs = PlainRows(probs_BTE, at::kFloat);
   const int64_t tokens = probs.size(1), before = valid_BT.size(1) - tokens;
   const auto experts = static_cast<size_t>(probs.size(2));
@@ -84,7 +105,7 @@ std::vector<float> NeededByAny(const at::Tensor& probs_BTE, const at::Tensor& va
     const int64_t b = row / tokens;
     if (!valid[b * valid_BT.size(1) + before + row % tokens]) continue;
     for (size_t e = 0; e < experts; ++e) {
-      none[e] *= 1 - std::clamp(p[e], 0.f, 1.f);  // but for rounding it is in there
+      none[e] *= 1 - UseProbability(p[e], experts_per_token);
     }
   }
   for (float& value : none) value = 1 - value;
@@ -137,6 +158,11 @@ void PredictorForesight::StartPass(const PassInfo& pass) {
   window_.valid_BT =
       Extended(window_.valid_BT, keep, PlainRows(pass.valid_BT, at::kBool));
   window_.experts_BTL = keep > 0 ? Extended(window_.experts_BTL, keep, unknown) : unknown;
+  if (const int64_t others = geometry_.experts_per_token - 1; others > 0) {
+    at::Tensor rest = at::empty({batch, tokens, layers, others}, at::kLong);
+    std::fill_n(rest.data_ptr<int64_t>(), rest.numel(), geometry_.num_experts);
+    window_.others_BTLK = keep > 0 ? Extended(window_.others_BTLK, keep, rest) : rest;
+  }
   if (!goes_on) hidden_BTD_.assign(static_cast<size_t>(layers), at::Tensor());
   window_.stack = pass.stack;
   window_.pass_tokens = static_cast<int>(tokens);
@@ -151,17 +177,9 @@ void PredictorForesight::StartPass(const PassInfo& pass) {
 void PredictorForesight::Remember(const LayerRouting& routing) {
   const int layer = geometry_.LayerInStack(routing.layer);
   const int64_t tokens = window_.tokens_BT.size(1), from = tokens - window_.pass_tokens;
-  // A copy: the window handed out before must not change under its reader.
-  at::Tensor experts = EmptyOfTokens(window_.experts_BTL, tokens);
-  CopyTokens(window_.experts_BTL, 0, tokens, &experts, 0);
-  const at::Tensor chosen = PlainRows(routing.expert_ids_BT, at::kLong);
-  const int64_t layers = experts.size(2);
-  for (int64_t row = 0; row < chosen.numel(); ++row) {
-    const int64_t b = row / window_.pass_tokens, t = from + row % window_.pass_tokens;
-    experts.data_ptr<int64_t>()[(b * tokens + t) * layers + layer] =
-        chosen.const_data_ptr<int64_t>()[row];
-  }
-  window_.experts_BTL = std::move(experts);
+  PutChoices(routing.expert_ids_BT, from, layer, &window_.experts_BTL);
+  if (window_.others_BTLK.defined() && routing.other_ids_BTK.defined())
+    PutChoices(routing.other_ids_BTK, from, layer, &window_.others_BTLK);
   if (!predictor_->needs_hidden() || !routing.input_BTD.defined()) return;
   at::Tensor& kept = hidden_BTD_[static_cast<size_t>(layer)];
   const at::Tensor fresh = PlainRows(routing.input_BTD, at::kFloat);
@@ -231,6 +249,7 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
   window.token_ids_BT = window_.tokens_BT;
   window.valid_BT = window_.valid_BT;
   window.experts_BTL = window_.experts_BTL;
+  window.others_BTLK = window_.others_BTLK;
   const int64_t batch = window_.tokens_BT.size(0);
   if (source_layer >= 0 && predictor_->needs_hidden()) {
     const at::Tensor& hidden = hidden_BTD_[static_cast<size_t>(source_layer)];
@@ -259,8 +278,9 @@ std::vector<LayerForecast> PredictorForesight::Ask(int source_layer) {
     const int target = source_layer + lead;
     const std::optional<at::Tensor>& probs = answers[static_cast<size_t>(lead - 1)];
     if (!probs) continue;
-    forecasts.push_back({geometry_.GlobalLayer(window_.stack, target % window.num_layers),
-                         lead, NeededByAny(*probs, window_.valid_BT)});
+    forecasts.push_back(
+        {geometry_.GlobalLayer(window_.stack, target % window.num_layers), lead,
+         NeededByAny(*probs, window_.valid_BT, geometry_.experts_per_token)});
   }
   if (decoder && source_layer == -1) AddLaterUse(window, &forecasts);
   return forecasts;
@@ -277,9 +297,9 @@ void PredictorForesight::AddLaterUse(const RoutingWindow& window,
   for (int l = 0; l < window.num_layers; ++l) by_layer.push_back(said->narrow(1, l, 1));
   RequireAnswers(by_layer, window, 1);
   for (int l = 0; l < window.num_layers; ++l) {
-    forecasts->push_back(
-        {geometry_.GlobalLayer(window_.stack, l), LayerForecast::kLater,
-         NeededByAny(*by_layer[static_cast<size_t>(l)], window_.valid_BT)});
+    forecasts->push_back({geometry_.GlobalLayer(window_.stack, l), LayerForecast::kLater,
+                          NeededByAny(*by_layer[static_cast<size_t>(l)], window_.valid_BT,
+                                      geometry_.experts_per_token)});
   }
 }
 

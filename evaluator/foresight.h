@@ -31,7 +31,8 @@ class Foresight {
 
 // An ExpertPredictor served with windows built from the routing so far. The probabilities
 // of the tokens that count (encoder: all valid ones; decoder: the newest of each
-// sequence) are joined as 1 - prod(1 - p).
+// sequence) are joined as 1 - prod(1 - p); where a token takes K experts, p is that it
+// takes this one (UseProbability).
 class PredictorForesight : public Foresight {
  public:
   // `predictor` outlives this. max_lead in layer visits. With `next_token` a decoder's
@@ -58,6 +59,7 @@ class PredictorForesight : public Foresight {
     int pass_tokens = 0;      // of the pass under way: the newest columns
     int64_t first_token = 0;  // place of the first column
     at::Tensor tokens_BT, valid_BT, experts_BTL;
+    at::Tensor others_BTLK;  // where tokens take several experts
   };
   void StartPass(const PassInfo& pass);
   void Remember(const LayerRouting& routing);

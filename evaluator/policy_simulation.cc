@@ -28,6 +28,15 @@ struct Recording {
 
 std::vector<uint64_t> SequencesOf(const TraceReader& reader,
                                   const PolicySimulationOptions& options, bool hidden) {
+  const MoeGeometry& g = reader.config().geometry;
+  if (g.decoder_layers == 0 || (options.encoder && g.encoder_layers == 0)) {
+    throw UsageError(ErrorText(
+        "the store's model has no " + std::string(g.decoder_layers == 0 ? "de" : "en") +
+            "coder to simulate",
+        reader.path().string(),
+        g.decoder_layers == 0 ? "give a store of decoder records"
+                              : "leave --phase=both out: decoder steps are simulated"));
+  }
   std::vector<uint64_t> ids;
   for (const SequenceInfo& info : reader.sequences()) {
     if (SplitOf(info.group_id) != options.part || info.decoder_tokens < 4) continue;
@@ -190,27 +199,11 @@ StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o
   return costs;
 }
 
-bool AsksPredictors(const StoreConfig& config) {
-  return config.token_ids && config.geometry.experts_per_token == 1;
-}
-
-void RequireAskable(const StoreConfig& config) {
-  if (AsksPredictors(config)) return;
-  throw UsageError(ErrorText(
-      "no predictor is asked in a simulation of this store",
-      config.token_ids
-          ? "its model takes " + std::to_string(config.geometry.experts_per_token) +
-                " experts a token"
-          : "it has no token ids",
-      "leave --predictor out: caches on demand and the oracle are simulated"));
-}
-
 PolicySimulationResult SimulatePolicies(
     const TraceReader& reader,
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
     const DeviceProfile& profile, const PolicySimulationOptions& options) {
   const c10::NoGradGuard no_grad;
-  if (!predictors.empty()) RequireAskable(reader.config());
   const bool hidden = std::any_of(predictors.begin(), predictors.end(),
                                   [](const auto& p) { return p->needs_hidden(); });
   const Playground ground(reader, profile, options, hidden);
@@ -236,7 +229,7 @@ PolicySimulationResult SimulatePolicies(
   }
   for (const auto& predictor : predictors) {
     for (const std::string& policy : options.policies) {
-      SpeculationPolicy settings = ParsePolicy(policy);
+      SpeculationPolicy settings = PolicyFor(policy, ground.geometry());
       if (!settings.speculate) continue;  // a row of no predictor, above
       settings.auto_off = false;          // the gauge compares measured times
       settings.most_experts = PresetOf(profile).most_experts;
@@ -250,13 +243,13 @@ PolicySimulationResult SimulatePolicies(
       }
     }
   }
-  SpeculationPolicy far = ParsePolicy("auto");
+  SpeculationPolicy far = PolicyFor("auto", ground.geometry());
   far.auto_off = false;
-  far.top_k = ground.geometry().num_experts;  // a visit may need many
-  far.max_lead = static_cast<int>(kOracleHorizon);
+  far.top_k = ground.geometry().num_experts;  // a visit may need all
+  far.max_lead = std::max(far.max_lead, static_cast<int>(kOracleHorizon));
   Recording oracle = plain;
-  oracle.visits =
-      WithOracle(std::move(oracle.visits), ground.geometry().num_experts, kOracleHorizon);
+  oracle.visits = WithOracle(std::move(oracle.visits), ground.geometry().num_experts,
+                             static_cast<size_t>(far.max_lead));
   result.rows.push_back(
       ground.Run("oracle", "auto", "lru", oracle, RankedVisits(oracle.visits), far));
   const double compute = ground.ComputeSeconds(plain);

@@ -57,14 +57,9 @@ struct PolicySimulationResult {
   Json ToJson() const;
 };
 
-// Whether predictors can be asked on a store in a simulation: of one expert a token, with
-// token ids. On others every row on demand and the oracle are played.
-bool AsksPredictors(const StoreConfig& config);
-// UsageError where it denies them.
-void RequireAskable(const StoreConfig& config);
-
-// UsageError where no sequence of the part serves, and where predictors are given to a
-// store that AsksPredictors denies. On-demand with every eviction, every
+// UsageError where no sequence of the part serves, or the model has no such stack.
+// `predictors` need no more than the store has (MakePredictors). On-demand with every
+// eviction, every
 // predictor with every policy and eviction, the oracle. Eviction by a known future is not
 // among them: what it would load stands in every measured comparison.
 PolicySimulationResult SimulatePolicies(

@@ -85,19 +85,70 @@ std::vector<RouterWeights> StoredRouters(const TraceReader& reader) {
   return ReadRouters(reader.routers_path(), reader.config().geometry);
 }
 
+ToldInputs ToldBy(const TraceReader& records) {
+  const auto& sequences = records.sequences();
+  return {records.config().token_ids,
+          std::any_of(sequences.begin(), sequences.end(),
+                      [](const SequenceInfo& info) { return info.has_hidden; })};
+}
+
+namespace {
+
+// What a predictor needs and nobody tells it; empty: nothing.
+std::string Lacking(const ExpertPredictor& predictor, ToldInputs told) {
+  if (predictor.needs_token_ids() && !told.token_ids) return "token ids";
+  return predictor.needs_hidden() && !told.router_inputs ? "router inputs" : "";
+}
+
+// A counting predictor as it is before anything was counted.
+std::unique_ptr<ExpertPredictor> EmptyBaseline(const std::string& name,
+                                               const MoeGeometry& geometry) {
+  return MakeBaseline(name, std::make_shared<BaselineTables>(geometry, 0), geometry, {});
+}
+
+// The names without those that cannot be served.
+std::vector<std::string> Servable(
+    const std::vector<std::string>& names, const std::vector<std::string>& asked,
+    const std::function<std::string(const std::string& name)>& lacking, bool quiet) {
+  std::vector<std::string> servable;
+  for (const std::string& name : names) {
+    const std::string what = lacking(name);
+    if (what.empty()) {
+      servable.push_back(name);
+    } else if (Has(asked, name)) {
+      throw UsageError(ErrorText("the predictor " + name + " needs " + what,
+                                 "the store has none",
+                                 "leave it out, or use a store with " + what));
+    } else if (!quiet) {
+      std::fprintf(stderr, "%s is left out: it needs %s, and the store has none\n",
+                   name.c_str(), what.c_str());
+    }
+  }
+  return servable;
+}
+
+}  // namespace
+
 std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     const std::vector<std::string>& names, const std::vector<std::string>& asked,
     const MoeGeometry& geometry, const std::vector<RouterWeights>& routers,
-    const TraceReader* reader, bool quiet) {
-  // A wrong name or folder is said before the store is read twice for counts.
+    const TraceReader* reader, bool quiet, ToldInputs told) {
+  // A wrong name or folder is said before the store is read twice for counts, and so is
+  // what cannot be served.
   std::map<std::string, std::unique_ptr<ExpertPredictor>> loaded;
-  for (const std::string& name : names) {
-    if (!Has(BaselineNames(), name) && !loaded.contains(name))
-      loaded[name] = LoadPredictor(name, geometry, "", routers);
-  }
+  const auto lacking = [&](const std::string& name) -> std::string {
+    if (!Has(BaselineNames(), name)) {
+      auto& predictor = loaded[name];
+      if (!predictor) predictor = LoadPredictor(name, geometry, "", routers);
+      return Lacking(*predictor, told);
+    }
+    if (name == "stale_gate" && !told.router_inputs) return "router inputs";
+    if (name == "stale_gate") return "";
+    return Lacking(*EmptyBaseline(name, geometry), told);
+  };
   std::vector<std::unique_ptr<ExpertPredictor>> predictors;
   std::shared_ptr<const BaselineTables> tables;
-  for (const std::string& name : names) {
+  for (const std::string& name : Servable(names, asked, lacking, quiet)) {
     if (name == "stale_gate" && routers.empty() && !Has(asked, name)) continue;
     if (!Has(BaselineNames(), name)) {
       auto& predictor = loaded[name];

@@ -18,13 +18,21 @@ namespace routecast {
 std::vector<std::string> WithBaselines(std::vector<std::string> names,
                                        const std::string& which);
 
-// `asked`: what the user named, which must be there; others are left out where the store
-// or the model cannot serve them. Baselines are counted over the train part of `reader`
-// (may be null: UsageError where one is asked for).
+// What those who ask predictors can tell them: a model that runs all of it, records what
+// was recorded or imported.
+struct ToldInputs {
+  bool token_ids = true, router_inputs = true;
+};
+ToldInputs ToldBy(const TraceReader& records);
+
+// `asked`: what the user named, which must be there: UsageError where it needs what is
+// not told. Others are left out where the store or the model cannot serve them. Baselines
+// are counted over the train part of `reader` (may be null: UsageError where one is asked
+// for).
 std::vector<std::unique_ptr<ExpertPredictor>> MakePredictors(
     const std::vector<std::string>& names, const std::vector<std::string>& asked,
     const MoeGeometry& geometry, const std::vector<RouterWeights>& routers,
-    const TraceReader* reader, bool quiet);
+    const TraceReader* reader, bool quiet, ToldInputs told = {});
 
 // How often the store's train part used each expert. UsageError where its model has
 // another geometry.

@@ -15,6 +15,7 @@ constexpr double kLinkSmoothing =
 // The published adaptive k: 95 % of the uses in time, two points to either side.
 constexpr int kBandWindow = 100, kBandLow = 93, kBandHigh = 97;  // uses
 constexpr double kLeastOfBand = 8;
+constexpr int kMostLeads = 48;  // more would fill memory with recordings
 
 bool Contains(const std::vector<ExpertKey>& keys, ExpertKey key) {
   return std::find(keys.begin(), keys.end(), key) != keys.end();
@@ -47,6 +48,15 @@ SpeculationPolicy ParsePolicy(const std::string& name) {
   std::vector<std::string> names;
   for (const auto& policy : Policies()) names.push_back(policy.name);
   return Policies()[static_cast<size_t>(ParseChoice("--policy", name, names))];
+}
+
+SpeculationPolicy PolicyFor(const std::string& name, const MoeGeometry& geometry) {
+  SpeculationPolicy policy = ParsePolicy(name);
+  if (policy.adapt_threshold && geometry.experts_per_token > 1) {
+    const int turn = std::max(geometry.encoder_layers, geometry.decoder_layers);
+    policy.max_lead = std::clamp(turn, policy.max_lead, kMostLeads);
+  }
+  return policy;
 }
 
 std::vector<std::string> ParsePolicies(const std::vector<std::string>& names) {
@@ -95,7 +105,8 @@ PrefetchPlanner::PrefetchPlanner(PlannerOptions options, ExpertCache* cache,
   const SpeculationPolicy& policy = options_.policy;
   if (policy.in_band) top_k_ = std::clamp(top_k_, LeastOfBand(), MostCandidatesEver());
   if (!policy.memory_manager) return;
-  manager_.emplace(cache->geometry().num_experts, policy.most_experts,
+  const int experts = cache->geometry().num_experts;
+  manager_.emplace(experts, std::min(experts, policy.most_experts * choices()),
                    policy.aggressiveness);
   manager_->SetSlots(capacity_);
 }
@@ -199,8 +210,12 @@ bool PrefetchPlanner::Foresee(VisitForecast* forecast, std::span<const float> p)
 }
 
 size_t PrefetchPlanner::MostCandidates(std::span<const ForetoldExpert> ranked) const {
-  if (!manager_) return static_cast<size_t>(std::lround(top_k_));
-  const double confidence = ranked.empty() ? 0 : ranked.front().probability;
+  if (!manager_) return static_cast<size_t>(std::lround(top_k_ * choices()));
+  // How sure the visit's experts are: the mean of as many of the likeliest.
+  const size_t taken = std::min(ranked.size(), static_cast<size_t>(choices()));
+  double confidence = 0;
+  for (const ForetoldExpert& expert : ranked.first(taken))
+    confidence += expert.probability / choices();
   return static_cast<size_t>(manager_->PrefetchCount(confidence));
 }
 
@@ -437,7 +452,7 @@ void PrefetchPlanner::ResetLedger() {
 }
 
 double PrefetchPlanner::MostCandidatesEver() const {
-  return std::max(1.0, cache_->geometry().num_experts / 2.0);
+  return std::max(1.0, cache_->geometry().num_experts / 2.0 / choices());
 }
 
 double PrefetchPlanner::LeastOfBand() const {

@@ -43,15 +43,16 @@ namespace routecast {
 struct SpeculationPolicy {
   std::string name = "auto";
   bool speculate = true;
-  int max_lead = 3;              // layer visits ahead
-  int top_k = 4;                 // candidates a layer ahead
+  int max_lead = 3;  // layer visits ahead
+  // Candidates a layer ahead, for each expert that a token takes.
+  int top_k = 4;
   double min_probability = 0.2;  // below: not worth the link
   bool adapt_k = false;          // top_k follows the share of uses that were in time
   bool auto_off = false;         // evaluator/benefit_gauge.h may switch it off
   bool adapt_threshold = false;  // by stack and lead: evaluator/speculation_ledger.h
   bool heed_later_use = true;    // where a predictor says it: evaluator/later_shares.h
   // With adapt_k: +4 or -2 where fewer than 93 % or more than 97 % of the last hundred
-  // uses were in time, within 8 and E/2. Without: a step each use.
+  // uses were in time, from 8 on and up to E/2 candidates. Without: a step each use.
   bool in_band = false;
   // Share of the slots in service that may be spoken for (needed, leased, on their way,
   // prefetched and not used yet) where a speculation starts, itself counted.
@@ -59,12 +60,15 @@ struct SpeculationPolicy {
   // How many and how far ahead follows from the slots, confidence and load times
   // (memory_manager.h), with these to begin with; top_k then has no meaning.
   bool memory_manager = false;
-  int most_experts = 2;
+  int most_experts = 2;  // for each expert that a token takes
   double aggressiveness = 0.8;
 };
 // on_demand, multi_look, top_k, adaptive_top_k, intelligent, confident, memory_manager,
 // auto; UsageError naming the nearest.
 SpeculationPolicy ParsePolicy(const std::string& name);
+// The same for a model of this geometry: where tokens take several experts, auto looks
+// ahead to a layer's next turn, as who stays till then decides more than what is fetched.
+SpeculationPolicy PolicyFor(const std::string& name, const MoeGeometry& geometry);
 // The names of a list, `all` being every policy that speculates. UsageError also where
 // there is none, or one twice.
 std::vector<std::string> ParsePolicies(const std::vector<std::string>& names);
@@ -243,10 +247,11 @@ class PrefetchPlanner {
   TransferOrder Launch(ExpertKey key, bool demand, long visit);
   void Evict(ExpertKey key);
   void AdaptTopK(bool in_time);
-  double MostCandidatesEver() const;  // as top_k is adapted
+  double MostCandidatesEver() const;  // as top_k is adapted, and for as many
   double LeastOfBand() const;
   // Experts of a visit that are candidates.
   size_t MostCandidates(std::span<const ForetoldExpert> ranked) const;
+  int choices() const { return cache_->geometry().experts_per_token; }
   // True where one more speculation would leave too few slots for whatever comes.
   bool UnderPressure() const;
   void SetUnused(ExpertKey key, uint8_t value);

@@ -211,7 +211,8 @@ void PrefetchPlanner::StartSpeculations(PlannerActions* actions) {
 std::optional<ExpertKey> PrefetchPlanner::LikeliestOfDecoder() const {
   const MoeGeometry& g = cache_->geometry();
   std::optional<ExpertKey> likeliest;
-  double most = 1.0 / g.num_experts;  // what chance alone gives
+  // What chance alone gives.
+  double most = static_cast<double>(g.experts_per_token) / g.num_experts;
   for (int i = g.encoder_layers * g.num_experts; i < g.num_keys(); ++i) {
     const ExpertKey key = ExpertKey::FromIndex(i, g);
     if (cache_->state(key) != ExpertCache::State::kAbsent) continue;

@@ -69,6 +69,8 @@ LayerRouting PrefetchRuntime::Kept(const LayerRouting& routing) const {
   LayerRouting kept;
   kept.layer = routing.layer;
   kept.expert_ids_BT = routing.expert_ids_BT.to(at::kCPU, at::kLong, false, true);
+  if (routing.other_ids_BTK.defined())
+    kept.other_ids_BTK = routing.other_ids_BTK.to(at::kCPU, at::kLong, false, true);
   if (routing.input_BTD.defined())
     kept.input_BTD = routing.input_BTD.to(at::kCPU, at::kFloat, false, true);
   return kept;

@@ -15,7 +15,6 @@
 #include "common/stop.h"
 #include "evaluator/question_guard.h"
 #include "models/routing_window.h"
-#include "report/table.h"
 #include "storage/one_model.h"
 
 namespace routecast {
@@ -69,14 +68,42 @@ double TotalVariation(const float* p, const float* q, int experts) {
   return sum / 2;
 }
 
+// The K experts of each token at the leads of a source, [T,H,K]; -100: no label.
+at::Tensor LabelSets(const RoutingTrace& trace, Stack stack, int source, int leads,
+                     int experts_per_token) {
+  const WindowTargets targets =
+      WindowTargetsOf({&trace}, stack, source, leads, experts_per_token);
+  const at::Tensor first = targets.labels_BTH.unsqueeze(3);
+  const bool several = targets.others_BTHK.defined();
+  return (several ? at::cat({first, targets.others_BTHK}, 3) : first)[0].contiguous();
+}
+
+// The share of a token's experts [K] that are among the K likeliest; ties go to the lower
+// id.
+double RecallOf(const at::Tensor& probs_E, const at::Tensor& chosen_K) {
+  const at::Tensor probs = probs_E.to(at::kFloat).contiguous();
+  const float* p = probs.const_data_ptr<float>();
+  const int64_t K = chosen_K.size(0);
+  int found = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    const auto label = chosen_K[k].item<int64_t>();
+    int64_t before = 0;
+    for (int64_t e = 0; e < probs.size(0); ++e)
+      before += p[e] > p[label] || (p[e] == p[label] && e < label);
+    found += before < K;
+  }
+  return found / static_cast<double>(K);
+}
+
 void ScoreAnswers(const RoutingTrace& trace, Stack stack, int source, int lead,
-                  const MoeGeometry& g, const at::Tensor& labels, const Said& said,
+                  const MoeGeometry& g, const at::Tensor& labels_TK, const Said& said,
                   Place* place) {
   const at::Tensor probs = at::cat(said.probs_NE).to(at::kFloat).contiguous();
   const int64_t count = probs.size(0);
-  at::Tensor own = at::empty({count}, at::kLong);
+  const int K = g.experts_per_token;
+  at::Tensor own = at::empty({count, K}, at::kLong);
   for (int64_t i = 0; i < count; ++i)
-    own[i] = labels[said.tokens[static_cast<size_t>(i)]];
+    own[i] = labels_TK[said.tokens[static_cast<size_t>(i)]];
   place->scores.Add(
       probs, own, at::full({count}, static_cast<int64_t>(trace.document_id), at::kLong));
   const RoutingSpan& span = stack == Stack::kEncoder ? trace.encoder : trace.decoder;
@@ -84,35 +111,42 @@ void ScoreAnswers(const RoutingTrace& trace, Stack stack, int source, int lead,
   const int64_t ahead = source + lead >= g.layers(stack) ? 1 : 0;  // in the next token
   const int target = (source + lead) % g.layers(stack);
   const auto [largest, guess] = probs.max(1);
+  const auto sure = [&, p = largest.const_data_ptr<float>()](int64_t i) {
+    return UseProbability(p[i], K);
+  };
+  const int64_t* chosen = own.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t t = said.tokens[static_cast<size_t>(i)];
     const float* row = probs.const_data_ptr<float>() + i * g.num_experts;
     if (i > 0 && t == said.tokens[static_cast<size_t>(i - 1)] + 1) {
       place->variation += TotalVariation(row, row - g.num_experts, g.num_experts);
-      place->confidence_variation += std::abs(largest.const_data_ptr<float>()[i] -
-                                              largest.const_data_ptr<float>()[i - 1]);
+      place->confidence_variation += std::abs(sure(i) - sure(i - 1));
       ++place->neighbours;
     }
-    const auto label = own[i].item<int64_t>();
-    if (label < 0) continue;
-    const bool right = guess[i].item<int64_t>() == label;
-    place->confidence.Add(largest[i].item<double>(), right);
-    place->calibration.Add(largest[i].item<double>(), right);
+    const int64_t* set = chosen + i * K;
+    if (set[0] < 0) continue;
+    const bool right = std::find(set, set + K, guess[i].item<int64_t>()) != set + K;
+    place->confidence.Add(sure(i), right);
+    place->calibration.Add(sure(i), right);
+    // Of several experts an answer is about the set, not about their weights.
+    if (K > 1) continue;
     if (RouterDistribution(span, target, static_cast<int>(t + ahead), &router)) {
       place->agreement.Add(row, router, span.top_k);
     }
   }
 }
 
+// labels_THK: LabelSets of the source.
 void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
-           const MoeGeometry& g, const Said& said, Asked* asked) {
+           const MoeGeometry& g, const at::Tensor& labels_THK, const Said& said,
+           Asked* asked) {
   Place& place = PlaceOf(asked, stack, source, lead, g);
   place.silent |= said.silent;
-  const at::Tensor labels = WindowLabels(trace, stack, source, lead).contiguous();
+  const at::Tensor labels_TK = labels_THK.select(1, lead - 1);
   if (!said.tokens.empty())
-    ScoreAnswers(trace, stack, source, lead, g, labels, said, &place);
+    ScoreAnswers(trace, stack, source, lead, g, labels_TK, said, &place);
   for (const int64_t t : said.failed) {
-    if (labels[t].item<int64_t>() >= 0) ++place.unanswered[trace.document_id];
+    if (labels_TK[t][0].item<int64_t>() >= 0) ++place.unanswered[trace.document_id];
   }
 }
 
@@ -126,8 +160,8 @@ std::vector<int64_t> TokensUpTo(int64_t count) {
 RoutingWindow UpTo(const RoutingWindow& all, int64_t newest, int64_t kept) {
   RoutingWindow w = all;
   const int64_t first = newest + 1 - kept;
-  for (at::Tensor* x :
-       {&w.token_ids_BT, &w.valid_BT, &w.experts_BTL, &w.hidden_BTD, &w.context_BTD}) {
+  for (at::Tensor* x : {&w.token_ids_BT, &w.valid_BT, &w.experts_BTL, &w.others_BTLK,
+                        &w.hidden_BTD, &w.context_BTD}) {
     if (x->defined()) *x = x->narrow(1, first, kept).contiguous();
   }
   w.first_token = first;
@@ -171,8 +205,10 @@ class Interview {
                   Asked* asked) const {
     for (int source = -1; source < g_.encoder_layers - 1; ++source) {
       const RoutingWindow window =
-          WindowOf(trace, Stack::kEncoder, source, g_.num_experts);
+          WindowOf(trace, Stack::kEncoder, source, g_.num_experts, g_.experts_per_token);
       const int leads = g_.encoder_layers - 1 - source;
+      const at::Tensor labels =
+          LabelSets(trace, Stack::kEncoder, source, leads, g_.experts_per_token);
       const int64_t tokens = trace.encoder.num_tokens;
       const auto answers = Answer(window, leads, tokens, asked,
                                   [&] { return predictor->PredictLeads(window, leads); });
@@ -186,7 +222,7 @@ class Interview {
         } else {
           said.silent = true;
         }
-        Score(trace, Stack::kEncoder, source, lead, g_, said, asked);
+        Score(trace, Stack::kEncoder, source, lead, g_, labels, said, asked);
       }
     }
   }
@@ -197,20 +233,22 @@ class Interview {
     const int64_t tokens = std::min(trace.decoder.num_tokens, options_.tokens);
     struct Source {
       RoutingWindow all;
-      at::Tensor next_layer_T;  // labels one visit ahead
-      std::vector<Said> said;   // by lead
+      at::Tensor labels_THK;
+      std::vector<Said> said;  // by lead
     };
     std::vector<Source> sources;
     for (int source = -1; source < g_.decoder_layers; ++source) {
-      sources.push_back({WindowOf(trace, Stack::kDecoder, source, g_.num_experts),
-                         WindowLabels(trace, Stack::kDecoder, source, 1),
+      const int K = g_.experts_per_token;
+      sources.push_back({WindowOf(trace, Stack::kDecoder, source, g_.num_experts, K),
+                         LabelSets(trace, Stack::kDecoder, source, leads, K),
                          std::vector<Said>(static_cast<size_t>(leads))});
     }
     // In the order of the pass: some predictors learn from what came.
     int64_t held = 0;  // by the window, as by the runtime's
     for (int64_t t = 0; t < tokens; ++t) {
       held = KeptTokens(*predictor, held, 1) + 1;
-      int right = 0, counted = 0;
+      double right = 0;
+      int counted = 0;
       for (Source& source : sources) {
         const RoutingWindow window = UpTo(source.all, t, held);
         const auto answers = Answer(window, leads, 1, asked, [&] {
@@ -227,10 +265,9 @@ class Interview {
             said.silent = true;
           }
         }
-        const auto label = source.next_layer_T[t].item<int64_t>();
-        if (label < 0 || (answers && !(*answers)[0])) continue;
-        const at::Tensor* next = answers ? &source.said[0].probs_NE.back() : nullptr;
-        right += next && (*next)[0].argmax().item<int64_t>() == label;
+        const at::Tensor next = source.labels_THK[t][0];  // one visit ahead
+        if (next[0].item<int64_t>() < 0 || (answers && !(*answers)[0])) continue;
+        if (answers) right += RecallOf(source.said[0].probs_NE.back()[0], next);
         ++counted;
       }
       if (counted > 0)
@@ -239,7 +276,8 @@ class Interview {
     for (size_t s = 0; s < sources.size(); ++s) {
       for (int lead = 1; lead <= leads; ++lead) {
         Score(trace, Stack::kDecoder, static_cast<int>(s) - 1, lead, g_,
-              sources[s].said[static_cast<size_t>(lead - 1)], asked);
+              sources[s].labels_THK, sources[s].said[static_cast<size_t>(lead - 1)],
+              asked);
       }
     }
   }
@@ -248,7 +286,8 @@ class Interview {
   QualityOptions options_;
 };
 
-PredictorQuality Summary(const std::string& name, const Asked& asked, uint64_t seed) {
+PredictorQuality Summary(const std::string& name, const Asked& asked, int choices,
+                         uint64_t seed) {
   PredictorQuality quality;
   quality.predictor = name;
   for (const auto& [key, place] : asked.places) {
@@ -257,7 +296,7 @@ PredictorQuality Summary(const std::string& name, const Asked& asked, uint64_t s
     LeadAccumulator all = place.scores;
     QualityScores scores;
     for (const auto& [document, rows] : place.unanswered) {
-      all.AddUnanswered(document, rows);
+      all.AddUnanswered(document, rows, choices);
       scores.unanswered += rows;
     }
     if (all.samples() == 0) continue;
@@ -279,45 +318,6 @@ PredictorQuality Summary(const std::string& name, const Asked& asked, uint64_t s
 }
 
 }  // namespace
-
-Json PredictorQuality::ToJson() const {
-  Json json = {{"predictor", predictor},
-               {"predict_p50_us", p50_us},
-               {"predict_p95_us", p95_us},
-               {"questions", questions},
-               {"scores", Json::array()}};
-  if (failed_questions > 0) {
-    json["failed_questions"] = failed_questions;
-    json["first_failure"] = first_failure;
-  }
-  for (const QualityScores& place : places) {
-    Json entry = place.scores.ToJson();
-    entry["confidence_correlation"] = std::isfinite(place.confidence_correlation)
-                                          ? Json(place.confidence_correlation)
-                                          : Json();
-    entry["variation"] = place.variation;
-    entry["confidence_variation"] = place.confidence_variation;
-    entry["ece_equal_mass"] = place.ece_equal_mass;
-    if (place.unanswered > 0) entry["unanswered"] = place.unanswered;
-    const RouterAgreement& agreement = place.agreement;
-    if (agreement.rows() > 0) {
-      entry["kl"] = agreement.kl();
-      entry["overlap_at_k"] = agreement.overlap();
-      entry["probability_correlation"] = agreement.rows() > agreement.constant_rows()
-                                             ? Json(agreement.correlation())
-                                             : Json();
-      entry["constant_rows"] = agreement.constant_rows();
-    }
-    json["scores"].push_back(entry);
-  }
-  if (adaptation) {
-    json["adaptation"] = {{"before", adaptation->before},
-                          {"first_window", adaptation->first},
-                          {"after", adaptation->after},
-                          {"tokens", adaptation->tokens}};
-  }
-  return json;
-}
 
 namespace {
 
@@ -367,8 +367,9 @@ std::vector<PredictorQuality> MeasureQuality(const TraceReader& reader,
   const c10::NoGradGuard no_grad;
   const std::vector<Asked> asked = AskAll(reader, predictors, options);
   std::vector<PredictorQuality> all;
+  const int choices = reader.config().geometry.experts_per_token;
   for (size_t p = 0; p < predictors.size(); ++p) {
-    all.push_back(Summary(predictors[p]->name(), asked[p], options.seed));
+    all.push_back(Summary(predictors[p]->name(), asked[p], choices, options.seed));
   }
   return all;
 }
@@ -381,47 +382,14 @@ ShiftedQuality MeasureShift(const TraceReader& from, const TraceReader& to,
   const std::vector<Asked> before = AskAll(from, predictors, options),
                            after = AskAll(to, predictors, options);
   ShiftedQuality shifted;
+  const int choices = from.config().geometry.experts_per_token;
   for (size_t p = 0; p < predictors.size(); ++p) {
     const std::string name = predictors[p]->name();
-    shifted.before.push_back(Summary(name, before[p], options.seed));
-    shifted.after.push_back(Summary(name, after[p], options.seed));
+    shifted.before.push_back(Summary(name, before[p], choices, options.seed));
+    shifted.after.push_back(Summary(name, after[p], choices, options.seed));
     shifted.after.back().adaptation = AdaptationOf(before[p].right, after[p].right);
   }
   return shifted;
-}
-
-std::string QualityTable(const std::vector<PredictorQuality>& all) {
-  Table table({"<predictor", "<phase", "layer", "lead", "top-1", "95 %", "top-2", "top-4",
-               "nats", "ECE", "corr.", "variation", "p50 us", "p95 us"});
-  for (const PredictorQuality& quality : all) {
-    for (const QualityScores& place : quality.places) {
-      const LeadScores& s = place.scores;
-      table.AddRow({quality.predictor, StackName(s.phase), std::to_string(s.layer),
-                    std::to_string(s.lead), Fixed(100 * s.top[0], 1),
-                    Fixed(100 * s.ci95_low, 1) + "-" + Fixed(100 * s.ci95_high, 1),
-                    Fixed(100 * s.top[1], 1), Fixed(100 * s.top[3], 1),
-                    Fixed(s.cross_entropy, 3), Fixed(100 * s.ece, 1),
-                    Fixed(place.confidence_correlation, 2), Fixed(place.variation, 2),
-                    Fixed(quality.p50_us, 0), Fixed(quality.p95_us, 0)});
-    }
-  }
-  std::string text = table.ToText();
-  for (const PredictorQuality& quality : all) {
-    if (quality.failed_questions > 0) {
-      text += FailureText(quality.predictor, quality.failed_questions,
-                          "count as wrong, of " + std::to_string(quality.questions),
-                          quality.first_failure) +
-              "\n";
-    }
-    if (!quality.adaptation) continue;
-    const Adaptation& a = *quality.adaptation;
-    text += quality.predictor + ": " + Fixed(100 * a.before, 1) +
-            " % right before the change, " + Fixed(100 * a.first, 1) +
-            " % in the first " + std::to_string(kAdaptationWindow) + " tokens after, " +
-            Fixed(100 * a.after, 1) + " % in the end; settled after " +
-            std::to_string(a.tokens) + " tokens\n";
-  }
-  return text;
 }
 
 }  // namespace routecast

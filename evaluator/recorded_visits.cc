@@ -37,6 +37,32 @@ std::vector<int> ChoicesOf(const RoutingSpan& span, const MoeGeometry& g, int la
   return experts;
 }
 
+namespace {
+
+// What tokens [first, first + count) chose at MoE layer `layer` of their stack, as a
+// foresight hears of it: the first choices, and where tokens take several the others.
+LayerRouting RoutingOf(const RoutingSpan& span, const MoeGeometry& g, Stack stack,
+                       int layer, int first, int count) {
+  LayerRouting routing;
+  routing.layer = g.GlobalLayer(stack, layer);
+  const int64_t others = g.experts_per_token - 1;
+  const auto at = static_cast<size_t>(layer) * static_cast<size_t>(span.num_tokens) +
+                  static_cast<size_t>(first);
+  routing.expert_ids_BT = at::empty({1, count}, at::kLong);
+  std::copy_n(span.expert_ids.data() + at, count,
+              routing.expert_ids_BT.data_ptr<int64_t>());
+  if (others == 0) return routing;
+  routing.other_ids_BTK = at::empty({1, count, others}, at::kLong);
+  int64_t* to = routing.other_ids_BTK.data_ptr<int64_t>();
+  for (size_t t = 0; t < static_cast<size_t>(count); ++t, to += others) {
+    const size_t row = (at + t) * static_cast<size_t>(span.top_k);
+    std::copy_n(span.topk_ids.data() + row + 1, others, to);
+  }
+  return routing;
+}
+
+}  // namespace
+
 void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
                   const StepCosts& costs, Foresight* foresight,
                   std::vector<SimulatedVisit>* visits) {
@@ -73,12 +99,10 @@ void AppendVisits(const RoutingTrace& trace, const MoeGeometry& g, int tokens,
       visit.seconds_predict = foresight ? costs.question : 0;
       if (l == 0) visit.at_pass_begin = std::move(at_begin);
       if (foresight) {
-        LayerRouting routing;
-        routing.layer = visit.layer;
+        LayerRouting routing = RoutingOf(span, g, Stack::kDecoder, l, t, 1);
         if (hidden) {
           routing.input_BTD = states[static_cast<size_t>(l)].narrow(1, t, 1).contiguous();
         }
-        routing.expert_ids_BT = at::full({1, 1}, visit.experts[0], at::kLong);
         visit.at_layer = foresight->AtLayer(routing);
         if (l + 1 == g.decoder_layers) {
           if (output.defined()) pass.output_BTD = output.narrow(1, t, 1).contiguous();
@@ -107,8 +131,6 @@ void AppendEncoderVisits(const RoutingTrace& trace, const MoeGeometry& g, int mo
   for (int l = 0; l < g.encoder_layers; ++l) {
     SimulatedVisit visit;
     visit.layer = g.GlobalLayer(Stack::kEncoder, l);
-    const uint16_t* chosen =
-        span.expert_ids.data() + static_cast<ptrdiff_t>(l) * span.num_tokens;
     for (int t = 0; t < tokens; ++t) {
       const std::vector<int> choices = ChoicesOf(span, g, l, t);
       visit.experts.insert(visit.experts.end(), choices.begin(), choices.end());
@@ -122,15 +144,12 @@ void AppendEncoderVisits(const RoutingTrace& trace, const MoeGeometry& g, int mo
     visit.seconds_predict = foresight ? costs.question : 0;
     if (l == 0) visit.at_pass_begin = std::move(at_begin);
     if (foresight) {
-      LayerRouting routing;
-      routing.layer = visit.layer;
+      LayerRouting routing = RoutingOf(span, g, Stack::kEncoder, l, 0, tokens);
       if (hidden) {
         routing.input_BTD = WindowOf(trace, Stack::kEncoder, l, g.num_experts)
                                 .hidden_BTD.narrow(1, 0, tokens)
                                 .contiguous();
       }
-      routing.expert_ids_BT = at::empty({1, tokens}, at::kLong);
-      std::copy(chosen, chosen + tokens, routing.expert_ids_BT.data_ptr<int64_t>());
       visit.at_layer = foresight->AtLayer(routing);
     }
     visits->push_back(std::move(visit));

@@ -27,7 +27,7 @@ struct StepCosts {
 std::vector<int> ChoicesOf(const RoutingSpan& span, const MoeGeometry& geometry,
                            int layer, int t);
 // The visits of the decoder's steps over one sequence, with what `foresight` (null =
-// nobody) says of them. REQUIRES token ids and one expert a token where there is one.
+// nobody) says of them; without token ids it is told ids of 0.
 void AppendVisits(const RoutingTrace& trace, const MoeGeometry& geometry, int tokens,
                   const StepCosts& costs, Foresight* foresight,
                   std::vector<SimulatedVisit>* visits);

@@ -193,19 +193,21 @@ void Report(const std::string& file,
   });
 }
 
-TraceReader OpenStore(NeedTokens tokens = NeedTokens::kYes) {
+// Records may lack token ids; who needs them is refused by name.
+TraceReader OpenStore() {
   if (FLAGS_store.empty()) {
     throw UsageError(ErrorText("--mode=" + FLAGS_mode + " works on recorded routing", "",
                                "give --store=STORE"));
   }
-  return TraceReader(FLAGS_store, tokens);
+  return TraceReader(FLAGS_store, NeedTokens::kNo);
 }
 
-std::vector<std::unique_ptr<ExpertPredictor>> Predictors(const TraceReader& reader) {
+std::vector<std::unique_ptr<ExpertPredictor>> Predictors(const TraceReader& reader,
+                                                         ToldInputs told) {
   const std::vector<std::string> asked = List(FLAGS_predictor);
   return MakePredictors(WithBaselines(asked, FLAGS_baselines), asked,
                         reader.config().geometry, StoredRouters(reader), &reader,
-                        FLAGS_quiet);
+                        FLAGS_quiet, told);
 }
 
 void RequireSequences() {
@@ -218,8 +220,13 @@ void RequireSequences() {
 Findings AskPredictors(const BeginRun& begin) {
   const TraceReader reader = OpenStore();
   std::optional<TraceReader> shift;
-  if (!FLAGS_shift_store.empty()) shift.emplace(FLAGS_shift_store);
-  const auto predictors = Predictors(reader);
+  ToldInputs told = ToldBy(reader);
+  if (!FLAGS_shift_store.empty()) {
+    shift.emplace(FLAGS_shift_store, NeedTokens::kNo);
+    const ToldInputs then = ToldBy(*shift);
+    told = {told.token_ids && then.token_ids, told.router_inputs && then.router_inputs};
+  }
+  const auto predictors = Predictors(reader, told);
   if (FLAGS_dry_run) {
     std::printf("quality: %zu predictors, %d sequences at most\n", predictors.size(),
                 FLAGS_sequences);
@@ -274,16 +281,8 @@ void Simulate() {
   }
   Report("simulation.json", [&](const BeginRun& begin) -> Findings {
     const DeviceProfile profile = FindProfile(FLAGS_profile);
-    const TraceReader reader = OpenStore(NeedTokens::kNo);
-    std::vector<std::unique_ptr<ExpertPredictor>> predictors;
-    const bool asks = AsksPredictors(reader.config());
-    if (!FLAGS_predictor.empty()) RequireAskable(reader.config());
-    if (asks) predictors = Predictors(reader);
-    if (!asks && !FLAGS_quiet) {
-      std::fprintf(stderr,
-                   "several experts a token, or no token ids: caches on demand and the "
-                   "oracle are simulated, no predictor is asked\n");
-    }
+    const TraceReader reader = OpenStore();
+    const auto predictors = Predictors(reader, ToldBy(reader));
     options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
     if (FLAGS_dry_run) {
       std::printf("simulate: %zu predictors x %zu policies x %zu evictions on %s\n",

@@ -40,7 +40,7 @@ AdaptiveContextPredictor::Answers AdaptiveContextPredictor::Grow(RoutingWindow w
       unsure =
           more[0]
               ->amax(-1, true)
-              .lt(threshold_)
+              .lt(threshold_ / inner_->config().geometry.experts_per_token)
               .logical_and(window.valid_BT.narrow(1, all - tokens, tokens).unsqueeze(2));
     }
     if (layers == 1) {

@@ -13,12 +13,13 @@ namespace routecast {
 
 class AdaptiveContextPredictor final : public ExpertPredictor {
  public:
-  // Confident: the likeliest expert of the next lead has `threshold` or more, by the
-  // probabilities as they are calibrated (on the whole context). Throws UsageError where
-  // the model does not embed experts (SpeculationKind).
+  // Confident: the likeliest expert of the next lead is used with `threshold` or more, by
+  // the probabilities as they are calibrated (on the whole context). Throws UsageError
+  // where the model does not embed experts (SpeculationKind).
   AdaptiveContextPredictor(std::unique_ptr<LearnedPredictor> inner, double threshold);
   std::string name() const override { return inner_->name() + " adaptive"; }
   bool needs_hidden() const override { return inner_->needs_hidden(); }
+  bool needs_token_ids() const override { return inner_->needs_token_ids(); }
   int history_tokens() const override { return inner_->history_tokens(); }
   bool keeps_tokens() const override { return inner_->keeps_tokens(); }
   void PrepareServing() override { inner_->PrepareServing(); }

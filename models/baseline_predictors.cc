@@ -65,26 +65,38 @@ struct TokenView {
     const Place place = NewestPlace(steps);
     return place.back < 0 ? -1 : At(place.back, place.layer);
   }
+  // Calls take(expert, how many there are) for each expert chosen there; for none where
+  // the routing is not known.
+  template <typename Take>
+  void EachChosen(Place place, const Take& take) const {
+    const int first = place.back < 0 ? -1 : At(place.back, place.layer);
+    if (first < 0) return;
+    take(first, num_others + 1);
+    const int64_t row = (int64_t{t - place.back} * window->num_layers + place.layer);
+    for (int k = 0; k < num_others; ++k) {
+      const int64_t e = others[row * num_others + k];
+      if (e >= 0 && e < window->num_experts) take(static_cast<int>(e), num_others + 1);
+    }
+  }
   // probs = the mean of what fill(expert, probs) gives for each expert chosen there.
   // False where the routing is not known.
   template <typename Fill>
   bool MeanOverChosen(Place place, float* probs, const Fill& fill) const {
-    const int first = place.back < 0 ? -1 : At(place.back, place.layer);
-    if (first < 0) return false;
-    fill(first, probs);
-    if (num_others == 0) return true;
+    if (place.back < 0 || At(place.back, place.layer) < 0) return false;
+    if (num_others == 0) {
+      fill(At(place.back, place.layer), probs);
+      return true;
+    }
     const auto experts_count = static_cast<size_t>(window->num_experts);
     std::vector<float> one(experts_count);
-    int count = 1;
-    const int64_t row = (int64_t{t - place.back} * window->num_layers + place.layer);
-    for (int k = 0; k < num_others; ++k) {
-      const int64_t e = others[row * num_others + k];
-      if (e < 0 || e >= window->num_experts) continue;
-      fill(static_cast<int>(e), one.data());
+    std::fill_n(probs, experts_count, 0.f);
+    int told = 0;
+    EachChosen(place, [&](int expert, int) {
+      fill(expert, one.data());
       for (size_t i = 0; i < experts_count; ++i) probs[i] += one[i];
-      ++count;
-    }
-    for (size_t i = 0; i < experts_count; ++i) probs[i] /= static_cast<float>(count);
+      ++told;
+    });
+    for (size_t i = 0; i < experts_count; ++i) probs[i] /= static_cast<float>(told);
     return true;
   }
 };
@@ -172,6 +184,7 @@ class FrequencyPredictor final : public CountingPredictor {
 class TokenTablePredictor final : public CountingPredictor {
  public:
   using CountingPredictor::CountingPredictor;
+  bool needs_token_ids() const override { return true; }
 
  private:
   void Row(const TokenView& token, Target target, int, float* probs) const override {
@@ -223,16 +236,18 @@ class PreviousTokenPredictor final : public CountingPredictor {
 };
 
 // The newest `depth` choices carried on as if ids meant the same in every layer, which
-// they do not: the original system's heuristics, kept as controls.
+// they do not: the original system's heuristics, kept as controls. Of K choices each has
+// an equal part.
 void Carry(const TokenView& token, int depth, int experts, float* probs) {
   double known = 0;
   for (int i = 0; i < depth; ++i) known += token.Newest(i) >= 0 ? kLayerWeights[i] : 0;
   std::fill_n(probs, experts,
               static_cast<float>((known > 0 ? 1 - kCarried : 1) / experts));
   for (int i = 0; i < depth; ++i) {
-    if (const int e = token.Newest(i); e >= 0) {
-      probs[e] += static_cast<float>(kCarried * kLayerWeights[i] / known);
-    }
+    const double carried = kCarried * kLayerWeights[i] / known;
+    token.EachChosen(token.NewestPlace(i), [&](int expert, int count) {
+      probs[expert] += static_cast<float>(carried / count);
+    });
   }
 }
 

@@ -12,7 +12,9 @@ namespace routecast {
 // By key. Takes 64 MiB at most: further keys are not counted.
 class CountTable {
  public:
-  explicit CountTable(int num_experts) : num_experts_(num_experts) {}
+  // `choices`: experts that are counted a time.
+  CountTable(int num_experts, int choices)
+      : num_experts_(num_experts), least_(kLeastCount * static_cast<float>(choices)) {}
   void Add(uint64_t key, int expert) {
     auto row = rows_.find(key);
     if (row == rows_.end()) {
@@ -22,10 +24,10 @@ class CountTable {
     ++row->second[expert];
     ++row->second[num_experts_];
   }
-  // [E] counts and their sum; null where fewer than kLeastCount were counted.
+  // [E] counts and their sum; null where less than kLeastCount times was counted.
   const float* Row(uint64_t key) const {
     const auto row = rows_.find(key);
-    if (row == rows_.end() || row->second[num_experts_] < kLeastCount) return nullptr;
+    if (row == rows_.end() || row->second[num_experts_] < least_) return nullptr;
     return row->second.data();
   }
 
@@ -33,6 +35,7 @@ class CountTable {
   static constexpr size_t kBytes = size_t{64} << 20;
   static constexpr float kLeastCount = 3;  // a row speaks from here on
   size_t num_experts_;
+  float least_;
   std::unordered_map<uint64_t, std::vector<float>> rows_;
 };
 

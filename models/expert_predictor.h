@@ -18,6 +18,8 @@ class ExpertPredictor {
   virtual std::string name() const = 0;
   // True where Predict needs window.hidden_BTD for source_layer >= 0.
   virtual bool needs_hidden() const = 0;
+  // True where answers follow from the window's token ids.
+  virtual bool needs_token_ids() const { return false; }
   // From here on speed matters more than the last bits
   // (SpeculationModel::PrepareServing).
   virtual void PrepareServing() {}
@@ -29,7 +31,8 @@ class ExpertPredictor {
   virtual bool keeps_tokens() const { return false; }
   // probs [B,T,E] float32 for the target at `lead` (routing_window.h), or nullopt where
   // this predictor has nothing to say for that (stack, source, lead). Rows of padding are
-  // arbitrary.
+  // arbitrary. Where tokens take K experts, an expert's share of their K choices: summed
+  // over the experts 1 all the same (UseProbability).
   virtual std::optional<at::Tensor> Predict(const RoutingWindow& window, int lead) = 0;
   // Leads 1..num_leads of one window, [lead - 1]; cheaper than Predict by lead where one
   // computation serves all.
@@ -53,6 +56,13 @@ class ExpertPredictor {
   // nullopt = nothing.
   virtual std::optional<at::Tensor> LaterUse() const { return std::nullopt; }
 };
+
+// The chance that a token takes an expert which has the share `p` of its K choices.
+// Losses over K choices are least where p is 1/K of that chance (RoutingCrossEntropy),
+// and so is a share of counts.
+inline float UseProbability(float p, int experts_per_token) {
+  return std::clamp(p * static_cast<float>(experts_per_token), 0.f, 1.f);
+}
 
 // How many of the `held` tokens of a decoder's window stay when `fresh` ones come.
 inline int64_t KeptTokens(const ExpertPredictor& predictor, int64_t held, int64_t fresh) {

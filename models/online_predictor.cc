@@ -18,12 +18,17 @@ void OnlinePredictor::LearnFrom(const RoutingWindow& window) {
   if (window.source_layer < 0) return;
   const int64_t B = window.experts_BTL.size(0), T = window.experts_BTL.size(1);
   auto chosen = window.experts_BTL.select(1, T - 1).select(1, window.source_layer);
+  chosen = chosen.unsqueeze(1);  // [B,K]
+  if (window.others_BTLK.defined()) {
+    const auto others =
+        window.others_BTLK.select(1, T - 1).select(1, window.source_layer);
+    chosen = at::cat({chosen, others}, 1);
+  }
   chosen = at::where(chosen.lt(window.num_experts), chosen, -100).cpu();
   for (const Open& open : open_) {
     if (open.stack != window.stack || open.target != window.source_layer) continue;
     if (open.probs_BE.size(0) != B) continue;
-    bias_.Learn(open.stack, open.source_layer, open.lead, open.probs_BE,
-                chosen.unsqueeze(1));
+    bias_.Learn(open.stack, open.source_layer, open.lead, open.probs_BE, chosen);
   }
   std::erase_if(open_, [&](const Open& open) {
     return open.stack != window.stack || open.target == window.source_layer;

@@ -16,6 +16,7 @@ class OnlinePredictor final : public ExpertPredictor {
       : inner_(std::move(inner)), bias_(rate) {}
   std::string name() const override { return inner_->name() + " online"; }
   bool needs_hidden() const override { return inner_->needs_hidden(); }
+  bool needs_token_ids() const override { return inner_->needs_token_ids(); }
   int history_tokens() const override { return inner_->history_tokens(); }
   bool keeps_tokens() const override { return inner_->keeps_tokens(); }
   void PrepareServing() override { inner_->PrepareServing(); }

@@ -110,7 +110,8 @@ constexpr double kOnlineRate = 0.005;  // of a token's gradient
                                 const MoeGeometry& wanted) {
   const auto text = [](const MoeGeometry& g) {
     return std::to_string(g.encoder_layers) + "+" + std::to_string(g.decoder_layers) +
-           " MoE layers of " + std::to_string(g.num_experts) + " experts";
+           " MoE layers of " + std::to_string(g.num_experts) + " experts, " +
+           std::to_string(g.experts_per_token) + " a token";
   };
   throw DataError(ErrorText(what + " belongs to another model",
                             text(found) + ", expected " + text(wanted),
@@ -119,7 +120,7 @@ constexpr double kOnlineRate = 0.005;  // of a token's gradient
 
 bool SameRouting(const MoeGeometry& a, const MoeGeometry& b) {
   return a.encoder_layers == b.encoder_layers && a.decoder_layers == b.decoder_layers &&
-         a.num_experts == b.num_experts;
+         a.num_experts == b.num_experts && a.experts_per_token == b.experts_per_token;
 }
 
 [[noreturn]] void NoFolder(const std::string& name) {

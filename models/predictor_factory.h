@@ -17,6 +17,7 @@ class LearnedPredictor final : public ExpertPredictor {
   LearnedPredictor(std::string name, SavedSpeculationModel saved);
   std::string name() const override { return name_; }
   bool needs_hidden() const override;
+  bool needs_token_ids() const override { return ReadsTokenIds(config()); }
   int history_tokens() const override;
   bool keeps_tokens() const override { return saved_.model->keeps_tokens(); }
   void PrepareServing() override { saved_.model->PrepareServing(); }

@@ -34,6 +34,9 @@ struct LayerRouting {
   at::Tensor gate_probs_BT;  // probability of the choice, model dtype
   at::Tensor dropped_BT;     // bool: capacity dropped the token
   at::Tensor margins_BT{};   // fp32: largest logit minus the second; may be undefined
+  // Recorded models that take K > 1 experts a token: the further choices by falling
+  // probability, int64 [B,T,K-1]. Else undefined.
+  at::Tensor other_ids_BTK{};
 };
 
 // The attention of a block with an MoE layer, on the model's device; valid like a

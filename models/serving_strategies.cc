@@ -15,7 +15,7 @@ namespace routecast {
 namespace {
 
 constexpr int kHistory = 4;       // newest tokens that a window has to keep
-constexpr int kMostExperts = 32;  // of one answer
+constexpr int kMostExperts = 32;  // of one answer, for each that a token takes
 constexpr int kPositions = 64;
 
 // A sequence of a window: plain numbers of the newest kHistory tokens at most.
@@ -23,8 +23,10 @@ struct TokenView {
   const int64_t* ids;      // [T]
   const int64_t* experts;  // [T,L]
   int tokens, layers, num_experts;
-  int position;  // of the newest token in its sequence
-  int row;       // of the batch
+  int position;                     // of the newest token in its sequence
+  int row;                          // of the batch
+  const int64_t* others = nullptr;  // [T,L,num_others]: the further choices
+  int num_others = 0;
 
   // In-stack layer `l` of the token `back` before the newest; -1 where not known.
   int At(int back, int l) const {
@@ -32,8 +34,19 @@ struct TokenView {
     const int64_t e = experts[int64_t{tokens - 1 - back} * layers + l];
     return e >= 0 && e < num_experts ? static_cast<int>(e) : -1;
   }
-  // The choice `steps` before (back, layer), down the layers and on through the tokens
-  // before; -1 where not known.
+  // Calls take(expert) for every choice there.
+  template <typename Take>
+  void Each(int back, int l, const Take& take) const {
+    const int first = At(back, l);
+    if (first < 0) return;
+    take(first);
+    const int64_t at = (int64_t{tokens - 1 - back} * layers + l) * num_others;
+    for (int64_t i = at; i < at + num_others; ++i) {
+      if (others[i] >= 0 && others[i] < num_experts) take(static_cast<int>(others[i]));
+    }
+  }
+  // The first choice `steps` before (back, layer), down the layers and on through the
+  // tokens before; -1 where not known.
   int Before(int back, int layer, int steps) const {
     const int visit = layer - steps;
     if (visit >= 0) return At(back, visit);
@@ -91,7 +104,11 @@ class ServingStrategy : public ExpertPredictor {
     }
     const at::Tensor ids = window.token_ids_BT.to(at::kCPU, at::kLong).contiguous();
     const at::Tensor experts = window.experts_BTL.to(at::kCPU, at::kLong).contiguous();
+    at::Tensor others;
+    if (window.others_BTLK.defined())
+      others = window.others_BTLK.to(at::kCPU, at::kLong).contiguous();
     const int64_t B = ids.size(0), T = ids.size(1), L = window.num_layers;
+    const int64_t K = others.defined() ? others.size(3) : 0;
     const auto view = [&](int64_t b) {
       return TokenView{ids.const_data_ptr<int64_t>() + b * T,
                        experts.const_data_ptr<int64_t>() + b * T * L,
@@ -99,7 +116,9 @@ class ServingStrategy : public ExpertPredictor {
                        static_cast<int>(L),
                        window.num_experts,
                        position_,
-                       static_cast<int>(b)};
+                       static_cast<int>(b),
+                       K > 0 ? others.const_data_ptr<int64_t>() + b * T * L * K : nullptr,
+                       static_cast<int>(K)};
     };
     Follow(window.source_layer, static_cast<int>(T), B, view);
     for (int lead = 1; lead <= num_leads; ++lead) {
@@ -125,6 +144,10 @@ class ServingStrategy : public ExpertPredictor {
   virtual void Learnt() {}
   virtual void Answer(const TokenView& token, const Question& question, float* probs) = 0;
   int experts() const { return geometry_.num_experts; }
+  int choices() const { return geometry_.experts_per_token; }
+  size_t most_experts() const {
+    return static_cast<size_t>(kMostExperts) * static_cast<size_t>(choices());
+  }
   int layers() const { return geometry_.decoder_layers; }
 
  private:
@@ -156,25 +179,28 @@ class ServingStrategy : public ExpertPredictor {
 class TokenPatterns final : public ServingStrategy {
  public:
   explicit TokenPatterns(const MoeGeometry& geometry)
-      : ServingStrategy("token_patterns", geometry), table_(geometry.num_experts) {}
+      : ServingStrategy("token_patterns", geometry),
+        table_(geometry.num_experts, geometry.experts_per_token) {}
+  bool needs_token_ids() const override { return true; }
 
  private:
   enum Kind : uint64_t { kIds = 1, kSource, kPosition, kChain2, kChain3 };
 
   void Learn(const TokenView& token) override {
     for (int l = 0; l < layers(); ++l) {
-      const int chosen = token.At(1, l);
-      if (chosen < 0) continue;
-      if (const uint64_t pattern = token.Pattern(1))
-        table_.Add(KeyOf(kIds, l, pattern), chosen);
-      table_.Add(KeyOf(kPosition, l, (token.position - 1) % kPositions), chosen);
-      for (int lead = 1; lead <= layers(); ++lead) {
-        // What was known when this layer was `lead` visits ahead.
-        const std::array<int, 3> newest = {token.Before(1, l, lead),
-                                           token.Before(1, l, lead + 1),
-                                           token.Before(1, l, lead + 2)};
-        AddChain(l, lead, newest, chosen);
-      }
+      token.Each(1, l, [&](int chosen) { LearnChoice(token, l, chosen); });
+    }
+  }
+  void LearnChoice(const TokenView& token, int l, int chosen) {
+    if (const uint64_t pattern = token.Pattern(1))
+      table_.Add(KeyOf(kIds, l, pattern), chosen);
+    table_.Add(KeyOf(kPosition, l, (token.position - 1) % kPositions), chosen);
+    for (int lead = 1; lead <= layers(); ++lead) {
+      // What was known when this layer was `lead` visits ahead.
+      const std::array<int, 3> newest = {token.Before(1, l, lead),
+                                         token.Before(1, l, lead + 1),
+                                         token.Before(1, l, lead + 2)};
+      AddChain(l, lead, newest, chosen);
     }
   }
   void AddChain(int layer, int lead, const std::array<int, 3>& newest, int chosen) {
@@ -209,7 +235,7 @@ class TokenPatterns final : public ServingStrategy {
       if (newest[2] >= 0)
         hear(table_.Row(KeyOf(kChain3, place, newest[0], newest[1] * 65536 + newest[2])));
     }
-    for (int e : Ranked(mean, kMostExperts))
+    for (int e : Ranked(mean, most_experts()))
       probs[e] = mean[e] / static_cast<float>(speaking);
   }
 
@@ -229,14 +255,14 @@ class RecentFrequency final : public ServingStrategy {
 
   void Learn(const TokenView& token) override {
     for (int l = 0; l < layers(); ++l) {
-      if (const int chosen = token.At(1, l); chosen >= 0) counts_.Add(l, chosen);
+      token.Each(1, l, [&](int chosen) { counts_.Add(l, chosen); });
     }
   }
   void Learnt() override {
     counts_.Fade();
     if (tokens_++ % kRenewal != 0) return;
     std::fill(listed_.begin(), listed_.end(), 0);
-    for (int key : Ranked(counts_.all(), kMostExperts)) listed_[key] = 1;
+    for (int key : Ranked(counts_.all(), most_experts())) listed_[key] = 1;
   }
   void Answer(const TokenView&, const Question& q, float* probs) override {
     const float sum = counts_.Sum(q.target);
@@ -260,14 +286,15 @@ class MixedScores final : public ServingStrategy {
         transitions_(
             geometry.decoder_layers * geometry.decoder_layers * geometry.num_experts,
             geometry.num_experts, kKeep),
-        patterns_(geometry.num_experts),
+        patterns_(geometry.num_experts, geometry.experts_per_token),
         recent_(static_cast<size_t>(geometry.decoder_layers)),
         said_(static_cast<size_t>(geometry.decoder_layers)) {}
+  bool needs_token_ids() const override { return true; }
 
  private:
   static constexpr float kKeep = 0.99f;
-  static constexpr size_t kRecent = 6;
-  static constexpr int kParts = 4;  // transitions, frequency, recency, patterns
+  static constexpr size_t kRecent = 6;  // for each that a token takes, as all numbers
+  static constexpr int kParts = 4;      // transitions, frequency, recency, patterns
   using Part = std::vector<float>;  // [E], at most 1 in sum; 0 = not among its experts
 
   int TransitionRow(int target, int lead, int expert) const {
@@ -276,20 +303,22 @@ class MixedScores final : public ServingStrategy {
 
   void Learn(const TokenView& token) override {
     for (int l = 0; l < layers(); ++l) {
-      const int chosen = token.At(1, l);
-      if (chosen < 0) continue;
-      Judge(l, token.row, chosen);
-      counts_.Add(l, chosen);
-      for (int lead = 1; lead <= layers(); ++lead) {
-        if (const int before = token.Before(1, l, lead); before >= 0)
-          transitions_.Add(TransitionRow(l, lead, before), chosen);
-      }
-      if (const uint64_t pattern = token.Pattern(1))
-        patterns_.Add(KeyOf(1, l, pattern), chosen);
-      std::erase(recent_[l], chosen);
-      recent_[l].push_front(chosen);
-      if (recent_[l].size() > kRecent) recent_[l].pop_back();
+      if (token.At(1, l) < 0) continue;
+      Judge(l, token);
+      token.Each(1, l, [&](int chosen) { LearnChoice(token, l, chosen); });
     }
+  }
+  void LearnChoice(const TokenView& token, int l, int chosen) {
+    counts_.Add(l, chosen);
+    for (int lead = 1; lead <= layers(); ++lead) {
+      if (const int before = token.Before(1, l, lead); before >= 0)
+        transitions_.Add(TransitionRow(l, lead, before), chosen);
+    }
+    if (const uint64_t pattern = token.Pattern(1))
+      patterns_.Add(KeyOf(1, l, pattern), chosen);
+    std::erase(recent_[l], chosen);
+    recent_[l].push_front(chosen);
+    if (recent_[l].size() > kRecent * size_t(choices())) recent_[l].pop_back();
   }
   void Learnt() override {
     counts_.Fade();
@@ -298,13 +327,18 @@ class MixedScores final : public ServingStrategy {
   }
 
   // Each part's F1 for what was last said of the layer.
-  void Judge(int layer, int batch_row, int chosen) {
+  void Judge(int layer, const TokenView& token) {
     for (const auto& [row, parts] : said_[layer]) {
-      if (row != batch_row) continue;
+      if (row != token.row) continue;
       for (int i = 0; i < kParts; ++i) {
         const auto named = std::count_if(parts[i].begin(), parts[i].end(),
                                          [](float p) { return p > 0; });
-        const double f1 = parts[i][chosen] > 0 ? 2.0 / static_cast<double>(named + 1) : 0;
+        int right = 0, taken = 0;
+        token.Each(1, layer, [&](int chosen) {
+          right += parts[i][chosen] > 0;
+          ++taken;
+        });
+        const double f1 = 2.0 * right / static_cast<double>(named + taken);
         weights_[i] = std::max(0.0, weights_[i] + 0.01 * (f1 - 0.5));
       }
       const double sum = std::accumulate(weights_.begin(), weights_.end(), 0.0);
@@ -313,9 +347,12 @@ class MixedScores final : public ServingStrategy {
     }
   }
 
-  // The `most` largest of counts / sum that are above `least`.
+  // The `most` largest of counts / sum that are above `least`, both for each expert that
+  // a token takes.
   Part Largest(const float* row, float sum, float least, size_t most) const {
     Part part(experts());
+    least /= static_cast<float>(choices());
+    most *= static_cast<size_t>(choices());
     if (!row || sum <= 0) return part;
     Part shares(experts());
     for (int e = 0; e < experts(); ++e) {
@@ -345,7 +382,7 @@ class MixedScores final : public ServingStrategy {
       for (int e = 0; e < experts(); ++e)
         score[e] += static_cast<float>(weights_[i]) * parts[i][e];
     }
-    for (int e : Ranked(score, kMostExperts)) probs[e] = std::min(1.f, score[e]);
+    for (int e : Ranked(score, most_experts())) probs[e] = std::min(1.f, score[e]);
     if (!q.next_token) said_[q.target].push_back({token.row, std::move(parts)});
   }
 

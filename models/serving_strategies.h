@@ -18,6 +18,9 @@ namespace routecast {
 // .999 a token, the list is renewed every 100 tokens.
 // `mixed_scores`: .4 transitions, .3 frequency, .2 recency, .1 patterns; counts fade by
 // .99 a token, and each weight follows its part's F1 (+ .01 (F1 - .5), renormalised).
+// The first and the last need token ids. Where tokens take K experts each of them is
+// counted, contexts are their first choices, and numbers of experts and of counts are K
+// times as large.
 std::vector<std::string> ServingStrategyNames();
 
 // `name` of ServingStrategyNames(). Serving only: Predict says nothing. PredictLast

@@ -264,6 +264,15 @@ bool ReadsTopK(const SpeculationConfig& config) {
          std::any_of(config.members.begin(), config.members.end(), ReadsTopK);
 }
 
+bool ReadsTokenIds(const SpeculationConfig& config) {
+  const SpeculationKind& kind = KindOf(config.kind);
+  // Kinds of one state a token have the id beside it where the store had ids.
+  const bool beside =
+      kind.router_inputs == RouterInputs::kRequired && config.vocab_size > 0;
+  return kind.token_ids || config.token_inputs || beside ||
+         std::any_of(config.members.begin(), config.members.end(), ReadsTokenIds);
+}
+
 int NumLeadsOf(const MoeGeometry& geometry, Stack stack, int source_layer) {
   const int layers = geometry.layers(stack);
   if (source_layer < -1 || source_layer >= layers) {

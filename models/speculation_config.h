@@ -54,6 +54,8 @@ std::string ProblemOf(const SpeculationConfig& config);
 
 // Whether it, or one of its members, sees the router's likeliest experts.
 bool ReadsTopK(const SpeculationConfig& config);
+// Whether it, or one of its members, sees token ids.
+bool ReadsTokenIds(const SpeculationConfig& config);
 
 // Number of leads of a geometry from a source.
 int NumLeadsOf(const MoeGeometry& geometry, Stack stack, int source_layer);

@@ -9,6 +9,7 @@
 
 #include "common/errors.h"
 #include "common/random.h"
+#include "models/expert_predictor.h"
 
 namespace routecast {
 namespace {
@@ -92,7 +93,7 @@ void LeadAccumulator::Add(const at::Tensor& probs_NE, const at::Tensor& labels,
       }
     }
     const double confidence =
-        std::min(1.0, static_cast<double>(K) * *std::max_element(p, p + experts));
+        UseProbability(*std::max_element(p, p + experts), static_cast<int>(K));
     const auto bin = static_cast<size_t>(std::clamp(int(confidence * 10), 0, 9));
     ++sums.bin_count[bin];
     sums.bin_hits[bin] += right;
@@ -102,9 +103,10 @@ void LeadAccumulator::Add(const at::Tensor& probs_NE, const at::Tensor& labels,
   }
 }
 
-void LeadAccumulator::AddUnanswered(uint64_t document, int64_t rows) {
+void LeadAccumulator::AddUnanswered(uint64_t document, int64_t rows, int64_t choices) {
   if (rows == 0) return;
   Sums& sums = documents_[document];
+  sums.choices = choices;
   sums.samples += rows;
   sums.cross_entropy -= std::log(kSmallest) * static_cast<double>(rows);
 }

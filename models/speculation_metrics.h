@@ -70,8 +70,8 @@ class LeadAccumulator {
   void Add(const at::Tensor& probs_NE, const at::Tensor& labels,
            const at::Tensor& documents_N);
   // `rows` of a document that got no answer: wrong in every top-k, as if the label's
-  // probability were 0, and without a confidence.
-  void AddUnanswered(uint64_t document, int64_t rows);
+  // probability were 0, and without a confidence. `choices`: K of the other rows.
+  void AddUnanswered(uint64_t document, int64_t rows, int64_t choices = 1);
   // Sums as bytes for another rank's Merge (same machine type). Merge throws DataError
   // where the bytes are not such sums.
   std::string Bytes() const;

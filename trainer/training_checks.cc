@@ -76,6 +76,15 @@ void CheckTeacher(const SpeculationOptions& options, TraceDataset* dataset) {
                              "collect with --record=ids,topk"));
 }
 
+// What a token will use later is read from its first choices.
+void CheckLaterUse(const SpeculationOptions& options, const TraceDataset& dataset) {
+  const int chosen = dataset.geometry().experts_per_token;
+  if (!options.later_use || chosen == 1) return;
+  throw UsageError(ErrorText("--later_use is of models that route to one expert a token",
+                             "this one routes to " + std::to_string(chosen),
+                             "leave it out"));
+}
+
 void CheckSets(const SpeculationOptions& options, const TraceDataset& dataset) {
   if (options.set_weight == 0 || dataset.geometry().encoder_layers > 0) return;
   throw UsageError(ErrorText("--set_weight is of an encoder's sets",
@@ -90,6 +99,7 @@ void CheckTraces(const SpeculationOptions& options, TraceDataset* dataset) {
   CheckInputs(options, dataset);
   CheckTeacher(options, dataset);
   CheckSets(options, *dataset);
+  CheckLaterUse(options, *dataset);
 }
 
 void RequirePart(const TraceDataset& dataset, SplitPart part, WithHidden hidden) {

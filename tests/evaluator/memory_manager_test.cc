@@ -100,6 +100,22 @@ TEST(MemoryManagerTest, ThePlannerFetchesAsManyAsItSays) {
   EXPECT_EQ(Fetched(10, 1, 0.45f), 0u) << "not sure enough";
 }
 
+// Of two experts a token the visit is as sure as the two likeliest together, and twice as
+// many are fetched.
+TEST(MemoryManagerTest, OfSeveralExpertsATokenTheSetsConfidenceCounts) {
+  const auto fetched = [](float first, float second) {
+    Rig rig(12, Managed(2), true, 1, {0, 2, 8, 2, 8});
+    rig.Layer(0, {0, 1});
+    const size_t demands = rig.started.size();
+    rig.Predict(1, 1, {first, second, 0.04f, 0.04f, 0.04f, 0.04f, 0.04f, 0.04f});
+    rig.link.AdvanceTo(rig.clock.Now() + 20);
+    return rig.started.size() - demands;
+  };
+  EXPECT_EQ(fetched(0.9f, 0.7f), 3u);  // floor(4 * 0.8)
+  EXPECT_EQ(fetched(1, 1), 4u);
+  EXPECT_EQ(fetched(0.9f, 0.05f), 0u) << "half of the set is not known";
+}
+
 TEST(MemoryManagerTest, SlotsThatLeaveServiceChangeTheRegime) {
   Rig rig(10, Managed(4), true, 1, kEight);
   EXPECT_EQ(rig.planner.memory_manager()->regime(), MemoryRegime::kDoubleBuffer);
@@ -147,6 +163,26 @@ TEST(PressureTest, WhatIsUsedMakesRoomForMore) {
 TEST(PressureTest, IsThePublishedLimitOfTheIntelligentPolicy) {
   EXPECT_EQ(ParsePolicy("intelligent").pressure_limit, 0.8);
   EXPECT_EQ(ParsePolicy("auto").pressure_limit, 1);
+}
+
+// Counts of candidates are for each expert that a token takes, and never more than half
+// of the experts where they adapt.
+TEST(TopKTest, IsForEachExpertOfAToken) {
+  const auto fetched = [](int chosen) {
+    SpeculationPolicy policy = Eager();
+    policy.top_k = 2;
+    Rig rig(16, policy, true, 1, {0, 2, 8, chosen, 8});
+    rig.Layer(0, {0});
+    const size_t demands = rig.started.size();
+    rig.Predict(1, 1, std::vector<float>(8, 0.9f));
+    rig.link.AdvanceTo(rig.clock.Now() + 20);
+    return rig.started.size() - demands;
+  };
+  EXPECT_EQ(fetched(1), 2u);
+  EXPECT_EQ(fetched(3), 6u);
+  EXPECT_EQ(fetched(5), 8u) << "there are no more";
+  Rig banded(2, ParsePolicy("adaptive_top_k"), true, 1, {0, 1, 128, 4, 8});
+  EXPECT_EQ(banded.planner.top_k(), 16) << "64 candidates: half of the experts";
 }
 
 TEST(AdaptiveTopKTest, MovesByTheBandOfItsWindow) {

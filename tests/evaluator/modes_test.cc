@@ -195,21 +195,6 @@ TEST_F(ModesTest, ASimulatedBudgetOfOneExpertIsRefused) {
   }
 }
 
-// Its bytes and hits would be those of a model that takes the first choice alone.
-TEST_F(ModesTest, OfSeveralExpertsATokenNoPredictorIsAskedInASimulation) {
-  StoreConfig config = reader_->config();
-  config.geometry.experts_per_token = 2;
-  TraceStore::CreateOrOpen(folder_ / "several", config);
-  const TraceReader several(folder_ / "several");
-  try {
-    SimulatePolicies(several, Predictors({"markov"}), SomeProfile(2e9), {});
-    FAIL() << "was simulated";
-  } catch (const UsageError& e) {
-    EXPECT_THAT(e.what(), HasSubstr("no predictor is asked"));
-    EXPECT_THAT(e.what(), HasSubstr("takes 2"));
-  }
-}
-
 // What is least, beside the policies: its misses are those that every row is held
 // against.
 TEST_F(ModesTest, BeladyHasARowOnDemandInASimulation) {

@@ -20,6 +20,19 @@ void Teach(Rig* rig) {
   rig->Layer(0, {0}, 0);
 }
 
+// One expert a token: as it is published. Of several, auto alone looks to a layer's next
+// turn.
+TEST(PrefetchPlannerTest, AutoLooksToTheNextTurnWhereTokensTakeSeveralExperts) {
+  const auto leads = [](const char* policy, MoeGeometry geometry) {
+    return PolicyFor(policy, geometry).max_lead;
+  };
+  EXPECT_EQ(leads("auto", {0, 24, 32, 1, 8}), 4);
+  EXPECT_EQ(leads("auto", {0, 24, 32, 4, 8}), 24);
+  EXPECT_EQ(leads("auto", {0, 2, 32, 4, 8}), 4);
+  EXPECT_EQ(leads("auto", {0, 90, 32, 4, 8}), 48);
+  EXPECT_EQ(leads("top_k", {0, 24, 32, 4, 8}), 3);
+}
+
 TEST(PrefetchPlannerTest, DemandWaitsForItsTransferOnce) {
   Rig rig(3);
   EXPECT_DOUBLE_EQ(rig.Layer(0, {1}), 1);

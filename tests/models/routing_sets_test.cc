@@ -170,6 +170,34 @@ TEST(RoutingSetsTest, RecallIsCountedByChoice) {
   EXPECT_EQ(merged.Scores().ToJson(), scores.ToJson());
 }
 
+// The first document's questions all failed: its rows are of as many choices.
+TEST(RoutingSetsTest, RowsWithoutAnAnswerAreOfAsManyChoices) {
+  LeadAccumulator accumulator(Stack::kDecoder, 0, 1, 1);
+  accumulator.AddUnanswered(1, 2, kChosen);
+  accumulator.Add(at::tensor({.4f, .3f, .2f, .1f}).view({1, 4}),
+                  at::tensor({0, 1, 2}, at::kLong).view({1, 3}),
+                  at::full({1}, 2, at::kLong));
+  const LeadScores scores = accumulator.Scores();
+  ASSERT_EQ(scores.by_choice.size(), 3u);
+  EXPECT_DOUBLE_EQ(scores.recall, 1. / 3);
+  EXPECT_EQ(scores.by_document.at(0).of, 6);
+}
+
+// Each of the newest layer's choices has an equal part of what is carried.
+TEST(RoutingSetsTest, ControlsCarryEveryChoice) {
+  const MoeGeometry g = SetGeometry();
+  const auto tables = std::make_shared<BaselineTables>(g, 0);
+  const RoutingTrace trace = SetTrace(4, 5, false);
+  const auto carried = MakeBaseline("layer_minus_1", tables, g, {});
+  const auto probs =
+      *carried->Predict(WindowOf(trace, Stack::kEncoder, 1, 5, kChosen), 1);
+  std::vector<float> expected(5, .1f / 5);
+  for (int k = 0; k < kChosen; ++k)
+    expected[static_cast<size_t>(ChosenAt(trace.encoder, 2, 1, k))] += .9f / kChosen;
+  for (int e = 0; e < 5; ++e)
+    EXPECT_NEAR(probs[0][2][e].item<float>(), expected[static_cast<size_t>(e)], 1e-6);
+}
+
 TEST(OnlineBiasTest, FollowsWhatHappensAndStartsWithoutEffect) {
   OnlineBias bias(0.05);
   const auto probs = at::ones({50, 4}) / 4;
@@ -219,6 +247,21 @@ TEST(OnlinePredictorTest, LearnsFromTheRoutingThatCame) {
   }
   EXPECT_NEAR(first, 0.2, 1e-6);
   EXPECT_GT(last, 0.8);
+}
+
+TEST(OnlinePredictorTest, LearnsEveryChoice) {
+  OnlinePredictor predictor(std::make_unique<Stubborn>(), 0.1);
+  at::Tensor last;
+  for (int token = 0; token < 60; ++token) {
+    for (const int source : {-1, 0, 1}) {
+      RoutingWindow window = Served(source, 2);
+      window.others_BTLK = at::full({2, 1, 2, 1}, 1, at::kLong);
+      const auto probs = predictor.PredictLast(window, 2);
+      if (source == 0) last = (*probs[0])[0][0];
+    }
+  }
+  EXPECT_GT(last[3].item<double>(), 0.4);
+  EXPECT_NEAR(last[1].item<double>(), last[3].item<double>(), 1e-6);
 }
 
 TEST(OnlinePredictorTest, AnswersForOtherRowsAreForgotten) {

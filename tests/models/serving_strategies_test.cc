@@ -20,6 +20,7 @@ struct Served {
   std::function<int64_t(int)> id;
   std::function<int(int, int)> expert;
   int batch = 1;
+  std::function<int(int, int)> other = nullptr;  // the second choice, where there is one
 
   RoutingWindow Window(int token, int source) const {
     const int first = std::max(0, token - 3), tokens = token - first + 1;
@@ -31,12 +32,15 @@ struct Served {
     window.token_ids_BT = at::zeros({batch, tokens}, at::kLong);
     window.valid_BT = at::ones({batch, tokens}, at::kBool);
     window.experts_BTL = at::full({batch, tokens, kLayers}, kExperts, at::kLong);
+    if (other)
+      window.others_BTLK = at::full({batch, tokens, kLayers, 1}, kExperts, at::kLong);
     for (int t = 0; t < tokens; ++t) {
       for (int b = 0; b < batch; ++b) {
         window.token_ids_BT[b][t] = id(first + t);
         for (int l = 0; l < kLayers; ++l) {
-          if (t + 1 < tokens || l <= source)
-            window.experts_BTL[b][t][l] = expert(first + t, l);
+          if (t + 1 == tokens && l > source) continue;
+          window.experts_BTL[b][t][l] = expert(first + t, l);
+          if (other) window.others_BTLK[b][t][l][0] = other(first + t, l);
         }
       }
     }
@@ -114,6 +118,37 @@ TEST(ServingStrategiesTest, RecentFrequencyRenewsItsListEveryHundredTokens) {
   EXPECT_EQ(Best(predictor->PredictLast(served.Window(100, -1), 1)[0]), 5);
   served.Ask(predictor.get(), 100, 130);
   EXPECT_EQ(Best(predictor->PredictLast(served.Window(130, -1), 1)[0]), 6);
+}
+
+// Layer 0 takes 5 and 9, the others spread over all experts; the list holds 32 of each
+// choice.
+TEST(ServingStrategiesTest, OfTwoExpertsATokenBothAreCounted) {
+  const auto predictor =
+      MakeServingStrategy("recent_frequency", {0, kLayers, kExperts, 2, 8});
+  const Served served{[](int) { return 1; },
+                      [](int t, int l) { return l == 0 ? 5 : (t * 7 + l) % kExperts; }, 1,
+                      [](int t, int l) { return l == 0 ? 9 : (t * 9 + 2) % kExperts; }};
+  served.Ask(predictor.get(), 0, 205);
+  const auto answers = predictor->PredictLast(served.Window(205, -1), kLayers);
+  EXPECT_FLOAT_EQ((*answers[0])[0][0][5].item<float>(), 0.5f);
+  EXPECT_FLOAT_EQ((*answers[0])[0][0][9].item<float>(), 0.5f);
+  int64_t named = 0;
+  for (const auto& probs : answers) named += Named(*probs);
+  EXPECT_EQ(named, 64);
+}
+
+// A context that came twice has four counts of two choices: it still says nothing.
+TEST(ServingStrategiesTest, ThreeTimesAreThreeTimesWhateverIsCountedATime) {
+  const auto predictor =
+      MakeServingStrategy("token_patterns", {0, kLayers, kExperts, 2, 8});
+  const Served served{[](int) { return 1; }, [](int, int) { return 5; }, 1,
+                      [](int, int) { return 9; }};
+  served.Ask(predictor.get(), 0, 3);
+  EXPECT_EQ(Named(*predictor->PredictLast(served.Window(3, -1), 1)[0]), 0);
+  served.Ask(predictor.get(), 3, 4);
+  const auto answer = predictor->PredictLast(served.Window(4, -1), 1)[0];
+  EXPECT_EQ(Named(*answer), 2);
+  EXPECT_FLOAT_EQ((*answer)[0][0][9].item<float>(), 0.5f);
 }
 
 TEST(ServingStrategiesTest, MixedScoresFollowTransitionsThatAreRight) {

@@ -4,7 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <sstream>
 #include <utility>
@@ -291,14 +293,39 @@ TEST_F(SeveralExperts, ALeaderboardComparesRecall) {
   EXPECT_NE(LeaderboardText(board).find("recall at K"), std::string::npos);
 }
 
-TEST_F(SeveralExperts, KindsThatNeedTokenIdsAreRefused) {
+// What needs token ids, states or one choice a token says so, and how to go on.
+TEST_F(SeveralExperts, WhatTheStoreCannotTeachIsRefused) {
   const fs::path store = Import();
-  try {
-    Train(Job("run", "hidden"), store);
-    FAIL();
-  } catch (const UsageError& e) {
-    EXPECT_NE(std::string(e.what()).find("the store has none"), std::string::npos);
+  const auto refusal = [&](const std::string& kind, auto&& change) -> std::string {
+    SpeculationJob job = Job("run", kind);
+    change(&job.options);
+    try {
+      Train(job, store);
+    } catch (const UsageError& e) {
+      EXPECT_LE(std::count(e.what(), e.what() + std::strlen(e.what()), '\n'), 2);
+      return e.what();
+    }
+    return "";
+  };
+  const auto plainly = [](SpeculationOptions*) {};
+  using testing::HasSubstr;
+  EXPECT_THAT(refusal("hidden", plainly), HasSubstr("the store has none"));
+  for (const std::string& kind : SpeculationKinds()) {
+    if (KindOf(kind).router_inputs != RouterInputs::kRequired) continue;
+    EXPECT_THAT(refusal(kind, plainly), HasSubstr("needs router inputs")) << kind;
   }
+  EXPECT_THAT(refusal("interlayer", [](auto* o) { o->token_inputs = true; }),
+              HasSubstr("--token_inputs needs token ids"));
+  EXPECT_THAT(refusal("interlayer", [](auto* o) { o->router_inputs = true; }),
+              HasSubstr("--router_inputs needs router inputs"));
+  EXPECT_THAT(refusal("interlayer", [](auto* o) { o->topk_inputs = true; }),
+              HasSubstr("--topk_inputs needs the routers' top-k"));
+  EXPECT_THAT(refusal("interlayer", [](auto* o) { o->backup_experts = 1; }),
+              HasSubstr("all of them are labels already"));
+  EXPECT_THAT(refusal("interlayer", [](auto* o) { o->set_weight = 1; }),
+              HasSubstr("a decoder alone"));
+  EXPECT_THAT(refusal("ensemble", [](auto* o) { o->members = "interlayer;hidden"; }),
+              HasSubstr("--kind=hidden needs"));
 }
 
 // Real routing of another system (top-4 of 32 experts, 24 layers).
