@@ -114,8 +114,12 @@ class SpeculationTrainer {
     }
     model_->FitRouters(routers_);
     windows_.FitCurriculum(tables_);
-    if (rank_.is_root()) log_ = TrainingLog(job_.out, at_.step);
-    TellCostOfPinning();
+    if (rank_.is_root()) {
+      log_ = TrainingLog(job_.out, at_.step);
+      TellCostOfPinning();
+    }
+    comm_->Barrier();  // has the time that rank 0 may take alone
+    ThrowIfAnyStopped(comm_, "before the first step of this start");
     Loop();
     return Finish(control);
   }
@@ -162,7 +166,7 @@ class SpeculationTrainer {
                             /*allow_unused=*/true);
       Synchronize(job_.device);
     });
-    std::fprintf(stderr, "%s\n", line.c_str());
+    if (!line.empty()) std::fprintf(stderr, "%s\n", line.c_str());
   }
 
   // Of training so far, over all processes of the run.
