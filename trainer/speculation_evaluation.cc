@@ -188,6 +188,7 @@ Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
 }
 
 std::shared_ptr<const BaselineTables> FitBaselines(TraceDataset* dataset,
+                                                   int least_vocabulary,
                                                    const fs::path& folder,
                                                    const fs::path& file,
                                                    Communicator* comm) {
@@ -195,7 +196,7 @@ std::shared_ptr<const BaselineTables> FitBaselines(TraceDataset* dataset,
   const auto part = [&](int r) {
     return folder / ("baselines-" + std::to_string(r) + ".safetensors");
   };
-  const int vocab = static_cast<int>(dataset->vocab_size());
+  const int vocab = std::max(static_cast<int>(dataset->vocab_size()), least_vocabulary);
   auto tables = std::make_shared<BaselineTables>(dataset->geometry(), vocab);
   for (uint32_t i = static_cast<uint32_t>(rank.rank); i < dataset->sequences().size();
        i += static_cast<uint32_t>(rank.world)) {

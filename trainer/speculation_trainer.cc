@@ -107,8 +107,8 @@ class SpeculationTrainer {
       const fs::path folder = FolderOfStore(job_, i);
       if (rank_.is_root()) MakeFolder(folder);
       comm_->Barrier();
-      const auto tables =
-          FitBaselines(stores_[i], folder, folder / "baselines.safetensors", comm_);
+      const auto tables = FitBaselines(stores_[i], joint_.part(i).config().vocab_size,
+                                       folder, folder / "baselines.safetensors", comm_);
       joint_.part(i).FitPriors(*tables);
       if (i == 0) tables_ = tables;
     }

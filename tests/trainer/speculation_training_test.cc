@@ -194,6 +194,24 @@ TEST_F(SpeculationTraining, StartsFromTheWeightsOfAnotherRun) {
   EXPECT_TRUE(Weights(parts) == Weights(more));
 }
 
+TEST_F(SpeculationTraining, AStoreOfFewerTokenIdsIsGoneOnWith) {
+  SyntheticTraces traces = Traces(40);
+  SpeculationJob first = Job("first");
+  first.options.steps = 2;
+  Train(first, traces);
+  const int known = LoadSpeculationModel(first.out).model->config().vocab_size;
+  for (RoutingTrace& trace : traces.traces) {
+    for (RoutingSpan* span : {&trace.encoder, &trace.decoder}) {
+      for (uint32_t& id : span->token_ids) id %= 50;
+    }
+  }
+  SpeculationJob more = Job("more");
+  more.options.steps = 1;
+  more.options.start_from = first.out;
+  EXPECT_EQ(Train(more, traces).losses.size(), 1u);
+  EXPECT_EQ(LoadSpeculationModel(more.out).model->config().vocab_size, known);
+}
+
 TEST_F(SpeculationTraining, ARunThatIsGoneOnWithMaySayLaterUseToo) {
   const SyntheticTraces traces = Traces(40);
   const SpeculationJob first = Job("first");
