@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/errors.h"
+#include "models/known_ids.h"
 #include "trainer/agreed_stop.h"
 #include "trainer/divergence.h"
 #include "trainer/speculation_loss.h"
@@ -345,12 +346,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   for (const MicroBatch* micro : Mine(data, comm)) {
     if (StopRequested()) break;
     const SpeculationBatch batch = MakeSpeculationBatch(*micro, data.dataset, hidden);
-    RoutingWindow seen = batch.window;
-    // Another store may have ids that the model has no row for: they read as padding
-    // does.
-    if (const int known = model->config().vocab_size; known > 0) {
-      seen.token_ids_BT = seen.token_ids_BT.masked_fill(seen.token_ids_BT.ge(known), 0);
-    }
+    RoutingWindow seen = WithKnownIds(batch.window, model->config().vocab_size);
     if (data.hidden == WithHidden::kNo) ForgetRouterInputs(&seen);
     const SpeculationOutput out = model->Forward(WindowTo(seen, data.device), 0);
     const int leads = static_cast<int>(batch.labels_BTH.size(2));
