@@ -365,7 +365,6 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
                FrequencyOf(*tables, *micro, leads));
     }
     for (size_t b = 0; b < baselines.size(); ++b) {
-      if (baselines[b]->needs_hidden() && !batch.window.hidden_BTD.defined()) continue;
       const auto probs = baselines[b]->PredictLeads(batch.window, leads);
       for (int lead = 1; lead <= leads; ++lead) {
         const auto& p = probs[static_cast<size_t>(lead - 1)];

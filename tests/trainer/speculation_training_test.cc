@@ -212,6 +212,19 @@ TEST_F(SpeculationTraining, AStoreOfFewerTokenIdsIsGoneOnWith) {
   EXPECT_EQ(LoadSpeculationModel(more.out).model->config().vocab_size, known);
 }
 
+// It answers without a state, too: before any layer, and where none was recorded.
+TEST_F(SpeculationTraining, AdaptiveIsMeasuredWhereverItAnswers) {
+  SpeculationJob job = Job("run", "interlayer");
+  job.options.sizes = {16, 2, 24, 1, 0, -1};
+  job.options.steps = 1;
+  const Json baselines = Train(job, Traces(40)).results["baselines"];
+  const Json &adaptive = baselines["adaptive"], &pattern = baselines["pattern"];
+  ASSERT_EQ(adaptive.size(), pattern.size());
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    EXPECT_EQ(adaptive[i]["samples"], pattern[i]["samples"]) << pattern[i];
+  }
+}
+
 TEST_F(SpeculationTraining, ARunThatIsGoneOnWithMaySayLaterUseToo) {
   const SyntheticTraces traces = Traces(40);
   const SpeculationJob first = Job("first");
