@@ -359,10 +359,10 @@ class SpeculationTrainer {
     at_.best.CopyTo(joint_.parameters());
     const EvaluationData test =
         Part(0, SplitPart::kTest, options_.test_sequences, kTestStream);
-    SpeculationResult result =
-        ScoreAndWrite({&job_, &joint_, validation_, test, tables_, &routers_, control,
-                       at_.step, at_.best.step(), seconds_, out_of_time_},
-                      comm_);
+    SpeculationResult result = ScoreAndWrite(
+        {&job_, &joint_, validation_, test, tables_, &routers_, control, at_.step,
+         at_.best.step(), seconds_, out_of_time_ && at_.step < steps_ && !exhausted_},
+        comm_);
     result.losses = losses_;
     if (rank_.is_root()) RemoveTrainStates(StateFolder());
     comm_->Barrier();

@@ -225,6 +225,14 @@ TEST_F(SpeculationTraining, AdaptiveIsMeasuredWhereverItAnswers) {
   }
 }
 
+TEST_F(SpeculationTraining, ATimeThatEndsWithTheLastStepStopsNothing) {
+  SpeculationJob job = Job("run", "simple");
+  job.options.steps = 1;
+  job.time_limit = 1e-9;
+  Train(job, Traces(40));
+  EXPECT_FALSE(ReadJsonFile(job.out / "config.json")["extra"].contains("time_limit"));
+}
+
 TEST_F(SpeculationTraining, ARunThatIsGoneOnWithMaySayLaterUseToo) {
   const SyntheticTraces traces = Traces(40);
   const SpeculationJob first = Job("first");
