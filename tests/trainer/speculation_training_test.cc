@@ -268,6 +268,22 @@ TEST_F(SpeculationTraining, RefusesToStartFromWhatDoesNotFit) {
   EXPECT_THROW(other.options.Validate(), UsageError);
 }
 
+// How members are combined is the run's own, as its sizes are.
+TEST_F(SpeculationTraining, RefusesToStartFromAnotherMixture) {
+  const SyntheticTraces traces = Traces(40);
+  SpeculationJob first = Job("first", "ensemble");
+  first.options.steps = 1;
+  first.options.members = "interlayer*2:width=8,heads=2,ff=8,layers=1";
+  Train(first, traces);
+  SpeculationJob more = Job("more", "ensemble");
+  more.options.steps = 1;
+  more.options.start_from = first.out;
+  more.options.combine = "stack";
+  EXPECT_THROW(Train(more, traces), UsageError);
+  more.options.combine = "probabilities";
+  EXPECT_EQ(Train(more, traces).losses.size(), 1u);
+}
+
 TEST_F(SpeculationTraining, RefusesAnotherConfigurationInTheSameFolder) {
   const SyntheticTraces traces = Traces(60);
   SpeculationJob job = Job("run");
