@@ -108,6 +108,7 @@ TEST(RoutingSetsTest, MarkovCountsFromSetsToSets) {
   double count[5][5] = {}, all[5] = {}, total = 0;  // encoder layers 0 -> 2, and layer 2
   for (const RoutingTrace& trace : traces) {
     for (int t = 0; t < 6; ++t) {
+      if (trace.encoder.dropped[2 * 6 + t]) continue;  // no label
       for (int j = 0; j < kChosen; ++j) {
         const auto to = ChosenAt(trace.encoder, t, 2, j);
         ++all[to];
