@@ -145,6 +145,7 @@ void AddSettings(const fs::path& file, LeaderboardJob* job) {
   }
   WithFlagFile(file, [&] { job->settings[name] = OptionsOfFlags(); });
   RequireUse(job->settings[name]);
+  RequirePartners(job->settings[name]);
   job->entries.push_back(name);
 }
 
@@ -223,6 +224,7 @@ Asked AskedByFlags() {
   if (!FLAGS_leaderboard.empty()) asked.board = Leaderboard(asked.job);
   if (!asked.board) RequireUse(asked.job.options);
   if (!FLAGS_search.empty()) asked.space = SpaceOf(FLAGS_search);
+  if (!asked.space) RequirePartners(asked.job.options);
   asked.data.cache_bytes = ParseBytes("--cache", FLAGS_cache);
   // A search may draw --distill_weight.
   asked.data.keep_top_k = asked.job.options.reads_top_k() || asked.space.has_value();

@@ -14,10 +14,11 @@
 
 namespace routecast {
 
-// Counts of a store's train part, one set for all counting predictors. Every recorded
-// choice counts, also of tokens that capacity dropped; where tokens take several experts,
-// each of them counts alike, as what is predicted and as what it is predicted from (order
-// 2: with the first choice of the layer before). Thread rule: const from any thread; Fit
+// Counts of a store's train part, one set for all counting predictors. What counts
+// are labels: choices of tokens that capacity dropped are none, though what follows from
+// them counts. Where tokens take several experts, each of them counts alike, as what is
+// predicted and as what it is predicted from (order 2: with the first choice of the layer
+// before). Thread rule: const from any thread; Fit
 // and Merge by one.
 class BaselineTables {
  public:
@@ -46,16 +47,17 @@ class BaselineTables {
   double Markov1Count(int source, int lead, int expert) const;  // how often it was seen
 
  private:
-  using Rows = std::unordered_map<uint64_t, std::vector<float>>;
+  using Rows = std::unordered_map<uint64_t, std::vector<double>>;
   void FitSpan(const RoutingSpan& span, Stack stack);
   void CheckSpan(const RoutingSpan& span, int layers) const;
-  float* Row(Rows* rows, uint64_t key) const;
+  double* Row(Rows* rows, uint64_t key) const;
   void Mix(const Rows& rows, uint64_t key, double weight, float* probs) const;
   uint64_t MarkovKey(int source, int lead, int expert) const;
 
   MoeGeometry geometry_;
   int vocab_size_;
-  std::vector<float> frequency_;  // [layers, E]
+  // Counts are doubles: floats would stop at 2^24.
+  std::vector<double> frequency_;  // [layers, E]
   // Rows of E counts by key: (layer, token); (source, lead, expert); (source, before,
   // expert); (layer, previous expert). Only what was seen is held.
   Rows token_, markov1_, markov2_, previous_;

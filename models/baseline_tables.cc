@@ -22,11 +22,11 @@ constexpr const char* kRowNames[] = {"token", "markov1", "markov2", "previous"};
 BaselineTables::BaselineTables(const MoeGeometry& geometry, int vocab_size)
     : geometry_(geometry),
       vocab_size_(vocab_size),
-      frequency_(static_cast<size_t>(geometry.num_keys()), 0.f) {}
+      frequency_(static_cast<size_t>(geometry.num_keys()), 0) {}
 
-float* BaselineTables::Row(Rows* rows, uint64_t key) const {
+double* BaselineTables::Row(Rows* rows, uint64_t key) const {
   auto& row = (*rows)[key];
-  if (row.empty()) row.assign(geometry_.num_experts, 0.f);
+  if (row.empty()) row.assign(geometry_.num_experts, 0);
   return row.data();
 }
 
@@ -50,16 +50,21 @@ class Choices {
       : span_(span), k_(experts_per_token) {}
   int count() const { return k_; }
   uint16_t At(int t, int l, int i) const {
-    const size_t at = static_cast<size_t>(l) * static_cast<size_t>(span_.num_tokens) +
-                      static_cast<size_t>(t);
+    const size_t at = Place(t, l);
     return k_ == 1 ? span_.expert_ids[at]
                    : span_.topk_ids[at * static_cast<size_t>(k_) + size_t(i)];
   }
-  void Count(int t, int l, float* row) const {
+  // As labels: a token that capacity dropped has none.
+  void Count(int t, int l, double* row) const {
+    if (!span_.dropped.empty() && span_.dropped[Place(t, l)] != 0) return;
     for (int i = 0; i < k_; ++i) ++row[At(t, l, i)];
   }
 
  private:
+  size_t Place(int t, int l) const {
+    return static_cast<size_t>(l) * static_cast<size_t>(span_.num_tokens) +
+           static_cast<size_t>(t);
+  }
   const RoutingSpan& span_;
   int k_;
 };
@@ -132,7 +137,7 @@ void BaselineTables::Merge(const BaselineTables& other) {
   if (!(geometry_ == other.geometry_) || vocab_size_ != other.vocab_size_) {
     throw std::logic_error("baselines of different models cannot be added");
   }
-  const auto add = [](const std::vector<float>& from, float* to) {
+  const auto add = [](const std::vector<double>& from, double* to) {
     for (size_t i = 0; i < from.size(); ++i) to[i] += from[i];
   };
   add(other.frequency_, frequency_.data());
@@ -146,7 +151,7 @@ void BaselineTables::Merge(const BaselineTables& other) {
 
 void BaselineTables::Frequency(int layer, float* probs) const {
   const int E = geometry_.num_experts;
-  const float* counts = frequency_.data() + size_t(layer) * E;
+  const double* counts = frequency_.data() + size_t(layer) * E;
   double n = 0;
   for (int e = 0; e < E; ++e) n += counts[e];
   for (int e = 0; e < E; ++e) {
@@ -160,7 +165,7 @@ void BaselineTables::Mix(const Rows& rows, uint64_t key, double weight,
   const auto it = rows.find(key);
   if (it == rows.end()) return;
   double n = 0;
-  for (float count : it->second) n += count;
+  for (double count : it->second) n += count;
   for (size_t e = 0; e < it->second.size(); ++e) {
     probs[e] = static_cast<float>((it->second[e] + weight * probs[e]) / (n + weight));
   }
@@ -194,10 +199,22 @@ double BaselineTables::Markov1Count(int source, int lead, int expert) const {
   const auto it = markov1_.find(MarkovKey(source, lead, expert));
   double n = 0;
   if (it != markov1_.end()) {
-    for (float count : it->second) n += count;
+    for (double count : it->second) n += count;
   }
   return n;
 }
+
+namespace {
+
+constexpr double kExactFloats = 1 << 24;  // whole numbers up to here are floats
+
+// Counts as floats where those hold them, else as doubles.
+at::Tensor Narrowest(const at::Tensor& counts) {
+  const bool fits = counts.numel() == 0 || counts.max().item<double>() <= kExactFloats;
+  return fits ? counts.to(at::kFloat) : counts;
+}
+
+}  // namespace
 
 void BaselineTables::Save(const fs::path& file) const {
   const int64_t E = geometry_.num_experts;
@@ -206,23 +223,24 @@ void BaselineTables::Save(const fs::path& file) const {
                                       int64_t{geometry_.decoder_layers}, E,
                                       int64_t{geometry_.experts_per_token},
                                       int64_t{geometry_.d_model}, int64_t{vocab_size_}}));
-  auto frequency = at::empty({geometry_.num_layers(), E});
-  std::copy(frequency_.begin(), frequency_.end(), frequency.data_ptr<float>());
-  tensors.Add("frequency", frequency);
+  auto frequency = at::empty({geometry_.num_layers(), E}, at::kDouble);
+  std::copy(frequency_.begin(), frequency_.end(), frequency.data_ptr<double>());
+  tensors.Add("frequency", Narrowest(frequency));
   const Rows* all[] = {&token_, &markov1_, &markov2_, &previous_};
   for (int i = 0; i < 4; ++i) {
     std::vector<uint64_t> keys;  // sorted: equal counts make equal files
     for (const auto& [key, row] : *all[i]) keys.push_back(key);
     std::sort(keys.begin(), keys.end());
     const int64_t rows = static_cast<int64_t>(keys.size());
-    auto key_tensor = at::empty({rows}, at::kLong), counts = at::empty({rows, E});
+    auto key_tensor = at::empty({rows}, at::kLong),
+         counts = at::empty({rows, E}, at::kDouble);
     for (int64_t r = 0; r < rows; ++r) {
       key_tensor.data_ptr<int64_t>()[r] = static_cast<int64_t>(keys[r]);
       const auto& row = all[i]->at(keys[r]);
-      std::copy(row.begin(), row.end(), counts.data_ptr<float>() + r * E);
+      std::copy(row.begin(), row.end(), counts.data_ptr<double>() + r * E);
     }
     tensors.Add(std::string(kRowNames[i]) + ".keys", key_tensor);
-    tensors.Add(std::string(kRowNames[i]) + ".counts", counts);
+    tensors.Add(std::string(kRowNames[i]) + ".counts", Narrowest(counts));
   }
   WriteParameters(file, tensors, at::ScalarType::Undefined,
                   {{"format", "routecast-baselines"}, {"version", "1"}});
@@ -233,12 +251,13 @@ BaselineTables BaselineTables::Load(const fs::path& file) {
   const std::string what = file.string() + " does not hold baselines";
   const auto counts_of = [&](const std::string& name, int64_t rows, int64_t experts) {
     const at::Tensor& counts = tensors.Get(name);
-    if (counts.scalar_type() != at::kFloat || counts.dim() != 2 ||
+    const auto type = counts.scalar_type();
+    if ((type != at::kFloat && type != at::kDouble) || counts.dim() != 2 ||
         counts.size(0) != rows || counts.size(1) != experts ||
         !at::isfinite(counts).all().item<bool>() || counts.lt(0).any().item<bool>()) {
       Bad(what, "tensor " + name);
     }
-    return counts.contiguous();
+    return counts.to(at::kDouble).contiguous();
   };
   const at::Tensor& sizes = tensors.Get("geometry");
   if (sizes.scalar_type() != at::kLong || sizes.numel() != 6) Bad(what, "geometry");
@@ -254,7 +273,7 @@ BaselineTables BaselineTables::Load(const fs::path& file) {
   if (g.num_experts == 0) Bad(what, "no experts");
   const auto frequency = counts_of("frequency", g.num_layers(), g.num_experts);
   BaselineTables tables(g, static_cast<int>(size[5]));
-  std::copy_n(frequency.data_ptr<float>(), frequency.numel(), tables.frequency_.begin());
+  std::copy_n(frequency.data_ptr<double>(), frequency.numel(), tables.frequency_.begin());
   Rows* all[] = {&tables.token_, &tables.markov1_, &tables.markov2_, &tables.previous_};
   for (int i = 0; i < 4; ++i) {
     const at::Tensor& keys = tensors.Get(std::string(kRowNames[i]) + ".keys");
@@ -262,7 +281,7 @@ BaselineTables BaselineTables::Load(const fs::path& file) {
     const auto counts =
         counts_of(std::string(kRowNames[i]) + ".counts", keys.size(0), g.num_experts);
     for (int64_t r = 0; r < keys.size(0); ++r) {
-      const float* row = counts.data_ptr<float>() + r * g.num_experts;
+      const double* row = counts.data_ptr<double>() + r * g.num_experts;
       (*all[i])[static_cast<uint64_t>(keys.data_ptr<int64_t>()[r])].assign(
           row, row + g.num_experts);
     }

@@ -2,6 +2,7 @@
 // routing that then came (OnlineBias). Thread rule: one thread at a time.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -17,7 +18,8 @@ class OnlinePredictor final : public ExpertPredictor {
   std::string name() const override { return inner_->name() + " online"; }
   bool needs_hidden() const override { return inner_->needs_hidden(); }
   bool needs_token_ids() const override { return inner_->needs_token_ids(); }
-  int history_tokens() const override { return inner_->history_tokens(); }
+  // The last layer's truth may come with the next token.
+  int history_tokens() const override { return std::max(2, inner_->history_tokens()); }
   bool keeps_tokens() const override { return inner_->keeps_tokens(); }
   void PrepareServing() override { inner_->PrepareServing(); }
   std::optional<at::Tensor> LaterUse() const override { return inner_->LaterUse(); }
@@ -29,11 +31,15 @@ class OnlinePredictor final : public ExpertPredictor {
   std::vector<std::optional<at::Tensor>> PredictLast(const RoutingWindow& window,
                                                      int num_leads) override;
 
+  // How many answers wait for their truth.
+  size_t open_answers() const { return open_.size(); }
+
  private:
   // An answer whose truth has not come yet.
   struct Open {
     Stack stack;
-    int source_layer, lead, target;  // target layer in the stack
+    int source_layer, lead;
+    int64_t token, target_visit;  // places in the sequence: of tokens, of their layers
     at::Tensor probs_BE;
   };
   void LearnFrom(const RoutingWindow& window);
@@ -41,6 +47,7 @@ class OnlinePredictor final : public ExpertPredictor {
   std::unique_ptr<ExpertPredictor> inner_;
   OnlineBias bias_;
   std::vector<Open> open_;
+  int64_t newest_ = -1;  // token of the newest question
 };
 
 }  // namespace routecast

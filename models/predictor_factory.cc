@@ -9,6 +9,7 @@
 
 #include "common/errors.h"
 #include "models/adaptive_context.h"
+#include "models/known_ids.h"
 #include "models/online_predictor.h"
 #include "models/serving_strategies.h"
 
@@ -57,19 +58,24 @@ std::vector<std::optional<at::Tensor>> LearnedPredictor::PredictLeads(
     const RoutingWindow& window, int num_leads) {
   RequireOwn(window);
   const c10::NoGradGuard no_grad;
-  return Calibrated(window, saved_.model->Forward(window, 0).logits_BTHE, num_leads);
+  return Calibrated(window, saved_.model->Forward(Known(window), 0).logits_BTHE,
+                    num_leads);
 }
 
 std::vector<std::optional<at::Tensor>> LearnedPredictor::PredictLast(
     const RoutingWindow& window, int num_leads) {
   RequireOwn(window);
   const c10::NoGradGuard no_grad;
-  const SpeculationOutput said = saved_.model->ForwardLast(window);
+  const SpeculationOutput said = saved_.model->ForwardLast(Known(window));
   later_BLE_.reset();
   if (said.later_BTLE.defined()) {
     later_BLE_ = at::softmax(said.later_BTLE.squeeze(1), 2);
   }
   return Calibrated(window, said.logits_BTHE, num_leads);
+}
+
+RoutingWindow LearnedPredictor::Known(const RoutingWindow& window) const {
+  return WithKnownIds(window, config().vocab_size);
 }
 
 void LearnedPredictor::RequireOwn(const RoutingWindow& window) const {

@@ -12,6 +12,7 @@
 namespace routecast {
 
 // A learned model with its calibration. One Forward serves all leads of PredictLeads.
+// Token ids that the model has no row for read as padding does.
 class LearnedPredictor final : public ExpertPredictor {
  public:
   LearnedPredictor(std::string name, SavedSpeculationModel saved);
@@ -31,6 +32,7 @@ class LearnedPredictor final : public ExpertPredictor {
 
  private:
   void RequireOwn(const RoutingWindow& window) const;
+  RoutingWindow Known(const RoutingWindow& window) const;
   std::vector<std::optional<at::Tensor>> Calibrated(const RoutingWindow& window,
                                                     const at::Tensor& logits_BTHE,
                                                     int num_leads) const;

@@ -6,6 +6,7 @@
 #include <array>
 #include <deque>
 #include <numeric>
+#include <utility>
 
 #include "common/errors.h"
 #include "common/random.h"
@@ -120,7 +121,7 @@ class ServingStrategy : public ExpertPredictor {
                        K > 0 ? others.const_data_ptr<int64_t>() + b * T * L * K : nullptr,
                        static_cast<int>(K)};
     };
-    Follow(window.source_layer, static_cast<int>(T), B, view);
+    Follow(window.source_layer, T, window.first_token + T, B, view);
     for (int lead = 1; lead <= num_leads; ++lead) {
       Question question{window.source_layer, lead, window.source_layer + lead, false};
       if (question.target >= L) {
@@ -151,9 +152,12 @@ class ServingStrategy : public ExpertPredictor {
   int layers() const { return geometry_.decoder_layers; }
 
  private:
-  // A question before any layer is about a new token: the one before it is whole.
+  // A question before any layer is about a new token: the one before it is whole. `held`:
+  // tokens of the sequence up to the newest.
   template <typename View>
-  void Follow(int source_layer, int tokens, int64_t batch, const View& view) {
+  void Follow(int source_layer, int64_t tokens, int64_t held, int64_t batch,
+              const View& view) {
+    const bool same = std::exchange(held_, held) == held;
     if (tokens == 1) {
       position_ = 0;
       under_way_ = source_layer >= 0;
@@ -163,7 +167,7 @@ class ServingStrategy : public ExpertPredictor {
       under_way_ = true;
       return;
     }
-    if (!under_way_) return;  // asked again under another guess
+    if (!under_way_ && same) return;  // asked again under another guess
     under_way_ = false;
     ++position_;
     for (int64_t b = 0; b < batch; ++b) Learn(view(b));
@@ -173,6 +177,7 @@ class ServingStrategy : public ExpertPredictor {
   std::string name_;
   MoeGeometry geometry_;
   int position_ = 0;
+  int64_t held_ = 0;
   bool under_way_ = false;  // the newest token has been routed somewhere
 };
 

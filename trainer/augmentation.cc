@@ -25,10 +25,11 @@ double Draw(uint64_t key, Stream stream, Values... values) {
 // Known layers but the newest one become unknown.
 void DropLayers(double share, uint64_t key, SpeculationBatch* batch) {
   RoutingWindow& w = batch->window;
-  const int64_t known = w.stack == Stack::kEncoder ? w.source_layer : w.num_layers - 1;
+  const int64_t known = w.stack == Stack::kEncoder ? w.source_layer : w.num_layers;
+  const int64_t newest = w.source_layer >= 0 ? w.source_layer : w.num_layers - 1;
   for (int64_t b = 0; b < w.experts_BTL.size(0); ++b) {
     for (int64_t l = 0; l < known; ++l) {
-      if (l == w.source_layer || Draw(key, kLayer, b, l) >= share) continue;
+      if (l == newest || Draw(key, kLayer, b, l) >= share) continue;
       for (const at::Tensor& ids : {w.experts_BTL, w.others_BTLK}) {
         if (ids.defined()) ids.select(0, b).select(1, l).fill_(w.num_experts);
       }
@@ -122,11 +123,14 @@ void HideToken(int64_t b, int64_t t, RoutingWindow* w) {
   }
 }
 
-// Of all tokens of the sequence; the source layer's state goes with its choices, which it
-// would tell.
+// Of all tokens of the sequence; the states that would tell their choices go with them:
+// the source layer's, and after the last layer that of the token before.
 void HideLayer(int64_t b, int64_t layer, RoutingWindow* w) {
   for (const at::Tensor& ids : {w->experts_BTL, w->others_BTLK}) {
     if (ids.defined()) ids.select(0, b).select(1, layer).fill_(w->num_experts);
+  }
+  if (layer == w->num_layers - 1 && w->context_BTD.defined()) {
+    w->context_BTD.select(0, b).zero_();
   }
   if (layer != w->source_layer) return;
   if (w->hidden_BTD.defined()) w->hidden_BTD.select(0, b).zero_();

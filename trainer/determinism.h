@@ -11,7 +11,9 @@ namespace routecast {
 void PinAlgorithms(bool pinned);
 
 // What pinning costs a training pass here: runs `pass` (which waits for its device) both
-// ways in turn, and leaves algorithms pinned. A line for people.
+// ways in turn, and leaves algorithms pinned. A line for people; empty where a stop was
+// requested meanwhile (common/stop.h). Passes that take long are few, and announced on
+// stderr.
 std::string CostOfPinning(const std::function<void()>& pass);
 
 }  // namespace routecast

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <numbers>
+#include <string_view>
 
 #include "common/errors.h"
 
@@ -22,6 +23,31 @@ double Cosine(double done, double last) {
 double OneCycle(double done) {
   if (done < kCycleUp) return 1 - (Cosine(done / kCycleUp, 0) * (1 - kCycleFirst));
   return Cosine((done - kCycleUp) / (1 - kCycleUp), kCycleLast);
+}
+
+// Throws where something is said that this schedule does not look at.
+void RefuseOthers(const LearningSchedule& s) {
+  const LearningSchedule usual;
+  struct Said {
+    const char* flag;
+    bool said;
+    std::string_view of;  // the schedule that looks at it; "" = all but one_cycle
+  };
+  const Said all[] = {
+      {"--restart_steps", s.restart_steps != usual.restart_steps, "restarts"},
+      {"--restart_epochs", s.restart_epochs != usual.restart_epochs, "restarts"},
+      {"--restart_growth", s.restart_growth != usual.restart_growth, "restarts"},
+      {"--plateau_factor", s.plateau_factor != usual.plateau_factor, "plateau"},
+      {"--plateau_patience", s.plateau_patience != usual.plateau_patience, "plateau"},
+      {"--warmup_steps", s.warmup_steps != usual.warmup_steps, ""}};
+  for (const auto& [flag, said, of] : all) {
+    if (!said || (of.empty() ? s.name != "one_cycle" : s.name == of)) continue;
+    const std::string what = of.empty() ? "of no one_cycle, which warms up by itself"
+                                        : "of --schedule=" + std::string(of);
+    throw UsageError(ErrorText(std::string(flag) + " is " + what,
+                               "--schedule=" + s.name + " does not look at it",
+                               "leave it out, or use another schedule"));
+  }
 }
 
 }  // namespace
@@ -66,6 +92,7 @@ void LearningSchedule::Validate() const {
   require(plateau_factor > 0 && plateau_factor < 1, "--plateau_factor", plateau_factor,
           "a number above 0 and below 1");
   require(plateau_patience > 0, "--plateau_patience", plateau_patience, "1 or more");
+  RefuseOthers(*this);
   if (cycle_beta1 && name != "one_cycle") {
     throw UsageError(ErrorText("--cycle_beta1 is of --schedule=one_cycle",
                                "--schedule=" + name + " has no cycle",

@@ -102,6 +102,10 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
       refuse(std::string("one of the two has ") + flag + ", the other has not");
     }
   }
+  if (config.kind == "ensemble" && config.combine != options.combine) {
+    refuse("it combines its members by " + config.combine + ", --combine says " +
+           options.combine);
+  }
   config.beams = options.beams;  // no weight depends on them
   if (config.backup_experts != options.backup_experts) {
     refuse("it has " + std::to_string(config.backup_experts) +

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/errors.h"
+#include "models/known_ids.h"
 #include "trainer/agreed_stop.h"
 #include "trainer/divergence.h"
 #include "trainer/speculation_loss.h"
@@ -188,6 +189,7 @@ Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
 }
 
 std::shared_ptr<const BaselineTables> FitBaselines(TraceDataset* dataset,
+                                                   int least_vocabulary,
                                                    const fs::path& folder,
                                                    const fs::path& file,
                                                    Communicator* comm) {
@@ -195,7 +197,7 @@ std::shared_ptr<const BaselineTables> FitBaselines(TraceDataset* dataset,
   const auto part = [&](int r) {
     return folder / ("baselines-" + std::to_string(r) + ".safetensors");
   };
-  const int vocab = static_cast<int>(dataset->vocab_size());
+  const int vocab = std::max(static_cast<int>(dataset->vocab_size()), least_vocabulary);
   auto tables = std::make_shared<BaselineTables>(dataset->geometry(), vocab);
   for (uint32_t i = static_cast<uint32_t>(rank.rank); i < dataset->sequences().size();
        i += static_cast<uint32_t>(rank.world)) {
@@ -344,12 +346,7 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
   for (const MicroBatch* micro : Mine(data, comm)) {
     if (StopRequested()) break;
     const SpeculationBatch batch = MakeSpeculationBatch(*micro, data.dataset, hidden);
-    RoutingWindow seen = batch.window;
-    // Another store may have ids that the model has no row for: they read as padding
-    // does.
-    if (const int known = model->config().vocab_size; known > 0) {
-      seen.token_ids_BT = seen.token_ids_BT.masked_fill(seen.token_ids_BT.ge(known), 0);
-    }
+    RoutingWindow seen = WithKnownIds(batch.window, model->config().vocab_size);
     if (data.hidden == WithHidden::kNo) ForgetRouterInputs(&seen);
     const SpeculationOutput out = model->Forward(WindowTo(seen, data.device), 0);
     const int leads = static_cast<int>(batch.labels_BTH.size(2));
@@ -368,7 +365,6 @@ TestScores Test(SpeculationModel* model, const Calibration& calibration,
                FrequencyOf(*tables, *micro, leads));
     }
     for (size_t b = 0; b < baselines.size(); ++b) {
-      if (baselines[b]->needs_hidden() && !batch.window.hidden_BTD.defined()) continue;
       const auto probs = baselines[b]->PredictLeads(batch.window, leads);
       for (int lead = 1; lead <= leads; ++lead) {
         const auto& p = probs[static_cast<size_t>(lead - 1)];

@@ -49,8 +49,10 @@ Calibration FitCalibration(SpeculationModel* model, const EvaluationData& data,
                            Communicator* comm);
 
 // The counting baselines over the train part. Each rank counts its share and leaves it in
-// `folder` (seen by all ranks); `file` gets the sum.
+// `folder` (seen by all ranks); `file` gets the sum. Token tables are of the store's ids,
+// and of `least_vocabulary` at least: what the model has rows for.
 std::shared_ptr<const BaselineTables> FitBaselines(TraceDataset* dataset,
+                                                   int least_vocabulary,
                                                    const fs::path& folder,
                                                    const fs::path& file,
                                                    Communicator* comm);

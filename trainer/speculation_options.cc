@@ -277,6 +277,7 @@ void SpeculationOptions::Validate() const {
   ParseChoice("--monitor", monitor, {"loss", "top1"});
   ParseChoice("--loss", loss, {"cross_entropy", "focal"});
   ParseChoice("--confidence_loss", confidence_loss, {"cross_entropy", "squared", "half"});
+  RequireNotNegative("--confidence_weight", confidence_weight);
   RequireNotNegative("--pattern_entropy", pattern_entropy);
   RequireBelowOne("--beta1", beta1);
   if (schedule.cycle_beta1 && beta1 != O().beta1) {
@@ -380,6 +381,32 @@ void RequireUse(const SpeculationOptions& options) {
     own.kind = member.kind;
     own.sizes = member.sizes;
     RequireUse(own, KindOf(member.kind).uses, "the member " + member.kind);
+  }
+}
+
+void RequirePartners(const SpeculationOptions& o) {
+  const O usual;
+  struct Said {
+    const char* flag;
+    bool alone;
+    const char* partner;
+  };
+  const Said all[] = {
+      {"--distill_temperature",
+       o.distill_temperature != usual.distill_temperature && o.distill_weight == 0,
+       "--distill_weight"},
+      {"--backup_weight", o.backup_weight != usual.backup_weight && o.backup_experts == 0,
+       "--backup_experts"},
+      {"--augment_unmasked",
+       o.augment.unmasked_weight != usual.augment.unmasked_weight && o.augment.mask == 0,
+       "--augment_mask"},
+      {"--freeze_epochs", o.freeze.epochs != usual.freeze.epochs && o.freeze.layers == 0,
+       "--freeze_layers"}};
+  for (const auto& [flag, alone, partner] : all) {
+    if (!alone) continue;
+    throw UsageError(ErrorText(std::string(flag) + " does nothing without " + partner,
+                               std::string(partner) + " is not given",
+                               "leave it out, or give both"));
   }
 }
 

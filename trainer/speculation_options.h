@@ -108,7 +108,11 @@ struct SpeculationOptions {
 // Throws UsageError naming an option that is given and that the kind, or none of an
 // ensemble's members, has a use for.
 void RequireUse(const SpeculationOptions& options);
-// Takes them back, where options are those of many kinds.
+// Throws UsageError naming an option that is given without the one that it says more of,
+// as --distill_temperature without --distill_weight. Not of a search, which may draw
+// both.
+void RequirePartners(const SpeculationOptions& options);
+// Takes back what RequireUse refuses, where options are those of many kinds.
 void DropUnused(SpeculationOptions* options);
 
 }  // namespace routecast

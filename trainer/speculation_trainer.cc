@@ -107,15 +107,19 @@ class SpeculationTrainer {
       const fs::path folder = FolderOfStore(job_, i);
       if (rank_.is_root()) MakeFolder(folder);
       comm_->Barrier();
-      const auto tables =
-          FitBaselines(stores_[i], folder, folder / "baselines.safetensors", comm_);
+      const auto tables = FitBaselines(stores_[i], joint_.part(i).config().vocab_size,
+                                       folder, folder / "baselines.safetensors", comm_);
       joint_.part(i).FitPriors(*tables);
       if (i == 0) tables_ = tables;
     }
     model_->FitRouters(routers_);
     windows_.FitCurriculum(tables_);
-    if (rank_.is_root()) log_ = TrainingLog(job_.out, at_.step);
-    TellCostOfPinning();
+    if (rank_.is_root()) {
+      log_ = TrainingLog(job_.out, at_.step);
+      TellCostOfPinning();
+    }
+    comm_->Barrier();  // has the time that rank 0 may take alone
+    ThrowIfAnyStopped(comm_, "before the first step of this start");
     Loop();
     return Finish(control);
   }
@@ -162,7 +166,7 @@ class SpeculationTrainer {
                             /*allow_unused=*/true);
       Synchronize(job_.device);
     });
-    std::fprintf(stderr, "%s\n", line.c_str());
+    if (!line.empty()) std::fprintf(stderr, "%s\n", line.c_str());
   }
 
   // Of training so far, over all processes of the run.
@@ -355,10 +359,10 @@ class SpeculationTrainer {
     at_.best.CopyTo(joint_.parameters());
     const EvaluationData test =
         Part(0, SplitPart::kTest, options_.test_sequences, kTestStream);
-    SpeculationResult result =
-        ScoreAndWrite({&job_, &joint_, validation_, test, tables_, &routers_, control,
-                       at_.step, at_.best.step(), seconds_, out_of_time_},
-                      comm_);
+    SpeculationResult result = ScoreAndWrite(
+        {&job_, &joint_, validation_, test, tables_, &routers_, control, at_.step,
+         at_.best.step(), seconds_, out_of_time_ && at_.step < steps_ && !exhausted_},
+        comm_);
     result.losses = losses_;
     if (rank_.is_root()) RemoveTrainStates(StateFolder());
     comm_->Barrier();

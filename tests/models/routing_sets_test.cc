@@ -108,6 +108,7 @@ TEST(RoutingSetsTest, MarkovCountsFromSetsToSets) {
   double count[5][5] = {}, all[5] = {}, total = 0;  // encoder layers 0 -> 2, and layer 2
   for (const RoutingTrace& trace : traces) {
     for (int t = 0; t < 6; ++t) {
+      if (trace.encoder.dropped[2 * 6 + t]) continue;  // no label
       for (int j = 0; j < kChosen; ++j) {
         const auto to = ChosenAt(trace.encoder, t, 2, j);
         ++all[to];
@@ -222,16 +223,51 @@ class Stubborn final : public ExpertPredictor {
   }
 };
 
-RoutingWindow Served(int source, int64_t rows) {
+RoutingWindow Served(int source, int64_t rows, int64_t tokens = 1, int layers = 2,
+                     int64_t first_token = 0) {
   RoutingWindow window;
   window.stack = Stack::kDecoder;
   window.source_layer = source;
-  window.num_layers = 2;
+  window.num_layers = layers;
   window.num_experts = 5;
-  window.token_ids_BT = at::zeros({rows, 1}, at::kLong);
-  window.valid_BT = at::ones({rows, 1}, at::kBool);
-  window.experts_BTL = at::full({rows, 1, 2}, 3, at::kLong);
+  window.first_token = first_token;
+  window.token_ids_BT = at::zeros({rows, tokens}, at::kLong);
+  window.valid_BT = at::ones({rows, tokens}, at::kBool);
+  window.experts_BTL = at::full({rows, tokens, layers}, 3, at::kLong);
   return window;
+}
+
+// With the next token guessed nobody is asked after the last layer: its truth is in the
+// window of the question before the next token's first.
+TEST(OnlinePredictorTest, LearnsTheLastLayerFromTheNextTokensFirstQuestion) {
+  for (const int layers : {1, 2}) {
+    OnlinePredictor predictor(std::make_unique<Stubborn>(), 0.1);
+    double last = 0;
+    for (int token = 0; token < 60; ++token) {
+      for (int source = -1; source < layers - 1; ++source) {
+        const auto probs =
+            predictor.PredictLast(Served(source, 2, 2, layers, token), layers);
+        if (source == -1) last = (*probs[layers - 1])[0][0][3].item<double>();
+      }
+      EXPECT_LE(predictor.open_answers(), static_cast<size_t>(3 * layers)) << token;
+    }
+    EXPECT_GT(last, 0.8) << layers;
+  }
+}
+
+// A question that is asked again, of another guess of the token, takes the first one's
+// place.
+TEST(OnlinePredictorTest, LearnsFromTheLastAnswerToAQuestionAlone) {
+  const auto learnt = [](bool again) {
+    OnlinePredictor predictor(std::make_unique<Stubborn>(), 0.1);
+    predictor.PredictLast(Served(0, 2, 2), 2);
+    predictor.PredictLast(Served(-1, 2, 2, 2, 1), 2);
+    if (again) predictor.PredictLast(Served(-1, 2, 2, 2, 1), 2);
+    predictor.PredictLast(Served(0, 2, 2, 2, 1), 2);
+    predictor.PredictLast(Served(-1, 2, 2, 2, 2), 2);
+    return *predictor.Predict(Served(-1, 2, 2), 1);
+  };
+  EXPECT_TRUE(at::equal(learnt(false), learnt(true)));
 }
 
 TEST(OnlinePredictorTest, LearnsFromTheRoutingThatCame) {

@@ -29,6 +29,7 @@ struct Served {
     window.source_layer = source;
     window.num_layers = kLayers;
     window.num_experts = kExperts;
+    window.first_token = first;
     window.token_ids_BT = at::zeros({batch, tokens}, at::kLong);
     window.valid_BT = at::ones({batch, tokens}, at::kBool);
     window.experts_BTL = at::full({batch, tokens, kLayers}, kExperts, at::kLong);
@@ -83,6 +84,19 @@ TEST(ServingStrategiesTest, PatternsNameTheNextTokensExpertsByTheChainOfChoices)
   const auto answers = predictor->PredictLast(served.Window(59, kLayers - 1), kLayers);
   for (int l = 0; l < kLayers; ++l)
     EXPECT_EQ(Best(answers[static_cast<size_t>(l)]), served.expert(60, l));
+}
+
+// With one layer and the next token guessed, every question is before that layer.
+TEST(ServingStrategiesTest, OneLayerIsLearntFromQuestionsBeforeItAlone) {
+  const auto predictor = MakeServingStrategy("token_patterns", {0, 1, kExperts, 1, 8});
+  const auto window = [](int token) {
+    RoutingWindow w = Periodic().Window(token, -1);
+    w.num_layers = 1;
+    w.experts_BTL = w.experts_BTL.narrow(2, 0, 1).contiguous();
+    return w;
+  };
+  for (int t = 0; t < 60; ++t) predictor->PredictLast(window(t), 1);
+  EXPECT_EQ(Best(predictor->PredictLast(window(60), 1)[0]), Periodic().expert(60, 0));
 }
 
 TEST(ServingStrategiesTest, PatternsAreSilentBelowThreeCounts) {

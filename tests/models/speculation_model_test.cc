@@ -230,6 +230,25 @@ TEST_P(SpeculationKindTest, CalibrationDividesTheLogits) {
   EXPECT_FALSE(predictor->Predict(window, 4).has_value());
 }
 
+// Training saw 11 ids: one that it did not see reads as padding does.
+TEST(PredictorFactoryTest, TokenIdsThatTrainingNeverSawAreServed) {
+  for (const char* kind : {"hidden", "interlayer", "contextual"}) {
+    SpeculationConfig config = SmallSpeculation(kind);
+    config.token_inputs = config.kind == "interlayer";
+    LearnedPredictor predictor("learned", {MakeSpeculationModel(config, 3), {}});
+    RoutingWindow window =
+        WindowOf(RandomTrace(SmallGeometry(), 6, 5, 1), Stack::kDecoder, 0, 5);
+    window.token_ids_BT = window.token_ids_BT.clone();
+    window.token_ids_BT.select(1, 4).fill_(0);
+    const at::Tensor all = predictor.PredictLeads(window, 1)[0]->clone(),
+                     newest = predictor.PredictLast(window, 1)[0]->clone();
+    window.token_ids_BT.select(1, 4).fill_(11);
+    EXPECT_TRUE(at::equal(*predictor.PredictLeads(window, 1)[0], all)) << kind;
+    EXPECT_TRUE(at::equal(*predictor.PredictLast(window, 1)[0], newest)) << kind;
+    EXPECT_EQ(window.token_ids_BT[0][4].item<int64_t>(), 11) << "the caller's own";
+  }
+}
+
 TEST(PredictorFactoryTest, TheOnlinePrefixServesTheFoldersModel) {
   const fs::path folder = Folder("online");
   const auto model = MakeSpeculationModel(SmallSpeculation("interlayer"), 3);

@@ -63,6 +63,41 @@ TEST(AugmentationTest, TheNewestLayerStays) {
   EXPECT_TRUE(batch.window.experts_BTL.select(2, 0).eq(5).any().item<bool>());
 }
 
+// The state after a token's last layer tells what that layer chose, one token later.
+TEST(AugmentationTest, AMaskedLastLayerTakesTheStateThatTellsIt) {
+  int last = 0;
+  for (uint64_t key = 0; key < 60; ++key) {
+    SpeculationBatch batch = Batch();
+    batch.window.context_BTD = at::rand({2, 24, 4}) + 1;
+    Augment({.mask = 0.99, .mask_mode = "layer"}, key, &batch, 3);
+    for (int b = 0; b < 2; ++b) {
+      const bool gone = batch.window.experts_BTL[b].select(1, 2).eq(5).all().item<bool>();
+      EXPECT_EQ(batch.window.context_BTD[b].eq(0).all().item<bool>(), gone);
+      last += gone;
+    }
+  }
+  EXPECT_GT(last, 0);
+  EXPECT_LT(last, 120);
+}
+
+TEST(AugmentationTest, LayersOfEarlierTokensAreDroppedToTheLast) {
+  AugmentOptions options;
+  options.layer_dropout = 0.9;
+  int last = 0;
+  for (uint64_t key = 0; key < 20; ++key) {
+    SpeculationBatch batch = Batch();
+    Augment(options, key, &batch);
+    last += batch.window.experts_BTL[0].select(1, 2).eq(5).all().item<bool>();
+    // Before any layer of the token, the newest is the last of the token before.
+    batch = Batch();
+    batch.window.source_layer = -1;
+    const auto before = batch.window.experts_BTL.select(2, 2).clone();
+    Augment(options, key, &batch);
+    EXPECT_TRUE(at::equal(batch.window.experts_BTL.select(2, 2), before));
+  }
+  EXPECT_GT(last, 10);
+}
+
 TEST(AugmentationTest, PartsMoveLabelsWithTokens) {
   AugmentOptions options;
   options.subsequence = 1;

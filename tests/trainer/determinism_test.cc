@@ -6,6 +6,8 @@
 
 #include <vector>
 
+#include "common/stop.h"
+
 namespace routecast {
 namespace {
 
@@ -17,6 +19,21 @@ TEST(Determinism, TheCostIsMeasuredBothWaysAndAlgorithmsStayPinned) {
             std::vector<bool>({false, true, false, true, false, true, false, true}));
   EXPECT_TRUE(at::globalContext().deterministicAlgorithms());
   EXPECT_THAT(line, testing::StartsWith("deterministic: a micro-batch takes "));
+}
+
+// In a process of its own: a stop is for good.
+TEST(Determinism, AStopIsHeardWhileTheCostIsMeasured) {
+  EXPECT_EXIT(
+      {
+        int passes = 0;
+        const std::string line = CostOfPinning([&] {
+          ++passes;
+          RequestStop();
+        });
+        const bool pinned = at::globalContext().deterministicAlgorithms();
+        std::_Exit(line.empty() && pinned ? passes : 100);
+      },
+      testing::ExitedWithCode(1), "");
 }
 
 TEST(Determinism, MemoryIsNotFilledForNobody) {

@@ -194,6 +194,45 @@ TEST_F(SpeculationTraining, StartsFromTheWeightsOfAnotherRun) {
   EXPECT_TRUE(Weights(parts) == Weights(more));
 }
 
+TEST_F(SpeculationTraining, AStoreOfFewerTokenIdsIsGoneOnWith) {
+  SyntheticTraces traces = Traces(40);
+  SpeculationJob first = Job("first");
+  first.options.steps = 2;
+  Train(first, traces);
+  const int known = LoadSpeculationModel(first.out).model->config().vocab_size;
+  for (RoutingTrace& trace : traces.traces) {
+    for (RoutingSpan* span : {&trace.encoder, &trace.decoder}) {
+      for (uint32_t& id : span->token_ids) id %= 50;
+    }
+  }
+  SpeculationJob more = Job("more");
+  more.options.steps = 1;
+  more.options.start_from = first.out;
+  EXPECT_EQ(Train(more, traces).losses.size(), 1u);
+  EXPECT_EQ(LoadSpeculationModel(more.out).model->config().vocab_size, known);
+}
+
+// It answers without a state, too: before any layer, and where none was recorded.
+TEST_F(SpeculationTraining, AdaptiveIsMeasuredWhereverItAnswers) {
+  SpeculationJob job = Job("run", "interlayer");
+  job.options.sizes = {16, 2, 24, 1, 0, -1};
+  job.options.steps = 1;
+  const Json baselines = Train(job, Traces(40)).results["baselines"];
+  const Json &adaptive = baselines["adaptive"], &pattern = baselines["pattern"];
+  ASSERT_EQ(adaptive.size(), pattern.size());
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    EXPECT_EQ(adaptive[i]["samples"], pattern[i]["samples"]) << pattern[i];
+  }
+}
+
+TEST_F(SpeculationTraining, ATimeThatEndsWithTheLastStepStopsNothing) {
+  SpeculationJob job = Job("run", "simple");
+  job.options.steps = 1;
+  job.time_limit = 1e-9;
+  Train(job, Traces(40));
+  EXPECT_FALSE(ReadJsonFile(job.out / "config.json")["extra"].contains("time_limit"));
+}
+
 TEST_F(SpeculationTraining, ARunThatIsGoneOnWithMaySayLaterUseToo) {
   const SyntheticTraces traces = Traces(40);
   const SpeculationJob first = Job("first");
@@ -227,6 +266,22 @@ TEST_F(SpeculationTraining, RefusesToStartFromWhatDoesNotFit) {
   other.options.start_from = first.out;
   other.options.sizes.width = 32;
   EXPECT_THROW(other.options.Validate(), UsageError);
+}
+
+// How members are combined is the run's own, as its sizes are.
+TEST_F(SpeculationTraining, RefusesToStartFromAnotherMixture) {
+  const SyntheticTraces traces = Traces(40);
+  SpeculationJob first = Job("first", "ensemble");
+  first.options.steps = 1;
+  first.options.members = "interlayer*2:width=8,heads=2,ff=8,layers=1";
+  Train(first, traces);
+  SpeculationJob more = Job("more", "ensemble");
+  more.options.steps = 1;
+  more.options.start_from = first.out;
+  more.options.combine = "stack";
+  EXPECT_THROW(Train(more, traces), UsageError);
+  more.options.combine = "probabilities";
+  EXPECT_EQ(Train(more, traces).losses.size(), 1u);
 }
 
 TEST_F(SpeculationTraining, RefusesAnotherConfigurationInTheSameFolder) {

@@ -44,7 +44,7 @@ class TrainingAids : public testing::Test {
   }
   std::shared_ptr<const BaselineTables> Tables() {
     LocalCommunicator comm;
-    return FitBaselines(&dataset_, folder_.path(), folder_.path() / "tables", &comm);
+    return FitBaselines(&dataset_, 0, folder_.path(), folder_.path() / "tables", &comm);
   }
 
   TempFolder folder_;

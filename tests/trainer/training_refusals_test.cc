@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
 
 #include "common/errors.h"
@@ -100,13 +101,27 @@ TEST_F(TrainingRefusals, AnOptionOutOfRangeIsSaidInThreeLines) {
       {"--restart_epochs",
        [](auto* o) { o->schedule.restart_epochs = o->schedule.restart_steps = 2; }},
       {"--restart_growth", [](auto* o) { o->schedule.restart_growth = .5; }},
-      {"--plateau_factor", [](auto* o) { o->schedule.plateau_factor = 1; }}};
+      {"--plateau_factor", [](auto* o) { o->schedule.plateau_factor = 1; }},
+      {"--confidence_weight", [](auto* o) { o->confidence_weight = -1; }},
+      {"--confidence_weight", [](auto* o) { o->confidence_weight = NAN; }},
+      {"--restart_steps", [](auto* o) { o->schedule.restart_steps = 9; }},
+      {"--restart_epochs", [](auto* o) { o->schedule.restart_epochs = 2; }},
+      {"--restart_growth", [](auto* o) { o->schedule.restart_growth = 3; }},
+      {"--plateau_factor", [](auto* o) { o->schedule.plateau_factor = .3; }},
+      {"--plateau_patience", [](auto* o) { o->schedule.plateau_patience = 5; }},
+      {"--warmup_steps",
+       [](auto* o) { o->schedule.name = "one_cycle", o->schedule.warmup_steps = 9; }},
+      {"--distill_temperature", [](auto* o) { o->distill_temperature = 2; }},
+      {"--backup_weight", [](auto* o) { o->backup_weight = .5; }},
+      {"--augment_unmasked", [](auto* o) { o->augment.unmasked_weight = .5; }},
+      {"--freeze_epochs", [](auto* o) { o->freeze.epochs = 2; }}};
   for (const auto& [flag, spoil] : wrong) {
     SpeculationOptions options;
     options.micro_batch = 16;
     spoil(&options);
     try {
       options.Validate();
+      RequirePartners(options);
       FAIL() << flag;
     } catch (const UsageError& e) {
       const std::string text = e.what();
@@ -114,6 +129,23 @@ TEST_F(TrainingRefusals, AnOptionOutOfRangeIsSaidInThreeLines) {
       EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 2) << text;
     }
   }
+}
+
+// What an option says more of, and the schedule that looks at it, are given with it.
+TEST_F(TrainingRefusals, OptionsWithTheirPartnersAreTaken) {
+  SpeculationOptions options;
+  options.kind = "hidden";
+  options.distill_weight = .5, options.distill_temperature = 2;
+  options.augment.mask = .2, options.augment.unmasked_weight = .5;
+  options.start_from = "run", options.freeze.layers = 1, options.freeze.epochs = 2;
+  options.schedule.name = "restarts", options.schedule.restart_epochs = 2;
+  options.schedule.restart_growth = 3, options.schedule.warmup_steps = 9;
+  EXPECT_NO_THROW(RequirePartners(options));
+  EXPECT_NO_THROW(options.Validate());
+  options.schedule = {};
+  options.schedule.name = "plateau", options.schedule.plateau_factor = .3;
+  options.schedule.plateau_patience = 5;
+  EXPECT_NO_THROW(options.Validate());
 }
 
 // A place in the sequence is an input only where it is asked for, and then of the run.
