@@ -8,7 +8,8 @@
 
 namespace routecast {
 namespace {
-// A late wake-up is caught up, an idle link is not.
+// By so much a late wake-up is caught up, of a job that was there for it. An idle link
+// saves no time up.
 constexpr double kPaceSlackSeconds = 200e-6;
 }  // namespace
 
@@ -140,6 +141,7 @@ bool DeviceTransferEngine::BringToHost(Job* job) {
   if (tier_.state(job->key) == HostTier::State::kReady) {
     tier_.Pin(job->key);
     job->phase = Phase::kHeld;
+    job->ready = device_->Now();
     return true;
   }
   // Being read for another job: that one's end is waited for.
@@ -161,6 +163,7 @@ void DeviceTransferEngine::OnRead(uint64_t id, TransferOutcome outcome) {
       disk_bytes_ += spec_.blob_bytes();
       tier_.Arrive(job->key);  // worth keeping, also where the job was cancelled
       job->phase = Phase::kHeld;
+      job->ready = device_->Now();
     } else {
       tier_.Drop(job->key);
       job->phase = Phase::kNew;
@@ -199,7 +202,7 @@ bool DeviceTransferEngine::StartCopy() {
   ++best->copies;
   const double now = device_->Now();
   if (pace_ > 0) {
-    link_free_ = std::max(link_free_, now - kPaceSlackSeconds) +
+    link_free_ = std::max({link_free_, best->ready, now - kPaceSlackSeconds}) +
                  static_cast<double>(bytes) / pace_;
   }
   copies_.push_back({ticket, best->order.id, bytes, now, pace_ > 0 ? link_free_ : now});

@@ -65,6 +65,7 @@ class DeviceTransferEngine : public LinkEngine {
     int key = 0;
     Phase phase = Phase::kNew;
     uint64_t handed = 0, finished = 0;  // bytes given to the device, and there
+    double ready = 0;                   // since when host memory has held it
     int copies = 0;                     // under way
     bool cancelled = false, failed = false;
   };

@@ -13,8 +13,9 @@
 
 namespace routecast {
 namespace {
-constexpr double kPaceSlackSeconds =
-    200e-6;                // a late wake-up is caught up, an idle link is not
+// By so much a late wake-up is caught up, of a job that was there for it. An idle link
+// saves no time up.
+constexpr double kPaceSlackSeconds = 200e-6;
 constexpr int kLooks = 8;  // at a read, until it is overdue
 }  // namespace
 
@@ -73,6 +74,7 @@ void DiskTransferEngine::Start(const TransferOrder& order) {
   auto job = std::make_unique<Job>();
   job->order = order;
   job->offset = file_->Offset(order.key);
+  job->ready = clock_.Now();
   {
     std::lock_guard lock(mutex_);
     jobs_.push_back(std::move(job));
@@ -100,6 +102,7 @@ void DiskTransferEngine::Cancel(uint64_t id) {
 void DiskTransferEngine::SetPace(double bytes_per_second) {
   std::lock_guard lock(mutex_);
   options_.pace_bytes_per_second = bytes_per_second;
+  link_free_ = 0;
 }
 
 std::string DiskTransferEngine::description() const {
@@ -180,7 +183,7 @@ void DiskTransferEngine::Work(Read* read) {
     ++job->readers;
     double carried = now;
     if (pace > 0) {
-      link_free_ = std::max(link_free_, now - kPaceSlackSeconds) +
+      link_free_ = std::max({link_free_, job->ready, now - kPaceSlackSeconds}) +
                    static_cast<double>(size) / pace;
       carried = link_free_;
     }

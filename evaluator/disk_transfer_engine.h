@@ -63,6 +63,7 @@ class DiskTransferEngine : public LinkEngine {
   struct Job {
     TransferOrder order;
     uint64_t offset = 0;    // of the blob in the file
+    double ready = 0;       // since when the link could carry it
     uint64_t handed = 0;    // bytes given to readers
     uint64_t finished = 0;  // bytes in place
     int readers = 0;

@@ -160,6 +160,17 @@ std::string CauseOf(const StoreConfig& stored, const StoreConfig& wanted) {
   return "";
 }
 
+// merge, subset, salvage or import where one of them made the store; else empty.
+std::string MakerOf(const fs::path& path) {
+  if (!fs::exists(path / "run.json")) return "";
+  const Json json = ReadJsonFile(path / "run.json");
+  if (!json.is_object() || !json.contains("program") || !json["program"].is_string())
+    return "";
+  const auto program = json["program"].get<std::string>();
+  constexpr std::string_view kTrace = "routecast-trace ";
+  return program.starts_with(kTrace) ? program.substr(kTrace.size()) : "";
+}
+
 }  // namespace
 
 StoreConfig TraceStore::Open(const fs::path& path) {
@@ -176,6 +187,14 @@ void TraceStore::RequireGoesOn(const fs::path& path, const StoreConfig& stored,
   before.SetIntakes(kept);
   const std::vector<std::string> differences = Differences(stored, before);
   if (differences.empty()) return;
+  if (const std::string maker = MakerOf(path); !maker.empty()) {
+    throw UsageError(ErrorText(
+        path.string() + " was made by `routecast-trace " + maker +
+            "`: nothing can be collected into it",
+        "its chunks are no part of a collection's plan (" + Join(differences) + ")",
+        "collect into another --store, then `routecast-trace merge` the two into a third "
+        "(with --renumber if their documents are others)"));
+  }
   throw UsageError(ErrorText(path.string() + " was made with another configuration",
                              Join(differences) + CauseOf(stored, before),
                              "go on with the store's values, or name another --store"));

@@ -102,6 +102,15 @@ TEST_F(CollectAddTest, RanksDoNotChangeWhatIsAdded) {
   }
 }
 
+TEST_F(CollectAddTest, ASubsetTakesNothingIn) {
+  ASSERT_EQ(Trace({"subset", StoreFlag("base"), "--share=0.5",
+                   "--out=" + (folder_ / "half").string()}),
+            0);
+  const std::string record = ReadFile(folder_ / "half" / "run.json");
+  EXPECT_EQ(Add(1, "half"), kExitUsage);
+  EXPECT_EQ(ReadFile(folder_ / "half" / "run.json"), record);
+}
+
 TEST_F(CollectAddTest, KilledWhileItAddsItEndsWithTheSameRecords) {
   Copy("killed");
   int killed = 0;

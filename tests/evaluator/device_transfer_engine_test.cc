@@ -239,6 +239,21 @@ TEST_F(DeviceEngineTest, APacedLinkTakesItsTime) {
   EXPECT_EQ(engine_->disk_bytes(), kExperts * file_->spec().blob_bytes());
 }
 
+// Shorter than a late wake-up that is caught up: there is none to catch up.
+TEST_F(DeviceEngineTest, AShortTransferOfAnIdlePacedLinkTakesItsTime) {
+  Open(kExperts, kExperts);
+  Start(0, 0, 0, true);
+  EXPECT_EQ(Wait(0), TransferOutcome::kArrived);  // now host memory
+  constexpr double kSeconds = 150e-6;
+  engine_->SetPace(static_cast<double>(file_->spec().blob_bytes()) / kSeconds);
+  for (uint64_t id = 1; id < 5; ++id) {
+    const double before = clock_->Now();
+    Start(id, 0, 0, true);
+    EXPECT_EQ(Wait(id), TransferOutcome::kArrived);
+    EXPECT_GE(clock_->Now() - before, kSeconds - 1e-9);
+  }
+}
+
 // What waits for its pace is on the device already.
 TEST_F(DeviceEngineTest, APaceSlowerThanTheDeadlineIsNoHangingDevice) {
   Open(kExperts, kExperts, /*managed=*/false, /*deadline_seconds=*/0.01);

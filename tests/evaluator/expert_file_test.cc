@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -236,6 +237,26 @@ TEST_F(ExpertFileTest, PaceIsKept) {
   for (uint64_t i = 0; i < 4; ++i) reports.Wait(i);
   // Four experts of 50 ms on a serial link; later only by what a loaded machine adds.
   EXPECT_GE(clock.Now(), 0.195);
+}
+
+// A link that was idle has saved no time up: experts that come alone take theirs too.
+TEST_F(ExpertFileTest, PaceIsKeptAfterIdleness) {
+  const auto file = std::make_shared<ExpertFile>(path());
+  Reports reports;
+  constexpr double kSeconds = 0.001;  // of an expert
+  const double pace = static_cast<double>(spec_.stride_bytes()) / kSeconds;
+  DiskTransferEngine engine(file, 1, {1, 1 << 20, pace, false});
+  reports.Listen(&engine);
+  const SteadyClock clock;
+  double least = 1;
+  for (uint64_t i = 0; i < 20; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    const double started = clock.Now();
+    engine.Start({i, {1, static_cast<int>(i % 4)}, 0, true});
+    reports.Wait(i);
+    least = std::min(least, clock.Now() - started);
+  }
+  EXPECT_GE(least, kSeconds - 1e-6);
 }
 
 // Ends its first order behind five others.

@@ -362,6 +362,26 @@ TEST_F(ReadersExample, OfPandasCountsWhatIsThere) {
   EXPECT_EQ(Printed("pandas", "csv"), TrainedExperts(All()));
 }
 
+// The formula of docs/corpus.md, as docs/examples has it.
+TEST_F(TraceStoreTest, TheSplitsExampleGivesEachGroupItsPart) {
+  Fill();
+  const auto files = ExportTraces(TraceReader(store()), folder_.path() / "out", {});
+  const std::string printed = (folder_.path() / "printed").string();
+  ASSERT_EQ(RunReference("../../docs/examples/split_numpy.py",
+                         files.at(0).string() + " >" + printed),
+            0);
+  std::map<uint64_t, int> parts;
+  for (const auto& [id, trace] : All()) {
+    parts[trace.group_id] = static_cast<int>(SplitOf(trace.group_id));
+  }
+  std::string lines;
+  for (const auto& [group, part] : parts) {
+    lines += std::to_string(group) + " " + std::to_string(part) + "\n";
+  }
+  EXPECT_GT(parts.size(), 10u);
+  EXPECT_EQ(ReadFile(printed), lines);
+}
+
 TEST(LeftOutOfText, IsNamedWhereItIsRecorded) {
   StoreConfig config;
   config.record = {"ids", "probs", "topk"};

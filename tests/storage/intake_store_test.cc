@@ -111,6 +111,24 @@ TEST_F(IntakeStore, GoesOnOnlyWithWhatItHas) {
   EXPECT_EQ(TraceStore::Open(store()).intakes, wanted_.intakes);
 }
 
+// Its number of chunks is no flag's value: the error says where it comes from.
+TEST_F(IntakeStore, WhatAMergeMadeIsRefusedByThatName) {
+  MakeFirst();
+  WriteFileAtomic(store() / "run.json", R"({"program": "routecast-trace merge"})");
+  StoreConfig more = wanted_;
+  std::vector<StoreIntake> all = wanted_.intakes;
+  ++all[0].num_chunks;
+  more.SetIntakes(all);
+  try {
+    TraceStore::CreateOrOpen(store(), more);
+    FAIL();
+  } catch (const UsageError& e) {
+    const std::string text = e.what();
+    EXPECT_NE(text.find("made by `routecast-trace merge`"), std::string::npos) << text;
+    EXPECT_NE(text.find("collect into another --store"), std::string::npos) << text;
+  }
+}
+
 TEST_F(IntakeStore, MergesWithWhatItWasBefore) {
   MakeFirst();
   fs::copy(store(), At("before"), fs::copy_options::recursive);
