@@ -18,6 +18,7 @@ CollectJob::CollectJob(const CollectParts& parts, const RankInfo& rank,
       chunks_of_rank_(static_cast<size_t>(rank.world), 0),
       total_(static_cast<uint64_t>(parts.config->num_chunks)),
       num_done_(total_ - todo.size()),
+      resumed_(num_done_ > 0),
       progress_("collect", "chunks", total_, parts.options->quiet || !rank.is_root()),
       exchange_(
           rank, parts.config->num_shards, todo,
@@ -130,9 +131,16 @@ double CollectJob::PaddingShare() const {
   return 1 - static_cast<double>(sum_.tokens) / static_cast<double>(sum_.computed_tokens);
 }
 
+void CollectJob::FinishProgress(size_t in_store) {
+  progress_.Finish(
+      Note(sum_) +
+      (resumed_ ? "; the store has " + std::to_string(in_store) + " sequences" : ""));
+}
+
 std::string CollectJob::Note(const ChunkResult& all) const {
   const auto rate = static_cast<double>(all.tokens) / std::max(progress_.seconds(), 1e-9);
-  return std::to_string(all.sequences) + " sequences, " +
+  return std::to_string(all.sequences) + " sequences" +
+         (resumed_ ? " in this run, " : ", ") +
          std::to_string(static_cast<int64_t>(rate)) + " tokens/s" +
          (all.left_out > 0 ? ", " + std::to_string(all.left_out) + " left out" : "") +
          RanksNote();

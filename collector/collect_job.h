@@ -40,7 +40,8 @@ class CollectJob {
   // into short allocations ends. A signal cuts into a chunk.
   void Run();
   bool complete() const { return num_done_ == total_; }  // on rank 0
-  void FinishProgress() { progress_.Finish(Note(sum_)); }
+  // `in_store`: sequences of the whole store, whichever runs have collected them.
+  void FinishProgress(size_t in_store);
   Json Results() const;  // for run.json
 
  private:
@@ -59,6 +60,7 @@ class CollectJob {
   RankInfo rank_;
   std::vector<uint64_t> chunks_of_rank_;  // rank 0: in the store, of this run
   uint64_t total_, num_done_;
+  bool resumed_;                              // an earlier run has left chunks
   uint64_t text_bytes_ = 0, bytes_done_ = 0;  // rank 0: of all chunks; about
   ChunkResult sum_;
   Progress progress_;

@@ -25,6 +25,7 @@
 #include "common/stop.h"
 #include "models/checkpoint.h"
 #include "storage/context_coder.h"
+#include "storage/drop_shares.h"
 #include "storage/store_lock.h"
 #include "storage/store_routers.h"
 #include "storage/trace_reader.h"
@@ -180,9 +181,8 @@ Json LibraryVersions() {
 }
 
 // Of all runs that made the store: what lacks from the corpus, by name.
-void NameLeftOut(const fs::path& store, Json* results) {
+void NameLeftOut(const TraceReader& reader, Json* results) {
   constexpr size_t kMaxNamed = 100;
-  const TraceReader reader(store, NeedTokens::kNo);
   const auto& all = reader.left_out();
   Json ids = Json::array();
   for (size_t i = 0; i < std::min(all.size(), kMaxNamed); ++i) {
@@ -194,6 +194,41 @@ void NameLeftOut(const fs::path& store, Json* results) {
                "collect: %zu sequences are left out: no numbers came out of the model; "
                "run.json names them\n",
                all.size());
+}
+
+void NameDrops(const TraceReader& reader, bool quiet, Json* results) {
+  const DropShares shares = SampleDrops(reader);
+  Json& dropped = (*results)["dropped"] = {{"sequences", shares.sequences}};
+  dropped["encoder"] = shares.encoder ? Json(*shares.encoder) : Json();
+  dropped["decoder"] = shares.decoder ? Json(*shares.decoder) : Json();
+  if (quiet || !shares.many()) return;
+  std::fprintf(stderr, "collect: capacity dropped %s\n  %s\n",
+               DropsText(shares, reader.sequences().size()).c_str(), DropsHint().c_str());
+}
+
+// A run that found nothing to do has the figures of the one that did it.
+void KeepEarlierResults(RecordedRun* run, Json* results) {
+  const Json earlier = run->Earlier();
+  const Json before = earlier.value("results", Json::object());
+  if (!before.is_object() || !before.contains("sequences") || before["sequences"] == 0)
+    return;
+  *results = before;
+  if (earlier.contains("collected")) return run->Set("collected", earlier["collected"]);
+  Json collected = Json::object();
+  for (const char* key : {"version", "git_commit", "start", "end", "ranks", "device"}) {
+    if (earlier.contains(key)) collected[key] = earlier[key];
+  }
+  run->Set("collected", collected);
+}
+
+// Of the whole store, which several runs may have collected.
+void DescribeStore(const TraceReader& reader, bool quiet, Json* results) {
+  uint64_t tokens = 0;
+  for (const SequenceInfo& s : reader.sequences())
+    tokens += s.encoder_tokens + s.decoder_tokens;
+  (*results)["store"] = {{"sequences", reader.sequences().size()}, {"tokens", tokens}};
+  NameLeftOut(reader, results);
+  NameDrops(reader, quiet, results);
 }
 
 // Codes and merges what is in the store. A rank that is asked to stop must not leave the
@@ -424,9 +459,13 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   if (complete) spans.Write("finish", finishing, Json::object());
   MPI_Barrier(MPI_COMM_WORLD);
   if (root->run) {
-    if (finished) job.FinishProgress();
     Json results = job.Results();
-    if (finished) NameLeftOut(store, &results);
+    if (finished) {
+      const TraceReader reader(store, NeedTokens::kNo);
+      job.FinishProgress(reader.sequences().size());
+      if (todo.empty()) KeepEarlierResults(&*root->run, &results);
+      DescribeStore(reader, options.quiet, &results);
+    }
     root->run->Finish(finished ? kExitDone : kExitStopped, results);
   }
   return finished ? CollectEnd::kComplete : CollectEnd::kStopped;

@@ -7,8 +7,7 @@
 
 namespace routecast {
 
-// A step of SplitMix64 (Steele, Lea, Flood 2014), increment and finaliser: a bijection
-// with full avalanche.
+// A step of SplitMix64 (Steele, Lea, Flood 2014): increment, then finaliser; a bijection.
 inline uint64_t Mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15ULL;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;

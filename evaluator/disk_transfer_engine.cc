@@ -1,6 +1,7 @@
 #include "evaluator/disk_transfer_engine.h"
 
 #include <fcntl.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -158,6 +159,9 @@ void DiskTransferEngine::Watch() {
 }
 
 void DiskTransferEngine::Work(Read* read) {
+  // Waits for the pace end on time: 50 us late, as usual, are a third of a small
+  // expert's.
+  ::prctl(PR_SET_TIMERSLACK, 1);
   std::unique_lock lock(mutex_);
   while (true) {
     Job* job = NextJob();

@@ -11,6 +11,7 @@
 #include "launch/flags.h"
 #include "launch/main.h"
 #include "report/routing_report.h"
+#include "storage/drop_shares.h"
 #include "storage/export.h"
 #include "storage/held_out_entropy.h"
 #include "storage/import.h"
@@ -119,6 +120,14 @@ void PrintLeftOut(const std::vector<SequenceInfo>& left_out) {
   std::printf("%s\n", left_out.size() > kMaxNamed ? " ..." : "");
 }
 
+void PrintDrops(const TraceReader& reader) {
+  const DropShares shares = SampleDrops(reader);
+  const std::string text = DropsText(shares, reader.sequences().size());
+  if (text.empty()) return;
+  std::printf("%-22s %s\n", "dropped by capacity", text.c_str());
+  if (shares.many()) std::printf("%-22s %s\n", "", DropsHint().c_str());
+}
+
 void Info() {
   const TraceReader reader(FLAGS_store, NeedTokens::kNo);
   const Json config = reader.config().ToJson();
@@ -142,6 +151,7 @@ void Info() {
       (unsigned long long)hidden);
   std::printf("%-22s %llu encoder, %llu decoder\n", "tokens", (unsigned long long)encoder,
               (unsigned long long)decoder);
+  PrintDrops(reader);
   PrintLeftOut(reader.left_out());
 }
 

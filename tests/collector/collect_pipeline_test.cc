@@ -110,6 +110,10 @@ TEST_F(CollectTest, ShortAllocationsEndWithTheSameRecords) {
   }
   ASSERT_EQ(Collect(1, "short"), 0);
   EXPECT_TRUE(Export("short") == Golden());
+  // The last run's, and beside it the store's.
+  const Json results = ReadJsonFile(folder_ / "short" / "run.json")["results"];
+  EXPECT_LT(results["sequences"], 1200);
+  EXPECT_EQ(results["store"]["sequences"], 1200);
 }
 
 // Nothing seals the file while the store is unfinished.
@@ -174,6 +178,20 @@ TEST_F(CollectTest, NeedsFewOpenFiles) {
   EXPECT_TRUE(Export("few") == Golden());
   const std::string of_rank_1 = "[ $OMPI_COMM_WORLD_RANK = 0 ] || ulimit -n 90";
   EXPECT_EQ(with_few(2, "golden", of_rank_1, {"--dry_run"}), kExitEnvironment);
+}
+
+TEST_F(CollectTest, ARunWithNothingToDoKeepsTheFiguresOfTheOneBefore) {
+  ASSERT_EQ(Collect(1, "twice", {"--max_sequences=40"}), 0);
+  const fs::path file = folder_ / "twice" / "run.json";
+  const Json first = ReadJsonFile(file);
+  EXPECT_EQ(first["results"]["sequences"], 40);
+  for (int run = 0; run < 2; ++run) {
+    ASSERT_EQ(Collect(1, "twice", {"--max_sequences=40"}), 0);
+    const Json again = ReadJsonFile(file);
+    EXPECT_EQ(again["results"], first["results"]);
+    EXPECT_EQ(again["collected"]["start"], first["start"]);
+    EXPECT_EQ(again["exit_status"], 0);
+  }
 }
 
 TEST_F(CollectTest, AnEarlyEndKeepsWhatTheFinishedRunSaid) {
