@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "report/svg_chart.h"
 
 namespace routecast {
 
@@ -47,13 +48,18 @@ SharedSlots SlotsBeside(uint64_t budget_bytes, uint64_t most_key_value_bytes, in
 }
 
 uint64_t ParseBudget(const std::string& text, uint64_t whole_bytes) {
-  if (text.empty() || text.back() != '%') return ParseBytes("--expert_budget", text);
   size_t used = 0;
   double percent = -1;
   try {
     percent = std::stod(text, &used);
   } catch (const std::exception&) {
   }
+  if (used == text.size() && percent > 0 && percent < 1) {
+    throw UsageError(ErrorText("--expert_budget=" + text + " is less than a byte",
+                               "a share has a % behind it",
+                               "write " + ShortNumber(100 * percent) + "%"));
+  }
+  if (text.empty() || text.back() != '%') return ParseBytes("--expert_budget", text);
   if (used + 1 != text.size() || !(percent > 0) || percent > 100) {
     throw UsageError(ErrorText("--expert_budget=" + text + " is not a share",
                                "more than 0% and at most 100%", "write 25% or 512MiB"));

@@ -44,7 +44,7 @@ std::string Row(const LeadScores& s, const TestScores& test) {
     for (const auto& [baseline, scores] : test.baselines) {
       if (baseline == name) other = Find(scores, s);
     }
-    row += other ? Format(" %11.1f", 100 * Headline(*other)) : Format(" %11s", "-");
+    row += other ? Format(" %14.1f", 100 * Headline(*other)) : Format(" %14s", "-");
   }
   return row + "\n";
 }
@@ -118,7 +118,7 @@ std::string ResultsTable(const SpeculationReport& r, int num_experts) {
   text += Format("%-8s %5s %5s %6s  %5s %5s %5s  %-11s", "phase", "layer", "lead",
                  "target", sets ? "at K" : "top1", sets ? "at 2K" : "top2",
                  sets ? "top1" : "top4", sets ? "at K 95 %" : "top1 95 %");
-  for (const char* name : kShown) text += Format(" %11.11s", name);
+  for (const char* name : kShown) text += Format(" %14.14s", name);
   text += "\n";
   for (const LeadScores& s : r.test.model) text += Row(s, r.test);
   if (!r.shift_store.empty()) text += "then " + r.shift_store + ":\n";

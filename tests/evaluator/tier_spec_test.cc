@@ -120,5 +120,14 @@ TEST(BudgetTest, ReadsSharesAndSizes) {
   EXPECT_THROW(ParseBudget("many", 1000), UsageError);
 }
 
+TEST(ExpertBudget, AShareWithoutItsSignIsNotTakenForBytes) {
+  try {
+    ParseBudget("0.25", 1000);
+    FAIL() << "was taken for bytes";
+  } catch (const UsageError& e) {
+    EXPECT_NE(std::string(e.what()).find("write 25%"), std::string::npos) << e.what();
+  }
+}
+
 }  // namespace
 }  // namespace routecast
