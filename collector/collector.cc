@@ -460,10 +460,10 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   MPI_Barrier(MPI_COMM_WORLD);
   if (root->run) {
     Json results = job.Results();
+    if (todo.empty()) KeepEarlierResults(&*root->run, &results);
     if (finished) {
       const TraceReader reader(store, NeedTokens::kNo);
       job.FinishProgress(reader.sequences().size());
-      if (todo.empty()) KeepEarlierResults(&*root->run, &results);
       DescribeStore(reader, options.quiet, &results);
     }
     root->run->Finish(finished ? kExitDone : kExitStopped, results);

@@ -259,7 +259,8 @@ class Interview {
           if (!answers) {
             said.failed.push_back(t);
           } else if ((*answers)[lead]) {
-            said.probs_NE.push_back((*answers)[lead]->flatten(0, 1).cpu());
+            // A copy: a view would keep the answers about the whole window.
+            said.probs_NE.push_back((*answers)[lead]->flatten(0, 1).cpu().clone());
             said.tokens.push_back(t);
           } else {
             said.silent = true;

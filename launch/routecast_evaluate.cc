@@ -185,26 +185,37 @@ struct Findings {
   std::string csv{};  // of rows that report.html shows as well; empty: no rows
 };
 
-// Prints what `work` finds and, where there is an --out, keeps it in `file`, and rows in
-// rows.csv and report.html. `work` reads its inputs, says that they are sound and finds;
-// a dry run's prints a plan before that and returns, and nothing is kept.
-void Report(const std::string& file,
+// rows.csv, and the page that shows them with the folders of --report_with.
+void WriteRows(const fs::path& out, const std::string& csv) {
+  WriteFileAtomic(out / "rows.csv", csv);
+  std::vector<fs::path> folders = {out};
+  for (const std::string& folder : List(FLAGS_report_with)) folders.emplace_back(folder);
+  try {
+    WriteEvaluationReport(out / "report.html", folders);
+  } catch (const std::length_error&) {
+    std::fprintf(stderr,
+                 "report.html is left out: so many rows make a page too large; "
+                 "rows.csv has them\n");
+  }
+}
+
+// Prints what `work` finds and, where there is an --out, keeps it in the first of `files`
+// (all that the mode leaves), the text in table.txt, and rows where there are some.
+// `work` reads its inputs, says that they are sound and finds; a dry run's prints a plan
+// before that and returns, and nothing is kept.
+void Report(const std::vector<std::string>& files,
             const std::function<Findings(const BeginRun& begin)>& work) {
   if (FLAGS_dry_run) return (void)work([] {});
   const fs::path out = FLAGS_out;
-  const std::vector<std::string> outputs = {file, "table.txt", "rows.csv", "report.html"};
-  Recorded(out, outputs, EffectiveFlags(), [&](const BeginRun& begin) -> Json {
+  Recorded(out, files, EffectiveFlags(), [&](const BeginRun& begin) -> Json {
     const Findings found = work(begin);
     std::printf("%s", found.text.c_str());
-    if (out.empty()) return {{"mode", FLAGS_mode}};
-    WriteFileAtomic(out / file, found.json.dump(1) + "\n");
-    WriteFileAtomic(out / "table.txt", found.text);
-    if (found.csv.empty()) return {{"mode", FLAGS_mode}};
-    WriteFileAtomic(out / "rows.csv", found.csv);
-    std::vector<fs::path> folders = {out};
-    for (const std::string& folder : List(FLAGS_report_with))
-      folders.emplace_back(folder);
-    WriteEvaluationReport(out / "report.html", folders);
+    if (!out.empty()) {
+      WriteFileAtomic(out / files[0], found.json.dump(1) + "\n");
+      WriteFileAtomic(out / "table.txt", found.text);
+      if (!found.csv.empty()) WriteRows(out, found.csv);
+    }
+    return {{"mode", FLAGS_mode}};
   });
 }
 
@@ -279,22 +290,25 @@ Findings AskPredictors(const BeginRun& begin) {
 
 void Quality() {
   RequireSequences();
-  Report("quality.json", AskPredictors);
+  Report({"quality.json", "table.txt"}, AskPredictors);
 }
 
 // Of a simulation, which imagines the experts: shares alone, in the order given.
 std::vector<double> BudgetShares() {
-  constexpr uint64_t kWhole = 1'000'000;
+  constexpr uint64_t kWhole = 10'000;  // a hundredth of a percent: as rows name them
   std::vector<double> shares;
+  const auto wrong = [] {
+    return UsageError(
+        ErrorText("--mode=simulate takes different shares as --expert_budget",
+                  FLAGS_expert_budget, "e.g. --expert_budget=25%, or 10%,25%,50%"));
+  };
   for (const std::string& text : List(FLAGS_expert_budget)) {
     const double share = static_cast<double>(ParseBudget(text, kWhole)) / kWhole;
-    if (!(share <= 1) || std::find(shares.begin(), shares.end(), share) != shares.end()) {
-      throw UsageError(
-          ErrorText("--mode=simulate takes different shares as --expert_budget",
-                    FLAGS_expert_budget, "e.g. --expert_budget=25%, or 10%,25%,50%"));
-    }
+    if (!(share <= 1) || std::find(shares.begin(), shares.end(), share) != shares.end())
+      throw wrong();
     shares.push_back(share);
   }
+  if (shares.empty()) throw wrong();
   return shares;
 }
 
@@ -314,7 +328,9 @@ void Simulate() {
                                std::to_string(FLAGS_question_us),
                                "e.g. --question_us=200"));
   }
-  Report("simulation.json", [&](const BeginRun& begin) -> Findings {
+  const std::vector<std::string> files = {"simulation.json", "table.txt", "rows.csv",
+                                          "report.html"};
+  Report(files, [&](const BeginRun& begin) -> Findings {
     const DeviceProfile profile = FindProfile(FLAGS_profile);
     const TraceReader reader = OpenStore();
     const auto predictors = Predictors(reader, ToldBy(reader));
@@ -336,7 +352,7 @@ void Transfer() {
   DiskSweepOptions options;
   options.folder = ExpertCacheFolder(FLAGS_cache);
   options.quiet = FLAGS_quiet;
-  Report("device_profile.json", [&](const BeginRun& begin) -> Findings {
+  Report({"device_profile.json", "table.txt"}, [&](const BeginRun& begin) -> Findings {
     if (FLAGS_dry_run) {
       std::printf("transfer: a scratch file of %s in %s\n",
                   FormatBytes(options.file_bytes).c_str(), options.folder.c_str());
@@ -369,7 +385,7 @@ void Transfer() {
 }
 
 void Status() {
-  Report("status.json", [](const BeginRun& begin) -> Findings {
+  Report({"status.json", "table.txt"}, [](const BeginRun& begin) -> Findings {
     const Json machine = MachineStatus();
     auto artefacts = FindArtefacts(FLAGS_in);
     std::error_code absent;  // this run's own folder, which has begun

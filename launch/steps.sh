@@ -81,8 +81,8 @@ step() {
   exec 3>&-
   await_child
   wait "$log_pid" || true
-  # Scripts without a word of their own on signals.
-  [ -z "$stopping" ] || [ "$code" -lt 128 ] || code=75
+  # Scripts without a word of their own on HUP, INT and TERM.
+  case $stopping$code in yes129 | yes130 | yes143) code=75 ;; esac
   case $code in
     0) ;;
     75) die 75 "stopped at '$what'; everything is saved" "start the same command again" ;;

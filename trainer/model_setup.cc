@@ -76,6 +76,9 @@ SpeculationConfig ConfigOfRun(const SpeculationOptions& options, TraceDataset* d
     refuse("it knows " + std::to_string(config.vocab_size) +
            " token ids, the store has " + std::to_string(dataset->vocab_size()));
   }
+  if (ReadsTokenIds(config) && dataset->vocab_size() == 0) {
+    refuse("it reads token ids; the store has none");
+  }
   if (config.hidden_width > 0 && !dataset->any_hidden()) {
     refuse("it reads router inputs; the store has none");
   }

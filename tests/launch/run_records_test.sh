@@ -48,6 +48,17 @@ ends 3 evaluate --mode=quality --store=damaged
 ends 3 evaluate --mode=simulate --store=damaged
 ends 2 evaluate --mode=simulate --store=nowhere
 ends 2 evaluate --mode=simulate --store=store --profile=nowhere
+for i in $(seq 150); do
+  echo "Article $i is about the river number $((i * 7)), its boats, and all the towns beside it."
+  echo
+done >many.txt
+"$bin/routecast-collect" --model="$model" --data=text:many.txt#blocks --store=many --quiet \
+  --record=ids,probs --max_length=16 --num_shards=2 >log 2>&1 || fail "the larger store: $(cat log)"
+ends 0 evaluate --mode=simulate --store=many --baselines=none --expert_budget=25%,50%
+for file in simulation.json table.txt rows.csv report.html; do
+  [ -s "run-$runs/$file" ] || fail "a simulation left no $file"
+done
+ends 2 evaluate --mode=simulate --store=many --expert_budget=,
 CUDA_VISIBLE_DEVICES=-1 ends 4 evaluate --mode=transfer --device=cuda:0 --cache=cache
 ends 2 evaluate --mode=status --in=nowhere
 ends 3 train --store=damaged --kind=interlayer
