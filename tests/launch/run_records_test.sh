@@ -58,7 +58,8 @@ ends 0 evaluate --mode=simulate --store=many --baselines=none --expert_budget=25
 for file in simulation.json table.txt rows.csv report.html; do
   [ -s "run-$runs/$file" ] || fail "a simulation left no $file"
 done
-ends 2 evaluate --mode=simulate --store=many --expert_budget=,
+"$bin/routecast-evaluate" --mode=simulate --store=many --expert_budget=, >/dev/null 2>error
+[ $? -eq 2 ] || fail "no budget at all: $(cat error)"
 CUDA_VISIBLE_DEVICES=-1 ends 4 evaluate --mode=transfer --device=cuda:0 --cache=cache
 ends 2 evaluate --mode=status --in=nowhere
 ends 3 train --store=damaged --kind=interlayer

@@ -50,7 +50,8 @@ TEST_F(ContextStore, CodingTwiceChangesNothing) {
   Code();
   const std::string model = ReadFile(ContextModelPath(store()));
   int steps = 0;
-  Code([&](const char*) { ++steps; });
+  // A shard is opened to be asked whether it is coded.
+  Code([&](const char* step) { steps += std::string_view(step) != "open shard"; });
   EXPECT_EQ(steps, 0);
   EXPECT_EQ(ReadFile(ContextModelPath(store())), model);
 }
