@@ -192,7 +192,7 @@ class TokenTablePredictor final : public CountingPredictor {
   }
 };
 
-// order 2 where the lead is 1 and two layers are known; else order 1; else frequency.
+// order 2 where two layers are known; else order 1; else frequency.
 class MarkovPredictor final : public CountingPredictor {
  public:
   MarkovPredictor(std::string name, int order,
@@ -203,9 +203,9 @@ class MarkovPredictor final : public CountingPredictor {
   void Row(const TokenView& token, Target target, int lead, float* probs) const override {
     const int layer = Global(token, target);
     const int source = NewestLayer(token), before = token.Newest(1);
-    const bool second = order_ == 2 && lead == 1 && before >= 0;
+    const bool second = order_ == 2 && before >= 0;
     const auto fill = [&](int expert, float* row) {
-      if (second) return tables_->Markov2(source, layer, before, expert, row);
+      if (second) return tables_->Markov2(source, lead, layer, before, expert, row);
       tables_->Markov1(source, lead, layer, expert, row);
     };
     if (!token.MeanOverChosen(token.NewestPlace(0), probs, fill)) {

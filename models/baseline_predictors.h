@@ -5,11 +5,11 @@
 
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "common/files.h"
 #include "models/checkpoint.h"
+#include "models/count_rows.h"
 #include "models/expert_predictor.h"
 
 namespace routecast {
@@ -40,27 +40,25 @@ class BaselineTables {
   // From `expert` at global layer `source` to `lead` layers on; weight 2 on the
   // frequency.
   void Markov1(int source, int lead, int target, int expert, float* probs) const;
-  // The same for lead 1 given also the expert one layer earlier; weight 2 on order 1.
-  void Markov2(int source, int target, int before, int expert, float* probs) const;
+  // The same given also the expert one layer before the source; weight 2 on order 1.
+  void Markov2(int source, int lead, int target, int before, int expert,
+               float* probs) const;
   // From the previous token's expert at the same layer; weight 2 on the frequency.
   void PreviousToken(int layer, int expert, float* probs) const;
   double Markov1Count(int source, int lead, int expert) const;  // how often it was seen
 
  private:
-  using Rows = std::unordered_map<uint64_t, std::vector<double>>;
   void FitSpan(const RoutingSpan& span, Stack stack);
   void CheckSpan(const RoutingSpan& span, int layers) const;
-  double* Row(Rows* rows, uint64_t key) const;
-  void Mix(const Rows& rows, uint64_t key, double weight, float* probs) const;
   uint64_t MarkovKey(int source, int lead, int expert) const;
+  uint64_t Markov2Key(int source, int lead, int before, int expert) const;
 
   MoeGeometry geometry_;
   int vocab_size_;
-  // Counts are doubles: floats would stop at 2^24.
-  std::vector<double> frequency_;  // [layers, E]
-  // Rows of E counts by key: (layer, token); (source, lead, expert); (source, before,
-  // expert); (layer, previous expert). Only what was seen is held.
-  Rows token_, markov1_, markov2_, previous_;
+  std::vector<double> frequency_;  // [layers, E] counts
+  // By key: (layer, token); (source, lead, expert); (source, lead, before, expert);
+  // (layer, previous expert).
+  CountRows token_, markov1_, markov2_, previous_;
 };
 
 // Names of the predictors below, in the order of reports.

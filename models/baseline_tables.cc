@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <functional>
 
 #include "common/errors.h"
 #include "models/baseline_predictors.h"
@@ -24,16 +25,14 @@ BaselineTables::BaselineTables(const MoeGeometry& geometry, int vocab_size)
       vocab_size_(vocab_size),
       frequency_(static_cast<size_t>(geometry.num_keys()), 0) {}
 
-double* BaselineTables::Row(Rows* rows, uint64_t key) const {
-  auto& row = (*rows)[key];
-  if (row.empty()) row.assign(geometry_.num_experts, 0);
-  return row.data();
-}
-
 // Layers of the source, leads and experts in one key; experts come last.
 uint64_t BaselineTables::MarkovKey(int source, int lead, int expert) const {
   const uint64_t leads = std::max(geometry_.encoder_layers, geometry_.decoder_layers) + 1;
   return (static_cast<uint64_t>(source) * leads + lead) * geometry_.num_experts + expert;
+}
+
+uint64_t BaselineTables::Markov2Key(int source, int lead, int before, int expert) const {
+  return MarkovKey(source, lead, before) * geometry_.num_experts + expert;
 }
 
 void BaselineTables::Fit(const RoutingTrace& trace) {
@@ -55,9 +54,11 @@ class Choices {
                    : span_.topk_ids[at * static_cast<size_t>(k_) + size_t(i)];
   }
   // As labels: a token that capacity dropped has none.
-  void Count(int t, int l, double* row) const {
-    if (!span_.dropped.empty() && span_.dropped[Place(t, l)] != 0) return;
-    for (int i = 0; i < k_; ++i) ++row[At(t, l, i)];
+  bool Counts(int t, int l) const {
+    return span_.dropped.empty() || span_.dropped[Place(t, l)] == 0;
+  }
+  void Count(int t, int l, CountRows::Row* row) const {
+    for (int i = 0; i < k_; ++i) row->Add(At(t, l, i));
   }
 
  private:
@@ -105,28 +106,32 @@ void BaselineTables::FitSpan(const RoutingSpan& span, Stack stack) {
   for (int t = 0; t < T; ++t) {
     for (int l = 0; l < L; ++l) {
       const int layer = base + l;
-      chosen.Count(t, l, frequency_.data() + size_t(layer) * E);
-      if (!span.token_ids.empty()) {
-        chosen.Count(t, l,
-                     Row(&token_, uint64_t(layer) * vocab_size_ + span.token_ids[t]));
+      if (chosen.Counts(t, l)) {
+        for (int i = 0; i < K; ++i) ++frequency_[size_t(layer) * E + chosen.At(t, l, i)];
+        if (!span.token_ids.empty()) {
+          chosen.Count(t, l,
+                       token_.Make(uint64_t(layer) * vocab_size_ + span.token_ids[t]));
+        }
+        for (int i = 0; i < K && t > 0; ++i) {
+          chosen.Count(t, l,
+                       previous_.Make(uint64_t(layer) * E + chosen.At(t - 1, l, i)));
+        }
       }
-      for (int i = 0; i < K && t > 0; ++i) {
-        chosen.Count(t, l, Row(&previous_, uint64_t(layer) * E + chosen.At(t - 1, l, i)));
-      }
+      // The choice before the newest: none at the start of a chain.
+      const bool has_before = l > 0 || (chain && t > 0);
+      const int before = !has_before ? -1
+                         : l > 0     ? chosen.At(t, l - 1, 0)
+                                     : chosen.At(t - 1, L - 1, 0);
       for (int lead = 1; lead <= L; ++lead) {
         const bool wraps = l + lead >= L;
         if (wraps && (!chain || t + 1 >= T)) break;
         const int to = t + wraps, next = l + lead - (wraps ? L : 0);
+        if (!chosen.Counts(to, next)) continue;
         for (int i = 0; i < K; ++i) {
-          chosen.Count(to, next,
-                       Row(&markov1_, MarkovKey(layer, lead, chosen.At(t, l, i))));
-        }
-        if (lead > 1 || (l == 0 && (!chain || t == 0))) continue;
-        const int before = l > 0 ? chosen.At(t, l - 1, 0) : chosen.At(t - 1, L - 1, 0);
-        for (int i = 0; i < K; ++i) {
-          chosen.Count(to, next,
-                       Row(&markov2_, (uint64_t(layer) * E + before) * E +
-                                          uint64_t(chosen.At(t, l, i))));
+          const int expert = chosen.At(t, l, i);
+          chosen.Count(to, next, markov1_.Make(MarkovKey(layer, lead, expert)));
+          if (!has_before) continue;
+          chosen.Count(to, next, markov2_.Make(Markov2Key(layer, lead, before, expert)));
         }
       }
     }
@@ -137,16 +142,11 @@ void BaselineTables::Merge(const BaselineTables& other) {
   if (!(geometry_ == other.geometry_) || vocab_size_ != other.vocab_size_) {
     throw std::logic_error("baselines of different models cannot be added");
   }
-  const auto add = [](const std::vector<double>& from, double* to) {
-    for (size_t i = 0; i < from.size(); ++i) to[i] += from[i];
-  };
-  add(other.frequency_, frequency_.data());
-  const Rows* from[] = {&other.token_, &other.markov1_, &other.markov2_,
-                        &other.previous_};
-  Rows* to[] = {&token_, &markov1_, &markov2_, &previous_};
-  for (int i = 0; i < 4; ++i) {
-    for (const auto& [key, row] : *from[i]) add(row, Row(to[i], key));
-  }
+  for (size_t i = 0; i < frequency_.size(); ++i) frequency_[i] += other.frequency_[i];
+  token_.Merge(other.token_);
+  markov1_.Merge(other.markov1_);
+  markov2_.Merge(other.markov2_);
+  previous_.Merge(other.previous_);
 }
 
 void BaselineTables::Frequency(int layer, float* probs) const {
@@ -159,49 +159,35 @@ void BaselineTables::Frequency(int layer, float* probs) const {
   }
 }
 
-// probs = (counts + weight * probs) / (n + weight); a row never seen leaves probs.
-void BaselineTables::Mix(const Rows& rows, uint64_t key, double weight,
-                         float* probs) const {
-  const auto it = rows.find(key);
-  if (it == rows.end()) return;
-  double n = 0;
-  for (double count : it->second) n += count;
-  for (size_t e = 0; e < it->second.size(); ++e) {
-    probs[e] = static_cast<float>((it->second[e] + weight * probs[e]) / (n + weight));
-  }
-}
-
 void BaselineTables::Token(int layer, int64_t token, float* probs) const {
   Frequency(layer, probs);
   if (token < 0 || token >= vocab_size_) return;
-  Mix(token_, uint64_t(layer) * vocab_size_ + token, kAdd * geometry_.num_experts, probs);
+  const int E = geometry_.num_experts;
+  token_.Mix(uint64_t(layer) * vocab_size_ + token, kAdd * E, E, probs);
 }
 
 void BaselineTables::Markov1(int source, int lead, int target, int expert,
                              float* probs) const {
   Frequency(target, probs);
-  Mix(markov1_, MarkovKey(source, lead, expert), kBackoff, probs);
+  markov1_.Mix(MarkovKey(source, lead, expert), kBackoff, geometry_.num_experts, probs);
 }
 
-void BaselineTables::Markov2(int source, int target, int before, int expert,
+void BaselineTables::Markov2(int source, int lead, int target, int before, int expert,
                              float* probs) const {
-  const int E = geometry_.num_experts;
-  Markov1(source, 1, target, expert, probs);
-  Mix(markov2_, (uint64_t(source) * E + before) * E + expert, kBackoff, probs);
+  Markov1(source, lead, target, expert, probs);
+  markov2_.Mix(Markov2Key(source, lead, before, expert), kBackoff, geometry_.num_experts,
+               probs);
 }
 
 void BaselineTables::PreviousToken(int layer, int expert, float* probs) const {
   Frequency(layer, probs);
-  Mix(previous_, uint64_t(layer) * geometry_.num_experts + expert, kBackoff, probs);
+  const int E = geometry_.num_experts;
+  previous_.Mix(uint64_t(layer) * E + expert, kBackoff, E, probs);
 }
 
 double BaselineTables::Markov1Count(int source, int lead, int expert) const {
-  const auto it = markov1_.find(MarkovKey(source, lead, expert));
-  double n = 0;
-  if (it != markov1_.end()) {
-    for (double count : it->second) n += count;
-  }
-  return n;
+  const CountRows::Row* row = markov1_.Find(MarkovKey(source, lead, expert));
+  return row == nullptr ? 0 : static_cast<double>(row->total());
 }
 
 namespace {
@@ -226,24 +212,10 @@ void BaselineTables::Save(const fs::path& file) const {
   auto frequency = at::empty({geometry_.num_layers(), E}, at::kDouble);
   std::copy(frequency_.begin(), frequency_.end(), frequency.data_ptr<double>());
   tensors.Add("frequency", Narrowest(frequency));
-  const Rows* all[] = {&token_, &markov1_, &markov2_, &previous_};
-  for (int i = 0; i < 4; ++i) {
-    std::vector<uint64_t> keys;  // sorted: equal counts make equal files
-    for (const auto& [key, row] : *all[i]) keys.push_back(key);
-    std::sort(keys.begin(), keys.end());
-    const int64_t rows = static_cast<int64_t>(keys.size());
-    auto key_tensor = at::empty({rows}, at::kLong),
-         counts = at::empty({rows, E}, at::kDouble);
-    for (int64_t r = 0; r < rows; ++r) {
-      key_tensor.data_ptr<int64_t>()[r] = static_cast<int64_t>(keys[r]);
-      const auto& row = all[i]->at(keys[r]);
-      std::copy(row.begin(), row.end(), counts.data_ptr<double>() + r * E);
-    }
-    tensors.Add(std::string(kRowNames[i]) + ".keys", key_tensor);
-    tensors.Add(std::string(kRowNames[i]) + ".counts", Narrowest(counts));
-  }
+  const CountRows* all[] = {&token_, &markov1_, &markov2_, &previous_};
+  for (int i = 0; i < 4; ++i) all[i]->Save(kRowNames[i], &tensors);
   WriteParameters(file, tensors, at::ScalarType::Undefined,
-                  {{"format", "routecast-baselines"}, {"version", "1"}});
+                  {{"format", "routecast-baselines"}, {"version", "2"}});
 }
 
 BaselineTables BaselineTables::Load(const fs::path& file) {
@@ -274,18 +246,20 @@ BaselineTables BaselineTables::Load(const fs::path& file) {
   const auto frequency = counts_of("frequency", g.num_layers(), g.num_experts);
   BaselineTables tables(g, static_cast<int>(size[5]));
   std::copy_n(frequency.data_ptr<double>(), frequency.numel(), tables.frequency_.begin());
-  Rows* all[] = {&tables.token_, &tables.markov1_, &tables.markov2_, &tables.previous_};
-  for (int i = 0; i < 4; ++i) {
-    const at::Tensor& keys = tensors.Get(std::string(kRowNames[i]) + ".keys");
-    if (keys.scalar_type() != at::kLong || keys.dim() != 1) Bad(what, "its keys");
-    const auto counts =
-        counts_of(std::string(kRowNames[i]) + ".counts", keys.size(0), g.num_experts);
-    for (int64_t r = 0; r < keys.size(0); ++r) {
-      const double* row = counts.data_ptr<double>() + r * g.num_experts;
-      (*all[i])[static_cast<uint64_t>(keys.data_ptr<int64_t>()[r])].assign(
-          row, row + g.num_experts);
-    }
-  }
+  // Version 1 counted order 2 at lead 1 alone, without the lead in its keys.
+  const auto E = static_cast<uint64_t>(g.num_experts);
+  const auto same = [](uint64_t key) { return key; };
+  const auto with_lead = [&](uint64_t key) {
+    return tables.Markov2Key(static_cast<int>(key / (E * E)), 1,
+                             static_cast<int>(key / E % E), static_cast<int>(key % E));
+  };
+  const auto load = [&](int i, const std::function<uint64_t(uint64_t)>& old_key) {
+    return CountRows::Load(kRowNames[i], tensors, g.num_experts, what, old_key);
+  };
+  tables.token_ = load(0, same);
+  tables.markov1_ = load(1, same);
+  tables.markov2_ = load(2, with_lead);
+  tables.previous_ = load(3, same);
   return tables;
 }
 

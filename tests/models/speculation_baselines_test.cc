@@ -91,7 +91,7 @@ TEST(BaselineTest, MarkovOrderOneAtALongLead) {
   const auto counts = Naive(Stack::kEncoder, 3, 0, [&](const RoutingSpan& s, int t) {
     return Expert(s, t, 1) == now;
   });
-  EXPECT_TRUE(at::allclose(PredictRow("markov", window, 2, 3),
+  EXPECT_TRUE(at::allclose(PredictRow("pattern", window, 2, 3),
                            Backoff(counts, 2, NaiveFrequency(Stack::kEncoder, 3))));
 }
 
@@ -110,6 +110,28 @@ TEST(BaselineTest, MarkovOrderTwoGoesOnInTheNextToken) {
   EXPECT_TRUE(at::allclose(PredictRow("markov", window, 1, 3),
                            Backoff(two, 2, Backoff(one, 2, f))));
   EXPECT_TRUE(at::allclose(PredictRow("markov", window, 1, 0), f));
+}
+
+// From layer 0 of token 3 two layers on, and three: the next token's layer 0.
+TEST(BaselineTest, MarkovOfOrderTwoAtEveryLead) {
+  const auto trace = Traces()[0];
+  const auto window = WindowOf(trace, Stack::kDecoder, 0, 5);
+  const int before = Expert(trace.decoder, 2, 2), now = Expert(trace.decoder, 3, 0);
+  for (const int lead : {2, 3}) {
+    const int layer = lead % 3, shift = 1 + lead / 3;  // from token 2, the one before
+    const auto one =
+        Naive(Stack::kDecoder, layer, lead / 3,
+              [&](const RoutingSpan& s, int t) { return Expert(s, t, 0) == now; });
+    const auto two =
+        Naive(Stack::kDecoder, layer, shift, [&](const RoutingSpan& s, int t) {
+          return Expert(s, t, 2) == before && Expert(s, t + 1, 0) == now;
+        });
+    ASSERT_GT(two.sum().item<float>(), 0);
+    const auto f = NaiveFrequency(Stack::kDecoder, layer);
+    EXPECT_TRUE(at::allclose(PredictRow("markov", window, lead, 3),
+                             Backoff(two, 2, Backoff(one, 2, f))))
+        << lead;
+  }
 }
 
 TEST(BaselineTest, PreviousTokenAtTheSameLayer) {
@@ -196,6 +218,62 @@ TEST(BaselineTest, LargeCountsGoOn) {
   const fs::path file = fs::path(testing::TempDir()) / "large.safetensors";
   tables.Save(file);
   EXPECT_EQ(BaselineTables::Load(file).Markov1Count(0, 1, 0), before + 500);
+}
+
+// A file of version 1: rows of all experts' counts, order 2 without a lead in its keys.
+Parameters FirstVersion() {
+  Parameters tensors;
+  tensors.Add("geometry", at::tensor({int64_t{0}, int64_t{2}, int64_t{3}, int64_t{1},
+                                      int64_t{4}, int64_t{0}}));
+  tensors.Add("frequency", at::ones({2, 3}));
+  for (const char* name : {"token", "previous", "markov1"}) {
+    tensors.Add(std::string(name) + ".keys", at::empty({0}, at::kLong));
+    tensors.Add(std::string(name) + ".counts", at::empty({0, 3}));
+  }
+  tensors.Add("markov2.keys", at::tensor({int64_t{(1 * 3 + 2) * 3 + 1}}));
+  tensors.Add("markov2.counts", at::tensor({0.f, 6.f, 2.f}).view({1, 3}));
+  return tensors;
+}
+
+TEST(BaselineTest, ReadsFilesOfTheFirstVersion) {
+  const fs::path file = fs::path(testing::TempDir()) / "first.safetensors";
+  WriteParameters(file, FirstVersion(), at::ScalarType::Undefined);
+  const BaselineTables tables = BaselineTables::Load(file);
+  float probs[3];  // order 1 is the even frequency
+  tables.Markov2(/*source=*/1, /*lead=*/1, /*target=*/0, /*before=*/2, /*expert=*/1,
+                 probs);
+  EXPECT_FLOAT_EQ(probs[0], (2 / 3.f) / 10);
+  EXPECT_FLOAT_EQ(probs[1], (6 + 2 / 3.f) / 10);
+  EXPECT_FLOAT_EQ(probs[2], (2 + 2 / 3.f) / 10);
+  tables.Markov2(1, /*lead=*/2, 1, 2, 1, probs);  // was not counted then
+  EXPECT_FLOAT_EQ(probs[1], 1 / 3.f);
+}
+
+TEST(BaselineTest, DamagedRowsAreRefused) {
+  const fs::path file = fs::path(testing::TempDir()) / "damaged.safetensors";
+  const auto fails_with = [&](const std::string& name, const at::Tensor& value) {
+    Fitted()->Save(file);
+    const Parameters whole = ReadParameters(file, at::ScalarType::Undefined);
+    Parameters damaged;
+    for (const auto& [key, tensor] : whole.items()) {
+      damaged.Add(key, key == name ? value : tensor);
+    }
+    WriteParameters(file, damaged, at::ScalarType::Undefined);
+    try {
+      BaselineTables::Load(file);
+    } catch (const DataError& error) {
+      return std::string(error.what()).find(name) != std::string::npos;
+    }
+    return false;
+  };
+  Fitted()->Save(file);
+  const Parameters whole = ReadParameters(file, at::ScalarType::Undefined);
+  EXPECT_TRUE(fails_with("token.ends", whole.Get("token.ends") + 1000000));
+  EXPECT_TRUE(fails_with("token.ends", whole.Get("token.ends").flip(0)));
+  EXPECT_TRUE(fails_with("markov1.ends", whole.Get("token.ends")));
+  EXPECT_TRUE(fails_with("markov2.experts", whole.Get("markov2.experts") + 5));
+  EXPECT_TRUE(fails_with("markov2.counts", whole.Get("markov2.counts") - 1000));
+  EXPECT_TRUE(fails_with("previous.counts", whole.Get("previous.counts").to(at::kFloat)));
 }
 
 TEST(BaselineTest, FilesAndMergedRanksGiveTheSameCounts) {
