@@ -75,31 +75,39 @@ double NumberOf(const std::string& member, const std::string& text) {
   return value;
 }
 
+int WholeNumber(const std::string& member, const std::string& text) {
+  const double value = NumberOf(member, text);
+  if (value != std::floor(value)) BadMember(member, text + " is not a whole number");
+  return static_cast<int>(value);
+}
+
 void SetField(const std::string& member, const std::string& assignment,
               MemberSpec* spec) {
   const size_t equals = assignment.find('=');
   if (equals == std::string::npos) BadMember(member, assignment + " has no value");
-  const double value = NumberOf(member, assignment.substr(equals + 1));
-  const auto whole = static_cast<int>(value);
+  const std::string number = assignment.substr(equals + 1);
+  const double value = NumberOf(member, number);
+  // A size; only those ask for it.
+  const auto whole = [&] { return WholeNumber(member, number); };
   ModelSizes& s = spec->sizes;
   MemberOptions& o = spec->options;
   switch (ParseChoice("--members", assignment.substr(0, equals),
                       {"width", "heads", "ff", "layers", "context", "dropout", "lr",
                        "decay", "clip", "smoothing"})) {
     case 0:
-      s.width = whole;
+      s.width = whole();
       break;
     case 1:
-      s.heads = whole;
+      s.heads = whole();
       break;
     case 2:
-      s.ff = whole;
+      s.ff = whole();
       break;
     case 3:
-      s.layers = whole;
+      s.layers = whole();
       break;
     case 4:
-      s.context = whole;
+      s.context = whole();
       break;
     case 5:
       s.dropout = value;
@@ -131,11 +139,11 @@ std::vector<MemberSpec> ParseMembers(const std::string& text,
     std::string kind = member.substr(0, colon);
     int count = 1;
     if (const size_t star = kind.find('*'); star != std::string::npos) {
-      const double number = NumberOf(member, kind.substr(star + 1));
+      const int number = WholeNumber(member, kind.substr(star + 1));
       if (number < 1 || number > kMostMembers) {
         BadMember(member, "1 to " + std::to_string(kMostMembers) + " of a kind");
       }
-      count = static_cast<int>(number);
+      count = number;
       kind.resize(star);
     }
     MemberSpec spec;

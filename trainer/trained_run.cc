@@ -15,9 +15,9 @@ namespace {
 
 // Beside a model's configuration. The time it took is no result: those are equal bits
 // however often a run was stopped.
-Json ExtraOf(const TrainedRun& run) {
+Json ExtraOf(const TrainedRun& run, const TraceDataset& dataset) {
   Json extra = {{"options", run.job->options.ToJson()},
-                {"traces", run.test.dataset->fingerprint()},
+                {"traces", dataset.fingerprint()},
                 {"best_step", run.best_step},
                 {"training_seconds", run.seconds}};
   if (run.out_of_time) extra["time_limit"] = run.job->time_limit;
@@ -45,7 +45,8 @@ void FinishOthers(const TrainedRun& run, Communicator* comm, SpeculationReport* 
     report->also.push_back({run.job->also[i - 1].name, Validate(&part, data, comm)});
     const Calibration calibration = FitCalibration(&part, data, comm);
     if (!comm->rank_info().is_root()) continue;
-    SaveSpeculationModel(FolderOfStore(*run.job, i), part, calibration, ExtraOf(run));
+    SaveSpeculationModel(FolderOfStore(*run.job, i), part, calibration,
+                         ExtraOf(run, *data.dataset));
   }
 }
 
@@ -85,7 +86,7 @@ SpeculationResult ScoreAndWrite(const TrainedRun& run, Communicator* comm) {
   result.results = ResultsJson(report);
   result.table = ResultsTable(report, model.config().geometry.num_experts);
   if (comm->rank_info().is_root()) {
-    SaveSpeculationModel(job.out, model, calibration, ExtraOf(run));
+    SaveSpeculationModel(job.out, model, calibration, ExtraOf(run, *dataset));
     if (job.onnx) WriteSpeculationOnnx(job.out / "onnx", model);
     WriteDocumentScores(job.out, dataset->geometry(), report.test);
     WriteFileAtomic(job.out / "results.json", result.results.dump(2) + "\n");

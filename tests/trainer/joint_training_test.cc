@@ -155,6 +155,10 @@ TEST_F(JointTraining, EveryModelIsLearntAndKept) {
     EXPECT_TRUE(at::equal(tensor, kept.model->parameters().Get(name))) << name;
   }
   EXPECT_TRUE(fs::exists(job.out / "also-1" / "baselines.safetensors"));
+  const auto traces_of = [](const fs::path& folder) {
+    return Json::parse(ReadFile(folder / "config.json")).at("extra").at("traces");
+  };
+  EXPECT_NE(traces_of(job.out), traces_of(job.out / "also-1"));
 }
 
 TEST_F(JointTraining, ARunOnAnotherModelGoesOnFromTheTrunk) {

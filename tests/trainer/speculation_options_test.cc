@@ -111,6 +111,17 @@ TEST(UnusedOptions, AreRefusedByNameWithTheKindsThatTakeThem) {
   EXPECT_THAT(UseRefused(o), testing::HasSubstr("--confidence_loss"));
 }
 
+TEST(Members, SizesAndCountsAreWholeNumbers) {
+  for (const char* text :
+       {"simple:width=16.9", "simple*1.9", "simple*0", "simple:layers=-1"}) {
+    EXPECT_THROW(ParseMembers(text, {}), UsageError) << text;
+  }
+  const auto members = ParseMembers("simple*2:width=16,lr=1.5e-3", {});
+  ASSERT_EQ(members.size(), 2u);
+  EXPECT_EQ(members[1].sizes.width, 16);
+  EXPECT_EQ(members[1].options.learning_rate, 1.5e-3);
+}
+
 TEST(UnusedOptions, OfAnEnsembleAreItsMembers) {
   SpeculationOptions o;
   o.kind = "ensemble";
