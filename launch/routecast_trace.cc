@@ -189,8 +189,18 @@ std::string PageOf(const StoreStatistics& stats, const RoutingStatistics& routin
   return RoutingReportHtml(page);
 }
 
+// What is there is read; that more is to come should be heard.
+void SayUnfinished(const TraceReader& reader) {
+  if (reader.complete()) return;
+  std::fprintf(stderr,
+               "%s is unfinished: %lld of %lld chunks are in it, they are what is read\n",
+               FLAGS_store.c_str(), (long long)reader.completed_chunks(),
+               (long long)reader.config().num_chunks);
+}
+
 Json StatsInto(const std::string& out) {
   const TraceReader reader(FLAGS_store, NeedTokens::kNo);
+  SayUnfinished(reader);
   const uint64_t sequences = reader.sequences().size();
   if (FLAGS_dry_run) {
     WouldWrite("statistics of " + Sequences(sequences), kPageBytes);
@@ -220,8 +230,9 @@ Json StatsInto(const std::string& out) {
         s.gate_probs.empty() ? "-" : std::to_string(s.gate_probs[3]).substr(0, 5);
     char dropped[16] = "-";
     if (s.dropped >= 0) std::snprintf(dropped, sizeof dropped, "%.2f%%", 100 * s.dropped);
-    std::printf("%-8s %5d  %7.3f  %14s  %11s  %8s  %7s  %11s\n", StackName(s.stack),
-                s.layer, s.entropy_bits, bits(s.conditional_entropy_bits).c_str(),
+    std::printf("%-8s %5d  %7s  %14s  %11s  %8s  %7s  %11s\n", StackName(s.stack),
+                s.layer, bits(s.entropy_bits).c_str(),
+                bits(s.conditional_entropy_bits).c_str(),
                 bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
                 dropped, prob.c_str());
   }
@@ -237,6 +248,7 @@ Json StatsInto(const std::string& out) {
 
 Json ExportInto(const std::string& out) {
   const TraceReader reader(FLAGS_store, NeedTokens::kNo);
+  SayUnfinished(reader);
   if (FLAGS_dry_run) {
     WouldWrite(Sequences(reader.sequences().size()), ExportedBytes(reader, FLAGS_format));
     return {};
