@@ -37,6 +37,8 @@ margin:12px 0}
 .scroll{overflow-x:auto;position:relative;left:50%;transform:translateX(-50%);
 width:max-content;min-width:100%;max-width:calc(100vw - 40px)}
 .scroll th:first-child,.scroll td:first-child{position:sticky;left:0;background:var(--bg)}
+@media(max-width:520px){.scroll th:first-child,.scroll td:first-child{white-space:normal;
+min-width:110px;max-width:38vw}}
 table{border-collapse:collapse;font-size:12.5px;font-variant-numeric:tabular-nums;
 margin:6px 0}
 th,td{padding:4px 6px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}

@@ -57,12 +57,14 @@ class Plot {
     for (size_t i = 0; i < legend.size() && legend.size() > 1; ++i) {
       const double width = 42 + kCharacter * static_cast<double>(legend[i].size());
       if (x + width > kWidth - kRight && x > kLeft) x = kLeft, y += kLegendRow;
-      keys += Key(x, y, i) + Text(x + 22, y, "start", "t", legend[i]);
+      keys +=
+          Key(x, y, i) + FittedText(x + 22, y, kWidth - kRight - x - 22, "t", legend[i]);
       x += width;
     }
     top_ = legend.size() > 1 ? y + 14 : kTitle + 8;
     height_ = kHeight + (top_ - kTitle - 8);
-    body_ = Text(kLeft, 16, "start", "th", title) + keys;
+    body_ = FittedText(kLeft, 16, kWidth - kRight - kLeft, "th", title, kBoldCharacter) +
+            keys;
   }
   double left() const { return kLeft; }
   double right() const { return kWidth - kRight; }

@@ -35,6 +35,15 @@ TEST(LineChart, TitlesAndNamesAreEscaped) {
   EXPECT_NE(svg.find("x&amp;y"), std::string::npos);
 }
 
+// Beyond the picture's edge it would be cut off.
+TEST(LineChart, LongTitlesAndNamesAreSetNarrower) {
+  const std::string name(120, 'n');
+  const LineChart chart{
+      std::string(90, 't'), "x", "y", {{name, {1}, {2}}, {"b", {1}, {3}}}};
+  EXPECT_EQ(Count(LineChartSvg(chart), " textLength=\""), 2u);
+  EXPECT_EQ(Count(LineChartSvg({"t", "x", "y", {{"a", {1}, {2}}}}), "textLength"), 0u);
+}
+
 TEST(LineChart, AGapWhereAValueIsNotFinite) {
   const std::string svg =
       LineChartSvg({"t", "x", "y", {{"a", {0, 1, 2, 3}, {1, NAN, 2, 3}}}});
