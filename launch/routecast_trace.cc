@@ -11,6 +11,7 @@
 #include "launch/flags.h"
 #include "launch/main.h"
 #include "report/routing_report.h"
+#include "report/table.h"
 #include "storage/drop_shares.h"
 #include "storage/export.h"
 #include "storage/held_out_entropy.h"
@@ -223,18 +224,15 @@ Json StatsInto(const std::string& out) {
       "phase    layer  entropy  given previous  given token  held out  dropped  "
       "median prob\n");
   for (const LayerStatistics& s : stats.layers) {
-    const auto bits = [](double b) {
-      return b < 0 ? "-" : std::to_string(b).substr(0, 5);
-    };
-    const std::string prob =
-        s.gate_probs.empty() ? "-" : std::to_string(s.gate_probs[3]).substr(0, 5);
+    const auto known = [](double v) { return v < 0 ? "-" : Fixed(v, 3); };
+    const std::string prob = s.gate_probs.empty() ? "-" : Fixed(s.gate_probs[3], 3);
     char dropped[16] = "-";
     if (s.dropped >= 0) std::snprintf(dropped, sizeof dropped, "%.2f%%", 100 * s.dropped);
     std::printf("%-8s %5d  %7s  %14s  %11s  %8s  %7s  %11s\n", StackName(s.stack),
-                s.layer, bits(s.entropy_bits).c_str(),
-                bits(s.conditional_entropy_bits).c_str(),
-                bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
-                dropped, prob.c_str());
+                s.layer, known(s.entropy_bits).c_str(),
+                known(s.conditional_entropy_bits).c_str(),
+                known(s.token_entropy_bits).c_str(),
+                known(s.held_out_entropy_bits).c_str(), dropped, prob.c_str());
   }
   Progress relating("stats, pass 2 of 2", "sequences", sequences, FLAGS_quiet);
   const RoutingStatistics routing =
