@@ -21,10 +21,44 @@ constexpr uint64_t kBatchBytes = uint64_t{16} << 20;
 struct Prepared {
   std::string raw;  // own copy: the reader's bytes do not outlive the call
   RawRecord record;
-  std::string text;
+  std::string text, error;  // error: of a line that is no record
   uint64_t hash = 0, foreign_bytes = 0;
   bool has_signature = false;
   MinHash signature{};
+};
+
+// Lines of a file that are no records: the first one's error, and where the others are.
+class BadLines {
+ public:
+  // Throws where there are so many that the rest is not worth reading.
+  void Add(uint64_t line, const std::string& error) {
+    if (++count_ == 1) error_ = error;
+    if (count_ > 1 && count_ <= kNamed) {
+      names_ += (names_.empty() ? "" : ", ") + std::to_string(line);
+    }
+    if (count_ == kMost) Throw("at least ");
+  }
+  void ThrowIfAny() const {
+    if (count_ > 0) Throw("");
+  }
+
+ private:
+  static constexpr uint64_t kNamed = 5, kMost = 100'000;
+  [[noreturn]] void Throw(const char* about) const {
+    std::string text = error_;
+    const size_t second = text.find('\n');
+    const size_t end = std::min(text.find('\n', second + 1), text.size());
+    if (count_ > 1) {
+      const uint64_t more = count_ - std::min(count_, kNamed);
+      text.insert(
+          end, "; nor do these read: line" + std::string(count_ > 2 ? "s " : " ") +
+                   names_ +
+                   (more > 0 ? " and " + (about + std::to_string(more)) + " more" : ""));
+    }
+    throw DataError(text);
+  }
+  uint64_t count_ = 0;
+  std::string error_, names_;
 };
 
 class Pass {
@@ -50,6 +84,7 @@ class Pass {
       if (batch_bytes_ >= kBatchBytes) Flush();
     });
     Flush();
+    bad_lines_.ThrowIfAny();
     std::error_code ignored;
     done_bytes_ += fs::file_size(path, ignored);
     progress_.Update(done_bytes_);
@@ -67,7 +102,13 @@ class Pass {
       if (!one.raw.empty()) one.record.raw = one.raw;
       one.foreign_bytes = CountForeignBytes(one.record.raw);
       if (IsBinary(one.foreign_bytes, one.record.raw.size())) return;
-      one.text = RecordText(*spec_, one.record, path_);
+      try {
+        one.text = RecordText(*spec_, one.record, path_);
+      } catch (const DataError& error) {
+        if (one.record.line == 0) throw;
+        one.error = error.what();
+        return;
+      }
       one.hash = Hash64(one.text);
       const auto shingles = Shingles(one.text);
       one.has_signature = !shingles.empty();
@@ -85,6 +126,7 @@ class Pass {
       ++result_.contents.binary_documents;
       return;
     }
+    if (!one.error.empty()) return bad_lines_.Add(one.record.line, one.error);
     if (one.text.empty()) return;
     if (!seen_.insert(one.hash).second) {
       ++result_.contents.exact_duplicates;
@@ -116,6 +158,7 @@ class Pass {
   IndexPassResult result_;
   std::unordered_set<uint64_t> seen_;
   std::vector<Prepared> batch_;
+  BadLines bad_lines_;
   uint64_t batch_bytes_ = 0, done_bytes_ = 0;
   std::string path_;
   const SourceSpec* spec_ = nullptr;

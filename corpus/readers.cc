@@ -58,9 +58,12 @@ void ReadWikitext(std::string_view bytes, const RecordSink& sink) {
 }
 
 void ReadJsonl(std::string_view bytes, const std::string& what, const RecordSink& sink) {
+  uint64_t number = 0;
   ForEachLine(bytes, [&](std::string_view line, size_t at) {
-    if (line.size() > kMaxLineBytes) ThrowRecord(what, at, "a line above 256 MiB");
-    if (!IsBlank(line)) sink({line, at});
+    ++number;
+    if (line.size() > kMaxLineBytes)
+      ThrowRecord(what, at, "a line above 256 MiB", number);
+    if (!IsBlank(line)) sink({line, at, number});
   });
 }
 
@@ -97,17 +100,18 @@ bool HasWindows(SourceKind kind) {
          kind == SourceKind::kWikitext;
 }
 
-[[noreturn]] void ThrowTooLong(SourceKind kind, const std::string& what, uint64_t at) {
-  if (kind == SourceKind::kJsonl) ThrowRecord(what, at, "a line above 256 MiB");
+[[noreturn]] void ThrowTooLong(SourceKind kind, const std::string& what, uint64_t at,
+                               uint64_t line) {
+  if (kind == SourceKind::kJsonl) ThrowRecord(what, at, "a line above 256 MiB", line);
   throw DataError(ErrorText(what + ": a document larger than 4 GiB",
                             "at byte " + std::to_string(at), "cut it"));
 }
 
 std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
                       const std::string& what) {
-  const nlohmann::json json =
-      ParseForeignJson(CleanText(record.raw),
-                       what + " at byte " + std::to_string(record.offset), kMaxJsonDepth);
+  const nlohmann::json json = ParseForeignJson(
+      CleanText(record.raw), what + ", " + PlaceText(record.line, record.offset),
+      kMaxJsonDepth);
   if (!json.contains(spec.field)) {
     std::vector<std::string> names;
     for (const auto& [key, value] : json.items()) names.push_back(key);
@@ -116,14 +120,15 @@ std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
     if (std::any_of(near.begin(), near.end(), control)) near.clear();
     throw DataError(
         ErrorText(what + ": a record without the field \"" + spec.field + "\"",
-                  "at byte " + std::to_string(record.offset) +
+                  PlaceText(record.line, record.offset) +
                       (near.empty() ? "" : "; did you mean \"" + near + "\"?"),
                   near.empty() ? "repair or leave out the file"
                                : "name it: --data=jsonl:" + what + "#" + near));
   }
   const nlohmann::json& value = json[spec.field];
   if (!value.is_string()) {
-    ThrowRecord(what, record.offset, "field \"" + spec.field + "\" is not a string");
+    ThrowRecord(what, record.offset, "field \"" + spec.field + "\" is not a string",
+                record.line);
   }
   return value.get<std::string>();
 }
@@ -183,19 +188,21 @@ void ReadFileRecords(const SourceSpec& spec, const SourceFile& file,
     return ReadRecords(spec, file.Read(0, file.size()), what, sink);
   }
   const uint64_t limit = spec.kind == SourceKind::kJsonl ? kMaxLineBytes : kMaxDocument;
+  uint64_t lines = 0;  // before `at`
   for (uint64_t at = 0; at < file.size();) {
     const uint64_t left = file.size() - at;
     std::string window;
     size_t end = 0;
     for (uint64_t size = window_bytes; end == 0; size = std::min(2 * size, limit + 1)) {
-      if (window.size() > limit) ThrowTooLong(spec.kind, what, at);
+      if (window.size() > limit) ThrowTooLong(spec.kind, what, at, lines + 1);
       window += file.Read(at + window.size(), std::min(size, left) - window.size());
       end = window.size() == left ? left : LastRecordEnd(spec.kind, window);
     }
-    ReadRecords(spec, std::string_view(window).substr(0, end), what,
-                [&](const RawRecord& record) {
-                  sink({record.raw, at + record.offset});
-                });
+    const std::string_view whole = std::string_view(window).substr(0, end);
+    ReadRecords(spec, whole, what, [&](const RawRecord& record) {
+      sink({record.raw, at + record.offset, record.line == 0 ? 0 : lines + record.line});
+    });
+    lines += static_cast<uint64_t>(std::count(whole.begin(), whole.end(), '\n'));
     at += end;
   }
 }

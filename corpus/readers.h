@@ -17,6 +17,7 @@ namespace routecast {
 struct RawRecord {
   std::string_view raw;
   uint64_t offset = 0;  // in the (unpacked) file; of the file's start for squad
+  uint64_t line = 0;    // of jsonl, from 1; 0 = records of this kind are no lines
 };
 using RecordSink = std::function<void(const RawRecord&)>;
 

@@ -14,10 +14,16 @@ namespace routecast {
 inline constexpr uint64_t kMaxLineBytes = uint64_t{256} << 20;  // of jsonl and glue
 inline constexpr int kMaxJsonDepth = 100;
 
+// `line` counts from 1; 0 = not known.
+inline std::string PlaceText(uint64_t line, uint64_t offset) {
+  const std::string byte = "at byte " + std::to_string(offset);
+  return line == 0 ? byte : "line " + std::to_string(line) + ", " + byte;
+}
+
 [[noreturn]] inline void ThrowRecord(const std::string& what, uint64_t offset,
-                                     const std::string& why) {
+                                     const std::string& why, uint64_t line = 0) {
   throw DataError(ErrorText(what + ": damaged record",
-                            "at byte " + std::to_string(offset) + ": " + why,
+                            PlaceText(line, offset) + ": " + why,
                             "repair or leave out the file"));
 }
 

@@ -11,6 +11,7 @@
 #include "launch/flags.h"
 #include "launch/main.h"
 #include "report/routing_report.h"
+#include "report/table.h"
 #include "storage/drop_shares.h"
 #include "storage/export.h"
 #include "storage/held_out_entropy.h"
@@ -189,8 +190,18 @@ std::string PageOf(const StoreStatistics& stats, const RoutingStatistics& routin
   return RoutingReportHtml(page);
 }
 
+// What is there is read; that more is to come should be heard.
+void SayUnfinished(const TraceReader& reader) {
+  if (reader.complete()) return;
+  std::fprintf(stderr,
+               "%s is unfinished: %lld of %lld chunks are in it, they are what is read\n",
+               FLAGS_store.c_str(), (long long)reader.completed_chunks(),
+               (long long)reader.config().num_chunks);
+}
+
 Json StatsInto(const std::string& out) {
   const TraceReader reader(FLAGS_store, NeedTokens::kNo);
+  SayUnfinished(reader);
   const uint64_t sequences = reader.sequences().size();
   if (FLAGS_dry_run) {
     WouldWrite("statistics of " + Sequences(sequences), kPageBytes);
@@ -213,17 +224,15 @@ Json StatsInto(const std::string& out) {
       "phase    layer  entropy  given previous  given token  held out  dropped  "
       "median prob\n");
   for (const LayerStatistics& s : stats.layers) {
-    const auto bits = [](double b) {
-      return b < 0 ? "-" : std::to_string(b).substr(0, 5);
-    };
-    const std::string prob =
-        s.gate_probs.empty() ? "-" : std::to_string(s.gate_probs[3]).substr(0, 5);
+    const auto known = [](double v) { return v < 0 ? "-" : Fixed(v, 3); };
+    const std::string prob = s.gate_probs.empty() ? "-" : Fixed(s.gate_probs[3], 3);
     char dropped[16] = "-";
     if (s.dropped >= 0) std::snprintf(dropped, sizeof dropped, "%.2f%%", 100 * s.dropped);
-    std::printf("%-8s %5d  %7.3f  %14s  %11s  %8s  %7s  %11s\n", StackName(s.stack),
-                s.layer, s.entropy_bits, bits(s.conditional_entropy_bits).c_str(),
-                bits(s.token_entropy_bits).c_str(), bits(s.held_out_entropy_bits).c_str(),
-                dropped, prob.c_str());
+    std::printf("%-8s %5d  %7s  %14s  %11s  %8s  %7s  %11s\n", StackName(s.stack),
+                s.layer, known(s.entropy_bits).c_str(),
+                known(s.conditional_entropy_bits).c_str(),
+                known(s.token_entropy_bits).c_str(),
+                known(s.held_out_entropy_bits).c_str(), dropped, prob.c_str());
   }
   Progress relating("stats, pass 2 of 2", "sequences", sequences, FLAGS_quiet);
   const RoutingStatistics routing =
@@ -237,6 +246,7 @@ Json StatsInto(const std::string& out) {
 
 Json ExportInto(const std::string& out) {
   const TraceReader reader(FLAGS_store, NeedTokens::kNo);
+  SayUnfinished(reader);
   if (FLAGS_dry_run) {
     WouldWrite(Sequences(reader.sequences().size()), ExportedBytes(reader, FLAGS_format));
     return {};

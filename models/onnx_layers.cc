@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "models/speculation_layers.h"
 
@@ -44,7 +45,10 @@ OnnxLayers::Value OnnxLayers::Window(const std::string& name) {
   if (const auto it = window_.find(name); it != window_.end()) return it->second;
   const OnnxAxis tokens = name.rfind("source", 0) == 0 ? "S" : "T";
   std::vector<OnnxAxis> shape{"B", tokens};
-  if (name == "experts_BTL") shape.emplace_back(int64_t{geometry().layers(stack_)});
+  if (name == "experts_BTL" || name == "others_BTLK") {
+    shape.emplace_back(int64_t{geometry().layers(stack_)});
+  }
+  if (name.back() == 'K') shape.emplace_back(int64_t{geometry().experts_per_token - 1});
   if (name.back() == 'D') shape.emplace_back(int64_t{config().hidden_width});
   const OnnxType type = name.find("valid") != std::string::npos ? OnnxType::kBool
                         : name.back() == 'D'                    ? OnnxType::kFloat
@@ -158,27 +162,39 @@ OnnxLayers::Value OnnxLayers::Known(const Value& ids) {
   return Op("Not", {Op("Equal", {ids, graph_.Int(geometry().num_experts)})});
 }
 
-// The newest `context` of the first `known` layers, padded on the left.
-OnnxLayers::Value OnnxLayers::LastLayers(int64_t known, int64_t context) {
+// The newest `context` of the first `known` layers of [B,T,L] or [B,T,L,K-1], padded on
+// the left.
+OnnxLayers::Value OnnxLayers::LastLayers(const std::string& window, int64_t rank,
+                                         int64_t known, int64_t context) {
+  std::vector<int64_t> pads(static_cast<size_t>(2 * rank), 0);
+  pads[2] = context;
   const Value padded =
-      Op("Pad", {Window("experts_BTL"), graph_.Ints({0, 0, context, 0, 0, 0}),
-                 graph_.Int(geometry().num_experts)});
+      Op("Pad", {Window(window), graph_.Ints(pads), graph_.Int(geometry().num_experts)});
   return Slice(padded, 2, known, known + context);
 }
 
-OnnxLayers::Slots OnnxLayers::SlotsOf(int64_t context) {
+OnnxLayers::Slots OnnxLayers::SlotsOf(int64_t context, bool others) {
   at::Tensor newest = at::zeros({context}, at::kBool);
   newest[context - 1] = true;
-  Value ids = LastLayers(source_layer_ + 1, context);
+  // With the token before's rows in front of a decoder's.
+  const auto rows_of = [&](const std::string& window, int64_t rank) {
+    const Value own = LastLayers(window, rank, source_layer_ + 1, context);
+    if (!decoder()) return std::pair{own, Value()};
+    const Value all = LastLayers(window, rank, geometry().layers(stack_), context);
+    return std::pair{own, Shifted(all, rank, -1, geometry().num_experts)};
+  };
+  auto [ids, before] = rows_of("experts_BTL", 3);
   Value valid = Op("Or", {Known(ids), Constant(newest)});
   if (decoder()) {
-    const Value before = Shifted(LastLayers(geometry().layers(stack_), context), 3, -1,
-                                 geometry().num_experts);
     ids = Op("Concat", {before, ids}, {{"axis", int64_t{2}}});
     valid = Op("Concat", {Known(before), valid}, {{"axis", int64_t{2}}});
   }
   valid = Op("And", {valid, Unsqueeze(Window("valid_BT"), {2})});
-  return {ids, valid, decoder() ? 2 * context : context};
+  Slots slots{ids, valid, decoder() ? 2 * context : context, {}};
+  if (!others || !several()) return slots;
+  const auto [own, earlier] = rows_of("others_BTLK", 4);
+  slots.others = decoder() ? Op("Concat", {earlier, own}, {{"axis", int64_t{2}}}) : own;
+  return slots;
 }
 
 OnnxLayers::Value OnnxLayers::SlotMask(const Slots& slots, Asks asks) {

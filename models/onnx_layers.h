@@ -2,7 +2,7 @@
 // speculation_layers.h and expert_slots.h for one stack and source layer, with B and T
 // (and S) known only when the file runs. Weights are looked up by their names in the
 // model. B sequences, T tokens, S encoder tokens, L MoE layers of the stack, W context
-// layers, R rows a token, E experts, D width, H leads.
+// layers, R rows a token, E experts, K of them a token, D width, H leads.
 // Thread rule: one thread at a time.
 #pragma once
 
@@ -29,6 +29,8 @@ class OnnxLayers {
   bool decoder() const { return stack_ == Stack::kDecoder; }
   int source_layer() const { return source_layer_; }
   int64_t leads() const { return model_.NumLeads(stack_, source_layer_); }
+  // Inputs have all K experts of a token.
+  bool several() const { return geometry().experts_per_token > 1; }
   // Leads whose targets are layers of the same token.
   int64_t after() const { return geometry().layers(stack_) - 1 - source_layer_; }
   // The row of this stack and source in tables of layers + 2 rows.
@@ -88,8 +90,10 @@ class OnnxLayers {
   struct Slots {
     Value ids, valid;  // [B,T,R]
     int64_t rows;      // R
+    Value others;      // [B,T,R,K-1]; empty = one expert a token
   };
-  Slots SlotsOf(int64_t context);
+  // `others`: with the further choices, where there are several.
+  Slots SlotsOf(int64_t context, bool others = false);
   // Who may attend to the rows of all tokens: every row, or one row a token.
   enum class Asks { kRow, kToken };
   Value SlotMask(const Slots& slots, Asks asks);
@@ -99,7 +103,8 @@ class OnnxLayers {
   std::string Finish(const Value& logits_BTHE, const Value& confidence_BTH);
 
  private:
-  Value LastLayers(int64_t known, int64_t context);
+  Value LastLayers(const std::string& window, int64_t rank, int64_t known,
+                   int64_t context);
   Value Known(const Value& ids);
 
   const SpeculationModel& model_;

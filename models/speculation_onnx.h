@@ -5,8 +5,10 @@
 // Inputs are the window's tensors by their names (routing_window.h), those alone that the
 // kind reads; batch B, tokens T and encoder tokens S are free, and none is 0. Outputs are
 // logits_BTHE and confidence_BTH, as Forward gives them without dropout; rows of padding
-// are arbitrary. A model of router inputs is exported as if they were recorded: its
-// graphs need hidden_BTD (from layer 0 on), context_BTD and source_BSD.
+// are arbitrary. Of several experts a token `interlayer` reads others_BTLK, the others
+// the first choices alone, as in Forward. A model of router inputs is exported as if they
+// were recorded: its graphs need hidden_BTD (from layer 0 on), context_BTD and
+// source_BSD.
 #pragma once
 
 #include <string>

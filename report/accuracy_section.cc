@@ -83,6 +83,19 @@ std::map<std::string, std::set<int>, std::greater<>> LeadsOfPhases(
   return found;
 }
 
+// Of a phase that has a chart by layer each: bars with intervals take 400 bytes, and the
+// table below has every lead.
+size_t LeadsShown(const Predictors& predictors, const std::string& phase) {
+  constexpr size_t kMostLeads = 4, kMostBars = 1000;
+  size_t bars = 1;  // of a chart
+  for (const auto& [name, scores] : predictors.all) {
+    for (const auto& [place, score] : scores) {
+      bars += place.phase == phase && place.lead == 1;
+    }
+  }
+  return std::clamp<size_t>(kMostBars / bars, 1, kMostLeads);
+}
+
 std::string AccuracyByLayer(const Predictors& predictors, const std::string& phase,
                             int lead) {
   std::map<int, double> layers;  // where from -> target
@@ -167,13 +180,12 @@ void AddAccuracy(const std::vector<RunFolder>& folders, HtmlReport* page) {
       "beyond the last "
       "layer ask for the next token.");
   std::vector<std::string> by_layer, by_lead;
-  constexpr size_t kMostLeads = 4;  // a phase; the table below has every lead
   for (const auto& [phase, leads] : LeadsOfPhases(predictors)) {
     by_lead.push_back(AccuracyByLead(predictors, phase));
+    const size_t most = LeadsShown(predictors, phase);
     size_t shown = 0;
     for (int lead : leads) {
-      if (shown++ < kMostLeads)
-        by_layer.push_back(AccuracyByLayer(predictors, phase, lead));
+      if (shown++ < most) by_layer.push_back(AccuracyByLayer(predictors, phase, lead));
     }
   }
   page->Charts(by_lead);

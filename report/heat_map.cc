@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "report/svg_chart.h"
 #include "report/svg_parts.h"
@@ -8,7 +9,38 @@ namespace routecast {
 
 using namespace svg;
 
-std::string HeatMapSvg(const HeatMap& map) {
+namespace {
+
+constexpr size_t kMostCells = 4500;  // of a map, 90 bytes each
+
+// Means over `each` neighbouring columns.
+std::vector<double> Joined(const std::vector<double>& row, size_t each) {
+  std::vector<double> joined;
+  for (size_t c = 0; c < row.size(); c += each) {
+    double sum = 0, n = 0;
+    for (size_t i = c; i < std::min(row.size(), c + each); ++i) {
+      if (std::isfinite(row[i])) sum += row[i], ++n;
+    }
+    joined.push_back(n > 0 ? sum / n : NAN);
+  }
+  return joined;
+}
+
+// A map of at most kMostCells (of more rows one column each); how many columns are one.
+std::pair<HeatMap, size_t> Bounded(HeatMap map) {
+  size_t cells = 0;
+  for (const auto& row : map.values) cells += row.size();
+  const size_t each = std::max<size_t>(1, (cells + kMostCells - 1) / kMostCells);
+  if (each == 1) return {std::move(map), each};
+  for (auto& row : map.values) row = Joined(row, each);
+  map.x_label += ", " + std::to_string(each) + " a column";
+  return {std::move(map), each};
+}
+
+}  // namespace
+
+std::string HeatMapSvg(const HeatMap& whole) {
+  const auto [map, each] = Bounded(whole);
   size_t columns = 0, longest = 0;
   for (const auto& row : map.values) columns = std::max(columns, row.size());
   for (const std::string& name : map.rows) longest = std::max(longest, name.size());
@@ -32,7 +64,7 @@ std::string HeatMapSvg(const HeatMap& map) {
   const size_t step = std::max<size_t>(1, (columns + 15) / 16);
   for (size_t c = 0; c < columns; c += step) {
     body += Text(left + cell * (static_cast<double>(c) + 0.5), bottom + 15, "middle", "t",
-                 std::to_string(c));
+                 std::to_string(c * each));
   }
   body += Text(left, bottom + 38, "start", "t", map.x_label);
   constexpr int kLegendSteps = 24;

@@ -1,5 +1,6 @@
 #include "report/html_report.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "common/run_record.h"
@@ -18,7 +19,7 @@ constexpr const char* kStyle = R"css(
 --s7:#ff7b7b;}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1240px;margin:0 auto;padding:28px 20px 60px}
+main{max-width:1240px;margin:0 auto;padding:28px 20px 60px;overflow-wrap:anywhere}
 h1{font-size:26px;margin:0}h2{font-size:19px;margin:38px 0 8px;padding-top:14px;
 border-top:1px solid var(--line)}
 p{margin:6px 0 12px;max-width:90ch}.sub{color:var(--soft);margin:2px 0 18px}
@@ -32,7 +33,12 @@ margin:12px 0}
 @media(max-width:520px){.charts{grid-template-columns:1fr}}
 .chart{width:100%;height:auto;display:block;max-width:640px}
 .wide{grid-column:1/-1;max-width:none}
-.scroll{overflow-x:auto}
+@media(max-width:760px){.charts{overflow-x:auto}.wide{min-width:720px}}
+.scroll{overflow-x:auto;position:relative;left:50%;transform:translateX(-50%);
+width:max-content;min-width:100%;max-width:calc(100vw - 40px)}
+.scroll th:first-child,.scroll td:first-child{position:sticky;left:0;background:var(--bg)}
+@media(max-width:520px){.scroll th:first-child,.scroll td:first-child{white-space:normal;
+min-width:110px;max-width:38vw}}
 table{border-collapse:collapse;font-size:12.5px;font-variant-numeric:tabular-nums;
 margin:6px 0}
 th,td{padding:4px 6px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
@@ -55,69 +61,98 @@ std::string SeriesStyle() {
   return css;
 }
 
+std::string ChartsHtml(const std::vector<std::string>& svg) {
+  std::string html = "<div class=\"charts\">";
+  for (const std::string& chart : svg) html += chart + "\n";
+  return html + "</div>\n";
+}
+
+std::string LeftOut(const std::string& summary) {
+  return "<p class=\"sub\">" + EscapeHtml(summary) +
+         ": left out, as the page would be larger than 1 MB. The result files beside "
+         "it say it.</p>\n";
+}
+
 }  // namespace
 
 HtmlReport::HtmlReport(std::string title, std::string subtitle)
     : title_(std::move(title)), subtitle_(std::move(subtitle)) {}
 
+void HtmlReport::Add(const std::string& html) {
+  if (parts_.empty() || !parts_.back().summary.empty()) parts_.push_back({});
+  parts_.back().html += html;
+}
+
+void HtmlReport::AddFolded(const std::string& summary, const std::string& html) {
+  parts_.push_back({summary, "<details><summary>" + EscapeHtml(summary) + "</summary>" +
+                                 html + "</details>\n"});
+}
+
 void HtmlReport::Section(const std::string& heading) {
-  body_ += "<h2>" + EscapeHtml(heading) + "</h2>\n";
+  Add("<h2>" + EscapeHtml(heading) + "</h2>\n");
 }
 
 void HtmlReport::Paragraph(const std::string& text) {
-  body_ += "<p>" + EscapeHtml(text) + "</p>\n";
+  Add("<p>" + EscapeHtml(text) + "</p>\n");
 }
 
 void HtmlReport::KeyFigures(
     const std::vector<std::pair<std::string, std::string>>& label_value) {
-  body_ += "<div class=\"key\">";
+  std::string html = "<div class=\"key\">";
   for (const auto& [label, value] : label_value) {
-    body_ += "<div><b>" + EscapeHtml(value) + "</b><span>" + EscapeHtml(label) +
-             "</span></div>";
+    html += "<div><b>" + EscapeHtml(value) + "</b><span>" + EscapeHtml(label) +
+            "</span></div>";
   }
-  body_ += "</div>\n";
+  Add(html + "</div>\n");
 }
 
-void HtmlReport::Charts(const std::vector<std::string>& svg) {
-  body_ += "<div class=\"charts\">";
-  for (const std::string& chart : svg) body_ += chart + "\n";
-  body_ += "</div>\n";
-}
+void HtmlReport::Charts(const std::vector<std::string>& svg) { Add(ChartsHtml(svg)); }
 
 void HtmlReport::FoldedCharts(const std::string& summary,
                               const std::vector<std::string>& svg) {
-  if (svg.empty()) return;
-  body_ += "<details><summary>" + EscapeHtml(summary) + "</summary>";
-  Charts(svg);
-  body_ += "</details>\n";
+  if (!svg.empty()) AddFolded(summary, ChartsHtml(svg));
 }
 
 void HtmlReport::AddTable(const Table& table, const std::string& caption) {
-  body_ += "<figure><figcaption>" + EscapeHtml(caption) + "</figcaption>" +
-           table.ToHtml() + "</figure>\n";
+  Add("<figure><figcaption>" + EscapeHtml(caption) + "</figcaption>" + table.ToHtml() +
+      "</figure>\n");
 }
 
 void HtmlReport::Details(const std::string& summary, const Table& table) {
-  body_ += "<details><summary>" + EscapeHtml(summary) + "</summary>" + table.ToHtml() +
-           "</details>\n";
+  AddFolded(summary, table.ToHtml());
 }
 
 std::string HtmlReport::Finish() const {
-  std::string page =
+  const std::string head =
       "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
       "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">"
       "<meta name=\"color-scheme\" content=\"light dark\"><title>" +
       EscapeHtml(title_) + "</title><style>" + kStyle + SeriesStyle() +
       "</style></head>\n<body><main><h1>" + EscapeHtml(title_) +
-      "</h1><p class=\"sub\">" + EscapeHtml(subtitle_) + "</p>\n" + body_ +
-      "<p class=\"sub\">routecast " + Version() + " (" + EscapeHtml(GitCommit()) +
-      ")</p></main></body></html>\n";
-  if (page.size() > kMaxBytes) {
-    throw std::length_error("the report has " + std::to_string(page.size()) +
-                            " bytes, at most " + std::to_string(kMaxBytes) +
-                            " are allowed");
+      "</h1><p class=\"sub\">" + EscapeHtml(subtitle_) + "</p>\n";
+  const std::string tail = "<p class=\"sub\">routecast " + std::string(Version()) + " (" +
+                           EscapeHtml(GitCommit()) + ")</p></main></body></html>\n";
+  std::vector<Part> parts = parts_;
+  size_t size = head.size() + tail.size();
+  for (const Part& part : parts) size += part.html.size();
+  while (size > kMaxBytes) {
+    const auto largest =
+        std::max_element(parts.rbegin(), parts.rend(), [](const Part& a, const Part& b) {
+          return (a.summary.empty() ? 0 : a.html.size()) <
+                 (b.summary.empty() ? 0 : b.html.size());
+        });
+    if (largest == parts.rend() || largest->summary.empty()) {
+      throw std::length_error("the report has " + std::to_string(size) +
+                              " bytes, at most " + std::to_string(kMaxBytes) +
+                              " are allowed");
+    }
+    size -= largest->html.size();
+    *largest = {"", LeftOut(largest->summary)};
+    size += largest->html.size();
   }
-  return page;
+  std::string page = head;
+  for (const Part& part : parts) page += part.html;
+  return page + tail;
 }
 
 void HtmlReport::Write(const fs::path& path) const { WriteFileAtomic(path, Finish()); }

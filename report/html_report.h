@@ -21,18 +21,27 @@ class HtmlReport {
   void Paragraph(const std::string& text);
   void KeyFigures(const std::vector<std::pair<std::string, std::string>>& label_value);
   void Charts(const std::vector<std::string>& svg);  // side by side where there is room
-  // The same, folded away until it is opened; nothing where there are none.
+  // The same, folded away until it is opened; nothing where there are none. What is
+  // folded is left out, and said to be, where the page would be larger than kMaxBytes:
+  // the largest first, of equal ones the last.
   void FoldedCharts(const std::string& summary, const std::vector<std::string>& svg);
   void AddTable(const Table& table, const std::string& caption);
   // Folded away until it is opened.
   void Details(const std::string& summary, const Table& table);
 
-  // Throws std::length_error where the page is larger than kMaxBytes.
+  // Throws std::length_error where what is not folded is larger than kMaxBytes.
   std::string Finish() const;
   void Write(const fs::path& path) const;  // atomic
 
  private:
-  std::string title_, subtitle_, body_;
+  struct Part {
+    std::string summary;  // of what is folded; empty: it stays
+    std::string html;
+  };
+  void Add(const std::string& html);
+  void AddFolded(const std::string& summary, const std::string& html);
+  std::string title_, subtitle_;
+  std::vector<Part> parts_;
 };
 
 }  // namespace routecast

@@ -66,6 +66,7 @@ std::string RowsCsv(const Json& rows) {
   static const std::array<const char*, 5> kFive = {"_min", "_q1", "_median", "_q3",
                                                    "_max"};
   const auto text = [](const Json& value) {
+    if (value.is_null()) return std::string();
     return value.is_string() ? value.get<std::string>() : value.dump();
   };
   std::vector<std::string> columns;

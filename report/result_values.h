@@ -20,7 +20,7 @@ std::vector<Json> EntriesWith(const Json& value, const std::string& key);
 
 // Rows of a result as CSV (RFC 4180): a column a key, in the order of their first
 // appearance; of five numbers a column each (_min, _q1, _median, _q3, _max); nothing
-// where a row has no such key. REQUIRES arrays of five at most.
+// where a row has no such key, or null. REQUIRES arrays of five at most.
 std::string RowsCsv(const Json& rows);
 
 // How an evaluation's row is called: the predictor, or the policy with its eviction.

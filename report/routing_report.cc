@@ -13,7 +13,6 @@ namespace routecast {
 namespace {
 
 constexpr size_t kMostCells = 128;                     // a side of a transition map
-constexpr size_t kMostLoadCells = 4500;                // of the load map, 90 bytes each
 constexpr double kLeastLoadEnd = 2, kMostLoadEnd = 8;  // of its colours, even shares
 constexpr size_t kDrawnPaths = 7;  // a colour and dash of its own each
 constexpr size_t kTablePaths = 15;
@@ -38,7 +37,9 @@ std::string ExpertsText(const Json& path) {
   return text;
 }
 
-void AddKeyFigures(const Json& stats, const std::vector<Json>& layers, HtmlReport* page) {
+// `layers` are those with tokens, of `all`.
+void AddKeyFigures(const Json& stats, const std::vector<Json>& layers, size_t all,
+                   HtmlReport* page) {
   double entropy = 0;
   for (const Json& layer : layers) entropy += NumberOf(layer, "entropy_bits");
   const auto experts = layers.empty() ? 0 : NumbersOf(layers[0], "load").size();
@@ -46,12 +47,27 @@ void AddKeyFigures(const Json& stats, const std::vector<Json>& layers, HtmlRepor
       {{"sequences", ShortNumber(NumberOf(stats, "sequences"))},
        {"encoder tokens", ShortNumber(NumberOf(stats, "encoder_tokens"))},
        {"decoder tokens", ShortNumber(NumberOf(stats, "decoder_tokens"))},
-       {"MoE layers", std::to_string(layers.size())},
+       {"MoE layers", std::to_string(all)},
        {"experts a layer", std::to_string(experts)},
        {"mean entropy of " +
             Fixed(std::log2(static_cast<double>(std::max<size_t>(1, experts))), 2) +
             " bits",
-        Fixed(entropy / static_cast<double>(std::max<size_t>(1, layers.size())), 2)}});
+        Fixed(layers.empty() ? NAN : entropy / static_cast<double>(layers.size()), 2)}});
+}
+
+// Layers that tokens went through: of a stack that was not run there is nothing to show.
+std::vector<Json> WithTokens(std::vector<Json> layers) {
+  std::erase_if(layers, [](const Json& l) { return NumberOf(l, "tokens") == 0; });
+  return layers;
+}
+
+void AddWithoutTokens(const std::vector<Json>& layers, HtmlReport* page) {
+  std::string names;
+  for (const Json& layer : layers) {
+    if (NumberOf(layer, "tokens") == 0)
+      names += (names.empty() ? "" : ", ") + LayerName(layer);
+  }
+  if (!names.empty()) page->Paragraph("Layers without tokens, not shown: " + names + ".");
 }
 
 // What is counted, and of which choices of the router.
@@ -94,23 +110,9 @@ void AddLoad(const std::vector<Json>& layers, HtmlReport* page) {
     map.values.push_back(std::move(load));
   }
   if (map.values.empty()) return;
-  const size_t cells = map.values.size() * map.values[0].size();
-  const size_t join = (cells + kMostLoadCells - 1) / kMostLoadCells;
-  for (std::vector<double>& row : map.values) {
-    if (join <= 1) break;
-    std::vector<double> joined;
-    for (size_t c = 0; c < row.size(); c += join) {
-      const size_t end = std::min(row.size(), c + join);
-      joined.push_back(std::accumulate(row.begin() + static_cast<ptrdiff_t>(c),
-                                       row.begin() + static_cast<ptrdiff_t>(end), 0.0) /
-                       static_cast<double>(end - c));
-    }
-    row = std::move(joined);
-  }
   // One expert that takes all would leave the others without a colour to tell apart.
   map.high = std::clamp(std::ceil(largest), kLeastLoadEnd, kMostLoadEnd);
   map.legend = "1 = even share, most " + Fixed(largest, 1);
-  if (join > 1) map.x_label = "experts, " + std::to_string(join) + " a column";
   page->Section("Load");
   page->Charts({HeatMapSvg(map)});
 }
@@ -138,6 +140,7 @@ LineChart AcrossLayers(const std::vector<Json>& layers, const std::string& title
 }
 
 void AddSpread(const std::vector<Json>& layers, HtmlReport* page) {
+  if (layers.empty()) return;
   Table table({"<layer", "mean", "deviation", "CV", "skewness", "kurtosis", "min", "p25",
                "median", "p75", "IQR", "max", "active", "zero", "diversity", "dropped %",
                "tokens"});
@@ -220,7 +223,7 @@ void AddInformation(const std::vector<Json>& layers, HtmlReport* page) {
       {"<layer", "with the token id", "1 layer back", "2 back", "3 back", "4 back"});
   BarChart token{
       "Information shared with the token id", "normalised", {}, {{"", {}, {}}}, 0};
-  bool any_token = false;
+  bool any = false, any_token = false;
   for (const Json& layer : layers) {
     const std::vector<double> previous = NumbersOf(layer, "nmi_previous");
     const double with_token = NumberOf(layer, "nmi_token");
@@ -232,13 +235,14 @@ void AddInformation(const std::vector<Json>& layers, HtmlReport* page) {
     token.categories.push_back(LayerName(layer));
     token.series[0].values.push_back(with_token);
     any_token = any_token || std::isfinite(with_token);
+    any = any || any_token || !previous.empty();
   }
   for (const char* phase : {"encoder", "decoder"}) {
     const std::string map = InformationMap(layers, phase);
     if (!map.empty()) charts.push_back(map);
   }
   if (any_token) charts.push_back(BarChartSvg(token));
-  if (charts.empty()) return;
+  if (!any) return;
   page->Section("What layers and tokens tell about each other");
   page->Paragraph(
       "Normalised mutual information, 2 I(X; Y) / (H(X) + H(Y)): 0 where one says "
@@ -246,8 +250,16 @@ void AddInformation(const std::vector<Json>& layers, HtmlReport* page) {
       "of the other, 1 where each gives the other away. Counted from the store itself, "
       "so "
       "it reads high where pairs are few, as they are with token ids.");
-  page->Charts(charts);
+  if (!charts.empty()) page->Charts(charts);
   page->AddTable(table, "Normalised mutual information of a layer's expert");
+}
+
+std::vector<TransitionMap> WithTokens(std::vector<TransitionMap> maps) {
+  std::erase_if(maps, [](const TransitionMap& map) {
+    return std::none_of(map.counts.begin(), map.counts.end(),
+                        [](uint64_t c) { return c; });
+  });
+  return maps;
 }
 
 void AddTransitions(const std::vector<TransitionMap>& maps, HtmlReport* page) {
@@ -329,7 +341,8 @@ void AddJourneys(const Json& stats, HtmlReport* page) {
                     Percent(NumberOf(paths[i], "share"), 2)});
     }
     summary += std::string(summary.empty() ? "" : " ") + "The tokens of the " + phase +
-               " took " + ShortNumber(NumberOf(all[phase], "distinct")) +
+               " took " + (NumberOf(all[phase], "uncounted") > 0 ? "more than " : "") +
+               ShortNumber(NumberOf(all[phase], "distinct")) +
                " different journeys through its layers; the " +
                std::to_string(paths.size()) + " most frequent carry " + Percent(covered) +
                " of them.";
@@ -380,13 +393,14 @@ void AddPercentiles(const std::vector<Json>& layers, HtmlReport* page) {
 
 std::string RoutingReportHtml(const RoutingPage& in) {
   HtmlReport page("Routing statistics", in.store);
-  const std::vector<Json> layers = EntriesWith(in.stats, "load");
-  AddKeyFigures(in.stats, layers, &page);
+  const std::vector<Json> all = EntriesWith(in.stats, "load"), layers = WithTokens(all);
+  AddKeyFigures(in.stats, layers, all.size(), &page);
   AddAbout(in.stats, &page);
+  AddWithoutTokens(all, &page);
   AddLoad(layers, &page);
   AddSpread(layers, &page);
   AddInformation(layers, &page);
-  AddTransitions(in.transitions, &page);
+  AddTransitions(WithTokens(in.transitions), &page);
   AddJourneys(in.stats, &page);
   AddPercentiles(layers, &page);
   return page.Finish();

@@ -38,10 +38,11 @@ RunFolder LoadRunFolder(const fs::path& path) {
   if (!fs::exists(path / "metrics.jsonl")) return folder;
   std::istringstream lines(ReadFile(path / "metrics.jsonl"));
   std::string line;
-  while (std::getline(lines, line)) {
+  for (size_t number = 1; std::getline(lines, line); ++number) {
     if (line.empty() || lines.eof())
       continue;  // no newline yet: the line is being written
-    folder.metrics.push_back(ParseJson(line, (path / "metrics.jsonl").string()));
+    folder.metrics.push_back(ParseJson(
+        line, (path / "metrics.jsonl").string() + ", line " + std::to_string(number)));
   }
   return folder;
 }

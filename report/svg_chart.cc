@@ -57,12 +57,14 @@ class Plot {
     for (size_t i = 0; i < legend.size() && legend.size() > 1; ++i) {
       const double width = 42 + kCharacter * static_cast<double>(legend[i].size());
       if (x + width > kWidth - kRight && x > kLeft) x = kLeft, y += kLegendRow;
-      keys += Key(x, y, i) + Text(x + 22, y, "start", "t", legend[i]);
+      keys +=
+          Key(x, y, i) + FittedText(x + 22, y, kWidth - kRight - x - 22, "t", legend[i]);
       x += width;
     }
     top_ = legend.size() > 1 ? y + 14 : kTitle + 8;
     height_ = kHeight + (top_ - kTitle - 8);
-    body_ = Text(kLeft, 16, "start", "th", title) + keys;
+    body_ = FittedText(kLeft, 16, kWidth - kRight - kLeft, "th", title, kBoldCharacter) +
+            keys;
   }
   double left() const { return kLeft; }
   double right() const { return kWidth - kRight; }
@@ -131,6 +133,18 @@ std::string Polyline(const LineSeries& s, size_t index, const Plot& plot,
          "/>" + (count <= kMarkedPoints ? points : "");
 }
 
+bool Continues(char c) { return (c & '\xc0') == '\x80'; }  // a character of UTF-8
+
+// At most kLongestLabel characters.
+std::string Shortened(const std::string& name) {
+  size_t characters = 0, kept = 0;  // kept: bytes of all but the last
+  for (size_t i = 0; i < name.size(); ++i) {
+    if (Continues(name[i])) continue;
+    if (++characters == kLongestLabel) kept = i;
+  }
+  return characters > kLongestLabel ? name.substr(0, kept) + "…" : name;
+}
+
 // Equal places below a plot, their names slanted where they are too long.
 class CategoryAxis {
  public:
@@ -148,8 +162,7 @@ class CategoryAxis {
     return plot.left() + width_ * static_cast<double>(i);
   }
   void Label(size_t i, Plot* plot) const {
-    std::string name = names_[i];
-    if (name.size() > kLongestLabel) name = name.substr(0, kLongestLabel - 1) + "…";
+    const std::string name = Shortened(names_[i]);
     const double middle = Left(*plot, i) + width_ / 2;
     if (!slanted_)
       return plot->Add(Text(middle, plot->bottom() + 17, "middle", "t", name));
@@ -255,7 +268,7 @@ std::string ShortNumber(double value) {
   if (!std::isfinite(value)) return "-";
   const char* unit = "";
   for (const char* next : {"k", "M", "G", "T"}) {
-    if (std::abs(value) < 10000) break;
+    if (std::abs(value) < 9999.5) break;  // else %.4g has an exponent
     value /= 1000;
     unit = next;
   }

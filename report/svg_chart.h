@@ -61,7 +61,9 @@ struct HeatMap {
 std::string LineChartSvg(const LineChart& chart);
 std::string BarChartSvg(const BarChart& chart);
 std::string BoxChartSvg(const BoxChart& chart);
-std::string HeatMapSvg(const HeatMap& map);
+// Of more than 4,500 cells neighbouring columns are joined (their mean), so that pages
+// stay small; the axis counts what they stand for, and its label says it.
+std::string HeatMapSvg(const HeatMap& whole);
 
 // "#rrggbb" of a colour scale from 0 to 1 that also reads without colour vision.
 std::string ScaleColour(double unit);

@@ -318,8 +318,8 @@ uint64_t ExportedBytes(const TraceReader& reader, const std::string& format) {
   uint64_t bytes = 0;
   for (const SequenceInfo& s : reader.sequences()) {
     const uint64_t cells =
-        s.encoder_tokens * static_cast<unsigned>(c.geometry.encoder_layers) +
-        s.decoder_tokens * static_cast<unsigned>(c.geometry.decoder_layers);
+        uint64_t{s.encoder_tokens} * static_cast<unsigned>(c.geometry.encoder_layers) +
+        uint64_t{s.decoder_tokens} * static_cast<unsigned>(c.geometry.decoder_layers);
     bytes += text ? cells * row : PartBytes(s, c) / 2 + 41;
   }
   return bytes;

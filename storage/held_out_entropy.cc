@@ -1,5 +1,6 @@
 #include "storage/held_out_entropy.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "common/errors.h"
@@ -35,6 +36,13 @@ void HeldOutEntropy::Add(const RoutingTrace& trace) {
   kept.decoder = IdsOf(trace.decoder);
 }
 
+bool HeldOutEntropy::HasOthers(int fold, Stack s) const {
+  return std::any_of(traces_.begin(), traces_.end(), [&](const RoutingTrace& t) {
+    return FoldOf(t) != fold &&
+           (s == Stack::kEncoder ? t.encoder : t.decoder).num_tokens > 0;
+  });
+}
+
 ContextModel HeldOutEntropy::ModelWithout(int fold, const WorkObserver& on_work) const {
   // The model's size does not count here, so every difference gets its entry; few
   // observations are distrusted instead.
@@ -68,6 +76,8 @@ std::vector<double> HeldOutEntropy::Estimate(const WorkObserver& on_work) const 
     tell(0);
     const ContextModel model =
         ModelWithout(fold, [&](double share) { tell(kModelShare * share); });
+    const bool others[2] = {HasOthers(fold, Stack::kEncoder),
+                            HasOthers(fold, Stack::kDecoder)};
     uint64_t seen = 0;
     for (const RoutingTrace& t : traces_) {
       ThrowIfStopped(kDoing);
@@ -75,7 +85,7 @@ std::vector<double> HeldOutEntropy::Estimate(const WorkObserver& on_work) const 
       if (FoldOf(t) != fold) continue;
       for (const Stack s : {Stack::kEncoder, Stack::kDecoder}) {
         const RoutingSpan& span = s == Stack::kEncoder ? t.encoder : t.decoder;
-        if (span.num_tokens == 0) continue;
+        if (span.num_tokens == 0 || !others[static_cast<size_t>(s)]) continue;
         std::vector<double> of_span(static_cast<size_t>(span.num_layers), 0.0);
         model.CountBits(s, span, &of_span);
         for (int l = 0; l < span.num_layers; ++l) {

@@ -21,13 +21,16 @@ class HeldOutEntropy {
   explicit HeldOutEntropy(const MoeGeometry& geometry) : geometry_(geometry) {}
   // Documents go to folds by their group, so that near-duplicates stay together.
   void Add(const RoutingTrace& trace);
-  // Bits an id, by global layer; negative for layers without ids, and for all where a
-  // model of them would be larger than a coder's may be.
+  // Bits an id, by global layer; negative for layers without ids or without ids of other
+  // folds, and for all where a model of them would be larger than a coder's may be.
   std::vector<double> Bits(const WorkObserver& on_work = {}) const;
 
  private:
   std::vector<double> Estimate(const WorkObserver& on_work) const;
   static int FoldOf(const RoutingTrace& trace);
+  // Whether other folds than this one have tokens of the stack: of those alone something
+  // is known about it.
+  bool HasOthers(int fold, Stack s) const;
   // A model of all folds but this one.
   ContextModel ModelWithout(int fold, const WorkObserver& on_work) const;
 

@@ -195,6 +195,39 @@ const StoreConfig& CorpusOf(const StoreConfig& config, const std::vector<Input>&
   return *longest;
 }
 
+// Planes beside the ids that a store's records have, as its first one does: those of a
+// collection or an import all have the same.
+std::set<std::string> PlanesOf(const TraceReader& reader) {
+  std::set<std::string> planes;
+  if (reader.sequences().empty()) return planes;
+  const RoutingTrace trace =
+      reader.Read(reader.sequences()[0].sequence_id, WithHidden::kNo);
+  const RoutingSpan& span = trace.encoder.num_tokens > 0 ? trace.encoder : trace.decoder;
+  if (!span.gate_probs.empty()) planes.insert("probabilities");
+  if (!span.dropped.empty()) planes.insert("drops");
+  if (!span.margins.empty()) planes.insert("margins");
+  if (!span.topk_ids.empty()) planes.insert("top-k experts");
+  if (!span.topk_probs.empty()) planes.insert("top-k probabilities");
+  return planes;
+}
+
+std::string Named(const std::set<std::string>& planes) {
+  std::string names;
+  for (const std::string& plane : planes) names += (names.empty() ? "" : ", ") + plane;
+  return names.empty() ? "none" : names;
+}
+
+// store.json does not say all that an import may lack; a store of both kinds of records
+// could not be exported as arrays.
+void RequireSamePlanes(const TraceReader& first, const TraceReader& other) {
+  if (first.sequences().empty() || other.sequences().empty()) return;
+  const std::set<std::string> planes = PlanesOf(first), others = PlanesOf(other);
+  if (planes == others) return;
+  RefusePair(first, other,
+             "recorded beside the ids: " + Named(planes) + ", not " + Named(others),
+             "import both with the same arrays");
+}
+
 // Checks that the stores go together, gives new ids where wanted, and returns the
 // result's configuration.
 StoreConfig Prepare(const MergeOptions& options, std::vector<Input>* inputs) {
@@ -213,6 +246,7 @@ StoreConfig Prepare(const MergeOptions& options, std::vector<Input>* inputs) {
       for (const auto& d : differences) values += (values.empty() ? "" : "; ") + d;
       RefusePair(first, reader, values, "merge stores of one model and one recording");
     }
+    RequireSamePlanes(first, reader);
     const std::string corpus = CorpusOf(reader.config(), *inputs).corpus_fingerprint;
     if (!options.renumber && corpus != config.corpus_fingerprint) {
       RefusePair(first, reader,

@@ -142,14 +142,14 @@ LayerStatistics Finish(const LayerCounters& c, const LayerCounters* previous) {
     s.previous_token_recall =
         static_cast<double>(c.repeats) / static_cast<double>(c.followers);
   }
-  s.entropy_bits = Entropy(c.counts);
+  if (c.tokens > 0) s.entropy_bits = Entropy(c.counts);
   if (c.drops_known > 0) {
     s.dropped = static_cast<double>(c.dropped) / static_cast<double>(c.drops_known);
   }
   s.gate_probs = c.probs.Percentiles();
   s.margins = c.margins.Percentiles();
   if (!c.by_token.empty()) s.token_entropy_bits = TokenEntropy(c.by_token);
-  if (previous != nullptr) {
+  if (previous != nullptr && c.tokens > 0) {
     std::vector<uint64_t> joint;
     for (const auto& [pair, count] : c.pairs) joint.push_back(count);
     // H(X | Y) = H(X, Y) - H(Y); sorted, so that equal stores give equal digits.
@@ -247,9 +247,9 @@ Json StoreStatistics::ToJson() const {
     Json layer = {{"phase", StackName(s.stack)},
                   {"layer", s.layer},
                   {"layer_id", s.global_layer},
-                  {"tokens", s.tokens},
-                  {"entropy_bits", s.entropy_bits}};
+                  {"tokens", s.tokens}};
     const auto known = [](double v) { return v < 0 ? Json(nullptr) : Json(v); };
+    layer["entropy_bits"] = known(s.entropy_bits);
     layer["conditional_entropy_bits"] = known(s.conditional_entropy_bits);
     layer["token_entropy_bits"] = known(s.token_entropy_bits);
     layer["held_out_entropy_bits"] = known(s.held_out_entropy_bits);
@@ -278,7 +278,7 @@ Json StoreStatistics::ToJson() const {
   return json;
 }
 
-void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder) {
+void WriteLoads(const StoreStatistics& statistics, const fs::path& folder) {
   MakeFolder(folder);
   std::string load = "layer_id,expert_id,count\n", slots = load;
   bool several = false;
@@ -290,6 +290,10 @@ void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder) 
   WriteFileAtomic(folder / "load.csv", load);
   fs::remove(folder / "slot_load.csv");  // of another store
   if (several) WriteFileAtomic(folder / "slot_load.csv", slots);
+}
+
+void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder) {
+  WriteLoads(statistics, folder);
   WriteFileAtomic(folder / "stats.json", statistics.ToJson().dump(2) + "\n");
 }
 

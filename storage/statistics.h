@@ -21,16 +21,18 @@ struct LayerStatistics {
   int global_layer = 0;  // MoeGeometry
   uint64_t tokens = 0;
   std::vector<uint64_t> counts;  // [E] tokens that chose each expert
-  double entropy_bits = 0;       // of the experts' shares (plug-in estimate)
+  // Of the experts' shares (plug-in estimate); negative for a layer without tokens.
+  double entropy_bits = -1;
   // Of the expert given the same token's expert in the layer before; negative for the
-  // first layer of a stack, which has none. A plug-in estimate: low where tokens < E*E.
+  // first layer of a stack, which has none, and for a layer without tokens. A plug-in
+  // estimate: low where tokens < E*E.
   double conditional_entropy_bits = -1;
   // Of the expert given the token id: plug-in. Negative where there are no token ids.
   double token_entropy_bits = -1;
   // Of the expert given token id (else the layer's expert of the token before) and the
   // layer before's expert, of documents that the estimate has not seen
-  // (held_out_entropy.h). Negative where it was not asked for, and
-  // where experts (kMaxCodedExperts) or contexts are too many.
+  // (held_out_entropy.h). Negative where it was not asked for, where there are no other
+  // documents, and where experts (kMaxCodedExperts) or contexts are too many.
   double held_out_entropy_bits = -1;
   double dropped = -1;  // share that capacity dropped; negative where not recorded
   // Of models that route to k experts a token, where the store has them all: [E] uses of
@@ -60,8 +62,10 @@ using CountObserver = std::function<void(uint64_t sequences)>;
 StoreStatistics ComputeStatistics(const TraceReader& reader,
                                   const CountObserver& on_count = {},
                                   const WorkObserver& on_entropy = {});
-// stats.json, load.csv (`layer_id,expert_id,count`, of the first choice) and, where a
-// token has several experts that are all stored, slot_load.csv, the same of all of them.
+// load.csv (`layer_id,expert_id,count`, of the first choice) and, where a token has
+// several experts that are all stored, slot_load.csv, the same of all of them.
+void WriteLoads(const StoreStatistics& statistics, const fs::path& folder);
+// These, and then stats.json.
 void WriteStatistics(const StoreStatistics& statistics, const fs::path& folder);
 
 }  // namespace routecast

@@ -158,7 +158,8 @@ RoutingLayer FinishLayer(const std::vector<LayerCounts>& all, size_t l) {
   RoutingLayer layer;
   layer.spread = SpreadOf(c.counts);
   const double own = EntropyBits(c.counts);
-  for (size_t back = 1; back <= c.previous.size(); ++back) {
+  const size_t earlier = layer.spread.total > 0 ? c.previous.size() : 0;
+  for (size_t back = 1; back <= earlier; ++back) {
     layer.nmi_previous.push_back(Normalised(EntropyBits(all[l - back].counts), own,
                                             EntropyBits(c.previous[back - 1].Sorted())));
   }
@@ -325,9 +326,7 @@ Json AllStatistics(Json stats, const RoutingStatistics& routing) {
 
 void WriteAllStatistics(const StoreStatistics& stats, const RoutingStatistics& routing,
                         const fs::path& folder) {
-  WriteStatistics(stats, folder);
-  WriteFileAtomic(folder / "stats.json",
-                  AllStatistics(stats.ToJson(), routing).dump(2) + "\n");
+  WriteLoads(stats, folder);
   std::string csv = "layer_id,previous_expert_id,expert_id,count\n";
   const auto experts = static_cast<size_t>(routing.num_experts);
   for (size_t l = 0; l < routing.layers.size(); ++l) {
@@ -339,6 +338,8 @@ void WriteAllStatistics(const StoreStatistics& stats, const RoutingStatistics& r
     }
   }
   WriteFileAtomic(folder / "transitions.csv", csv);
+  WriteFileAtomic(folder / "stats.json",
+                  AllStatistics(stats.ToJson(), routing).dump(2) + "\n");
 }
 
 }  // namespace routecast

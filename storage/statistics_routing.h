@@ -33,7 +33,8 @@ LoadSpread SpreadOf(const std::vector<uint64_t>& counts);
 
 struct RoutingLayer {
   LoadSpread spread;
-  // Normalised mutual information with the layer 1, 2, .. before it in its stack.
+  // Normalised mutual information with the layer 1, 2, .. before it in its stack; empty
+  // for a layer without tokens.
   std::vector<double> nmi_previous;
   double nmi_token = -1;  // with the token id; negative where there are none
   // Tokens by (expert of the layer before, expert): [E*E], or empty in the first layer of
@@ -75,8 +76,8 @@ RoutingStatistics ComputeRoutingStatistics(const TraceReader& reader,
                                            const CountObserver& on_count = {});
 // `stats` (StoreStatistics::ToJson) with what RoutingStatistics adds.
 Json AllStatistics(Json stats, const RoutingStatistics& routing);
-// stats.json with both, load.csv, and transitions.csv
-// (`layer_id,previous_expert_id,expert_id,count`, where count > 0).
+// WriteLoads' files, transitions.csv (`layer_id,previous_expert_id,expert_id,count`,
+// where count > 0), and last stats.json with both.
 void WriteAllStatistics(const StoreStatistics& stats, const RoutingStatistics& routing,
                         const fs::path& folder);
 

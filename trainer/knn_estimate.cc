@@ -189,6 +189,7 @@ std::vector<KnnEstimate> EstimateByNeighbours(TraceDataset* dataset, uint64_t se
         KnnEstimate estimate =
             Score(nearest, train.labels_NHK.select(1, lead).index_select(0, a),
                   test.labels_NHK.select(1, lead).index_select(0, b), g.num_experts);
+        if (estimate.neighbours == 0 || estimate.samples == 0) continue;  // no 0 % either
         estimate.phase = stack;
         estimate.layer = source;
         estimate.lead = static_cast<int>(lead) + 1;

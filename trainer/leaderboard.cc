@@ -243,8 +243,9 @@ Json MakeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,
   board["rows"] = rows;
   if (comm->rank_info().is_root()) {
     WriteFileAtomic(job.run.out / "leaderboard.csv", LeaderboardCsv(board));
-    WriteFileAtomic(job.run.out / "leaderboard.html", LeaderboardHtml(board));
+    // Before the page: whatever becomes of that, what was trained for hours is there.
     WriteFileAtomic(job.run.out / "leaderboard.json", board.dump(2) + "\n");
+    WriteFileAtomic(job.run.out / "leaderboard.html", LeaderboardHtml(board));
   }
   comm->Barrier();
   return board;

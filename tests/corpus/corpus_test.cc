@@ -178,6 +178,20 @@ TEST_F(CorpusTest, JsonlErrorsNameTheByte) {
               testing::AllOf(HasSubstr(path), HasSubstr("byte 16")));
 }
 
+TEST_F(CorpusTest, JsonlErrorsNameTheLinesAndCountTheRest) {
+  std::string lines = "{\"text\": \"one\"}\n\n{\"text\": \n{\"text\": \"two\"}\n";
+  EXPECT_THAT(Message("jsonl:" + Write("a.jsonl", lines)),
+              HasSubstr("line 3, at byte 17"));
+  lines += "{\"body\": 1}\n";
+  EXPECT_THAT(Message("jsonl:" + Write("b.jsonl", lines)),
+              testing::AllOf(HasSubstr("line 3, at byte 17"),
+                             HasSubstr("; nor do these read: line 5\n")));
+  for (int i = 0; i < 10; ++i) lines += "[]\n";
+  const std::string message = Message("jsonl:" + Write("c.jsonl", lines));
+  EXPECT_THAT(message, HasSubstr("; nor do these read: lines 5, 6, 7, 8 and 7 more\n"));
+  EXPECT_EQ(std::count(message.begin(), message.end(), '\n'), 2);
+}
+
 TEST_F(CorpusTest, WikitextArticlesStartAtTitles) {
   const auto path =
       Write("w.txt",

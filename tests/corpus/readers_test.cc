@@ -59,6 +59,25 @@ TEST_F(ReadersTest, WindowsChangeNoRecord) {
   }
 }
 
+TEST_F(ReadersTest, LinesAreCountedOverWindows) {
+  const fs::path path = folder_ / "many.jsonl";
+  std::string text;
+  for (int i = 1; i <= 300; ++i) {
+    text += i % 3 == 0 ? "\n" : "{\"text\": \"" + std::to_string(i) + "\"}\n";
+  }
+  WriteFileAtomic(path, text);
+  const SourceSpec spec{SourceKind::kJsonl, "", "text"};
+  int records = 0;
+  ReadFileRecords(
+      spec, SourceFile(path), "many.jsonl",
+      [&](const RawRecord& record) {
+        EXPECT_EQ(RecordText(spec, record, ""), std::to_string(record.line));
+        ++records;
+      },
+      50);
+  EXPECT_EQ(records, 200);
+}
+
 // Nothing above the limit is read to see that: 256 MiB of a (sparse) file of a terabyte.
 TEST_F(ReadersTest, AGiantLineIsRefusedByItsByte) {
   const fs::path path = folder_ / "giant.jsonl";
@@ -71,7 +90,7 @@ TEST_F(ReadersTest, AGiantLineIsRefusedByItsByte) {
                     [&](const RawRecord&) { ++records; });
     FAIL() << "a line of a terabyte was taken";
   } catch (const DataError& e) {
-    EXPECT_NE(std::string(e.what()).find("at byte 14: a line above 256 MiB"),
+    EXPECT_NE(std::string(e.what()).find("line 2, at byte 14: a line above 256 MiB"),
               std::string::npos)
         << e.what();
   }

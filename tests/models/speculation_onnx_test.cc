@@ -40,25 +40,39 @@ std::unique_ptr<SpeculationModel> RandomModel(const SpeculationConfig& config) {
   return model;
 }
 
+// K experts a token that follow from its first one.
+void AddTopk(int k, RoutingSpan* span) {
+  span->top_k = k;
+  for (const uint16_t id : span->expert_ids) {
+    for (int i = 0; i < k; ++i) {
+      span->topk_ids.push_back(static_cast<uint16_t>((id + 2 * i) % kExperts));
+    }
+  }
+}
+
 // Of sequences of these lengths (encoder tokens, decoder tokens).
 RoutingWindow Batch(const std::vector<std::pair<int, int>>& lengths, Stack stack,
-                    int source) {
+                    int source, const MoeGeometry& geometry) {
+  const int k = geometry.experts_per_token;
   std::vector<RoutingTrace> traces;
   for (const auto& [encoder, decoder] : lengths) {
     traces.push_back(RandomTrace(SmallGeometry(), encoder, decoder, traces.size() + 1));
+    if (k == 1) continue;
+    AddTopk(k, &traces.back().encoder);
+    AddTopk(k, &traces.back().decoder);
   }
-  return BatchOf(traces, stack, source, kExperts);
+  return BatchOf(traces, stack, source, kExperts, k);
 }
 
 void WriteCase(const fs::path& file, const RoutingWindow& window,
                SpeculationModel* model) {
   const SpeculationOutput out = model->Forward(window, 0);
   const std::pair<const char*, at::Tensor> tensors[] = {
-      {"token_ids_BT", window.token_ids_BT},       {"valid_BT", window.valid_BT},
-      {"experts_BTL", window.experts_BTL},         {"hidden_BTD", window.hidden_BTD},
-      {"context_BTD", window.context_BTD},         {"source_BSD", window.source_BSD},
-      {"source_valid_BS", window.source_valid_BS}, {"logits_BTHE", out.logits_BTHE},
-      {"confidence_BTH", out.confidence_BTH}};
+      {"token_ids_BT", window.token_ids_BT}, {"valid_BT", window.valid_BT},
+      {"experts_BTL", window.experts_BTL},   {"others_BTLK", window.others_BTLK},
+      {"hidden_BTD", window.hidden_BTD},     {"context_BTD", window.context_BTD},
+      {"source_BSD", window.source_BSD},     {"source_valid_BS", window.source_valid_BS},
+      {"logits_BTHE", out.logits_BTHE},      {"confidence_BTH", out.confidence_BTH}};
   Parameters all;
   for (const auto& [name, tensor] : tensors) {
     if (tensor.defined()) all.Add(name, tensor.detach().contiguous());
@@ -78,7 +92,7 @@ void WriteCases(const fs::path& folder, SpeculationModel* model) {
       if (model->NumLeads(stack, s) == 0) continue;
       for (const auto& lengths : batches) {
         WriteCase(folder / (std::to_string(number++) + ".safetensors"),
-                  Batch(lengths, stack, s), model);
+                  Batch(lengths, stack, s, model->config().geometry), model);
       }
     }
   }
@@ -107,6 +121,21 @@ TEST(SpeculationOnnxTest, OnnxruntimeGivesWhatForwardGives) {
       FoldersOf("onnx", [](const auto& folder, const auto& model) {
         WriteSpeculationOnnx(folder / "onnx", model);
       });
+  EXPECT_EQ(RunReference("check_speculation.py", "onnx" + folders), 0);
+}
+
+// `interlayer` reads all of a token's experts, the other two its first.
+TEST(SpeculationOnnxTest, OfSeveralExpertsATokenItGivesWhatForwardGives) {
+  std::string folders;
+  for (const char* name : {"interlayer", "hidden", "multiscale"}) {
+    SpeculationConfig config = ConfigNamed(name);
+    config.geometry.experts_per_token = 3;
+    const auto model = RandomModel(config);
+    const fs::path folder = TestFolder(std::string("onnx_several_") + name);
+    WriteSpeculationOnnx(folder / "onnx", *model);
+    WriteCases(folder / "cases", model.get());
+    folders += " " + folder.string();
+  }
   EXPECT_EQ(RunReference("check_speculation.py", "onnx" + folders), 0);
 }
 

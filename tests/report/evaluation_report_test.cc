@@ -338,10 +338,79 @@ TEST(EvaluationReport, LoadsAFolderAndSkipsALineBeingWritten) {
   EXPECT_THROW(LoadRunFolder(folder), DataError);
 }
 
+TEST(EvaluationReport, ADamagedLineIsNamed) {
+  const fs::path folder = fs::path(::testing::TempDir()) / "report_damaged";
+  fs::remove_all(folder);
+  fs::create_directories(folder);
+  WriteFileAtomic(folder / "metrics.jsonl", "{\"step\":1}\n\n{\"st\n{\"step\":2}\n");
+  try {
+    LoadRunFolder(folder);
+    ADD_FAILURE() << "nothing was refused";
+  } catch (const DataError& error) {
+    EXPECT_TRUE(Has(error.what(), "metrics.jsonl, line 3 is not valid JSON"))
+        << error.what();
+  }
+}
+
+// DeepSeek's and Kimi's sizes, with every baseline at every place.
+TEST(EvaluationReport, OfManyLayersAndExpertsStaysSmall) {
+  RunFolder f = Training("hidden", 0.5);
+  f.stats = {{"layers", Json::array()}};
+  Json scores = Json::array();
+  for (int l = 0; l < 61; ++l) {
+    f.stats["layers"].push_back({{"phase", "decoder"},
+                                 {"layer", l},
+                                 {"load", std::vector<double>(384, 1. / 384)}});
+    for (int lead = 1; lead <= 61; ++lead) {
+      scores.push_back({{"phase", "decoder"},
+                        {"layer", l - 1},
+                        {"target", (l - 1 + lead) % 61},
+                        {"lead", lead},
+                        {"top1", .5},
+                        {"top2", .6},
+                        {"top4", .7},
+                        {"ci95", {.4, .6}}});
+    }
+  }
+  f.results["scores"] = scores;
+  for (const char* name : {"frequency", "token_table", "markov", "pattern"}) {
+    f.results["baselines"][name] = scores;
+  }
+  const std::string page = EvaluationReportHtml({f});
+  EXPECT_LE(page.size(), HtmlReport::kMaxBytes);
+  EXPECT_TRUE(Has(page, "expert, 6 a column"));
+  EXPECT_TRUE(Has(page, "All scores: left out, as the page would be larger"));
+}
+
+TEST(HtmlReport, LeavesOutTheLargestOfWhatIsFoldedWhereThePageIsTooLarge) {
+  const auto table = [](size_t bytes) {
+    Table t({"x"});
+    t.AddRow({std::string(bytes, 'x')});
+    return t;
+  };
+  HtmlReport page("t", "");
+  page.Paragraph("first");
+  page.Details("small", table(100'000));
+  page.Details("en lar<e", table(500'000));
+  page.Section("between");
+  page.Details("as lar<e", table(500'000));
+  const std::string html = page.Finish();
+  EXPECT_LE(html.size(), HtmlReport::kMaxBytes);
+  EXPECT_TRUE(Has(html, "<summary>small"));
+  EXPECT_TRUE(Has(html, "<summary>en lar&lt;e"));
+  EXPECT_FALSE(Has(html, "<summary>as lar"));
+  EXPECT_LT(html.find("<h2>between"), html.find("as lar&lt;e: left out"));
+}
+
 TEST(HtmlReport, RefusesAPageThatIsTooLarge) {
   HtmlReport page("t", "s");
   page.Paragraph(std::string(HtmlReport::kMaxBytes, 'x'));
   EXPECT_THROW(page.Finish(), std::length_error);
+}
+
+TEST(ResultValues, WhatIsNotKnownIsAnEmptyCell) {
+  const Json rows = {{{"a", nullptr}, {"b", {1, nullptr, 3, 4, 5}}}, {{"a", "x"}}};
+  EXPECT_EQ(RowsCsv(rows), "a,b_min,b_q1,b_median,b_q3,b_max\r\n,1,,3,4,5\r\nx,,,,,\r\n");
 }
 
 TEST(ResultValues, IntervalsInBothForms) {

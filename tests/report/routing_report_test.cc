@@ -176,6 +176,36 @@ TEST(RoutingReportTest, WhatIsNotRecordedIsADash) {
   EXPECT_THAT(RoutingReportHtml(page), Not(HasSubstr("0.00")));
 }
 
+// Of a stack that was not run nothing is known: no entropy of 0 bits, no even load.
+TEST(RoutingReportTest, LayersWithoutTokensAreNamedAndNotShown) {
+  RoutingPage page = PageOf(2, 16);
+  for (int l = 0; l < 2; ++l) {
+    Json layer = Layer("encoder", l, 16);
+    layer["tokens"] = 0;
+    layer["entropy_bits"] = nullptr;
+    layer["load"] = std::vector<double>(16, 0);
+    page.stats["layers"].push_back(layer);
+  }
+  page.transitions.push_back({"encoder", 1, std::vector<uint64_t>(256, 0)});
+  const std::string html = RoutingReportHtml(page);
+  EXPECT_THAT(html, HasSubstr("Layers without tokens, not shown: encoder 0, encoder 1."));
+  EXPECT_THAT(html, HasSubstr("<b>3.00</b><span>mean entropy of 4.00 bits"));
+  EXPECT_EQ(Count(html, "encoder"), 3u);  // the key figure's, and these two
+}
+
+TEST(RoutingReportTest, TwoLayersWithoutTokenIdsHaveTheirTableOfInformation) {
+  RoutingPage page = PageOf(2, 16);
+  for (Json& layer : page.stats["layers"]) layer["nmi_token"] = nullptr;
+  EXPECT_THAT(RoutingReportHtml(page), HasSubstr("<td>0.500</td>"));
+}
+
+TEST(RoutingReportTest, JourneysThatWereNotToldApartAreSaid) {
+  RoutingPage page = PageOf(2, 16);
+  EXPECT_THAT(RoutingReportHtml(page), HasSubstr("decoder took 400 different"));
+  page.stats["journeys"]["decoder"]["uncounted"] = 7;
+  EXPECT_THAT(RoutingReportHtml(page), HasSubstr("took more than 400 different"));
+}
+
 TEST(RoutingReportTest, LargeModelsFit) {
   const std::string html = RoutingReportHtml(PageOf(58, 256));
   EXPECT_LT(html.size(), HtmlReport::kMaxBytes);

@@ -20,6 +20,8 @@ TEST(ShortNumber, KeepsFourDigitsAndUnits) {
   EXPECT_EQ(ShortNumber(0), "0");
   EXPECT_EQ(ShortNumber(0.12346), "0.1235");
   EXPECT_EQ(ShortNumber(9999), "9999");
+  EXPECT_EQ(ShortNumber(9999.7), "10k");
+  EXPECT_EQ(ShortNumber(9999800), "10M");
   EXPECT_EQ(ShortNumber(-25000), "-25k");
   EXPECT_EQ(ShortNumber(3.2e10), "32G");
   EXPECT_EQ(ShortNumber(NAN), "-");
@@ -31,6 +33,15 @@ TEST(LineChart, TitlesAndNamesAreEscaped) {
   EXPECT_EQ(svg.find("<script>"), std::string::npos);
   EXPECT_NE(svg.find("&lt;script&gt;"), std::string::npos);
   EXPECT_NE(svg.find("x&amp;y"), std::string::npos);
+}
+
+// Beyond the picture's edge it would be cut off.
+TEST(LineChart, LongTitlesAndNamesAreSetNarrower) {
+  const std::string name(120, 'n');
+  const LineChart chart{
+      std::string(90, 't'), "x", "y", {{name, {1}, {2}}, {"b", {1}, {3}}}};
+  EXPECT_EQ(Count(LineChartSvg(chart), " textLength=\""), 2u);
+  EXPECT_EQ(Count(LineChartSvg({"t", "x", "y", {{"a", {1}, {2}}}}), "textLength"), 0u);
 }
 
 TEST(LineChart, AGapWhereAValueIsNotFinite) {
@@ -81,6 +92,27 @@ TEST(HeatMap, OneCellAValueAndEndsOfTheScale) {
   EXPECT_EQ(Count(svg, "fill=\"#00224e\""), 1u);  // the lowest
   EXPECT_EQ(Count(svg, "fill=\"#fee838\""), 1u);  // the highest
   EXPECT_EQ(Count(svg, "<rect"), 3u + 24u);       // cells and legend
+}
+
+// 61 layers of 256 experts are 1.4 MB cell by cell.
+TEST(HeatMap, JoinsColumnsOfLargeMapsAndItsAxisCountsWhatTheyStandFor) {
+  HeatMap map{"t", "expert", "load", {}, {}, 0, 2};
+  for (int l = 0; l < 61; ++l) {
+    map.rows.push_back(std::to_string(l));
+    map.values.emplace_back(256, 1.0);
+    map.values.back()[3] = NAN;
+  }
+  const std::string svg = HeatMapSvg(map);
+  EXPECT_EQ(Count(svg, "<rect"), 61u * 64 + 24);
+  EXPECT_NE(svg.find(">expert, 4 a column<"), std::string::npos);
+  EXPECT_NE(svg.find(">240<"), std::string::npos);  // the last number of the axis
+  EXPECT_EQ(Count(svg, ScaleColour(0.5)), 61u * 64) << "means, of what is there";
+}
+
+TEST(BarChart, LongNamesAreCutBetweenCharacters) {
+  const std::string long_name = "prédicteur-entraîné-éé-longtemps";
+  const std::string svg = BarChartSvg({"t", "y", {long_name}, {{"a", {1}, {}}}, 0});
+  EXPECT_NE(svg.find(">prédicteur-entraî…<"), std::string::npos) << svg;
 }
 
 TEST(Thinned, KeepsEndsAndBoundsTheCount) {

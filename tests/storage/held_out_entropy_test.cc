@@ -59,6 +59,20 @@ TEST(HeldOutEntropy, IsOneBitWhereTwoExpertsAreLeft) {
   EXPECT_NEAR(bits[1], 1, 0.05);
 }
 
+// One document, or near-duplicates alone: nothing is held out that something was learnt
+// for. A model of nothing took 12 bits for one of four experts.
+TEST(HeldOutEntropy, OfOneGroupOfDocumentsIsNotKnown) {
+  HeldOutEntropy entropy({1, 1, 4, 1, 0});
+  RoutingTrace trace;
+  trace.group_id = 5;
+  trace.decoder.num_tokens = 3;
+  trace.decoder.num_layers = 1;
+  trace.decoder.expert_ids = {1, 2, 1};
+  entropy.Add(trace);
+  entropy.Add(trace);
+  EXPECT_EQ(entropy.Bits(), (std::vector<double>{-1, -1}));
+}
+
 // Of a large store it takes minutes, in each fold.
 TEST(HeldOutEntropy, SaysHowFarItIs) {
   std::vector<double> shares;

@@ -73,6 +73,21 @@ class MergeTest : public Test {
   StoreConfig config_ = ConfigOf(shape_, 4, 0);
 };
 
+// store.json does not say that an import lacks drops; their union was a store that no
+// export of arrays could write.
+TEST_F(MergeTest, RefusesRecordsOfOtherPlanes) {
+  std::vector<RoutingTrace> without = Traces(20, 23);
+  for (RoutingTrace& trace : without) {
+    trace.encoder.dropped.clear();
+    trace.decoder.dropped.clear();
+  }
+  const std::string error =
+      ErrorOf<UsageError>({Make("a", Traces(0, 3)), Make("b", without)});
+  EXPECT_NE(error.find("/b cannot be merged with"), std::string::npos) << error;
+  EXPECT_NE(error.find("beside the ids: drops, margins, "), std::string::npos) << error;
+  EXPECT_NE(error.find(", not margins, "), std::string::npos) << error;
+}
+
 TEST_F(MergeTest, HoldsTheSequencesOfAllStoresOnce) {
   Make("a", Traces(0, 20));
   Make("b", Traces(12, 31));

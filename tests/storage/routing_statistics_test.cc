@@ -222,6 +222,33 @@ TEST(LoadSpreadTest, EvenLoadHasNoSpread) {
   EXPECT_EQ(SpreadOf({0, 0}).diversity, 0);
 }
 
+// As --task=encode leaves the decoder's: no entropy of 0 bits, which is one expert's.
+TEST_F(RoutingStatisticsTest, OfLayersWithoutTokensNothingIsKnown) {
+  config_.num_chunks = 1;
+  Create();
+  {
+    ChunkWriter writer(store(), config_, 0, "t");
+    RoutingTrace trace = RandomTrace(1, shape_);
+    trace.decoder = {};
+    writer.Add(trace);
+    writer.Finish();
+    ShardOwner(store(), config_, 0, 1).Ingest(0, "t");
+  }
+  const fs::path out = folder_.path() / "stats";
+  const TraceReader reader(store());
+  WriteAllStatistics(ComputeStatistics(reader), ComputeRoutingStatistics(reader), out);
+  const Json json = ReadJsonFile(out / "stats.json");
+  EXPECT_TRUE(json["layers"][2]["entropy_bits"].is_number());
+  EXPECT_EQ(json["layers"][2]["nmi_previous"].size(), 2u);
+  for (const int l : {3, 4, 5}) {
+    const Json& layer = json["layers"][static_cast<size_t>(l)];
+    EXPECT_EQ(layer["tokens"], 0);
+    EXPECT_TRUE(layer["entropy_bits"].is_null());
+    EXPECT_TRUE(layer["conditional_entropy_bits"].is_null());
+    EXPECT_TRUE(layer["nmi_previous"].empty());
+  }
+}
+
 TEST_F(RoutingStatisticsTest, AreWritten) {
   Fill();
   const fs::path out = folder_.path() / "stats";

@@ -44,6 +44,16 @@ expect 0 import --in=exported/traces.npz --out=again
 expect 0 export --store=again --out=exported2
 cmp -s exported/traces.npz exported2/traces.npz || fail "an export does not come back"
 
+# A store to which a second chunk is still to come.
+cp -r a part && rm part/shards/*.seal
+sed -i 's/"num_chunks": 1/"num_chunks": 2/' part/store.json
+for verb in export stats; do
+  expect 0 $verb --store=part --out=of_part
+  says "part is unfinished: 1 of 2 chunks are in it"
+  expect 0 $verb --store=a --out=of_a
+  grep -q unfinished log && fail "$verb of a whole store: $(cat log)"
+done
+
 expect 2 info --store=a --layers=3
 says "--layers is of routecast-trace import"
 expect 2 verify --store=a --format=csv --share=0.3

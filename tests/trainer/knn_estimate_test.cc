@@ -121,5 +121,24 @@ TEST(KnnEstimateTest, LooksAtWhatTheStoreHas) {
   }
 }
 
+// Capacity dropped every token of the decoder's last layer: of its targets nothing is
+// estimated, and no 0 % goes into means.
+TEST(KnnEstimateTest, OfNoLabelsThereIsNoEstimate) {
+  SyntheticTraces made =
+      TraceSynthesizer(3, 8, 24, 20, 5).Make(40, 6, 24, /*every_hidden=*/true);
+  for (RoutingTrace& trace : made.traces) {
+    RoutingSpan& s = trace.decoder;
+    s.dropped.assign(s.expert_ids.size(), 0);
+    std::fill(s.dropped.begin() + 2 * s.num_tokens, s.dropped.end(), uint8_t{1});
+  }
+  TraceDataset dataset(made.traces, made.geometry);
+  size_t decoder = 0;
+  for (const KnnEstimate& e : EstimateByNeighbours(&dataset, 1)) {
+    EXPECT_GT(e.samples, 0) << e.layer << " " << e.lead;
+    decoder += e.phase == Stack::kDecoder;
+  }
+  EXPECT_EQ(decoder, 3u * 2);  // the other two layers, from each
+}
+
 }  // namespace
 }  // namespace routecast

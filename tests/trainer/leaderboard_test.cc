@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "common/errors.h"
+#include "report/html_report.h"
 #include "tests/storage/temp_folder.h"
 #include "tests/trainer/training_in_memory.h"
 #include "trainer/document_scores.h"
@@ -69,6 +70,37 @@ TEST(LeaderboardRates, SecondsAreTheMeanOverSeedsThatAllSayThem) {
   row = LeaderboardRow("x", {results(2), unknown, ended}, 1, 0, 4);
   EXPECT_TRUE(row["training_seconds"].is_null());
   EXPECT_EQ(row["stopped_by_time"], 1);
+}
+
+// 600 places a row, as 24 decoder layers have them. The page was refused, and with it
+// leaderboard.json was never written.
+TEST(LeaderboardPage, OfManyPlacesLeavesOutTheLastRows) {
+  Json results = {{"seed", 1},
+                  {"parameters", 100},
+                  {"validation", {{"loss", 1.0}}},
+                  {"scores", Json::array()},
+                  {"training_seconds", 2.0}};
+  for (int layer = -1; layer < 24; ++layer) {
+    for (int lead = 1; lead <= 24; ++lead) {
+      results["scores"].push_back({{"phase", "decoder"},
+                                   {"layer", layer},
+                                   {"lead", lead},
+                                   {"top1", .5},
+                                   {"top4", .75},
+                                   {"cross_entropy", 1.5},
+                                   {"ece", .01},
+                                   {"ci95", {.4, .6}}});
+    }
+  }
+  Json board = {{"store", "store"}, {"rows", Json::array()}};
+  for (int i = 0; i < 20; ++i) {
+    board["rows"].push_back(
+        LeaderboardRow("row " + std::to_string(10 + i), {results}, 1, 0, 25));
+  }
+  const std::string page = LeaderboardHtml(board);
+  EXPECT_LE(page.size(), HtmlReport::kMaxBytes);
+  EXPECT_THAT(page, testing::HasSubstr("<summary>row 10<"));
+  EXPECT_THAT(page, testing::HasSubstr("row 29: left out, as the page would be larger"));
 }
 
 Json RowOver(const char* kind, double top1, int decoder_places) {
