@@ -319,6 +319,16 @@ TEST(StoredRouters, ThoseOfAnotherGeometryAreRefused) {
   EXPECT_THROW(ReadRouters(file, {0, 1, 5, 1, 8}), DataError) << "experts";
   EXPECT_THROW(ReadRouters(file, {0, 1, 4, 1, 9}), DataError) << "width";
   EXPECT_THROW(ReadRouters(file, {0, 2, 4, 1, 8}), DataError) << "a layer is missing";
+  for (const int64_t experts : {4, 1}) {  // one number would be added to all logits
+    Parameters biased = routers;
+    biased.Add("layer.0.bias", at::randn({experts}));
+    WriteParameters(file, biased, at::ScalarType::Undefined);
+    if (experts == 4) {
+      EXPECT_TRUE(ReadRouters(file, {0, 1, 4, 1, 8})[0].bias_E.defined());
+    } else {
+      EXPECT_THROW(ReadRouters(file, {0, 1, 4, 1, 8}), DataError) << "bias";
+    }
+  }
 }
 
 }  // namespace
