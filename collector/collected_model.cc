@@ -138,6 +138,17 @@ void RequireVocabulary(const std::string& model, const Tokenizer& tokenizer,
                             "use the tokenizer that the model was trained with"));
 }
 
+void RequireRouting(const std::string& model, const MoeGeometry& geometry, Task task) {
+  const bool encoder_alone = task == Task::kEncode;
+  if (geometry.encoder_layers + (encoder_alone ? 0 : geometry.decoder_layers) > 0) return;
+  const bool elsewhere = geometry.num_layers() > 0;
+  throw UsageError(ErrorText(
+      model + (elsewhere ? ": its encoder" : "") + " has no MoE layer: nothing is routed",
+      elsewhere ? "--task=encode runs the encoder alone"
+                : "its config.json places experts in no block",
+      elsewhere ? "use --task=denoise or generate" : "use a Switch Transformer"));
+}
+
 uint64_t CollectedModel::WeightBytes(const SwitchConfig& config, at::ScalarType dtype,
                                      const RankInfo& rank, int expert_parallel) {
   const int experts = config.num_experts;

@@ -34,6 +34,9 @@ SwitchConfig CollectedConfig(const fs::path& folder, at::ScalarType dtype,
 void RequireVocabulary(const std::string& model, const Tokenizer& tokenizer,
                        const SwitchConfig& config);
 
+// UsageError where `task` runs no MoE layer of `model`: its store would be empty.
+void RequireRouting(const std::string& model, const MoeGeometry& geometry, Task task);
+
 // A dry run's part of a checkpoint: its configuration; names and shapes of the weights
 // are looked at as CollectedModel looks at them, and none is read. Where there is a
 // `store`, the fingerprint is that of its last run whose files these are, by

@@ -367,6 +367,7 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
                        {},
                        ""};
   RequireVocabulary(options.model, tokenizer, planned.config);
+  RequireRouting(options.model, planned.config.geometry(), options.task);
   // Weights take minutes to read: what is wrong with the text is told before.
   const auto sources = OpenSources(options, tokenizer, rank, threads, Share);
   if (!sources) return CollectEnd::kStopped;

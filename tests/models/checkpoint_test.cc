@@ -163,6 +163,20 @@ TEST_F(CheckpointTest, AnInterruptedSaveOverShardsIsNoCheckpoint) {
   EXPECT_THROW(Load(), UsageError);
 }
 
+// The same of one file: its shapes would fit the configuration before, which says another
+// activation.
+TEST_F(CheckpointTest, AnInterruptedSaveOfAnotherConfigurationIsNoCheckpoint) {
+  Save(false);
+  const fs::path between = folder_ / "generation_config.json";
+  fs::remove(between);
+  fs::create_directory(between);  // the rename onto it fails
+  std::ofstream(between / "in-the-way") << "x";
+  made_.config.activation = Activation::kSilu;
+  EXPECT_THROW(SaveCheckpoint(folder_, made_.config, made_.parameters, at::kFloat),
+               UsageError);
+  EXPECT_FALSE(fs::exists(folder_ / "config.json"));
+}
+
 TEST_F(CheckpointTest, TiedFilesMayHoldAnyOfTheFourNames) {
   for (const char* only :
        {kHead, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}) {
