@@ -103,6 +103,7 @@ Json PretrainOn(MpiSession& session, const RankInfo& rank, PretrainJob job) {
   if (FLAGS_dry_run) {
     if (rank.is_root())
       std::printf("%s", DescribePretraining(job, corpus, rank.world).c_str());
+    RequirePretrainingRoom(job);
     return {};
   }
   const RoutingMeasures measures = Pretrain(job, corpus, comm.get());
