@@ -150,6 +150,7 @@ void DecodeOne(SwitchModel* model, const Inputs& in, const at::Tensor& encoded) 
   const at::Tensor one = at::ones({1, 1}, at::kBool);
   at::Tensor current = at::zeros({1, 1}, at::kLong);
   DecoderCache cache;
+  cache.most = FLAGS_new_tokens;  // as collection has it
   for (int step = 0; step < FLAGS_new_tokens; ++step) {
     current = model->Logits(model->Decode(current, one, encoded, valid, &cache))
                   .argmax(-1)

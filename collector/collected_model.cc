@@ -118,6 +118,37 @@ Checkpoint PlannedModel(const fs::path& folder, at::Device device, const RankInf
   return {reader.config(), {}, known.empty() ? reader.Fingerprint() : known};
 }
 
+SwitchConfig CollectedConfig(const fs::path& folder, at::ScalarType dtype,
+                             at::Device device, const RankInfo& rank,
+                             int expert_parallel) {
+  RequireWholeGroups(expert_parallel, rank.world);
+  RequireGroupsOwnDevices(device, rank, expert_parallel);
+  const SwitchConfig config = CheckpointReader(folder).config();
+  CheckExperts(expert_parallel, config.num_experts);
+  CollectedModel::RequireMemory(config, dtype, device, rank, expert_parallel);
+  return config;
+}
+
+void RequireVocabulary(const std::string& model, const Tokenizer& tokenizer,
+                       const SwitchConfig& config) {
+  if (tokenizer.vocab_size() <= config.vocab_size) return;
+  throw DataError(ErrorText(model + ": tokenizer and model do not fit",
+                            "tokenizer has " + std::to_string(tokenizer.vocab_size()) +
+                                " ids, the model " + std::to_string(config.vocab_size),
+                            "use the tokenizer that the model was trained with"));
+}
+
+void RequireRouting(const std::string& model, const MoeGeometry& geometry, Task task) {
+  const bool encoder_alone = task == Task::kEncode;
+  if (geometry.encoder_layers + (encoder_alone ? 0 : geometry.decoder_layers) > 0) return;
+  const bool elsewhere = geometry.num_layers() > 0;
+  throw UsageError(ErrorText(
+      model + (elsewhere ? ": its encoder" : "") + " has no MoE layer: nothing is routed",
+      elsewhere ? "--task=encode runs the encoder alone"
+                : "its config.json places experts in no block",
+      elsewhere ? "use --task=denoise or generate" : "use a Switch Transformer"));
+}
+
 uint64_t CollectedModel::WeightBytes(const SwitchConfig& config, at::ScalarType dtype,
                                      const RankInfo& rank, int expert_parallel) {
   const int experts = config.num_experts;
@@ -145,9 +176,7 @@ void CollectedModel::RequireMemory(const SwitchConfig& config, at::ScalarType dt
 CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
                                at::Device device, const RankInfo& rank,
                                int expert_parallel) {
-  RequireWholeGroups(expert_parallel, rank.world);
-  RequireGroupsOwnDevices(device, rank, expert_parallel);
-  RequireMemory(CheckpointReader(folder).config(), dtype, device, rank, expert_parallel);
+  CollectedConfig(folder, dtype, device, rank, expert_parallel);
   if (expert_parallel == 1) {
     whole_ = std::make_unique<ResidentModel>(LoadCheckpoint(folder, dtype, device));
     return;
@@ -155,7 +184,6 @@ CollectedModel::CollectedModel(const fs::path& folder, at::ScalarType dtype,
   checkpoint_ = LoadCheckpoint(folder, dtype, device, ExpertLoading::kLeaveOut);
   const SwitchConfig& config = checkpoint_.config;
   const MoeGeometry g = config.geometry();
-  CheckExperts(expert_parallel, g.num_experts);
   source_ = std::make_unique<ResidentExpertSource>(
       g, OwnExperts(folder, expert_parallel, rank.rank % expert_parallel, dtype, device));
   local_ = std::make_unique<LocalExpertExecutor>(source_.get(), config.activation);

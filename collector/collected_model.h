@@ -6,6 +6,7 @@
 
 #include "collector/expert_parallel.h"
 #include "common/run_record.h"
+#include "corpus/tokenizer.h"
 #include "models/checkpoint.h"
 
 namespace routecast {
@@ -21,6 +22,20 @@ Json CheckpointFiles(const fs::path& folder);
 // its files then. Null where they are others now: nothing says which of them was read.
 Json CheckpointRecord(const fs::path& folder, const std::string& fingerprint,
                       const Json& before);
+
+// What can be refused before a weight is read: its configuration, where names and shapes
+// of the weights are as it says. Throws as CollectedModel does. Every rank of the job
+// calls it.
+SwitchConfig CollectedConfig(const fs::path& folder, at::ScalarType dtype,
+                             at::Device device, const RankInfo& rank,
+                             int expert_parallel);
+
+// DataError where the tokenizer knows ids that `model`, of `config`, has no row for.
+void RequireVocabulary(const std::string& model, const Tokenizer& tokenizer,
+                       const SwitchConfig& config);
+
+// UsageError where `task` runs no MoE layer of `model`: its store would be empty.
+void RequireRouting(const std::string& model, const MoeGeometry& geometry, Task task);
 
 // A dry run's part of a checkpoint: its configuration; names and shapes of the weights
 // are looked at as CollectedModel looks at them, and none is read. Where there is a

@@ -282,6 +282,8 @@ void CollectOptions::Validate() const {
   require(has("ids"), "--record lacks ids",
           "traces are made of expert ids: add ids to the list");
   require(top_k >= 1 && top_k <= 64, "--top_k is out of range", "use 1 to 64");
+  require(!top_k_given || has("topk"), "--top_k does nothing: --record lacks topk",
+          "add topk to the list, or leave it out");
   require(hidden_share >= 0 && hidden_share <= 1, "--hidden_share is out of range",
           "use a share from 0 to 1");
   RequireCompression(compression, MoeGeometry());
@@ -311,6 +313,8 @@ void CollectOptions::Validate() const {
           "--temperature needs --task=generate", "the other tasks choose no tokens");
   require(temperature > 0 || (top_k_sampling == 0 && top_p == 1),
           "--top_k_sampling and --top_p need --temperature", "e.g. --temperature=1");
+  require(!sample_seed_given || temperature > 0, "--sample_seed needs --temperature",
+          "e.g. --temperature=1");
   ParseChoice("--nonfinite", nonfinite, {"refuse", "skip"});
   require(max_hours >= 0, "--max_hours is negative", "use 0 for no limit");
   require(hang_seconds >= 1, "--hang_seconds is below 1", "45 is the default");
@@ -355,26 +359,26 @@ CollectEnd CollectInto(const CollectOptions& options, const RankInfo& rank,
   SetComputeThreads(threads);
   const Tokenizer tokenizer = Tokenizer::Load(options.model);
   const at::ScalarType dtype = ParseDtype("--dtype", options.dtype);
+  const Checkpoint planned =
+      options.dry_run
+          ? PlannedModel(options.model, device, rank, options.expert_parallel, store)
+          : Checkpoint{CollectedConfig(options.model, dtype, device, rank,
+                                       options.expert_parallel),
+                       {},
+                       ""};
+  RequireVocabulary(options.model, tokenizer, planned.config);
+  RequireRouting(options.model, planned.config.geometry(), options.task);
+  // Weights take minutes to read: what is wrong with the text is told before.
+  const auto sources = OpenSources(options, tokenizer, rank, threads, Share);
+  if (!sources) return CollectEnd::kStopped;
   std::optional<CollectedModel> model;
-  Checkpoint planned;
   Json record;  // of the checkpoint, while its files are those that were read
-  if (options.dry_run) {
-    planned = PlannedModel(options.model, device, rank, options.expert_parallel, store);
-  } else {
+  if (!options.dry_run) {
     const Json files = rank.is_root() ? CheckpointFiles(options.model) : Json();
     model.emplace(options.model, dtype, device, rank, options.expert_parallel);
     record = CheckpointRecord(options.model, model->checkpoint().fingerprint, files);
   }
   const Checkpoint& checkpoint = model ? model->checkpoint() : planned;
-  if (tokenizer.vocab_size() > checkpoint.config.vocab_size) {
-    throw DataError(ErrorText(options.model + ": tokenizer and model do not fit",
-                              "tokenizer has " + std::to_string(tokenizer.vocab_size()) +
-                                  " ids, the model " +
-                                  std::to_string(checkpoint.config.vocab_size),
-                              "use the tokenizer that the model was trained with"));
-  }
-  const auto sources = OpenSources(options, tokenizer, rank, threads, Share);
-  if (!sources) return CollectEnd::kStopped;
   const Corpus& corpus = sources->corpus;
   const ChunkPlan& plan = sources->plan;
   StoreConfig config = ConfigOf(options, checkpoint, tokenizer, device, threads);

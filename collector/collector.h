@@ -25,7 +25,6 @@ struct CollectOptions {
   int max_length = 512;       // tokens a sequence; longer documents are cut
   int batch_size = 32;        // sequences a forward pass
   double noise_density = 0.15;  // share of masked tokens in denoise and generate
-  bool noise_given = false;     // by the user
   int expert_parallel = 1;      // ranks that share the experts; divides the ranks
   // How tokens are chosen where the task is generate: temperature 0 = greedily.
   double temperature = 0;
@@ -44,6 +43,8 @@ struct CollectOptions {
   uint64_t seed = 1;
   bool quiet = false;
   bool dry_run = false;
+  // By the user: refused where they do nothing.
+  bool noise_given = false, top_k_given = false, sample_seed_given = false;
 
   // Throws UsageError naming the flag.
   void Validate() const;

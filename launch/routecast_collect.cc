@@ -85,7 +85,12 @@ CollectOptions Options() {
   o.max_length = FLAGS_max_length;
   o.batch_size = FLAGS_batch_size;
   o.noise_density = FLAGS_noise_density;
-  o.noise_given = !gflags::GetCommandLineFlagInfoOrDie("noise_density").is_default;
+  const auto given = [](const char* flag) {
+    return !gflags::GetCommandLineFlagInfoOrDie(flag).is_default;
+  };
+  o.noise_given = given("noise_density");
+  o.top_k_given = given("top_k");
+  o.sample_seed_given = given("sample_seed");
   o.expert_parallel = FLAGS_expert_parallel;
   o.temperature = FLAGS_temperature;
   o.top_k_sampling = FLAGS_top_k_sampling;

@@ -50,7 +50,7 @@ void Override(const char* flag, int value, int* option) {
   if (value < 0) {
     throw UsageError(ErrorText(std::string(flag) + " is a count",
                                "it is " + std::to_string(value),
-                               "give 1 or more; 0 takes the preset's value"));
+                               "give 1 or more; 0 stands for what --help says"));
   }
   if (value > 0) *option = value;
 }
@@ -70,7 +70,7 @@ PretrainJob Validate() {
   model.num_sparse_encoder_layers = model.num_layers / 2;
   model.num_sparse_decoder_layers = model.num_decoder_layers / 2;
   if (FLAGS_learning_rate != 0) job.options.learning_rate = FLAGS_learning_rate;
-  job.stop_after = FLAGS_stop_after;
+  Override("--stop_after", FLAGS_stop_after, &job.stop_after);
   job.options.warmup_steps =
       std::min(job.options.warmup_steps, job.options.steps / 5 + 1);
   job.options.seed = FLAGS_seed;
@@ -103,6 +103,7 @@ Json PretrainOn(MpiSession& session, const RankInfo& rank, PretrainJob job) {
   if (FLAGS_dry_run) {
     if (rank.is_root())
       std::printf("%s", DescribePretraining(job, corpus, rank.world).c_str());
+    RequirePretrainingRoom(job);
     return {};
   }
   const RoutingMeasures measures = Pretrain(job, corpus, comm.get());

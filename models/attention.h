@@ -6,7 +6,9 @@
 
 namespace routecast {
 
-// q [B,H,T,K], k and v [B,H,S,K], of any strides; bias is broadcast to [B,H,T,S].
+// q [B,H,T,K], k and v [B,H,S,K], of any strides; bias is broadcast to [B,H,T,S]. `mask`,
+// [B,1,1,S], where it is defined, is added to the bias: for own loops it needs no sum of
+// both in memory, which is as large as all scores.
 // `causal`: queries are the last T of the keys' positions, and the bias masks what lies
 // behind each, which is then not computed. Returns [B,T,H*K], contiguous: what the output
 // projection takes. `weights`, where it is not null, becomes the softmax, [B,H,T,S]; the
@@ -18,6 +20,11 @@ namespace routecast {
 // not depend on the other rows, nor on how many masked keys follow.
 at::Tensor MultiHeadAttention(const at::Tensor& q_BHTK, const at::Tensor& k_BHSK,
                               const at::Tensor& v_BHSK, const at::Tensor& bias,
-                              bool causal, at::Tensor* weights_BHTS);
+                              bool causal, at::Tensor* weights_BHTS,
+                              const at::Tensor& mask_B11S = {});
+
+// Whether own loops serve a pass of `queries` over states like `x`, with heads of
+// `depth`.
+bool OwnAttentionServes(const at::Tensor& x, int64_t queries, int64_t depth);
 
 }  // namespace routecast

@@ -27,6 +27,10 @@ constexpr int64_t kAhead = 16;  // rows that are fetched ahead
 
 int64_t RoundUp(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+const float* MaskOf(const AttentionCall& c, int64_t b) {
+  return c.mask == nullptr ? nullptr : c.mask + b * c.mask_at;
+}
+
 // y[kR, kC vectors] = x[kR,depth] panel[depth, kC vectors]; each sum in order of depth.
 template <int kWidth, int kC, int kR>
 ROUTECAST_INLINE void Tile(const float* x, int64_t x_stride, const float* panel,
@@ -100,24 +104,26 @@ ROUTECAST_INLINE float Joined(const typename Vectors<kWidth>::Floats& x,
   }
 }
 
-// scores[0, keys) + bias -> e to them less the largest; the rest up to `padded`, whole
-// vectors -> 0. Returns one over their sum.
+// scores[0, keys) + (bias + mask) -> e to them less the largest; the rest up to `padded`,
+// whole vectors -> 0. Returns one over their sum.
 template <int kWidth>
-ROUTECAST_INLINE float Exponentials(float* scores, const float* bias, int64_t keys,
-                                    int64_t padded) {
+ROUTECAST_INLINE float Exponentials(float* scores, const float* bias, const float* mask,
+                                    int64_t keys, int64_t padded) {
   using Floats = typename Vectors<kWidth>::Floats;
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   for (int64_t i = keys; i < padded; ++i) scores[i] = kNone;
   Floats largest = Floats{} + kNone;
   for (int64_t i = 0; i < padded; i += kWidth) {
-    Floats x, b = {};
+    Floats x, b = {}, m = {};
     std::memcpy(&x, scores + i, sizeof x);
     if (i + kWidth <= keys) {
       std::memcpy(&b, bias + i, sizeof b);
+      if (mask != nullptr) std::memcpy(&m, mask + i, sizeof m);
     } else {
       for (int64_t k = i; k < keys; ++k) b[k - i] = bias[k];
+      for (int64_t k = i; mask != nullptr && k < keys; ++k) m[k - i] = mask[k];
     }
-    x += b;
+    x += b + m;
     largest = x > largest ? x : largest;
     std::memcpy(scores + i, &x, sizeof x);
   }
@@ -232,8 +238,8 @@ ROUTECAST_INLINE void Rows(const AttentionCall& c, int64_t b, int64_t h, int64_t
   for (int r = 0; r < kR; ++r) {
     float* row = scores + r * room->keys_padded;
     scales[r] = Exponentials<kWidth>(
-        row, c.bias + b * c.bias_at.b + h * c.bias_at.h + (t + r) * c.bias_at.t, keys,
-        padded);
+        row, c.bias + b * c.bias_at.b + h * c.bias_at.h + (t + r) * c.bias_at.t,
+        MaskOf(c, b), keys, padded);
     if (c.weights != nullptr) {
       float* to = c.weights + ((b * c.heads + h) * c.queries + t + r) * c.keys;
       for (int64_t k = 0; k < keys; ++k) to[k] = row[k] * scales[r];
@@ -290,8 +296,8 @@ ROUTECAST_INLINE void OneQuery(const AttentionCall& c, int64_t b, int64_t h, int
     scores[s] = Joined<kWidth>(sums, [](const auto& other, auto* x) { *x += other; });
   }
   const float scale = Exponentials<kWidth>(
-      scores, c.bias + b * c.bias_at.b + h * c.bias_at.h + t * c.bias_at.t, keys,
-      RoundUp(keys, kWidth));
+      scores, c.bias + b * c.bias_at.b + h * c.bias_at.h + t * c.bias_at.t, MaskOf(c, b),
+      keys, RoundUp(keys, kWidth));
   if (c.weights != nullptr) {
     float* to = c.weights + ((b * c.heads + h) * c.queries + t) * c.keys;
     for (int64_t s = 0; s < keys; ++s) to[s] = scores[s] * scale;

@@ -12,9 +12,11 @@ struct AttentionCall {
     int64_t b, h, t;
   };
   const float *q, *k, *v, *bias;
-  float* out;      // [B,T,H*K]
-  float* weights;  // [B,H,T,S], zeros at first, or null
+  const float* mask;  // [B,S], added to the bias, or null
+  float* out;         // [B,T,H*K]
+  float* weights;     // [B,H,T,S], zeros at first, or null
   Strides q_at, k_at, v_at, bias_at;
+  int64_t mask_at;  // of sequences
   int64_t heads, queries, keys, depth;
   bool causal;
 };

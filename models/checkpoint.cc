@@ -272,15 +272,17 @@ std::vector<RouterWeights> ReadRouters(const fs::path& file,
     r.weight_ED = stored.Get(prefix + "weight");
     if (stored.Has(prefix + "bias")) r.bias_E = stored.Get(prefix + "bias");
     r.norm_gain_D = stored.Get(prefix + "norm_gain");
-    if (r.weight_ED.dim() != 2 || r.weight_ED.size(0) != geometry.num_experts ||
-        r.weight_ED.size(1) != geometry.d_model ||
-        r.norm_gain_D.numel() != geometry.d_model) {
-      throw DataError(
-          ErrorText(file.string() + ": " + prefix + "weight has another shape",
-                    std::to_string(geometry.num_experts) + " x " +
-                        std::to_string(geometry.d_model) + " expected",
-                    "collect the store again"));
-    }
+    const auto check = [&](const char* name, const at::Tensor& tensor,
+                           const std::vector<int64_t>& shape) {
+      if (!tensor.defined() || tensor.sizes() == at::IntArrayRef(shape)) return;
+      throw DataError(ErrorText(
+          file.string() + ": " + prefix + name + " has another shape",
+          "found " + ShapeText(tensor.sizes().vec()) + ", expected " + ShapeText(shape),
+          "collect the store again"));
+    };
+    check("weight", r.weight_ED, {geometry.num_experts, geometry.d_model});
+    check("bias", r.bias_E, {geometry.num_experts});
+    check("norm_gain", r.norm_gain_D, {geometry.d_model});
     routers.push_back(r);
   }
   return routers;

@@ -106,10 +106,15 @@ void CheckpointWriter::Append(const void* data, size_t count) {
 }
 
 void CheckpointWriter::Finish(const SwitchConfig& config, at::ScalarType dtype) {
+  Json json = config.ToJson();
+  json["dtype"] = DtypeOfConfig(dtype);
+  const fs::path config_file = folder_ / "config.json";
+  const std::string config_text = json.dump(2) + "\n";
   // Several files change: without a configuration nobody takes a mixture of old and new
   // ones for a checkpoint. It is written last.
-  if (shards_.size() > 1 || fs::exists(folder_ / kIndex)) {
-    fs::remove(folder_ / "config.json");
+  if (shards_.size() > 1 || fs::exists(folder_ / kIndex) ||
+      (fs::exists(config_file) && ReadFile(config_file) != config_text)) {
+    fs::remove(config_file);
     fs::remove(folder_ / kIndex);
   }
   for (const auto& shard : shards_) shard->Finish();
@@ -130,9 +135,7 @@ void CheckpointWriter::Finish(const SwitchConfig& config, at::ScalarType dtype) 
                            {"eos_token_id", config.eos_token_id},
                            {"decoder_start_token_id", config.decoder_start_token_id}};
   WriteFileAtomic(folder_ / "generation_config.json", generation.dump(2) + "\n");
-  Json json = config.ToJson();
-  json["dtype"] = DtypeOfConfig(dtype);
-  WriteFileAtomic(folder_ / "config.json", json.dump(2) + "\n");
+  WriteFileAtomic(config_file, config_text);
 }
 
 void CheckpointWriter::RemoveOthers() const {

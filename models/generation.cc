@@ -28,6 +28,7 @@ class Decoder {
     encoded_RSD_ =
         copies == 1 ? encoded_BSD : encoded_BSD.repeat_interleave(copies, /*dim=*/0);
     valid_RS_ = copies == 1 ? valid_BS : valid_BS.repeat_interleave(copies, /*dim=*/0);
+    if (options.record_steps) cache_.most = options.max_new_tokens;
     static_ = options.steps_in;
     if (static_) {
       static_->Begin(encoded_RSD_, valid_RS_, forward_);
@@ -52,7 +53,11 @@ class Decoder {
     const at::Tensor rows = source_R.to(model_->device());
     if (static_) return static_->Reorder(rows);
     for (auto* part : {&cache_.self_key, &cache_.self_value}) {
-      for (at::Tensor& tensor : *part) tensor = tensor.index_select(0, rows);
+      for (at::Tensor& tensor : *part) {
+        const at::Tensor known = tensor.narrow(2, 0, cache_.length);
+        const at::Tensor moved = known.index_select(0, rows);
+        cache_.length == tensor.size(2) ? tensor = moved : known.copy_(moved);
+      }
     }
   }
 
@@ -90,6 +95,11 @@ void EndWithoutToken(const at::Tensor& next_R, int step, const GenerationOptions
   }
 }
 
+int LimitOf(const GenerationOptions& options, size_t row) {
+  const std::vector<int>& limits = options.row_max_new_tokens;
+  return limits.empty() ? options.max_new_tokens : limits[row];
+}
+
 std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
                                                   const SwitchConfig& config,
                                                   const GenerationOptions& options) {
@@ -108,21 +118,23 @@ std::vector<GeneratedSequence> ChooseTokenByToken(Decoder* decoder,
                           ? SampleIds(WarpLogits(allowed.to(at::kCPU), options.sampling),
                                       options.sampling, step)
                           : BestIds(allowed);
+    live = live.clone();  // the step's observers keep theirs
     EndWithoutToken(next, step, options, &live, &generated);
     next = at::where(live.squeeze(1), next, at::full_like(next, config.pad_token_id));
+    const auto* chosen = next.const_data_ptr<int64_t>();
+    auto* goes_on = live.mutable_data_ptr<bool>();
+    bool any = false;
     for (int64_t b = 0; b < batch; ++b) {
-      if (!live[b][0].item<bool>()) continue;
-      generated[static_cast<size_t>(b)].ids.push_back(next[b].item<int64_t>());
-    }
-    live = live.logical_and((next != config.eos_token_id).unsqueeze(1));
-    for (size_t b = 0; b < options.row_max_new_tokens.size(); ++b) {
-      if (step + 1 >= options.row_max_new_tokens[b])
-        live[static_cast<int64_t>(b)] = false;
+      if (!goes_on[b]) continue;
+      const auto row = static_cast<size_t>(b);
+      generated[row].ids.push_back(chosen[b]);
+      goes_on[b] = chosen[b] != config.eos_token_id && step + 1 < LimitOf(options, row);
+      any = any || goes_on[b];
     }
     if (options.on_step && !options.on_step(step, ForCallback(logits, options), next)) {
       break;
     }
-    if (!live.any().item<bool>()) break;
+    if (!any) break;
     current = next.unsqueeze(1);
   }
   return generated;
@@ -138,13 +150,16 @@ NextBeams NextOf(const std::vector<BeamSearch>& searches, int64_t num_beams,
   const int64_t rows = static_cast<int64_t>(searches.size()) * num_beams;
   NextBeams next{at::full({rows, 1}, pad_token_id, at::kLong),
                  at::zeros({rows, 1}, at::kBool), at::arange(rows, at::kLong)};
+  auto* id = next.ids_R1.mutable_data_ptr<int64_t>();
+  auto* live = next.live_R1.mutable_data_ptr<bool>();
+  auto* source = next.source_R.mutable_data_ptr<int64_t>();
   for (int64_t r = 0; r < rows; ++r) {
     const BeamSearch& search = searches[static_cast<size_t>(r / num_beams)];
     if (search.done()) continue;
     const BeamSearch::Beam& beam = search.running()[static_cast<size_t>(r % num_beams)];
-    next.ids_R1[r][0] = beam.ids.back();
-    next.live_R1[r][0] = true;
-    next.source_R[r] = r / num_beams * num_beams + beam.source;
+    id[r] = beam.ids.back();
+    live[r] = true;
+    source[r] = r / num_beams * num_beams + beam.source;
   }
   return next;
 }
@@ -167,7 +182,7 @@ std::vector<GeneratedSequence> SearchBeams(Decoder* decoder, const SwitchConfig&
     bool all_done = true;
     for (int64_t r = 0; r < rows; ++r) {  // one that is no number makes all of them so
       if (std::isnan(log_probs.const_data_ptr<float>()[r * log_probs.size(1)]) &&
-          live[r][0].item<bool>()) {
+          live.const_data_ptr<bool>()[r]) {
         RefuseLogits(r / beams, step);
       }
     }

@@ -37,7 +37,8 @@ struct GenerationOptions {
   bool logits_on_step = true;
   // On a GPU, where StaticDecoder serves: steps in fixed memory, recorded anew for each
   // call (static_decoder.h). Other sums than without, and where all experts are there
-  // observers hear of a step's layers at its end.
+  // observers hear of a step's layers at its end. Elsewhere keys and values have room for
+  // steps to come, up to twice what is used, and are not copied at each step.
   bool record_steps = false;
   // On any device: steps in this memory, made for as many rows, for the longest prompt
   // and max_new_tokens; what it has recorded is replayed. Borrowed.

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <iterator>
+#include <limits>
 
 #include "common/errors.h"
 
@@ -146,13 +147,16 @@ SwitchConfig SwitchConfig::FromJson(const Json& json, const std::string& what) {
   // null, not absence, asks for as many as the encoder has.
   if (json.contains("num_decoder_layers")) c.num_decoder_layers = c.num_layers;
   read.NullableInt("num_decoder_layers", &c.num_decoder_layers, 1, 4096);
-  read.Int("num_sparse_encoder_layers", &c.num_sparse_encoder_layers, 0, c.num_layers);
-  read.Int("num_sparse_decoder_layers", &c.num_sparse_decoder_layers, 0,
-           c.num_decoder_layers);
   ReadSparseStep(json, read, "encoder_sparse_step", &c.encoder_sparse_step);
   ReadSparseStep(json, read, "decoder_sparse_step", &c.decoder_sparse_step);
+  // Where a step is given, nobody divides by the count.
+  read.Int("num_sparse_encoder_layers", &c.num_sparse_encoder_layers, 0,
+           c.encoder_sparse_step ? kMaxSize : c.num_layers);
+  read.Int("num_sparse_decoder_layers", &c.num_sparse_decoder_layers, 0,
+           c.decoder_sparse_step ? kMaxSize : c.num_decoder_layers);
   read.Int("num_experts", &c.num_experts, 1, 65535);
-  read.Int("expert_capacity", &c.expert_capacity, 0);
+  // Any number: people write a huge one for "drop nothing".
+  read.Int("expert_capacity", &c.expert_capacity, 0, std::numeric_limits<int>::max());
   read.Bool("router_bias", &c.router_bias);
   ReadRouterDtype(json, read, &c.router_dtype);
   read.Bool("router_ignore_padding_tokens", &c.router_ignore_padding_tokens);

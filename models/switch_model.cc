@@ -59,6 +59,25 @@ at::Tensor Counted(const at::Tensor& valid_BT, at::Device device,
   return options.ignore_padding ? valid_BT.to(device) : at::Tensor();
 }
 
+// Puts `added` behind the `past` positions of a DecoderCache's tensor, in place where
+// there is room; returns all of them.
+at::Tensor Appended(at::Tensor* kept, const at::Tensor& added, int64_t past,
+                    int64_t most) {
+  const int64_t length = past + added.size(2);
+  if (past == 0 || kept->size(2) < length) {
+    const at::Tensor known = past > 0 ? kept->narrow(2, 0, past) : at::Tensor();
+    if (most <= length) {
+      return *kept = past > 0 ? at::cat({known, added}, 2) : added;
+    }
+    std::vector<int64_t> shape = added.sizes().vec();
+    shape[2] = std::min(2 * length, most);
+    *kept = at::empty(shape, added.options());
+    if (past > 0) kept->narrow(2, 0, past).copy_(known);
+  }
+  kept->narrow(2, past, added.size(2)).copy_(added);
+  return kept->narrow(2, 0, length);
+}
+
 // Offers the weights of a block's attention to an observer that wants them.
 class AttentionReport {
  public:
@@ -189,8 +208,9 @@ at::Tensor SwitchModel::Heads(const at::Tensor& x, const at::Tensor& weight) con
 
 at::Tensor SwitchModel::Attend(const at::Tensor& q, const at::Tensor& k,
                                const at::Tensor& v, const at::Tensor& bias, bool causal,
-                               const at::Tensor& o, at::Tensor* seen_weights) const {
-  return Linear(MultiHeadAttention(q, k, v, bias, causal, seen_weights), o);
+                               const at::Tensor& o, at::Tensor* seen_weights,
+                               const at::Tensor& mask) const {
+  return Linear(MultiHeadAttention(q, k, v, bias, causal, seen_weights, mask), o);
 }
 
 // Computed on the CPU whatever the device: at a bucket's border the logarithm's last bit
@@ -231,16 +251,20 @@ at::Tensor SwitchModel::Encode(const at::Tensor& ids_BS, const at::Tensor& valid
   const PassInfo pass{Stack::kEncoder, ids_BS, valid_BS, 0};
   if (options.observer) options.observer->OnPassBegin(pass);
   at::Tensor hidden = at::embedding(encoder_.embedding, ids_BS.to(device()));
-  const at::Tensor bias =
-      PositionBias(Stack::kEncoder, ids_BS.size(1), ids_BS.size(1), 0) +
-      KeyMask(valid_BS.to(device()), hidden);
+  const int64_t length = ids_BS.size(1);
+  at::Tensor bias = PositionBias(Stack::kEncoder, length, length, 0);
+  at::Tensor mask = KeyMask(valid_BS.to(device()), hidden);
+  if (!OwnAttentionServes(hidden, length, config_.d_kv)) {
+    bias = bias + mask;  // once, not once a block
+    mask.reset();
+  }
   const at::Tensor counted = Counted(valid_BS, device(), options);
   for (const Block& block : encoder_.blocks) {
     const at::Tensor x = Norm(hidden, block.self.norm);
     AttentionReport report(block.moe_layer, options.observer);
     hidden = Clamped(hidden + Attend(Heads(x, block.self.q), Heads(x, block.self.k),
                                      Heads(x, block.self.v), bias, /*causal=*/false,
-                                     block.self.o, report.weights()));
+                                     block.self.o, report.weights(), mask));
     report.Tell(/*cross=*/false);
     hidden = AddFeedForward(block, hidden, counted, options);
   }
@@ -276,12 +300,8 @@ at::Tensor SwitchModel::Decode(const at::Tensor& decoder_ids_BT,
     at::Tensor x = Norm(hidden, block.self.norm);
     at::Tensor k = Heads(x, block.self.k), v = Heads(x, block.self.v);
     if (cache) {
-      if (past > 0) {
-        k = at::cat({cache->self_key[i], k}, 2);
-        v = at::cat({cache->self_value[i], v}, 2);
-      }
-      cache->self_key[i] = k;
-      cache->self_value[i] = v;
+      k = Appended(&cache->self_key[i], k, past, cache->most);
+      v = Appended(&cache->self_value[i], v, past, cache->most);
     }
     AttentionReport report(block.moe_layer, options.observer);
     hidden = Clamped(hidden + Attend(Heads(x, block.self.q), k, v, bias, /*causal=*/true,

@@ -39,11 +39,15 @@ struct ForwardOptions {
 
 // Keys and values of incremental decoding. Owned by the caller, one a batch.
 struct DecoderCache {
-  std::vector<at::Tensor> self_key, self_value;  // per block [B,H,length,d_kv]
+  // Per block [B,H,room,d_kv]: `length` positions, then any numbers up to `room`.
+  std::vector<at::Tensor> self_key, self_value;
   std::vector<at::Tensor> cross_key,
       cross_value;        // per block [B,H,S,d_kv], computed once
   at::Tensor cross_bias;  // of the source's padding, computed once
   int length = 0;
+  // Given where it is known how long it may get: the room then doubles, up to this, when
+  // it is full. Else there is none beyond `length`, and each step copies all of it.
+  int most = 0;
 };
 
 // Bytes of a DecoderCache of `batch` sequences with `source` and `target` tokens, and of
@@ -105,7 +109,8 @@ class SwitchModel {
   at::Tensor Heads(const at::Tensor& x, const at::Tensor& weight) const;
   at::Tensor Attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& bias, bool causal, const at::Tensor& o,
-                    at::Tensor* seen_weights = nullptr) const;
+                    at::Tensor* seen_weights = nullptr,
+                    const at::Tensor& mask = {}) const;
   at::Tensor PositionBias(Stack stack, int64_t queries, int64_t keys, int64_t past) const;
   // The buckets of distances (key minus query) -reach..reach, on the device.
   const at::Tensor& Buckets(Stack stack, int64_t reach) const;

@@ -44,8 +44,9 @@ DenoisingBatch MakeDenoisingBatch(const TokenRows& rows,
                                   std::span<const uint64_t> sample_ids,
                                   const Tokenizer& tokenizer,
                                   const DenoisingOptions& options) {
-  const Sentinels sentinels{tokenizer.Sentinel(0), tokenizer.num_sentinels()};
-  // The last sentinel stands for a masked input token; spans rarely reach it.
+  // The last sentinel stands for a masked input token, and for no span.
+  const bool masks = options.mask_share > 0 && tokenizer.num_sentinels() > 1;
+  const Sentinels sentinels{tokenizer.Sentinel(0), tokenizer.num_sentinels() - masks};
   const int64_t mask_id = tokenizer.Sentinel(tokenizer.num_sentinels() - 1);
   std::vector<CorruptedSpans> corrupted;
   size_t source = 0, target = 0;

@@ -346,22 +346,48 @@ class Pretrainer {
 
 }  // namespace
 
+namespace {
+
+SwitchConfig PlannedConfig(const PretrainOptions& o) {
+  return FinalConfig(o, o.pieces + o.extra_ids);
+}
+
+int64_t NumElements(const SwitchConfig& config) {
+  int64_t elements = 0;
+  for (const auto& [name, shape] : ParameterShapes(config)) {
+    elements +=
+        std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+  }
+  return elements;
+}
+
+// Checkpoints of a run lie beside each other while the newest is written: of each weights
+// and two moments in fp32. One that goes on has the older ones already.
+uint64_t DiskBytes(const PretrainJob& job) {
+  const bool goes_on = job.resume != Resume::kNever && NewestStep(StateFolder(job));
+  const uint64_t checkpoints = goes_on ? 1 : kKeptStates + 1;
+  return checkpoints * 3 * sizeof(float) *
+         static_cast<uint64_t>(NumElements(PlannedConfig(job.options)));
+}
+
+}  // namespace
+
+void RequirePretrainingRoom(const PretrainJob& job) {
+  RequireFreeBytes(job.out, DiskBytes(job));
+}
+
 RoutingMeasures Pretrain(const PretrainJob& job, const Corpus& corpus,
                          Communicator* comm) {
+  if (comm->rank_info().is_root()) RequirePretrainingRoom(job);
   return Pretrainer(job, corpus, comm).Run();
 }
 
 std::string DescribePretraining(const PretrainJob& job, const Corpus& corpus, int world) {
   const PretrainOptions& o = job.options;
-  const SwitchConfig c = FinalConfig(o, o.pieces + o.extra_ids);
-  int64_t elements = 0;
-  for (const auto& [name, shape] : ParameterShapes(c)) {
-    elements +=
-        std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
-  }
-  // Weights, gradients and two moments in fp32; in memory the gradients' fp64 sums, too.
-  const auto disk = static_cast<uint64_t>(elements) * 4 * 4;
-  const auto memory = disk + static_cast<uint64_t>(elements) * 8;
+  const SwitchConfig c = PlannedConfig(o);
+  const int64_t elements = NumElements(c);
+  // Weights, gradients and two moments in fp32, and the gradients' sums in fp64.
+  const auto memory = static_cast<uint64_t>(elements) * (4 * 4 + 8);
   char text[512];
   std::snprintf(
       text, sizeof text,
@@ -370,8 +396,9 @@ std::string DescribePretraining(const PretrainJob& job, const Corpus& corpus, in
       "memory: %s a rank before activations; disk: %s of %s free at %s\n",
       static_cast<unsigned long long>(corpus.size()), c.num_layers, c.num_decoder_layers,
       c.num_experts, static_cast<long long>(elements), o.steps, o.global_batch,
-      o.sequence_tokens, world, FormatBytes(memory).c_str(), FormatBytes(disk).c_str(),
-      FormatBytes(FreeBytes(job.out)).c_str(), job.out.c_str());
+      o.sequence_tokens, world, FormatBytes(memory).c_str(),
+      FormatBytes(DiskBytes(job)).c_str(), FormatBytes(FreeBytes(job.out)).c_str(),
+      job.out.c_str());
   return text;
 }
 

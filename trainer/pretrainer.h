@@ -31,6 +31,10 @@ struct PretrainJob {
 RoutingMeasures Pretrain(const PretrainJob& job, const Corpus& corpus,
                          Communicator* comm);
 
+// EnvironmentError where the disk has no room for the checkpoints that the run keeps: it
+// would end at one of them, hours later.
+void RequirePretrainingRoom(const PretrainJob& job);
+
 // What --dry_run prints: shapes, parameters, memory, steps, space.
 std::string DescribePretraining(const PretrainJob& job, const Corpus& corpus, int world);
 

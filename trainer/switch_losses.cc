@@ -119,7 +119,7 @@ std::optional<RoutingMeasures> MeasureRouting(SwitchModel* model, const TokenRow
   std::vector<at::Tensor> load(static_cast<size_t>(g.num_layers()));
   double gate_sum[2] = {0, 0}, gate_count[2] = {0, 0}, random_loss[2] = {0, 0};
   RoutingMeasures m;
-  int batches = 0;
+  int batches = 0, with_masked = 0;  // a small batch may have no masked token
   for (uint64_t first = 0; first < total; first += static_cast<uint64_t>(batch_rows)) {
     if (StopRequested()) return std::nullopt;
     std::vector<uint64_t> ids(std::min<uint64_t>(batch_rows, total - first));
@@ -131,6 +131,7 @@ std::optional<RoutingMeasures> MeasureRouting(SwitchModel* model, const TokenRow
     const DenoisingLoss loss = DenoisingLosses(model, batch, forward);
     m.span_loss += Value(loss.span);
     m.masked_loss += Value(loss.masked);
+    with_masked += loss.masked.defined() ? 1 : 0;
     for (const auto& layer : routing.layers()) {
       const at::Tensor counts = at::bincount(layer.ids_N.to(at::kCPU), {}, g.num_experts);
       at::Tensor& sum = load[static_cast<size_t>(layer.layer)];
@@ -150,8 +151,9 @@ std::optional<RoutingMeasures> MeasureRouting(SwitchModel* model, const TokenRow
     ++batches;
   }
   m.span_loss /= batches;
-  m.masked_loss /= batches;
-  m.gain_nats[0] = random_loss[0] / batches - m.masked_loss;
+  const int masked_batches = std::max(with_masked, 1);
+  m.masked_loss /= masked_batches;
+  m.gain_nats[0] = random_loss[0] / masked_batches - m.masked_loss;
   m.gain_nats[1] = random_loss[1] / batches - m.span_loss;
   m.load_entropy[0] = m.load_entropy[1] = 1.0;
   for (int layer = 0; layer < g.num_layers(); ++layer) {

@@ -14,6 +14,8 @@
 
 namespace routecast {
 
+inline constexpr int kKeptStates = 2;  // checkpoints that a run keeps
+
 struct TrainState {
   int64_t step = 0;    // steps done
   Json configuration;  // what must be equal to go on
@@ -25,7 +27,8 @@ struct TrainState {
 // Also removes what a killed save left in FOLDER, and checkpoints but the newest `keep`
 // (>= 1), once the new one is whole.
 void SaveTrainState(const fs::path& folder, const TrainState& state,
-                    const Parameters& parameters, const AdamW& optimizer, int keep = 2);
+                    const Parameters& parameters, const AdamW& optimizer,
+                    int keep = kKeptStates);
 // Removes FOLDER/*.safetensors that no checkpoint there needs; none where one of them
 // does not say what it needs.
 void RemoveUnnamed(const fs::path& folder);

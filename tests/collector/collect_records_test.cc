@@ -9,6 +9,7 @@
 #include "common/safetensors.h"
 #include "models/next_token_guess.h"
 #include "models/routing_window.h"
+#include "models/synthetic_checkpoint.h"
 #include "storage/shard_db.h"
 #include "storage/trace_format.h"
 #include "storage/trace_reader.h"
@@ -320,6 +321,28 @@ TEST_F(CollectRecordsTest, DryRunKnowsWhatTheStoreHasAlready) {
 
 TEST_F(CollectRecordsTest, DryRunRefusesAStoreThatCannotBeMade) {
   EXPECT_EQ(RunProgram(Program("corpus.jsonl/store", {"--dry_run"})), kExitUsage);
+}
+
+// Weights may take minutes to read; here they would be seen in the memory they take.
+TEST_F(CollectRecordsTest, AMissingTextIsToldBeforeWeightsAreRead) {
+  const fs::path heavy = folder_ / "heavy";
+  MakeFolder(heavy);
+  SwitchConfig config = TinyConfig();
+  config.d_model = 512;
+  config.d_ff = 2048;
+  WriteSyntheticCheckpoint(heavy, {config, at::kBFloat16, 1});
+  for (const char* file : {"spiece.model", "tokenizer_config.json"})
+    fs::copy_file(folder_ / "model" / file, heavy / file);
+  const auto peak_bytes = [](const std::string& model) {
+    EXPECT_EQ(Collect(1, "of-" + model,
+                      {"--model=" + (folder_ / model).string(),
+                       "--data=text:" + (folder_ / "nowhere.txt").string()}),
+              kExitUsage);
+    return ReadJsonFile(folder_ / ("of-" + model) / "run.json")["peak_memory_bytes"]
+        .get<int64_t>();
+  };
+  const int64_t light = peak_bytes("model");
+  EXPECT_LT(peak_bytes("heavy"), light + (int64_t{64} << 20));
 }
 
 TEST_F(CollectRecordsTest, MoreThanAllExpertsAreSaid) {

@@ -39,6 +39,17 @@ TEST(CollectedModel, RanksOfAGroupShareTheBytesOfExperts) {
   EXPECT_EQ(experts, sizes.experts + 3 * sizes.dense);
 }
 
+TEST(CollectedModel, ATaskThatRoutesNothingIsRefused) {
+  const MoeGeometry none{0, 0, 8, 1, 32}, decoder{0, 2, 8, 1, 32},
+      encoder{2, 0, 8, 1, 32};
+  for (const Task task : {Task::kEncode, Task::kDenoise, Task::kGenerate}) {
+    EXPECT_THROW(RequireRouting("model", none, task), UsageError);
+    EXPECT_NO_THROW(RequireRouting("model", encoder, task));
+  }
+  EXPECT_THROW(RequireRouting("model", decoder, Task::kEncode), UsageError);
+  EXPECT_NO_THROW(RequireRouting("model", decoder, Task::kDenoise));
+}
+
 TEST(CollectedModel, ThatDoesNotFitAMachineWithItsRanksIsRefused) {
   EXPECT_NO_THROW(RequireMemoryFor(20 * kGiB, 2, 20 * kGiB));
   EXPECT_THROW(RequireMemoryFor(21 * kGiB, 2, 20 * kGiB), EnvironmentError);

@@ -82,6 +82,8 @@ wrong 2 "--max_length" "${collect[@]}" --max_length=0
 wrong 2 "--hidden_share" "${collect[@]}" --hidden_share=2
 wrong 2 "--top_p" "${collect[@]}" --task=generate --temperature=1 --top_p=1.5
 wrong 2 "--noise_density" "${collect[@]}" --task=encode --noise_density=0.3
+wrong 2 "--record lacks topk" "${collect[@]}" --record=ids --top_k=8
+wrong 2 "--sample_seed" "${collect[@]}" --task=generate --sample_seed=2
 wrong 2 "2 binary ones were dropped" collect --model="$model" --data=text:junk --store=new
 wrong 3 "not usable JSON" collect --model="$model" --data=jsonl:junk.jsonl --store=new
 LC_ALL=C grep -q $'[\x01-\x09\x0b-\x1f\x7f]' error && fail "junk JSON: control bytes in the error"
@@ -144,6 +146,7 @@ wrong 2 "--threads" "${evaluate[@]}" --threads=-3
 
 wrong 2 "--preset" pretrain --data=text:text.txt --out=made --preset=demmo
 wrong 2 "--steps" pretrain --data=text:text.txt --out=made --steps=-1
+wrong 2 "--stop_after" pretrain --data=text:text.txt --out=made --stop_after=-1
 wrong 2 "--out" pretrain --data=text:text.txt
 wrong 2 "--flagfile|nowhere" pretrain --flagfile=nowhere.flags
 

@@ -96,6 +96,28 @@ TEST(Attention, CausalIsTheSameAsTheMaskAlone) {
   }
 }
 
+// Padding given apart, of one sequence all of it, is padding in the bias to the bit.
+TEST(Attention, AMaskApartIsTheSameAsOneInTheBias) {
+  at::manual_seed(15);
+  for (const Shape s : {Shape{3, 2, 21, 37, 24}, Shape{3, 2, 2, 37, 24},
+                        Shape{3, 1, 4, 16, 5}, Shape{3, 2, 1, 1, 8}}) {
+    const at::Tensor q = Heads(s, s.queries), k = Heads(s, s.keys), v = Heads(s, s.keys);
+    const at::Tensor bias = at::randn({1, s.heads, s.queries, s.keys});
+    at::Tensor mask = at::zeros({s.batch, 1, 1, s.keys});
+    mask[1].slice(-1, s.keys / 2).fill_(kLowest);
+    mask[2].fill_(kLowest);
+    at::Tensor in_bias, apart;
+    const at::Tensor expected =
+        MultiHeadAttention(q, k, v, bias + mask, /*causal=*/false, &in_bias);
+    EXPECT_TRUE(
+        at::equal(MultiHeadAttention(q, k, v, bias, false, &apart, mask), expected));
+    EXPECT_TRUE(at::equal(apart, in_bias));
+    const at::Tensor one = mask.narrow(0, 1, 1);  // of all sequences
+    EXPECT_TRUE(at::equal(MultiHeadAttention(q, k, v, bias, false, nullptr, one),
+                          MultiHeadAttention(q, k, v, bias + one, false, nullptr)));
+  }
+}
+
 TEST(Attention, ARowWithoutAnyVisibleKeyIsTheirMean) {
   const Shape s{1, 1, 8, 20, 16};
   const at::Tensor q = Heads(s, s.queries), k = Heads(s, s.keys), v = Heads(s, s.keys);

@@ -163,6 +163,20 @@ TEST_F(CheckpointTest, AnInterruptedSaveOverShardsIsNoCheckpoint) {
   EXPECT_THROW(Load(), UsageError);
 }
 
+// The same of one file: its shapes would fit the configuration before, which says another
+// activation.
+TEST_F(CheckpointTest, AnInterruptedSaveOfAnotherConfigurationIsNoCheckpoint) {
+  Save(false);
+  const fs::path between = folder_ / "generation_config.json";
+  fs::remove(between);
+  fs::create_directory(between);  // the rename onto it fails
+  std::ofstream(between / "in-the-way") << "x";
+  made_.config.activation = Activation::kSilu;
+  EXPECT_THROW(SaveCheckpoint(folder_, made_.config, made_.parameters, at::kFloat),
+               UsageError);
+  EXPECT_FALSE(fs::exists(folder_ / "config.json"));
+}
+
 TEST_F(CheckpointTest, TiedFilesMayHoldAnyOfTheFourNames) {
   for (const char* only :
        {kHead, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}) {
@@ -319,6 +333,16 @@ TEST(StoredRouters, ThoseOfAnotherGeometryAreRefused) {
   EXPECT_THROW(ReadRouters(file, {0, 1, 5, 1, 8}), DataError) << "experts";
   EXPECT_THROW(ReadRouters(file, {0, 1, 4, 1, 9}), DataError) << "width";
   EXPECT_THROW(ReadRouters(file, {0, 2, 4, 1, 8}), DataError) << "a layer is missing";
+  for (const int64_t experts : {4, 1}) {  // one number would be added to all logits
+    Parameters biased = routers;
+    biased.Add("layer.0.bias", at::randn({experts}));
+    WriteParameters(file, biased, at::ScalarType::Undefined);
+    if (experts == 4) {
+      EXPECT_TRUE(ReadRouters(file, {0, 1, 4, 1, 8})[0].bias_E.defined());
+    } else {
+      EXPECT_THROW(ReadRouters(file, {0, 1, 4, 1, 8}), DataError) << "bias";
+    }
+  }
 }
 
 }  // namespace

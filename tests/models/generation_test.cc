@@ -268,6 +268,41 @@ TEST(Generate, WhereAskedForSuchARowEndsAndTheOthersGoOn) {
   }
 }
 
+// Observers may keep what a pass began with (PassInfo): the row ended behind it.
+TEST(Generate, ARowThatEndsWithoutNumbersWasThereInItsLastPass) {
+  Checkpoint checkpoint = RandomCheckpoint(SmallConfig(), 19);
+  checkpoint.parameters.Get("shared.weight")[50].fill_(std::nan(""));
+  ResidentModel model(std::move(checkpoint));
+  Prompts in;
+  in.ids.masked_fill_(in.ids == 50, 51);
+  in.ids[1][0] = 50;
+  RoutingLog log;
+  GenerationOptions options{.max_new_tokens = 3, .end_without_numbers = true};
+  options.forward.observer = &log;
+  Generate(&model.model(), in.ids, in.valid, options);
+  ASSERT_GE(log.passes.size(), 3u);
+  EXPECT_TRUE(log.passes[1].valid_BT.all().item<bool>()) << "the first step";
+  EXPECT_FALSE(log.passes[2].valid_BT[1].item<bool>());
+}
+
+// Memory for tokens to come changes no token.
+TEST(Generate, RoomForStepsToComeChangesNothing) {
+  ResidentModel model(RandomCheckpoint(SmallConfig(), 20));
+  const Prompts in;
+  for (const int beams : {1, 3}) {
+    GenerationOptions options{.max_new_tokens = 11, .min_new_tokens = 7};
+    options.beams.num_beams = beams;
+    const auto expected = Generate(&model.model(), in.ids, in.valid, options);
+    options.record_steps = true;
+    const auto got = Generate(&model.model(), in.ids, in.valid, options);
+    ASSERT_EQ(got.size(), expected.size());
+    for (size_t b = 0; b < got.size(); ++b) {
+      EXPECT_EQ(got[b].ids, expected[b].ids) << "row " << b << ", beams " << beams;
+      EXPECT_EQ(got[b].score, expected[b].score) << "row " << b << ", beams " << beams;
+    }
+  }
+}
+
 TEST(SampleIds, FrequenciesAreTheProbabilities) {
   const at::Tensor probs = at::tensor({0.5, 0.0, 0.3, 0.2}, at::kDouble);
   const int64_t rows = 20000;

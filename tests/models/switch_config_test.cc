@@ -88,6 +88,24 @@ TEST(SwitchConfig, TheSparseStepWinsOverTheCountOfSparseLayers) {
             "SSSSSS");
 }
 
+// transformers takes both: a count that a step makes idle, absent or not, and a capacity
+// that nothing reaches.
+TEST(SwitchConfig, ACountBeyondTheBlocksIsRefusedOnlyWhereItCounts) {
+  Json json = SmallConfig().ToJson();
+  json.update({{"num_layers", 2}, {"num_decoder_layers", 2}, {"decoder_sparse_step", 2}});
+  for (const char* key : {"num_sparse_encoder_layers", "num_sparse_decoder_layers"})
+    json.erase(key);  // the reference's default is 3
+  EXPECT_THROW(SwitchConfig::FromJson(json, "config.json"), DataError);
+  json["encoder_sparse_step"] = 1;
+  const SwitchConfig c = SwitchConfig::FromJson(json, "config.json");
+  EXPECT_EQ(SparseBlocks(c, Stack::kEncoder), "SS");
+  EXPECT_EQ(SparseBlocks(c, Stack::kDecoder), ".S");
+}
+
+TEST(SwitchConfig, ACapacityThatNothingReachesIsTaken) {
+  EXPECT_EQ(Read({{"expert_capacity", 1000000000}}).expert_capacity, 1000000000);
+}
+
 TEST(SwitchConfig, StepsOfTheTwoStacksAreApart) {
   const SwitchConfig c = Read({{"encoder_sparse_step", 1}, {"decoder_sparse_step", 3}});
   EXPECT_EQ(SparseBlocks(c, Stack::kEncoder), "SSSS");

@@ -1,7 +1,13 @@
 // The Switch Transformer's own properties, without a reference implementation.
+#include <c10/core/Allocator.h>
+#include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <set>
+
 #include "common/errors.h"
+#include "models/attention.h"
 #include "tests/models/switch_test_support.h"
 #include "tests/support/reference.h"
 
@@ -93,6 +99,65 @@ TEST(SwitchModel, KeyValueBytesAreThoseOfTheCache) {
   }
   EXPECT_EQ(KeyValueBytes(config, at::kFloat, 2, 7, 5),
             held + cache.self_key[0].nbytes());
+}
+
+// The same bits as a cache that grows by each token, without a copy of all at each step.
+TEST(SwitchModel, ACacheWithRoomMovesSeldom) {
+  ResidentModel resident(RandomCheckpoint(SmallConfig(), 5));
+  SwitchModel& model = resident.model();
+  constexpr int kMost = 41;
+  const at::Tensor ids = at::randint(2, 96, {2, 7}, at::kLong);
+  const at::Tensor steps = at::randint(2, 96, {2, kMost}, at::kLong);
+  const at::Tensor all = at::ones({2, 7}, at::kBool);
+  const at::Tensor encoded = model.Encode(ids, all);
+  DecoderCache tight, roomy;
+  roomy.most = kMost;
+  std::set<const void*> places;
+  for (int t = 0; t < kMost; t += t == 0 ? 3 : 1) {  // a first call of several tokens
+    const at::Tensor now = steps.narrow(1, t, t == 0 ? 3 : 1);
+    const at::Tensor real = at::ones_like(now, at::kBool);
+    EXPECT_TRUE(at::equal(model.Decode(now, real, encoded, all, &roomy),
+                          model.Decode(now, real, encoded, all, &tight)))
+        << t;
+    places.insert(roomy.self_key.back().const_data_ptr());
+  }
+  EXPECT_LE(places.size(), 4u);  // of 6, 14, 30, 41 positions
+  EXPECT_EQ(roomy.self_value[0].size(2), kMost);
+}
+
+// Keeps the largest memory that was asked for.
+class LargestAllocation final : public c10::Allocator {
+ public:
+  LargestAllocation() { c10::SetAllocator(c10::kCPU, this, /*priority=*/100); }
+  ~LargestAllocation() override { c10::SetAllocator(c10::kCPU, inner_, 100); }
+  c10::DataPtr allocate(size_t bytes) override {
+    largest_ = std::max(largest_, bytes);
+    return inner_->allocate(bytes);
+  }
+  void copy_data(void* to, const void* from, size_t count) const override {
+    inner_->copy_data(to, from, count);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return inner_->raw_deleter(); }
+  size_t largest() const { return largest_; }
+
+ private:
+  c10::Allocator* inner_ = c10::GetAllocator(c10::kCPU);
+  size_t largest_ = 0;
+};
+
+// Of a batch of long sequences they would be most of what a pass takes.
+TEST(SwitchModel, AnEncoderPassHasNoMemoryOfTheSizeOfAllScores) {
+  const SwitchConfig config = SmallConfig();
+  ResidentModel model(RandomCheckpoint(config, 6));
+  constexpr int64_t kBatch = 12, kTokens = 120;
+  const at::Tensor ids = at::randint(2, 96, {kBatch, kTokens}, at::kLong);
+  const at::Tensor valid = at::ones({kBatch, kTokens}, at::kBool);
+  const c10::NoGradGuard no_grad;
+  if (!OwnAttentionServes(at::zeros({1}), kTokens, config.d_kv)) return;
+  const LargestAllocation watch;
+  model.model().Encode(ids, valid);
+  EXPECT_LT(watch.largest(),
+            sizeof(float) * kBatch * config.num_heads * kTokens * kTokens);
 }
 
 TEST(SwitchModel, OverrideForcesRouting) {

@@ -105,6 +105,15 @@ class PretrainStopping : public testing::Test {
   PretrainJob job_;
 };
 
+// Before the tokenizer is trained, and not at the first checkpoint.
+TEST_F(PretrainStopping, ARunWithoutRoomForItsCheckpointsIsNotBegun) {
+  job_.options.model.num_experts = 60000;
+  job_.options.model.d_ff = 1 << 17;
+  LocalCommunicator comm;
+  EXPECT_THROW(Run(&comm), EnvironmentError);
+  EXPECT_FALSE(fs::exists(job_.out));
+}
+
 // The sum of the last step is made before its validation.
 TEST_F(PretrainStopping, InValidationItGoesOnWithThatValidation) {
   RunUndisturbed();
