@@ -66,6 +66,16 @@ void Comparison::NoteSharedBudget() {
                    std::to_string(file_->count()) + " fit beside them");
 }
 
+void Comparison::NoteRepeats() {
+  const int segments = workload_->num_segments();
+  const int rounds = options_.warmup_rounds + options_.rounds;
+  if (segments >= rounds) return;
+  notes_.push_back("there are requests for " + std::to_string(segments) + " of the " +
+                   std::to_string(rounds) +
+                   " rounds: they come again, and caches and predictors that learn while "
+                   "they serve have seen them");
+}
+
 Comparison::~Comparison() {
   for (auto& row : rows_) row->runtime.reset();  // before the engines
 }
@@ -233,6 +243,7 @@ void Comparison::AddSpeculatingRows(LinkEngine* link) {
   const size_t count = predictors_.size() / options_.policies.size();
   for (size_t i = 0; i < predictors_.size(); ++i) {
     const std::string& policy = options_.policies[i / count];
+    if (!ParsePolicy(policy).speculate) continue;  // asks nobody: a row of none, above
     ExpertPredictor* predictor = predictors_[i];
     AddRow(policy, predictor->label(), options_.eviction,
            std::make_unique<PredictorForesight>(predictor, workload_->geometry(),
@@ -343,6 +354,7 @@ ComparisonResult Comparison::Run() {
   Record();
   if (options_.kv_in_budget) NoteSharedBudget();
   ChooseLink();
+  NoteRepeats();
   MakeRows();
   const int rounds = options_.warmup_rounds + options_.rounds;
   Progress progress("comparing " + std::to_string(rows_.size()) + " rows", "rounds",

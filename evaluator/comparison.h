@@ -81,6 +81,7 @@ class Comparison {
   SharedSlots SharedBudget() const;
   uint64_t staging_bytes() const;  // of lossy rows, in the budget
   void NoteSharedBudget();
+  void NoteRepeats();
   void Record();      // first pass: visits, Tc
   void ChooseLink();  // native or paced
   void MakeRows();

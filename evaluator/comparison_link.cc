@@ -62,6 +62,7 @@ double Comparison::LinkSeconds(double moved, double read) const {
 // This disk is slower than the link to emulate.
 void Comparison::UsePageCache() {
   options_.tiers.direct = false;
+  tiers_ = {};  // before the next: never two budgets of locked memory
   tiers_ = OpenTiers(file_, slots_, options_.tiers);
   const std::vector<ExpertKey> keys = file_->keys();
   MeasurePeak(tiers_.engine.get(), keys, slots_, 0, 2 * keys.size());  // fills it

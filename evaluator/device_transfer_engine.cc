@@ -163,7 +163,7 @@ void DeviceTransferEngine::OnRead(uint64_t id, TransferOutcome outcome) {
       disk_bytes_ += spec_.blob_bytes();
       tier_.Arrive(job->key);  // worth keeping, also where the job was cancelled
       job->phase = Phase::kHeld;
-      job->ready = device_->Now();
+      if (!lost_) job->ready = device_->Now();  // else it may be gone, with this engine
     } else {
       tier_.Drop(job->key);
       job->phase = Phase::kNew;

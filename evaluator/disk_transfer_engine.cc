@@ -17,6 +17,7 @@ namespace {
 // By so much a late wake-up is caught up, of a job that was there for it. An idle link
 // saves no time up.
 constexpr double kPaceSlackSeconds = 200e-6;
+constexpr uint64_t kPage = 4096;
 constexpr int kLooks = 8;  // at a read, until it is overdue
 }  // namespace
 
@@ -223,11 +224,13 @@ void DiskTransferEngine::ReadChunk(uint64_t offset, uint64_t size, std::byte* to
         ::pread(fd_, to + done, size - done, static_cast<off_t>(offset + done));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) ThrowErrno(errno, "read", file_->path());
-    if (n == 0) {
+    done += static_cast<uint64_t>(n);
+    // A direct read stops within a page at a file's end alone, and is refused behind it.
+    const bool ends = n == 0 || (direct_ && static_cast<uint64_t>(n) % kPage != 0);
+    if (ends && done < size) {
       throw DataError(ErrorText("cut expert file: " + file_->path().string(),
                                 "no byte at " + std::to_string(offset + done), ""));
     }
-    done += static_cast<uint64_t>(n);
   }
 }
 

@@ -71,7 +71,8 @@ Json Headline(const ComparisonResult& result) {
                              (row.copies == "lossless" ? "" : "/" + row.copies) +
                              GroupSuffix(result, row);
     headline["speed_up"][name] = row.speed_up;
-    headline["bound"][StackName(row.phase) + GroupSuffix(result, row)] = row.bound;
+    if (row.copies == "lossless")  // what is told of a group is no row's own
+      headline["bound"][StackName(row.phase) + GroupSuffix(result, row)] = row.bound;
   }
   headline["lossless"] = result.lossless;
   headline["device"] = result.device;
@@ -88,9 +89,7 @@ void WriteOutputs(const EvaluationOptions& options, const ComparisonResult& resu
   WriteFileAtomic(options.out / "results.json", result.ToJson().dump(1) + "\n");
   WriteFileAtomic(options.out / "rows.csv", result.ToCsv());
   WriteFileAtomic(options.out / "table.txt", ComparisonTable(result));
-  std::vector<fs::path> folders = {options.out};
-  folders.insert(folders.end(), options.report_with.begin(), options.report_with.end());
-  WriteEvaluationReport(options.out / "report.html", folders);
+  WriteReport(options.out, options.report_with);
 }
 
 std::vector<Group> GroupsOf(const EvaluationOptions& options,
@@ -168,9 +167,9 @@ void ValidateTiers(const EvaluationOptions& options) {
   const TierChain chain = UnsizedPlacementOf(options).tiers.chain;
   if (!options.profile.empty()) {
     FindProfile(options.profile);
-    if (options.link == "emulated") {
-      throw UsageError(ErrorText("--profile has a link of its own", "--link=emulated",
-                                 "leave one of them out"));
+    if (options.link != "auto") {
+      throw UsageError(ErrorText("--profile has a link of its own",
+                                 "--link=" + options.link, "leave one of them out"));
     }
   }
   for (const std::string& budget : options.budgets) {
@@ -202,6 +201,13 @@ void RequireHeeded(const EvaluationOptions& options) {
          "its rows are those of --compare");
   refuse(options.out.empty() && !options.report_with.empty(), "--report_with",
          "report.html is written into --out");
+  const std::vector<std::string> on_demand = {"on_demand"};
+  refuse(NamesPredictor(options.predictor) && options.policies == on_demand,
+         "--predictor", "--policy=on_demand asks nobody");
+  const bool alone = std::all_of(options.batches.begin(), options.batches.end(),
+                                 [](int batch) { return batch == 1; });
+  refuse(alone && options.schedules.size() > 1, "--schedule",
+         "batches of one hold nothing to group");
 }
 
 void ValidateGroups(const EvaluationOptions& options) {
@@ -212,13 +218,20 @@ void ValidateGroups(const EvaluationOptions& options) {
                                  "give --store=STORE as well"));
     }
   }
+  std::vector<std::string> batches;
   for (int batch : options.batches) {
-    if (batch < 1) throw UsageError(ErrorText("--batch is at least 1", "", ""));
+    RequireCount("--batch", batch, 1);
+    batches.push_back(std::to_string(batch));
   }
   if (options.batches.empty() || options.schedules.empty() || options.budgets.empty()) {
-    throw UsageError(ErrorText(
-        "--batch, --schedule and --expert_budget name at least one value", "", ""));
+    throw UsageError(ErrorText("a list of values is empty",
+                               "--batch, --schedule and --expert_budget name one each",
+                               "leave the flag out, or give it a value"));
   }
+  RequireDistinct("--batch", batches);
+  RequireDistinct("--schedule", options.schedules);
+  RequireDistinct("--expert_budget", options.budgets);
+  RequireDistinct("--prompts", options.prompts);
   const size_t groups = std::max<size_t>(1, options.prompts.size()) *
                         options.batches.size() * options.schedules.size() *
                         options.budgets.size();
@@ -249,6 +262,60 @@ std::vector<int> ParseBatches(const std::string& text) {
   return batches;
 }
 
+void RequireCount(const char* flag, int value, int least, int most) {
+  if (value >= least && value <= most) return;
+  const std::string from = std::to_string(least), to = std::to_string(most);
+  throw UsageError(ErrorText(
+      std::string(flag) + "=" + std::to_string(value) + " is out of bounds",
+      from + " to " + to, std::string("write ") + flag + "=N with N from " + from));
+}
+
+void RequireDistinct(const char* flag, std::vector<std::string> items) {
+  std::sort(items.begin(), items.end());
+  const auto twice = std::adjacent_find(items.begin(), items.end());
+  if (twice == items.end()) return;
+  throw UsageError(ErrorText(std::string(flag) + " names one twice", *twice,
+                             "name each once: their rows could not be told apart"));
+}
+
+bool NamesPredictor(const std::vector<std::string>& names) {
+  return std::any_of(names.begin(), names.end(), [](const std::string& name) {
+    return name != "none" && name != "oracle";
+  });
+}
+
+Eviction ServedEviction(const std::string& name) {
+  if (name.find(',') != std::string::npos) {
+    throw UsageError(
+        ErrorText("--eviction=" + name + " is a list",
+                  "a measured comparison has one; --mode=simulate takes lists",
+                  "give one of them a command, and show both with "
+                  "--report_with"));
+  }
+  if (name == EvictionName(Eviction::kBelady)) {
+    throw UsageError(ErrorText("--eviction=belady knows the future",
+                               "bytes_belady of every row is what it would load; "
+                               "--mode=simulate has a row of it",
+                               "choose lru, or another that can be served"));
+  }
+  std::vector<std::string> names;
+  for (int i = 0; i < static_cast<int>(Eviction::kBelady); ++i)
+    names.push_back(EvictionName(static_cast<Eviction>(i)));
+  return static_cast<Eviction>(ParseChoice("--eviction", name, names));
+}
+
+void WriteReport(const fs::path& out, const std::vector<fs::path>& with) {
+  std::vector<fs::path> folders = {out};
+  folders.insert(folders.end(), with.begin(), with.end());
+  try {
+    WriteEvaluationReport(out / "report.html", folders);
+  } catch (const std::length_error&) {
+    std::fprintf(stderr,
+                 "report.html is left out: so many rows make a page too large; "
+                 "rows.csv has them\n");
+  }
+}
+
 void ValidateEvaluation(const EvaluationOptions& options) {
   if (options.model.empty() && options.store.empty()) {
     throw UsageError(
@@ -265,10 +332,7 @@ void ValidateEvaluation(const EvaluationOptions& options) {
   }
   RequireHeeded(options);
   ParsePolicies(options.policies);
-  if (ParseEviction(options.eviction) == Eviction::kBelady) {
-    throw UsageError(ErrorText("--eviction=belady knows the future", "",
-                               "its bytes stand in every row; choose lru"));
-  }
+  ServedEviction(options.eviction);
   ParseChoice("--baselines", options.baselines, {"none", "simple", "all"});
   if (options.timeline && options.out.empty()) {
     throw UsageError(ErrorText("--timeline needs --out", "timeline.json is written there",
@@ -279,9 +343,9 @@ void ValidateEvaluation(const EvaluationOptions& options) {
   ParseDtype("--dtype", options.dtype);
   ParseCopies(options.copies);
   ValidateTiers(options);
-  if (options.max_new_tokens < 1 || options.rounds < 1 || options.warmup_rounds < 0) {
-    throw UsageError(ErrorText("--max_new_tokens and --rounds are at least 1", "", ""));
-  }
+  RequireCount("--max_new_tokens", options.max_new_tokens, 1);
+  RequireCount("--rounds", options.rounds, 1);
+  RequireCount("--warmup_rounds", options.warmup_rounds, 0);
   ValidateGroups(options);
 }
 

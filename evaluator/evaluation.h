@@ -59,8 +59,20 @@ struct EvaluationOptions {             // one field a flag of the same name
 
 // "1,4,16,32" -> sizes; UsageError naming what is none.
 std::vector<int> ParseBatches(const std::string& text);
+// An --eviction that a runtime can serve: one, and none that knows the future. UsageError
+// naming the nearest.
+Eviction ServedEviction(const std::string& name);
+// Whether --predictor names any but none and the oracle, which are rows of their own.
+bool NamesPredictor(const std::vector<std::string>& names);
+// UsageError where `flag`, a count, is not within its bounds; naming these.
+void RequireCount(const char* flag, int value, int least, int most = 1'000'000);
+// UsageError where a list names one thing twice: rows of both would look like one's.
+void RequireDistinct(const char* flag, std::vector<std::string> items);
 // Throws UsageError for what is wrong, or does not fit together, without reading weights.
 void ValidateEvaluation(const EvaluationOptions& options);
+// rows.csv's page: report.html of `out` and the folders of --report_with that are there.
+// A page that would be too large is left out, with a line that says so.
+void WriteReport(const fs::path& out, const std::vector<fs::path>& with);
 // Runs and writes; prints the table, or the plan where dry_run. Headline figures for
 // run.json. Throws std::logic_error when two rows put out different bits.
 Json Evaluate(const EvaluationOptions& options, const Json& configuration);

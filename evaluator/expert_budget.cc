@@ -64,7 +64,7 @@ uint64_t ParseBudget(const std::string& text, uint64_t whole_bytes) {
     throw UsageError(ErrorText("--expert_budget=" + text + " is not a share",
                                "more than 0% and at most 100%", "write 25% or 512MiB"));
   }
-  return static_cast<uint64_t>(percent / 100 * static_cast<double>(whole_bytes));
+  return static_cast<uint64_t>(percent * static_cast<double>(whole_bytes) / 100);
 }
 
 }  // namespace routecast

@@ -29,13 +29,29 @@ void ForesightThread::RethrowError() {
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-void ForesightThread::Ask(Question question) {
+void ForesightThread::Ask(Question question, Question instead) {
+  Put({std::move(question), std::move(instead), true});
+}
+
+void ForesightThread::Tell(Question news) { Put({std::move(news), {}, false}); }
+
+void ForesightThread::Put(Waiting waiting) {
   {
     std::lock_guard lock(mutex_);
     RethrowError();
-    waiting_.push_back(std::move(question));
+    questions_ += waiting.may_lapse;
+    waiting_.push_back(std::move(waiting));
   }
   changed_.notify_all();
+}
+
+ForesightThread::Question ForesightThread::Next() {
+  Waiting first = std::move(waiting_.front());
+  waiting_.pop_front();
+  questions_ -= first.may_lapse;
+  // A later question knows more, and of the same visits.
+  const bool lapsed = first.may_lapse && questions_ > 0;
+  return std::move(lapsed ? first.instead : first.question);
 }
 
 void ForesightThread::Drain() {
@@ -50,13 +66,12 @@ void ForesightThread::Work(const std::stop_token& stop) {
   std::unique_lock lock(mutex_);
   while (changed_.wait(lock, stop, [&] { return !waiting_.empty(); }) &&
          !stop.stop_requested()) {
-    const Question question = std::move(waiting_.front());
-    waiting_.pop_front();
+    const Question question = Next();
     answering_ = true;
     lock.unlock();
     std::exception_ptr error;
     try {
-      question();
+      if (question) question();
     } catch (...) {
       error = std::current_exception();
     }
@@ -65,6 +80,7 @@ void ForesightThread::Work(const std::stop_token& stop) {
     if (error) {
       error_ = error;
       waiting_.clear();
+      questions_ = 0;
     }
     changed_.notify_all();
   }

@@ -20,7 +20,6 @@ namespace {
 constexpr size_t kOracleHorizon = 12;
 constexpr int kMaxSource = 128;  // encoder tokens, as in a replay
 constexpr uint64_t kChunk = 1 << 20;
-constexpr double kBytesAWeight = 4;
 
 struct Recording {
   std::vector<SimulatedVisit> visits;
@@ -60,6 +59,34 @@ std::vector<uint64_t> SequencesOf(const TraceReader& reader,
   return ids;
 }
 
+bool AnyNeedsHidden(const std::vector<std::unique_ptr<ExpertPredictor>>& predictors) {
+  return std::any_of(predictors.begin(), predictors.end(),
+                     [](const auto& p) { return p->needs_hidden(); });
+}
+
+// A hair more than the product: 29 % of a hundred experts are 29.
+int SlotsOf(double budget_share, int experts) {
+  return static_cast<int>(budget_share * experts * (1 + 1e-12));
+}
+
+void RequireTwoSlots(double budget_share, int experts) {
+  if (SlotsOf(budget_share, experts) >= 2) return;
+  throw UsageError(ErrorText(
+      "--expert_budget is smaller than one step needs",
+      Percent(budget_share) + " of " + std::to_string(experts) +
+          " experts; two are needed: one runs, one arrives",
+      "use --expert_budget=" + std::to_string(200 / experts + 1) + "% or more"));
+}
+
+StepCosts CostsOf(const ImaginedModel& model, double question_seconds) {
+  StepCosts costs;
+  costs.between_layers = model.layer.value;
+  costs.expert = model.expert.value;
+  costs.head = model.head.value;
+  costs.question = question_seconds;
+  return costs;
+}
+
 class Playground {
  public:
   Playground(const TraceReader& reader, const DeviceProfile& profile,
@@ -67,12 +94,13 @@ class Playground {
       : reader_(reader),
         options_(options),
         g_(reader.config().geometry),
-        costs_(CostsOf(profile, options)),
+        model_(ImaginedModelOf(profile, options)),
+        costs_(CostsOf(model_, options.question_seconds)),
         ids_(SequencesOf(reader, options, hidden)),
         hidden_(hidden) {
-    for (const double share : options.budget_shares) RequireTwoSlots(share);
-    planner_.expert_bytes = static_cast<uint64_t>(2 * kBytesAWeight * options.d_model *
-                                                  static_cast<double>(options.d_ff));
+    for (const double share : options.budget_shares)
+      RequireTwoSlots(share, num_experts());
+    planner_.expert_bytes = static_cast<uint64_t>(model_.expert_bytes.value);
     planner_.engine_can_cancel = true;
     planner_.late_allowance = 0.95;
     planner_.link_bytes_per_second = profile.link_bytes_per_second;
@@ -117,12 +145,12 @@ class Playground {
   }
 
   // One budget's row.
-  SimulatedRow Run(double budget_share, const std::string& predictor,
-                   const std::string& policy, const std::string& eviction,
-                   const Recording& recording, const RankedVisits& ranked,
-                   const SpeculationPolicy& settings) const {
+  SimulatedRow Run(size_t budget, const std::string& predictor, const std::string& policy,
+                   const std::string& eviction, const Recording& recording,
+                   const RankedVisits& ranked, const SpeculationPolicy& settings) const {
     ThrowIfStopped("between two simulations");
-    SimulatedRow row = BudgetRow(budget_share, SlotsOf(budget_share));
+    SimulatedRow row =
+        BudgetRow(budget, SlotsOf(options_.budget_shares[budget], num_experts()));
     PlannerOptions planner = planner_;
     planner.policy = settings;
     const auto start = std::chrono::steady_clock::now();
@@ -160,8 +188,8 @@ class Playground {
     return seconds;
   }
   // Every expert stays: nothing is moved, nobody waits.
-  SimulatedRow Resident(double budget_share, const Recording& recording) const {
-    SimulatedRow row = BudgetRow(budget_share, num_experts());
+  SimulatedRow Resident(size_t budget, const Recording& recording) const {
+    SimulatedRow row = BudgetRow(budget, num_experts());
     row.predictor = "none";
     row.policy = "resident";
     row.eviction = "none";
@@ -171,28 +199,17 @@ class Playground {
     return row;
   }
   const MoeGeometry& geometry() const { return g_; }
+  const ImaginedModel& model() const { return model_; }
 
  private:
-  int num_experts() const {
-    return (g_.decoder_layers + (options_.encoder ? g_.encoder_layers : 0)) *
-           g_.num_experts;
-  }
-  int SlotsOf(double budget_share) const {
-    return static_cast<int>(budget_share * num_experts());
-  }
-  void RequireTwoSlots(double budget_share) const {
-    if (SlotsOf(budget_share) >= 2) return;
-    const int experts = num_experts();
-    throw UsageError(ErrorText(
-        "--expert_budget is smaller than one step needs",
-        Percent(budget_share) + " of " + std::to_string(experts) +
-            " experts; two are needed: one runs, one arrives",
-        "use --expert_budget=" + std::to_string(200 / experts + 1) + "% or more"));
-  }
-  SimulatedRow BudgetRow(double budget_share, int slots) const {
+  int num_experts() const { return NumSimulatedExperts(g_, options_); }
+  SimulatedRow BudgetRow(size_t budget, int slots) const {
     SimulatedRow row;
-    if (options_.budget_shares.size() > 1)
-      row.budget = ShortNumber(100 * budget_share) + "%";
+    if (options_.budget_shares.size() > 1) {
+      row.budget = options_.budget_names.empty()
+                       ? ShortNumber(100 * options_.budget_shares[budget]) + "%"
+                       : options_.budget_names[budget];
+    }
     row.slots = slots;
     row.budget_bytes = static_cast<uint64_t>(slots) * link_.expert_bytes;
     if (options_.warm_start) {
@@ -206,6 +223,7 @@ class Playground {
   const TraceReader& reader_;
   const PolicySimulationOptions& options_;
   MoeGeometry g_;
+  ImaginedModel model_;
   StepCosts costs_;
   std::vector<uint64_t> ids_;
   bool hidden_;
@@ -216,17 +234,28 @@ class Playground {
 
 }  // namespace
 
-StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& o) {
-  const double second_a_weight = kBytesAWeight / profile.memory_bytes_per_second;
+ImaginedModel ImaginedModelOf(const DeviceProfile& profile,
+                              const PolicySimulationOptions& o) {
   const double d = o.d_model, f = o.d_ff;
-  StepCosts costs;
+  LayerWork work;
   // Two blocks, one of them sparse: self- and cross-attention (4 d^2 each) in both, one
   // dense feed-forward layer.
-  costs.between_layers = (2 * 2 * 4 * d * d + 2 * d * f) * second_a_weight;
-  costs.expert = 2 * d * f * second_a_weight;
-  costs.head = d * o.vocab_size * second_a_weight;
-  costs.question = o.question_seconds;
-  return costs;
+  work.between[1] = 2 * 2 * 4 * d * d + 2 * d * f;
+  work.expert = 2 * d * f;
+  work.head = d * o.vocab_size;
+  return Imagine(o.sizes, work, profile);
+}
+
+int NumSimulatedExperts(const MoeGeometry& g, const PolicySimulationOptions& options) {
+  return (g.decoder_layers + (options.encoder ? g.encoder_layers : 0)) * g.num_experts;
+}
+
+void CheckSimulation(const TraceReader& reader,
+                     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
+                     const PolicySimulationOptions& options) {
+  SequencesOf(reader, options, AnyNeedsHidden(predictors));
+  for (const double share : options.budget_shares)
+    RequireTwoSlots(share, NumSimulatedExperts(reader.config().geometry, options));
 }
 
 PolicySimulationResult SimulatePolicies(
@@ -234,24 +263,24 @@ PolicySimulationResult SimulatePolicies(
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
     const DeviceProfile& profile, const PolicySimulationOptions& options) {
   const c10::NoGradGuard no_grad;
-  const bool hidden = std::any_of(predictors.begin(), predictors.end(),
-                                  [](const auto& p) { return p->needs_hidden(); });
-  const Playground ground(reader, profile, options, hidden);
+  const Playground ground(reader, profile, options, AnyNeedsHidden(predictors));
   PolicySimulationResult result;
   result.profile = profile;
+  result.imagined = ground.model();
   result.question_us = 1e6 * options.question_seconds;
   if (options.warm_start) result.warm_start = options.warm_start->source;
   const Recording plain = ground.Record(nullptr, 0);
   result.tokens = plain.tokens;
   result.sequence_tokens = options.tokens;
-  // A predictor is asked once, and what it said played with every budget and eviction.
+  // A predictor is asked once, and what it said played with every budget, policy and
+  // eviction: one that learns while it serves must not have seen the sequences before.
   std::vector<std::vector<SimulatedRow>> rows(options.budget_shares.size());
   const auto play = [&](const std::string& predictor, const std::string& policy,
                         const std::string& eviction, const Recording& recording,
                         const RankedVisits& ranked, const SpeculationPolicy& settings) {
     for (size_t b = 0; b < rows.size(); ++b) {
-      rows[b].push_back(ground.Run(options.budget_shares[b], predictor, policy, eviction,
-                                   recording, ranked, settings));
+      rows[b].push_back(
+          ground.Run(b, predictor, policy, eviction, recording, ranked, settings));
     }
   };
   const SpeculationPolicy demand = ParsePolicy("on_demand");
@@ -260,15 +289,19 @@ PolicySimulationResult SimulatePolicies(
   for (const std::string& eviction : options.evictions) {
     if (eviction != "lru") play("none", "on_demand", eviction, plain, unforeseen, demand);
   }
+  int farthest = 0;  // layer visits that some policy looks ahead
+  for (const std::string& policy : options.policies)
+    farthest = std::max(farthest, PolicyFor(policy, ground.geometry()).max_lead);
   for (const auto& predictor : predictors) {
+    if (farthest == 0) break;  // nobody is asked: rows of no predictor, above
+    const Recording told = ground.Record(predictor.get(), farthest);
+    const RankedVisits ranked(told.visits);
     for (const std::string& policy : options.policies) {
       SpeculationPolicy settings = PolicyFor(policy, ground.geometry());
-      if (!settings.speculate) continue;  // a row of no predictor, above
-      settings.auto_off = false;          // the gauge compares measured times
+      if (!settings.speculate) continue;
+      settings.auto_off = false;  // the gauge compares measured times
       settings.most_experts = PresetOf(profile).most_experts;
       settings.aggressiveness = PresetOf(profile).aggressiveness;
-      const Recording told = ground.Record(predictor.get(), settings.max_lead);
-      const RankedVisits ranked(told.visits);
       for (const std::string& eviction : options.evictions) {
         if (eviction == "belady") continue;  // a row on demand alone: what is least
         play(predictor->label(), policy, eviction, told, ranked, settings);
@@ -285,11 +318,12 @@ PolicySimulationResult SimulatePolicies(
   play("oracle", "auto", "lru", oracle, RankedVisits(oracle.visits), far);
   const double compute = ground.ComputeSeconds(plain);
   for (size_t b = 0; b < rows.size(); ++b) {
-    rows[b].push_back(ground.Resident(options.budget_shares[b], plain));
+    rows[b].push_back(ground.Resident(b, plain));
     const double lru = rows[b][0].seconds;
     for (SimulatedRow& row : rows[b]) {
       row.bound = lru / std::max(compute, lru - compute);
       row.speed_up = lru / row.seconds;
+      row.imagined = ground.model();
       result.rows.push_back(std::move(row));
     }
   }
@@ -305,6 +339,9 @@ Json SimulatedRow::ToJson() const {
                {"seconds", seconds},           {"question_seconds", question_seconds},
                {"bytes_useful", bytes_useful}, {"bytes_late", bytes_late},
                {"bytes_wasted", bytes_wasted}, {"simulated", true}};
+  const Json sizes = imagined.ToJson();
+  for (const auto& [key, figure] : sizes.items()) json[key] = figure.at("value");
+  json["imagined_from"] = imagined.From();
   if (!budget.empty()) json["budget"] = budget;
   if (warm_start_seconds > 0) json["warm_start_seconds"] = warm_start_seconds;
   if (memory_manager) {
@@ -320,11 +357,9 @@ Json SimulatedRow::ToJson() const {
 }
 
 Json PolicySimulationResult::ToJson() const {
-  Json json = {{"profile", profile.ToJson()},
-               {"question_us", question_us},
-               {"tokens", tokens},
-               {"sequence_tokens", sequence_tokens},
-               {"rows", Json::array()}};
+  Json json = {{"profile", profile.ToJson()},        {"imagined", imagined.ToJson()},
+               {"question_us", question_us},         {"tokens", tokens},
+               {"sequence_tokens", sequence_tokens}, {"rows", Json::array()}};
   if (!warm_start.empty()) json["warm_start"] = warm_start;
   for (const SimulatedRow& row : rows) json["rows"].push_back(row.ToJson());
   return json;
@@ -362,6 +397,16 @@ std::string BudgetText(const SimulatedRow& row) {
          "\n";
 }
 
+// Rows that no such device could have.
+std::string RoomText(const PolicySimulationResult& result) {
+  uint64_t most = 0;
+  for (const SimulatedRow& row : result.rows) most = std::max(most, row.budget_bytes);
+  const uint64_t memory = result.profile.memory_bytes;
+  if (memory == 0 || most <= memory) return "";
+  return "rows of up to " + FormatBytes(most) + " of experts are more than " +
+         result.profile.name + " has: " + FormatBytes(memory) + "\n";
+}
+
 }  // namespace
 
 std::string PolicyTable(const PolicySimulationResult& result) {
@@ -388,7 +433,8 @@ std::string PolicyTable(const PolicySimulationResult& result) {
       result.warm_start.empty()
           ? ""
           : "slots begin with the most used experts (" + result.warm_start + ")\n";
-  return text + failures + warm + "simulated: " + result.profile.name +
+  return text + failures + warm + result.imagined.Text() + "\n" + RoomText(result) +
+         "simulated: " + result.profile.name +
          (result.profile.emulated ? " (emulated)" : "") + ", " +
          std::to_string(result.tokens) + " tokens, the first " +
          std::to_string(result.sequence_tokens) +

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "evaluator/device_profile.h"
+#include "evaluator/imagined_model.h"
 #include "evaluator/recorded_visits.h"
 #include "models/expert_predictor.h"
 #include "storage/trace_reader.h"
@@ -17,8 +18,10 @@ namespace routecast {
 
 struct PolicySimulationOptions {
   int d_model = 768, d_ff = 3072, vocab_size = 32128;  // of the model that is imagined
+  ImaginedSizes sizes;                                 // what is known of it otherwise
   // Of the expert bytes; every row is played with each.
   std::vector<double> budget_shares = {0.25};
+  std::vector<std::string> budget_names;  // of each, as it was asked for; else its share
   int sequences = 200, warmup_sequences = 4, tokens = 16;
   bool encoder =
       false;  // its pass before each sequence's steps; its experts in the budget
@@ -31,8 +34,11 @@ struct PolicySimulationOptions {
   bool quiet = false;
 };
 
-// Costs of a geometry where every weight is read once from memory (a batch of one).
-StepCosts CostsOf(const DeviceProfile& profile, const PolicySimulationOptions& options);
+ImaginedModel ImaginedModelOf(const DeviceProfile& profile,
+                              const PolicySimulationOptions& options);
+// Experts of the stacks that are played.
+int NumSimulatedExperts(const MoeGeometry& geometry,
+                        const PolicySimulationOptions& options);
 
 struct SimulatedRow {
   std::string predictor, policy, eviction;
@@ -47,14 +53,16 @@ struct SimulatedRow {
   std::optional<MemoryManagerState> memory_manager;  // where the policy has one
   int64_t failed_questions = 0;  // which say nothing; the first one's words
   std::string first_failure;
+  ImaginedModel imagined;
   Json ToJson() const;
 };
 struct PolicySimulationResult {
   DeviceProfile profile;
+  ImaginedModel imagined;
   double question_us = 0;  // what each question was charged
   size_t tokens = 0;
   int sequence_tokens = 0;  // played of each sequence, from its first on, at most
-  std::string warm_start;  // where slots began filled: what was counted
+  std::string warm_start;   // where slots began filled: what was counted
   // Of each budget: on-demand LRU first, resident last.
   std::vector<SimulatedRow> rows;
   Json ToJson() const;
@@ -62,7 +70,13 @@ struct PolicySimulationResult {
   std::string ToCsv() const;
 };
 
-// UsageError where no sequence of the part serves, or the model has no such stack.
+// UsageError where no sequence of the part serves, the model has no such stack, or a
+// budget holds fewer than two experts: what SimulatePolicies would refuse, without
+// playing.
+void CheckSimulation(const TraceReader& reader,
+                     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,
+                     const PolicySimulationOptions& options);
+// Throws as CheckSimulation.
 // `predictors` need no more than the store has (MakePredictors). On-demand with every
 // eviction, every
 // predictor with every policy and eviction, the oracle. Eviction by a known future is not

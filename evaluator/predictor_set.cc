@@ -61,6 +61,21 @@ std::shared_ptr<const BaselineTables> FitTables(const TraceReader& reader, bool 
   return tables;
 }
 
+// A name may be of a trained run: those in this folder are looked at as well. A path, and
+// what has a prefix, is LoadPredictor's to refuse.
+void RequireKnown(const std::string& name, std::vector<std::string> known) {
+  if (name.find_first_of("/:") != std::string::npos || fs::is_directory(name)) return;
+  known.insert(known.begin(), {"none", "oracle"});
+  if (!Has(known, name)) {
+    std::error_code unreadable;
+    for (const auto& entry : fs::directory_iterator(".", unreadable)) {
+      if (fs::exists(entry.path() / "config.json"))
+        known.push_back(entry.path().filename().string());
+    }
+  }
+  ParseChoice("--predictor", name, known);
+}
+
 }  // namespace
 
 std::vector<std::string> WithBaselines(std::vector<std::string> names,
@@ -70,6 +85,7 @@ std::vector<std::string> WithBaselines(std::vector<std::string> names,
   auto baselines = BaselineNames();
   const auto strategies = ServingStrategyNames();
   baselines.insert(baselines.end(), strategies.begin(), strategies.end());
+  for (const std::string& name : names) RequireKnown(name, baselines);
   for (const std::string& name : baselines) {
     const bool wanted = kind == 2 || (kind == 1 && Has(kSimple, name));
     if (wanted && !Has(names, name)) missing.push_back(name);

@@ -14,7 +14,8 @@ namespace routecast {
 
 // `names` without none and oracle, which are rows of their own, preceded by those
 // baselines of `which` that are not among them: none, simple (what is counted, and the
-// stale gate) or all. UsageError naming the nearest.
+// stale gate) or all. UsageError naming the nearest: of names, and of trained runs in the
+// present folder.
 std::vector<std::string> WithBaselines(std::vector<std::string> names,
                                        const std::string& which);
 

@@ -61,13 +61,15 @@ SpeculationPolicy PolicyFor(const std::string& name, const MoeGeometry& geometry
 
 std::vector<std::string> ParsePolicies(const std::vector<std::string>& names) {
   std::vector<std::string> policies;
+  std::vector<std::string> known = {"all"};
+  for (const auto& policy : Policies()) known.push_back(policy.name);
   for (const std::string& name : names) {
-    if (name == "all") {
+    if (ParseChoice("--policy", name, known) == 0) {
       for (const auto& policy : Policies()) {
         if (policy.speculate) policies.push_back(policy.name);
       }
     } else {
-      policies.push_back(ParsePolicy(name).name);
+      policies.push_back(name);
     }
   }
   std::vector<std::string> sorted = policies;

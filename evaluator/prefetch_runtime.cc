@@ -151,8 +151,10 @@ void PrefetchRuntime::OnPassBegin(const PassInfo& pass) {
     ForgetPredictions();
     return;
   }
-  Ask("ask at the pass' begin",
-      [this, kept = Kept(pass)] { return foresight_->AtPassBegin(kept); });
+  const PassInfo kept = Kept(pass);
+  Ask(
+      "ask at the pass' begin", [this, kept] { return foresight_->AtPassBegin(kept); },
+      [this, kept] { foresight_->SkipPass(kept); });
 }
 
 void PrefetchRuntime::OnRouting(const LayerRouting& routing) {
@@ -172,8 +174,10 @@ void PrefetchRuntime::Begin(int layer, std::span<const int> experts) {
   if (!foresight_ || !has_pending_) return;
   has_pending_ = false;
   if (Speculating()) {
-    Ask("ask at a layer",
-        [this, kept = Kept(pending_)] { return foresight_->AtLayer(kept); });
+    const LayerRouting kept = Kept(pending_);
+    Ask(
+        "ask at a layer", [this, kept] { return foresight_->AtLayer(kept); },
+        [this, kept] { foresight_->Skip(kept); });
   } else if (following_) {
     Tell([this, kept = Kept(pending_)] { foresight_->Skip(kept); });
   }
@@ -226,7 +230,7 @@ void PrefetchRuntime::Release(ExpertKey key, double taken) {
 void PrefetchRuntime::OnPassEnd(const PassInfo& pass) {
   if (Speculating()) {
     Ask("ask at the pass' end",
-        [this, kept = Kept(pass)] { return foresight_->AtPassEnd(kept); });
+        [this, kept = Kept(pass)] { return foresight_->AtPassEnd(kept); }, {});
   }
   const double seconds = clock_.Now() - pass_begin_;
   if (timeline_) {

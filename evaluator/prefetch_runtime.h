@@ -128,8 +128,10 @@ class PrefetchRuntime : public ExpertSource, public RoutingObserver {
   void WatchTransfer(uint64_t id, TransferOutcome outcome);  // lock held
   void OnDone(uint64_t id, TransferOutcome outcome, uint64_t bytes);
   void Release(ExpertKey key, double taken);
-  // Puts a question of the timeline's name `what`; its answer goes to the planner.
-  void Ask(const char* what, std::function<std::vector<LayerForecast>()> question);
+  // Puts a question of the timeline's name `what`; its answer goes to the planner. `news`
+  // is what the foresight is told where a later question comes before its turn.
+  void Ask(const char* what, std::function<std::vector<LayerForecast>()> question,
+           std::function<void()> news);
   // Tells the foresight something without a question, in order with them.
   void Tell(std::function<void()> news);
   // Lock held. `visit`: the planner's when the question was put; `epoch`: of the

@@ -20,7 +20,8 @@ bool PrefetchRuntime::AnyGaugeNeedsPredictor() const {
 }
 
 void PrefetchRuntime::Ask(const char* what,
-                          std::function<std::vector<LayerForecast>()> question) {
+                          std::function<std::vector<LayerForecast>()> question,
+                          std::function<void()> news) {
   const double from = clock_.Now();
   long visit = 0, epoch = 0;
   {
@@ -41,7 +42,10 @@ void PrefetchRuntime::Ask(const char* what,
     Foresee(forecasts, visit, epoch);
   };
   if (thread_) {
-    thread_->Ask(std::move(answer));
+    auto instead = [this, news = std::move(news)] {
+      if (news) questions_.Run(news);
+    };
+    thread_->Ask(std::move(answer), std::move(instead));
   } else {
     answer();
   }
@@ -50,7 +54,7 @@ void PrefetchRuntime::Ask(const char* what,
 
 void PrefetchRuntime::Tell(std::function<void()> news) {
   if (!thread_) return (void)questions_.Run(news);
-  thread_->Ask([this, news = std::move(news)] { questions_.Run(news); });
+  thread_->Tell([this, news = std::move(news)] { questions_.Run(news); });
 }
 
 // Tensors are valid during the call only: what is asked later has its own.

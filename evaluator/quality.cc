@@ -37,6 +37,8 @@ struct Asked {
   std::vector<float> right;  // by decoder token: share of the layers, one visit ahead
   std::vector<double> microseconds;
   QuestionGuard guard;
+  AnswerLog* log = nullptr;
+  int predictor = 0;  // in the log
 };
 
 double Quantile(std::vector<double> values, double q) {
@@ -136,6 +138,28 @@ void ScoreAnswers(const RoutingTrace& trace, Stack stack, int source, int lead,
   }
 }
 
+// What was said and what then happened, into the log.
+void Log(const RoutingTrace& trace, Stack stack, int source, int lead,
+         const at::Tensor& labels_TK, const Said& said, const Asked& asked) {
+  const at::Tensor probs = at::cat(said.probs_NE).to(at::kFloat).contiguous();
+  const at::Tensor labels = labels_TK.contiguous();
+  const auto experts = static_cast<size_t>(probs.size(1)),
+             choices = static_cast<size_t>(labels.size(1));
+  for (size_t i = 0; i < said.tokens.size(); ++i) {
+    const int64_t token = said.tokens[i];
+    asked.log->Add(
+        {asked.predictor,
+         trace.sequence_id,
+         stack,
+         token,
+         source,
+         lead,
+         {probs.const_data_ptr<float>() + i * experts, experts},
+         {labels.const_data_ptr<int64_t>() + static_cast<size_t>(token) * choices,
+          choices}});
+  }
+}
+
 // labels_THK: LabelSets of the source.
 void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
            const MoeGeometry& g, const at::Tensor& labels_THK, const Said& said,
@@ -143,8 +167,10 @@ void Score(const RoutingTrace& trace, Stack stack, int source, int lead,
   Place& place = PlaceOf(asked, stack, source, lead, g);
   place.silent |= said.silent;
   const at::Tensor labels_TK = labels_THK.select(1, lead - 1);
-  if (!said.tokens.empty())
+  if (!said.tokens.empty()) {
     ScoreAnswers(trace, stack, source, lead, g, labels_TK, said, &place);
+    if (asked->log) Log(trace, stack, source, lead, labels_TK, said, *asked);
+  }
   for (const int64_t t : said.failed) {
     if (labels_TK[t][0].item<int64_t>() >= 0) ++place.unanswered[trace.document_id];
   }
@@ -324,18 +350,27 @@ namespace {
 
 using Predictors = std::vector<std::unique_ptr<ExpertPredictor>>;
 
-// Asks all predictors about the test sequences of `reader`.
-std::vector<Asked> AskAll(const TraceReader& reader, const Predictors& predictors,
-                          const QualityOptions& options) {
-  const bool hidden = std::any_of(predictors.begin(), predictors.end(),
-                                  [](const auto& p) { return p->needs_hidden(); });
+bool AnyNeedsHidden(const Predictors& predictors) {
+  return std::any_of(predictors.begin(), predictors.end(),
+                     [](const auto& p) { return p->needs_hidden(); });
+}
+
+// Of the test part, `most` at most.
+std::vector<uint64_t> SequencesOf(const TraceReader& reader, const Predictors& predictors,
+                                  int most) {
+  if (predictors.empty()) {
+    throw UsageError(ErrorText("there is nobody to ask",
+                               "no predictor is named, or the store serves none",
+                               "give --predictor=NAME,RUN or --baselines=simple"));
+  }
+  const bool hidden = AnyNeedsHidden(predictors);
   std::vector<uint64_t> ids;
   for (const SequenceInfo& info : reader.sequences()) {
     if (SplitOf(info.group_id) != SplitPart::kTest || (hidden && !info.has_hidden)) {
       continue;
     }
     ids.push_back(info.sequence_id);
-    if (ids.size() == static_cast<size_t>(options.sequences)) break;
+    if (ids.size() == static_cast<size_t>(most)) break;
   }
   if (ids.empty()) {
     throw UsageError(ErrorText("the store has no test sequence" +
@@ -343,7 +378,19 @@ std::vector<Asked> AskAll(const TraceReader& reader, const Predictors& predictor
                                    ": " + reader.path().string(),
                                "", "collect more, with --record=ids,probs,hidden"));
   }
+  return ids;
+}
+
+// Asks all predictors about the test sequences of `reader`.
+std::vector<Asked> AskAll(const TraceReader& reader, const Predictors& predictors,
+                          const QualityOptions& options) {
+  const std::vector<uint64_t> ids = SequencesOf(reader, predictors, options.sequences);
+  const bool hidden = AnyNeedsHidden(predictors);
   std::vector<Asked> asked(predictors.size());
+  for (size_t p = 0; p < predictors.size(); ++p) {
+    asked[p].log = options.answers;
+    asked[p].predictor = static_cast<int>(p);
+  }
   const Interview interview(reader.config().geometry, options);
   Progress progress("asking " + std::to_string(predictors.size()) + " predictors",
                     "sequences", ids.size(), options.quiet);
@@ -361,6 +408,10 @@ std::vector<Asked> AskAll(const TraceReader& reader, const Predictors& predictor
 }
 
 }  // namespace
+
+void CheckQuality(const TraceReader& reader, const Predictors& predictors) {
+  SequencesOf(reader, predictors, 1);
+}
 
 std::vector<PredictorQuality> MeasureQuality(const TraceReader& reader,
                                              const Predictors& predictors,
@@ -380,6 +431,7 @@ ShiftedQuality MeasureShift(const TraceReader& from, const TraceReader& to,
   RequireOneModel({from.path().string(), from.config().geometry},
                   {to.path().string(), to.config().geometry});
   const c10::NoGradGuard no_grad;
+  CheckQuality(to, predictors);  // before an hour is spent on the first
   const std::vector<Asked> before = AskAll(from, predictors, options),
                            after = AskAll(to, predictors, options);
   ShiftedQuality shifted;

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "evaluator/answer_log.h"
 #include "evaluator/quality_statistics.h"
 #include "models/expert_predictor.h"
 #include "models/speculation_metrics.h"
@@ -17,9 +18,10 @@
 namespace routecast {
 
 struct QualityOptions {
-  int sequences = 200;  // of the test part, at most
-  int tokens = 16;      // decoder tokens of a sequence, at most
-  uint64_t seed = 1;    // of the bootstrap
+  int sequences = 200;           // of the test part, at most
+  int tokens = 16;               // decoder tokens of a sequence, at most
+  uint64_t seed = 1;             // of the bootstrap
+  AnswerLog* answers = nullptr;  // MeasureQuality puts all answers there; null: nowhere
   bool quiet = false;
 };
 
@@ -45,7 +47,10 @@ struct PredictorQuality {
   Json ToJson() const;
 };
 
-// Throws UsageError where no test sequence serves.
+// Throws UsageError where nobody is to be asked, or no test sequence serves.
+void CheckQuality(const TraceReader& reader,
+                  const std::vector<std::unique_ptr<ExpertPredictor>>& predictors);
+// Throws as CheckQuality.
 std::vector<PredictorQuality> MeasureQuality(
     const TraceReader& reader,
     const std::vector<std::unique_ptr<ExpertPredictor>>& predictors,

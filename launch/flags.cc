@@ -248,6 +248,23 @@ void RefuseUnheeded(const HeededFlags& heeded, const std::string& prefix,
   }
 }
 
+bool IsGiven(const std::string& flag) {
+  return !gflags::GetCommandLineFlagInfoOrDie(flag.c_str()).is_default;
+}
+
+void RefuseUseless(const std::string& flag, const std::string& why,
+                   const std::string& fix) {
+  throw UsageError(ErrorText(flag + " does nothing here", why, fix));
+}
+
+std::optional<double> GivenSeconds(const std::string& flag, double microseconds) {
+  if (!IsGiven(flag)) return std::nullopt;
+  if (microseconds >= 0 && microseconds <= 1e9) return 1e-6 * microseconds;
+  throw UsageError(
+      ErrorText("--" + flag + "=" + std::to_string(microseconds) + " is out of bounds",
+                "microseconds, from 0 to 1e9", "e.g. --" + flag + "=50"));
+}
+
 Json EffectiveFlags() {
   Json all = Json::object();
   for (const FlagInfo& flag : OurFlags()) {

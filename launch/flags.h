@@ -11,6 +11,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,6 +48,15 @@ using HeededFlags = std::vector<std::pair<std::string, std::vector<std::string>>
 // `mode`.
 void RefuseUnheeded(const HeededFlags& heeded, const std::string& prefix,
                     const std::string& mode);
+
+// Whether the command line or a flag file names it.
+bool IsGiven(const std::string& flag);
+// Throws UsageError: `flag` (with its dashes) would do nothing, and why.
+[[noreturn]] void RefuseUseless(const std::string& flag, const std::string& why,
+                                const std::string& fix = "leave it out");
+// Seconds that a flag of microseconds gives; nullopt where it is not given. UsageError
+// where that is less than 0 or more than 1e9.
+std::optional<double> GivenSeconds(const std::string& flag, double microseconds);
 
 // The full effective configuration for run.json: this program's flags, typed.
 Json EffectiveFlags();

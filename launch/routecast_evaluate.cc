@@ -10,13 +10,10 @@
 
 #include "common/errors.h"
 #include "common/model_folder.h"
-#include "evaluator/device_sweep.h"
-#include "evaluator/disk_sweep.h"
 #include "evaluator/evaluation.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_store.h"
-#include "evaluator/expert_transfers.h"
-#include "evaluator/kernel_sweep.h"
+#include "evaluator/machine_sweep.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
 #include "evaluator/quality.h"
@@ -24,7 +21,6 @@
 #include "evaluator/status.h"
 #include "launch/flags.h"
 #include "launch/main.h"
-#include "report/evaluation_report.h"
 
 DECLARE_bool(quiet);
 DECLARE_bool(dry_run);
@@ -33,7 +29,7 @@ DECLARE_uint64(seed);
 DEFINE_string(
     model, "",
     "checkpoint to generate with: a folder, or a name in the Hugging Face cache; "
-    "empty: replay of --store");
+    "empty: replay of --store; --mode=simulate: whose sizes are imagined");
 DEFINE_string(store, "",
               "trace store: sequences to replay, prompts, and counts of baselines");
 DEFINE_string(prompts, "",
@@ -47,8 +43,8 @@ DEFINE_string(
     "memory_manager or auto; a comma list, or all that speculate, gives rows for "
     "each");
 DEFINE_string(eviction, "lru",
-              "none, lru, lfu, lfru, least_stale or phase_aware; --mode=simulate takes a "
-              "list, and belady");
+              "one of none, lru, lfu, lfru, least_stale and phase_aware; --mode=simulate "
+              "takes a comma list, and belady");
 DEFINE_string(expert_budget, "25%",
               "expert memory: a share of the experts that run, or bytes; a list gives "
               "rows for each");
@@ -83,7 +79,25 @@ DEFINE_int32(sequences, 200, "test sequences of --mode=quality and simulate, at 
 DEFINE_string(shift_store, "",
               "with --mode=quality, a store of the same model that is asked about next: "
               "how predictors take a change of domain");
+DEFINE_string(
+    answers, "none",
+    "--mode=quality: csv or npz leaves answers.csv or answers.npz in --out, what "
+    "each predictor said of every token");
+DEFINE_int32(answer_ranks, 8, "the likeliest experts of an answer that --answers keeps");
 DEFINE_double(question_us, 200, "cost of a question in --mode=simulate");
+DEFINE_string(expert_bytes, "",
+              "--mode=simulate: what an expert takes, as 12.6MiB; empty: by --model's "
+              "sizes, or switch-base's in fp32");
+DEFINE_double(
+    layer_us, 0,
+    "--mode=simulate: microseconds of a MoE layer without its experts, batch 1; "
+    "where it is not given: its weights read once from --profile's memory");
+DEFINE_double(expert_us, 0,
+              "--mode=simulate: microseconds of computing one expert; where it is not "
+              "given: the expert read once");
+DEFINE_double(head_us, 0,
+              "--mode=simulate: microseconds behind the last layer, with the vocabulary "
+              "head; where it is not given: the head read once");
 DEFINE_string(in, ".", "folder that --mode=status looks into");
 DEFINE_string(phase, "decoder",
               "stacks of a replay: decoder, encoder or both; --mode=simulate: decoder or "
@@ -139,27 +153,31 @@ std::vector<std::string> List(const std::string& text) {
   return items;
 }
 
+// The folders of --report_with.
+std::vector<fs::path> ShownBeside() {
+  std::vector<fs::path> folders;
+  for (const std::string& folder : List(FLAGS_report_with)) folders.emplace_back(folder);
+  return folders;
+}
+
 EvaluationOptions OptionsFromFlags() {
   EvaluationOptions options;
   options.model = FindModelFolder(FLAGS_model);
   options.store = FLAGS_store;
   options.prompts = List(FLAGS_prompts);
   options.predictor = List(FLAGS_predictor);
-  for (const std::string& folder : List(FLAGS_report_with)) {
-    options.report_with.emplace_back(folder);
-  }
+  options.report_with = ShownBeside();
   options.policies = List(FLAGS_policy);
   options.eviction = FLAGS_eviction;
   options.budgets = List(FLAGS_expert_budget);
-  options.budget_given = !gflags::GetCommandLineFlagInfoOrDie("expert_budget").is_default;
+  options.budget_given = IsGiven("expert_budget");
   options.kv_in_budget = FLAGS_kv_in_budget;
   options.tier = FLAGS_tier;
   options.copies = FLAGS_copies;
   options.warm_start = FLAGS_warm_start;
   options.phase = FLAGS_phase;
   options.link = FLAGS_link;
-  if (!gflags::GetCommandLineFlagInfoOrDie("profile").is_default)
-    options.profile = FLAGS_profile;
+  if (IsGiven("profile")) options.profile = FLAGS_profile;
   options.guess_next_token = FLAGS_guess_next_token;
   options.batches = ParseBatches(FLAGS_batch);
   options.schedules = List(FLAGS_schedule);
@@ -185,20 +203,6 @@ struct Findings {
   std::string csv{};  // of rows that report.html shows as well; empty: no rows
 };
 
-// rows.csv, and the page that shows them with the folders of --report_with.
-void WriteRows(const fs::path& out, const std::string& csv) {
-  WriteFileAtomic(out / "rows.csv", csv);
-  std::vector<fs::path> folders = {out};
-  for (const std::string& folder : List(FLAGS_report_with)) folders.emplace_back(folder);
-  try {
-    WriteEvaluationReport(out / "report.html", folders);
-  } catch (const std::length_error&) {
-    std::fprintf(stderr,
-                 "report.html is left out: so many rows make a page too large; "
-                 "rows.csv has them\n");
-  }
-}
-
 // Prints what `work` finds and, where there is an --out, keeps it in the first of `files`
 // (all that the mode leaves), the text in table.txt, and rows where there are some.
 // `work` reads its inputs, says that they are sound and finds; a dry run's prints a plan
@@ -213,7 +217,10 @@ void Report(const std::vector<std::string>& files,
     if (!out.empty()) {
       WriteFileAtomic(out / files[0], found.json.dump(1) + "\n");
       WriteFileAtomic(out / "table.txt", found.text);
-      if (!found.csv.empty()) WriteRows(out, found.csv);
+      if (!found.csv.empty()) {
+        WriteFileAtomic(out / "rows.csv", found.csv);
+        WriteReport(out, ShownBeside());
+      }
     }
     return {{"mode", FLAGS_mode}};
   });
@@ -239,15 +246,35 @@ std::vector<std::unique_ptr<ExpertPredictor>> Predictors(const TraceReader& read
 // Of a recorded sequence whose answers are scored. A simulation keeps all answers in
 // memory, so there the default stands.
 int ScoredTokens() {
-  const bool given = !gflags::GetCommandLineFlagInfoOrDie("max_new_tokens").is_default;
-  return given ? FLAGS_max_new_tokens : std::numeric_limits<int>::max();
+  return IsGiven("max_new_tokens") ? FLAGS_max_new_tokens
+                                   : std::numeric_limits<int>::max();
 }
 
 void RequireSequences() {
-  if (FLAGS_sequences < 1 || FLAGS_max_new_tokens < 1) {
-    throw UsageError(
-        ErrorText("--sequences and --max_new_tokens are at least 1", "", ""));
-  }
+  RequireCount("--sequences", FLAGS_sequences, 1, std::numeric_limits<int>::max());
+  RequireCount("--max_new_tokens", FLAGS_max_new_tokens, 1);
+}
+
+// Before anything is read.
+void RequireAnswers() {
+  const bool none = ParseChoice("--answers", FLAGS_answers, {"none", "csv", "npz"}) == 0;
+  RequireCount("--answer_ranks", FLAGS_answer_ranks, 1, 65'535);
+  if (none && IsGiven("answer_ranks"))
+    RefuseUseless("--answer_ranks", "it is of --answers", "give --answers=npz as well");
+  if (none) return;
+  if (FLAGS_out.empty())
+    RefuseUseless("--answers", "the file is written into --out", "give --out=FOLDER");
+  if (!FLAGS_shift_store.empty())
+    RefuseUseless("--answers", "rows of two stores could not be told apart",
+                  "leave --shift_store out, and ask about that store alone");
+}
+
+// Null where nothing is asked for.
+std::unique_ptr<AnswerLog> OpenAnswers() {
+  if (FLAGS_answers == "none") return nullptr;
+  return std::make_unique<AnswerLog>(
+      FLAGS_out, FLAGS_answers == "csv" ? AnswerFormat::kCsv : AnswerFormat::kNpz,
+      FLAGS_answer_ranks);
 }
 
 Findings AskPredictors(const BeginRun& begin) {
@@ -259,7 +286,12 @@ Findings AskPredictors(const BeginRun& begin) {
     const ToldInputs then = ToldBy(*shift);
     told = {told.token_ids && then.token_ids, told.router_inputs && then.router_inputs};
   }
+  const std::vector<std::string> asked = List(FLAGS_predictor);
+  if (std::count(asked.begin(), asked.end(), "oracle") > 0)
+    RefuseUseless("--predictor=oracle",
+                  "it is always right: there is nothing to measure");
   const auto predictors = Predictors(reader, told);
+  CheckQuality(reader, predictors);
   if (FLAGS_dry_run) {
     std::printf("quality: %zu predictors, %d sequences at most\n", predictors.size(),
                 FLAGS_sequences);
@@ -277,8 +309,11 @@ Findings AskPredictors(const BeginRun& begin) {
     return QualityTable(all);
   };
   if (!shift) {
+    const std::unique_ptr<AnswerLog> answers = OpenAnswers();
+    options.answers = answers.get();
     const std::string table =
         add("predictors", MeasureQuality(reader, predictors, options));
+    if (answers) answers->Finish();
     return {table, json};
   }
   const ShiftedQuality shifted = MeasureShift(reader, *shift, predictors, options);
@@ -290,26 +325,35 @@ Findings AskPredictors(const BeginRun& begin) {
 
 void Quality() {
   RequireSequences();
-  Report({"quality.json", "table.txt"}, AskPredictors);
+  RequireAnswers();
+  Report({"quality.json", "table.txt", "answers.csv", "answers.npz"}, AskPredictors);
 }
 
-// Of a simulation, which imagines the experts: shares alone, in the order given.
-std::vector<double> BudgetShares() {
-  constexpr uint64_t kWhole = 10'000;  // a hundredth of a percent: as rows name them
-  std::vector<double> shares;
-  const auto wrong = [] {
-    return UsageError(
-        ErrorText("--mode=simulate takes different shares as --expert_budget",
-                  FLAGS_expert_budget, "e.g. --expert_budget=25%, or 10%,25%,50%"));
-  };
-  for (const std::string& text : List(FLAGS_expert_budget)) {
-    const double share = static_cast<double>(ParseBudget(text, kWhole)) / kWhole;
-    if (!(share <= 1) || std::find(shares.begin(), shares.end(), share) != shares.end())
-      throw wrong();
-    shares.push_back(share);
+// What --expert_bytes and its like, or a checkpoint, say of the model that is imagined.
+ImaginedSizes SizesOfModel() {
+  ImaginedSizes sizes;
+  if (!FLAGS_model.empty()) {
+    const fs::path config = FindModelFolder(FLAGS_model) / "config.json";
+    const at::ScalarType dtype = ParseDtype("--dtype", FLAGS_dtype);
+    sizes.work =
+        LayerWorkOf(SwitchConfig::FromJson(ReadJsonFile(config), config.string()),
+                    static_cast<double>(c10::elementSize(dtype)));
+    sizes.work_from = "--model's sizes, " + FLAGS_dtype;
+  } else if (IsGiven("dtype")) {
+    RefuseUseless("--dtype", "it is of --model's weights",
+                  "give --model=FOLDER, or --expert_bytes in place of it");
   }
-  if (shares.empty()) throw wrong();
-  return shares;
+  if (IsGiven("expert_bytes")) {
+    sizes.expert_bytes = ParseBytes("--expert_bytes", FLAGS_expert_bytes);
+    if (*sizes.expert_bytes == 0 || *sizes.expert_bytes > uint64_t{1} << 40) {
+      throw UsageError(ErrorText("--expert_bytes is out of bounds", FLAGS_expert_bytes,
+                                 "from 1 to 1TiB, e.g. --expert_bytes=12.6MiB"));
+    }
+  }
+  sizes.layer_seconds = GivenSeconds("layer_us", FLAGS_layer_us);
+  sizes.expert_seconds = GivenSeconds("expert_us", FLAGS_expert_us);
+  sizes.head_seconds = GivenSeconds("head_us", FLAGS_head_us);
+  return sizes;
 }
 
 void Simulate() {
@@ -318,16 +362,20 @@ void Simulate() {
   options.policies = ParsePolicies(List(FLAGS_policy));
   options.evictions = List(FLAGS_eviction);
   for (const auto& eviction : options.evictions) ParseEviction(eviction);
+  RequireDistinct("--eviction", options.evictions);
+  if (FLAGS_out.empty() && !FLAGS_report_with.empty()) {
+    RefuseUseless("--report_with", "report.html is written into --out",
+                  "give --out=FOLDER, or leave it out");
+  }
+  if (FLAGS_policy == "on_demand" && NamesPredictor(List(FLAGS_predictor)))
+    RefuseUseless("--predictor", "--policy=on_demand asks nobody");
+  options.sizes = SizesOfModel();
   options.sequences = FLAGS_sequences;
   options.tokens = FLAGS_max_new_tokens;
   options.question_seconds = FLAGS_question_us * 1e-6;
   options.encoder = ParseChoice("--phase", FLAGS_phase, {"decoder", "both"}) == 1;
-  options.budget_shares = BudgetShares();
-  if (!(FLAGS_question_us >= 0)) {
-    throw UsageError(ErrorText("--question_us is 0 or more",
-                               std::to_string(FLAGS_question_us),
-                               "e.g. --question_us=200"));
-  }
+  options.budget_names = List(FLAGS_expert_budget);
+  GivenSeconds("question_us", FLAGS_question_us);  // within its bounds
   const std::vector<std::string> files = {"simulation.json", "table.txt", "rows.csv",
                                           "report.html"};
   Report(files, [&](const BeginRun& begin) -> Findings {
@@ -335,11 +383,17 @@ void Simulate() {
     const TraceReader reader = OpenStore();
     const auto predictors = Predictors(reader, ToldBy(reader));
     options.warm_start = WarmStartOf(FLAGS_warm_start, &reader, reader.config().geometry);
+    const ImaginedModel imagined = ImaginedModelOf(profile, options);
+    options.budget_shares =
+        SharesOfBudgets(options.budget_names,
+                        NumSimulatedExperts(reader.config().geometry, options), imagined);
+    CheckSimulation(reader, predictors, options);
     if (FLAGS_dry_run) {
       std::printf(
-          "simulate: %zu predictors x %zu policies x %zu evictions x %zu budgets on %s\n",
+          "simulate: %zu predictors x %zu policies x %zu evictions x %zu budgets on %s\n"
+          "%s\n",
           predictors.size(), options.policies.size(), options.evictions.size(),
-          options.budget_shares.size(), profile.name.c_str());
+          options.budget_shares.size(), profile.name.c_str(), imagined.Text().c_str());
       return {};
     }
     begin();
@@ -353,33 +407,14 @@ void Transfer() {
   options.folder = ExpertCacheFolder(FLAGS_cache);
   options.quiet = FLAGS_quiet;
   Report({"device_profile.json", "table.txt"}, [&](const BeginRun& begin) -> Findings {
+    const at::Device device = ParseDevice(FLAGS_device, 0);
     if (FLAGS_dry_run) {
       std::printf("transfer: a scratch file of %s in %s\n",
                   FormatBytes(options.file_bytes).c_str(), options.folder.c_str());
       return {};
     }
-    const at::Device device = ParseDevice(FLAGS_device, 0);
     begin();
-    DeviceProfile profile = MeasureDisk(options);
-    ExpertTransferOptions experts;
-    experts.quiet = FLAGS_quiet;
-    experts.weight_bytes = device.is_cuda() ? 2 : 4;
-    experts.most_bytes = profile.memory_bytes / 4;
-    if (device.is_cuda()) {
-      DeviceSweepOptions sweep;
-      sweep.quiet = FLAGS_quiet;
-      const std::unique_ptr<DeviceCopy> card = OpenCudaDevice(device.index());
-      MeasureDevice(card.get(), sweep, &profile);
-      experts.most_bytes = std::min(experts.most_bytes, card->FreeBytes() / 4);
-      profile.experts = MeasureExpertTransfers(card.get(), experts);
-    } else {
-      profile.experts = MeasureExpertTransfers(nullptr, experts);
-    }
-    // What the runtime computes in: fp32 on a CPU, bf16 on a card.
-    constexpr double kSeconds = 0.5;
-    profile.flops_per_second =
-        device.is_cuda() ? MeasureProducts(device, at::kBFloat16, 4096, kSeconds)
-                         : MeasureProducts(device, at::kFloat, 768, kSeconds);
+    const DeviceProfile profile = MeasureMachine(device, options);
     return {ProfileTable(profile), profile.ToJson()};
   });
 }
@@ -409,10 +444,13 @@ void RefuseOtherModesFlags() {
                     "batch",         "schedule", "max_new_tokens", "rounds",
                     "warmup_rounds", "compare",  "baselines",      "timeline",
                     "report_with",   "dtype"}},
-      {"quality", {"sequences", "shift_store", "max_new_tokens", "baselines"}},
+      {"quality",
+       {"sequences", "shift_store", "max_new_tokens", "baselines", "answers",
+        "answer_ranks"}},
       {"simulate",
        {"policy", "eviction", "expert_budget", "warm_start", "profile", "sequences",
-        "question_us", "phase", "max_new_tokens", "baselines", "report_with"}},
+        "question_us", "phase", "max_new_tokens", "baselines", "report_with", "dtype",
+        "expert_bytes", "layer_us", "expert_us", "head_us"}},
       {"transfer", {}},
       {"status", {"in"}}};
   RefuseUnheeded(kHeeded, "--mode=", FLAGS_mode);
@@ -421,6 +459,10 @@ void RefuseOtherModesFlags() {
 void Generate() {
   const EvaluationOptions options = OptionsFromFlags();
   ValidateEvaluation(options);
+  for (const char* flag : {"max_new_tokens", "guess_next_token"}) {
+    if (options.phase == "encoder" && IsGiven(flag))
+      RefuseUseless(std::string("--") + flag, "--phase=encoder decodes nothing");
+  }
   Evaluate(options, EffectiveFlags());
 }
 

@@ -130,7 +130,17 @@ bool SameRouting(const MoeGeometry& a, const MoeGeometry& b) {
 }
 
 [[noreturn]] void NoFolder(const std::string& name) {
-  throw UsageError(ErrorText("no such predictor folder: " + name, "",
+  const fs::path path = name, parent = path.parent_path();
+  std::vector<std::string> runs;  // beside it
+  std::error_code absent;
+  for (const auto& entry :
+       fs::directory_iterator(parent.empty() ? "." : parent, absent)) {
+    if (fs::exists(entry.path() / "config.json"))
+      runs.push_back(entry.path().filename().string());
+  }
+  throw UsageError(ErrorText("no such predictor folder: " + name,
+                             DidYouMean(path.filename().string(), runs,
+                                        parent.empty() ? "" : parent.string() + "/"),
                              "name the folder of a finished run"));
 }
 

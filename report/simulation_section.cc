@@ -53,6 +53,9 @@ void AddSimulation(const RunFolder& f, HtmlReport* page) {
                       ? " Emulated: the profile is from a data sheet, not measured."
                       : ""));
   const std::vector<RowGroup> budgets = BudgetsOf(f);
+  const std::string from =
+      budgets.empty() ? "" : TextOf(budgets[0].rows[0], "imagined_from");
+  if (!from.empty()) page->Paragraph("Figures of the imagined model: " + from + ".");
   page->Charts(SimulationCharts(budgets));
   for (const RowGroup& group : budgets) page->AddTable(TableOf(group), BudgetOf(group));
   page->Paragraph(

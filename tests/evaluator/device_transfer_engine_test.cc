@@ -36,13 +36,13 @@ class DeviceEngineTest : public testing::Test {
   }
 
   void Open(int host_slots, int device_slots, bool managed = false,
-            double deadline_seconds = 30) {
+            double deadline_seconds = 30, double disk_pace = 0) {
     DeviceEngineOptions options;
     options.deadline_seconds = deadline_seconds;
     options.chunk_bytes = kChunk;
     options.managed = managed;
     auto device = std::make_unique<FakeDevice>(log_, 1e9);
-    DiskEngineOptions disk_options{2, kChunk};
+    DiskEngineOptions disk_options{2, kChunk, disk_pace};
     if (managed) {
       disk_options.memory = device->AllocateManaged(
           SlotArena::SlotBytes(host_slots, file_->spec().stride_bytes()));
@@ -299,6 +299,22 @@ TEST_F(DeviceEngineTest, WhatTheDeviceRefusesIsNamed) {
   Start(0, 0, 0, true);
   EXPECT_EQ(Wait(0), TransferOutcome::kFailed);
   EXPECT_NE(engine_->last_error().find("fake words"), std::string::npos);
+}
+
+// The disk brings what it has begun, for nobody.
+TEST_F(DeviceEngineTest, AReadMayEndAfterTheDeviceIsLost) {
+  Open(2, 2, false, 30, /*disk_pace=*/500e3);  // 0.1 s an expert
+  Start(0, 0, 0, true);
+  Wait(0);
+  {
+    std::lock_guard lock(log_->mutex);
+    log_->failing = true;
+  }
+  Start(1, 1, 1, true);
+  Start(2, 0, 1, true);  // from host memory: refused at once
+  EXPECT_EQ(Wait(2), TransferOutcome::kFailed);
+  engine_.reset();
+  EXPECT_EQ(done_.count(1), 0u);
 }
 
 TEST_F(DeviceEngineTest, HostMemoryIsPinnedOnceAndWhole) {

@@ -55,7 +55,7 @@ class DiskFaultsTest : public testing::Test {
 
   // Asks for an expert of a disk that is `kind` for `seconds`; what became of it.
   TransferOutcome Read(Disk kind, double seconds, double deadline_seconds,
-                       std::string* error) const {
+                       std::string* error, uint64_t cut_to = 0) const {
     DiskEngineOptions options;
     options.deadline_seconds = deadline_seconds;
     options.check_hashes = true;
@@ -64,6 +64,7 @@ class DiskFaultsTest : public testing::Test {
                               options);
     engine.SetDone(
         [&](uint64_t, TransferOutcome outcome, uint64_t) { over.set_value(outcome); });
+    if (cut_to > 0) fs::resize_file(folder_ / "experts.bin", cut_to);
     disk = kind;
     engine.Start({1, {0, 1}, 0, true});
     std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
@@ -109,6 +110,20 @@ TEST_F(DiskFaultsTest, AReadThatFailsIsNamed) {
 TEST_F(DiskFaultsTest, WhatIsLeftOfAShortReadIsReadAsWell) {
   std::string error;
   EXPECT_EQ(Read(Disk::kReadsLess, 0, 60, &error), TransferOutcome::kArrived) << error;
+}
+
+// Within a page, too, where direct reads cannot go on from.
+TEST_F(DiskFaultsTest, AFileThatIsCutWhileItIsOpenIsNamed) {
+  const uint64_t first = 4096 + 2 * 64 * 96 * 4;  // of the second expert
+  for (const uint64_t cut_to : {first + 8192 + 100, first + 8192, first}) {
+    std::string error;
+    EXPECT_EQ(Read(Disk::kGood, 0, 60, &error, cut_to), TransferOutcome::kFailed);
+    EXPECT_NE(error.find("cut expert file"), std::string::npos) << error;
+    EXPECT_NE(error.find("no byte at " + std::to_string(cut_to)), std::string::npos)
+        << error;
+    TearDown();
+    SetUp();
+  }
 }
 
 }  // namespace

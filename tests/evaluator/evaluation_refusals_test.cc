@@ -4,9 +4,13 @@
 
 #include <algorithm>
 #include <fstream>
+#include <functional>
+#include <limits>
 
 #include "common/errors.h"
 #include "evaluator/evaluation_setup.h"
+#include "evaluator/predictor_set.h"
+#include "models/predictor_factory.h"
 #include "tests/evaluator/evaluation_fixture.h"
 
 namespace routecast {
@@ -72,6 +76,86 @@ TEST_F(EvaluationRefusals, OptionsThatDoNotFitTogetherAreUsage) {
   options.tier.clear();
   options.budgets.clear();
   EXPECT_THROW(ValidateEvaluation(options), UsageError);
+}
+
+// Each would otherwise do nothing, or something else, without a word.
+TEST_F(EvaluationRefusals, WhatWouldNotBeHeededIsRefusedInThreeLines) {
+  const auto words_of = [&](const std::function<void(EvaluationOptions*)>& change) {
+    EvaluationOptions options = Options();
+    change(&options);
+    try {
+      ValidateEvaluation(options);
+    } catch (const UsageError& e) {
+      const std::string words = e.what();
+      EXPECT_EQ(std::count(words.begin(), words.end(), '\n'), 2) << words;
+      return words;
+    }
+    return std::string("nothing was refused");
+  };
+  const auto expect = [](const std::string& words, const std::string& part) {
+    EXPECT_NE(words.find(part), words.npos) << words;
+  };
+  using O = EvaluationOptions*;
+  for (const char* link : {"native", "emulated"}) {
+    expect(words_of([&](O o) { o->profile = "rtx3090", o->link = link; }),
+           std::string("--link=") + link);
+  }
+  expect(words_of([](O o) { o->batches = {4, 4}; }), "--batch names one twice");
+  expect(words_of([](O o) { o->budgets = {"25%", "50%", "25%"}; }), "25%");
+  expect(words_of([](O o) {
+           o->batches = {2}, o->schedules = {"by_route", "by_route"};
+         }),
+         "--schedule names one twice");
+  expect(words_of([](O o) {
+           o->schedules = {"in_order", "by_route"};
+         }),
+         "batches of one hold nothing to group");
+  expect(words_of([](O o) { o->policies = {"on_demand"}, o->predictor = {"markov"}; }),
+         "--policy=on_demand asks nobody");
+  expect(words_of([](O o) { o->eviction = "lru,lfu"; }), "--mode=simulate takes lists");
+  expect(words_of([](O o) { o->eviction = "belady"; }), "--mode=simulate has a row");
+  expect(words_of([](O o) { o->eviction = "lruu"; }), "did you mean lru?");
+  expect(words_of([](O o) { o->rounds = std::numeric_limits<int>::max(); }),
+         "--rounds=2147483647 is out of bounds");
+  expect(words_of([](O o) { o->max_new_tokens = 0; }), "--max_new_tokens=0");
+  EvaluationOptions one = Options();
+  one.schedules = {"by_route"};  // that alone was asked for
+  one.policies = {"on_demand", "auto"};
+  one.predictor = {"markov"};
+  EXPECT_NO_THROW(ValidateEvaluation(one));
+}
+
+TEST_F(EvaluationRefusals, AnEvictionThatCannotBeServedIsNotOffered) {
+  try {
+    ServedEviction("beladi");
+    FAIL();
+  } catch (const UsageError& e) {
+    const std::string words = e.what();
+    EXPECT_NE(words.find("phase_aware"), words.npos) << words;
+    EXPECT_EQ(words.find("belady"), words.npos) << words;
+  }
+}
+
+// A page has its limit; an hour's results must not end as a defect for it.
+TEST_F(EvaluationRefusals, APageThatIsTooLargeLeavesTheResults) {
+  const fs::path large = folder_ / "large";
+  fs::create_directories(large);
+  Json row = {{"policy", "auto"},       {"predictor", std::string(100, 'x')},
+              {"phase", "decoder"},     {"eviction", "lru"},
+              {"tokens_per_second", 1}, {"speed_up", 1}};
+  Json results = {{"device", "cpu"}, {"rows", Json::array()}};
+  for (int i = 0; i < 20'000; ++i) results["rows"].push_back(row);
+  WriteFileAtomic(large / "results.json", results.dump());
+  EvaluationOptions options = Options();
+  options.compare = false;
+  options.out = folder_ / "beside-large";
+  options.report_with = {large};
+  testing::internal::CaptureStderr();
+  Evaluate(options, Json::object());
+  EXPECT_NE(testing::internal::GetCapturedStderr().find("report.html is left out"),
+            std::string::npos);
+  EXPECT_TRUE(fs::exists(options.out / "results.json"));
+  EXPECT_EQ(ReadJsonFile(options.out / "run.json")["exit_status"], kExitDone);
 }
 
 TEST_F(EvaluationRefusals, TooSmallABudgetIsRefused) {
@@ -162,6 +246,38 @@ TEST_F(EvaluationRefusals, AnUnknownPredictorIsUsage) {
   EvaluationOptions options = Options();
   options.predictor = {"frequencies"};
   EXPECT_THROW(Evaluate(options, Json::object()), UsageError);
+}
+
+TEST_F(EvaluationRefusals, AWrongNameNamesTheNearest) {
+  const auto words_of = [](const std::function<void()>& wrong) -> std::string {
+    try {
+      wrong();
+    } catch (const UsageError& e) {
+      return e.what();
+    }
+    return "nothing was refused";
+  };
+  const auto predictor = [&](const std::string& name) {
+    return words_of([&] { WithBaselines({name}, "none"); });
+  };
+  EXPECT_NE(predictor("orcale").find("did you mean oracle?"), std::string::npos);
+  EXPECT_NE(predictor("nonee").find("did you mean none?"), std::string::npos);
+  EXPECT_NE(predictor("token_pattern").find("did you mean token_patterns?"),
+            std::string::npos);
+  fs::create_directories(folder_ / "runs" / "hidden-7");
+  WriteFileAtomic(folder_ / "runs" / "hidden-7" / "config.json", "{}");
+  const fs::path before = fs::current_path();
+  fs::current_path(folder_ / "runs");
+  EXPECT_NE(predictor("hiden-7").find("did you mean hidden-7?"), std::string::npos);
+  fs::current_path(before);
+  const std::string wrong = (folder_ / "runs" / "hiden-7").string();
+  const std::string words =
+      words_of([&] { LoadPredictor(wrong, SmallConfig().geometry(), "", {}); });
+  EXPECT_NE(words.find("did you mean " + (folder_ / "runs" / "hidden-7").string()),
+            std::string::npos)
+      << words;
+  EXPECT_NE(words_of([] { ParsePolicies({"al"}); }).find("did you mean all?"),
+            std::string::npos);
 }
 
 }  // namespace

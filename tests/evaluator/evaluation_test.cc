@@ -305,5 +305,23 @@ TEST_F(EvaluationTest, AWarmStartCountsAStoreOrATable) {
   }
 }
 
+// Caches and what learns while it serves know them then.
+TEST_F(EvaluationTest, RequestsThatComeAgainAreNoted) {
+  EvaluationOptions options = Options();
+  options.compare = false;
+  const auto noted = [&] {
+    const Json headline = Evaluate(options, Json::object());
+    for (const Json& note : headline["notes"]) {
+      if (note.get<std::string>().find("they come again") != std::string::npos)
+        return true;
+    }
+    return false;
+  };
+  EXPECT_FALSE(noted());
+  options.rounds = 60;  // more than the store has test sequences
+  options.max_new_tokens = 1;
+  EXPECT_TRUE(noted());
+}
+
 }  // namespace
 }  // namespace routecast

@@ -2,6 +2,7 @@
 
 #include <future>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -15,7 +16,7 @@ TEST(ForesightThreadTest, QuestionsAreAskedInOrderOnAnotherThread) {
   {
     ForesightThread thread;
     for (int i = 0; i < 100; ++i) {
-      thread.Ask([&, i] {
+      thread.Tell([&, i] {
         order.push_back(i);
         other = std::this_thread::get_id();
       });
@@ -30,12 +31,39 @@ TEST(ForesightThreadTest, QuestionsAreAskedInOrderOnAnotherThread) {
 
 TEST(ForesightThreadTest, WhatAQuestionThrowsIsThrownByTheNextCall) {
   ForesightThread thread;
-  thread.Ask([] { throw std::runtime_error("no"); });
+  thread.Tell([] { throw std::runtime_error("no"); });
   EXPECT_THROW(thread.Drain(), std::runtime_error);
   bool asked = false;
-  thread.Ask([&] { asked = true; });
+  thread.Tell([&] { asked = true; });
   thread.Drain();
   EXPECT_TRUE(asked);
+}
+
+// Questions whose answers would come too late for what they ask about.
+TEST(ForesightThreadTest, AQuestionThatALaterOneOvertakesIsNotAsked) {
+  std::promise<void> begun, go;
+  std::vector<std::string> done;
+  ForesightThread thread;
+  thread.Tell([&] {
+    begun.set_value();
+    go.get_future().wait();
+  });
+  begun.get_future().wait();
+  for (int i = 0; i < 5; ++i) {
+    const std::string number = std::to_string(i);
+    thread.Ask([&, number] { done.push_back("asked " + number); },
+               [&, number] { done.push_back("told " + number); });
+    thread.Tell([&, number] { done.push_back("news " + number); });
+  }
+  thread.Ask([&] { done.push_back("asked last"); }, {});
+  go.set_value();
+  thread.Drain();
+  EXPECT_EQ(done, (std::vector<std::string>{"told 0", "news 0", "told 1", "news 1",
+                                            "told 2", "news 2", "told 3", "news 3",
+                                            "told 4", "news 4", "asked last"}));
+  thread.Ask([&] { done.push_back("asked alone"); }, {});
+  thread.Drain();
+  EXPECT_EQ(done.back(), "asked alone");
 }
 
 TEST(ForesightThreadTest, TheEndWaitsForOneQuestionAndDropsTheOthers) {
@@ -44,12 +72,12 @@ TEST(ForesightThreadTest, TheEndWaitsForOneQuestionAndDropsTheOthers) {
   std::thread let_go;
   {
     ForesightThread thread;
-    thread.Ask([&] {
+    thread.Tell([&] {
       begun.set_value();
       go.get_future().wait();
       ++asked;
     });
-    for (int i = 0; i < 10; ++i) thread.Ask([&] { ++asked; });
+    for (int i = 0; i < 10; ++i) thread.Tell([&] { ++asked; });
     begun.get_future().wait();
     let_go = std::thread([&] {
       std::this_thread::sleep_for(std::chrono::milliseconds(50));

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <future>
 #include <thread>
 
 #include "tests/evaluator/prefetch_runtime_fixture.h"
@@ -147,6 +148,46 @@ TEST_P(RuntimeForesightTest, OracleHitsWhatItForesees) {
   const PhaseStats& stats = second->stats(Stack::kDecoder);
   EXPECT_GT(stats.speculations_used, 0);
   EXPECT_LE(stats.hits, stats.uses);
+}
+
+// Its first answer comes when everything is over.
+class LateForesight : public Foresight {
+ public:
+  LateForesight(std::shared_future<void> over, int* asked, int* told)
+      : over_(std::move(over)), asked_(asked), told_(told) {}
+  std::string name() const override { return "late"; }
+  std::vector<LayerForecast> AtPassBegin(const PassInfo&) override { return Late(); }
+  std::vector<LayerForecast> AtLayer(const LayerRouting&) override { return Late(); }
+  std::vector<LayerForecast> AtPassEnd(const PassInfo&) override { return Late(); }
+  void SkipPass(const PassInfo&) override { ++*told_; }
+  void Skip(const LayerRouting&) override { ++*told_; }
+
+ private:
+  std::vector<LayerForecast> Late() {
+    ++*asked_;
+    over_.wait();
+    return {};
+  }
+  std::shared_future<void> over_;
+  int *asked_, *told_;
+};
+
+// Else they would pile up, each with its windows, and be answered when nobody waits.
+TEST_P(RuntimeForesightTest, WhoAnswersTooLateIsAskedTheNewestQuestionAlone) {
+  DiskTransferEngine engine(file_, 6, {});
+  ask_aside_ = true;
+  std::promise<void> over;
+  int asked = 0, told = 0;
+  auto runtime =
+      Runtime(&engine, 6, Eviction::kLru, "top_k",
+              std::make_unique<LateForesight>(over.get_future().share(), &asked, &told));
+  EXPECT_EQ(Decode(runtime.get(), runtime.get()), Resident());
+  over.set_value();
+  const size_t visits = runtime->TakeVisits().size();
+  runtime->Suspend();
+  // The first one at the encoder's begin, and at the end of the last pass.
+  EXPECT_LE(asked, 2);
+  EXPECT_GE(static_cast<size_t>(told), visits) << "the history stays whole";
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <memory>
 
+#include "common/errors.h"
 #include "evaluator/policy_simulation.h"
 #include "evaluator/predictor_set.h"
 #include "report/evaluation_report.h"
@@ -49,21 +50,29 @@ class SimulationBudgetsTest : public testing::Test {
     reader_.reset();
     fs::remove_all(folder_);
   }
-  PolicySimulationResult Simulate(std::vector<double> shares) {
-    const std::vector<std::string> names = {"markov"};
-    auto markov =
-        MakePredictors(names, names, reader_->config().geometry, {}, reader_.get(), true);
-    std::vector<std::unique_ptr<ExpertPredictor>> predictors;
-    predictors.push_back(
-        std::make_unique<CountingPredictor>(std::move(markov[0]), &questions_));
+  static DeviceProfile Profile() {
     DeviceProfile profile;
     profile.name = "made_up";
     profile.link_bytes_per_second = 2e9;
     profile.memory_bytes_per_second = 10e9;
+    return profile;
+  }
+  static std::vector<std::unique_ptr<ExpertPredictor>> Predictors(
+      const std::vector<std::string>& names) {
+    return MakePredictors(names, names, reader_->config().geometry, {}, reader_.get(),
+                          true);
+  }
+  PolicySimulationResult Simulate(std::vector<double> shares,
+                                  std::vector<std::string> policies = {"auto"}) {
+    auto markov = Predictors({"markov"});
+    std::vector<std::unique_ptr<ExpertPredictor>> predictors;
+    predictors.push_back(
+        std::make_unique<CountingPredictor>(std::move(markov[0]), &questions_));
     PolicySimulationOptions options;
+    options.policies = std::move(policies);
     options.evictions = {"lru", "lfu"};
     options.budget_shares = std::move(shares);
-    return SimulatePolicies(*reader_, predictors, profile, options);
+    return SimulatePolicies(*reader_, predictors, Profile(), options);
   }
   // simulation.json and report.html of a run.
   std::string Report(const PolicySimulationResult& result) {
@@ -98,7 +107,98 @@ TEST_F(SimulationBudgetsTest, APredictorIsAskedOnceForAll) {
   const int64_t once = std::exchange(questions_, 0);
   ASSERT_GT(once, 0);
   Simulate({0.25, 0.5, 0.75});
+  EXPECT_EQ(std::exchange(questions_, 0), once);
+  Simulate({0.25}, {"auto", "confident"});  // both look four visits ahead
   EXPECT_EQ(questions_, once);
+}
+
+// Who counts while it serves must not know the sequences from another policy's row.
+TEST_F(SimulationBudgetsTest, APolicysRowsAreTheSameBesideAnothers) {
+  const auto rows_of = [&](const std::vector<std::string>& policies) {
+    PolicySimulationOptions options;
+    options.policies = policies;
+    Json rows = Json::array();
+    for (const SimulatedRow& row :
+         SimulatePolicies(*reader_, Predictors({"token_patterns", "mixed_scores"}),
+                          Profile(), options)
+             .rows) {
+      if (row.policy == "top_k") rows.push_back(row.ToJson());
+    }
+    return rows;
+  };
+  const Json alone = rows_of({"top_k"});
+  ASSERT_EQ(alone.size(), 2u);
+  EXPECT_EQ(rows_of({"confident", "top_k"}), alone);
+}
+
+TEST_F(SimulationBudgetsTest, AModelOfGivenSizesIsPlayed) {
+  PolicySimulationOptions options;
+  const auto first = [&] {
+    return SimulatePolicies(*reader_, {}, Profile(), options).rows[0];
+  };
+  const SimulatedRow base = first();
+  options.sizes.expert_bytes = 13'200'000;
+  options.sizes.layer_seconds = 120e-6;
+  options.sizes.head_seconds = 0;
+  const SimulatedRow given = first();
+  EXPECT_EQ(given.slots, base.slots) << "a share is of the experts";
+  EXPECT_EQ(given.budget_bytes, static_cast<uint64_t>(given.slots) * 13'200'000);
+  EXPECT_EQ(given.hit_rate, base.hit_rate);
+  // A step of one token: each layer, and one expert read once from memory.
+  const MoeGeometry g = reader_->config().geometry;
+  const auto result = SimulatePolicies(*reader_, {}, Profile(), options);
+  EXPECT_NEAR(
+      result.rows.back().seconds,
+      static_cast<double>(result.tokens) * g.decoder_layers * (120e-6 + 13.2e6 / 10e9),
+      1e-9);
+  options.sizes.expert_seconds = 50e-6;
+  const auto faster = SimulatePolicies(*reader_, {}, Profile(), options);
+  EXPECT_NEAR(faster.rows.back().seconds,
+              static_cast<double>(faster.tokens) * g.decoder_layers * 170e-6, 1e-9);
+}
+
+TEST_F(SimulationBudgetsTest, EachRowSaysWhatItsModelIsFrom) {
+  PolicySimulationOptions options;
+  options.sizes.expert_bytes = 13'200'000;
+  options.sizes.layer_seconds = 120e-6;
+  const auto result = SimulatePolicies(*reader_, {}, Profile(), options);
+  const Json json = result.ToJson();
+  EXPECT_EQ(json["imagined"]["expert_bytes"]["from"], "--expert_bytes");
+  EXPECT_EQ(json["imagined"]["layer_us"]["from"], "--layer_us");
+  EXPECT_EQ(json["imagined"]["expert_us"]["from"],
+            "--expert_bytes, read once at 10 GB/s");
+  EXPECT_EQ(json["imagined"]["head_us"]["from"],
+            "switch-base's sizes, fp32, read once at 10 GB/s");
+  for (const Json& row : json["rows"]) {
+    EXPECT_EQ(row["expert_bytes"], 13.2e6);
+    EXPECT_NEAR(row["layer_us"].get<double>(), 120, 1e-9);
+    EXPECT_NEAR(row["expert_us"].get<double>(), 1320, 1e-6);
+    EXPECT_THAT(row["imagined_from"].get<std::string>(),
+                HasSubstr("layer_us: --layer_us; expert_us: --expert_bytes, read once"));
+  }
+  EXPECT_THAT(PolicyTable(result), HasSubstr("a layer without experts 120.0 us"));
+}
+
+TEST_F(SimulationBudgetsTest, ABudgetMayBeBytesOfTheImaginedModel) {
+  ImaginedSizes sizes;
+  sizes.expert_bytes = 1000;
+  const ImaginedModel model = Imagine(sizes, {}, Profile());
+  EXPECT_EQ(SharesOfBudgets({"25%", "29%", "50000", "1MiB"}, 100, model),
+            (std::vector<double>{0.25, 0.29, 0.5, 1}));
+  EXPECT_THROW(SharesOfBudgets({"50%", "50000"}, 100, model), UsageError);
+  EXPECT_THROW(SharesOfBudgets({}, 100, model), UsageError);
+  EXPECT_THROW(SharesOfBudgets({"101%"}, 100, model), UsageError);
+}
+
+// Before anything of an earlier run goes.
+TEST_F(SimulationBudgetsTest, WhatCannotBePlayedIsKnownWithoutPlaying) {
+  PolicySimulationOptions options;
+  CheckSimulation(*reader_, {}, options);
+  options.budget_shares = {0.001};
+  EXPECT_THROW(CheckSimulation(*reader_, {}, options), UsageError);
+  options.budget_shares = {0.5};
+  options.warmup_sequences = 1000;
+  EXPECT_THROW(CheckSimulation(*reader_, {}, options), UsageError);
 }
 
 TEST_F(SimulationBudgetsTest, EverythingInMemoryWaitsForNothing) {
@@ -129,6 +229,7 @@ TEST_F(SimulationBudgetsTest, AReportDrawsSeveralAgainstMemory) {
   EXPECT_THAT(page, HasSubstr("Simulated on the profile made_up"));
   EXPECT_THAT(page, HasSubstr("Simulated rate over on-demand LRU by memory"));
   EXPECT_THAT(page, HasSubstr("25% of the experts: "));
+  EXPECT_THAT(page, HasSubstr("Figures of the imagined model: expert_bytes: switch"));
   EXPECT_THAT(page, HasSubstr("simulated, 50%: markov"));
   EXPECT_THAT(page, HasSubstr("markov, lfu"));
 }

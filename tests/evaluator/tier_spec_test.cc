@@ -120,6 +120,15 @@ TEST(BudgetTest, ReadsSharesAndSizes) {
   EXPECT_THROW(ParseBudget("many", 1000), UsageError);
 }
 
+// 29 / 100 is a little less than .29 of a hundred experts.
+TEST(BudgetTest, AShareOfAHundredExpertsHoldsAsMany) {
+  for (uint64_t percent = 1; percent <= 100; ++percent) {
+    for (const uint64_t bytes : {uint64_t{1}, uint64_t{100}, uint64_t{18} << 20}) {
+      EXPECT_EQ(ParseBudget(std::to_string(percent) + "%", 100 * bytes), percent * bytes);
+    }
+  }
+}
+
 TEST(ExpertBudget, AShareWithoutItsSignIsNotTakenForBytes) {
   try {
     ParseBudget("0.25", 1000);

@@ -124,7 +124,9 @@ wrong 2 "nowhere" train --store=nowhere --out=run
 wrong 2 "--start_from|nowhere" "${train[@]}" --kind=interlayer --start_from=nowhere
 
 evaluate=(evaluate --model="$model" --prompts=text.txt --cache=cache)
-wrong 2 "oracle|frequency" "${evaluate[@]}" --predictor=oracel
+wrong 2 "did you mean oracle" "${evaluate[@]}" --predictor=oracel
+wrong 2 "did you mean all" "${evaluate[@]}" --policy=al
+wrong 2 "--mode=simulate takes lists" "${evaluate[@]}" --eviction=lru,lfu
 wrong 2 "on_demand" "${evaluate[@]}" --policy=on_demnd
 wrong 2 "lru" "${evaluate[@]}" --eviction=lruu
 wrong 2 "--expert_budget" "${evaluate[@]}" --expert_budget=1KiB
@@ -139,6 +141,26 @@ wrong 2 "--mode=simulate" "${evaluate[@]}" --question_us=7
 wrong 2 "--mode=quality" "${evaluate[@]}" --sequences=3
 wrong 2 "--batch is of --mode=generate" evaluate --mode=simulate --store=store --batch=4
 wrong 2 "--policy is of --mode=generate, simulate" evaluate --mode=quality --store=store --policy=top_k
+simulate=(evaluate --mode=simulate --store=store)
+wrong 2 "--report_with does nothing" "${simulate[@]}" --report_with=plain
+wrong 2 "--eviction names one twice" "${simulate[@]}" --eviction=lru,lru
+wrong 2 "--expert_bytes=12.6MiB" "${simulate[@]}" --expert_bytes=0
+wrong 2 "from 0 to 1e9" "${simulate[@]}" --layer_us=-3
+wrong 2 "from 0 to 1e9" "${simulate[@]}" --question_us=inf
+wrong 2 "give --model=FOLDER" "${simulate[@]}" --dtype=bf16
+wrong 2 "asks nobody" "${simulate[@]}" --policy=on_demand --predictor=markov
+wrong 2 "use --expert_budget=|--max_sequences|collect" "${simulate[@]}" --baselines=none --expert_budget=1%
+wrong 2 "--layer_us is of --mode=simulate" "${evaluate[@]}" --layer_us=3
+quality=(evaluate --mode=quality --store=store)
+wrong 2 "--out=FOLDER" "${quality[@]}" --answers=npz
+wrong 2 "npz" "${quality[@]}" --answers=npy --out=run
+wrong 2 "--answers=npz" "${quality[@]}" --answer_ranks=3
+wrong 2 "--shift_store out" "${quality[@]}" --answers=npz --out=run --shift_store=store
+wrong 2 "always right" "${quality[@]}" --predictor=oracle
+wrong 2 "--baselines=simple" "${quality[@]}" --baselines=none
+wrong 2 "decodes nothing" evaluate --store=store --phase=encoder --max_new_tokens=4 --cache=cache
+wrong 2 "leave one of them out" "${evaluate[@]}" --profile=rtx3090 --link=native
+wrong 2 "--rounds=N" "${evaluate[@]}" --rounds=2147483647
 wrong 2 "is a checkpoint" "${evaluate[@]}" --predictor="$model"
 wrong 2 "unfinished training" "${evaluate[@]}" --predictor=half
 wrong 2 "--expert_budget" evaluate --mode=transfer --expert_budget=25% --cache=cache

@@ -55,6 +55,7 @@ done >many.txt
 "$bin/routecast-collect" --model="$model" --data=text:many.txt#blocks --store=many --quiet \
   --record=ids,probs --max_length=16 --num_shards=2 >log 2>&1 || fail "the larger store: $(cat log)"
 ends 0 evaluate --mode=simulate --store=many --baselines=none --expert_budget=25%,50%
+earlier=run-$runs
 for file in simulation.json table.txt rows.csv report.html; do
   [ -s "run-$runs/$file" ] || fail "a simulation left no $file"
 done
@@ -98,10 +99,19 @@ grep -q '"path": ".*/seen"' seen/status.json && fail "status lists its own folde
 # A dry run has no folder.
 "$bin/routecast-evaluate" --mode=status --in="$folder" --out=dry --dry_run >log 2>&1 ||
   fail "a dry status: $(cat log)"
-"$bin/routecast-evaluate" --mode=simulate --store=store --out=dry --dry_run >log 2>&1 ||
+"$bin/routecast-evaluate" --mode=simulate --store=many --out=dry --dry_run >log 2>&1 ||
   fail "a dry simulation: $(cat log)"
 grep -q "predictors x" log || fail "a dry simulation has no plan: $(cat log)"
 [ ! -e dry ] || fail "a dry run left a folder"
+# What would be refused is refused, and nothing of an earlier run goes for it.
+cp -r "$earlier" refused
+for flags in "--mode=simulate --expert_budget=0.1%" "--mode=quality --baselines=none"; do
+  for dry in "" --dry_run; do
+    "$bin/routecast-evaluate" --store=many --out=refused $flags $dry >log 2>&1
+    [ $? -eq 2 ] || fail "$flags $dry: $(cat log)"
+    [ -s refused/simulation.json ] || fail "$flags $dry removed an earlier run's results"
+  done
+done
 
 # stopped OUT PROGRAM FLAGS...: by TERM, as soon as its run.json is there.
 stopped() {
