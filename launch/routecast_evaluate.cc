@@ -10,6 +10,7 @@
 
 #include "common/errors.h"
 #include "common/model_folder.h"
+#include "common/output_folder.h"
 #include "evaluator/device_sweep.h"
 #include "evaluator/disk_sweep.h"
 #include "evaluator/evaluation.h"
@@ -429,6 +430,7 @@ void Run() {
   const int mode = ParseChoice("--mode", FLAGS_mode,
                                {"generate", "quality", "simulate", "transfer", "status"});
   RefuseOtherModesFlags();
+  RequireOutput("--out", FLAGS_out);
   // Where nothing is said, one core is left to the threads that bring experts.
   const int threads = ThreadsPerRank(1);
   at::set_num_threads(FLAGS_threads > 0 ? threads : std::max(1, threads - 1));
