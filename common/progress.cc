@@ -9,6 +9,13 @@ namespace routecast {
 namespace {
 constexpr auto kTerminalInterval = std::chrono::milliseconds(200);
 constexpr auto kPlainInterval = std::chrono::seconds(5);
+constexpr auto kRecent = std::chrono::seconds(30);
+constexpr auto kStepInterval = std::chrono::milliseconds(250);  // bounds what is kept
+constexpr size_t kRecentSteps = 8;
+
+double SecondsOf(std::chrono::steady_clock::duration time) {
+  return std::max(std::chrono::duration<double>(time).count(), 1e-9);
+}
 
 std::string Duration(double seconds) {
   char text[32];
@@ -38,13 +45,15 @@ std::string RateText(double per_second) {
   return text;
 }
 
-Progress::Progress(std::string what, std::string unit, uint64_t total, bool quiet)
+Progress::Progress(std::string what, std::string unit, uint64_t total, bool quiet,
+                   std::function<Time()> now)
     : what_(std::move(what)),
       unit_(std::move(unit)),
       total_(total),
       quiet_(quiet),
       terminal_(::isatty(STDERR_FILENO) == 1),
-      start_(std::chrono::steady_clock::now()),
+      now_(std::move(now)),
+      start_(now_()),
       printed_(start_) {}
 
 Progress::~Progress() {
@@ -52,30 +61,55 @@ Progress::~Progress() {
 }
 
 double Progress::seconds() const {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  return std::chrono::duration<double>(now_() - start_).count();
 }
 
 double Progress::Rate(uint64_t done) const {
   return static_cast<double>(done - std::min(done, first_)) / std::max(seconds(), 1e-9);
 }
 
+double Progress::RecentRate() const {
+  if (recent_.size() < 2) return 0;
+  const Step &from = recent_.front(), &to = recent_.back();
+  return static_cast<double>(to.done - from.done) / SecondsOf(now_() - from.time);
+}
+
 std::optional<double> Progress::SecondsLeft() const {
-  const double rate = (work_ - first_work_) / std::max(seconds(), 1e-9);
+  if (recent_.size() < 2) return std::nullopt;
+  const Step &from = recent_.front(), &to = recent_.back();
+  const double rate = (to.work - from.work) / SecondsOf(now_() - from.time);
   if (rate <= 0) return std::nullopt;
-  return (1 - std::min(work_, 1.0)) / rate;
+  return (1 - std::min(to.work, 1.0)) / rate;
+}
+
+// Only what moves the work is a step: many updates may come within one.
+void Progress::Remember(const Step& step) {
+  if (step.work <= recent_.back().work) return;
+  const size_t n = recent_.size();
+  // The last step grows until it is long enough to be one.
+  if (n > 2 && step.time - recent_[n - 2].time < kStepInterval) {
+    recent_.back() = step;
+  } else {
+    recent_.push_back(step);
+  }
+  while (recent_.size() > kRecentSteps + 1 && step.time - recent_[1].time >= kRecent) {
+    recent_.pop_front();
+  }
 }
 
 void Progress::Update(uint64_t done, const std::string& note,
                       std::optional<double> work) {
-  work_ = work.value_or(static_cast<double>(done) /
-                        static_cast<double>(std::max<uint64_t>(total_, 1)));
+  const double share =
+      work.value_or(static_cast<double>(done) /
+                    static_cast<double>(std::max<uint64_t>(total_, 1)));
+  const Time now = now_();
   if (!started_) {
     started_ = true;
     first_ = done;
-    first_work_ = work_;
+    recent_ = {{start_, share, done}};
   }
+  Remember({now, share, done});
   if (quiet_) return;
-  const auto now = std::chrono::steady_clock::now();
   const bool due =
       terminal_ ? now - printed_ >= kTerminalInterval : now - printed_ >= kPlainInterval;
   if (!due) return;
@@ -93,7 +127,7 @@ void Progress::Finish(const std::string& note) {
 void Progress::Print(uint64_t done, const std::string& note, bool last) {
   std::string line = what_ + ": " + std::to_string(done);
   if (total_ > 0) line += "/" + std::to_string(total_);
-  line += " " + unit_ + ", " + RateText(Rate(done)) + ", ";
+  line += " " + unit_ + ", " + RateText(last ? Rate(done) : RecentRate()) + ", ";
   const std::optional<double> left = SecondsLeft();
   line += last || total_ == 0 || !left ? Duration(seconds()) : "ETA " + Duration(*left);
   if (!note.empty()) line += ", " + note;

@@ -4,6 +4,8 @@
 
 #include <chrono>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -14,8 +16,10 @@ std::string RateText(double per_second);
 
 class Progress {
  public:
-  // `unit` is what is counted ("sequences", "steps"); silent when quiet.
-  Progress(std::string what, std::string unit, uint64_t total, bool quiet);
+  using Time = std::chrono::steady_clock::time_point;
+  // `unit` is what is counted ("sequences", "steps"); silent when quiet. `now` is for tests.
+  Progress(std::string what, std::string unit, uint64_t total, bool quiet,
+           std::function<Time()> now = std::chrono::steady_clock::now);
   ~Progress();  // ends the line
   // `done` in units since the start; `note` is free text (loss, hit rate). `work`: the
   // share of all work that is done, 0 to 1, where units are not equally much.
@@ -25,16 +29,26 @@ class Progress {
   double seconds() const;
   // Units a second since the first Update: what a resumed run had before does not count.
   double Rate(uint64_t done) const;
-  // As of the last Update; nothing while none of the work is done.
+  // By the newest half minute, or the newest eight steps where these took longer: a pause,
+  // or a phase that was slower, is soon forgotten. Nothing while none of the work is done.
   std::optional<double> SecondsLeft() const;
+  // Units a second of the same time.
+  double RecentRate() const;
 
  private:
+  struct Step {
+    Time time;
+    double work;
+    uint64_t done;
+  };
+  void Remember(const Step& step);
   void Print(uint64_t done, const std::string& note, bool last);
   std::string what_, unit_;
   uint64_t total_, first_ = 0;
-  double first_work_ = 0, work_ = 0;
   bool quiet_, terminal_, started_ = false, finished_ = false;
-  std::chrono::steady_clock::time_point start_, printed_;
+  std::function<Time()> now_;
+  Time start_, printed_;
+  std::deque<Step> recent_;  // the first is what the others are counted from
 };
 
 }  // namespace routecast

@@ -114,7 +114,9 @@ std::string JsonlText(const SourceSpec& spec, const RawRecord& record,
       kMaxJsonDepth);
   if (!json.contains(spec.field)) {
     std::vector<std::string> names;
-    for (const auto& [key, value] : json.items()) names.push_back(key);
+    for (const auto& [key, value] : json.items()) {
+      if (value.is_string()) names.push_back(key);
+    }
     std::string near = NearestName(spec.field, names);
     const auto control = [](unsigned char c) { return c < 0x20 || c == 0x7f; };
     if (std::any_of(near.begin(), near.end(), control)) near.clear();

@@ -190,11 +190,13 @@ std::vector<fs::path> FolderFiles(const fs::path& folder, SourceKind kind,
     names += (names.empty() ? "" : ", ") + name;
   }
   const bool by_name = folder && !names.empty();
+  const bool list = spec.path.find(',') != std::string::npos;
   throw UsageError(ErrorText(
       "no text at " + spec.path,
       by_name ? "no file in this folder ends in " + names + " (or these with .gz, .zst)"
               : "no such file, or an empty folder",
       by_name ? "name the files by a pattern: " + spec.path + "/*"
+      : list  ? "give --data once for each source, not a list"
               : "check the path given with --data"));
 }
 

@@ -14,7 +14,7 @@ void RequireOneExpertAToken(const MoeGeometry& geometry, const std::string& what
   throw UsageError(
       ErrorText(what + " plays models of one expert a token",
                 "the store's takes " + std::to_string(geometry.experts_per_token),
-                "routecast-trace stats and routecast-train take such stores"));
+                "--mode=simulate and --mode=quality take such stores"));
 }
 
 std::vector<int> ChoicesOf(const RoutingSpan& span, const MoeGeometry& g, int layer,

@@ -42,7 +42,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -n "$config" ] || die 2 "no configuration is given" "launch/pipeline.sh CONFIG; --help says what it holds"
-[ -r "$config" ] || die 2 "cannot read $config"
+[ -r "$config" ] || die 2 "cannot read $config" "configs/pipelines/ has examples"
 
 out=out/pipeline ranks=1
 traces=              # bytes of the store that are packed; empty: there is no [pack]

@@ -7,6 +7,7 @@
 #include "comm/mpi_session.h"
 #include "common/errors.h"
 #include "common/model_folder.h"
+#include "common/output_folder.h"
 #include "launch/main.h"
 
 DECLARE_bool(quiet);
@@ -73,6 +74,7 @@ CollectOptions Options() {
   CollectOptions o;
   o.model = FindModelFolder(FLAGS_model).string();
   o.data = FlagValues("data");
+  RequireOutput("--store", FLAGS_store, FolderKind::kStore);
   o.store = FLAGS_store;
   o.cache = FLAGS_cache;
   o.task = ParseTask(FLAGS_task);

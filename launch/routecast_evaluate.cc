@@ -10,6 +10,7 @@
 
 #include "common/errors.h"
 #include "common/model_folder.h"
+#include "common/output_folder.h"
 #include "evaluator/evaluation.h"
 #include "evaluator/evaluation_setup.h"
 #include "evaluator/expert_store.h"
@@ -471,6 +472,7 @@ void Run() {
   const int mode = ParseChoice("--mode", FLAGS_mode,
                                {"generate", "quality", "simulate", "transfer", "status"});
   RefuseOtherModesFlags();
+  RequireOutput("--out", FLAGS_out);
   // Where nothing is said, one core is left to the threads that bring experts.
   const int threads = ThreadsPerRank(1);
   at::set_num_threads(FLAGS_threads > 0 ? threads : std::max(1, threads - 1));

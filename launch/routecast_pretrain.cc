@@ -7,6 +7,7 @@
 
 #include "comm/mpi_session.h"
 #include "common/errors.h"
+#include "common/output_folder.h"
 #include "common/recorded_run.h"
 #include "launch/flags.h"
 #include "launch/main.h"
@@ -80,6 +81,7 @@ PretrainJob Validate() {
   if (FlagValues("data").empty()) {
     throw UsageError("--data is missing\n  give text, e.g. --data=text:book.txt");
   }
+  RequireOutput("--out", FLAGS_out, FolderKind::kCheckpoint);
   job.out = FLAGS_out;
   job.save_dtype = ParseDtype("--dtype", FLAGS_dtype);
   constexpr Resume kResumes[] = {Resume::kAuto, Resume::kLastGood, Resume::kNever};

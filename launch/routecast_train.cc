@@ -9,6 +9,7 @@
 #include "comm/mpi_session.h"
 #include "common/errors.h"
 #include "common/model_folder.h"
+#include "common/output_folder.h"
 #include "common/process_memory.h"
 #include "common/recorded_run.h"
 #include "launch/flags.h"
@@ -88,6 +89,7 @@ SpeculationJob Validate() {
     throw UsageError(ErrorText("--out is missing", "the model and its scores go there",
                                "give a new folder, or that of a stopped run"));
   }
+  RequireOutput("--out", FLAGS_out, FolderKind::kPredictor);
   job.out = FLAGS_out;
   job.store = FLAGS_store;
   job.resume = FLAGS_resume;
@@ -302,6 +304,13 @@ Json Train(MpiSession& session, const RankInfo& rank, Asked asked, RecordedRun* 
     if (!rank.is_root()) return {};
     std::printf("%s%s\n", SearchText(search).c_str(), (job.out / "best.flags").c_str());
     return {{"best", search["trials"][0]}};
+  }
+  if (job.resume != "never" && IsFinished(job, *dataset)) {
+    if (!rank.is_root()) return {};
+    const Json results = KeepFinished(job);
+    std::printf("%s is finished: nothing to do; --resume=never trains it anew\n",
+                job.out.c_str());
+    return {{"validation", results["validation"]}, {"scores", results["scores"]}};
   }
   const SpeculationResult result = TrainSpeculation(job, dataset, routers, comm.get());
   if (!rank.is_root()) return {};

@@ -50,6 +50,9 @@ only_who_died() {
       esac
     elif [ $inside = 1 ]; then report+=$line$'\n'
     elif [[ $line == "mpirun: Forwarding signal "* ]]; then continue
+    # That it left out, or lost, some of those words.
+    elif [[ $line == *"sent help message help-mpi-api.txt"* || $line == *orte_base_help_aggregate* ||
+            $line == *ORTE_ERROR_LOG*show_help.c* ]]; then continue
     else printf '%s\n' "$line"; fi
   done
   [ $inside = 0 ] || printf '%s' "$report"

@@ -183,7 +183,8 @@ class Survey {
     if (layers == 0) layers = s.num_layers;
     if (s.num_layers != layers) {
       Refuse(trace, std::to_string(s.num_layers) + " layers, sequences before it have " +
-                        std::to_string(layers));
+                        std::to_string(layers) +
+                        ": are the axes [tokens, layers, experts a token]?");
     }
     if (s.hidden_width > 0) {
       if (width_ == 0) width_ = s.hidden_width;

@@ -306,7 +306,9 @@ class ExportedArrays : public ImportSource {
   static const NpyArray& List(const NpyFile& file, const char* name, uint64_t count) {
     const NpyArray* array = file.Find(name);
     if (array == nullptr) {
-      RefuseImport(file.path().string(), "no array " + std::string(name));
+      RefuseImport(file.path().string(),
+                   "no array " + std::string(name) +
+                       ": it is no export (arrays [tokens, layers, k]: --format=arrays)");
     }
     if (array->shape.size() != 1 || array->num_items != count) {
       RefuseImport(file.Where(*array), "shape " + ShapeText(array->shape) + ", not [" +

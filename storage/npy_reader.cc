@@ -23,9 +23,10 @@ constexpr size_t kMagicBytes = 6;
 // Around elements that lie apart: so many are read for each that is wanted, at most.
 constexpr uint64_t kMostBlockItems = 256;
 
-[[noreturn]] void Bad(const std::string& where, const std::string& rule) {
-  throw DataError(ErrorText(where + " is not a usable NumPy array", rule,
-                            "write it again with numpy.save or numpy.savez"));
+[[noreturn]] void Bad(
+    const std::string& where, const std::string& rule,
+    const std::string& fix = "write it again with numpy.save or numpy.savez") {
+  throw DataError(ErrorText(where + " is not a usable NumPy array", rule, fix));
 }
 
 // Reads the literal that NumPy writes: {'descr': '<u2', 'fortran_order': False,
@@ -353,16 +354,18 @@ template <typename T>
 std::vector<T> NpyFile::ReadIntegers(const NpyArray& array, uint64_t first,
                                      uint64_t count) const {
   if (array.type[1] != 'u' && array.type[1] != 'i') {
-    Bad(Where(array), "elements of type " + array.type + ", not integers");
+    Bad(Where(array), "elements of type " + array.type + ", not integers",
+        "write it with .astype(numpy.int32)");
   }
   CheckRange(array, first, count);
   const std::string bytes = ReadBytes(array, first, count);
   std::vector<T> values(count);
   const uint64_t fitting = NarrowAny(array.type, bytes, &values);
   if (fitting < count) {
-    Bad(Where(array), "element " + std::to_string(first + fitting) +
-                          " is negative or above " +
-                          std::to_string(std::numeric_limits<T>::max()));
+    Bad(Where(array),
+        "element " + std::to_string(first + fitting) + " is negative or above " +
+            std::to_string(std::numeric_limits<T>::max()),
+        "ids count from 0; leave rows of padding out");
   }
   return values;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "models/speculation_onnx.h"
 #include "report/table.h"
 #include "trainer/model_setup.h"
 #include "trainer/question_timing.h"
@@ -84,6 +85,13 @@ bool IsFinished(const SpeculationJob& run, const TraceDataset& dataset) {
   if (extra.contains("traces") && extra["traces"] != dataset.fingerprint()) return false;
   return !extra.contains("time_limit") ||
          (run.time_limit > 0 && run.time_limit <= extra["time_limit"].get<double>());
+}
+
+Json KeepFinished(const SpeculationJob& run) {
+  if (run.onnx && !fs::exists(run.out / "onnx")) {
+    WriteSpeculationOnnx(run.out / "onnx", *LoadSpeculationModel(run.out).model);
+  }
+  return ReadJsonFile(run.out / "results.json");
 }
 
 std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,

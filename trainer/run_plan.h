@@ -14,6 +14,10 @@ namespace routecast {
 // ended counts only where the limit has not grown.
 bool IsFinished(const SpeculationJob& run, const TraceDataset& dataset);
 
+// Of a finished run: its results.json. Writes what `run` asks for beside the model and is
+// not there (ONNX). Rank 0 alone.
+Json KeepFinished(const SpeculationJob& run);
+
 // Runs, steps, memory and disk, a line an entry. Throws what the job itself would refuse
 // before its first step.
 std::string DescribeLeaderboard(const LeaderboardJob& job, TraceDataset* dataset,

@@ -149,6 +149,17 @@ TEST_F(ReadersTest, ARecordOfManyKeysIsRead) {
   EXPECT_EQ(RecordText({SourceKind::kJsonl, "", "text"}, {record, 0}, "keys"), "x");
 }
 
+// "meta" is nearer to "text" than "content" is, but holds no text.
+TEST_F(ReadersTest, AFieldThatHoldsTextIsProposed) {
+  const std::string record = R"({"meta": {}, "content": "x"})";
+  try {
+    RecordText({SourceKind::kJsonl, "", "text"}, {record, 0}, "a.jsonl");
+    FAIL() << "a record without the field was taken";
+  } catch (const DataError& e) {
+    EXPECT_NE(std::string(e.what()).find("#content"), std::string::npos) << e.what();
+  }
+}
+
 TEST_F(ReadersTest, SquadOfManyKeysIsRead) {
   const std::string json =
       ManyKeys() + R"("data":[{"paragraphs":[{"context":"c","qas":[]}]}]})";

@@ -76,6 +76,16 @@ wrong 2 "nowhere.txt" collect --model="$model" --data=text:nowhere.txt --store=n
 wrong 2 "text\?" collect --model="$model" --data=txt:text.txt --store=new
 wrong 3 "#title" collect --model="$model" --data=jsonl:fields.jsonl#text --store=new
 wrong 2 "holds no document" collect --model="$model" --data=text:empty.txt --store=new
+echo '{"id": 7, "meta": {}, "content": "a text"}' >nested.jsonl
+wrong 3 "#content" collect --model="$model" --data=jsonl:nested.jsonl --store=new
+wrong 2 "once for each" collect --model="$model" --data=text:text.txt,text:empty.txt --store=new
+cp -r "$model" foreign
+wrong 2 "name a new folder" collect --model="$model" --data=text:text.txt --store=foreign --dry_run
+wrong 2 "name a new folder" pretrain --data=text:text.txt --out=store --dry_run
+wrong 2 "name a new folder" train --store=store --kind=interlayer --out=store --dry_run
+wrong 2 "name a new folder" train --store=store --kind=interlayer --out=text.txt --dry_run
+wrong 2 "name a new folder" evaluate --mode=status --out=store
+cmp -s store/run.json newer/run.json || fail "a refused --out changed the store"
 wrong 2 "--device" "${collect[@]}" --device=gpu0
 wrong 2 "--dtype" "${collect[@]}" --dtype=fp8
 wrong 2 "--max_length" "${collect[@]}" --max_length=0

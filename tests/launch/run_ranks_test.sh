@@ -44,6 +44,20 @@ check dead-rank-lines 3 "$(wc -l <"$folder/errors")"
 check silent-about-codes 0 "$(wc -l <"$folder/errors")"
 "$run" -n 2 "$folder/program" code 15 >/dev/null 2>&1
 check mpi-error-class 4 $?
+# What it says of its own words, after ranks that ended by MPI_Abort.
+mkdir "$folder/talks"
+cat >"$folder/talks/mpirun" <<'MPIRUN'
+#!/usr/bin/env bash
+echo "program (rank 0): the mistake" >&2
+echo "[vm:1] 1 more process has sent help message help-mpi-api.txt / mpi-abort" >&2
+echo '[vm:1] Set MCA parameter "orte_base_help_aggregate" to 0 to see all help / error messages' >&2
+echo "[vm:1] [[7,0],0] ORTE_ERROR_LOG: Out of resource in file ../../../orte/util/show_help.c at line 501" >&2
+exit 2
+MPIRUN
+chmod +x "$folder/talks/mpirun"
+PATH=$folder/talks:$PATH "$run" -n 2 "$folder/program" code 2 >/dev/null 2>"$folder/errors"
+check talking-launcher 2 $?
+check only-the-mistake "program (rank 0): the mistake" "$(cat "$folder/errors")"
 # A launcher in Open MPI's deadlock: its dead ranks stay zombies.
 mkdir "$folder/bin"
 cat >"$folder/bin/mpirun" <<'MPIRUN'

@@ -127,6 +127,7 @@ TEST_F(ImportTest, NumbersThatAreNoExpertAreRefused) {
   WriteNpz(At("in.npz"), {{"a", "<i8", {2, 1, 2}, ids.data(), 32}});
   const std::string error = ErrorOf("in.npz", {.format = "arrays"});
   EXPECT_NE(error.find("element 3 is negative"), std::string::npos) << error;
+  EXPECT_NE(error.find("leave rows of padding out"), std::string::npos) << error;
 }
 
 TEST_F(ImportTest, SequencesOfAnotherShapeAreRefused) {
@@ -135,6 +136,14 @@ TEST_F(ImportTest, SequencesOfAnotherShapeAreRefused) {
                           {"b", "|u1", {2, 3, 4}, ids.data(), 24}});
   const std::string error = ErrorOf("in.npz", {.format = "arrays"});
   EXPECT_NE(error.find("sequence 1"), std::string::npos) << error;
+  EXPECT_NE(error.find("are the axes"), std::string::npos) << error;
+}
+
+TEST_F(ImportTest, ArraysThatAreTakenForAnExportAreTold) {
+  const auto a = Bytes(3, 2, 4);
+  WriteNpz(At("in.npz"), {{"a", "|u1", {3, 2, 4}, a.data(), a.size()}});
+  const std::string error = ErrorOf("in.npz", {.format = "npz"});
+  EXPECT_NE(error.find("--format=arrays"), std::string::npos) << error;
 }
 
 // As many as a store's configuration can say, and one more.

@@ -275,6 +275,11 @@ TEST_F(KindSeconds, EnoughTimeChangesNothing) {
   EXPECT_THAT(LeaderboardText(board), testing::HasSubstr("points/s"));
 }
 
+TEST_F(KindSeconds, AFinishedRunIsKeptAsItIs) {
+  Make();
+  EXPECT_EQ(KeepFinished(Run(0)), ResultsOf(1));
+}
+
 TEST_F(KindSeconds, SeedsShareATimeAndMoreOfItTrainsAgain) {
   job_.kind_seconds = 10;
   EXPECT_DOUBLE_EQ(Run(0).time_limit, 5);
