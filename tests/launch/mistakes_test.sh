@@ -23,6 +23,8 @@ head -c 2000 /dev/urandom >junk/a.bin
 head -c 2000 /dev/zero >junk/b.bin
 printf '{"text": \x1b[31m\x7f\xc2\x9b}\n' >junk.jsonl
 echo '{"title": "no body"}' >fields.jsonl
+echo '{"id": 7, "meta": {}, "content": "a text"}' >nested.jsonl
+cp -r "$model" foreign
 cp -r "$model" cut
 head -c 100000 "$model/model.safetensors" >cut/model.safetensors
 mkdir -p no_config git_lfs plain half/state
@@ -76,10 +78,8 @@ wrong 2 "nowhere.txt" collect --model="$model" --data=text:nowhere.txt --store=n
 wrong 2 "text\?" collect --model="$model" --data=txt:text.txt --store=new
 wrong 3 "#title" collect --model="$model" --data=jsonl:fields.jsonl#text --store=new
 wrong 2 "holds no document" collect --model="$model" --data=text:empty.txt --store=new
-echo '{"id": 7, "meta": {}, "content": "a text"}' >nested.jsonl
 wrong 3 "#content" collect --model="$model" --data=jsonl:nested.jsonl --store=new
 wrong 2 "once for each" collect --model="$model" --data=text:text.txt,text:empty.txt --store=new
-cp -r "$model" foreign
 wrong 2 "name a new folder" collect --model="$model" --data=text:text.txt --store=foreign --dry_run
 wrong 2 "name a new folder" pretrain --data=text:text.txt --out=store --dry_run
 wrong 2 "name a new folder" train --store=store --kind=interlayer --out=store --dry_run
