@@ -62,7 +62,9 @@ void RecordedRun::Begin() {
 
 void RecordedRun::Finish(int exit_status, Json headline) {
   SetUnderWay({});
-  if (!begun_ && exit_status == kExitUsage && !earlier_.empty()) {
+  const bool left =
+      (!begun_ && exit_status == kExitUsage) || (leaves_all_ && exit_status == kExitDone);
+  if (left && !earlier_.empty()) {
     WriteFileAtomic(folder_ / "run.json", earlier_);
     return;
   }

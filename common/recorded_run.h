@@ -32,13 +32,16 @@ class RecordedRun {
   void Start();
   // The inputs were read and fit: from here on the folder is this run's.
   void Begin();
+  // What the folder holds is left as it was: where the run ends well, run.json says again
+  // what the earlier run's did.
+  void LeavesAll() { leaves_all_ = true; }
   void Finish(int exit_status, Json headline);
 
  private:
   fs::path folder_;
   RunRecord record_;
   std::vector<std::string> files_;
-  bool begun_ = false;
+  bool begun_ = false, leaves_all_ = false;
   std::string earlier_;  // run.json before this run; empty: none
 };
 

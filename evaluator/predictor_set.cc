@@ -64,13 +64,16 @@ std::shared_ptr<const BaselineTables> FitTables(const TraceReader& reader, bool 
 // A name may be of a trained run: those in this folder are looked at as well. A path, and
 // what has a prefix, is LoadPredictor's to refuse.
 void RequireKnown(const std::string& name, std::vector<std::string> known) {
-  if (name.find_first_of("/:") != std::string::npos || fs::is_directory(name)) return;
+  std::error_code none;
+  if (name.find_first_of("/:") != std::string::npos || fs::is_directory(name, none))
+    return;
   known.insert(known.begin(), {"none", "oracle"});
   if (!Has(known, name)) {
-    std::error_code unreadable;
-    for (const auto& entry : fs::directory_iterator(".", unreadable)) {
-      if (fs::exists(entry.path() / "config.json"))
-        known.push_back(entry.path().filename().string());
+    for (fs::directory_iterator it(".", none), end; !none && it != end;
+         it.increment(none)) {
+      std::error_code unreadable;  // a link in a circle, another one's folder
+      if (fs::exists(it->path() / "config.json", unreadable))
+        known.push_back(it->path().filename().string());
     }
   }
   ParseChoice("--predictor", name, known);

@@ -426,12 +426,17 @@ std::vector<PredictorQuality> MeasureQuality(const TraceReader& reader,
   return all;
 }
 
-ShiftedQuality MeasureShift(const TraceReader& from, const TraceReader& to,
-                            const Predictors& predictors, const QualityOptions& options) {
+void CheckShift(const TraceReader& from, const TraceReader& to,
+                const Predictors& predictors) {
   RequireOneModel({from.path().string(), from.config().geometry},
                   {to.path().string(), to.config().geometry});
+  CheckQuality(to, predictors);
+}
+
+ShiftedQuality MeasureShift(const TraceReader& from, const TraceReader& to,
+                            const Predictors& predictors, const QualityOptions& options) {
+  CheckShift(from, to, predictors);  // before an hour is spent on the first
   const c10::NoGradGuard no_grad;
-  CheckQuality(to, predictors);  // before an hour is spent on the first
   const std::vector<Asked> before = AskAll(from, predictors, options),
                            after = AskAll(to, predictors, options);
   ShiftedQuality shifted;

@@ -73,6 +73,15 @@ int Report(int code, const std::string& text) {
   return code;
 }
 
+// An operation on files that nobody looked at more closely: what, where, and what to do.
+std::string TextOf(const fs::filesystem_error& error, int code) {
+  const std::string to = error.path2().empty() ? "" : " -> " + error.path2().string();
+  return ErrorText("a file operation failed: " + error.code().message(),
+                   error.path1().string() + to,
+                   code == kExitUsage ? "check the path and its permissions"
+                                      : "free space there (df), or look at its disk");
+}
+
 // What is said of `error` beside its exit code.
 std::string TextOf(const std::exception& error, int code) {
   const std::string what = error.what();
@@ -88,6 +97,8 @@ std::string TextOf(const std::exception& error, int code) {
         "nvidia-smi says what it is doing; cards from compute capability 7.5 "
         "on serve, or use --device=cpu");
   }
+  if (const auto* files = dynamic_cast<const fs::filesystem_error*>(&error))
+    return TextOf(*files, code);
   if (dynamic_cast<const Json::exception*>(&error))
     return "a JSON file has unexpected content\n  " + what;
   return code == kExitDefect ? "internal error: " + what : what;

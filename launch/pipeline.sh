@@ -170,7 +170,7 @@ job() {
 }
 
 run_pipeline() {
-  local section name models= model=()
+  local section name models= asked model=()
   if [ -n "${flags[pretrain]+there}" ]; then
     job pretrain pretrain "$root/launch/pretrain.sh" -n "$ranks" --out="$out/model"
     model=(--model="$out/model")
@@ -190,9 +190,11 @@ run_pipeline() {
   for section in "${sections[@]}"; do
     case $section in "evaluate "*) ;; *) continue ;; esac
     name=evaluate-${section#evaluate }
+    asked=$models
+    [[ $'\n'${flags[$section]}$'\n' != *$'\n--policy=on_demand\n'* ]] || asked=  # asks nobody
     # The section's own flags come later, so that its --predictor is the one that counts.
     job "$section" "$name" "$root/launch/evaluate.sh" --store="$out/store" --out="$out/$name" \
-      ${models:+--predictor="$models"}
+      ${asked:+--predictor="$asked"}
   done
 }
 

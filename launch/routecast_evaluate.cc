@@ -293,6 +293,7 @@ Findings AskPredictors(const BeginRun& begin) {
                   "it is always right: there is nothing to measure");
   const auto predictors = Predictors(reader, told);
   CheckQuality(reader, predictors);
+  if (shift) CheckShift(reader, *shift, predictors);
   if (FLAGS_dry_run) {
     std::printf("quality: %zu predictors, %d sequences at most\n", predictors.size(),
                 FLAGS_sequences);
@@ -354,6 +355,12 @@ ImaginedSizes SizesOfModel() {
   sizes.layer_seconds = GivenSeconds("layer_us", FLAGS_layer_us);
   sizes.expert_seconds = GivenSeconds("expert_us", FLAGS_expert_us);
   sizes.head_seconds = GivenSeconds("head_us", FLAGS_head_us);
+  if (sizes.layer_seconds == 0. && sizes.expert_seconds == 0. &&
+      sizes.head_seconds == 0.) {
+    throw UsageError(ErrorText("a step would take no time",
+                               "--layer_us=0 --expert_us=0 --head_us=0",
+                               "give one of them above 0: rates follow from it"));
+  }
   return sizes;
 }
 

@@ -305,8 +305,11 @@ Json Train(MpiSession& session, const RankInfo& rank, Asked asked, RecordedRun* 
     std::printf("%s%s\n", SearchText(search).c_str(), (job.out / "best.flags").c_str());
     return {{"best", search["trials"][0]}};
   }
-  if (job.resume != "never" && IsFinished(job, *dataset)) {
+  // Scores on --shift_store and models of --also would be new: those commands train.
+  const bool alone = job.also.empty() && job.shift.dataset == nullptr;
+  if (alone && job.resume == "auto" && IsFinished(job, *dataset)) {
     if (!rank.is_root()) return {};
+    record->LeavesAll();
     const Json results = KeepFinished(job);
     std::printf("%s is finished: nothing to do; --resume=never trains it anew\n",
                 job.out.c_str());

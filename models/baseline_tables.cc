@@ -11,6 +11,9 @@ namespace routecast {
 namespace {
 
 constexpr double kAdd = 0.1, kBackoff = 2;
+// Keys of order 2 at all leads, up to which those beyond lead 1 are counted: some hundred
+// bytes each and more where several experts a token follow.
+constexpr uint64_t kMostKeys = uint64_t{1} << 22;
 
 constexpr const char* kRowNames[] = {"token", "markov1", "markov2", "previous"};
 
@@ -102,6 +105,8 @@ void BaselineTables::FitSpan(const RoutingSpan& span, Stack stack) {
   CheckSpan(span, L);
   const Choices chosen(span, geometry_.experts_per_token);
   const int base = geometry_.GlobalLayer(stack, 0), K = chosen.count();
+  const uint64_t keys = uint64_t(L) * L * E * E;
+  const bool far = keys <= kMostKeys;
   const bool chain = stack == Stack::kDecoder;  // layers go on in the next token
   for (int t = 0; t < T; ++t) {
     for (int l = 0; l < L; ++l) {
@@ -130,7 +135,7 @@ void BaselineTables::FitSpan(const RoutingSpan& span, Stack stack) {
         for (int i = 0; i < K; ++i) {
           const int expert = chosen.At(t, l, i);
           chosen.Count(to, next, markov1_.Make(MarkovKey(layer, lead, expert)));
-          if (!has_before) continue;
+          if (!has_before || (lead > 1 && !far)) continue;
           chosen.Count(to, next, markov2_.Make(Markov2Key(layer, lead, before, expert)));
         }
       }

@@ -134,15 +134,19 @@ CountRows CountRows::Load(const std::string& name, const Parameters& tensors,
   for (int64_t r = 0; r < keys.size(0); ++r) {
     const int64_t end = ends.data_ptr<int64_t>()[r];
     if (end < at || end > experts.size(0)) Bad(what, name + ".ends");
-    Row* row = rows.Make(static_cast<uint64_t>(keys.data_ptr<int64_t>()[r]));
-    for (; at < end; ++at) {
+    const int64_t key = keys.data_ptr<int64_t>()[r];
+    if (r > 0 && key <= keys.data_ptr<int64_t>()[r - 1]) Bad(what, name + ".keys");
+    Row* row = rows.Make(static_cast<uint64_t>(key));
+    for (int64_t last = -1; at < end; ++at) {
       const int64_t expert = experts.data_ptr<int64_t>()[at];
       const int64_t count = counts.data_ptr<int64_t>()[at];
-      if (expert < 0 || expert >= num_experts) Bad(what, name + ".experts");
+      if (expert <= last || expert >= num_experts) Bad(what, name + ".experts");
+      last = expert;
       if (count < 1 || count > kMostCount) Bad(what, name + ".counts");
       row->Add(static_cast<uint16_t>(expert), static_cast<uint64_t>(count));
     }
   }
+  if (at != experts.size(0)) Bad(what, name + ".ends");
   return rows;
 }
 

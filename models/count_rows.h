@@ -13,7 +13,7 @@
 namespace routecast {
 
 // Thread rule: const from any thread, else by one. Memory: 8 bytes a (key, expert) that
-// was counted and some 60 a key.
+// was counted and some 100 a key.
 class CountRows {
  public:
   struct Entry {

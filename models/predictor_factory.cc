@@ -133,10 +133,11 @@ bool SameRouting(const MoeGeometry& a, const MoeGeometry& b) {
   const fs::path path = name, parent = path.parent_path();
   std::vector<std::string> runs;  // beside it
   std::error_code absent;
-  for (const auto& entry :
-       fs::directory_iterator(parent.empty() ? "." : parent, absent)) {
-    if (fs::exists(entry.path() / "config.json"))
-      runs.push_back(entry.path().filename().string());
+  for (fs::directory_iterator it(parent.empty() ? "." : parent, absent), end;
+       !absent && it != end; it.increment(absent)) {
+    std::error_code unreadable;  // a link in a circle, another one's folder
+    if (fs::exists(it->path() / "config.json", unreadable))
+      runs.push_back(it->path().filename().string());
   }
   throw UsageError(ErrorText("no such predictor folder: " + name,
                              DidYouMean(path.filename().string(), runs,

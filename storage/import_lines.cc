@@ -2,10 +2,10 @@
 #include <cmath>
 #include <fstream>
 
-#include "common/byte_file.h"
 #include "common/errors.h"
 #include "common/foreign_text.h"
 #include "storage/import_source.h"
+#include "storage/packed_stream.h"
 
 namespace routecast {
 namespace {
@@ -14,20 +14,15 @@ using Value = nlohmann::json;
 
 // Parsed values take about five times as much memory as their text.
 constexpr size_t kMaxLineBytes = size_t{64} << 20;
-constexpr size_t kBlockBytes = 1 << 20;
 constexpr int kMaxDepth = 16;  // of what stands beside the routing
 
 // Calls `use` with each line, without its end, and its number from 1.
 template <typename UseLine>
 void ForEachLine(const fs::path& path, const UseLine& use) {
-  const ByteFile file(path);
+  PackedStream stream(path);
   std::string line;
   uint64_t number = 1;
-  for (uint64_t at = 0; at < file.size();) {
-    const auto size =
-        static_cast<size_t>(std::min<uint64_t>(kBlockBytes, file.size() - at));
-    const std::string block = file.Read(at, size);
-    at += size;
+  for (std::string_view block; !(block = stream.NextPart()).empty();) {
     for (size_t from = 0; from < block.size();) {
       const size_t end = std::min(block.find('\n', from), block.size());
       line.append(block, from, end - from);

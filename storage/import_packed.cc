@@ -1,109 +1,17 @@
 // An index of sequences and their expert ids packed to bytes (import_source.h).
-#include <zstd.h>
-
 #include <charconv>
 
 #include "common/byte_file.h"
 #include "common/errors.h"
 #include "common/foreign_text.h"
 #include "storage/import_source.h"
+#include "storage/packed_stream.h"
 #include "storage/trace_format.h"
 
 namespace routecast {
 namespace {
 
 constexpr uint64_t kMaxIndexBytes = uint64_t{256} << 20;
-constexpr size_t kBlockBytes = 1 << 20;
-
-// The bytes of a file from the start on, unpacked where its name ends with .zst.
-class PackedStream {
- public:
-  explicit PackedStream(const fs::path& path)
-      : file_(path), packed_(path.extension() == ".zst"), zstd_(ZSTD_createDStream()) {}
-  ~PackedStream() { ZSTD_freeDStream(zstd_); }
-  PackedStream(const PackedStream&) = delete;
-  PackedStream& operator=(const PackedStream&) = delete;
-
-  // REQUIRES offset not below the end of the last read. Memory grows with what is there,
-  // not with what is asked for.
-  std::string Read(uint64_t offset, uint64_t count, const std::string& where) {
-    while (at_ + left_.size() <= offset) {
-      at_ += left_.size();
-      left_ = {};
-      Fill(offset, where);
-    }
-    left_.remove_prefix(offset - at_);
-    at_ = offset;
-    std::string bytes;
-    while (bytes.size() < count) {
-      if (left_.empty()) Fill(offset + count, where);
-      const std::string_view part = left_.substr(0, count - bytes.size());
-      bytes += part;
-      left_.remove_prefix(part.size());
-      at_ += part.size();
-    }
-    return bytes;
-  }
-  // All bytes of the file; nothing can be read afterwards.
-  uint64_t Size() {
-    do {
-      at_ += left_.size();
-      left_ = {};
-    } while (Next());
-    return at_;
-  }
-
- private:
-  void Fill(uint64_t wanted, const std::string& where) {
-    if (Next()) return;
-    RefuseImport(where, file_.path().string() + " ends at byte " + std::to_string(at_) +
-                            ", " + std::to_string(wanted) + " are needed");
-  }
-  // The next bytes, where all before them are taken; false at the end.
-  bool Next() {
-    while (left_.empty()) {
-      if (input_at_ == input_.size() && !pending_) {
-        const uint64_t more = file_.size() - file_at_;
-        if (more == 0) return false;
-        input_ = file_.Read(file_at_, std::min<uint64_t>(more, kBlockBytes));
-        input_at_ = 0;
-        file_at_ += input_.size();
-      }
-      packed_ ? Unpack() : Take();
-    }
-    return true;
-  }
-  void Take() {
-    buffer_.swap(input_);
-    input_.clear();
-    input_at_ = 0;
-    left_ = buffer_;
-  }
-  void Unpack() {
-    buffer_.resize(kBlockBytes);
-    ZSTD_inBuffer in{input_.data(), input_.size(), input_at_};
-    ZSTD_outBuffer out{buffer_.data(), buffer_.size(), 0};
-    const size_t result = ZSTD_decompressStream(zstd_, &out, &in);
-    if (ZSTD_isError(result)) {
-      RefuseImport(file_.path().string(), std::string("zstd: ") +
-                                              ZSTD_getErrorName(result) +
-                                              " before byte " + std::to_string(file_at_));
-    }
-    input_at_ = in.pos;
-    pending_ = out.pos == out.size;
-    left_ = std::string_view(buffer_).substr(0, out.pos);
-  }
-
-  const ByteFile file_;
-  const bool packed_;
-  ZSTD_DStream* const zstd_;
-  std::string input_, buffer_;
-  size_t input_at_ = 0;
-  bool pending_ = false;   // the decoder may hold bytes that found no room
-  std::string_view left_;  // of buffer_
-  uint64_t file_at_ = 0;   // of the file, after input_
-  uint64_t at_ = 0;        // of the unpacked bytes, before left_
-};
 
 struct Rows {
   uint64_t first = 0, count = 0;

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <numeric>
 
 #include "common/errors.h"
@@ -362,10 +363,12 @@ int64_t NumElements(const SwitchConfig& config) {
 }
 
 // Checkpoints of a run lie beside each other while the newest is written: of each weights
-// and two moments in fp32. One that goes on has the older ones already.
+// and two moments in fp32. Those that are there already give their room back, or have it.
 uint64_t DiskBytes(const PretrainJob& job) {
-  const bool goes_on = job.resume != Resume::kNever && NewestStep(StateFolder(job));
-  const uint64_t checkpoints = goes_on ? 1 : kKeptStates + 1;
+  std::error_code none;
+  const auto there = std::distance(fs::directory_iterator(StateFolder(job), none), {});
+  const auto checkpoints = static_cast<uint64_t>(
+      kKeptStates + 1 - std::min<std::ptrdiff_t>(there, kKeptStates));
   return checkpoints * 3 * sizeof(float) *
          static_cast<uint64_t>(NumElements(PlannedConfig(job.options)));
 }

@@ -73,8 +73,8 @@ SpeculationOptions LargestOf(const SearchJob& job, TraceDataset* dataset) {
 }  // namespace
 
 bool IsFinished(const SpeculationJob& run, const TraceDataset& dataset) {
-  if (!fs::exists(run.out / "results.json") || !fs::exists(run.out / "config.json")) {
-    return false;
+  for (const char* file : {"results.json", "config.json", "model.safetensors"}) {
+    if (!fs::exists(run.out / file)) return false;
   }
   const Json config = ReadJsonFile(run.out / "config.json");
   if (!config.contains("extra") || !config["extra"].contains("options") ||
@@ -83,12 +83,13 @@ bool IsFinished(const SpeculationJob& run, const TraceDataset& dataset) {
   }
   const Json& extra = config["extra"];
   if (extra.contains("traces") && extra["traces"] != dataset.fingerprint()) return false;
+  if (extra.value("further_stores", size_t{0}) != run.also.size()) return false;
   return !extra.contains("time_limit") ||
          (run.time_limit > 0 && run.time_limit <= extra["time_limit"].get<double>());
 }
 
 Json KeepFinished(const SpeculationJob& run) {
-  if (run.onnx && !fs::exists(run.out / "onnx")) {
+  if (run.onnx) {
     WriteSpeculationOnnx(run.out / "onnx", *LoadSpeculationModel(run.out).model);
   }
   return ReadJsonFile(run.out / "results.json");

@@ -11,7 +11,8 @@ namespace routecast {
 
 // True where run.out holds a finished run of these options over these traces (of older
 // versions: which they were is not known): it is not trained again. One that its time
-// ended counts only where the limit has not grown.
+// ended counts only where the limit has not grown. What --also names is only counted, and
+// --shift_store not looked at: a command with either trains.
 bool IsFinished(const SpeculationJob& run, const TraceDataset& dataset);
 
 // Of a finished run: its results.json. Writes what `run` asks for beside the model and is

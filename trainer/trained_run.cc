@@ -20,6 +20,7 @@ Json ExtraOf(const TrainedRun& run, const TraceDataset& dataset) {
                 {"traces", dataset.fingerprint()},
                 {"best_step", run.best_step},
                 {"training_seconds", run.seconds}};
+  if (!run.job->also.empty()) extra["further_stores"] = run.job->also.size();
   if (run.out_of_time) extra["time_limit"] = run.job->time_limit;
   return extra;
 }

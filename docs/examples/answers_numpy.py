@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 
-said = np.load(sys.argv[1])
+said = dict(np.load(sys.argv[1]))  # else each use reads the file again
 first = (said["rank"] == 1) & (said["used"] >= 0) & (said["stack"] == 1)  # a decoder's, labelled
 for predictor in np.unique(said["predictor"]):
     for lead in np.unique(said["lead"]):

@@ -303,7 +303,7 @@ TEST_F(DeviceEngineTest, WhatTheDeviceRefusesIsNamed) {
 
 // The disk brings what it has begun, for nobody.
 TEST_F(DeviceEngineTest, AReadMayEndAfterTheDeviceIsLost) {
-  Open(2, 2, false, 30, /*disk_pace=*/500e3);  // 0.1 s an expert
+  Open(2, 2, false, 30, /*disk_pace=*/100e3);  // 0.5 s an expert
   Start(0, 0, 0, true);
   Wait(0);
   {

@@ -41,6 +41,11 @@ void Throw(const std::string& what) {
   }
   if (what == "json") Json::parse("{}").at("absent");
   if (what == "missing") fs::copy_file("/nonexistent/file", "/nonexistent/copy");
+  if (what == "full-disk") {
+    throw std::filesystem::filesystem_error(
+        "cannot copy file", "/from", "/to",
+        std::make_error_code(std::errc::no_space_on_device));
+  }
   if (what == "check") CHECK_EQ(1, 2) << "a defect";
   if (what == "signal") {
     std::raise(SIGTERM);

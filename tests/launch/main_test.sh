@@ -13,6 +13,13 @@ check defect 1 "$(code_of defect)"
 check failed-CHECK 1 "$(code_of check)"
 check usage 2 "$(code_of usage)"
 check missing-path 2 "$(code_of missing)"
+for files in missing full-disk; do
+  error=$("$probe" $files 2>&1 >/dev/null)
+  check $files-lines 3 "$(wc -l <<<"$error")"
+  check $files-says "main_probe: a file operation failed: No s" "$(head -c 41 <<<"$error")"
+done
+check full-disk 4 "$(code_of full-disk)"
+case $error in *"/from -> /to"*"free space"*) ;; *) check full-disk-says "where, and what to do" "$error" ;; esac
 check data 3 "$(code_of data)"
 check foreign-json 3 "$(code_of json)"
 check environment 4 "$(code_of environment)"

@@ -276,6 +276,27 @@ TEST(BaselineTest, DamagedRowsAreRefused) {
   EXPECT_TRUE(fails_with("previous.counts", whole.Get("previous.counts").to(at::kFloat)));
 }
 
+// Its keys would be layers and experts squared: more than memory holds.
+TEST(BaselineTest, LargeGeometriesHaveNoOrderTwoBeyondTheNextLayer) {
+  const MoeGeometry g = {0, 3, 1000, 1, 4};
+  BaselineTables tables(g, 0);
+  RoutingTrace trace;
+  trace.decoder.num_layers = 3;
+  trace.decoder.num_tokens = 1;
+  trace.decoder.expert_ids = {1, 2, 3};
+  tables.Fit(trace);
+  std::vector<float> one(1000), two(1000);
+  tables.Markov1(1, 1, 2, 2, one.data());
+  tables.Markov2(1, 1, 2, 1, 2, two.data());
+  EXPECT_GT(two[3], one[3]);
+  trace.decoder.num_tokens = 2;
+  trace.decoder.expert_ids = {1, 4, 2, 5, 3, 6};
+  tables.Fit(trace);
+  tables.Markov1(1, 2, 0, 2, one.data());
+  tables.Markov2(1, 2, 0, 1, 2, two.data());
+  EXPECT_EQ(one, two);
+}
+
 TEST(BaselineTest, FilesAndMergedRanksGiveTheSameCounts) {
   const fs::path folder = fs::path(testing::TempDir());
   BaselineTables first(SmallGeometry(), kVocabulary), second = first;

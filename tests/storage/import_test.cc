@@ -1,5 +1,7 @@
 #include "storage/import.h"
 
+#include <zlib.h>
+
 #include "storage/merge.h"
 #include "storage/npy.h"
 #include "storage/statistics.h"
@@ -215,6 +217,37 @@ TEST_F(ImportTest, LinesAreRequests) {
   ExpectRequest(traces[0], 0, 2, 2, 2);
   ExpectRequest(traces[1], 0, 1, 2, 2);
   EXPECT_EQ(traces[0].decoder.token_ids, (std::vector<uint32_t>{9, 10}));
+}
+
+// More than a block of a mebibyte once unpacked, in two parts, as a log that was gone on
+// with.
+TEST_F(ImportTest, PackedLinesAreRequests) {
+  const std::string first = "{\"routing\": [[[0,1],[2,3]],[[5,6],[7,8]]]}\n" +
+                            std::string((1 << 20) - 20, ' ') + "\n",
+                    second = "{\"routing\": [[[0,1],[2,3]]]}\n";
+  for (const std::string* part : {&first, &second}) {
+    gzFile out = gzopen(At("in.jsonl.gz").c_str(), part == &first ? "wb" : "ab");
+    gzwrite(out, part->data(), static_cast<unsigned>(part->size()));
+    gzclose(out);
+  }
+  Import("in.jsonl.gz", {.format = "jsonl"});
+  const auto traces = Read(store());
+  ASSERT_EQ(traces.size(), 2u);
+  ExpectRequest(traces[0], 0, 2, 2, 2);
+  ExpectRequest(traces[1], 0, 1, 2, 2);
+}
+
+TEST_F(ImportTest, PackedLinesThatEndEarlyAreRefused) {
+  gzFile out = gzopen(At("in.jsonl.gz").c_str(), "wb");
+  gzputs(out, "{\"routing\": [[[0,1],[2,3]]]}\n");
+  gzclose(out);
+  const std::string whole = ReadFile(At("in.jsonl.gz"));
+  WriteFileAtomic(At("cut.jsonl.gz"), whole.substr(0, whole.size() - 6));
+  EXPECT_NE(ErrorOf("cut.jsonl.gz", {.format = "jsonl"}).find("ends early"),
+            std::string::npos);
+  WriteFileAtomic(At("other.jsonl.gz"), "{\"routing\": [[[0,1],[2,3]]]}\n");
+  EXPECT_NE(ErrorOf("other.jsonl.gz", {.format = "jsonl"}).find("gzip"),
+            std::string::npos);
 }
 
 TEST_F(ImportTest, ProbabilitiesFollowTheirExperts) {
