@@ -52,7 +52,7 @@ void CheckQuality(const TraceReader& reader,
                   const std::vector<std::unique_ptr<ExpertPredictor>>& predictors);
 // The same for a shift from one store to another, which are to be of one model.
 void CheckShift(const TraceReader& from, const TraceReader& to,
-                const Predictors& predictors);
+                const std::vector<std::unique_ptr<ExpertPredictor>>& predictors);
 // Throws as CheckQuality.
 std::vector<PredictorQuality> MeasureQuality(
     const TraceReader& reader,
