@@ -269,7 +269,11 @@ TEST(BaselineTest, DamagedRowsAreRefused) {
   Fitted()->Save(file);
   const Parameters whole = ReadParameters(file, at::ScalarType::Undefined);
   EXPECT_TRUE(fails_with("token.ends", whole.Get("token.ends") + 1000000));
-  EXPECT_TRUE(fails_with("token.ends", whole.Get("token.ends").flip(0)));
+  at::Tensor falling = whole.Get("token.ends").clone();
+  falling[-1] = 0;
+  EXPECT_TRUE(fails_with("token.ends", falling));
+  EXPECT_TRUE(fails_with("token.keys", at::zeros_like(falling))) << "one key twice";
+  EXPECT_TRUE(fails_with("token.experts", at::zeros_like(whole.Get("token.experts"))));
   EXPECT_TRUE(fails_with("markov1.ends", whole.Get("token.ends")));
   EXPECT_TRUE(fails_with("markov2.experts", whole.Get("markov2.experts") + 5));
   EXPECT_TRUE(fails_with("markov2.counts", whole.Get("markov2.counts") - 1000));
