@@ -152,7 +152,8 @@ wrong 2 "--mode=quality" "${evaluate[@]}" --sequences=3
 wrong 2 "--batch is of --mode=generate" evaluate --mode=simulate --store=store --batch=4
 wrong 2 "--policy is of --mode=generate, simulate" evaluate --mode=quality --store=store --policy=top_k
 simulate=(evaluate --mode=simulate --store=store)
-ln -sfn loop loop  # nothing that is looked into
+ln -s loop loop  # nothing that can be looked into
+seen >before
 wrong 2 "did you mean" "${simulate[@]}" --predictor=markvo
 wrong 2 "--report_with does nothing" "${simulate[@]}" --report_with=plain
 wrong 2 "--eviction names one twice" "${simulate[@]}" --eviction=lru,lru
